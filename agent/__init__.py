@@ -1,0 +1,1 @@
+"""Runs conversations: engines, the loop, tools' dispatch, batches and the command line."""

@@ -1,0 +1,58 @@
+"""The engine protocol: token ids in, token ids and log-probs out. An engine never sees text.
+
+Invariant: what `generate` returns is exactly what was sampled. An engine that cannot say so raises `EngineError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+SamplingParams = Mapping[str, Any]
+"""SGLang's own names: temperature, top_p, top_k, min_p, max_new_tokens, stop_token_ids, ignore_eos, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One assistant turn as the engine sampled it.
+
+    `token_ids` [T] and `logprobs` [T] belong together, the end token included when it was sampled;
+    log-probs are those of the temperature-scaled distribution, as returned.
+    `finish_reason` is the engine's: "stop", "length" or "abort".
+    `prompt_tokens` and `cached_tokens` count tokens, times are seconds; None where the engine does not tell.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+    engine_s: float | None = None
+    weight_version: str | None = None
+
+
+class Engine(Protocol):
+    """What a conversation asks of an engine, and nothing else."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name, model and versions, for the record's `engine` field. JSON values only."""
+        ...
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+        """Samples one turn after `prompt_ids`.
+
+        `prompt_ids` is the conversation's own live sequence: read it before the call returns, never keep it.
+        `request_id` is a fixed-length uuid4 hex, used once. When cancelled, aborts the request in the engine and
+        raises `CancelledError`. Raises `EngineError` when the engine failed.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """Stops a running or queued request; unknown ids are ignored."""
+        ...
+
+    async def close(self) -> None:
+        """Frees the engine. Safe to call twice."""
+        ...

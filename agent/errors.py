@@ -1,0 +1,29 @@
+"""Exceptions of this package. Each message is one line: what, where, what to do.
+
+AgentError                 a user's mistake or a machine's lack; the command line prints it without a traceback
+├── ConfigError            config.yaml: an unknown key, a bad value, a combination that cannot work
+├── TaskError              a task file or row that cannot be read
+└── EngineStartError       an engine that could not be started
+
+EngineError                one generation failed; the conversation ends with `engine_error`, others go on
+"""
+
+
+class AgentError(Exception):
+    """Root of what this package raises for a user to read."""
+
+
+class ConfigError(AgentError):
+    """A config file or key is wrong."""
+
+
+class TaskError(AgentError):
+    """A task file or row is wrong."""
+
+
+class EngineStartError(AgentError):
+    """An engine could not be started."""
+
+
+class EngineError(Exception):
+    """The engine failed to answer one generation, or answered something that is not data."""

@@ -1,0 +1,28 @@
+"""Exceptions of this package. Each message is one line: what, where, what to do.
+
+ConversationsError
+├── TemplateError      a chat template that cannot be used, and why
+├── MessageError       a message that is not in the OpenAI chat schema
+├── RecordError        a trajectory that is not a valid `turntrace/1` record
+└── RunFolderError     a run folder that cannot be opened, locked or resumed
+"""
+
+
+class ConversationsError(Exception):
+    """Root of what this package raises for a user's mistake."""
+
+
+class TemplateError(ConversationsError):
+    """The chat template cannot be rendered turn by turn, or at all."""
+
+
+class MessageError(ConversationsError):
+    """A message is not in the OpenAI chat schema."""
+
+
+class RecordError(ConversationsError):
+    """A trajectory is not a valid record."""
+
+
+class RunFolderError(ConversationsError):
+    """A run folder cannot be opened, locked or resumed."""

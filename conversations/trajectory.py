@@ -1,0 +1,204 @@
+"""The trajectory record, `turntrace/1`: everything about one finished conversation, on one JSON line.
+
+Invariant: `sha256` is the hash of the canonical JSON of all other fields, so a record can be checked anywhere with
+nothing but a JSON library. Field by field meaning: the class docstrings below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from conversations.errors import RecordError
+from conversations.messages import Message
+
+SCHEMA = "turntrace/1"
+
+STOP_REASONS = (
+    "stop",
+    "tool_stop",
+    "length",
+    "max_turns",
+    "invalid_tool_calls",
+    "deadline",
+    "cancelled",
+    "engine_error",
+    "prompt_too_long",
+)
+CALL_STATUSES = (
+    "ok",
+    "tool_error",
+    "backend_error",
+    "timeout",
+    "unknown_tool",
+    "invalid_arguments",
+    "malformed",
+    "rejected",
+    "cancelled",
+)
+INVALID_STATUSES = frozenset({"unknown_tool", "invalid_arguments", "malformed"})
+"""Statuses that say the model's call itself was wrong."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at serving a call: seconds waited for a free slot, seconds run, and how it ended."""
+
+    status: str
+    queue_s: float
+    run_s: float
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class ToolCallRecord:
+    """One line of the ledger. `call_id` is `call_{turn}_{i}`; turns and calls count from 0.
+
+    `arguments` is the object as parsed, or the verbatim block of a malformed call. `response` is the text as shown to
+    the model, `full_response` the whole of it where it was cut, None where it was not. `reward` is the step reward
+    `execute` gave. `attempts` is in order; `queue_s` and `run_s` are their sums. `error` is for the reader of the
+    record, never shown to the model.
+    """
+
+    call_id: str
+    turn: int
+    name: str
+    arguments: dict[str, Any] | str
+    status: str = "cancelled"
+    response: str | None = None
+    full_response: str | None = None
+    reward: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One generation. `start` and `end` span its sampled tokens over `prompt_ids + response_ids`."""
+
+    start: int
+    end: int
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int | None = None
+    queue_s: float | None = None
+    engine_s: float | None = None
+    weight_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A finished conversation. The names are the record's; `to_line` and `from_line` are its only way to disk."""
+
+    id: str
+    task_id: str
+    sample: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    response_mask: list[int]
+    response_logprobs: list[float | None]
+    segments: list[tuple[str, int, int]]
+    turns: list[Turn]
+    messages: list[Message]
+    tool_calls: list[ToolCallRecord]
+    tools: list[dict[str, Any]]
+    stop_reason: str
+    num_turns: int
+    infra_error: bool
+    error: str | None
+    warnings: list[str]
+    reward: float | None
+    reward_parts: dict[str, Any]
+    ground_truth: Any
+    data_source: Any
+    extra: Any
+    engine: dict[str, Any]
+    sampling: dict[str, Any]
+    parent: dict[str, Any] | None
+    started_at: str
+    wall_s: float
+
+    def to_line(self) -> str:
+        """The record as one JSON line without the newline, `sha256` last.
+
+        Raises RecordError where a value has no JSON form (NaN, an object): the record would not read back.
+        """
+        record = {"schema": SCHEMA, **{name: _plain(getattr(self, name)) for name in _FIELDS}}
+        try:
+            body = canonical_json(record)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RecordError(f"trajectory {self.id} cannot be written as JSON: {error}") from error
+        return f'{body[:-1]},"sha256":"{_sha256(body)}"}}'
+
+    @classmethod
+    def from_line(cls, line: str) -> Trajectory:
+        """Reads a record line back, checking schema, fields and hash. Raises RecordError saying what is wrong."""
+        record = read_record(line)
+        values = {name: record[name] for name in _FIELDS}
+        values["segments"] = [tuple(segment) for segment in record["segments"]]
+        values["turns"] = [Turn(**turn) for turn in record["turns"]]
+        values["tool_calls"] = [_read_call(call) for call in record["tool_calls"]]
+        return cls(**values)
+
+
+_FIELDS = tuple(item.name for item in fields(Trajectory))
+
+
+def canonical_json(value: object) -> str:
+    """The JSON text that hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def record_hash(record: Mapping[str, Any]) -> str:
+    """The hash a record must carry: SHA-256 of the canonical JSON of all fields but `sha256`."""
+    return _sha256(canonical_json({key: value for key, value in record.items() if key != "sha256"}))
+
+
+def read_record(line: str) -> dict[str, Any]:
+    """One line as a checked dict: valid JSON, this schema, exactly its fields, the right hash."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not a JSON line: {error}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise RecordError(f"schema is {found!r}, expected {SCHEMA!r}")
+    missing = [name for name in (*_FIELDS, "sha256") if name not in record]
+    unknown = [name for name in record if name not in (*_FIELDS, "sha256", "schema")]
+    if missing or unknown:
+        raise RecordError(f"fields missing: {missing}, unknown: {unknown}")
+    try:
+        expected = record_hash(record)
+    except ValueError as error:
+        raise RecordError(f"trajectory {record['id']} holds a number that JSON has not: {error}") from error
+    if record["sha256"] != expected:
+        raise RecordError(f"trajectory {record['id']} does not match its hash: it was changed after it was written")
+    return record
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _read_call(call: dict[str, Any]) -> ToolCallRecord:
+    return ToolCallRecord(**{**call, "attempts": [Attempt(**attempt) for attempt in call["attempts"]]})
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses of the record as dicts; everything else is JSON already."""
+    if isinstance(value, list) and value and isinstance(value[0], (Turn, ToolCallRecord)):
+        return [_plain_slots(item) for item in value]
+    return value
+
+
+def _plain_slots(item: Any) -> dict[str, Any]:
+    values = {name: getattr(item, name) for name in item.__slots__}
+    if "attempts" in values:
+        values["attempts"] = [_plain_slots(attempt) for attempt in values["attempts"]]
+    return values
