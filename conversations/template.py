@@ -1,0 +1,316 @@
+"""The chat template, turn by turn: what to append between two turns, without rendering the conversation again.
+
+Theory of operation. For most templates the text after an assistant turn's end token depends on the new messages alone,
+not on the history. So it can be rendered after a fixed three-line conversation (the *stub*) and cut off there: the
+*delta*, at a cost that does not grow with the conversation. A probe at load proves this for the given tokenizer and
+template, in text and in ids, against whole conversations rendered by `apply_chat_template`; what cannot be proven is
+refused by name. Where a template rewrites *earlier* turns (Qwen3 drops old `<think>` blocks) the delta still holds:
+the sampled tokens stay, and `rewrites_history` says so.
+
+A delta is scaffold + block + generation prompt: "\\n" + "<|im_start|>user ... <|im_end|>\\n" + "<|im_start|>assistant\\n".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from conversations.errors import TemplateError
+from conversations.messages import Message, template_view
+from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER
+
+Piece = tuple[str, list[int]]
+"""(kind, token ids): a run of tokens by one author."""
+
+_MARK = "a4b1turntrace"
+"""Stands in the stub's assistant turn; the delta starts after the first end token behind it."""
+
+_CALL = {"id": "callstub0", "type": "function", "function": {"name": "f", "arguments": f'{{"x": "{_MARK}"}}'}}
+_STUBS: dict[str, list[Message]] = {
+    TOOL: [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "tool_calls": [_CALL]}],
+    USER: [{"role": "user", "content": "u"}, {"role": "assistant", "content": _MARK}],
+}
+_STUB_VIEWS = {kind: [template_view(message) for message in stub] for kind, stub in _STUBS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Tokens to append after a complete assistant turn, by author; `len()` counts them."""
+
+    pieces: tuple[Piece, ...]
+
+    def __len__(self) -> int:
+        return sum(len(ids) for _, ids in self.pieces)
+
+
+class ChatTemplate:
+    """Renders prompts and deltas with a Hugging Face fast tokenizer and its chat template.
+
+    `end_ids` are the token ids with which the template ends an assistant turn, `end_id` the one it appends itself;
+    `stop_token_ids` is what an engine must be told to stop at. `opens_think` is true where the generation prompt leaves
+    a `<think>` block open. Raises TemplateError where the tokenizer or template cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, *, kwargs: Mapping[str, Any] | None = None) -> None:
+        self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+        if not getattr(tokenizer, "is_fast", False):
+            raise TemplateError(f"{self.name}: turntrace needs a fast tokenizer (tokenizer.json); this one is slow")
+        if not tokenizer.chat_template:
+            raise TemplateError(f"{self.name}: the tokenizer has no chat template; set `chat_template` in tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._kwargs = dict(kwargs or {})
+        self._compiled = _compiled(tokenizer)
+        self._control = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)) or r"(?!)")
+        self.end_id, self._end_text = self._find_end(USER)
+        self.end_ids = frozenset({self.end_id, *self._call_end()})
+        self.stop_token_ids = sorted(self.end_ids | ({tokenizer.eos_token_id} - {None}))
+        self._generation = self._generation_text()
+        self.opens_think = self._generation.rfind("<think>") > self._generation.rfind("</think>")
+        self._edges = {kind: self._try(kind, self._find_edges) for kind in (TOOL, USER)}
+        self._unproven = {kind: self._try(kind, self._prove) or "" for kind in (TOOL, USER)}
+        self.rewrites_history = self._rewrites_history()
+
+    # ------------------------------------------------------------------ what a conversation asks
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], created: Sequence[Message] = ()) -> list[Piece]:
+        """The token ids before the first turn, the generation prompt included.
+
+        `created` are the tool messages that tools gave when they were created: kind `tool`, after the prompt.
+        Raises TemplateError where the template refuses the messages.
+        """
+        whole = self._apply([*messages, *created], tools, generation=True)
+        if not created:
+            return [(PROMPT, self.encode(whole))]
+        start = len(commonprefix([self._apply(messages, tools, generation=False), whole]))
+        end = len(whole) - len(self._generation) if whole.endswith(self._generation) else len(whole)
+        ids, cuts = self._encode_cut(whole, [start, end])
+        return [(kind, part) for kind, part in zip((PROMPT, TOOL, PROMPT), _split(ids, cuts), strict=True) if part]
+
+    def delta(self, messages: Sequence[Message], kind: str = TOOL) -> Delta:
+        """What the template puts between a complete assistant turn and the next: all of a turn's `messages` together.
+
+        `kind` is "tool" or "user". The cost depends on `messages` alone. Raises TemplateError where the template
+        refuses them or was not proven for this kind (see `require`).
+        """
+        edges = self._edges[kind]
+        if isinstance(edges, str):
+            raise TemplateError(edges)
+        text = self._delta_text(messages, kind)
+        ids = self._after_end(text)
+        head, tail = edges.scaffold_ids, edges.generation_ids
+        stop = len(ids) - len(tail)
+        if ids[: len(head)] == head and ids[stop:] == tail and len(head) <= stop:
+            parts = [ids[: len(head)], ids[len(head) : stop], ids[stop:]]
+        else:  # a token spans an edge: it goes to the block
+            parts = self._parts_by_offset(text, edges)
+        return Delta(tuple((name, part) for name, part in zip((TEMPLATE, kind, TEMPLATE), parts, strict=True) if part))
+
+    def require(self, kind: str) -> None:
+        """Raises TemplateError, naming the template and the cause, where deltas of `kind` are not proven exact."""
+        if self._unproven[kind]:
+            raise TemplateError(
+                f"the chat template of {self.name} cannot be continued turn by turn with {kind} messages: {self._unproven[kind]}; "
+                "use another chat_template"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of template text, control tokens recognised, none added. Lone surrogates become U+FFFD."""
+        return list(self._backend.encode(_encodable(text), add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens kept, spaces not cleaned up."""
+        return str(self._backend.decode(ids, skip_special_tokens=False))
+
+    def raw(self, sampled_ids: Sequence[int]) -> str:
+        """The text of a sampled turn without a trailing end token: an assistant message's `raw`."""
+        ends = len(sampled_ids) > 0 and sampled_ids[-1] in self.end_ids
+        return self.decode(sampled_ids[:-1] if ends else sampled_ids)
+
+    def control_tokens(self, text: str) -> list[str]:
+        """Special tokens that stand in a text as plain characters; the tokenizer will take them for control tokens."""
+        return sorted(set(self._control.findall(text)))
+
+    # ------------------------------------------------------------------ rendering
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, generation: bool) -> str:
+        views = [template_view(message) for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                views, tools=list(tools) or None, add_generation_prompt=generation, tokenize=False, **self._kwargs
+            )
+        except Exception as error:  # templates raise through jinja2, and anything else through bad messages
+            raise TemplateError(f"the chat template of {self.name} refuses the messages: {error}") from error
+        return str(text)
+
+    def _delta_text(self, messages: Sequence[Message], kind: str) -> str:
+        try:
+            text = self._compiled([*_STUB_VIEWS[kind], *messages], self._kwargs)
+        except Exception as error:
+            raise TemplateError(f"the chat template of {self.name} refuses {kind} messages: {error}") from error
+        return text[text.index(self._end_text, text.index(_MARK)) + len(self._end_text) :]
+
+    def _after_end(self, text: str) -> list[int]:
+        """Ids of text that follows an end token: some tokenizers treat the start of a text differently."""
+        ids: list[int] = self._backend.encode(self._end_text + _encodable(text), add_special_tokens=False).ids
+        if not ids or ids[0] != self.end_id:
+            raise TemplateError(f"{self.name}: the end token {self._end_text!r} merges with the text after it")
+        return ids[1:]
+
+    def _encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids of `text` and, for each character position, the first token that starts at or after it."""
+        encoding = self._backend.encode(_encodable(text), add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        return list(encoding.ids), [next((i for i, start in enumerate(starts) if start >= cut), len(starts)) for cut in cuts]
+
+    def _parts_by_offset(self, text: str, edges: _Edges) -> list[list[int]]:
+        shift = len(self._end_text)
+        encoding = self._backend.encode(self._end_text + _encodable(text), add_special_tokens=False)
+        spans = encoding.offsets[1:]
+        head = sum(1 for _, end in spans if end <= shift + len(edges.scaffold))
+        tail = sum(1 for start, _ in spans if start >= shift + len(text) - len(self._generation))
+        return _split(list(encoding.ids[1:]), [head, len(spans) - tail])
+
+    # ------------------------------------------------------------------ the probe at load
+
+    def _find_end(self, kind: str) -> tuple[int, str]:
+        """The token that ends an assistant turn: the first special one after its text, or the last after a call."""
+        text = self._apply(_STUBS[kind], [], generation=False)
+        ids = self.encode(text[text.rindex(_MARK) + len(_MARK) :])
+        known = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        specials = [token for token in ids if token in known]
+        end = (specials[0] if kind == USER else specials[-1]) if specials else None  # `</tool_call>` may be a token too
+        if end is None or (kind == USER and ids[0] != end):
+            raise TemplateError(f"the chat template of {self.name} ends an assistant turn without a special token; turns cannot be told apart")
+        return end, self.decode([end])
+
+    def _call_end(self) -> list[int]:
+        """The end token after a tool call, where the template can render one (Llama 3's may differ)."""
+        try:
+            return [self._find_end(TOOL)[0]]
+        except TemplateError:
+            return []
+
+    def _generation_text(self) -> str:
+        with_prompt = self._apply(_STUBS[USER][:1], [], generation=True)
+        without = self._apply(_STUBS[USER][:1], [], generation=False)
+        if not with_prompt.startswith(without):
+            raise TemplateError(f"the chat template of {self.name} rewrites the prompt when add_generation_prompt is set")
+        return with_prompt[len(without) :]
+
+    def _find_edges(self, kind: str) -> _Edges:
+        """What stands around every block of `kind`, the same whatever the messages are."""
+        bare = self._apply(_STUBS[kind], [], generation=False)
+        scaffold = bare[bare.index(self._end_text, bare.index(_MARK)) + len(self._end_text) :]
+        text = self._delta_text(_messages(kind, ["x"]), kind)
+        if not (text.startswith(scaffold) and text.endswith(self._generation)):
+            raise TemplateError(f"the chat template of {self.name} changes the text around {kind} messages")
+        generation_ids = self.encode(self._generation) if self._generation else []
+        return _Edges(scaffold, self._after_end(scaffold) if scaffold else [], generation_ids)
+
+    def _prove(self, kind: str) -> str:
+        """Empty where deltas equal what whole renderings have at that place, in text and ids; else what differs."""
+        if isinstance(edges := self._edges[kind], str):
+            return edges
+        for tools in ([], [_PROBE_TOOL]):
+            for history in _histories(kind):
+                for contents in (["42"], ["  two\n\n", "", "{'x': [1]}\n"]):
+                    messages = _messages(kind, contents if kind == TOOL else contents[:1])
+                    if difference := self._difference(history, messages, tools, kind):
+                        return difference
+        return ""
+
+    def _difference(self, history: list[Message], messages: list[Message], tools: list[dict[str, Any]], kind: str) -> str:
+        whole = self._apply([*history, *messages], tools, generation=True)
+        text = self._delta_text(messages, kind)
+        if not whole.endswith(self._end_text + text):
+            return f"after {len(history)} messages{' with tools' if tools else ''} it renders other text than after two"
+        delta = [token for _, ids in self.delta(messages, kind).pieces for token in ids]
+        if self.encode(whole) != self.encode(whole[: len(whole) - len(text)]) + delta:
+            return "its tokens merge across the end of a turn"
+        return ""
+
+    def _rewrites_history(self) -> bool:
+        """True where a later message changes how an earlier assistant turn is rendered."""
+        turn = "<think>\nt\n</think>\n\nanswer"
+        messages: list[Message] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": turn}]
+        try:
+            return turn not in self._apply([*messages, {"role": "user", "content": "v"}], [], generation=True)
+        except TemplateError:
+            return False
+
+    def _try(self, kind: str, step: Callable[[str], Any]) -> Any:
+        try:
+            return step(kind)
+        except TemplateError as error:
+            return str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Edges:
+    scaffold: str
+    scaffold_ids: list[int]
+    generation_ids: list[int]
+
+
+def _compiled(tokenizer: Any) -> Callable[[list[Message], Mapping[str, Any]], str]:
+    """The template compiled once, with the environment `apply_chat_template` uses, without its per-call set-up."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = _compile_jinja_template(tokenizer.get_chat_template(tools=[_PROBE_TOOL]))
+    special = dict(tokenizer.special_tokens_map)
+
+    def render(messages: list[Message], kwargs: Mapping[str, Any]) -> str:
+        return str(template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **{**special, **kwargs}))
+
+    return render
+
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]},
+    },
+}
+
+
+def _messages(kind: str, contents: Sequence[str]) -> list[Message]:
+    if kind == USER:
+        return [{"role": "user", "content": content} for content in contents]
+    return [{"role": "tool", "content": content, "tool_call_id": "callstub0", "name": "f"} for content in contents]
+
+
+def _histories(kind: str) -> list[list[Message]]:
+    """Conversations that end where a delta of `kind` starts: short, long, with tool rounds, with thoughts."""
+    ask: Message = {"role": "user", "content": "Question?"}
+    answer: Message = {"role": "assistant", "content": "Answer."}
+    call: Message = {"role": "assistant", "content": "Let me see.", "tool_calls": [_CALL]}
+    thought: Message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSo.", "tool_calls": [_CALL]}
+    last = [call] if kind == TOOL else [answer]
+    round_trip = [call, *_messages(TOOL, ["1"])]
+    try_thought = [thought] if kind == TOOL else [{**answer, "content": "<think>\nhm\n</think>\n\nSo."}]
+    return [
+        [ask, *last],
+        [{"role": "system", "content": "Rules."}, ask, answer, ask, *last],
+        [ask, *round_trip, *round_trip, *last],
+        [ask, *try_thought],
+    ]
+
+
+def _split(ids: list[int], cuts: Sequence[int]) -> list[list[int]]:
+    bounds = [0, *cuts, len(ids)]
+    return [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _encodable(text: str) -> str:
+    """The text without lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
