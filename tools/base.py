@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 class ToolsError(Exception):
@@ -29,7 +29,7 @@ class ToolConfigError(ToolsError):
     """tools.yaml, or a class it names, is wrong."""
 
 
-class SandboxUnavailable(ToolsError):
+class SandboxUnavailable(ToolsError):  # noqa: N818 - a state of the machine, named as such
     """This machine cannot isolate code; the message says why and what to do."""
 
 
@@ -56,6 +56,11 @@ class BaseTool:
     `config` is the YAML's `config` mapping; `tool_schema` the OpenAI function schema exactly as written there
     (a plain dict, nothing dropped).
     """
+
+    # What `config` may hold beside the dispatcher's own keys; None: anything. A wrong key is named when the tool is loaded.
+    config_keys: ClassVar[frozenset[str] | None] = None
+    # How long one call may take where the config does not say.
+    timeout_s: float = 60.0
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         self.config = config

@@ -1,0 +1,186 @@
+"""Rules: a function's hints and docstring are its schema; a hung sync call holds up nobody; ToolError is for the model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from typing import Any, Literal
+
+import pydantic
+import pytest
+
+from tools.base import ToolConfigError, ToolError, ToolResponse
+from tools.function import FunctionTool, tool
+
+
+class Point(pydantic.BaseModel):
+    x: float
+    y: float = 0.0
+
+
+@tool
+def weather(city: str, unit: Literal["C", "F"] = "C", days: list[int] | None = None, where: Point | None = None) -> str:
+    """Tells the weather.
+
+    Rain and shine.
+
+    Args:
+        city: The city, by its
+            full name.
+        unit: Of the temperature.
+    """
+    return f"{city} {unit} {days} {where.x if where else None}"
+
+
+async def text(function: FunctionTool, **arguments: Any) -> str | None:
+    return (await function.execute("t", arguments))[0].text
+
+
+def test_the_schema_comes_from_hints_and_docstring() -> None:
+    function = weather.tool_schema["function"]
+    assert (function["name"], function["description"]) == ("weather", "Tells the weather.\n\nRain and shine.")
+    parameters = function["parameters"]
+    assert parameters["properties"]["city"] == {"type": "string", "description": "The city, by its full name."}
+    assert parameters["properties"]["unit"] == {
+        "default": "C",
+        "enum": ["C", "F"],
+        "type": "string",
+        "description": "Of the temperature.",
+    }
+    assert parameters["properties"]["days"]["anyOf"][0] == {"type": "array", "items": {"type": "integer"}}
+    assert parameters["$defs"]["Point"]["required"] == ["x"]
+    assert (parameters["required"], parameters["additionalProperties"]) == (["city"], False)
+
+
+def test_it_is_still_the_function() -> None:
+    assert weather("Oslo") == "Oslo C None None"
+    assert weather.__doc__ is not None
+    assert weather.__doc__.startswith("Tells")
+
+
+async def test_arguments_arrive_as_the_hints_say() -> None:
+    assert await text(weather, city="Oslo", days=[1], where={"x": 2}) == "Oslo C [1] 2.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "city: Field required"),
+        ({"city": "O", "unit": "K"}, "unit: Input should be 'C' or 'F'"),
+        ({"city": "O", "zip": 1}, "zip: Extra"),
+    ],
+)
+async def test_wrong_arguments_are_told_to_the_model(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ToolError, match=said):
+        await weather.execute("t", arguments)
+
+
+async def test_results_become_text() -> None:
+    assert await text(tool(lambda: {"a": [1, None]})) == '{"a":[1,null]}'
+    assert await text(tool(lambda: Point(x=1))) == '{"x":1.0,"y":0.0}'
+    assert await text(tool(lambda: None)) == "null"
+    assert await tool(lambda: (ToolResponse("x"), 0.5, {"n": 1})).execute("t", {}) == (ToolResponse("x"), 0.5, {"n": 1})
+    assert await tool(lambda: ToolResponse("x")).execute("t", {}) == (ToolResponse("x"), None, {})
+
+
+async def test_async_functions_run_in_the_loop() -> None:
+    @tool(ends_conversation=True, timeout_s=5)
+    async def whoami() -> str:
+        await asyncio.sleep(0)
+        return threading.current_thread().name
+
+    assert await text(whoami) == threading.current_thread().name
+    assert whoami.config == {"ends_conversation": True, "timeout_s": 5}
+
+
+async def test_names_that_pydantic_reserves_are_arguments_too() -> None:
+    def echo(schema: str, copy: int, _x: int = 1) -> str:
+        return f"{schema} {copy} {_x}"
+
+    assert await text(tool(echo), schema="s", copy=2, _x=3) == "s 2 3"
+
+
+async def test_many_hung_calls_take_no_thread_from_the_next() -> None:
+    release = threading.Event()
+
+    @tool
+    def hang() -> str:
+        release.wait(30)
+        return "late"
+
+    hung = [asyncio.create_task(hang.execute("t", {})) for _ in range(100)]
+    await asyncio.sleep(0)
+    assert await text(weather, city="Oslo") == "Oslo C None None"
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "tool-hang")
+    for task in hung:
+        task.cancel()
+    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*hung, return_exceptions=True))
+    release.set()
+
+
+async def test_the_loop_runs_on_while_a_function_blocks() -> None:
+    ticks = 0
+
+    @tool
+    def block() -> str:
+        time.sleep(0.2)
+        return "done"
+
+    call = asyncio.create_task(block.execute("t", {}))
+    while not call.done():
+        ticks += 1
+        await asyncio.sleep(0.01)
+    assert ticks > 3
+
+
+def test_a_call_that_outlives_its_loop_ends_quietly() -> None:
+    release = threading.Event()
+
+    @tool
+    def hang() -> None:
+        release.wait(30)
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(hang.execute("t", {}), 0.01)
+
+    asyncio.run(main())
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "tool-hang":
+            thread.join(5)  # An exception in it would fail the test through pytest's thread hook.
+
+
+async def test_exceptions_and_context_cross_the_thread() -> None:
+    trajectory: contextvars.ContextVar[str] = contextvars.ContextVar("trajectory")
+
+    @tool
+    def fail(how: str) -> str:
+        if how == "context":
+            return trajectory.get()
+        raise {"tool": ToolError("no such city"), "stop": StopIteration(), "exit": SystemExit(1)}[how]
+
+    trajectory.set("t7")
+    assert await text(fail, how="context") == "t7"
+    with pytest.raises(ToolError, match="no such city"):
+        await fail.execute("t", {"how": "tool"})
+    with pytest.raises(RuntimeError, match="SystemExit"):
+        await fail.execute("t", {"how": "exit"})
+    with pytest.raises(RuntimeError):
+        await fail.execute("t", {"how": "stop"})
+
+
+def test_what_cannot_be_a_tool_is_refused_by_name() -> None:
+    def rest(*args: int) -> None: ...
+
+    def positional(a: int, /) -> None: ...
+
+    def unknown(a: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    def opaque(a: threading.Event) -> None: ...
+
+    for function, said in [(rest, r"\*args"), (positional, "by name"), (unknown, "Missing"), (opaque, "Event")]:
+        with pytest.raises(ToolConfigError, match=said):
+            tool(function)

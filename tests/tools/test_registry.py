@@ -1,0 +1,297 @@
+"""Rules: both YAML forms load; schemas stay lossless; verl's tools run unchanged; each mistake is one line that helps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tools.base import BaseTool, ToolConfigError, ToolResponse
+from tools.function import tool
+from tools.gsm8k import Gsm8kTool
+from tools.registry import ToolSet, load_tools
+
+ANSWER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "calculate_answer",
+        "description": "Submit the answer.",
+        "parameters": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+    },
+}
+NESTED: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "nested",
+        "description": "",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "points": {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}, "default": []},
+                "mode": {"enum": [1, "two", None]},
+                "either": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "integer"}]},
+                "deep": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+            },
+            "required": ["points"],
+        },
+        "strict": False,
+    },
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write_yaml(document: Any) -> Path:
+        path = tmp_path / "tools.yaml"
+        path.write_text(document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False))
+        return path
+
+    return write_yaml
+
+
+def entry(schema: dict[str, Any] = ANSWER, cls: str = "tools.gsm8k.Gsm8kTool", **config: Any) -> dict[str, Any]:
+    return {"class_name": cls, "config": config, "tool_schema": schema}
+
+
+def schema_with(**parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}
+
+
+# -- what loads ----------------------------------------------------------------------------------------------------------
+
+
+def test_both_forms_load_and_the_text_is_kept(write: Any) -> None:
+    verls = write({"tools": [entry(type="native")]})
+    text = verls.read_text()
+    assert list(load_tools(verls)) == ["calculate_answer"]
+    assert load_tools(str(verls)).source_text == text
+    plain = load_tools(write([{"class_path": "tools.gsm8k.Gsm8kTool", "tool_schema": ANSWER}]))
+    assert isinstance(plain["calculate_answer"].tool, Gsm8kTool)
+
+
+def test_schemas_stay_lossless_and_belong_to_nobody_else(write: Any) -> None:
+    loaded = load_tools(write([entry(NESTED), entry()]))
+    assert loaded.schemas == [NESTED, ANSWER]
+    assert list(loaded) == ["nested", "calculate_answer"]
+    loaded["nested"].tool.tool_schema["function"]["parameters"]["properties"].clear()  # type: ignore[attr-defined]
+    assert loaded.schemas[0] == NESTED
+
+
+def test_limits_are_read_from_config(write: Any) -> None:
+    loaded = load_tools(write([entry(), entry(NESTED, ends_conversation=True, timeout_s=2, max_concurrency=3)]))
+    default, given = loaded["calculate_answer"], loaded["nested"]
+    assert (default.ends_conversation, default.timeout_s, default.max_concurrency) == (False, 60.0, None)
+    assert (given.ends_conversation, given.timeout_s, given.max_concurrency) == (True, 2.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "errors"),
+    [
+        ({"points": [[1, 2]], "mode": None, "either": "abc", "deep": {"name": "x"}}, []),
+        ({}, ["arguments: 'points' is a required property"]),
+        ({"points": [[1, "2"]], "mode": 2}, ["mode: 2 is not one of [1, 'two', None]", "points.0.1: '2' is not of type 'number'"]),
+        ({"points": [], "deep": {}}, ["deep: 'name' is a required property"]),
+        (
+            {"points": [], "either": "long"},
+            ["either: 'long' is not valid under any of the given schemas ('long' is too long; 'long' is not of type 'integer')"],
+        ),
+        ([], ["arguments: [] is not of type 'object'"]),
+    ],
+)
+def test_wrong_arguments_are_answered_with_field_and_reason(write: Any, arguments: Any, errors: list[str]) -> None:
+    assert load_tools(write([entry(NESTED)]))["nested"].validate(arguments) == errors
+
+
+def test_an_error_about_a_huge_argument_is_short(write: Any) -> None:
+    (error,) = load_tools(write([entry(NESTED)]))["nested"].validate({"points": "x" * 1_000_000})
+    assert len(error) < 400
+    assert error.startswith("points: 'xxx")
+    assert error.endswith("is not of type 'array'")
+
+
+async def test_verls_own_tool_runs_unchanged(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("verl.tools.gsm8k_tool")
+    schema = {**ANSWER, "function": {**ANSWER["function"], "parameters": NESTED["function"]["parameters"]}}
+    loaded = load_tools(write({"tools": [entry(schema, "verl.tools.gsm8k_tool.Gsm8kTool", type="native")]}))["calculate_answer"]
+    assert type(loaded.tool).__module__ == "verl.tools.gsm8k_tool"
+    assert loaded.schema == schema
+    assert capsys.readouterr().out == ""
+    instance, response = await loaded.tool.create("t", **loaded.create_kwargs({}, ground_truth="7"))
+    response, step, _ = await loaded.tool.execute(instance, {"answer": "7"})
+    assert (response.text, step, await loaded.tool.calc_reward(instance)) == ("Current parsed answer='7' reward=1.0", 0.0, 1.0)
+    await loaded.tool.release(instance)
+
+
+def test_a_users_class_and_functions_load_from_beside_the_yaml(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "my_registry_tools.py").write_text(
+        textwrap.dedent("""
+        from tools.base import BaseTool
+        from tools.function import tool
+
+        class Thing(BaseTool):
+            async def create(self, instance_id=None, *, size): ...
+
+        @tool(timeout_s=5, ends_conversation=True)
+        def decorated(x: int) -> int:
+            "Doubles."
+            return 2 * x
+
+        def plain(x: int) -> int:
+            return x
+        """)
+    )
+    loaded = load_tools(
+        write(
+            [
+                entry(cls="my_registry_tools.Thing", anything=1),
+                {"function": "my_registry_tools:decorated", "config": {"timeout_s": 7}},
+                {"function": "my_registry_tools:plain"},
+            ]
+        )
+    )
+    assert list(loaded) == ["calculate_answer", "decorated", "plain"]
+    assert (loaded["decorated"].timeout_s, loaded["decorated"].ends_conversation) == (7.0, True)
+    assert loaded["decorated"].schema["function"]["description"] == "Doubles."
+    assert loaded["calculate_answer"].create_kwargs({"size": 1}, ground_truth="4") == {"size": 1}
+    with pytest.raises(ToolConfigError, match="does not take 'colour' from the row's create_kwargs; it takes size"):
+        loaded["calculate_answer"].create_kwargs({"colour": 1})
+
+
+async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(write: Any, tmp_path: Path) -> None:
+    pytest.importorskip("verl.tools.base_tool")
+    (tmp_path / "my_verl_tools.py").write_text(
+        textwrap.dedent("""
+        from verl.tools.base_tool import BaseTool
+        from verl.tools.schemas import ToolResponse
+
+        class Late(BaseTool):
+            async def create(self, instance_id=None, **kwargs):
+                return instance_id, ToolResponse(text=kwargs["create_kwargs"]["ground_truth"] + kwargs["ground_truth"])
+        """)
+    )
+    loaded = load_tools(write([entry(cls="my_verl_tools.Late")]))["calculate_answer"]
+    assert (await loaded.tool.create("t", **loaded.create_kwargs({"ground_truth": "a"}, "b")))[1].text == "aa"
+
+
+async def test_a_set_from_python_objects() -> None:
+    closed: list[str] = []
+
+    class Closing(BaseTool):
+        async def close(self) -> None:
+            closed.append(self.name)
+            raise OSError("gone")
+
+    @tool(max_concurrency=2)
+    def double(x: int) -> int:
+        return 2 * x
+
+    def undecorated(x: int) -> int:
+        return x
+
+    made = ToolSet.from_tools([double, undecorated, Closing({}, ANSWER), Closing({}, NESTED)])
+    assert list(made) == ["double", "undecorated", "calculate_answer", "nested"]
+    assert (made.source_text, made["double"].max_concurrency) == ("", 2)
+    assert (await made["double"].tool.execute("t", {"x": 2}))[0] == ToolResponse("4")
+    with pytest.raises(ExceptionGroup, match="closing the tools failed"):
+        await made.close()
+    assert closed == ["calculate_answer", "nested"]
+    with pytest.raises(ToolConfigError, match="instance of a tool class"):
+        ToolSet.from_tools([Closing])
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (["x"], "entry 0: expected class_name, config and tool_schema, got str"),
+    ([{**entry(), "tool_shema": {}}], "entry 0: no key 'tool_shema' here; did you mean 'tool_schema'?"),
+    ([{"config": {}}], "expected one of class_name, class_path, function; got none of them"),
+    ([{**entry(), "function": "a:b"}], "expected one of class_name, class_path, function; got class_name, function"),
+    ([entry(cls="tools.gsm8k.Gsm8kTol")], "module tools.gsm8k has no 'Gsm8kTol'; did you mean 'Gsm8kTool'?"),
+    ([entry(cls="tools.gsm8.Gsm8kTool")], "there is no module 'tools.gsm8'; did you mean 'tools.gsm8k.Gsm8kTool'?"),
+    ([entry(cls="Gsm8kTool")], "Gsm8kTool: a class is written package.module.Class"),
+    ([entry(cls="tools.gsm8k.grade")], "expected a class, got function"),
+    ([entry(cls="fractions.Fraction")], "cannot be made: TypeError"),
+    ([entry(cls="types.SimpleNamespace")], "not a tool class: it has no create, execute, calc_reward, release"),
+    ([entry(metod="strict")], "config has no key 'metod'; did you mean 'method'?"),
+    ([entry(method="loose")], "config.method must be flexible or strict, got 'loose'"),
+    ([entry(timeout_s=0)], "config.timeout_s must be a number above 0, got 0"),
+    ([entry(timeout_s=float("nan"))], "config.timeout_s must be a number above 0, got nan"),
+    ([entry(max_concurrency=True)], "config.max_concurrency must be a whole number above 0, got True"),
+    ([entry(ends_conversation="yes")], "config.ends_conversation must be true or false, got 'yes'"),
+    ([entry(type="mcp")], "config.type 'mcp' is not supported; only native is"),
+    ([{**entry(), "config": []}, 1], "entry 1: expected class_name, config and tool_schema, got int"),
+    ([{**entry(), "config": "x"}], "config must be a mapping, got str"),
+    ([{"class_name": "tools.gsm8k.Gsm8kTool"}], "tool_schema is missing"),
+    ([entry({"name": "x"})], "tool_schema must be {type: function, function: {name, description, parameters}}"),
+    ([entry({"function": {"name": ""}})], "tool_schema.function.name must be a non-empty string, got ''"),
+    (
+        [entry(schema_with(type="object", properties={"a": {"type": "strin"}}))],
+        "tool_schema.function.parameters.properties.a.type is not valid JSON schema",
+    ),
+    ([entry(schema_with(properties={"a": {"$ref": "#/$defs/A"}}))], "$ref '#/$defs/A' points nowhere"),
+    ([entry(schema_with(properties={"a": {"$ref": "http://localhost/a"}}))], "$ref 'http://localhost/a' points nowhere"),
+    ([entry(), entry()], "two tools are named 'calculate_answer'"),
+    ([{"function": "json.dumps"}], "function must be written module:name"),
+    ([{"function": "json:dump"}], "json:dump: function dump: parameter **kw cannot be given by name"),
+    ({"tool": []}, "the file has no key 'tool'; did you mean 'tools'?"),
+    ({"tools": []}, "expected `tools:` over a list of tools"),
+    ("tools: [", "not valid YAML (line 1, column 9)"),
+    ("- !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ("just text", "expected `tools:` over a list of tools, or the list alone; got str"),
+]
+
+
+@pytest.mark.parametrize(("document", "said"), REFUSED, ids=[said[:50] for _, said in REFUSED])
+def test_a_mistake_is_one_line_with_file_and_reason(write: Any, document: Any, said: str) -> None:
+    path = write(document)
+    with pytest.raises(ToolConfigError) as caught:
+        load_tools(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_an_unknown_name_lists_what_is_shipped() -> None:
+    with pytest.raises(ToolConfigError, match="'gsm8' is not a shipped tool config; did you mean 'gsm8k'"):
+        load_tools("gsm8")
+    with pytest.raises(ToolConfigError, match=r"no/such\.yaml: there is no such file"):
+        load_tools("no/such.yaml")
+
+
+def test_a_shadowed_folder_of_the_users_is_named(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "mine.py").write_text("class Thing: ...")
+    with pytest.raises(ToolConfigError, match=r"no module 'tools.mine'; your .*/tools is shadowed by turntrace's own package 'tools'"):
+        load_tools(write([entry(cls="tools.mine.Thing")]))
+
+
+def test_a_module_that_fails_to_import_is_told_apart_from_a_missing_one(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "needs_more.py").write_text("import not_installed_anywhere")
+    (tmp_path / "breaks.py").write_text("1 / 0")
+    with pytest.raises(ToolConfigError, match="importing needs_more failed: No module named 'not_installed_anywhere'"):
+        load_tools(write([entry(cls="needs_more.Thing")]))
+    with pytest.raises(ToolConfigError, match="importing breaks failed: ZeroDivisionError"):
+        load_tools(write([entry(cls="breaks.Thing")]))
+
+
+def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
+    """Also from another working folder, as a command does."""
+    path = write([entry()])
+    code = (
+        "import sys, json; from tools.registry import load_tools; load_tools(sys.argv[1]);"
+        "print(json.dumps([m for m in ('torch', 'verl', 'transformers', 'ray', 'sglang', 'httpx') if m in sys.modules]))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd="/", env=env, check=True)
+    assert json.loads(done.stdout) == []

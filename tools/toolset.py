@@ -1,0 +1,279 @@
+"""The tools of a run: a name, the tool, its lossless schema, and what the dispatcher must know to call it.
+
+Everything that can be found out once (the validator, what `create` accepts, the limits) is found out when the set is
+made, so that a call costs a dictionary lookup and a validation. Making a set needs no event loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Protocol, runtime_checkable
+
+import jsonschema
+from jsonschema import Draft202012Validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from tools.base import BaseTool, ToolConfigError
+from tools.function import FunctionTool
+
+# Keys of a tool's `config` that are the dispatcher's; `type` is verl's, and only `native` is known.
+DISPATCH_KEYS = frozenset({"ends_conversation", "timeout_s", "max_concurrency", "type"})
+
+MAX_ERRORS = 8
+MAX_ERROR_CHARS = 300
+
+
+@runtime_checkable
+class Tool(Protocol):
+    """The shape of a tool: ours, verl's, or anybody's. See `tools.base` for what each coroutine does."""
+
+    async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, Any]: ...
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float | None, dict[str, Any]]: ...
+
+    async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None: ...
+
+    async def release(self, instance_id: str, **kwargs: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTool:
+    """One tool, ready to be called. `schema` is the OpenAI function schema as written, nothing dropped."""
+
+    name: str
+    tool: Tool
+    schema: dict[str, Any]
+    ends_conversation: bool
+    timeout_s: float
+    max_concurrency: int | None
+    _validator: Draft202012Validator = field(repr=False)
+    _create: CreateSignature = field(repr=False)
+
+    def validate(self, arguments: object) -> list[str]:
+        """What is wrong with a call's arguments, one line a field; empty when nothing is."""
+        if self._validator.is_valid(arguments):
+            return []
+        errors = sorted(self._validator.iter_errors(arguments), key=lambda error: [str(part) for part in error.absolute_path])
+        return [_argument_error(error) for error in errors[:MAX_ERRORS]]
+
+    def create_kwargs(self, given: Mapping[str, Any], ground_truth: Any = None) -> dict[str, Any]:
+        """The keywords for this tool's `create`: a row's `create_kwargs`, and the ground truth where it is taken.
+
+        Raises ToolConfigError when the row gives a keyword that `create` does not take.
+        """
+        return self._create.keywords(self.name, given, ground_truth)
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSignature:
+    """Which keywords a class's `create` takes.
+
+    verl up to 0.6 calls `create(**create_kwargs)`, later versions `create(create_kwargs={...})`. A class that takes any
+    keyword and is verl's may have been written for either and gets both.
+    """
+
+    names: frozenset[str]
+    takes_any: bool
+    wants_nested: bool
+
+    @classmethod
+    def of(cls, create: Callable[..., Any], *, verl: bool) -> CreateSignature:
+        parameters = inspect.signature(create).parameters.values()
+        names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)) - {"instance_id"}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return cls(names - {"create_kwargs"}, takes_any, "create_kwargs" in names or (verl and takes_any))
+
+    def keywords(self, tool: str, given: Mapping[str, Any], ground_truth: Any) -> dict[str, Any]:
+        merged = dict(given)
+        if ground_truth is not None:
+            merged.setdefault("ground_truth", ground_truth)
+        flat = merged if self.takes_any else {key: value for key, value in merged.items() if key in self.names}
+        if self.wants_nested:
+            return {**flat, "create_kwargs": merged}
+        if unknown := [key for key in given if key not in flat]:
+            takes = ", ".join(sorted(self.names)) or "no keyword"
+            raise ToolConfigError(f"tool {tool}: create() does not take {unknown[0]!r} from the row's create_kwargs; it takes {takes}")
+        return flat
+
+
+class ToolSet(Mapping[str, LoadedTool]):
+    """Tools by name, in the order in which the model sees them. `source_text` is the YAML they came from."""
+
+    def __init__(self, tools: Iterable[LoadedTool], source_text: str = "") -> None:
+        self._tools: dict[str, LoadedTool] = {}
+        self.source_text = source_text
+        for loaded in tools:
+            if loaded.name in self._tools:
+                raise ToolConfigError(f"two tools are named {loaded.name!r}; each needs a name of its own")
+            self._tools[loaded.name] = loaded
+
+    @classmethod
+    def from_tools(cls, tools: Iterable[Callable[..., Any] | Tool]) -> ToolSet:
+        """A set from Python objects: functions (decorated with `@tool` or not) and tool instances."""
+        return cls(loaded_tool(made) for made in map(_as_tool, tools))
+
+    def __getitem__(self, name: str) -> LoadedTool:
+        return self._tools[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tools)
+
+    def __len__(self) -> int:
+        return len(self._tools)
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The OpenAI schemas offered, in order, lossless."""
+        return [loaded.schema for loaded in self._tools.values()]
+
+    async def close(self) -> None:
+        """Closes every tool that can be closed, all of them even if one fails; then raises what the failed ones raised."""
+        failures: list[Exception] = []
+        for loaded in self._tools.values():
+            if close := getattr(loaded.tool, "close", None):
+                try:
+                    await close()
+                except Exception as error:
+                    failures.append(error)
+        if failures:
+            raise ExceptionGroup("closing the tools failed", failures)
+
+
+def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
+    """A tool with its limits read from its `config` and its schema checked; `schema` where the tool's own is lossy.
+
+    Raises ToolConfigError: a schema or a limit that cannot be used.
+    """
+    schema = copy.deepcopy(schema if schema is not None else _own_schema(tool))
+    name, parameters = check_schema(schema)
+    config: Mapping[str, Any] = getattr(tool, "config", None) or {}
+    check_config_keys(config, getattr(tool, "config_keys", None))
+    return LoadedTool(
+        name=name,
+        tool=tool,
+        schema=schema,
+        ends_conversation=_flag(config, "ends_conversation"),
+        timeout_s=_positive(config, "timeout_s", getattr(tool, "timeout_s", BaseTool.timeout_s)),
+        max_concurrency=_concurrency(config),
+        _validator=Draft202012Validator(parameters, registry=Registry()),
+        _create=CreateSignature.of(tool.create, verl=is_verl(type(tool))),
+    )
+
+
+def is_verl(tool_class: type) -> bool:
+    """Whether a class derives from verl's BaseTool; answered without importing verl."""
+    return any(base.__name__ == "BaseTool" and base.__module__.split(".")[0] == "verl" for base in tool_class.__mro__)
+
+
+def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
+    """The name and the parameters' JSON schema of an OpenAI function schema. Raises ToolConfigError naming the path."""
+    function = schema.get("function") if isinstance(schema, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ToolConfigError("tool_schema must be {type: function, function: {name, description, parameters}}")
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise ToolConfigError(f"tool_schema.function.name must be a non-empty string, got {name!r}")
+    parameters = function.get("parameters", {"type": "object", "properties": {}})
+    where = "tool_schema.function.parameters"
+    if not isinstance(parameters, Mapping):
+        raise ToolConfigError(f"{where} must be a JSON schema of type object, got {type(parameters).__name__}")
+    try:
+        Draft202012Validator.check_schema(parameters)
+    except jsonschema.SchemaError as error:
+        path = ".".join([where, *(str(part) for part in error.absolute_path)])
+        raise ToolConfigError(f"{path} is not valid JSON schema: {_clip(error.message)}") from error
+    _check_references(parameters, where)
+    return name, dict(parameters)
+
+
+def _check_references(parameters: Mapping[str, Any], where: str) -> None:
+    resolver = Registry().resolver_with_root(DRAFT202012.create_resource(parameters))
+    for reference in _references(parameters):
+        try:
+            resolver.lookup(reference)
+        except Unresolvable as error:
+            raise ToolConfigError(f"{where}: $ref {reference!r} points nowhere; put what it names under $defs") from error
+
+
+def _references(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+def check_config_keys(config: Mapping[str, Any], own: frozenset[str] | None) -> None:
+    """Refuses a key of `config` that neither the tool nor the dispatcher knows, naming the nearest right one."""
+    if own is None:
+        return
+    known = own | DISPATCH_KEYS
+    for key in config:
+        if key not in known:
+            raise ToolConfigError(f"config has no key {key!r}{nearest(str(key), known)}")
+
+
+def nearest(wrong: str, right: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or what is allowed when nothing comes near."""
+    right = sorted(right)
+    if close := get_close_matches(wrong, right, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(right)}" if right else ""
+
+
+def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
+    if not isinstance(made, type):
+        if isinstance(made, Tool):
+            return made
+        if callable(made):
+            return FunctionTool(made)
+    raise ToolConfigError(f"a tool must be a function or an instance of a tool class, got {made!r}")
+
+
+def _own_schema(tool: Tool) -> Any:
+    schema: Any = getattr(tool, "tool_schema", None)
+    return schema.model_dump(exclude_unset=True, exclude_none=True) if hasattr(schema, "model_dump") else schema
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ToolConfigError(f"config.{key} must be true or false, got {value!r}")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ToolConfigError(f"config.{key} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def _concurrency(config: Mapping[str, Any]) -> int | None:
+    """`max_concurrency`; verl's tools call the same thing `num_workers`."""
+    key = "max_concurrency" if "max_concurrency" in config else "num_workers"
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ToolConfigError(f"config.{key} must be a whole number above 0, got {value!r}")
+    return value
+
+
+def _argument_error(error: jsonschema.ValidationError) -> str:
+    where = ".".join(str(part) for part in error.absolute_path) or "arguments"
+    alternatives = "; ".join(_clip(inner.message) for inner in (error.context or [])[:MAX_ERRORS])
+    return f"{where}: {_clip(error.message)}" + (f" ({alternatives})" if alternatives else "")
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_CHARS else f"{text[: MAX_ERROR_CHARS // 2]} ... {text[-MAX_ERROR_CHARS // 2 :]}"
