@@ -110,12 +110,10 @@ class _Scan:
     def _malformed(self, start: int, position: int, reason: str, name: str | None = None) -> int:
         """Ends a bad block at the next closing tag, or before the next opening one, whichever comes first."""
         closing, opening = self._next_close(position), self.text.find(OPEN, position)
-        if closing < 0 or 0 <= opening < closing:
-            end = opening if opening >= 0 else len(self.text)
-        else:
-            end = closing + len(CLOSE)
+        closed = closing >= 0 and not 0 <= opening < closing
+        end = closing + len(CLOSE) if closed else (opening if opening >= 0 else len(self.text))
         block = self.text[start:end]
-        if not block.endswith(CLOSE):
+        if not closed:
             reason = f"{reason}; {CLOSE} is missing" if "followed by" not in reason else reason
         found = _NAME.search(block)
         self.calls.append(MalformedToolCall(block, f"{reason}; {_HINT}", name or (found.group(1) if found else None)))

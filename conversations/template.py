@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import pairwise
 from typing import Any
 
 from conversations.errors import TemplateError
@@ -85,7 +85,7 @@ class ChatTemplate:
         whole = self._apply([*messages, *created], tools, generation=True)
         if not created:
             return [(PROMPT, self.encode(whole))]
-        start = len(commonprefix([self._apply(messages, tools, generation=False), whole]))
+        start = _common_length(self._apply(messages, tools, generation=False), whole)
         end = len(whole) - len(self._generation) if whole.endswith(self._generation) else len(whole)
         ids, cuts = self._encode_cut(whole, [start, end])
         return [(kind, part) for kind, part in zip((PROMPT, TOOL, PROMPT), _split(ids, cuts), strict=True) if part]
@@ -119,7 +119,11 @@ class ChatTemplate:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of template text, control tokens recognised, none added. Lone surrogates become U+FFFD."""
-        return list(self._backend.encode(_encodable(text), add_special_tokens=False).ids)
+        return list(self.encoding(text).ids)
+
+    def encoding(self, text: str) -> Any:
+        """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end) characters."""
+        return self._backend.encode(_encodable(text), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens kept, spaces not cleaned up."""
@@ -155,20 +159,20 @@ class ChatTemplate:
 
     def _after_end(self, text: str) -> list[int]:
         """Ids of text that follows an end token: some tokenizers treat the start of a text differently."""
-        ids: list[int] = self._backend.encode(self._end_text + _encodable(text), add_special_tokens=False).ids
+        ids: list[int] = self.encoding(self._end_text + text).ids
         if not ids or ids[0] != self.end_id:
             raise TemplateError(f"{self.name}: the end token {self._end_text!r} merges with the text after it")
         return ids[1:]
 
     def _encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
         """Ids of `text` and, for each character position, the first token that starts at or after it."""
-        encoding = self._backend.encode(_encodable(text), add_special_tokens=False)
+        encoding = self.encoding(text)
         starts = [start for start, _ in encoding.offsets]
         return list(encoding.ids), [next((i for i, start in enumerate(starts) if start >= cut), len(starts)) for cut in cuts]
 
     def _parts_by_offset(self, text: str, edges: _Edges) -> list[list[int]]:
         shift = len(self._end_text)
-        encoding = self._backend.encode(self._end_text + _encodable(text), add_special_tokens=False)
+        encoding = self.encoding(self._end_text + text)
         spans = encoding.offsets[1:]
         head = sum(1 for _, end in spans if end <= shift + len(edges.scaffold))
         tail = sum(1 for start, _ in spans if start >= shift + len(text) - len(self._generation))
@@ -184,7 +188,9 @@ class ChatTemplate:
         specials = [token for token in ids if token in known]
         end = (specials[0] if kind == USER else specials[-1]) if specials else None  # `</tool_call>` may be a token too
         if end is None or (kind == USER and ids[0] != end):
-            raise TemplateError(f"the chat template of {self.name} ends an assistant turn without a special token; turns cannot be told apart")
+            raise TemplateError(
+                f"the chat template of {self.name} ends an assistant turn without a special token: no engine can stop there"
+            )
         return end, self.decode([end])
 
     def _call_end(self) -> list[int]:
@@ -302,9 +308,14 @@ def _histories(kind: str) -> list[list[Message]]:
     ]
 
 
+def _common_length(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
 def _split(ids: list[int], cuts: Sequence[int]) -> list[list[int]]:
     bounds = [0, *cuts, len(ids)]
-    return [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [ids[start:end] for start, end in pairwise(bounds)]
 
 
 def _encodable(text: str) -> str:

@@ -1,0 +1,114 @@
+"""Many conversations at once: admission, groups, progress, and what is kept when a run is cut off.
+
+Invariant: each (task, sample) that was admitted ends on exactly one line, in `trajectories.jsonl` when it finished and
+in `unfinished.jsonl` when it was cancelled. At most `max_concurrent` conversations are alive; tasks are read as they
+are admitted, so memory does not grow with the task file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from agent.loop import Conversation, Runtime, converse
+from agent.tasks import Task
+from conversations.store import RunFolder
+from conversations.trajectory import Trajectory
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counters of a run as it goes. `total` is None while the number of tasks is not known."""
+
+    total: int | None = None
+    done: int = 0
+    running: int = 0
+    skipped: int = 0
+    turns: int = 0
+    sampled_tokens: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    invalid_calls: int = 0
+    infra_errors: int = 0
+    rewards: int = 0
+    reward_sum: float = 0.0
+    stop_reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Over the conversations that have a reward."""
+        return self.reward_sum / self.rewards if self.rewards else None
+
+    def count(self, trajectory: Trajectory) -> None:
+        """Counts a finished conversation."""
+        statuses = Counter(call.status for call in trajectory.tool_calls)
+        self.done += 1
+        self.stop_reasons[trajectory.stop_reason] += 1
+        self.turns += trajectory.num_turns
+        self.sampled_tokens += sum(turn.end - turn.start for turn in trajectory.turns)
+        self.tool_calls += statuses.total()
+        self.tool_errors += statuses.total() - statuses["ok"]
+        self.invalid_calls += statuses["malformed"] + statuses["unknown_tool"] + statuses["invalid_arguments"]
+        self.infra_errors += trajectory.infra_error
+        if trajectory.reward is not None:
+            self.rewards += 1
+            self.reward_sum += trajectory.reward
+
+
+async def run_tasks(
+    tasks: Iterable[Task],
+    runtime: Runtime,
+    *,
+    n: int = 1,
+    max_concurrent: int = 64,
+    store: RunFolder | None = None,
+    progress: Progress | None = None,
+    on_done: Callable[[Trajectory], None] | None = None,
+) -> Progress:
+    """Runs `n` samples of every task; what `store` already holds is skipped.
+
+    `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
+    records written as unfinished, and CancelledError is raised. An error of the store ends the run.
+    """
+    batch = _Batch(runtime, store, progress or Progress(), on_done)
+    slots = asyncio.Semaphore(max_concurrent)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for task in tasks:
+                for sample in range(n):
+                    if store and (task.id, sample) in store.done:
+                        batch.progress.skipped += 1
+                        continue
+                    await slots.acquire()
+                    running = group.create_task(batch.run(Conversation(task, sample, runtime)))
+                    running.add_done_callback(lambda _: slots.release())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return batch.progress
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    runtime: Runtime
+    store: RunFolder | None
+    progress: Progress
+    on_done: Callable[[Trajectory], None] | None
+
+    async def run(self, conversation: Conversation) -> None:
+        self.progress.running += 1
+        try:
+            await converse(conversation)
+        except asyncio.CancelledError:
+            if self.store:
+                self.store.append_unfinished(conversation.trajectory())
+            raise
+        finally:
+            self.progress.running -= 1
+        trajectory = conversation.trajectory()
+        if self.store:
+            self.store.append(trajectory)
+        self.progress.count(trajectory)
+        if self.on_done:
+            self.on_done(trajectory)

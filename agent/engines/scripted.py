@@ -1,0 +1,67 @@
+"""An engine without a model: it plays token ids back. For exact properties, benchmarks and recorded runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from agent.engines.engine import Generation, SamplingParams
+from agent.errors import EngineError
+from conversations.trajectory import Trajectory
+
+Respond = Callable[[Sequence[int], SamplingParams], Generation]
+"""What to answer to a prompt; may raise EngineError."""
+
+
+class ScriptedEngine:
+    """Answers each prompt with what `respond` says, after `delay_s` seconds."""
+
+    def __init__(self, respond: Respond, *, delay_s: float = 0.0, name: str = "scripted") -> None:
+        self._respond = respond
+        self._delay_s = delay_s
+        self._name = name
+
+    def describe(self) -> dict[str, Any]:
+        """The record's `engine` field."""
+        return {"name": self._name}
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+        """The scripted answer, cut to `max_new_tokens` as a real engine would."""
+        await asyncio.sleep(self._delay_s)
+        generation = self._respond(prompt_ids, sampling)
+        limit = sampling.get("max_new_tokens", len(generation.token_ids))
+        if len(generation.token_ids) <= limit:
+            return generation
+        return Generation(generation.token_ids[:limit], generation.logprobs[:limit], "length")
+
+    async def abort(self, request_id: str) -> None:
+        """Nothing runs that could be aborted."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def recorded(trajectories: Iterable[Trajectory]) -> ScriptedEngine:
+    """An engine that samples what the trajectories sampled: the same tokens after the same tokens.
+
+    Where several samples go on differently from one prompt, they are handed out in order, round and round.
+    `generate` raises EngineError for a prompt that no trajectory holds.
+    """
+    answers: dict[int, deque[Generation]] = defaultdict(deque)
+    for trajectory in trajectories:
+        ids = trajectory.prompt_ids + trajectory.response_ids
+        first = len(trajectory.prompt_ids)
+        for turn in trajectory.turns:
+            logprobs = [value or 0.0 for value in trajectory.response_logprobs[turn.start - first : turn.end - first]]
+            answers[hash(tuple(ids[: turn.start]))].append(Generation(ids[turn.start : turn.end], logprobs, turn.finish_reason))
+
+    def respond(prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        queue = answers.get(hash(tuple(prompt_ids)))
+        if not queue:
+            raise EngineError(f"no recorded turn follows these {len(prompt_ids)} tokens")
+        queue.rotate(-1)
+        return queue[-1]
+
+    return ScriptedEngine(respond, name="recorded")

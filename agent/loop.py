@@ -1,0 +1,329 @@
+"""One conversation: generate, parse, dispatch, append, until one stop reason is set.
+
+Invariants (DESIGN: the token contract). The engine's input is always the conversation's own token sequence, unchanged
+and only ever longer. Work per turn depends on the turn, never on the length of the conversation. Whatever goes wrong
+ends in the record with one stop reason, the first that happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Any
+
+from agent.dispatch import ConversationTools, Dispatcher, describe, ledger_lines
+from agent.engines.engine import Engine, Generation
+from agent.errors import EngineError
+from agent.tasks import Task
+from conversations import hermes
+from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
+from conversations.template import ChatTemplate, Delta
+from conversations.tokens import TEMPLATE, TOOL, TokenSequence
+from conversations.trajectory import INVALID_STATUSES, ToolCallRecord, Trajectory, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Budgets and limits of one conversation; token counts unless the name says otherwise.
+
+    `sampling` are the engine's sampling params without `max_new_tokens` and `stop_token_ids`, which the loop sets.
+    None means no limit.
+    """
+
+    prompt_length: int
+    response_length: int
+    max_model_len: int
+    max_tokens: int | None = None
+    max_turns: int | None = None
+    max_consecutive_invalid_calls: int | None = 8
+    deadline_s: float | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What all conversations of a run share."""
+
+    engine: Engine
+    template: ChatTemplate
+    settings: LoopSettings
+    dispatcher: Dispatcher | None = None
+
+
+async def converse(conversation: Conversation) -> None:
+    """Runs a conversation to its end; afterwards `conversation.trajectory()` is its record.
+
+    Raises CancelledError alone: the record is complete up to the last finished turn, with `cancelled`.
+    """
+    deadline = asyncio.timeout(conversation.runtime.settings.deadline_s)
+    try:
+        try:
+            async with deadline:
+                await _turns(conversation)
+        except asyncio.CancelledError:
+            conversation.stop("cancelled")
+            raise
+        except Exception as error:
+            if deadline.expired():
+                conversation.stop("deadline")
+            else:  # ours: kept in the record, like every other failure, and never a reward
+                conversation.fail("engine_error", describe(error))
+        await conversation.collect_rewards()
+    finally:
+        await conversation.close()
+
+
+async def _turns(conversation: Conversation) -> None:
+    if not await conversation.open():
+        return conversation.stop("prompt_too_long")
+    while True:
+        # 1. Budget: what this turn may sample.
+        room = conversation.room()
+        if room <= 0:
+            return conversation.stop("length")
+        # 2. Generate, and append what was sampled.
+        try:
+            generation = await conversation.generate(room)
+        except EngineError as error:
+            return conversation.fail("engine_error", str(error))
+        parsed = conversation.append_turn(generation)
+        # 3. A turn that was cut has its calls never run; one without calls is the last.
+        if not conversation.turn_is_complete:
+            return conversation.reject_calls(parsed)
+        if not parsed.calls:
+            return conversation.stop("stop")
+        # 4. Run the calls.
+        lines = await conversation.run_calls(parsed)
+        if reason := conversation.reason_to_stop(lines):
+            return conversation.stop(reason)
+        # 5. Append their responses, if they fit.
+        if not conversation.append_responses(lines):
+            return conversation.stop("length")
+
+
+class Conversation:
+    """A task being run: its tokens, messages, turns and ledger, and what may be done to them.
+
+    Engine calls and tools are awaited here, the order of things is `converse`'s.
+    """
+
+    __slots__ = (
+        "_invalid_in_a_row", "_opened", "_started_at", "error", "infra_error", "ledger", "messages", "rewards", "runtime",
+        "sample", "stop_reason", "task", "tokens", "tools", "turn_is_complete", "turns", "wall_s", "warnings",
+    )  # fmt: skip
+
+    def __init__(self, task: Task, sample: int, runtime: Runtime) -> None:
+        self.task = task
+        self.sample = sample
+        self.runtime = runtime
+        self.tokens = TokenSequence()
+        self.messages: list[Message] = list(task.messages)
+        self.turns: list[Turn] = []
+        self.ledger: list[ToolCallRecord] = []
+        self.warnings: list[str] = []
+        self.rewards: dict[str, float] = {}
+        self.tools: ConversationTools | None = None
+        self.stop_reason: str | None = None
+        self.error: str | None = None
+        self.infra_error = False
+        self.turn_is_complete = False
+        self.wall_s = 0.0
+        self._invalid_in_a_row = 0
+        self._opened = perf_counter()
+        self._started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+
+    # ------------------------------------------------------------------ beginning and end
+
+    async def open(self) -> bool:
+        """Creates the tools and renders the prompt; False where it is longer than the prompt budget."""
+        created: list[Message] = []
+        if dispatcher := self.runtime.dispatcher:
+            self.tools = ConversationTools(dispatcher, self.task.tools_kwargs, self.task.ground_truth)
+            created = await self.tools.create()
+        for kind, ids in self.runtime.template.prompt(self.task.messages, self.schemas, created):
+            self.tokens.append(kind, ids)
+        self.messages += created
+        settings = self.runtime.settings
+        return len(self.tokens) <= min(settings.prompt_length, settings.max_model_len - 1)
+
+    def stop(self, reason: str) -> None:
+        """Sets the stop reason, once: the first that happens stays."""
+        self.stop_reason = self.stop_reason or reason
+
+    def fail(self, reason: str, error: str) -> None:
+        """Ends the conversation by an infrastructure failure: its reward is unknown, never 0."""
+        self.stop(reason)
+        self.infra_error, self.error = True, error
+
+    async def collect_rewards(self) -> None:
+        """Asks the tools for the trajectory's reward, unless nothing was sampled or infrastructure failed."""
+        self.infra_error = self.infra_error or any(line.status == "backend_error" for line in self.ledger)
+        if self.tools and self.turns and not self.infra_error:
+            self.rewards = await self.tools.rewards()
+        if self.tools and self.tools.failure:
+            self.infra_error, self.error = True, self.error or self.tools.failure
+
+    async def close(self) -> None:
+        """Releases the tools and stops the clock."""
+        if self.tools:
+            await self.tools.release()
+            self.warnings += self.tools.warnings
+        self.wall_s = perf_counter() - self._opened
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The tools offered, as OpenAI schemas."""
+        return self.tools.schemas if self.tools else []
+
+    # ------------------------------------------------------------------ one turn
+
+    def room(self) -> int:
+        """How many tokens the next turn may sample."""
+        settings = self.runtime.settings
+        room = min(settings.response_length - self.tokens.response_length, settings.max_model_len - len(self.tokens))
+        return room if settings.max_tokens is None else min(room, settings.max_tokens)
+
+    async def generate(self, room: int) -> Generation:
+        """Samples one turn. Raises EngineError where the engine failed or its answer is not data."""
+        runtime = self.runtime
+        sampling = {**runtime.settings.sampling, "max_new_tokens": room, "stop_token_ids": runtime.template.stop_token_ids}
+        generation = await runtime.engine.generate(self.tokens.ids, sampling, request_id=uuid.uuid4().hex)
+        _check(generation, room)
+        return generation
+
+    def append_turn(self, generation: Generation) -> ParsedTurn:
+        """Appends a turn's tokens and its message; returns what it says."""
+        template, ids = self.runtime.template, generation.token_ids
+        start = len(self.tokens)
+        self.tokens.append_sampled(ids, generation.logprobs)
+        self.turns.append(_turn(start, generation))
+        self.turn_is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
+        raw = template.raw(ids)
+        parsed = hermes.parse(raw, in_think=template.opens_think) if self.schemas else ParsedTurn(raw)
+        lines = ledger_lines(parsed.calls, len(self.turns) - 1)
+        self.ledger += lines
+        self.messages.append(assistant_message(raw, parsed, [line.call_id for line in lines]))
+        return parsed
+
+    async def run_calls(self, parsed: ParsedTurn) -> list[ToolCallRecord]:
+        """Runs the calls of the last turn; returns their ledger lines."""
+        lines = self.ledger[len(self.ledger) - len(parsed.calls) :]
+        if self.tools:
+            await self.tools.run(parsed.calls, lines)
+        return lines
+
+    def reject_calls(self, parsed: ParsedTurn) -> None:
+        """Ends a conversation whose turn was cut by its budget: the calls in it were never run."""
+        for line in self.ledger[len(self.ledger) - len(parsed.calls) :]:
+            if line.status != "malformed":
+                line.status, line.error = "rejected", "the turn was cut by its token budget, so its calls were not run"
+        self.stop("length")
+
+    def reason_to_stop(self, lines: list[ToolCallRecord]) -> str | None:
+        """What ends the conversation after a turn's calls, before their responses are appended."""
+        settings = self.runtime.settings
+        offered = self.tools.offered if self.tools else {}
+        if any(line.status == "ok" and offered[line.name].ends_conversation for line in lines):
+            return "tool_stop"
+        for line in lines:
+            self._invalid_in_a_row = self._invalid_in_a_row + 1 if line.status in INVALID_STATUSES else 0
+            if self._invalid_in_a_row == settings.max_consecutive_invalid_calls:
+                return "invalid_tool_calls"
+        return "max_turns" if len(self.turns) == settings.max_turns else None
+
+    def append_responses(self, lines: list[ToolCallRecord]) -> bool:
+        """Appends what the template puts after the turn, the end token it may lack included; False where it does not fit."""
+        template = self.runtime.template
+        messages = [tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]
+        delta = template.delta(messages, TOOL)
+        missing_end = [] if self.tokens.ids[-1] in template.end_ids else [template.end_id]
+        settings = self.runtime.settings
+        added = len(missing_end) + len(delta)
+        if self.tokens.response_length + added > settings.response_length or len(self.tokens) + added > settings.max_model_len:
+            return False
+        self.tokens.append(TEMPLATE, missing_end)
+        self._append(delta)
+        self.messages += messages
+        self._warn(lines)
+        return True
+
+    def _append(self, delta: Delta) -> None:
+        for kind, ids in delta.pieces:
+            self.tokens.append(kind, ids)
+
+    def _warn(self, lines: list[ToolCallRecord]) -> None:
+        template = self.runtime.template
+        for line in lines:
+            if found := template.control_tokens(line.response or ""):
+                self.warnings.append(f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}")
+        if template.rewrites_history and "</think>" in self.messages[-1 - len(lines)]["raw"]:
+            warning = f"the chat template of {template.name} drops earlier <think> blocks; the sampled tokens were kept"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+
+    # ------------------------------------------------------------------ the record
+
+    def trajectory(self) -> Trajectory:
+        """The record of the conversation as it stands."""
+        task, tokens, template = self.task, self.tokens, self.runtime.template
+        parts = {} if self.infra_error else self.rewards
+        return Trajectory(
+            id=f"{task.id}-{self.sample}",
+            task_id=task.id,
+            sample=self.sample,
+            prompt_ids=tokens.prompt_ids(),
+            response_ids=tokens.response_ids(),
+            response_mask=tokens.response_mask(),
+            response_logprobs=tokens.response_logprobs(),
+            segments=tokens.segments(),
+            turns=self.turns,
+            messages=self.messages,
+            tool_calls=self.ledger,
+            tools=self.schemas,
+            stop_reason=self.stop_reason or "cancelled",
+            num_turns=len(self.turns),
+            infra_error=self.infra_error,
+            error=self.error,
+            warnings=self.warnings,
+            reward=sum(parts.values()) if parts else None,
+            reward_parts=parts,
+            ground_truth=task.ground_truth,
+            data_source=task.data_source,
+            extra=task.extra,
+            engine=self.runtime.engine.describe(),
+            sampling={**self.runtime.settings.sampling, "stop_token_ids": template.stop_token_ids},
+            parent=None,
+            started_at=self._started_at,
+            wall_s=self.wall_s,
+        )
+
+
+def _turn(start: int, generation: Generation) -> Turn:
+    return Turn(
+        start=start,
+        end=start + len(generation.token_ids),
+        finish_reason=generation.finish_reason,
+        prompt_tokens=start,
+        cached_tokens=generation.cached_tokens,
+        queue_s=generation.queue_s,
+        engine_s=generation.engine_s,
+        weight_version=generation.weight_version,
+    )
+
+
+def _check(generation: Generation, room: int) -> None:
+    """What an engine answers is data only when ids and log-probs belong together and are numbers."""
+    ids, logprobs = generation.token_ids, generation.logprobs
+    if generation.finish_reason not in ("stop", "length"):
+        raise EngineError(f"the engine ended the generation with {generation.finish_reason!r}")
+    if not ids or len(ids) > room:
+        raise EngineError(f"the engine returned {len(ids)} tokens where 1 to {room} were asked for")
+    if len(ids) != len(logprobs):
+        raise EngineError(f"the engine returned {len(ids)} tokens with {len(logprobs)} log-probs")
+    if not all(map(math.isfinite, logprobs)):
+        raise EngineError("the engine returned a log-prob that is not a finite number")

@@ -1,0 +1,325 @@
+"""A run on disk: a folder of trajectories that survives being killed at any moment.
+
+    run.json             what was run: config, tools, model, tasks, versions, counts
+    trajectories.jsonl   one record a line, appended as each conversation ends
+    unfinished.jsonl     what was cut off, in the same form
+    superseded.jsonl     what a later attempt replaced: retried infrastructure failures, unfinished records run again
+    tokenizer/           the tokenizer and chat template, so that the run can be verified anywhere
+
+Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and flushed whole before
+the next begins and is on the disk (fsync) about a second later; what a kill leaves of a torn last line is cut on resume,
+and its conversation run again. One process writes at a time, held by a lock that dies with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from conversations.errors import RecordError, RunFolderError
+from conversations.trajectory import SCHEMA, Trajectory, read_record
+
+RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = "run.json", "trajectories.jsonl", "unfinished.jsonl", "superseded.jsonl"
+
+IDENTITY = ("config", "tools", "model", "tasks", "n", "validate")
+"""The fields of run.json that a resumed run must share with the first."""
+
+FSYNC_INTERVAL_S = 1.0
+
+
+class RunFolder:
+    """A run folder open for writing. Use `create` or `resume`, and close it (or `with`)."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str], done: set[tuple[str, int]]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.done = done
+        self._lock = lock
+        self._files = _Files(path)
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: Mapping[str, Any]) -> RunFolder:
+        """A new run. `manifest` becomes run.json. Raises RunFolderError where a run is there already."""
+        path = Path(path)
+        if (path / RUN).exists() or (path / TRAJECTORIES).exists():
+            raise RunFolderError(f"{path} already holds a run; use --resume to go on with it, or another --out")
+        lock = _locked(path)
+        return cls(path, _write_manifest(path, {"schema": SCHEMA, **manifest}), lock, set())
+
+    @classmethod
+    def resume(cls, path: str | Path, manifest: Mapping[str, Any], *, force: bool = False) -> RunFolder:
+        """An earlier run, to be gone on with: `done` holds the (task, sample) pairs that need not run again.
+
+        Raises RunFolderError where there is no run, another process writes to it, its file is damaged, or `manifest`
+        differs in what makes the run (all differences are named; `force` accepts them).
+        """
+        path = Path(path)
+        if not (path / RUN).exists():
+            raise RunFolderError(f"{path} holds no run to resume: {RUN} is not there; leave --resume out to start one")
+        lock = _locked(path)
+        try:
+            earlier = read_manifest(path)
+            if (differences := _differences(earlier, manifest)) and not force:
+                raise RunFolderError(f"{path} was run differently: {'; '.join(differences)}; use --force to go on all the same")
+            _cut_torn_line(path / UNFINISHED)
+            _cut_torn_line(path / TRAJECTORIES)
+            done = _retire(path)
+            return cls(path, _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")}), lock, done)
+        except BaseException:
+            lock.close()
+            raise
+
+    def append(self, trajectory: Trajectory) -> None:
+        """Writes a finished conversation. Raises RunFolderError where its (task, sample) is there, RecordError where it has no JSON."""
+        key = (trajectory.task_id, trajectory.sample)
+        if key in self.done:
+            raise RunFolderError(f"{self.path}: trajectory {trajectory.id} is there already; task ids must be unique")
+        self._files.append(TRAJECTORIES, trajectory.to_line())
+        self.done.add(key)
+
+    def append_unfinished(self, trajectory: Trajectory) -> None:
+        """Writes what there is of a conversation that was cut off."""
+        self._files.append(UNFINISHED, trajectory.to_line())
+
+    def close(self, counts: Mapping[str, Any] | None = None) -> None:
+        """Syncs and unlocks; `counts` go into run.json. Safe to call twice."""
+        if self._lock.closed:
+            return
+        self._files.close()
+        if counts is not None:
+            self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts)})
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """run.json as a dict. Raises RunFolderError where it is missing, damaged or of another schema."""
+    file = Path(path) / RUN
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{file} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise RunFolderError(f"{file} is not the run.json of a {SCHEMA} run")
+    return manifest
+
+
+def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
+    """The finished trajectories of a run folder or a .jsonl file, one by one, each checked against its hash.
+
+    Raises RunFolderError naming file and line.
+    """
+    file = Path(path) / TRAJECTORIES if Path(path).is_dir() else Path(path)
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield Trajectory.from_line(line)
+                except RecordError as error:
+                    raise RunFolderError(f"{file}:{number}: {error}") from error
+    except OSError as error:
+        raise RunFolderError(f"{file} cannot be read: {error.strerror}") from error
+
+
+class _Files:
+    """The files being appended to, and one thread that syncs what was written to them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open: dict[str, IO[bytes]] = {}
+        self._dirty: set[str] = set()
+        self._guard = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sync_forever, name="turntrace-fsync", daemon=True)
+        self._thread.start()
+
+    def append(self, name: str, line: str) -> None:
+        with self._guard:
+            if name not in self._open:
+                self._open[name] = (self._path / name).open("ab")
+                _sync_folder(self._path)
+            file = self._open[name]
+            try:
+                file.write(line.encode("ascii") + b"\n")
+                file.flush()
+            except OSError as error:
+                raise RunFolderError(f"{self._path / name} cannot be written: {error.strerror}; make room and --resume") from error
+            self._dirty.add(name)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sync()
+        for file in self._open.values():
+            file.close()
+
+    def _sync_forever(self) -> None:
+        while not self._stop.wait(FSYNC_INTERVAL_S):
+            with contextlib.suppress(OSError):  # the next append meets the same error and reports it
+                self._sync()
+
+    def _sync(self) -> None:
+        with self._guard:
+            files = [self._open[name] for name in self._dirty]
+            self._dirty.clear()
+        for file in files:
+            os.fsync(file.fileno())
+
+
+def _locked(path: Path) -> IO[str]:
+    """The run's lock, held until the returned file is closed or the process ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be used as a run folder: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise RunFolderError(f"another process is writing to {path}; wait for it to end, or use another --out") from error
+    return lock
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    _replace(path / RUN, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+    return manifest
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    fresh = file.with_name(file.name + ".new")
+    with fresh.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    fresh.replace(file)
+    _sync_folder(file.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """What makes two runs different, one phrase a key."""
+    old, new = ({key: value for name in IDENTITY for key, value in _flat(name, source.get(name))} for source in (earlier, manifest))
+    return [f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _flat(f"{prefix}.{key}", part)
+    else:
+        yield prefix, json.loads(json.dumps(value))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Cuts what a kill left of the last line: no newline, or no whole record."""
+    if not file.exists():
+        return
+    with file.open("rb+") as lines:
+        end = _last_line_start(lines)
+        lines.seek(end)
+        last = lines.read()
+        if last.endswith(b"\n"):
+            with contextlib.suppress(RecordError, UnicodeDecodeError):
+                read_record(last.decode())
+                return
+        lines.truncate(end)
+        os.fsync(lines.fileno())
+
+
+def _last_line_start(lines: IO[bytes]) -> int:
+    """Byte position at which the last line starts, searched from the end."""
+    size = position = lines.seek(0, os.SEEK_END)
+    tail = b""
+    while position > 0:
+        step = min(1 << 16, position)
+        position -= step
+        lines.seek(position)
+        tail = lines.read(step) + tail
+        found = tail.rfind(b"\n", 0, len(tail) - 1)
+        if found >= 0:
+            return position + found + 1
+    return size - len(tail)
+
+
+def _retire(path: Path) -> set[tuple[str, int]]:
+    """Moves what is to run again to superseded.jsonl; returns the (task, sample) pairs that stay.
+
+    Superseded lines are on disk before the others are dropped, so a kill in between loses nothing; a line that such a
+    kill left in both places is not written to superseded.jsonl again.
+    """
+    kept, retired = _sort_out(path / TRAJECTORIES)
+    unfinished = list(_lines(path / UNFINISHED))
+    known = set(_lines(path / SUPERSEDED))
+    if fresh := [line for line in (*retired, *unfinished) if line not in known]:
+        _cut_torn_line(path / SUPERSEDED)
+        with (path / SUPERSEDED).open("ab") as out:
+            out.writelines(fresh)
+            out.flush()
+            os.fsync(out.fileno())
+    if retired:
+        _drop(path / TRAJECTORIES, set(retired))
+    if unfinished:
+        _replace(path / UNFINISHED, b"")
+    return kept
+
+
+def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:
+    """The pairs that are done, and the lines of those that infrastructure failed."""
+    kept: set[tuple[str, int]] = set()
+    retired: list[bytes] = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            record = json.loads(line)
+            key = (str(record["task_id"]), int(record["sample"]))
+            failed = bool(record["infra_error"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{file}:{number} is damaged: {error}; move the run away or mend that line") from error
+        if failed:
+            retired.append(line)
+        elif key in kept:
+            raise RunFolderError(f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line")
+        else:
+            kept.add(key)
+    return kept, retired
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    if file.exists():
+        with file.open("rb") as lines:
+            yield from lines
+
+
+def _drop(file: Path, lines: set[bytes]) -> None:
+    fresh = file.with_name(file.name + ".new")
+    with fresh.open("wb") as out:
+        out.writelines(line for line in _lines(file) if line not in lines)
+        out.flush()
+        os.fsync(out.fileno())
+    fresh.replace(file)
+    _sync_folder(file.parent)

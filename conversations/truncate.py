@@ -1,0 +1,55 @@
+"""Cutting a long text to a number of tokens, with a visible marker where it was cut.
+
+Invariant: the work is bounded by the limit, not by the length of the text: a 10 MB tool output costs as much as a
+100 KB one.
+"""
+
+from __future__ import annotations
+
+from conversations.template import ChatTemplate
+
+SIDES = ("left", "middle", "right")
+"""The side that is cut away, as in a tokenizer's `truncation_side`: "right" keeps the beginning."""
+
+
+def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> str | None:
+    """`text` cut to at most `limit` tokens plus the marker, or None where it fits as it is.
+
+    Raises ValueError for an unknown side.
+    """
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
+    if len(text) <= limit and len(text.encode(errors="replace")) <= limit:
+        return None  # a token holds at least one byte
+    head_limit = {"right": limit, "middle": limit - limit // 2, "left": 0}[side]
+    if len(_head(text, limit, template)) == len(text):
+        return None
+    head, tail = _head(text, head_limit, template), _tail(text, limit - head_limit, template)
+    return f"{head}\n... [{len(text) - len(head) - len(tail)} characters cut] ...\n{tail}"
+
+
+def _head(text: str, count: int, template: ChatTemplate) -> str:
+    """The beginning of `text` that holds at most `count` tokens, whole characters only."""
+    window = max(256, 8 * count)
+    while True:
+        piece = text[:window]
+        encoding = template.encoding(piece)
+        if len(encoding.ids) > count or window >= len(text):
+            break
+        window *= 4
+    if len(encoding.ids) <= count:
+        return piece
+    return piece[: encoding.offsets[count][0]] if count else ""
+
+
+def _tail(text: str, count: int, template: ChatTemplate) -> str:
+    window = max(256, 8 * count)
+    while count:
+        piece = text[-window:]
+        encoding = template.encoding(piece)
+        if len(encoding.ids) > count:
+            return piece[encoding.offsets[-count][0] :]
+        if window >= len(text):
+            return text
+        window *= 4
+    return ""
