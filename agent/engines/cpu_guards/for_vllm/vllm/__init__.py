@@ -1,0 +1,1 @@
+"""Stands in for the three modules of vLLM that SGLang imports on a CPU without AMX."""

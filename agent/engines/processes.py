@@ -1,0 +1,154 @@
+"""SGLang's child processes: started apart from the terminal, watched, and explained in one line when one dies.
+
+SGLang starts children through `multiprocessing` and expects a failing child to kill its parent; a child that was
+killed itself leaves the parent waiting for ever. `Children` stands in for that module while an engine starts. With
+it a child's death is an `EngineStartError` at start and a callback later, and no signal handler of the user's
+process is touched.
+
+Children leave the terminal's process group (Ctrl-C is for the parent to handle), do not import the user's
+`__main__` again (a script needs no `if __name__ == "__main__"`), and write to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from agent.errors import EngineStartError
+
+_ADVICE = (
+    (
+        r"CUDA out of memory|OutOfMemoryError|Not enough memory|Memory pool size is too small",
+        "not enough memory for the model and its KV cache: lower rollout.gpu_memory_utilization or rollout.max_model_len, "
+        "raise tensor_model_parallel_size, or free the GPU (`nvidia-smi` shows who holds it)",
+    ),
+    (
+        r"libnvrtc",
+        "CUDA's runtime compiler is missing: `pip install nvidia-cuda-nvrtc-cu12` or put its folder on LD_LIBRARY_PATH",
+    ),
+    (r"Address already in use|EADDRINUSE", "a port is taken: stop the other engine, or set SGLANG_PORT to a free one"),
+)
+_KILLED = "it was killed from outside, most likely because the machine ran out of memory: free some, or lower max_model_len"
+_ERROR_LINE = re.compile(r"^\w*(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)
+
+
+class Children:
+    """The processes of one engine. `log_path` receives what they print; None lets them print."""
+
+    def __init__(self, log_path: Path | None = None) -> None:
+        self.log_path = log_path
+        self._processes: list[_Child] = []
+
+    def Process(self, target: Callable[..., Any], args: tuple[Any, ...]) -> SpawnProcess:  # noqa: N802 - multiprocessing's own name
+        """A process that runs `target` apart from the terminal, started by SGLang."""
+        name = f"{target.__module__}:{target.__qualname__}"
+        process = _Child(target=run_child, args=(name, self.log_path, *args))
+        self._processes.append(process)
+        return process
+
+    def Pipe(self, duplex: bool = True) -> tuple[Any, Any]:  # noqa: N802 - multiprocessing's own name
+        """A pipe whose first end notices when a child dies before it has written."""
+        reader, writer = connection.Pipe(duplex)
+        return _WatchedReader(reader, self), writer
+
+    def set_start_method(self, *_args: object, **_kwargs: object) -> None:
+        """Children are spawned whatever the process default is."""
+
+    def sentinels(self) -> list[int]:
+        """A file descriptor per child, readable when it has ended."""
+        return [process.sentinel for process in self._started()]
+
+    def _started(self) -> list[_Child]:
+        return [process for process in self._processes if process.pid is not None]
+
+    def wait_for(self, reader: Any) -> None:
+        """Returns when `reader` has something to read. Raises EngineStartError when a child ended first."""
+        if reader not in connection.wait([reader, *self.sentinels()]):
+            raise EngineStartError(f"the engine did not start: {self.why_ended()}")
+
+    def why_ended(self) -> str:
+        """One line about the child that ended first: its reason in plain words, and where its log is."""
+        for process in self._started():
+            process.join(timeout=1 if process.sentinel in connection.wait(self.sentinels(), timeout=0) else 0)
+        codes = [process.exitcode for process in self._started() if process.exitcode is not None]
+        text = self.log_path.read_text(errors="replace") if self.log_path and self.log_path.exists() else ""
+        return explain(text, codes[0] if codes else None) + (f" (log: {self.log_path})" if text else "")
+
+    def stop(self) -> None:
+        """Kills the children and theirs, and waits for them. Safe to call twice."""
+        import psutil
+
+        for process in self._started():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for descendant in psutil.Process(process.pid).children(recursive=True):
+                    descendant.kill()
+            process.kill()
+        for process in self._started():
+            process.join()
+
+
+class _Child(SpawnProcess):
+    def start(self) -> None:
+        with _without_main():
+            super().start()
+
+
+class _WatchedReader:
+    def __init__(self, reader: Any, children: Children) -> None:
+        self._reader = reader
+        self._children = children
+
+    def recv(self) -> Any:
+        self._children.wait_for(self._reader)
+        try:
+            return self._reader.recv()
+        except EOFError as error:
+            raise EngineStartError(f"the engine did not start: {self._children.why_ended()}") from error
+
+
+def explain(log: str, exit_code: int | None) -> str:
+    """What went wrong and what to do, from what a child printed and its exit code (negative: a signal)."""
+    for pattern, advice in _ADVICE:
+        if re.search(pattern, log):
+            return advice
+    if exit_code == -signal.SIGKILL:
+        return _KILLED
+    errors = _ERROR_LINE.findall(log)
+    return errors[-1].strip() if errors else f"its process ended with exit code {exit_code}"
+
+
+def run_child(target: str, log_path: Path | None, *args: Any) -> None:
+    """The body of every child process: `target` is `module:function`."""
+    import psutil
+
+    os.setpgid(0, 0)
+    if log_path is not None:
+        log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    send = psutil.Process.send_signal
+    # SGLang's children tell of a failure by SIGQUIT to their parent, which would kill it; ours watches them instead.
+    psutil.Process.send_signal = lambda self, sig: None if sig == signal.SIGQUIT else send(self, sig)
+    module, name = target.split(":")
+    getattr(importlib.import_module(module), name)(*args)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A spawned child imports the parent's `__main__`; for this long there is none worth importing."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

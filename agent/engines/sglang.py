@@ -1,0 +1,205 @@
+"""The in-process SGLang engine behind the engine protocol.
+
+Invariants: all calls come from one event loop; a request id is in flight once; what SGLang returns is either data
+that adds up (ids, log-probs, lengths) or an `EngineError`. A cancelled request is aborted in SGLang, and its state
+there is kept until SGLang has answered: it kills the process when it must answer a request it no longer knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import multiprocessing
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.engines import cpu_guards
+from agent.engines.engine import Generation, SamplingParams
+from agent.engines.processes import Children, explain
+from agent.engines.sglang_args import environment, start_variables
+from agent.errors import ConfigError, EngineError, EngineStartError
+
+if TYPE_CHECKING:
+    from agent.rollout import AgentRollout
+
+REFUSED_SAMPLING = {
+    "stop": "stop strings need a tokenizer in the engine; use stop_token_ids",
+    "stop_regex": "stop patterns need a tokenizer in the engine; use stop_token_ids",
+    "min_new_tokens": "min_new_tokens needs a tokenizer in the engine",
+}
+"""Each of these kills SGLang's scheduler when it runs without a tokenizer."""
+
+
+def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None = None) -> AgentRollout:
+    """Starts SGLang in this process's children, on the GPUs if there are any, and returns the rollout that drives it.
+
+    `rollout` holds keys of verl's RolloutConfig, `model_path` is a local directory. Call it on a thread that lives as
+    long as the engine: Linux ends the children with the thread that started them. Blocks for 10 to 60 s.
+    Raises EngineStartError, in one line, when the engine does not start, and ConfigError for a config verl refuses.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        cpu_guards.install()
+    with environment(start_variables(cuda=cuda)), _process_state_kept():
+        try:
+            from agent.rollout import AgentRollout
+
+            return AgentRollout.alone(rollout, model_path, log_path)
+        except AssertionError as error:  # verl's config checks
+            raise ConfigError(f"verl refuses the rollout config: {str(error).strip()}") from error
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise EngineStartError(f"the engine did not start: {explain(f'{type(error).__name__}: {error}', None)}") from error
+
+
+@contextlib.contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Importing and starting SGLang changes the event loop policy, the start method and the root logger; this undoes it."""
+    policy, start_method = asyncio.get_event_loop_policy(), multiprocessing.get_start_method(allow_none=True)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about hardware that is not there, and about SGLangRollout's age
+            yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
+        multiprocessing.set_start_method(start_method, force=True)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+class SGLangEngine:
+    """`manager` is SGLang's TokenizerManager, `children` its processes, `description` what `describe` returns."""
+
+    def __init__(self, manager: Any, children: Children, description: dict[str, Any]) -> None:
+        self._manager = manager
+        self._children = children
+        self._description = description
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[str] | None = None
+        self._running: dict[str, asyncio.Task[dict[str, Any]]] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """Name, model, device and versions."""
+        return dict(self._description)
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+        """Samples one turn. Raises EngineError as the protocol says, RuntimeError on a second event loop."""
+        ended = self._bind_loop()
+        if request_id in self._running:
+            raise EngineError(f"request id {request_id} is already in flight; each request needs its own")
+        check_sampling(sampling)
+        task = asyncio.create_task(self._ask(list(prompt_ids), dict(sampling), request_id))
+        self._running[request_id] = task
+        task.add_done_callback(lambda _: self._forget(request_id))
+        try:
+            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            self._manager.abort_request(rid=request_id)
+            raise
+        if not task.done():
+            task.cancel()
+            raise EngineError(f"the engine ended: {ended.result()}")
+        return read_answer(task.result())
+
+    async def _ask(self, prompt_ids: list[int], sampling: dict[str, Any], request_id: str) -> dict[str, Any]:
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(rid=request_id, input_ids=prompt_ids, sampling_params=sampling, return_logprob=True, stream=False)
+        try:
+            answer: dict[str, Any] = await anext(self._manager.generate_request(request, None))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # SGLang raises ValueError, TypeError, HTTPException and others for one request
+            raise EngineError(f"SGLang refused the request: {getattr(error, 'detail', None) or error}") from error
+        return answer
+
+    def _forget(self, request_id: str) -> None:
+        task = self._running.pop(request_id)
+        # SGLang keeps the state of a request that was aborted while it waited.
+        self._manager.rid_to_state.pop(request_id, None)
+        if not task.cancelled():
+            task.exception()  # of a request nobody waits for any more
+
+    def _bind_loop(self) -> asyncio.Future[str]:
+        """The future that ends when the engine does; binds the engine to the running loop the first time."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None or self._ended is None:
+            self._loop, self._ended = loop, loop.create_future()
+            for sentinel in self._children.sentinels():
+                loop.add_reader(sentinel, self._child_ended)
+        if loop is not self._loop:
+            raise RuntimeError(
+                "an SGLang engine serves one event loop: call it from the loop of its first generate, or start another engine"
+            )
+        return self._ended
+
+    def _child_ended(self) -> None:
+        self._unwatch()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(self._children.why_ended())
+
+    def _unwatch(self) -> None:
+        if self._loop is not None:
+            for sentinel in self._children.sentinels():
+                self._loop.remove_reader(sentinel)
+
+    async def abort(self, request_id: str) -> None:
+        """Stops a running or queued request: its `generate` returns what it has, with finish reason "abort"."""
+        self._manager.abort_request(rid=request_id)
+
+    async def close(self) -> None:
+        """Ends the engine's processes; what is in flight fails with EngineError. Safe to call twice."""
+        if self._ended is not None and not self._ended.done():
+            self._unwatch()
+            self._ended.set_result("it was closed")
+        tasks = [*self._running.values(), *self._manager.asyncio_tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._children.stop()
+
+
+def check_sampling(sampling: Mapping[str, Any]) -> None:
+    """Raises EngineError for sampling params that SGLang cannot serve ids-only."""
+    for key, reason in REFUSED_SAMPLING.items():
+        if sampling.get(key):
+            raise EngineError(f"sampling param {key!r} is refused: {reason}")
+    if sampling.get("n", 1) != 1:
+        raise EngineError("sampling param 'n' must be 1: each sample is a request of its own")
+
+
+def read_answer(answer: Mapping[str, Any]) -> Generation:
+    """SGLang's answer to one `/generate` with `return_logprob`, checked. Raises EngineError where it is not data."""
+    try:
+        ids, meta = answer["output_ids"], answer["meta_info"]
+        reason = meta["finish_reason"]
+        triples = meta.get("output_token_logprobs") or []
+        logprobs = [float(triple[0]) for triple in triples]
+        logprob_ids = [triple[1] for triple in triples]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise EngineError(f"the engine's answer lacks what was asked for: {type(error).__name__} {error}") from error
+    if not isinstance(reason, Mapping) or "type" not in reason:
+        raise EngineError(f"the engine's answer has finish reason {reason!r}")
+    if reason.get("matched") == "NaN happened":
+        raise EngineError("NaN happened: the model's logits are not numbers")
+    if logprob_ids != ids or not all(type(token) is int for token in ids):
+        raise EngineError(f"the engine returned {len(ids)} ids with {len(logprobs)} log-probs that do not belong to them")
+    if not all(math.isfinite(value) for value in logprobs):
+        raise EngineError("the engine returned a log-prob that is not finite")
+    return Generation(
+        token_ids=ids,
+        logprobs=logprobs,
+        finish_reason=reason["type"],
+        prompt_tokens=meta.get("prompt_tokens"),
+        cached_tokens=meta.get("cached_tokens"),
+        queue_s=meta.get("queue_time"),
+        engine_s=meta.get("e2e_latency"),
+        weight_version=meta.get("weight_version"),
+    )

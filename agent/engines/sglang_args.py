@@ -1,0 +1,75 @@
+"""From verl's rollout keys to SGLang 0.5.5's server arguments, and the environment its processes start in.
+
+`SGLangRollout` passes on only some of the keys and assumes a GPU; this is what it leaves out. What a user writes
+under `engine_kwargs.sglang` always wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+CONTEXT_SLACK = 8
+"""SGLang keeps some positions of the context for itself: asked for this many more, all of `max_model_len` can be used."""
+CPU_KV_TOKENS = 65536
+"""KV cache on a CPU, whose memory SGLang would otherwise take a share of. About 1.5 GB for SmolLM2-135M."""
+
+
+def server_args(rollout: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
+    """The arguments to add to those of `SGLangRollout`, from a complete rollout config (verl's names)."""
+    batched = rollout["max_num_batched_tokens"]
+    args = {
+        "context_length": rollout["max_model_len"] + CONTEXT_SLACK,
+        "dp_size": rollout["data_parallel_size"],
+        "ep_size": rollout["expert_parallel_size"],
+        "disable_cuda_graph": rollout["enforce_eager"],
+        "disable_radix_cache": not rollout["enable_prefix_caching"],
+        "chunked_prefill_size": batched if rollout["enable_chunked_prefill"] else -1,
+        "max_prefill_tokens": batched,
+        "enable_memory_saver": rollout["free_cache_engine"],
+        "log_level": "error" if rollout["disable_log_stats"] else "info",
+    }
+    own = (rollout.get("engine_kwargs") or {}).get("sglang") or {}
+    given = {key: value for key, value in own.items() if value is not None}
+    return {**args, **({} if cuda else _cpu_args(rollout)), **given}
+
+
+def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "mm_attention_backend": None,
+        "sampling_backend": "pytorch",
+        "disable_overlap_schedule": True,
+        "disable_cuda_graph": True,
+        "enable_memory_saver": False,
+        "sleep_on_idle": True,
+        "max_total_tokens": max(CPU_KV_TOKENS, rollout["max_model_len"] + CONTEXT_SLACK),
+    }
+
+
+def start_variables(*, cuda: bool) -> dict[str, str]:
+    """What the engine's processes need in their environment; a value the user has set stays."""
+    # SGLang refuses a context longer than the model's; ours is longer by the slack only, which is never filled.
+    wanted = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if not cuda:
+        # torch.compile would spend half a minute on the first call.
+        wanted |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1"}
+    return {key: value for key, value in wanted.items() if key not in os.environ}
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets the variables for as long as an engine starts: its processes inherit them, the user's later ones do not."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

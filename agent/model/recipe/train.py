@@ -1,0 +1,214 @@
+"""Trains the adapter on a file of token ids: one pass of shuffled, length-bucketed batches, loss on the model's own tokens.
+
+Needs torch, transformers, safetensors and numpy, nothing of the runtime, so the same file runs on a bare GPU machine.
+Batches are right-padded: attention is causal, so no token ever sees the padding and no attention mask is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from agent.model.recipe.lora import add_lora, adapter_state, load_adapter, save_adapter
+
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_BUCKET = 4096
+"""Conversations sorted by length together: large enough for tight batches, small enough to stay shuffled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train. A batch is at most `batch_tokens` tokens, padding included; the run ends after `epochs` or `max_seconds`."""
+
+    lr: float
+    batch_tokens: int
+    epochs: float
+    max_seconds: float
+    r: int = 9
+    alpha: float = 18.0
+    warmup: float = 0.03
+    clip: float = 1.0
+    seed: int = 1
+
+
+SMALL = Settings(lr=2e-3, batch_tokens=2_800, epochs=1.0, max_seconds=780)
+FULL = Settings(lr=3e-3, batch_tokens=32_768, epochs=2.0, max_seconds=3600)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The data file in memory. Conversation `i` is `ids[starts[i] : starts[i + 1]]`."""
+
+    ids: np.ndarray[Any, Any]
+    loss: np.ndarray[Any, Any]
+    starts: np.ndarray[Any, Any]
+    kinds: list[str]
+    answers: list[str]
+    held_out: np.ndarray[Any, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Tokens:
+        """Reads what `data.write` wrote."""
+        with np.load(path) as file:
+            kinds = [str(file["kinds"][index]) for index in file["kind"]]
+            starts = np.concatenate([[0], np.cumsum(file["lengths"], dtype=np.int64)])
+            return cls(file["ids"], file["loss"], starts, kinds, [str(answer) for answer in file["answer"]], file["held_out"])
+
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each conversation."""
+        return np.diff(self.starts)
+
+    def batch(self, rows: np.ndarray[Any, Any], device: str) -> tuple[Tensor, Tensor]:
+        """`ids` and `loss` of the rows, right-padded, each [rows, longest]."""
+        longest = int(self.lengths()[rows].max())
+        ids = np.zeros((len(rows), longest), np.int64)
+        loss = np.zeros((len(rows), longest), bool)
+        for at, row in enumerate(rows):
+            start, end = self.starts[row], self.starts[row + 1]
+            ids[at, : end - start] = self.ids[start:end]
+            loss[at, : end - start] = self.loss[start:end]
+        pin = (lambda array: torch.from_numpy(array).pin_memory()) if device == "cuda" else torch.from_numpy
+        return pin(ids).to(device, non_blocking=True), pin(loss).to(device, non_blocking=True)
+
+
+def batches(
+    lengths: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], batch_tokens: int, rng: np.random.Generator
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The rows once each, in random order, in batches of like length and at most `batch_tokens` padded tokens."""
+    rows = rng.permutation(rows)
+    cut: list[np.ndarray[Any, Any]] = []
+    for start in range(0, len(rows), _BUCKET):
+        bucket = rows[start : start + _BUCKET]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        while len(bucket):
+            fits = np.arange(1, len(bucket) + 1) * lengths[bucket] <= batch_tokens
+            count = max(1, int(fits.sum()))
+            cut.append(bucket[:count])
+            bucket = bucket[count:]
+    return (cut[index] for index in rng.permutation(len(cut)))
+
+
+def loss_sum(model: Any, ids: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy over the tokens the model is trained on, and their number. Logits are made for those alone."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    wanted = loss[:, 1:]
+    logits = model.lm_head(hidden[wanted])
+    return functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="sum"), wanted.sum()
+
+
+def learning_rate(settings: Settings, progress: float) -> float:
+    """Linear warm-up, then a cosine down to a twentieth; `progress` runs from 0 to 1."""
+    if progress < settings.warmup:
+        return settings.lr * progress / settings.warmup
+    rest = (progress - settings.warmup) / (1 - settings.warmup)
+    return settings.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, rest))))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, tokens: Tokens, batch_tokens: int, device: str) -> dict[str, float]:
+    """Mean loss per trained token of the held-out conversations, by kind and over `all`."""
+    rows = np.flatnonzero(tokens.held_out)
+    sums: dict[str, list[float]] = {}
+    for kind in sorted({tokens.kinds[row] for row in rows}):
+        of_kind = np.array([row for row in rows if tokens.kinds[row] == kind])
+        for part in batches(tokens.lengths(), of_kind, batch_tokens, np.random.default_rng(0)):
+            total, count = (value.item() for value in loss_sum(model, *tokens.batch(part, device)))
+            for name in (kind, "all"):
+                entry = sums.setdefault(name, [0.0, 0.0])
+                entry[0], entry[1] = entry[0] + total, entry[1] + count
+    return {name: total / max(1.0, count) for name, (total, count) in sums.items()}
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; given to `report` after every step."""
+
+    step: int
+    share: float
+    loss: float
+    lr: float
+    tokens_per_s: float
+    elapsed_s: float
+
+
+def fit(model: nn.Module, tokens: Tokens, settings: Settings, device: str, report: Callable[[Progress], None]) -> None:
+    """Trains the LoRA parameters of `model` in place. Ends early, and well, on KeyboardInterrupt."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    rows = np.flatnonzero(~tokens.held_out)
+    planned = settings.epochs * float(tokens.lengths()[rows].sum())
+    started, seen, average = time.monotonic(), 0, float("nan")
+    try:
+        for step, part in enumerate(_epochs(tokens, rows, settings)):
+            share = max(seen / planned, (time.monotonic() - started) / settings.max_seconds)
+            if share >= 1:
+                return
+            lr = learning_rate(settings, share)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = _step(model, tokens.batch(part, device), optimizer, parameters, settings.clip)
+            seen += int(tokens.lengths()[part].sum())
+            if step % 10 == 0 or device == "cpu":  # reading the loss waits for the GPU
+                value = loss.item()
+                average = value if math.isnan(average) else 0.9 * average + 0.1 * value
+                elapsed = time.monotonic() - started
+                report(Progress(step, share, average, lr, seen / elapsed, elapsed))
+    except KeyboardInterrupt:
+        return
+
+
+def _epochs(tokens: Tokens, rows: np.ndarray[Any, Any], settings: Settings) -> Iterator[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(settings.seed)
+    while True:
+        yield from batches(tokens.lengths(), rows, settings.batch_tokens, rng)
+
+
+def _step(
+    model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float
+) -> Tensor:
+    total, count = loss_sum(model, *batch)
+    loss = total / count
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def load_base(model_dir: Path, device: str) -> Any:
+    """The base model in bf16, ready for `add_lora`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.to(device).train()
+
+
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(base: Path, tokens: Tokens, settings: Settings, target: Path, report: Callable[[Progress], None]) -> dict[str, Any]:
+    """Trains an adapter and writes it to `target`. Returns the settings, the held-out losses and the seconds it took."""
+    device = default_device()
+    torch.manual_seed(settings.seed)
+    model = load_base(base, device)
+    add_lora(model, settings.r, settings.alpha)
+    started = time.monotonic()
+    fit(model, tokens, settings, device, report)
+    seconds = time.monotonic() - started
+    save_adapter(adapter_state(model), settings.r, settings.alpha, BASE_NAME, target)
+    losses = held_out_loss(model.eval(), tokens, settings.batch_tokens, device)
+    return {"settings": asdict(settings), "held_out_loss": losses, "seconds": round(seconds, 1), "device": device}
+
+
+__all__ = ["BASE_NAME", "FULL", "SMALL", "Progress", "Settings", "Tokens", "fit", "held_out_loss", "load_adapter", "load_base", "train"]

@@ -1,0 +1,161 @@
+"""AgentRollout: verl 0.6.1's SGLangRollout with what turntrace needs of it, and nothing else changed.
+
+Inherited: engine start-up, tensor parallelism, sampling params, weight sync (`update_weights`, `release`, `resume`),
+config checks. Replaced: the server arguments that assume a GPU, the start of child processes (`processes.Children`),
+tool set-up (ours lives outside the engine), and the process group of a process that drives the engine alone.
+
+This is the only file that imports verl's rollout and starts an engine. Importing it imports torch, sglang and verl,
+which on a CPU needs the import guards: call `agent.engines.sglang.start`, which prepares for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import sglang.srt.entrypoints.engine as sglang_engine
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.config.rollout import AgentLoopConfig, MultiTurnConfig, PrometheusConfig, SamplingConfig, ServerConfig, TraceConfig
+from verl.workers.rollout.sglang_rollout import sglang_rollout
+
+from agent.engines.processes import Children
+from agent.engines.sglang import SGLangEngine
+from agent.engines.sglang_args import server_args
+
+MESH_DIMS = ("dp", "infer_tp", "pp")
+ALONE_DEFAULTS = {
+    "mode": "async",
+    "skip_tokenizer_init": True,
+    "tensor_model_parallel_size": 1,
+    "load_format": "auto",
+    "enforce_eager": False,
+}
+"""Where verl's own defaults are meant for a trainer, which sends the weights."""
+_NESTED = {
+    "val_kwargs": SamplingConfig,
+    "multi_turn": MultiTurnConfig,
+    "agent": AgentLoopConfig,
+    "trace": TraceConfig,
+    "server": ServerConfig,
+    "prometheus": PrometheusConfig,
+}
+
+
+class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
+    """verl's rollout worker whose engine turntrace's own loop drives, through `engine()`."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, log_path: Path | None = None) -> None:
+        """verl's own three arguments, and where the engine's processes write (None: this process's output)."""
+        self.log_path = log_path
+        super().__init__(config, model_config, device_mesh)
+
+    @classmethod
+    def alone(cls, rollout: Mapping[str, Any], model_path: Path, log_path: Path | None = None) -> AgentRollout:
+        """One outside of verl's workers: `rollout` holds `RolloutConfig` keys, `model_path` is a local directory."""
+        config = _rollout_config(rollout)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=MESH_DIMS)
+        # Only the config is read here; the default asks for a package that no engine needs.
+        model = HFModelConfig(path=str(model_path), override_config={"attn_implementation": "sdpa"})
+        return cls(config, model, mesh, log_path)
+
+    def _initialize_tools(self, config: Any, processing_class: Any) -> tuple[list[Any], dict[str, Any], None, list[Any], None]:
+        """No tools in the engine: turntrace parses and dispatches calls itself."""
+        return [], {}, None, [], None
+
+    def _initialize_interactions(self, config: Any) -> dict[str, Any]:
+        """No interactions in the engine either."""
+        return {}
+
+    def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
+        """A process alone drives all of the engine's GPUs; several are verl's own case, one per tensor-parallel rank."""
+        if dist.get_world_size() > 1:
+            super()._init_distributed_env(device_mesh_cpu, **kwargs)
+            return
+        self._device_mesh_cpu = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "pp"))
+        self._rank = self._tp_rank = 0
+        self._tp_size = self.tensor_parallel_size = self.config.tensor_model_parallel_size
+        self.train_tp = None
+        self.visible_devices_set = set(_visible_devices(self._tp_size))
+
+    def _init_inference_engine(self, trust_remote_code: bool, actor_module: str, port: int | None) -> None:
+        self._children = Children(self.log_path)
+        args = server_args(self.config, cuda=torch.cuda.is_available())
+        factory = functools.partial(_start_engine, self._children, args)
+        with _replaced(sglang_rollout, AsyncEngine=factory), _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging):
+            super()._init_inference_engine(trust_remote_code, actor_module, port)
+
+    def engine(self) -> SGLangEngine:
+        """The engine for turntrace's loop: the same object on every call."""
+        return self._turntrace_engine
+
+    @functools.cached_property
+    def _turntrace_engine(self) -> SGLangEngine:
+        return SGLangEngine(self._engine.tokenizer_manager, self._children, self._describe())
+
+    def _describe(self) -> dict[str, Any]:
+        args = self._engine.server_args
+        versions = {name: importlib.metadata.version(name) for name in ("sglang", "verl", "torch")}
+        return {"name": "sglang", "model": self.model_config.path, "device": args.device, "dtype": args.dtype, **versions}
+
+
+class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
+    """SGLang's engine that ends its own children only; the original kills every child of the process."""
+
+    def __init__(self, children: Children, **kwargs: Any) -> None:
+        self._children = children
+        super().__init__(**kwargs)
+
+    def shutdown(self) -> None:
+        self._children.stop()
+
+    async def flush_cache(self) -> Any:
+        # Without the loop that reads answers, which only a first request starts, this would wait for ever.
+        self.tokenizer_manager.auto_create_handle_loop()
+        return await super().flush_cache()
+
+
+def _rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:
+    """verl's dataclass, nested ones included, with the defaults of a process outside a trainer."""
+    values = {"name": "sglang", **ALONE_DEFAULTS, **rollout}
+    return RolloutConfig(**{key: _NESTED[key](**value) if key in _NESTED else value for key, value in values.items()})
+
+
+def _start_engine(children: Children, overrides: Mapping[str, Any], **kwargs: Any) -> _Engine:
+    try:
+        return _Engine(children, **{**kwargs, **overrides})
+    except BaseException:
+        children.stop()
+        raise
+
+
+def _keep_logging(*_args: object, **_kwargs: object) -> None:
+    """SGLang would replace the handlers of the root logger, which are the user's."""
+
+
+def _visible_devices(count: int) -> list[str]:
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available():
+        return listed.split(",") if listed else [str(index) for index in range(torch.cuda.device_count())]
+    return [str(index) for index in range(count)]
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
