@@ -19,6 +19,7 @@ from agent.config_checks import notices, refusals
 from agent.config_hints import hint, sglang_arguments
 from agent.config_schema import ConfigFile, Rollout
 from agent.errors import ConfigError
+from agent.model.base import BASE_NAME, TOOLS_NAME
 
 EMBEDDED: dict[str, Any] = {
     "model_path": "smollm2-tools",
@@ -285,17 +286,18 @@ def _refuse_odd_values(value: Any, origin: _Origin, key: str = "") -> None:
 def _resolve_paths(values: dict[str, Any], file: Path | None, origin: _Origin) -> None:
     """Makes file names absolute. A bare name that is no file stays: a shipped tool config, an embedded model, a hub id."""
     model = values.get("model_path")
-    if isinstance(model, str) and (found := _find(model, file)):
+    if isinstance(model, str) and model not in (BASE_NAME, TOOLS_NAME) and (found := _find(model, file)):
         values["model_path"] = str(found)
     rollout = values.get("rollout")
     section = rollout.get("multi_turn") if isinstance(rollout, dict) else None
     name = section.get("tool_config_path") if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(name, str):
         return
-    found = _find(name, file)
-    if found:
+    if Path(name).name == name and not Path(name).suffix:
+        return
+    if found := _find(name, file):
         section["tool_config_path"] = str(found)
-    elif Path(name).suffix or Path(name).name != name:
+    else:
         where = origin.where("rollout.multi_turn.tool_config_path")
         raise ConfigError(f"{where}: no file {name}, neither beside the config file nor in {Path.cwd()}")
 

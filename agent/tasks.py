@@ -1,0 +1,223 @@
+"""Task files: JSONL or Parquet rows in verl's dataset schema, or just `{"prompt": "..."}`, read lazily.
+
+Invariant: a `Task` that exists can be run, and its id is the same wherever the same file is read again: the row's own
+`id`, else a hash of the row, `#k` behind it for the k-th repetition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from agent.errors import TaskError
+from conversations.errors import MessageError
+from conversations.messages import Message, given_messages
+from conversations.trajectory import canonical_json
+
+Row = dict[str, Any]
+
+TOOL_KWARGS = ("create_kwargs", "execute_kwargs", "calc_reward_kwargs", "release_kwargs")
+_RECORDED = ("id", "prompt", "messages", "data_source", "ground_truth")
+"""Keys of a row that have a place of their own in the record; all others are its `extra`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A row: messages, ground truth and tool kwargs.
+
+    `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; empty means that the row chooses no tools.
+    `extra` holds everything else of the row, as it stood there.
+    """
+
+    id: str
+    messages: list[Message]
+    tools_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ground_truth: Any = None
+    data_source: Any = None
+    agent_name: str | None = None
+    extra: Any = None
+
+
+def read_tasks(path: str | Path, limit: int | None = None) -> Iterator[Task]:
+    """Yields the first `limit` tasks of a .jsonl, .json or .parquet file, one row in memory at a time (Parquet: 256).
+
+    Raises TaskError naming file and line for a row that is not a task, and for a file without rows.
+    """
+    file = Path(path)
+    ids = _Ids()
+    place = None
+    for place, row in islice(_rows(file), limit):
+        try:
+            task = _task(row, ids, place)
+        except (TaskError, MessageError) as error:
+            raise TaskError(f"{place}: {error}") from error
+        yield task
+    if place is None:
+        raise TaskError(f"{file}: holds no tasks; it needs one row for each")
+
+
+def task_file_hash(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------- files to rows
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of each row; a place is `file:line`, for Parquet `file: row 1` and so on."""
+    readers = {".jsonl": _json_rows, ".json": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows}
+    reader = readers.get(file.suffix)
+    if reader is None:
+        raise TaskError(f"{file}: a task file ends in .jsonl (one JSON object a line) or .parquet, not {file.suffix or 'without a suffix'}")
+    if not file.is_file():
+        raise TaskError(f"{file}: no such task file; `turntrace tasks gsm_symbolic` writes one")
+    yield from reader(file)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{file}:{number}", _json_row(line, f"{file}:{number}")
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{file}: is not UTF-8 text: {error}") from error
+
+
+def _json_row(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        whole = "; this looks like one JSON array: write one object a line instead" if line.lstrip().startswith("[") else ""
+        raise TaskError(f"{place}: not a JSON object on one line: {error}{whole}") from error
+    if not isinstance(row, dict):
+        raise TaskError(f'{place}: a task is a JSON object such as {{"prompt": "..."}}, got {type(row).__name__}')
+    return row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TaskError(f"{file}: cannot be read as Parquet after row {number}: {str(error).splitlines()[0]}") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without mapping keys that are null: Parquet gives every row every key that any row has."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---------------------------------------------------------------------- rows to tasks
+
+
+class _Ids:
+    """Names each row once: its own id must be unique, a repeated row gets `#k`."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._repeats: dict[str, int] = {}
+
+    def name(self, row: Row, place: str) -> str:
+        own = row.get("id")
+        if own is None:
+            return self._hash(row)
+        if isinstance(own, bool) or not isinstance(own, (str, int)) or own == "":
+            raise TaskError(f"id must be a string or an integer, got {_got(own)}")
+        first = self._places.setdefault(str(own), place)
+        if first != place:
+            raise TaskError(f"the id {own!r} stands already at {first}; ids must differ (leave them out to have rows hashed)")
+        return str(own)
+
+    def _hash(self, row: Row) -> str:
+        name = hashlib.sha256(canonical_json(without_nulls(row)).encode("ascii")).hexdigest()[:16]
+        repeat = self._repeats.get(name, 0)
+        self._repeats[name] = repeat + 1
+        return f"{name}#{repeat}" if repeat else name
+
+
+def _task(row: Row, ids: _Ids, place: str) -> Task:
+    _check_json(row)
+    info = _mapping(row, "extra_info")
+    reward_model = _mapping(row, "reward_model")
+    agent_name = row.get("agent_name")
+    if agent_name is not None and not isinstance(agent_name, str):
+        raise TaskError(f"agent_name must be a string, got {_got(agent_name)}")
+    return Task(
+        id=ids.name(row, place),
+        messages=given_messages(_prompt(row)),
+        tools_kwargs=_tools_kwargs(row, info),
+        ground_truth=row.get("ground_truth", reward_model.get("ground_truth")),
+        data_source=row.get("data_source"),
+        agent_name=agent_name,
+        extra={key: value for key, value in row.items() if key not in _RECORDED} or None,
+    )
+
+
+def _check_json(row: Row) -> None:
+    """Whatever a row carries ends in the record, which is JSON."""
+    for key, value in row.items():
+        try:
+            canonical_json(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TaskError(f"{key} holds what JSON cannot ({error}); drop the column, or write it as text") from error
+
+
+def _prompt(row: Row) -> object:
+    given = [key for key in ("prompt", "messages") if row.get(key) is not None]
+    if len(given) != 1:
+        keys = ", ".join(sorted(row)) or "none"
+        problem = "both prompt and messages" if given else "neither prompt nor messages"
+        raise TaskError(f"the row has {problem}; it needs one of them, a text or a list of messages (its keys: {keys})")
+    prompt = row[given[0]]
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise TaskError(f"{given[0]} is empty")
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise TaskError(f"{given[0]} must be a text or a list of messages, got {_got(prompt)}")
+    return prompt
+
+
+def _tools_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    holder, where = (row, "tools_kwargs") if row.get("tools_kwargs") is not None else (info, "extra_info.tools_kwargs")
+    given = _mapping(holder, "tools_kwargs", where)
+    if info.get("need_tools_kwargs") and not given:
+        raise TaskError("extra_info.need_tools_kwargs is true but there are no tools_kwargs; give them, or set it to false")
+    tools_kwargs: dict[str, dict[str, Any]] = {}
+    for tool in given:
+        kinds = _mapping(given, tool, f"{where}.{tool}")
+        for kind in kinds:
+            if kind not in TOOL_KWARGS:
+                raise TaskError(f"{where}.{tool}.{kind} is not known; allowed are {', '.join(TOOL_KWARGS)}")
+        tools_kwargs[tool] = {kind: dict(_mapping(kinds, kind, f"{where}.{tool}.{kind}")) for kind in kinds}
+    return tools_kwargs
+
+
+def _mapping(holder: Mapping[str, Any], key: str, where: str | None = None) -> Mapping[str, Any]:
+    value = holder.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TaskError(f"{where or key} must be an object, got {_got(value)}")
+    return value
+
+
+def _got(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
