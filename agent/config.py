@@ -87,33 +87,13 @@ class Config:
         return notices(self.rollout, [path.removeprefix(prefix) for path in self.given if path.startswith(prefix)])
 
     def verl_rollout(self) -> dict[str, Any]:
-        """Plain values for the fields of verl's `RolloutConfig`, nested ones as dicts, all given.
-
-        Keys that SGLangRollout ignores and SGLang has an argument for stand in `engine_kwargs.sglang`.
-        """
-        values = self.rollout.model_dump(exclude={"turntrace": True, "server": {"urls", "api_key"}})
+        """Plain values for the fields of verl's `RolloutConfig`, nested ones as dicts, all given."""
+        values = self.rollout.model_dump(exclude={"turntrace": True, "server": {"urls", "api_key"}, "engine_kwargs": {"vllm"}})
         values |= {"name": "sglang", "max_model_len": self.max_model_len, "skip_tokenizer_init": True}
         values["multi_turn"]["max_assistant_turns"] = self.max_assistant_turns
-        values["engine_kwargs"] = {"sglang": self._sglang_arguments()}
+        if self.rollout.cudagraph_capture_sizes:  # SGLangRollout drops it, SGLang has it by another name
+            values["engine_kwargs"]["sglang"].setdefault("cuda_graph_bs", self.rollout.cudagraph_capture_sizes)
         return values
-
-    def _sglang_arguments(self) -> dict[str, Any]:
-        rollout = self.rollout
-        arguments: dict[str, Any] = {"log_level": "warning" if rollout.disable_log_stats else "info"}
-        # verl's defaults for these speak of vLLM; only what the user asked for overrides SGLang's own.
-        passed_on: dict[str, tuple[str, Any]] = {
-            "data_parallel_size": ("dp_size", rollout.data_parallel_size),
-            "expert_parallel_size": ("ep_size", rollout.expert_parallel_size),
-            "max_num_batched_tokens": ("max_prefill_tokens", rollout.max_num_batched_tokens),
-            "cudagraph_capture_sizes": ("cuda_graph_bs", rollout.cudagraph_capture_sizes),
-            "enforce_eager": ("disable_cuda_graph", rollout.enforce_eager),
-            "enable_prefix_caching": ("disable_radix_cache", not rollout.enable_prefix_caching),
-        }
-        given = {path.removeprefix("rollout.") for path in self.given}
-        arguments |= {name: value for key, (name, value) in passed_on.items() if key in given}
-        if not rollout.enable_chunked_prefill:
-            arguments["chunked_prefill_size"] = -1
-        return {**arguments, **rollout.engine_kwargs.sglang}
 
     def resolved(self) -> dict[str, Any]:
         """The whole config as JSON values, defaults filled in, secrets left out: what run.json keeps."""
@@ -285,21 +265,29 @@ def _refuse_odd_values(value: Any, origin: _Origin, key: str = "") -> None:
 
 def _resolve_paths(values: dict[str, Any], file: Path | None, origin: _Origin) -> None:
     """Makes file names absolute. A bare name that is no file stays: a shipped tool config, an embedded model, a hub id."""
-    model = values.get("model_path")
-    if isinstance(model, str) and model not in (BASE_NAME, TOOLS_NAME) and (found := _find(model, file)):
-        values["model_path"] = str(found)
-    rollout = values.get("rollout")
-    section = rollout.get("multi_turn") if isinstance(rollout, dict) else None
-    name = section.get("tool_config_path") if isinstance(section, dict) else None
-    if not isinstance(section, dict) or not isinstance(name, str):
-        return
-    if Path(name).name == name and not Path(name).suffix:
-        return
-    if found := _find(name, file):
-        section["tool_config_path"] = str(found)
-    else:
-        where = origin.where("rollout.multi_turn.tool_config_path")
-        raise ConfigError(f"{where}: no file {name}, neither beside the config file nor in {Path.cwd()}")
+    for key in ("model_path", "rollout.multi_turn.tool_config_path", "rollout.turntrace.recorded"):
+        parent, _, last = key.rpartition(".")
+        section = _section(values, parent)
+        text = section.get(last)
+        if not isinstance(text, str) or text in (BASE_NAME, TOOLS_NAME) or (last == "tool_config_path" and _is_bare(text)):
+            continue
+        if found := _find(text, file):
+            section[last] = str(found)
+        elif last != "model_path":
+            raise ConfigError(f"{origin.where(key)}: there is no {text}, neither beside the config file nor in {Path.cwd()}")
+
+
+def _section(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """The mapping at a dotted path; an empty one where the file has none there, or something else."""
+    section: Any = values
+    for name in filter(None, path.split(".")):
+        section = section.get(name) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _is_bare(name: str) -> bool:
+    """A shipped tool config's name, such as `gsm8k`."""
+    return Path(name).name == name and not Path(name).suffix
 
 
 def _find(name: str, file: Path | None) -> Path | None:

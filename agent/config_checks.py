@@ -100,6 +100,11 @@ _REFUSED: tuple[_Refusal, ...] = (
         "name: sglang_server needs at least one address; write server: {urls: ['http://HOST:30000']}",
     ),
     (
+        "turntrace.recorded",
+        lambda r: r.name == "scripted" and not r.turntrace.recorded,
+        "name: scripted needs the run folder whose turns it plays back",
+    ),
+    (
         "server.urls",
         lambda r: any(not url.startswith(("http://", "https://")) for url in r.server.urls),
         "every address must start with http:// or https://",
@@ -124,7 +129,6 @@ _NOT_SAMPLED = "the scripted engine plays recorded ids back: nothing is loaded a
 
 _NO_EFFECT = {
     "calculate_log_probs": "log-probs are always recorded; it only decides about rollout_log_probs inside a verl trainer",
-    "free_cache_engine": _TRAINER,
     "log_prob_micro_batch_size": _TRAINER,
     "log_prob_micro_batch_size_per_gpu": _TRAINER,
     "log_prob_use_dynamic_bsz": _TRAINER,
@@ -155,6 +159,7 @@ _ENGINE_KEYS = (
     "cudagraph_capture_sizes",
     "data_parallel_size",
     "expert_parallel_size",
+    "free_cache_engine",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "max_num_batched_tokens",
@@ -165,13 +170,12 @@ _ENGINE_KEYS = (
     "load_format",
 )
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "do_sample", "ignore_eos", "val_kwargs")
+_NO_SERVER = {"server": "servers are asked only with name: sglang_server"}
+_NO_SCRIPT = {"turntrace.recorded": "recorded turns are played only with name: scripted"}
 _BY_ENGINE = {
-    "sglang": {"server": "servers are asked only with name: sglang_server"},
-    "sglang_server": dict.fromkeys(_ENGINE_KEYS, _SERVER_DECIDES),
-    "scripted": {
-        **dict.fromkeys((*_ENGINE_KEYS, *_SAMPLING_KEYS), _NOT_SAMPLED),
-        "server": "servers are asked only with name: sglang_server",
-    },
+    "sglang": {**_NO_SERVER, **_NO_SCRIPT},
+    "sglang_server": {**dict.fromkeys(_ENGINE_KEYS, _SERVER_DECIDES), **_NO_SCRIPT},
+    "scripted": {**dict.fromkeys((*_ENGINE_KEYS, *_SAMPLING_KEYS), _NOT_SAMPLED), **_NO_SERVER},
 }
 
 

@@ -124,6 +124,8 @@ class Turntrace(Section):
     """Seconds from a conversation's start after which it ends with `deadline`; None: never."""
     max_tokens: PositiveInt | None = None
     """Tokens one turn may sample; None: whatever the other budgets leave."""
+    recorded: str | None = None
+    """With `name: scripted`: the run folder or trajectories.jsonl whose sampled tokens are played back."""
 
 
 class Rollout(Section):
@@ -142,7 +144,7 @@ class Rollout(Section):
     dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "bfloat16"
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     ignore_eos: bool = False
-    enforce_eager: bool = True
+    enforce_eager: bool = False
     cudagraph_capture_sizes: list[int] | None = None
     free_cache_engine: bool = True
     data_parallel_size: PositiveInt = 1
@@ -196,6 +198,7 @@ OUR_DEFAULTS = {
     "mode": "the documented set-up is asynchronous",
     "skip_tokenizer_init": "token ids go in and out; rollout.yaml says so too",
     "tensor_model_parallel_size": "one device is what most machines have",
+    "enforce_eager": "rollout.yaml's, because CUDA graphs are most of a small model's speed",
     "load_format": "outside a trainer nobody syncs weights into a dummy",
     "multi_turn.max_parallel_calls": "one call a turn is not what parallel means",
     "val_kwargs.temperature": "rollout.yaml's, greedy, which is what verl's trainers use",

@@ -19,6 +19,7 @@ WORKS_IN_PROCESS = {
     *("name", "mode", "skip_tokenizer_init", "temperature", "top_k", "top_p", "do_sample", "n", "ignore_eos"),
     *("prompt_length", "response_length", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "over_sample_rate"),
     *("dtype", "gpu_memory_utilization", "enforce_eager", "cudagraph_capture_sizes", "disable_log_stats", "load_format"),
+    "free_cache_engine",
     *("data_parallel_size", "expert_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("enable_chunked_prefill", "enable_prefix_caching", "engine_kwargs.sglang"),
     *("val_kwargs.temperature", "val_kwargs.top_k", "val_kwargs.top_p", "val_kwargs.do_sample", "val_kwargs.n"),
@@ -205,6 +206,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["rollout.load_format=hf"], "no such loader"),
         (["rollout.top_k=0"], "write -1"),
         (["rollout.name=sglang_server"], "at least one address"),
+        (["rollout.name=scripted"], "needs the run folder"),
         (["rollout.engine_kwargs.sglang.tp_size=2"], "is set by rollout.tensor_model_parallel_size"),
         (["rollout.sglang_engine_mode=server"], "name: sglang_server"),
     ],
@@ -219,7 +221,7 @@ def test_what_would_change_results_if_ignored_is_refused(overrides: list[str], s
         (["rollout.multi_turn.tokenization_sanity_check_mode=disable"], "nothing to check"),
         (["rollout.multi_turn.num_repeat_rollouts=4"], "rollout.n is the number of samples"),
         (["rollout.name=sglang_server", "rollout.server.urls=[http://a]", "rollout.data_parallel_size=2"], "the server was started with"),
-        (["rollout.name=scripted", "rollout.temperature=0.5"], "nothing is sampled"),
+        (["rollout.name=scripted", "rollout.turntrace.recorded=.", "rollout.temperature=0.5"], "nothing is sampled"),
         (["rollout.server.timeout=3.0"], "only with name: sglang_server"),
         (["rollout.multi_turn.enable=false", "rollout.multi_turn.max_parallel_calls=3"], "one turn without tools"),
         (["rollout.mode=sync"], "warning: rollout.mode: sync is deprecated"),
@@ -269,18 +271,10 @@ def test_n_is_val_kwargs_when_validating() -> None:
     assert (config.n(), config.n(validate=True)) == (4, 2)
 
 
-def test_sglang_gets_what_it_has_an_argument_for(tmp_path: Path) -> None:
-    body = (
-        "{max_num_batched_tokens: 4096, enforce_eager: true, enable_prefix_caching: false, enable_chunked_prefill: false, "
-        "data_parallel_size: 2, engine_kwargs: {sglang: {page_size: 16}, vllm: {a: 1}}}"
-    )
-    arguments = load_config(rollout_yaml(tmp_path, body)).verl_rollout()["engine_kwargs"]
-    expected = {"max_prefill_tokens": 4096, "disable_cuda_graph": True, "disable_radix_cache": True, "chunked_prefill_size": -1}
-    assert arguments == {"sglang": {"log_level": "warning", "dp_size": 2, "page_size": 16, **expected}}
-
-
-def test_verls_defaults_that_the_user_did_not_write_do_not_reach_sglang(tmp_path: Path) -> None:
-    assert load_config(rollout_yaml(tmp_path, "{n: 1}")).verl_rollout()["engine_kwargs"] == {"sglang": {"log_level": "warning"}}
+def test_what_sglangrollout_drops_reaches_sglang_by_its_own_name() -> None:
+    config = load_config(None, ["rollout.engine_kwargs={sglang: {page_size: 16}, vllm: {a: 1}}", "rollout.cudagraph_capture_sizes=[1, 2]"])
+    assert config.verl_rollout()["engine_kwargs"] == {"sglang": {"page_size": 16, "cuda_graph_bs": [1, 2]}}
+    assert config.rollout.engine_kwargs.sglang == {"page_size": 16}
 
 
 def test_limits_that_follow_from_others() -> None:
@@ -313,7 +307,7 @@ def test_paths_are_found_beside_the_config_file_first(tmp_path: Path, monkeypatc
     assert load("only_here.yaml").tool_config_path == str(here / "only_here.yaml")
     assert load("gsm8k").tool_config_path == "gsm8k"
     assert load("tools.yaml").model_path == str(beside / "model")
-    with pytest.raises(ConfigError, match=r"no file none\.yaml, neither beside the config file nor in"):
+    with pytest.raises(ConfigError, match=r"there is no none\.yaml, neither beside the config file nor in"):
         load("none.yaml")
 
 
