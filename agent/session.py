@@ -1,0 +1,181 @@
+"""A run's parts, started: engine, chat template, tools, and the one event loop they live on.
+
+Invariant: the engine starts on, and only ever sees, the session's own loop thread, which lives until `close`. Sync and
+async callers hand coroutines to it, so that neither can give an SGLang engine a second event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import functools
+import gc
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from agent.config import Config
+from agent.dispatch import Dispatcher
+from agent.engines.engine import Engine
+from agent.engines.scripted import recorded
+from agent.loop import LoopSettings, Runtime
+from agent.model.base import resolve_model
+from conversations.store import read_trajectories
+from conversations.template import ChatTemplate
+from conversations.tokens import TOOL
+from conversations.truncate import cut_to_tokens
+from tools.toolset import ToolSet
+
+T = TypeVar("T")
+
+
+class Session:
+    """Starts everything a config asks for; blocks until the engine is up (seconds to a minute). Close it, or use `with`.
+
+    `tools` are closed with the session. `log_path` is where the engine's processes write; None: this process's output.
+    Raises ConfigError, TemplateError, EngineStartError and other one-line errors; nothing is left running then.
+    """
+
+    def __init__(self, config: Config, tools: ToolSet | None = None, *, validate: bool = False, log_path: Path | None = None) -> None:
+        self.config = config
+        self.tools = tools
+        self.model_dir = resolve_model(config.model_path)
+        self.template = load_template(config, self.model_dir)
+        if tools:
+            self.template.require(TOOL)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="turntrace-loop", daemon=True)
+        self._started: concurrent.futures.Future[Engine] = concurrent.futures.Future()
+        self._start = functools.partial(start_engine, config, self.model_dir, log_path)
+        self._thread.start()
+        try:
+            self.engine = self._started.result()
+            dispatcher = make_dispatcher(config, tools, self.template) if tools else None
+            self.runtime = Runtime(self.engine, self.template, loop_settings(config, config.sampling(validate)), dispatcher)
+        except BaseException:
+            self.close()
+            raise
+        gc.collect()
+        gc.freeze()  # what is loaded now stays: the collector need not walk it at every step of the loop
+
+    def runtime_with(self, sampling: dict[str, Any], max_tokens: int | None = None) -> Runtime:
+        """`runtime` with other sampling params and another cap on a turn's tokens."""
+        return dataclasses.replace(self.runtime, settings=loop_settings(self.config, sampling, max_tokens))
+
+    def _serve(self) -> None:
+        """The loop thread. SGLang's children end with the thread that started them, so it starts them here."""
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._started.set_result(self._start())
+        except BaseException as error:
+            self._started.set_exception(error)
+        self._loop.run_forever()
+
+    # ------------------------------------------------------------------ handing work to the loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Starts a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], *, poll: Callable[[], None] | None = None, every_s: float = 0.2) -> T:
+        """The coroutine's result, waited for here. `poll` is called meanwhile, every `every_s` seconds.
+
+        Ctrl-C cancels the coroutine and waits for its clean-up before KeyboardInterrupt goes on.
+        """
+        ended = threading.Event()
+        future = self.submit(_with_end(coroutine, ended))
+        try:
+            while not ended.wait(every_s):
+                if poll:
+                    poll()
+        except BaseException:
+            future.cancel()
+            ended.wait()
+            raise
+        return future.result()
+
+    async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """`run`, awaited on the caller's own event loop; cancelling it cancels the coroutine."""
+        return await asyncio.wrap_future(self.submit(coroutine))
+
+    def close(self) -> None:
+        """Closes tools and engine and ends the loop thread. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        try:
+            self.run(self._close_parts())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _close_parts(self) -> None:
+        try:
+            if self.tools:
+                await self.tools.close()
+        finally:
+            if self._started.exception() is None:
+                await self._started.result().close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+async def _with_end(coroutine: Coroutine[Any, Any, T], ended: threading.Event) -> T:
+    try:
+        return await coroutine
+    finally:
+        ended.set()
+
+
+def start_engine(config: Config, model_dir: Path, log_path: Path | None) -> Engine:
+    """The engine that `rollout.name` says. SGLang in process blocks until it is up."""
+    rollout = config.rollout
+    if rollout.name == "sglang":
+        from agent.engines.sglang import start
+
+        return start(config.verl_rollout(), model_dir, log_path=log_path).engine()
+    if rollout.name == "sglang_server":
+        from agent.engines.sglang_server import SGLangServerEngine
+
+        return SGLangServerEngine(rollout.server.urls, api_key=config.api_key)
+    return recorded(read_trajectories(rollout.turntrace.recorded or ""))
+
+
+def load_template(config: Config, model_dir: Path) -> ChatTemplate:
+    """The chat template of a model folder, with the config's template arguments."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    return ChatTemplate(tokenizer, kwargs=config.rollout.turntrace.apply_chat_template_kwargs)
+
+
+def loop_settings(config: Config, sampling: dict[str, Any], max_tokens: int | None = None) -> LoopSettings:
+    """The loop's limits as the config has them; `max_tokens` overrides the config's."""
+    rollout, ours = config.rollout, config.rollout.turntrace
+    return LoopSettings(
+        prompt_length=rollout.prompt_length,
+        response_length=rollout.response_length,
+        max_model_len=config.max_model_len,
+        max_tokens=max_tokens or ours.max_tokens,
+        max_turns=config.max_assistant_turns,
+        max_consecutive_invalid_calls=ours.max_consecutive_invalid_calls,
+        deadline_s=ours.conversation_deadline_s,
+        sampling=sampling,
+    )
+
+
+def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> Dispatcher:
+    """The tools with the config's limits."""
+    multi_turn = config.rollout.multi_turn
+
+    def cut(text: str) -> str | None:
+        return cut_to_tokens(text, multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side, template)
+
+    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls, cut=cut)
