@@ -137,7 +137,10 @@ class ConversationTools:
         """Runs a turn's calls concurrently and fills in their ledger lines."""
         limit = self._dispatcher.max_parallel_calls
         answers = [self._answer(call, line, index < limit) for index, (call, line) in enumerate(zip(calls, lines, strict=True))]
-        await asyncio.gather(*answers)
+        if len(answers) == 1:  # the common case needs no task of its own
+            await answers[0]
+        else:
+            await asyncio.gather(*answers)
 
     async def _answer(self, call: Call, line: ToolCallRecord, within_limit: bool) -> None:
         """Fills in one ledger line. Always returns, but for cancellation."""

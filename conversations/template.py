@@ -70,8 +70,10 @@ class ChatTemplate:
         self.stop_token_ids = sorted(self.end_ids | ({tokenizer.eos_token_id} - {None}))
         self._generation = self._generation_text()
         self.opens_think = self._generation.rfind("<think>") > self._generation.rfind("</think>")
+        self._frames: dict[str, _Frame] = {}
         self._edges = {kind: self._try(kind, self._find_edges) for kind in (TOOL, USER)}
         self._unproven = {kind: self._try(kind, self._prove) or "" for kind in (TOOL, USER)}
+        self._frames = {kind: frame for kind in (TOOL, USER) if not self._unproven[kind] and (frame := self._find_frame(kind))}
         self.rewrites_history = self._rewrites_history()
 
     # ------------------------------------------------------------------ what a conversation asks
@@ -151,6 +153,12 @@ class ChatTemplate:
         return str(text)
 
     def _delta_text(self, messages: Sequence[Message], kind: str) -> str:
+        """Scaffold, block and generation prompt as text."""
+        if frame := self._frames.get(kind):
+            return frame.around([message["content"] for message in messages])
+        return self._rendered_delta(messages, kind)
+
+    def _rendered_delta(self, messages: Sequence[Message], kind: str) -> str:
         try:
             text = self._compiled([*_STUB_VIEWS[kind], *messages], self._kwargs)
         except Exception as error:
@@ -239,6 +247,21 @@ class ChatTemplate:
             return "its tokens merge across the end of a turn"
         return ""
 
+    def _find_frame(self, kind: str) -> _Frame | None:
+        """The constant text around contents, where the template puts them down as they are; rendering is then joining."""
+        first, second = "frame1", "frame2"
+        one = self._rendered_delta(_messages(kind, [first]), kind)
+        head, _, tail = one.partition(first)
+        two = self._rendered_delta(_messages(kind, [first, second]), kind)
+        frame = _Frame(head, two.partition(first)[2].partition(second)[0], tail)
+        for contents in ([text] for text in _ODD_CONTENTS):
+            if any(
+                self._rendered_delta(_messages(kind, contents * count, f"id{count}"), kind) != frame.around(contents * count)
+                for count in (1, 2, 3)
+            ):
+                return None
+        return frame
+
     def _rewrites_history(self) -> bool:
         """True where a later message changes how an earlier assistant turn is rendered."""
         turn = "<think>\nt\n</think>\n\nanswer"
@@ -260,6 +283,23 @@ class _Edges:
     scaffold: str
     scaffold_ids: list[int]
     generation_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    head: str
+    between: str
+    tail: str
+
+    def around(self, contents: Sequence[str]) -> str:
+        return f"{self.head}{self.between.join(contents)}{self.tail}"
+
+
+_ODD_CONTENTS = (
+    "", " ", "\n", "  x\n\n", "x y", "<b>&amp;'\"", '{"a": [1, null]}', "[1]", "None", "0", "-1.5", "true", "Error: x", "é\u2028漢🙂",
+    "<think>\nx\n</think>\n\ny", "</think>", "<tool_call>", "<tool_response>x</tool_response>", "<|im_end|>", "{{ x }}", "a" * 3000,
+)  # fmt: skip
+"""What a template may treat specially: blanks, markup, JSON, numbers, thoughts, control tokens, length."""
 
 
 def _compiled(tokenizer: Any) -> Callable[[list[Message], Mapping[str, Any]], str]:
@@ -285,10 +325,10 @@ _PROBE_TOOL = {
 }
 
 
-def _messages(kind: str, contents: Sequence[str]) -> list[Message]:
+def _messages(kind: str, contents: Sequence[str], call_id: str = "callstub0") -> list[Message]:
     if kind == USER:
         return [{"role": "user", "content": content} for content in contents]
-    return [{"role": "tool", "content": content, "tool_call_id": "callstub0", "name": "f"} for content in contents]
+    return [{"role": "tool", "content": content, "tool_call_id": call_id, "name": f"f{call_id}"} for content in contents]
 
 
 def _histories(kind: str) -> list[list[Message]]:
