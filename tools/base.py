@@ -34,7 +34,11 @@ class SandboxUnavailable(ToolsError):  # noqa: N818 - a state of the machine, na
 
 
 class ToolError(Exception):
-    """A call that could not be served. `str(error)` is shown to the model."""
+    """A call that could not be served. `str(error)` is shown to the model; `metrics` (JSON values) go into the ledger."""
+
+    def __init__(self, message: str, metrics: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.metrics = metrics or {}
 
 
 class BackendError(Exception):
@@ -59,13 +63,17 @@ class BaseTool:
 
     # What `config` may hold beside the dispatcher's own keys; None: anything. A wrong key is named when the tool is loaded.
     config_keys: ClassVar[frozenset[str] | None] = None
-    # How long one call may take where the config does not say.
+    # How long one call may take, and how many may run at a time, where the config does not say.
     timeout_s: float = 60.0
+    max_concurrency: int | None = None
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         self.config = config
         self.tool_schema = tool_schema
         self.name: str = tool_schema["function"]["name"]
+
+    async def start(self) -> None:
+        """Makes ready what all trajectories share. Called before the first of them; raises ToolsError where it cannot be had."""
 
     async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
         """Starts the state of one trajectory; returns its id and what to show the model after the prompt, if anything."""

@@ -19,7 +19,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from tools.base import BaseTool, ToolConfigError
+from tools.base import BaseTool, ToolConfigError, ToolsError
 from tools.function import FunctionTool
 
 # Keys of a tool's `config` that are the dispatcher's; `type` is verl's, and only `native` is known.
@@ -132,6 +132,15 @@ class ToolSet(Mapping[str, LoadedTool]):
         """The OpenAI schemas offered, in order, lossless."""
         return [loaded.schema for loaded in self._tools.values()]
 
+    async def start(self) -> None:
+        """Makes every tool ready before the first trajectory. Raises ToolsError with one line for the user."""
+        for name, loaded in self._tools.items():
+            if start := getattr(loaded.tool, "start", None):
+                try:
+                    await start()
+                except ToolsError as error:
+                    raise type(error)(f"tool {name}: {error}") from error
+
     async def close(self) -> None:
         """Closes every tool that can be closed, all of them even if one fails; then raises what the failed ones raised."""
         failures: list[Exception] = []
@@ -160,7 +169,7 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
         schema=schema,
         ends_conversation=_flag(config, "ends_conversation"),
         timeout_s=_positive(config, "timeout_s", getattr(tool, "timeout_s", BaseTool.timeout_s)),
-        max_concurrency=_concurrency(config),
+        max_concurrency=_concurrency(config, tool),
         _validator=Draft202012Validator(parameters, registry=Registry()),
         _create=CreateSignature.of(tool.create, verl=is_verl(type(tool))),
     )
@@ -258,10 +267,11 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def _concurrency(config: Mapping[str, Any]) -> int | None:
-    """`max_concurrency`; verl's tools call the same thing `num_workers`."""
+def _concurrency(config: Mapping[str, Any], tool: Tool) -> int | None:
+    """`max_concurrency`, else the tool's own, else `num_workers`, which is what verl's tools call it."""
     key = "max_concurrency" if "max_concurrency" in config else "num_workers"
-    value = config.get(key)
+    own = getattr(tool, "max_concurrency", None)
+    value = config.get(key) if key == "max_concurrency" or own is None else own
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

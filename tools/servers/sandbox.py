@@ -1,0 +1,147 @@
+"""The sandbox server: SandboxFusion's `POST /run_code` and `GET /v1/ping`, every program shut in by bubblewrap.
+
+    python -m tools.servers.sandbox [--host 127.0.0.1] [--port 8080] [--workers N]
+
+When it answers, it has written one line of JSON to stdout: {"port": ...}, or {"error": ...} and it ends with code 1.
+It runs as many programs at a time as there are cores; the others wait their turn in order of arrival, and waiting does
+not count against their time limit. A client that hangs up ends its program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import pydantic
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tools.base import SandboxUnavailable
+from tools.servers.isolation import MIB, Isolation
+from tools.servers.probe import working_isolation
+from tools.servers.runner import run_code
+from tools.servers.wire import RunCodeRequest, RunCodeResponse
+
+MAX_REQUEST_BYTES = 64 * MIB
+_PARENT_CHECK_S = 1.0
+
+
+def make_app(isolation: Isolation, workers: int) -> Starlette:
+    """The ASGI app that runs at most `workers` programs at a time."""
+    turn = asyncio.Semaphore(workers)
+
+    async def run(request: Request) -> Response:
+        body = await _body(request)
+        if body is None:
+            return _refusal(413, "too_large", [], f"the request is over {MAX_REQUEST_BYTES // MIB} MiB")
+        try:
+            asked = RunCodeRequest.model_validate_json(body)
+        except pydantic.ValidationError as error:
+            return JSONResponse({"detail": [{**wrong, "loc": ["body", *wrong["loc"]]} for wrong in _problems(error)]}, 422)
+        if asked.language not in isolation.languages:
+            supported = ", ".join(isolation.languages)
+            return _refusal(422, "enum", ["body", "language"], f"{asked.language!r} is not supported here; supported are {supported}")
+        answer = await _unless_gone(request, _in_turn(asked))
+        return Response(answer.model_dump_json() if answer else "", media_type="application/json")
+
+    async def _in_turn(asked: RunCodeRequest) -> RunCodeResponse:
+        async with turn:
+            return await run_code(isolation, asked)
+
+    async def ping(_: Request) -> Response:
+        return JSONResponse("pong")
+
+    return Starlette(routes=[Route("/run_code", run, methods=["POST"]), Route("/v1/ping", ping)])
+
+
+async def _body(request: Request) -> bytes | None:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_REQUEST_BYTES:
+            return None
+    return bytes(body)
+
+
+def _problems(error: pydantic.ValidationError) -> Any:
+    return error.errors(include_url=False, include_context=False, include_input=False)
+
+
+def _refusal(code: int, kind: str, where: list[str], message: str) -> Response:
+    return JSONResponse({"detail": [{"type": kind, "loc": where, "msg": message}]}, code)
+
+
+async def _unless_gone(request: Request, running: Any) -> RunCodeResponse | None:
+    """The result, or None once the client has hung up: the program is then ended, for nobody waits for it."""
+    work, gone = asyncio.ensure_future(running), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def serve(host: str, port: int, workers: int, with_parent: bool) -> None:
+    """Probes, announces the port, and serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent.
+
+    Raises SandboxUnavailable and OSError (a port in use) before anything is served.
+    """
+    app = make_app(await working_isolation(), workers)
+    with socket.create_server((host, port), backlog=1024) as listener:
+        config = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", http="h11", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
+        print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
+        await server.serve([listener])
+        if watch:
+            watch.cancel()
+
+
+async def _end_with_parent(server: uvicorn.Server) -> None:
+    """Ends the server when stdin ends, or (another child of the parent may hold the pipe open) the parent is another."""
+    loop, parent, ended = asyncio.get_running_loop(), os.getppid(), asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), ended.set)
+    while not ended.is_set() and os.getppid() == parent:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), _PARENT_CHECK_S)
+    server.should_exit = True
+
+
+def main() -> int:
+    """The command. 0 after an orderly end, 1 where nothing could be served."""
+    parser = argparse.ArgumentParser(prog="tools.servers.sandbox", description="SandboxFusion's /run_code, isolated by bubblewrap.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs at a time")
+    parser.add_argument("--with-parent", action="store_true", help="end when stdin ends or the parent does")
+    options = parser.parse_args()
+    # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    try:
+        asyncio.run(serve(options.host, options.port, options.workers, options.with_parent))
+    except (SandboxUnavailable, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
