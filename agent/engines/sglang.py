@@ -98,8 +98,9 @@ class SGLangEngine:
         task = asyncio.create_task(self._ask(list(prompt_ids), dict(sampling), request_id))
         self._running[request_id] = task
         task.add_done_callback(lambda _: self._forget(request_id))
+        waited_for: list[asyncio.Future[Any]] = [task, ended]
         try:
-            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._manager.abort_request(rid=request_id)
             raise
