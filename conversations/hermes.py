@@ -138,7 +138,7 @@ def _call(value: object, block: str) -> ToolCall | MalformedToolCall:
         return MalformedToolCall(block, f'"arguments" must be a JSON object, not {_kind(arguments)}; {_HINT}', name)
     if block.count("{") + block.count("[") > _MAX_DEPTH and _depth(arguments) > _MAX_DEPTH:
         return MalformedToolCall(block, f"nested more than {_MAX_DEPTH} deep; {_HINT}", name)
-    if "\\u" in block and not _encodable(value):
+    if "\\u" in block and not _encodable([name, arguments]):
         return MalformedToolCall(block, f"a string holds half of a surrogate pair; {_HINT}", name)
     return ToolCall(name, arguments, block)
 

@@ -93,7 +93,7 @@ def _given(message: object, index: int) -> Message:
         raise MessageError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
     kept["content"] = _text(kept.get("content", ""), index)
     if "tool_calls" in kept:
-        kept["tool_calls"] = [_given_call(call, index) for call in kept["tool_calls"]]
+        kept["tool_calls"] = _given_calls(kept["tool_calls"], index)
     if role == "assistant":
         kept["raw"] = None
     return kept
@@ -107,6 +107,12 @@ def _text(content: object, index: int) -> str:
         if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
             return "".join(str(text) for text in texts)
     raise MessageError(f"message {index} has content of {_shape(content)}; only text (a string or text parts) is supported")
+
+
+def _given_calls(calls: object, index: int) -> list[dict[str, Any]]:
+    if not isinstance(calls, (list, tuple)):
+        raise MessageError(f"message {index} has tool_calls of {_shape(calls)}; expected a list of {{id, type, function}} objects")
+    return [_given_call(call, index) for call in calls]
 
 
 def _given_call(call: object, index: int) -> dict[str, Any]:
