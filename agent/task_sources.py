@@ -5,6 +5,7 @@ Invariant: the same arguments write the same bytes, so that a task file can be m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -71,17 +72,17 @@ def whole_number(answer: str) -> str:
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
-    """Writes rows as JSONL, whole or not at all; returns how many."""
+    """Writes rows as JSONL, whole or not at all; returns how many. Raises TaskError where the file cannot be written."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
-    count = 0
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
+            count = sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
         draft.replace(target)
+    except OSError as error:
+        raise TaskError(f"{target}: cannot be written: {error.strerror}; choose another --out") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
     return count

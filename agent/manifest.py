@@ -1,0 +1,86 @@
+"""run.json: what a run was, so that it can be told from another and done again.
+
+Invariant: no secret and nothing that changes from one start to the next stands in the fields that a resume compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import re
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from agent.config import Config
+from agent.model.base import ADAPTER_DIR, TOOLS_NAME
+from agent.tasks import task_file_hash
+from tools.toolset import ToolSet
+
+PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
+WHOLE_FILE = 1 << 30
+"""Bytes up to which a model file is hashed whole; of a longer one the size and both ends count."""
+_END = 1 << 20
+
+
+def run_manifest(
+    config: Config, tools: ToolSet | None, model_dir: Path, tasks: Path, *, limit: int | None, validate: bool, argv: Sequence[str]
+) -> dict[str, Any]:
+    """The fields of run.json but for schema and counts. All values are JSON."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(argv),
+        "config": config.resolved(),
+        "tools": tools.source_text if tools else None,
+        "model": {"path": config.model_path, **model_hash(model_dir), **_adapter(config)},
+        "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
+        "limit": limit,
+        "n": config.n(validate),
+        "validate": validate,
+        "seed": config.rollout.engine_kwargs.sglang.get("random_seed"),
+        "versions": versions(),
+        "parent": None,
+    }
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as a shell takes it, without the key of a server."""
+    return shlex.join(["turntrace", *(re.sub(r"(api_key\s*[=:]\s*).*", r"\1...", argument) for argument in argv)])
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a run depends on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def model_hash(folder: Path) -> dict[str, Any]:
+    """`sha256` over the names and contents of a model's files, and which files counted only by size and ends."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}:{_file_hash(path)}\n".encode())
+    return {"sha256": digest.hexdigest(), "hashed_in_part": [path.name for path in files if path.stat().st_size > WHOLE_FILE]}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        if path.stat().st_size <= WHOLE_FILE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        head = file.read(_END)
+        file.seek(-_END, 2)
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+def _adapter(config: Config) -> dict[str, str]:
+    weights = ADAPTER_DIR / "adapter_model.safetensors"
+    return {"adapter_sha256": _file_hash(weights)} if config.model_path == TOOLS_NAME and weights.is_file() else {}

@@ -1,0 +1,164 @@
+"""`turntrace run`, in order: check what is cheap, open the run folder, start the engine, run, sum up.
+
+Invariant: exit code 0 means that every conversation asked for is on disk and none failed by infrastructure.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from agent.batch import Progress, run_tasks
+from agent.config import Config
+from agent.manifest import command_line, run_manifest
+from agent.model.base import resolve_model
+from agent.progress import Display, counts, say, summary
+from agent.session import Session
+from agent.tasks import read_tasks
+from conversations.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+from tools.registry import load_tools
+from tools.toolset import ToolSet
+
+DONE, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 1, 130, 143
+"""Exit codes; 2 is a user's mistake."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What the command line asked for. `argv` is its own words, for run.json and for what to type next."""
+
+    tasks: Path
+    out: Path
+    config: Config
+    limit: int | None
+    resume: bool
+    force: bool
+    validate: bool
+    argv: Sequence[str]
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run."""
+        return command_line(self.argv if self.resume else [*self.argv, "--resume"])
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def run(request: RunRequest, console: Console) -> int:
+    """Runs the tasks into the run folder; returns the exit code. Raises the packages' own errors for a user's mistake."""
+    config = request.config
+    tools = load_tools(config.tool_config_path) if config.tool_config_path else None
+    # The whole file once: a bad row is found now, not after hours.
+    pairs = [(task.id, sample) for task in read_tasks(request.tasks, request.limit) for sample in range(config.n(request.validate))]
+    progress = Progress(total=len(pairs))
+    with _open_store(request, tools) as store:
+        if request.resume:
+            _count_earlier(request.out, set(pairs), progress)
+        missing = sum(pair not in store.done for pair in pairs)
+        if missing == 0:
+            say(console, f"nothing to do: all {len(pairs)} conversations are in {request.out}")
+            return DONE
+        return _run_missing(request, tools, store, progress, console)
+
+
+def _count_earlier(folder: Path, asked: set[tuple[str, int]], progress: Progress) -> None:
+    """What is in the run folder already counts like what is still to come."""
+    if (folder / TRAJECTORIES).exists():
+        for trajectory in read_trajectories(folder):
+            if (trajectory.task_id, trajectory.sample) in asked:
+                progress.count(trajectory)
+
+
+def _open_store(request: RunRequest, tools: ToolSet | None) -> RunFolder:
+    model_dir = resolve_model(request.config.model_path)
+    manifest = run_manifest(
+        request.config, tools, model_dir, request.tasks, limit=request.limit, validate=request.validate, argv=request.argv
+    )
+    if request.resume:
+        return RunFolder.resume(request.out, manifest, force=request.force)
+    return RunFolder.create(request.out, manifest)
+
+
+def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> int:
+    try:
+        with _sigterm_as_interrupt(), _started(request, tools, store, console) as session, Display(progress, console) as display:
+            try:
+                session.run(_conversations(request, session, store, progress), poll=display.refresh)
+            finally:
+                wall_s = display.wall_s
+    except KeyboardInterrupt as interrupt:
+        store.close(counts(progress))
+        say(console, _interrupted(request, progress))
+        return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
+    store.close(counts(progress))
+    say(console, summary(progress, request.out, wall_s))
+    return _verdict(request, progress, console)
+
+
+async def _conversations(request: RunRequest, session: Session, store: RunFolder, progress: Progress) -> None:
+    if session.tools:
+        await session.tools.start()
+    await run_tasks(
+        read_tasks(request.tasks, request.limit),
+        session.runtime,
+        n=request.config.n(request.validate),
+        max_concurrent=request.config.rollout.max_num_seqs,
+        store=store,
+        progress=progress,
+    )
+
+
+@contextmanager
+def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, console: Console) -> Iterator[Session]:
+    """The session; a new run folder whose engine never started holds no run afterwards."""
+    log = request.out / "engine.log"
+    say(console, f"starting {request.config.rollout.name} with {request.config.model_path} (log: {log})")
+    try:
+        session = Session(request.config, tools, validate=request.validate, log_path=log)
+    except BaseException:
+        if not request.resume:
+            (request.out / RUN).unlink(missing_ok=True)
+        raise
+    with session:
+        session.template.tokenizer.save_pretrained(request.out / "tokenizer")
+        yield session
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(request: RunRequest, progress: Progress) -> str:
+    cut_off = request.out / UNFINISHED
+    unfinished = sum(1 for _ in cut_off.open("rb")) if cut_off.exists() else 0
+    return (
+        f"interrupted: {progress.done} of {progress.total} conversations are in {request.out}, {unfinished} unfinished ones beside them; "
+        f"go on with: {request.resume_command}"
+    )
+
+
+def _verdict(request: RunRequest, progress: Progress, console: Console) -> int:
+    if progress.done - progress.infra_errors >= (progress.total or 0):
+        return DONE
+    say(
+        console,
+        f"{progress.infra_errors} conversations failed by infrastructure (engine or tool backend: see `error` in their records); "
+        f"run them again with: {request.resume_command}",
+    )
+    return INCOMPLETE

@@ -1,0 +1,308 @@
+"""The command line: quick help, one-line errors with exit code 2, and `run` from a task file to a run folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import cli
+from agent.batch import run_tasks
+from agent.dispatch import Dispatcher
+from agent.engines.engine import Generation, SamplingParams
+from agent.engines.scripted import ScriptedEngine
+from agent.loop import LoopSettings, Runtime
+from agent.tasks import read_tasks, task_file_hash
+from conversations.store import RunFolder, read_manifest, read_trajectories
+from tests.helpers import call, hermes_template
+from tools.function import tool
+from tools.toolset import ToolSet
+
+TASKS, QUICK = 6, 2
+RUN = ("run", "tasks.jsonl", "--config", "config.yaml")
+CONFIG = """
+model_path: smollm2-base
+rollout:
+  name: scripted
+  prompt_length: 1024
+  multi_turn: {enable: true, tool_config_path: tools.yaml}
+  turntrace: {recorded: recorded}
+"""
+TOOL = '''
+import os, pathlib, time
+from tools.base import BackendError
+
+def look(question: str) -> str:
+    """Looks something up."""
+    folder = pathlib.Path(os.environ["LOOK"])
+    if (folder / "slow").exists():
+        (folder / f"called-{question}").touch()
+        time.sleep(0 if question in ("quick 0", "quick 1") else 60)
+    if (folder / "down").exists():
+        raise BackendError("the backend is down")
+    return "found"
+'''
+
+
+def turntrace(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "agent", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env(environment), capture_output=True, text=True, timeout=120, check=False)
+
+
+def env(more: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **more}
+
+
+# ---------------------------------------------------------------------- without an engine
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nimport agent.cli\nprint({'torch', 'transformers', 'verl', 'sglang', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert ran.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "none.jsonl", "--out", "run"], "error: none.jsonl: no such task file"),
+        (["run", "bad.jsonl", "--out", "run"], "error: bad.jsonl:2: not a JSON object"),
+        (["run", "tasks.jsonl", "--out", "run", "--config", "none.yaml"], "error: none.yaml: no such config file"),
+        (["run", "tasks.jsonl", "--out", "run", "--set", "rollout.nn=1"], "error: --set rollout.nn: unknown key; did you mean rollout.n?"),
+        (["run", "tasks.jsonl", "--out", "run", "--tools", "gsm9k"], "error: 'gsm9k' is not a shipped tool config"),
+        (["run", "tasks.jsonl", "--out", "run", "--tools", "none.yaml"], "there is no none.yaml"),
+        (["run", "tasks.jsonl", "--out", "run", "--resume", "--set", "model_path=smollm2-base"], "error: run holds no run to resume"),
+        (["tasks", "gsm8k", "none.jsonl", "--out", "x.jsonl"], "error: none.jsonl: cannot be read"),
+        (["tasks", "gsm_symbolic", "--size", "1", "--out", "tasks.jsonl/x"], "error: tasks.jsonl/x: cannot be written"),
+        (["model", "no/such-model"], "error: model_path: 'no/such-model' is neither"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], says: str) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{\n', encoding="utf-8")
+    ran = turntrace(*arguments, cwd=tmp_path)
+    assert ran.returncode == 2, ran.stderr
+    assert says in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
+    assert turntrace("run", cwd=tmp_path).returncode == 2
+
+
+def test_task_files_are_written_and_named(tmp_path: Path) -> None:
+    ran = turntrace("tasks", "gsm_symbolic", "--size", "3", "--seed", "5", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, "3 tasks written to gsm_symbolic-3-5.jsonl\n")
+    assert len(list(read_tasks(tmp_path / "gsm_symbolic-3-5.jsonl"))) == 3
+
+
+def test_doctor_ends_with_1_where_something_fails(tmp_path: Path) -> None:
+    ran = turntrace("doctor", "--set", "rollout.skip_tokenizer_init=false", cwd=tmp_path)
+    assert ran.returncode == 1
+    assert "fail  config: --set rollout.skip_tokenizer_init: mode async needs skip_tokenizer_init: true" in ran.stdout
+
+
+# ---------------------------------------------------------------------- runs, on recorded turns
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: tasks, a tool of their own, a config whose scripted engine plays back the run in `recorded/`."""
+    folder = tmp_path_factory.mktemp("project")
+    questions = [f"quick {index}" if index < QUICK else f"question {index}" for index in range(TASKS)]
+    rows = [{"id": f"t{index}", "prompt": f"q:{question}"} for index, question in enumerate(questions)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "looking_up.py").write_text(TOOL, encoding="utf-8")
+    (folder / "tools.yaml").write_text("tools:\n  - function: looking_up:look\n    config: {timeout_s: 90}\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    asyncio.run(record(folder))
+    return folder
+
+
+async def record(folder: Path) -> None:
+    """Each conversation looks up its question, then says a sentence."""
+    template = hermes_template()
+
+    def respond(prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        text = template.decode(prompt_ids)
+        question = text.rpartition("<|im_start|>user\nq:")[2].partition("<|im_end|>")[0]
+        said = "It was found." if "found" in text else call("look", question=question)
+        ids = [*template.encode(said), template.end_id]
+        return Generation(ids, [-0.5] * len(ids), "stop")
+
+    @tool
+    def look(question: str) -> str:
+        """Looks something up."""
+        return "found"
+
+    dispatcher = Dispatcher(ToolSet.from_tools([look]), max_parallel_calls=1, cut=lambda text: None)
+    runtime = Runtime(ScriptedEngine(respond), template, LoopSettings(1024, 512, 1536), dispatcher)
+    (folder / "recorded").mkdir()
+    with RunFolder.create(folder / "recorded", {}) as store:
+        await run_tasks(read_tasks(folder / "tasks.jsonl"), runtime, store=store)
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Path:
+    """The folder in which a test tells the tool how to behave."""
+    folder = tmp_path / "look"
+    folder.mkdir()
+    return folder
+
+
+@dataclass(frozen=True)
+class Ran:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(project: Path, tmp_path: Path, look: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`turntrace run` with the project's config into tmp_path/run, in this process: a new one takes seconds to import."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("LOOK", str(look))
+
+    def run(*more: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["turntrace", *RUN, "--out", str(tmp_path / "run"), *more])
+        try:
+            code: Any = cli.main()
+        except SystemExit as end:
+            code = end.code
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def test_a_run_in_a_process_of_its_own(project: Path, tmp_path: Path, look: Path) -> None:
+    ran = turntrace(*RUN, "--out", str(tmp_path / "run"), cwd=project, LOOK=str(look))
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert f"conversations          {TASKS} of {TASKS}" in ran.stdout
+
+
+def test_a_run_from_task_file_to_run_folder(run: Run, tmp_path: Path) -> None:
+    ran = run("--n", "2", "--limit", "4")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "conversations          8 of 8" in ran.stdout
+    trajectories = list(read_trajectories(tmp_path / "run"))
+    assert sorted(trajectory.id for trajectory in trajectories) == [f"t{task}-{sample}" for task in range(4) for sample in range(2)]
+    assert {trajectory.stop_reason for trajectory in trajectories} == {"stop"}
+    assert {call.response for trajectory in trajectories for call in trajectory.tool_calls} == {"found"}
+
+
+def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> None:
+    run("--limit", "1", "--set", "rollout.server.api_key=s3cret")
+    manifest = read_manifest(tmp_path / "run")
+    assert manifest["tools"] == (project / "tools.yaml").read_text(encoding="utf-8")
+    assert manifest["tasks"] == {"file": "tasks.jsonl", "sha256": task_file_hash(project / "tasks.jsonl")}
+    assert (manifest["n"], manifest["limit"], manifest["validate"]) == (1, 1, False)
+    assert manifest["config"]["rollout"]["prompt_length"] == 1024
+    assert len(manifest["model"]["sha256"]) == 64
+    assert manifest["counts"]["done"] == 1
+    assert manifest["counts"]["stop_reasons"] == {"stop": 1}
+    assert manifest["command"].startswith("turntrace run tasks.jsonl")
+    assert "s3cret" not in json.dumps(manifest)
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
+    ran = run("--limit", "1", "--set", "rollout.temperature=0.5")
+    assert ran.returncode == 0
+    assert "note: no effect: rollout.temperature: the scripted engine plays recorded ids back" in ran.stderr
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run: Run) -> None:
+    assert run("--limit", "1").returncode == 0
+    again = run("--limit", "1")
+    assert again.returncode == 2
+    assert "already holds a run; use --resume" in again.stderr
+
+
+def test_resume_runs_what_is_missing_and_nothing_twice(run: Run, tmp_path: Path) -> None:
+    assert run("--limit", "2").returncode == 0
+    before = (tmp_path / "run" / "trajectories.jsonl").read_bytes()
+    more = run("--resume")
+    assert more.returncode == 0, more.stderr
+    assert f"conversations          {TASKS} of {TASKS}" in more.stdout
+    assert (tmp_path / "run" / "trajectories.jsonl").read_bytes().startswith(before)
+    assert sorted(trajectory.id for trajectory in read_trajectories(tmp_path / "run")) == [f"t{index}-0" for index in range(TASKS)]
+    rest = run("--resume")
+    assert (rest.returncode, rest.stdout) == (0, f"nothing to do: all {TASKS} conversations are in {tmp_path / 'run'}\n")
+
+
+def test_resume_with_another_config_names_the_difference(run: Run) -> None:
+    assert run("--limit", "1").returncode == 0
+    other = run("--resume", "--set", "rollout.response_length=256")
+    assert other.returncode == 2
+    assert "config.rollout.response_length was 512, is 256" in other.stderr
+    assert run("--resume", "--force", "--set", "rollout.response_length=256").returncode == 0
+
+
+def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(run: Run, tmp_path: Path, look: Path) -> None:
+    (look / "down").touch()
+    ran = run("--limit", "2")
+    assert ran.returncode == 1
+    assert "2 conversations failed by infrastructure" in ran.stdout
+    assert ran.stdout.splitlines()[-1].endswith("--resume")
+    (look / "down").unlink()
+    assert run("--limit", "2", "--resume").returncode == 0
+    assert [trajectory.infra_error for trajectory in read_trajectories(tmp_path / "run")] == [False, False]
+
+
+def test_an_engine_that_does_not_start_leaves_no_run_behind(run: Run, tmp_path: Path) -> None:
+    broken = run("--set", f"rollout.turntrace.recorded={tmp_path}")
+    assert broken.returncode == 2
+    assert "trajectories.jsonl cannot be read" in broken.stderr
+    assert run("--limit", "1").returncode == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_keeps_what_is_finished_and_says_how_to_go_on(
+    run: Run, project: Path, tmp_path: Path, look: Path, number: signal.Signals, code: int
+) -> None:
+    (look / "slow").touch()
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "agent", *RUN, "--out", str(out)]
+    with subprocess.Popen(command, cwd=project, env=env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: lines(out / "trajectories.jsonl") == QUICK and len(list(look.glob("called-*"))) == TASKS, process)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert f"interrupted: {QUICK} of {TASKS} conversations are in {out}, {TASKS - QUICK} unfinished ones beside them" in said
+    assert said.splitlines()[-1].endswith(f"turntrace run tasks.jsonl --config config.yaml --out {out} --resume")
+    assert lines(out / "unfinished.jsonl") == TASKS - QUICK
+    (look / "slow").unlink()
+    assert run("--resume").returncode == 0
+    assert sorted(trajectory.id for trajectory in read_trajectories(out)) == [f"t{index}-0" for index in range(TASKS)]
+    assert lines(out / "unfinished.jsonl") == 0
+
+
+def lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Waits until a running process has got somewhere; its end is a failure of the test."""
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"it never got there: {process.communicate()}")

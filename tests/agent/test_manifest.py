@@ -1,0 +1,49 @@
+"""run.json's own parts: hashes that notice a change, a command without secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.manifest import WHOLE_FILE, command_line, model_hash, versions
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(b"head")
+        file.truncate(WHOLE_FILE + 1)  # sparse: it takes no disk
+    return folder
+
+
+def test_every_file_of_a_model_counts(model: Path) -> None:
+    before = model_hash(model)
+    assert before == model_hash(model)
+    (model / "config.json").write_text("{ }", encoding="utf-8")
+    assert model_hash(model)["sha256"] != before["sha256"]
+
+
+def test_a_file_too_long_to_read_counts_by_its_ends_and_is_named(model: Path) -> None:
+    before = model_hash(model)
+    assert before["hashed_in_part"] == ["model.safetensors"]
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert model_hash(model)["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize("secret", ["rollout.server.api_key=s3cret", "rollout.server={api_key: s3cret, urls: []}"])
+def test_the_command_keeps_no_secret(secret: str) -> None:
+    command = command_line(["run", "my tasks.jsonl", "--set", secret])
+    assert command.startswith("turntrace run 'my tasks.jsonl' --set ")
+    assert "s3cret" not in command
+
+
+def test_a_package_that_is_missing_is_none() -> None:
+    found = versions()
+    assert found["python"]
+    assert set(found) >= {"verl", "sglang", "torch", "transformers"}

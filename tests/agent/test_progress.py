@@ -1,0 +1,82 @@
+"""The live line, its plain form, and the table at the end."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from agent.batch import Progress
+from agent.progress import Display, counts, say, summary
+
+
+def some_progress() -> Progress:
+    progress = Progress(total=8, done=4, running=3, turns=10, sampled_tokens=500, tool_calls=8, tool_errors=2, invalid_calls=1)
+    progress.rewards, progress.reward_sum, progress.infra_errors = 4, 3.0, 1
+    progress.stop_reasons.update({"stop": 3, "length": 1})
+    return progress
+
+
+def test_the_line_counts_and_rates_start_at_what_was_there_before() -> None:
+    progress = some_progress()
+    display = Display(progress, Console(file=io.StringIO()))
+    line = display.line()
+    assert line.startswith("4/8 done  3 running  0.0 turns/s  0 tokens/s  2 tool errors  mean reward 0.750")
+
+
+def test_without_a_terminal_nothing_is_drawn_between_intervals() -> None:
+    out = io.StringIO()
+    with Display(some_progress(), Console(file=out)) as display:
+        for _ in range(5):
+            display.refresh()
+    assert out.getvalue() == ""
+
+
+def test_on_a_terminal_every_refresh_is_shown() -> None:
+    out = io.StringIO()
+    progress = some_progress()
+    with Display(progress, Console(file=out, force_terminal=True, width=200)) as display:
+        display.refresh()
+        progress.done = 5
+        display.refresh()
+    assert "4/8 done" in out.getvalue()
+    assert "5/8 done" in out.getvalue()
+
+
+def test_the_table_has_every_stop_reason_and_the_valid_share() -> None:
+    text = summary(some_progress(), Path("runs/demo"), 12.34)
+    for row in (
+        "conversations          4 of 8",
+        "  stop                 3",
+        "tool calls             8, 87.5% valid",
+        "wall time              12.3 s",
+    ):
+        assert row in text.splitlines()
+
+
+def test_a_run_without_calls_or_rewards_has_no_shares() -> None:
+    text = summary(Progress(total=0), Path("runs/demo"), 0.0)
+    assert "tool calls             0, - valid" in text
+    assert "mean reward            - over 0" in text
+
+
+def test_counts_are_json_values() -> None:
+    assert counts(some_progress()) == {
+        "asked": 8,
+        "done": 4,
+        "infra_errors": 1,
+        "stop_reasons": {"stop": 3, "length": 1},
+        "turns": 10,
+        "sampled_tokens": 500,
+        "tool_calls": 8,
+        "tool_errors": 2,
+        "invalid_calls": 1,
+        "mean_reward": 0.75,
+    }
+
+
+def test_paths_with_brackets_and_long_lines_are_printed_as_they_are() -> None:
+    out = io.StringIO()
+    say(Console(file=out, width=20), "runs/[bold]x[/bold] " + "y" * 50)
+    assert out.getvalue() == "runs/[bold]x[/bold] " + "y" * 50 + "\n"
