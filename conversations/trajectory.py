@@ -141,9 +141,12 @@ class Trajectory:
         """Reads a record line back, checking schema, fields and hash. Raises RecordError saying what is wrong."""
         record = read_record(line)
         values = {name: record[name] for name in _FIELDS}
-        values["segments"] = [tuple(segment) for segment in record["segments"]]
-        values["turns"] = [Turn(**turn) for turn in record["turns"]]
-        values["tool_calls"] = [_read_call(call) for call in record["tool_calls"]]
+        try:
+            values["segments"] = [tuple(segment) for segment in record["segments"]]
+            values["turns"] = [Turn(**turn) for turn in record["turns"]]
+            values["tool_calls"] = [_read_call(call) for call in record["tool_calls"]]
+        except (TypeError, KeyError) as error:
+            raise RecordError(f"trajectory {record['id']} is damaged: {error}") from error
         return cls(**values)
 
 
@@ -175,8 +178,8 @@ def read_record(line: str) -> dict[str, Any]:
         raise RecordError(f"fields missing: {missing}, unknown: {unknown}")
     try:
         expected = record_hash(record)
-    except ValueError as error:
-        raise RecordError(f"trajectory {record['id']} holds a number that JSON has not: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"trajectory {record['id']} has no canonical JSON: {error}") from error
     if record["sha256"] != expected:
         raise RecordError(f"trajectory {record['id']} does not match its hash: it was changed after it was written")
     return record
