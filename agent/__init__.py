@@ -1,5 +1,5 @@
 """Runs conversations: engines, the loop, tools' dispatch, batches and the command line."""
 
-from agent.entry import check_packages
+from agent.packages import check
 
-check_packages()
+check()

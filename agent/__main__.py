@@ -1,6 +1,6 @@
 """`python -m agent`: the `turntrace` command without its script."""
 
-from agent.entry import main
+from agent.cli import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import Config, load_config
-from agent.entry import local_folders
 from agent.errors import AgentError
 from agent.model.base import ADAPTER_DIR, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, cache_dir
+from agent.packages import local_folders
 from tools.base import ToolsError
 
 PINS = {"sglang": "0.5.5", "verl": "0.6.1", "transformers": "4.57.1"}

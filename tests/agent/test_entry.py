@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.entry import local_folders
+from agent.packages import local_folders
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = tmp_path_factory.mktemp("site")
     for package in ("agent", "conversations", "tools"):
         shutil.copytree(REPO / package, site / package, ignore=shutil.ignore_patterns("__pycache__", "adapter", "recipe"))
-    shutil.copy(REPO / "agent" / "entry.py", site / "turntrace.py")
+    (site / "agent" / "entry.py").rename(site / "turntrace.py")
     return site
 
 
@@ -65,7 +65,8 @@ def test_a_package_that_comes_first_is_named(site: Path, tmp_path: Path, name: s
     theirs = package(tmp_path / "project", name)
     ran = start(script(tmp_path / "bin"), "--help", cwd=tmp_path, pythonpath=[tmp_path / "project", site])
     assert ran.returncode == 2
-    assert ran.stderr.startswith(f"error: {theirs} hides turntrace's own package {name!r} ({site / name})")
+    assert ran.stderr.startswith(f"error: {theirs}")
+    assert f"hides turntrace's own package {name!r}" in ran.stderr
     assert ran.stderr.count("\n") == 1
 
 
@@ -97,13 +98,12 @@ def test_a_script_beside_its_own_tools_is_told_on_import(site: Path, tmp_path: P
     assert ran.stderr.splitlines()[-1].startswith(f"ImportError: {theirs} hides turntrace's own package 'tools'")
 
 
-def test_packages_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
+def test_a_command_without_its_packages_says_so(tmp_path: Path) -> None:
     copy = tmp_path / "site"
     copy.mkdir()
     shutil.copy(REPO / "agent" / "entry.py", copy / "turntrace.py")
     ran = start(script(tmp_path / "bin"), cwd=tmp_path, pythonpath=[copy])
-    assert ran.returncode == 2
-    assert "are not installed beside each other" in ran.stderr
+    assert (ran.returncode, ran.stderr) == (2, "error: turntrace's package 'agent' is not installed; install turntrace again\n")
 
 
 def test_the_current_folder_is_importable_and_last(site: Path, tmp_path: Path) -> None:
