@@ -51,7 +51,7 @@ class SandboxFusionTool(BaseTool):
         super().__init__(config, tool_schema)
         self._offered = tool_schema["function"].get("parameters", {}).get("properties", {}).keys()
         self._remote = _remote_url(config.get("sandbox_fusion_url"))
-        self._default = _request("", config.get("default_language", "python"), config)
+        self._default = _default_request(config)
         self.timeout_s = 2 * (self._default.run_timeout + _SLACK_S)
         self.max_concurrency = _workers(config.get("num_workers"), is_remote=self._remote is not None)
         self._client: httpx.AsyncClient | None = None
@@ -141,14 +141,20 @@ def _workers(given: Any, *, is_remote: bool) -> int:
     return workers if is_remote else min(workers, os.cpu_count() or 1)
 
 
-def _request(code: str, language: Any, config: dict[str, Any]) -> RunCodeRequest:
-    seconds, memory = config.get("default_timeout", 30), config.get("memory_limit_mb", 1024)
+def _default_request(config: dict[str, Any]) -> RunCodeRequest:
+    seconds = config.get("default_timeout", 30)
     try:
-        return RunCodeRequest(code=code, language=language, run_timeout=seconds, compile_timeout=seconds, memory_limit_MB=memory)
+        return RunCodeRequest(
+            code="",
+            language=config.get("default_language", "python"),
+            run_timeout=seconds,
+            compile_timeout=seconds,
+            memory_limit_MB=config.get("memory_limit_mb", 1024),
+        )
     except pydantic.ValidationError as error:
-        names = {"run_timeout": "default_timeout", "memory_limit_MB": "memory_limit_mb", "language": "default_language"}
         first = error.errors()[0]
-        raise ToolConfigError(f"config.{names[str(first['loc'][0])]}: {first['msg']}, got {first['input']!r}") from error
+        key = {"memory_limit_MB": "memory_limit_mb", "language": "default_language"}.get(str(first["loc"][0]), "default_timeout")
+        raise ToolConfigError(f"config.{key}: {first['msg']}, got {first['input']!r}") from error
 
 
 def _unicode(text: str) -> str:

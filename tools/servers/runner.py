@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,10 +47,6 @@ sys.exit(code if code >= 0 else 128 - code)
 
 class _SandboxError(Exception):
     """The sandbox, not the program, failed: the program never ran, or how it ended is not known."""
-
-
-class _OutputFullError(Exception):
-    """The program printed more than we keep."""
 
 
 @dataclass(slots=True)
@@ -129,27 +126,31 @@ async def _output_of(command: list[str], timeout_s: float, **spawn: Any) -> _Out
     spawn |= {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE, "cwd": "/", "env": {}, "limit": _CHUNK_BYTES}
     process = await asyncio.create_subprocess_exec(*command, **spawn)
     output = _Output(bytearray(), bytearray())
-    try:
-        async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
-            group.create_task(_drain(process.stdout, output.stdout))
-            group.create_task(_drain(process.stderr, output.stderr))
-            group.create_task(process.wait())
-    except* TimeoutError:
-        output.cut = "timeout"
-    except* _OutputFullError:
-        output.cut = "output"
-    finally:
+
+    def end(cut: Literal["timeout", "output"] | None) -> None:
+        output.cut = output.cut or cut
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+
+    drains = (_drain(process.stdout, output.stdout, end), _drain(process.stderr, output.stderr, end))
+    ended = asyncio.gather(process.wait(), *drains)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await asyncio.shield(ended)
+    except TimeoutError:
+        end("timeout")
+    finally:
+        end(None)
+        await ended
     return output
 
 
-async def _drain(stream: asyncio.StreamReader | None, kept: bytearray) -> None:
+async def _drain(stream: asyncio.StreamReader | None, kept: bytearray, end: Callable[[Literal["output"]], None]) -> None:
+    """Reads to the end of the pipe, however much there is: asyncio tells of a process's end only after that of its pipes."""
     while stream is not None and (chunk := await stream.read(_CHUNK_BYTES)):
+        if len(kept) + len(chunk) > MAX_OUTPUT_BYTES:
+            end("output")
         kept += chunk[: MAX_OUTPUT_BYTES - len(kept)]
-        if len(kept) >= MAX_OUTPUT_BYTES:
-            raise _OutputFullError
 
 
 def _exit_code(status: int, output: _Output) -> int:

@@ -1,0 +1,260 @@
+"""Rules: a program that fails is an answer for the model, a sandbox that fails is the backend's fault; nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from tools.base import BackendError, ToolConfigError, ToolError
+from tools.registry import ToolSet, load_tools
+from tools.sandbox import SandboxFusionTool
+from tools.servers import embedded
+
+
+def schema(**properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"code": {"type": "string"}, **properties}, "required": ["code"]}
+    return {"type": "function", "function": {"name": "code_interpreter", "description": "", "parameters": parameters}}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[None]:
+    """Keeps the embedded server up between tests, each of which has a tool and a loop of its own."""
+    embedded.sandbox.acquire()
+    yield
+    embedded.sandbox.release()
+
+
+async def run(
+    config: dict[str, Any], code: str, tool_schema: dict[str, Any] | None = None, **more: Any
+) -> tuple[str | None, dict[str, Any]]:
+    tool = SandboxFusionTool(config, tool_schema or schema())
+    try:
+        response, reward, metrics = await tool.execute("t", {"code": code, **more})
+        assert reward is None
+        return response.text, metrics
+    finally:
+        await tool.close()
+
+
+async def failing(config: dict[str, Any], code: str, **more: Any) -> ToolError:
+    with pytest.raises(ToolError) as caught:
+        await run(config, code, **more)
+    return caught.value
+
+
+# -- on the embedded server ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("running")
+async def test_what_a_program_prints_is_the_answer() -> None:
+    text, metrics = await run({}, "import sys; print('out'); print('err', file=sys.stderr)")
+    assert text == "out\nerr\n"
+    assert metrics.pop("execution_time") > 0
+    assert metrics == {"status": "Finished", "return_code": 0}
+
+
+@pytest.mark.usefixtures("running")
+async def test_silence_is_said_plainly() -> None:
+    assert (await run({"sandbox_fusion_url": "embedded"}, "x = 1"))[0] == "The code ran and printed nothing."
+
+
+@pytest.mark.usefixtures("running")
+async def test_a_traceback_is_told_as_python_writes_it() -> None:
+    error = await failing({}, "print('so far')\n1 / 0")
+    assert str(error).startswith('so far\nTraceback (most recent call last):\n  File "/tmp/main.py", line 2')
+    assert str(error).endswith("ZeroDivisionError: division by zero\n")
+    assert (error.metrics["status"], error.metrics["return_code"]) == ("Finished", 1)
+
+
+@pytest.mark.usefixtures("running")
+async def test_other_ends_are_told_in_words() -> None:
+    assert str(await failing({}, "raise SystemExit(3)")) == "Exit code: 3"
+    assert str(await failing({}, "raise SystemExit(1)")) == "Exit code: 1"
+    assert str(await failing({}, "print('a', end=''); import os; os._exit(9)")) == "a\nExit code: 9"
+    timed_out = await failing({"default_timeout": 0.5}, "print('a')\nwhile True: pass")
+    assert str(timed_out) == "a\nThe time limit of 0.5 s was exceeded."
+    assert timed_out.metrics["status"] == "TimeLimitExceeded"
+
+
+@pytest.mark.usefixtures("running")
+async def test_config_reaches_the_sandbox() -> None:
+    assert (await run({"default_language": "bash"}, "echo $0"))[0] == "/tmp/main.sh\n"
+    assert "MemoryError" in str(await failing({"memory_limit_mb": 128}, "bytearray(200 << 20)"))
+
+
+@pytest.mark.usefixtures("running")
+async def test_parameters_count_only_where_the_schema_offers_them() -> None:
+    assert (await run({}, "print(1)", language="bash", timeout=1e-9))[0] == "1\n"
+    offering = schema(language={"type": "string"}, timeout={"type": "number"})
+    assert (await run({}, "echo 1", offering, language="bash", timeout=1000))[0] == "1\n"
+    with pytest.raises(ToolError, match="'cobol' is not supported here; supported are python, bash"):
+        await run({}, "x", offering, language="cobol")
+
+
+@pytest.mark.usefixtures("running")
+async def test_half_a_surrogate_pair_does_no_harm() -> None:
+    assert (await run({}, "print('\ud83d')"))[0] == "?\n"
+
+
+@pytest.mark.usefixtures("running")
+async def test_the_loop_runs_on_and_the_calls_overlap() -> None:
+    tool = SandboxFusionTool({}, schema())
+    gaps, last = [], time.monotonic()
+    work = asyncio.gather(*(tool.execute("t", {"code": f"print({i})"}) for i in range(6)))
+    while not work.done():
+        await asyncio.sleep(0.005)
+        gaps.append(time.monotonic() - last)
+        last = time.monotonic()
+    assert [response.text for response, _, _ in await work] == [f"{i}\n" for i in range(6)]
+    assert len(gaps) > 3
+    await tool.close()
+
+
+@pytest.mark.usefixtures("running")
+def test_one_tool_serves_several_loops_in_turn() -> None:
+    tool = SandboxFusionTool({}, schema())
+    for _ in range(2):
+        assert asyncio.run(tool.execute("t", {"code": "print(1)"}))[0].text == "1\n"
+    asyncio.run(tool.close())
+
+
+async def test_the_demo_pair_serves_a_conversation() -> None:
+    tools = load_tools("gsm8k")
+    assert list(tools) == ["code_interpreter", "calculate_answer"]
+    code, answer = tools["code_interpreter"], tools["calculate_answer"]
+    for loaded in (code, answer):
+        await loaded.tool.create("t", **loaded.create_kwargs({}, ground_truth="42"))
+    assert code.validate({"code": "print(6 * 7)"}) == []
+    printed, _, _ = await code.tool.execute("t", {"code": "print(6 * 7)"})
+    said, step, _ = await answer.tool.execute("t", {"answer": (printed.text or "").strip()})
+    assert (said.text, step) == ("Current parsed answer='42' reward=1.0", 0.0)
+    assert [await loaded.tool.calc_reward("t") for loaded in (code, answer)] == [None, 1.0]
+    for loaded in (code, answer):
+        await loaded.tool.release("t")
+    await tools.close()
+
+
+# -- on a server that answers as it is told ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
+    """Starts a real HTTP server that gives one answer to everything; returns its address and the requests it gets."""
+    servers = []
+
+    def start(status: int, body: Any, *, close: bool = False) -> tuple[str, list[Any]]:
+        seen: list[Any] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                seen.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+                if close:
+                    return
+                content = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+Serve = Callable[..., tuple[str, list[Any]]]
+
+
+async def test_what_goes_over_the_wire(serve: Serve) -> None:
+    url, seen = serve(200, {"status": "Success", "run_result": {"status": "Finished", "return_code": 0, "stdout": "hi"}})
+    config = {"default_timeout": 7, "memory_limit_mb": 512, "default_language": "cpp", "num_workers": 3, "rate_limit": 5}
+    for address in (url, f"{url}/", f"{url}/run_code"):
+        assert (await run({**config, "sandbox_fusion_url": address}, "int main(){}"))[0] == "hi"
+    wire = {"code": "int main(){}", "language": "cpp", "run_timeout": 7.0, "compile_timeout": 7.0, "memory_limit_MB": 512}
+    assert seen == [("/run_code", {**wire, "stdin": None, "files": {}, "fetch_files": []})] * 3
+
+
+async def test_a_compile_error_is_told_to_the_model(serve: Serve) -> None:
+    compiled = {"status": "Finished", "return_code": 2, "stdout": "", "stderr": "error: expected ';'\n", "execution_time": 0.1}
+    url, _ = serve(200, {"status": "Failed", "message": "", "compile_result": compiled, "run_result": None})
+    assert str(await failing({"sandbox_fusion_url": url}, "x")) == "error: expected ';'\nExit code: 2"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (200, {"status": "SandboxError", "message": "no disk"}, "the sandbox failed: no disk"),
+        (200, {"status": "Failed", "message": "odd"}, "answered Failed without a result: odd"),
+        (200, b"<html>", "ValidationError"),
+        (200, {"status": "Maybe"}, "ValidationError"),
+        (422, {"detail": "no such language"}, "422"),
+        (500, b"oops", "500"),
+        (302, b"", "302"),
+    ],
+)
+async def test_a_broken_sandbox_is_the_backends_fault(serve: Serve, status: int, body: Any, said: str) -> None:
+    url, seen = serve(status, body)
+    with pytest.raises(BackendError, match=said):
+        await run({"sandbox_fusion_url": url}, "x")
+    assert len(seen) == 1, "code must not run twice"
+
+
+async def test_a_connection_that_breaks_is_the_backends_fault(serve: Serve) -> None:
+    url, seen = serve(200, {}, close=True)
+    with pytest.raises(BackendError, match="RemoteProtocolError"):
+        await run({"sandbox_fusion_url": url}, "x")
+    assert len(seen) == 1, "code must not run twice"
+
+
+async def test_nobody_there_is_the_backends_fault(serve: Serve) -> None:
+    with pytest.raises(BackendError, match="ConnectError"):
+        await run({"sandbox_fusion_url": "http://127.0.0.1:9"}, "x")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"sandbox_fusion_url": "localhost:8080"}, "sandbox_fusion_url must be 'embedded' or an http"),
+        ({"default_timeout": 0}, "config.default_timeout: Input should be greater than 0, got 0"),
+        ({"default_timeout": "soon"}, "config.default_timeout: "),
+        ({"memory_limit_mb": "1G"}, "config.memory_limit_mb: "),
+        ({"default_language": 3}, "config.default_language: "),
+        ({"num_workers": 0}, "config.num_workers must be a whole number above 0, got 0"),
+        ({"defualt_timeout": 3}, "no key 'defualt_timeout'; did you mean 'default_timeout'?"),
+    ],
+)
+def test_a_wrong_config_is_named(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ToolConfigError, match=said.replace("(", r"\(")):
+        ToolSet.from_tools([SandboxFusionTool(config, schema())])
+
+
+def test_calls_at_a_time_never_outnumber_the_embedded_servers_cores() -> None:
+    local, remote = ({"sandbox_fusion_url": url} for url in ("embedded", "http://sandbox:8080"))
+    for config, workers in (
+        (local, min(10, os.cpu_count() or 1)),
+        ({**local, "num_workers": 1}, 1),
+        (remote, 10),
+        ({**remote, "num_workers": 99}, 99),
+    ):
+        (loaded,) = ToolSet.from_tools([SandboxFusionTool(config, schema())]).values()
+        assert loaded.max_concurrency == workers
+
+
+def test_a_call_may_take_as_long_as_the_code_and_then_some() -> None:
+    (loaded,) = ToolSet.from_tools([SandboxFusionTool({"default_timeout": 100}, schema())]).values()
+    assert loaded.timeout_s > 200

