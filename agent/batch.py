@@ -20,11 +20,14 @@ from conversations.trajectory import Trajectory
 
 @dataclass(slots=True)
 class Progress:
-    """Counters of a run as it goes. `total` is None while the number of tasks is not known."""
+    """Counters of a run as it goes, of finished conversations but for `live`, those being run.
+
+    `total` is None while the number of tasks is not known.
+    """
 
     total: int | None = None
     done: int = 0
-    running: int = 0
+    live: set[Conversation] = field(default_factory=set)
     skipped: int = 0
     turns: int = 0
     sampled_tokens: int = 0
@@ -35,6 +38,21 @@ class Progress:
     rewards: int = 0
     reward_sum: float = 0.0
     stop_reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def running(self) -> int:
+        """Conversations that are being run."""
+        return len(self.live)
+
+    @property
+    def turns_so_far(self) -> int:
+        """`turns`, and those of the conversations that are being run."""
+        return self.turns + sum(len(conversation.turns) for conversation in self.live)
+
+    @property
+    def sampled_tokens_so_far(self) -> int:
+        """`sampled_tokens`, and those of the conversations that are being run."""
+        return self.sampled_tokens + sum(turn.end - turn.start for conversation in self.live for turn in conversation.turns)
 
     @property
     def mean_reward(self) -> float | None:
@@ -97,7 +115,7 @@ class _Batch:
     on_done: Callable[[Trajectory], None] | None
 
     async def run(self, conversation: Conversation) -> None:
-        self.progress.running += 1
+        self.progress.live.add(conversation)
         try:
             await converse(conversation)
         except asyncio.CancelledError:
@@ -105,7 +123,7 @@ class _Batch:
                 self.store.append_unfinished(conversation.trajectory())
             raise
         finally:
-            self.progress.running -= 1
+            self.progress.live.discard(conversation)
         trajectory = conversation.trajectory()
         if self.store:
             self.store.append(trajectory)

@@ -28,7 +28,7 @@ class Display:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._started = self._printed = perf_counter()
-        self._turns, self._tokens = progress.turns, progress.sampled_tokens
+        self._turns, self._tokens = progress.turns_so_far, progress.sampled_tokens_so_far
 
     def __enter__(self) -> Display:
         if self._live:
@@ -58,8 +58,8 @@ class Display:
         parts = [
             f"{progress.done}/{progress.total} done",
             f"{progress.running} running",
-            f"{(progress.turns - self._turns) / seconds:.1f} turns/s",
-            f"{(progress.sampled_tokens - self._tokens) / seconds:.0f} tokens/s",
+            f"{(progress.turns_so_far - self._turns) / seconds:.1f} turns/s",
+            f"{(progress.sampled_tokens_so_far - self._tokens) / seconds:.0f} tokens/s",
             f"{progress.tool_errors} tool errors",
             f"mean reward {_number(progress.mean_reward)}",
         ]

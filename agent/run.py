@@ -104,8 +104,6 @@ def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, p
 
 
 async def _conversations(request: RunRequest, session: Session, store: RunFolder, progress: Progress) -> None:
-    if session.tools:
-        await session.tools.start()
     await run_tasks(
         read_tasks(request.tasks, request.limit),
         session.runtime,

@@ -66,9 +66,14 @@ class Session:
         return dataclasses.replace(self.runtime, settings=loop_settings(self.config, sampling, max_tokens))
 
     def _serve(self) -> None:
-        """The loop thread. SGLang's children end with the thread that started them, so it starts them here."""
+        """The loop thread. SGLang's children end with the thread that started them, so it starts them here.
+
+        Tools first: what they lack is known in a second, an engine takes a minute.
+        """
         asyncio.set_event_loop(self._loop)
         try:
+            if self.tools:
+                self._loop.run_until_complete(self.tools.start())
             self._started.set_result(self._start())
         except BaseException as error:
             self._started.set_exception(error)
