@@ -14,6 +14,7 @@ import io
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -195,12 +196,9 @@ def _verl_property(value: Any) -> dict[str, Any]:
 
 
 def _import(module_name: str, name: str, path: Path) -> Any:
-    """A module's attribute; modules are also looked for in the working folder and in the folder of the YAML."""
-    for folder in (str(Path.cwd()), str(path.resolve().parent)):
-        if folder not in sys.path:
-            sys.path.append(folder)  # Last, so that it can shadow nothing that is installed.
+    """A module's attribute. Raises ToolConfigError, which tells a missing module from one that fails."""
     try:
-        module = importlib.import_module(module_name)
+        module = _module(module_name, path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ToolConfigError(f"importing {module_name} failed: {error}") from error
@@ -212,6 +210,19 @@ def _import(module_name: str, name: str, path: Path) -> Any:
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name and key[0] != "_"]
         raise ToolConfigError(f"module {module_name} has no {name!r}{_shadowed(module_name, path) or nearest(name, own)}")
     return getattr(module, name)
+
+
+def _module(name: str, path: Path) -> ModuleType:
+    """The module; one that is not installed is looked for in the working folder and in the folder of the YAML."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0]:
+            raise
+    # Last on the path, so that they can shadow nothing that is installed.
+    sys.path += [folder for folder in (str(Path.cwd()), str(path.resolve().parent)) if folder not in sys.path]
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
 
 
 def _shadowed(name: str, path: Path) -> str:

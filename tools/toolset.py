@@ -57,10 +57,13 @@ class LoadedTool:
 
     def validate(self, arguments: object) -> list[str]:
         """What is wrong with a call's arguments, one line a field; empty when nothing is."""
-        if self._validator.is_valid(arguments):
-            return []
-        errors = sorted(self._validator.iter_errors(arguments), key=lambda error: [str(part) for part in error.absolute_path])
-        return [_argument_error(error) for error in errors[:MAX_ERRORS]]
+        try:
+            if self._validator.is_valid(arguments):
+                return []
+            errors = sorted(self._validator.iter_errors(arguments), key=lambda error: [str(part) for part in error.absolute_path])
+            return [_argument_error(error) for error in errors[:MAX_ERRORS]]
+        except RecursionError:
+            return ["arguments: nested too deeply"]
 
     def create_kwargs(self, given: Mapping[str, Any], ground_truth: Any = None) -> dict[str, Any]:
         """The keywords for this tool's `create`: a row's `create_kwargs`, and the ground truth where it is taken.
@@ -193,7 +196,7 @@ def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
     if not isinstance(parameters, Mapping):
         raise ToolConfigError(f"{where} must be a JSON schema of type object, got {type(parameters).__name__}")
     try:
-        Draft202012Validator.check_schema(parameters)
+        Draft202012Validator.check_schema(parameters, format_checker=Draft202012Validator.FORMAT_CHECKER)
     except jsonschema.SchemaError as error:
         path = ".".join([where, *(str(part) for part in error.absolute_path)])
         raise ToolConfigError(f"{path} is not valid JSON schema: {_clip(error.message)}") from error

@@ -131,8 +131,8 @@ def test_a_tools_folder_of_the_users_is_not_taken_for_ours(tmp_path: Path) -> No
 
 
 def test_a_server_that_does_not_start_is_told_in_one_line() -> None:
-    server = EmbeddedServer("tools.servers.no_such_server")
-    server.acquire()
+    before = children()
     with pytest.raises(SandboxUnavailable, match=r"^tools\.servers\.no_such_server ended at its start with code 1$"):
-        server.url()
-    server.release()
+        EmbeddedServer("tools.servers.no_such_server").check()
+    EmbeddedServer("tools.servers.sandbox").check()
+    assert children() == before

@@ -118,6 +118,14 @@ def test_an_error_about_a_huge_argument_is_short(write: Any) -> None:
     assert error.endswith("is not of type 'array'")
 
 
+def test_arguments_without_bottom_are_an_answer_too(write: Any) -> None:
+    loaded = load_tools(write([entry(schema_with(type="object", additionalProperties={"$ref": "#"}))]))["f"]
+    arguments: dict[str, Any] = {}
+    for _ in range(5000):
+        arguments = {"a": arguments}
+    assert loaded.validate(arguments) == ["arguments: nested too deeply"]
+
+
 async def test_verls_own_tool_runs_unchanged(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("verl.tools.gsm8k_tool")
     schema = {**ANSWER, "function": {**ANSWER["function"], "parameters": NESTED["function"]["parameters"]}}
@@ -182,6 +190,21 @@ async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(write: Any, 
     assert (await loaded.tool.create("t", **loaded.create_kwargs({"ground_truth": "a"}, "b")))[1].text == "aa"
 
 
+def test_a_verl_subclass_may_bring_its_own_schema(write: Any, tmp_path: Path) -> None:
+    pytest.importorskip("verl.tools.base_tool")
+    (tmp_path / "my_schema_tools.py").write_text(
+        textwrap.dedent(f"""
+        from verl.tools.base_tool import BaseTool
+        from verl.tools.schemas import OpenAIFunctionToolSchema
+
+        class Bringing(BaseTool):
+            def get_openai_tool_schema(self):
+                return OpenAIFunctionToolSchema.model_validate({ANSWER!r})
+        """)
+    )
+    assert load_tools(write([{"class_name": "my_schema_tools.Bringing"}])).schemas == [ANSWER]
+
+
 async def test_a_set_from_python_objects() -> None:
     closed: list[str] = []
 
@@ -237,6 +260,7 @@ REFUSED = [
         [entry(schema_with(type="object", properties={"a": {"type": "strin"}}))],
         "tool_schema.function.parameters.properties.a.type is not valid JSON schema",
     ),
+    ([entry(schema_with(properties={"a": {"pattern": "("}}))], "parameters.properties.a.pattern is not valid JSON schema"),
     ([entry(schema_with(properties={"a": {"$ref": "#/$defs/A"}}))], "$ref '#/$defs/A' points nowhere"),
     ([entry(schema_with(properties={"a": {"$ref": "http://localhost/a"}}))], "$ref 'http://localhost/a' points nowhere"),
     ([entry(), entry()], "two tools are named 'calculate_answer'"),

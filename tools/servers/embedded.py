@@ -48,6 +48,14 @@ class EmbeddedServer:
                 self._start()
             return self._url
 
+    def check(self) -> None:
+        """Raises SandboxUnavailable where the child cannot do its work on this machine."""
+        self.acquire()
+        try:
+            self.url()
+        finally:
+            self.release()
+
     @property
     def is_running(self) -> bool:
         return self._child is not None and self._child.poll() is None

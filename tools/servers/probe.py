@@ -39,7 +39,11 @@ _REMEDIES = {
 
 
 async def working_isolation() -> Isolation:
-    """The first bubblewrap of this machine that isolates. Raises SandboxUnavailable, with the cause and the remedy."""
+    """The first bubblewrap of this machine that isolates. Raises SandboxUnavailable, with the cause and the remedy.
+
+    For a process that is the sandbox server's alone: as root it leaves for a mount namespace of its own. Elsewhere ask
+    `embedded.sandbox.check()`.
+    """
     causes = []
     for isolation in isolations():
         request = RunCodeRequest(code=_PROBE, language="python", run_timeout=20, memory_limit_MB=512)

@@ -4,7 +4,7 @@
 
 When it answers, it has written one line of JSON to stdout: {"port": ...}, or {"error": ...} and it ends with code 1.
 It runs as many programs at a time as there are cores; the others wait their turn in order of arrival, and waiting does
-not count against their time limit. A client that hangs up ends its program.
+not count against their time limit. A client that hangs up ends its program, and so does SIGTERM, which answers 503.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from typing import Any
 
 import pydantic
@@ -36,8 +37,8 @@ MAX_REQUEST_BYTES = 64 * MIB
 _PARENT_CHECK_S = 1.0
 
 
-def make_app(isolation: Isolation, workers: int) -> Starlette:
-    """The ASGI app that runs at most `workers` programs at a time."""
+def make_app(isolation: Isolation, workers: int, stopping: asyncio.Event) -> Starlette:
+    """The ASGI app that runs at most `workers` programs at a time, and ends them once `stopping` is set."""
     turn = asyncio.Semaphore(workers)
 
     async def run(request: Request) -> Response:
@@ -51,8 +52,10 @@ def make_app(isolation: Isolation, workers: int) -> Starlette:
         if asked.language not in isolation.languages:
             supported = ", ".join(isolation.languages)
             return _refusal(422, "enum", ["body", "language"], f"{asked.language!r} is not supported here; supported are {supported}")
-        answer = await _unless_gone(request, _in_turn(asked))
-        return Response(answer.model_dump_json() if answer else "", media_type="application/json")
+        answer = await _unless(_in_turn(asked), _hung_up(request), stopping.wait())
+        if answer is None:
+            return _refusal(503, "stopped", [], "the server is being stopped")
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     async def _in_turn(asked: RunCodeRequest) -> RunCodeResponse:
         async with turn:
@@ -81,16 +84,16 @@ def _refusal(code: int, kind: str, where: list[str], message: str) -> Response:
     return JSONResponse({"detail": [{"type": kind, "loc": where, "msg": message}]}, code)
 
 
-async def _unless_gone(request: Request, running: Any) -> RunCodeResponse | None:
-    """The result, or None once the client has hung up: the program is then ended, for nobody waits for it."""
-    work, gone = asyncio.ensure_future(running), asyncio.ensure_future(_hung_up(request))
+async def _unless(running: Coroutine[Any, Any, RunCodeResponse], *ends: Coroutine[Any, Any, Any]) -> RunCodeResponse | None:
+    """The result, or None where one of `ends` comes first: the program is then ended, for nobody waits for it."""
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(coroutine) for coroutine in (running, *ends)]
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
     finally:
-        for task in (work, gone):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _hung_up(request: Request) -> None:
@@ -98,17 +101,30 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's, which tells the app that it is about to wait for running requests."""
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping.set()
+        await super().shutdown(sockets)
+
+
 async def serve(host: str, port: int, workers: int, with_parent: bool) -> None:
     """Probes, announces the port, and serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent.
 
     Raises SandboxUnavailable and OSError (a port in use) before anything is served.
     """
-    app = make_app(await working_isolation(), workers)
+    stopping = asyncio.Event()
+    app = make_app(await working_isolation(), workers, stopping)
     with socket.create_server((host, port), backlog=1024) as listener:
         # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        config = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", http="h11", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        config = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", http="h11", timeout_graceful_shutdown=5)
+        server = _Server(config, stopping)
         watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
         print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
         await server.serve([listener])
@@ -136,7 +152,7 @@ def main() -> int:
     options = parser.parse_args()
     # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         asyncio.run(serve(options.host, options.port, options.workers, options.with_parent))
     except (SandboxUnavailable, OSError) as error:
