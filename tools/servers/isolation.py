@@ -2,7 +2,8 @@
 
 Covered: no network, no host process, no host file but the interpreter's and the system's libraries and commands
 (read-only), no environment, nobody's rights, limits on time, memory per process, processes, open files, file sizes and
-scratch space, death with the server. Not covered: memory in sum over a program's processes, kernel bugs.
+scratch space, death with the server. Not covered: memory in sum over a program's processes; system calls are not
+filtered (a program may trace the init of its own sandbox, and so forge its exit code, or open a vsock); kernel bugs.
 
 Root becomes nobody before bubblewrap starts: a user namespace made by root still reads root's files.
 """
