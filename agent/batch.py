@@ -22,7 +22,8 @@ from conversations.trajectory import Trajectory
 class Progress:
     """Counters of a run as it goes, of finished conversations but for `live`, those being run.
 
-    `total` is None while the number of tasks is not known.
+    `total` is None while the number of tasks is not known. `live` changes on the loop's thread and is read on others:
+    copy it before walking it.
     """
 
     total: int | None = None
@@ -47,12 +48,12 @@ class Progress:
     @property
     def turns_so_far(self) -> int:
         """`turns`, and those of the conversations that are being run."""
-        return self.turns + sum(len(conversation.turns) for conversation in self.live)
+        return self.turns + sum(len(conversation.turns) for conversation in tuple(self.live))
 
     @property
     def sampled_tokens_so_far(self) -> int:
         """`sampled_tokens`, and those of the conversations that are being run."""
-        return self.sampled_tokens + sum(turn.end - turn.start for conversation in self.live for turn in conversation.turns)
+        return self.sampled_tokens + sum(turn.end - turn.start for conversation in tuple(self.live) for turn in conversation.turns)
 
     @property
     def mean_reward(self) -> float | None:

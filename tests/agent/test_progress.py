@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 
 from agent.batch import Progress
+from agent.loop import Conversation, Runtime
 from agent.progress import Display, counts, say, summary
+from agent.tasks import Task
+from conversations.trajectory import Turn
+
+
+def conversation(turns: int = 0) -> Conversation:
+    """One that is being run, with turns of seven tokens."""
+    begun = Conversation(Task("t", []), 0, cast(Runtime, None))
+    begun.turns = [Turn(10 * index, 10 * index + 7, "stop", 10 * index) for index in range(turns)]
+    return begun
 
 
 def some_progress() -> Progress:
-    progress = Progress(total=8, done=4, running=3, turns=10, sampled_tokens=500, tool_calls=8, tool_errors=2, invalid_calls=1)
+    live = {conversation() for _ in range(3)}
+    progress = Progress(total=8, done=4, live=live, turns=10, sampled_tokens=500, tool_calls=8, tool_errors=2, invalid_calls=1)
     progress.rewards, progress.reward_sum, progress.infra_errors = 4, 3.0, 1
     progress.stop_reasons.update({"stop": 3, "length": 1})
     return progress
@@ -23,6 +36,35 @@ def test_the_line_counts_and_rates_start_at_what_was_there_before() -> None:
     display = Display(progress, Console(file=io.StringIO()))
     line = display.line()
     assert line.startswith("4/8 done  3 running  0.0 turns/s  0 tokens/s  2 tool errors  mean reward 0.750")
+
+
+def test_turns_of_running_conversations_count_as_they_are_taken() -> None:
+    progress = some_progress()
+    display = Display(progress, Console(file=io.StringIO()))
+    progress.live.add(conversation(turns=2))
+    assert (progress.turns_so_far, progress.sampled_tokens_so_far) == (12, 514)
+    assert "4 running  0.0 turns/s" not in display.line()
+
+
+def test_the_line_can_be_drawn_while_conversations_come_and_go_on_the_loops_thread() -> None:
+    progress, ended = Progress(total=9), threading.Event()
+    pool = [conversation(turns=1) for _ in range(200)]
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            progress.live.update(pool)
+            for one in pool:
+                progress.live.discard(one)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        display = Display(progress, Console(file=io.StringIO()))
+        for _ in range(2000):
+            display.line()
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_without_a_terminal_nothing_is_drawn_between_intervals() -> None:
