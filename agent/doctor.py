@@ -127,7 +127,7 @@ def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Finding]:
     rollout = config.rollout
     if rollout.tensor_model_parallel_size > torch.cuda.device_count():
         count = torch.cuda.device_count()
-        yield Finding("fail", f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size} but there are {count} GPUs")
+        yield Finding("fail", f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size}; GPUs here: {count}")
     for index in range(min(torch.cuda.device_count(), rollout.tensor_model_parallel_size)):
         free, total = torch.cuda.mem_get_info(index)
         yield gpu_memory(index, free, total, rollout.gpu_memory_utilization)

@@ -13,12 +13,14 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.config import Config
 from agent.model.base import ADAPTER_DIR, TOOLS_NAME
 from agent.tasks import task_file_hash
-from tools.toolset import ToolSet
+
+if TYPE_CHECKING:
+    from tools.toolset import ToolSet
 
 PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
 WHOLE_FILE = 1 << 30
