@@ -172,9 +172,13 @@ _ENGINE_KEYS = (
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "do_sample", "ignore_eos", "val_kwargs")
 _NO_SERVER = {"server": "servers are asked only with name: sglang_server"}
 _NO_SCRIPT = {"turntrace.recorded": "recorded turns are played only with name: scripted"}
+_SERVER_PACE = {
+    "server.retry_delay": "retries wait 0.5 s, twice as long each time, with jitter",
+    "server.max_start_wait_time": "the server must be up when the run starts",
+}
 _BY_ENGINE = {
     "sglang": {**_NO_SERVER, **_NO_SCRIPT},
-    "sglang_server": {**dict.fromkeys(_ENGINE_KEYS, _SERVER_DECIDES), **_NO_SCRIPT},
+    "sglang_server": {**dict.fromkeys(_ENGINE_KEYS, _SERVER_DECIDES), **_SERVER_PACE, **_NO_SCRIPT},
     "scripted": {**dict.fromkeys((*_ENGINE_KEYS, *_SAMPLING_KEYS), _NOT_SAMPLED), **_NO_SERVER},
 }
 

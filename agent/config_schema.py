@@ -75,7 +75,7 @@ class Trace(Section):
 class Server(Section):
     """The SGLang servers of `name: sglang_server`. Times are seconds. `urls` and `api_key` are ours."""
 
-    timeout: PositiveFloat = 60.0
+    timeout: PositiveFloat = 3600.0
     max_attempts: PositiveInt = 3
     retry_delay: Annotated[float, Field(ge=0.0)] = 2.0
     max_connections: PositiveInt = 1000
@@ -200,6 +200,7 @@ OUR_DEFAULTS = {
     "tensor_model_parallel_size": "one device is what most machines have",
     "enforce_eager": "rollout.yaml's, because CUDA graphs are most of a small model's speed",
     "load_format": "outside a trainer nobody syncs weights into a dummy",
+    "server.timeout": "a long turn on a busy server takes more than verl's 60 s, and a turn cut off is sampled in vain",
     "multi_turn.max_parallel_calls": "one call a turn is not what parallel means",
     "val_kwargs.temperature": "rollout.yaml's, greedy, which is what verl's trainers use",
     "val_kwargs.do_sample": "rollout.yaml's, greedy, which is what verl's trainers use",

@@ -74,7 +74,10 @@ class Session:
         try:
             if self.tools:
                 self._loop.run_until_complete(self.tools.start())
-            self._started.set_result(self._start())
+            engine = self._start()
+            if connect := getattr(engine, "connect", None):
+                self._loop.run_until_complete(connect())
+            self._started.set_result(engine)
         except BaseException as error:
             self._started.set_exception(error)
         self._loop.run_forever()
@@ -149,7 +152,14 @@ def start_engine(config: Config, model_dir: Path, log_path: Path | None) -> Engi
     if rollout.name == "sglang_server":
         from agent.engines.sglang_server import SGLangServerEngine
 
-        return SGLangServerEngine(rollout.server.urls, api_key=config.api_key)
+        server = rollout.server
+        return SGLangServerEngine(
+            server.urls,
+            config.api_key,
+            max_connections=server.max_connections,
+            read_timeout_s=server.timeout,
+            attempts=server.max_attempts,
+        )
     return recorded(read_trajectories(rollout.turntrace.recorded or ""))
 
 

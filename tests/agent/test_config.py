@@ -83,7 +83,7 @@ def test_what_verl_gets_builds_its_real_config() -> None:
     values = load_config(None, ["rollout.turntrace.max_tokens=7", "rollout.server.urls=[http://a]"]).verl_rollout()
     built = rollout.RolloutConfig(**values)
     assert built.max_model_len == 2048
-    assert rollout.ServerConfig(**values["server"]).timeout == 60.0
+    assert rollout.ServerConfig(**values["server"]).timeout == 3600.0
     assert rollout.MultiTurnConfig(**values["multi_turn"]).max_parallel_calls == 16
 
 
