@@ -183,6 +183,7 @@ class ConversationTools:
         except _TimeoutExpiredError:
             self._close(line, "timeout", f"Error: {name} did not answer within {tool.timeout_s:g} s")
         except ToolError as error:
+            line.metrics = _json_metrics(error.metrics)
             self._close(line, "tool_error", str(error))
         except BackendError as error:
             self._close(line, "backend_error", f"Error: {name} is not available", describe(error))

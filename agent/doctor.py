@@ -5,7 +5,6 @@ Invariant: looking changes nothing, and a check that itself breaks is a finding,
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -182,10 +181,10 @@ def check_cpu_engine(config: Config) -> Iterator[Finding]:
 
 def check_sandbox(_: Config) -> Iterator[Finding]:
     """Whether code can be isolated, by really running some."""
-    from tools.servers.probe import working_isolation
+    from tools.servers import embedded
 
     try:
-        asyncio.run(working_isolation())
+        embedded.sandbox.check()
         yield Finding("ok", "bubblewrap isolates code")
     except ToolsError as error:
         yield Finding("warn", f"code_interpreter's embedded backend will not start: {error}")
