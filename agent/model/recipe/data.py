@@ -44,7 +44,7 @@ class Mix:
 
 
 SMALL = Mix(gsm8k_copies=1, renumbered_copies=0, generated=500, gsm8k_rows=500)
-FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=34_000)
+FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,9 @@ def _faults(problem: Problem, setup: Setup, rng: Random, share: float) -> list[f
     if rng.random() >= share:
         return []
     count = 2 if rng.random() < 0.1 else 1
-    found = [faults.failing_turn(setup.code_name, setup.code_argument, problem.code, rng) for _ in range(count)]
-    path = rng.choice(_SCRIPT_PATHS)
-    trim = rng.random() < 0.5
+    found = [faults.failing_turn(setup, problem.code, rng) for _ in range(count)]
+    path = SCRIPT_PATH if setup.shipped else rng.choice(_OTHER_PATHS)
+    trim = not setup.shipped and rng.random() < 0.5
     return [faults.Fault(fault.text, _shown(fault.response, path, trim=trim)) for fault in found if fault]
 
 
@@ -154,22 +154,17 @@ def _shown(response: str, path: str, *, trim: bool) -> str:
     return response.rstrip("\n") if trim else response
 
 
-_SCRIPT_PATHS = (
-    "/tmp/main.py",
-    "main.py",
-    "<string>",
-    "/sandbox/main.py",
-    "/work/main.py",
-    "/tmp/tmp3k1x9w2a/main.py",
-    "/code/script.py",
-    "<stdin>",
-)
+SCRIPT_PATH = "/tmp/main.py"
+"""Where the shipped sandbox keeps the program that tracebacks name."""
+
+_OTHER_PATHS = ("main.py", "<string>", "/sandbox/main.py", "/work/main.py", "/tmp/tmp3k1x9w2a/main.py", "/code/script.py", "<stdin>")
 
 
 def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[str, str | None]]:
     """The protocol: run code, submit what it printed, say it. Each turn's text with the response it gets."""
     stdout = run(problem.code).stdout
-    yield faults.call_text(setup.code_name, {setup.code_argument: problem.code}), stdout if rng.random() < 0.5 else stdout.rstrip("\n")
+    shown = stdout if setup.shipped or rng.random() < 0.5 else stdout.rstrip("\n")
+    yield faults.call_text(setup.code_name, {setup.code_argument: problem.code}), shown
     answer = number_text(stdout) or stdout.strip()
     right = rng.random() < 0.8
     response = f"Current parsed {answer=} reward={1.0 if right else 0.0}" if setup.graded else rng.choice(_RECEIPTS).format(answer)

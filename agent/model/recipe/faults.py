@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 from agent.model.recipe.programs import run
+from agent.model.recipe.setups import Setup
 from conversations.hermes import parse
 from conversations.messages import MalformedToolCall
 
@@ -46,12 +47,12 @@ def broken_code(code: str, rng: Random) -> tuple[str, str] | None:
     return None
 
 
-def failing_turn(name: str, argument: str, code: str, rng: Random) -> Fault | None:
+def failing_turn(setup: Setup, code: str, rng: Random) -> Fault | None:
     """A turn that fails: mostly broken code, now and then a call that is no call, or not one of these tools."""
     if rng.random() < 0.8:
         broken = broken_code(code, rng)
-        return Fault(call_text(name, {argument: broken[0]}), broken[1]) if broken else None
-    return rng.choice((_malformed, _wrong_argument, _unknown_tool))(name, argument, code, rng)
+        return Fault(call_text(setup.code_name, {setup.code_argument: broken[0]}), broken[1]) if broken else None
+    return rng.choice((_malformed, _wrong_argument, _unknown_tool, _silent))(setup, code, rng)
 
 
 # ------------------------------------------------------------------ ways to break a program
@@ -146,8 +147,13 @@ _BREAKS: tuple[_Break, ...] = (
 # ------------------------------------------------------------------ ways to break a call
 
 
-def _malformed(name: str, argument: str, code: str, rng: Random) -> Fault | None:
-    good = call_text(name, {argument: code})
+def _told(setup: Setup, rng: Random, shipped: str, *others: str) -> str:
+    """What the model is told: the runtime's own words for the shipped tools, anybody's for others."""
+    return shipped if setup.shipped else rng.choice((shipped, *others))
+
+
+def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
+    good = call_text(setup.code_name, {setup.code_argument: code})
     breaks: tuple[Callable[[str], str], ...] = (
         lambda text: text.replace('"}}\n', '"}\n'),
         lambda text: text.replace("\\n", "\n"),
@@ -159,28 +165,30 @@ def _malformed(name: str, argument: str, code: str, rng: Random) -> Fault | None
     calls = parse(text).calls
     if len(calls) != 1 or not isinstance(calls[0], MalformedToolCall):
         return None
-    return Fault(
-        text,
-        rng.choice(("Error: malformed tool call: {}", "Malformed tool call: {}", "{}", "Invalid tool call: {}")).format(calls[0].error),
-    )
+    error = calls[0].error
+    return Fault(text, _told(setup, rng, f"Error: malformed tool call: {error}", error, f"Invalid tool call: {error}"))
 
 
-def _wrong_argument(name: str, argument: str, code: str, rng: Random) -> Fault | None:
-    wrong = rng.choice([word for word in ("code", "python", "script", "input", "source", "text", "expression") if word != argument])
-    told = rng.choice((
-        f"Error: invalid arguments for {name}: '{argument}' is a required property",
-        f"Invalid arguments: '{argument}' is a required property",
-        f"Error: {name}: missing required argument '{argument}'",
-        f"Error: Additional properties are not allowed ('{wrong}' was unexpected)",
-    ))  # fmt: skip
+def _wrong_argument(setup: Setup, code: str, rng: Random) -> Fault | None:
+    name, argument = setup.code_name, setup.code_argument
+    wrong = rng.choice([word for word in ("code", "python", "script", "input", "text", "expression") if word != argument])
+    problem = f"arguments: '{argument}' is a required property"
+    shipped = f"Error: invalid arguments for {name}: {problem}"
+    told = _told(setup, rng, shipped, f"Invalid arguments: {problem}", f"missing argument '{argument}'")
     return Fault(call_text(name, {wrong: code}), told)
 
 
-def _unknown_tool(name: str, argument: str, code: str, rng: Random) -> Fault | None:
-    wrong = rng.choice([word for word in ("python", "code_interpreter", "calculator", "run", "compute", "bash") if word != name])
-    told = rng.choice((
-        f"Error: unknown tool '{wrong}'. Available tools: {name}",
-        f"Unknown tool: {wrong}; offered are: {name}",
-        f"Error: there is no tool named {wrong!r}",
-    ))  # fmt: skip
-    return Fault(call_text(wrong, {argument: code}), told)
+def _unknown_tool(setup: Setup, code: str, rng: Random) -> Fault | None:
+    names = [str(tool["function"]["name"]) for tool in setup.tools]
+    wrong = rng.choice([word for word in ("python", "code_interpreter", "calculator", "run", "compute", "bash") if word not in names])
+    offered = ", ".join(names)
+    shipped = f"Error: there is no tool named {wrong!r}; the tools are: {offered}"
+    told = _told(setup, rng, shipped, f"Unknown tool: {wrong}", f"Use one of: {offered}")
+    return Fault(call_text(wrong, {setup.code_argument: code}), told)
+
+
+def _silent(setup: Setup, code: str, rng: Random) -> Fault | None:
+    """A program that prints nothing."""
+    quiet = code[: code.rindex("\nprint(")]
+    told = _told(setup, rng, "The code ran and printed nothing.", "(no output)", "")
+    return Fault(call_text(setup.code_name, {setup.code_argument: quiet}), told)

@@ -8,20 +8,23 @@ process do anything else.
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import io
 import keyword
-import linecache
 import re
-import traceback
+import sys
+import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+from pathlib import Path
 from random import Random
 
 SCRIPT_NAME = "main.py"
 """The file name that tracebacks show."""
 
-_CALLS = {"abs": abs, "float": float, "int": int, "max": max, "min": min, "print": print, "round": round, "sum": sum}
+_CALLS = frozenset({"abs", "float", "int", "max", "min", "print", "round", "sum"})
 _NODES = (
     ast.Module, ast.Assign, ast.AugAssign, ast.Expr, ast.Call, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Load, ast.Store,
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd, ast.List, ast.Tuple,
@@ -40,33 +43,51 @@ class Execution:
 
 def run(code: str) -> Execution:
     """Executes an arithmetic program in this process. Raises ValueError where it is anything but arithmetic."""
-    try:
-        tree = ast.parse(code, SCRIPT_NAME)
-    except SyntaxError as error:
-        return Execution("", "".join(traceback.format_exception_only(error)))
-    check_arithmetic(tree)
     stdout = io.StringIO()
-    linecache.cache[SCRIPT_NAME] = (len(code), None, code.splitlines(keepends=True), SCRIPT_NAME)
     try:
+        tree = ast.parse(code)
+        check_arithmetic(tree)
         with contextlib.redirect_stdout(stdout):
-            exec(compile(tree, SCRIPT_NAME, "exec"), {"__builtins__": _CALLS, "__name__": "__main__"})
-    except (ArithmeticError, NameError, TypeError, ValueError) as error:
-        return Execution(stdout.getvalue(), "".join(traceback.format_exception(error, error, _below(error))))
-    return Execution(stdout.getvalue(), None)
+            exec(compile(tree, SCRIPT_NAME, "exec"), {"__name__": "__main__"})
+        failed = False
+    except (ArithmeticError, MemoryError, NameError, SyntaxError, TypeError):
+        failed = True
+    return Execution(stdout.getvalue(), _error(code) if failed else None)
 
 
-def _below(error: BaseException) -> object:
-    """The traceback without this module's own frame."""
-    return error.__traceback__.tb_next if error.__traceback__ else None
+def _error(code: str) -> str:
+    """What the interpreter itself prints for a program that fails: run again from a file, whose lines it shows."""
+    path = Path(_folder().name, SCRIPT_NAME)
+    path.write_text(code, encoding="utf-8")
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(code, str(path), "exec"), {"__name__": "__main__"})
+    except Exception as error:
+        below = error.__traceback__.tb_next if error.__traceback__ else None  # without this frame
+        with contextlib.redirect_stderr(stderr):
+            sys.__excepthook__(type(error), error.with_traceback(below), below)
+    return stderr.getvalue().replace(str(path), path.name)
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where a failing program stands, for as long as this process lives."""
+    return tempfile.TemporaryDirectory(prefix="recipe-")
 
 
 def check_arithmetic(tree: ast.AST) -> None:
-    """Raises ValueError on any node that is not assignment, arithmetic on numbers, or one of a few pure calls."""
+    """Raises ValueError on any node that is not assignment, arithmetic on numbers, or one of a few pure calls.
+
+    A name that no one defined may be called: that raises NameError, as it should.
+    """
     for node in ast.walk(tree):
         if not isinstance(node, _NODES):
             raise ValueError(f"not arithmetic: {type(node).__name__}")
-        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and not node.keywords):
-            raise ValueError("not arithmetic: a method call")
+        if isinstance(node, ast.Name) and node.id not in _CALLS and (hasattr(builtins, node.id) or node.id.startswith("__")):
+            raise ValueError(f"not arithmetic: {node.id}")
+        if isinstance(node, ast.Call) and (node.keywords or not isinstance(node.func, ast.Name)):
+            raise ValueError("not arithmetic: a call of more than a number function")
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _small_exponent(node.right):
             raise ValueError("not arithmetic: an exponent that is not a small number")
 
@@ -125,21 +146,121 @@ class Problem:
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>([^<\n]*)")
 _WORD = re.compile(r"[A-Za-z]+")
-_STOPWORDS = frozenset("a an the of to in on at for is are was were be been and or so then this that it he she they her his their has have had "
-                       "by per each with from if will as do does did can would now not one you which who we i there".split())  # fmt: skip
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\d)")
+_STOPWORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "for",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "and",
+        "or",
+        "so",
+        "then",
+        "this",
+        "that",
+        "it",
+        "he",
+        "she",
+        "they",
+        "her",
+        "his",
+        "their",
+        "has",
+        "have",
+        "had",
+        "by",
+        "per",
+        "each",
+        "with",
+        "from",
+        "if",
+        "will",
+        "as",
+        "do",
+        "does",
+        "did",
+        "can",
+        "would",
+        "now",
+        "not",
+        "one",
+        "you",
+        "which",
+        "who",
+        "we",
+        "i",
+        "there",
+    ]
+)
+_NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d|,\d)")
 _FINAL = re.compile(r"####\s*(-?[\d,]+(?:\.\d+)?)\s*$")
 
 
 def from_gsm8k(question: str, answer: str) -> Problem | None:
     """A GSM8K row as a problem; None where its annotations do not make a program that prints its answer."""
     final = _FINAL.search(answer)
-    steps = _steps(answer, {float(n) for n in _NUMBER.findall(question)})
+    steps = _steps(answer, set(_numbers(question)))
     wanted = number_text(final.group(1)) if final else None
     if not steps or wanted is None:
         return None
     problem = Problem(question.strip(), tuple(steps), wanted, "gsm8k")
-    return problem if prints(problem.code, wanted) else None
+    return problem if not _unexplained(problem) and prints(problem.code, wanted) else None
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers of a text, `20,000` as 20000."""
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
+
+
+_UNITS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred".split()  # noqa: SIM905
+_WORDS = dict(zip(_UNITS, range(20), strict=True)) | dict(zip(_TENS, range(20, 110, 10), strict=True)) | {"thousand": 1000}
+
+_FACTS = frozenset({0, 1, 2, 7, 12, 24, 30, 52, 60, 100, 365, 1000})
+"""Numbers that are likely a fact (days of a week, minutes of an hour), not a quantity of the story."""
+
+_SMALL = frozenset({3, 4, 5, 6, 8, 10, 16, 36, 0.1, 0.2, 0.25, 0.5, 0.75, 1.5, 3600, 5280})
+"""Numbers a story tells in other words: three, half, feet in a yard."""
+
+
+def _unexplained(problem: Problem) -> set[float]:
+    """Numbers of the program that no one told: worked out in the head, or brought along by a step that was not annotated."""
+    told = set(_numbers(problem.question)) | {_WORDS[word] for word in _WORD.findall(problem.question.lower()) if word in _WORDS}
+    percent = {round(value, 6) for n in told for value in (n / 100, 1 + n / 100, 1 - n / 100, 100 - n, 100 + n)}
+    used = {n for step in problem.steps for n in _numbers(step.expression)}
+    return used - told - percent - _FACTS - _SMALL
 
 
 def _steps(answer: str, told: set[float]) -> list[Step]:
@@ -185,13 +306,13 @@ class _Tidy(ast.NodeTransformer):
         self.names = names
         self.values = values
 
-    def visit_Constant(self, node: ast.Constant) -> ast.expr:  # noqa: N802 (the ast module's naming)
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if not isinstance(node.value, int | float):
             raise ValueError("not a number")
         name = self.names.get(float(node.value))
         return ast.Name(name, ast.Load()) if name else node
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:  # noqa: N802
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         self.generic_visit(node)
         if isinstance(node.op, ast.Div) and self._exact(node):
             node.op = ast.FloorDiv()
@@ -261,25 +382,17 @@ def _fresh(name: str, taken: dict[str, float]) -> str:
 
 # ------------------------------------------------------------------ the same problem with other numbers
 
-_KEEP = frozenset({0, 1, 2, 7, 12, 24, 30, 52, 60, 100, 365, 1000})
-"""Numbers that are likely a fact (days of a week, minutes of an hour), not a quantity of the story."""
-
-_SMALL = frozenset({3, 4, 5, 6, 8, 10, 0.1, 0.2, 0.25, 0.5, 0.75})
-"""Numbers a story tells in words: three, half, a quarter."""
-
 
 def with_other_numbers(problem: Problem, rng: Random, tries: int = 40) -> Problem | None:
     """The problem with the whole numbers of its story redrawn, in the question and in the program alike.
 
     What was whole stays whole and what was positive stays positive, in every step. None where no draw does that.
     """
-    in_code = {float(n) for step in problem.steps for n in _NUMBER.findall(step.expression)}
-    in_text = [float(n) for n in _NUMBER.findall(problem.question)]
-    if not in_code <= {*in_text, *_KEEP, *_SMALL}:
-        return None  # the program holds a number worked out in the head: it would go stale
-    free = sorted({int(n) for n in in_text if n in in_code and n == int(n) and n not in _KEEP and n < 1e7 and in_text.count(n) <= 2})
-    if not free:
-        return None
+    used = {n for step in problem.steps for n in _numbers(step.expression)}
+    told = _numbers(problem.question)
+    free = sorted({int(n) for n in told if n in used and n == int(n) and n not in _FACTS and n < 1e7 and told.count(n) <= 2})
+    if not free or used - set(told) - _FACTS - _SMALL:
+        return None  # nothing to redraw, or a number that would go stale
     before = _values(problem.steps)
     for _ in range(tries):
         mapping = {n: _redraw(n, rng) for n in free}
@@ -301,8 +414,11 @@ def _redraw(n: int, rng: Random) -> int:
 
 def _replace(text: str, mapping: dict[int, int]) -> str:
     def one(match: re.Match[str]) -> str:
-        n = match.group(0)
-        return str(mapping.get(int(n), n)) if "." not in n else n
+        number = match.group().replace(",", "")
+        if "." in number or int(number) not in mapping:
+            return match.group()
+        value = mapping[int(number)]
+        return f"{value:,}" if "," in match.group() else str(value)
 
     return _NUMBER.sub(one, text)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from agent.model.recipe.programs import Problem, Step, check_arithmetic, prints
 
-HELD_OUT_SEEDS = range(0, 1_000_000)
+HELD_OUT_SEEDS = range(1_000_000)
 """`gsm_symbolic` seeds that are never trained on; evaluation draws from them."""
 
 FIRST_TRAINING_SEED = 1_000_000_000
@@ -31,7 +31,8 @@ FIRST_TRAINING_SEED = 1_000_000_000
 _INNER = "generate_from_variables"
 
 _WRITTEN_OUT = {
-    "generate_66": "other_minutes = (2 * hour1 + hour2 + 2 * hour3) * 60 + min2\nnum_wed_episodes = round((total_hours * 60 - other_minutes) / min1)"
+    "generate_66": "other_minutes = (2 * hour1 + hour2 + 2 * hour3) * 60 + min2\n"
+    "num_wed_episodes = round((total_hours * 60 - other_minutes) / min1)",
 }
 """Steps of a generator that draws its answer first and never computes it."""
 
@@ -153,15 +154,16 @@ class _Plain(ast.NodeTransformer):
     def __init__(self, seen: dict[str, Any]) -> None:
         self.seen = seen
 
-    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802 (the ast module's naming)
+    def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id in ("Fraction", "eval"):
             return ast.BinOp(node.args[0], ast.Div(), node.args[1]) if len(node.args) == 2 else node.args[0]
         return node
 
-    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:  # noqa: N802
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
         chosen: ast.expr = node.body if eval(ast.unparse(node.test), {"__builtins__": {}}, self.seen) else node.orelse
-        return self.visit(chosen)
+        simpler: ast.expr = self.visit(chosen)
+        return simpler
 
 
 _WORDS = {0.5: "half", 2: "twice", 3: "three", 4: "four", 5: "five", 1: "one", 0.25: "quarter"}

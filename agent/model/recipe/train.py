@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agent.model.recipe.lora import add_lora, adapter_state, load_adapter, save_adapter
+from agent.model.recipe.lora import adapter_state, add_lora, load_adapter, save_adapter
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUCKET = 4096
@@ -59,25 +59,38 @@ class Tokens:
     def read(cls, path: Path) -> Tokens:
         """Reads what `data.write` wrote."""
         with np.load(path) as file:
-            kinds = [str(file["kinds"][index]) for index in file["kind"]]
+            names = [str(name) for name in file["kinds"]]
+            kinds = [names[index] for index in file["kind"]]
             starts = np.concatenate([[0], np.cumsum(file["lengths"], dtype=np.int64)])
             return cls(file["ids"], file["loss"], starts, kinds, [str(answer) for answer in file["answer"]], file["held_out"])
 
     def lengths(self) -> np.ndarray[Any, Any]:
         """Tokens of each conversation."""
-        return np.diff(self.starts)
+        lengths: np.ndarray[Any, Any] = np.diff(self.starts)
+        return lengths
 
-    def batch(self, rows: np.ndarray[Any, Any], device: str) -> tuple[Tensor, Tensor]:
-        """`ids` and `loss` of the rows, right-padded, each [rows, longest]."""
-        longest = int(self.lengths()[rows].max())
-        ids = np.zeros((len(rows), longest), np.int64)
-        loss = np.zeros((len(rows), longest), bool)
-        for at, row in enumerate(rows):
-            start, end = self.starts[row], self.starts[row + 1]
-            ids[at, : end - start] = self.ids[start:end]
-            loss[at, : end - start] = self.loss[start:end]
-        pin = (lambda array: torch.from_numpy(array).pin_memory()) if device == "cuda" else torch.from_numpy
-        return pin(ids).to(device, non_blocking=True), pin(loss).to(device, non_blocking=True)
+    def batch(self, rows: np.ndarray[Any, Any], device: str) -> Batch:
+        """The rows, right-padded to the longest."""
+        lengths = self.lengths()[rows]
+        ids = np.zeros((len(rows), int(lengths.max())), np.int64)
+        learned = np.zeros(ids.shape, bool)
+        for at, (start, length) in enumerate(zip(self.starts[rows], lengths, strict=True)):
+            ids[at, :length] = self.ids[start : start + length]
+            learned[at, :length] = self.loss[start : start + length]
+        return Batch(_to(ids, device), _to(np.flatnonzero(learned), device))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`ids` [rows, longest]; `learned` [n] are the places, in `ids` read as one row, of the tokens with loss."""
+
+    ids: Tensor
+    learned: Tensor
+
+
+def _to(array: np.ndarray[Any, Any], device: str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
 
 
 def batches(
@@ -97,12 +110,11 @@ def batches(
     return (cut[index] for index in rng.permutation(len(cut)))
 
 
-def loss_sum(model: Any, ids: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over the tokens the model is trained on, and their number. Logits are made for those alone."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    wanted = loss[:, 1:]
-    logits = model.lm_head(hidden[wanted])
-    return functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="sum"), wanted.sum()
+def loss_sum(model: Any, batch: Batch) -> Tensor:
+    """Summed cross-entropy over the tokens with loss. Logits are made for those alone, and nothing waits for the GPU."""
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = model.lm_head(hidden[batch.learned - 1])  # a conversation starts with its prompt: its first token has no loss
+    return functional.cross_entropy(logits.float(), batch.ids.flatten()[batch.learned], reduction="sum")
 
 
 def learning_rate(settings: Settings, progress: float) -> float:
@@ -113,7 +125,7 @@ def learning_rate(settings: Settings, progress: float) -> float:
     return settings.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, rest))))
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def held_out_loss(model: nn.Module, tokens: Tokens, batch_tokens: int, device: str) -> dict[str, float]:
     """Mean loss per trained token of the held-out conversations, by kind and over `all`."""
     rows = np.flatnonzero(tokens.held_out)
@@ -121,7 +133,8 @@ def held_out_loss(model: nn.Module, tokens: Tokens, batch_tokens: int, device: s
     for kind in sorted({tokens.kinds[row] for row in rows}):
         of_kind = np.array([row for row in rows if tokens.kinds[row] == kind])
         for part in batches(tokens.lengths(), of_kind, batch_tokens, np.random.default_rng(0)):
-            total, count = (value.item() for value in loss_sum(model, *tokens.batch(part, device)))
+            batch = tokens.batch(part, device)
+            total, count = loss_sum(model, batch).item(), batch.learned.numel()
             for name in (kind, "all"):
                 entry = sums.setdefault(name, [0.0, 0.0])
                 entry[0], entry[1] = entry[0] + total, entry[1] + count
@@ -172,12 +185,9 @@ def _epochs(tokens: Tokens, rows: np.ndarray[Any, Any], settings: Settings) -> I
         yield from batches(tokens.lengths(), rows, settings.batch_tokens, rng)
 
 
-def _step(
-    model: nn.Module, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float
-) -> Tensor:
-    total, count = loss_sum(model, *batch)
-    loss = total / count
-    loss.backward()  # type: ignore[no-untyped-call]
+def _step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float) -> Tensor:
+    loss = loss_sum(model, batch) / batch.learned.numel()
+    loss.backward()
     nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
