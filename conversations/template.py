@@ -63,7 +63,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._kwargs = dict(kwargs or {})
-        self._compiled = _compiled(tokenizer)
+        self._compiled = _compiled(self.name, tokenizer)
         self._control = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)) or r"(?!)")
         self.end_id, self._end_text = self._find_end(USER)
         self.end_ids = frozenset({self.end_id, *self._call_end()})
@@ -163,7 +163,16 @@ class ChatTemplate:
             text = self._compiled([*_STUB_VIEWS[kind], *messages], self._kwargs)
         except Exception as error:
             raise TemplateError(f"the chat template of {self.name} refuses {kind} messages: {error}") from error
-        return text[text.index(self._end_text, text.index(_MARK)) + len(self._end_text) :]
+        return self._behind_stub(text, kind)
+
+    def _behind_stub(self, text: str, kind: str) -> str:
+        """What follows the end token of the stub's assistant turn."""
+        mark = text.find(_MARK)
+        end = text.find(self._end_text, mark)
+        if mark < 0 or end < 0:
+            what = "tool calls" if kind == TOOL else "assistant messages"
+            raise TemplateError(f"the chat template of {self.name} renders {what} without {'their text' if mark < 0 else self._end_text}")
+        return text[end + len(self._end_text) :]
 
     def _after_end(self, text: str) -> list[int]:
         """Ids of text that follows an end token: some tokenizers treat the start of a text differently."""
@@ -191,11 +200,11 @@ class ChatTemplate:
     def _find_end(self, kind: str) -> tuple[int, str]:
         """The token that ends an assistant turn: the first special one after its text, or the last after a call."""
         text = self._apply(_STUBS[kind], [], generation=False)
-        ids = self.encode(text[text.rindex(_MARK) + len(_MARK) :])
+        ids = self.encode(text.rpartition(_MARK)[2])
         known = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         specials = [token for token in ids if token in known]
         end = (specials[0] if kind == USER else specials[-1]) if specials else None  # `</tool_call>` may be a token too
-        if end is None or (kind == USER and ids[0] != end):
+        if end is None or _MARK not in text or (kind == USER and ids[0] != end):
             raise TemplateError(
                 f"the chat template of {self.name} ends an assistant turn without a special token: no engine can stop there"
             )
@@ -218,7 +227,7 @@ class ChatTemplate:
     def _find_edges(self, kind: str) -> _Edges:
         """What stands around every block of `kind`, the same whatever the messages are."""
         bare = self._apply(_STUBS[kind], [], generation=False)
-        scaffold = bare[bare.index(self._end_text, bare.index(_MARK)) + len(self._end_text) :]
+        scaffold = self._behind_stub(bare, kind)
         text = self._delta_text(_messages(kind, ["x"]), kind)
         if not (text.startswith(scaffold) and text.endswith(self._generation)):
             raise TemplateError(f"the chat template of {self.name} changes the text around {kind} messages")
@@ -230,7 +239,10 @@ class ChatTemplate:
         if isinstance(edges := self._edges[kind], str):
             return edges
         for tools in ([], [_PROBE_TOOL]):
-            for history in _histories(kind):
+            for history in histories:
+        histories = [history for history in _histories(kind) if self._renders(history)]
+        if not histories:
+            return "it refuses every conversation that was tried"
                 for contents in (["42"], ["  two\n\n", "", "{'x': [1]}\n"]):
                     messages = _messages(kind, contents if kind == TOOL else contents[:1])
                     if difference := self._difference(history, messages, tools, kind):
@@ -239,27 +251,37 @@ class ChatTemplate:
 
     def _difference(self, history: list[Message], messages: list[Message], tools: list[dict[str, Any]], kind: str) -> str:
         whole = self._apply([*history, *messages], tools, generation=True)
+    def _renders(self, messages: list[Message]) -> bool:
+        """False where the template refuses messages (a system message, say): then no conversation holds them."""
+        try:
+            return bool(self._apply(messages, [], generation=False))
+        except TemplateError:
+            return False
+
         text = self._delta_text(messages, kind)
         if not whole.endswith(self._end_text + text):
             return f"after {len(history)} messages{' with tools' if tools else ''} it renders other text than after two"
         delta = [token for _, ids in self.delta(messages, kind).pieces for token in ids]
-        if self.encode(whole) != self.encode(whole[: len(whole) - len(text)]) + delta:
+        if list(self.encoding(whole).ids) != list(self.encoding(whole[: len(whole) - len(text)]).ids) + delta:
             return "its tokens merge across the end of a turn"
         return ""
 
     def _find_frame(self, kind: str) -> _Frame | None:
         """The constant text around contents, where the template puts them down as they are; rendering is then joining."""
         first, second = "frame1", "frame2"
-        one = self._rendered_delta(_messages(kind, [first]), kind)
-        head, _, tail = one.partition(first)
-        two = self._rendered_delta(_messages(kind, [first, second]), kind)
-        frame = _Frame(head, two.partition(first)[2].partition(second)[0], tail)
-        for contents in ([text] for text in _ODD_CONTENTS):
-            if any(
-                self._rendered_delta(_messages(kind, contents * count, f"id{count}"), kind) != frame.around(contents * count)
-                for count in (1, 2, 3)
-            ):
-                return None
+        try:
+            one = self._rendered_delta(_messages(kind, [first]), kind)
+            head, _, tail = one.partition(first)
+            two = self._rendered_delta(_messages(kind, [first, second]), kind)
+            frame = _Frame(head, two.partition(first)[2].partition(second)[0], tail)
+            for contents in ([text] for text in _ODD_CONTENTS):
+                if any(
+                    self._rendered_delta(_messages(kind, contents * count, f"call_{count}_0"), kind) != frame.around(contents * count)
+                    for count in (1, 2, 3)
+                ):
+                    return None
+        except TemplateError:  # several at once, or odd ones, are refused: rendering them will say so
+            return None
         return frame
 
     def _rewrites_history(self) -> bool:
@@ -302,11 +324,14 @@ _ODD_CONTENTS = (
 """What a template may treat specially: blanks, markup, JSON, numbers, thoughts, control tokens, length."""
 
 
-def _compiled(tokenizer: Any) -> Callable[[list[Message], Mapping[str, Any]], str]:
+def _compiled(name: str, tokenizer: Any) -> Callable[[list[Message], Mapping[str, Any]], str]:
     """The template compiled once, with the environment `apply_chat_template` uses, without its per-call set-up."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    template = _compile_jinja_template(tokenizer.get_chat_template(tools=[_PROBE_TOOL]))
+    try:
+        template = _compile_jinja_template(tokenizer.get_chat_template(tools=[_PROBE_TOOL]))
+    except Exception as error:  # jinja2's, or transformers' own
+        raise TemplateError(f"the chat template of {name} cannot be read: {error}") from error
     special = dict(tokenizer.special_tokens_map)
 
     def render(messages: list[Message], kwargs: Mapping[str, Any]) -> str:
@@ -325,18 +350,22 @@ _PROBE_TOOL = {
 }
 
 
-def _messages(kind: str, contents: Sequence[str], call_id: str = "callstub0") -> list[Message]:
+def _messages(kind: str, contents: Sequence[str], call_id: str = "call_0_0") -> list[Message]:
     if kind == USER:
         return [{"role": "user", "content": content} for content in contents]
     return [{"role": "tool", "content": content, "tool_call_id": call_id, "name": f"f{call_id}"} for content in contents]
 
 
 def _histories(kind: str) -> list[list[Message]]:
-    """Conversations that end where a delta of `kind` starts: short, long, with tool rounds, with thoughts."""
+    """Conversations that end where a delta of `kind` starts: short, long, with tool rounds, with thoughts.
+
+    Their calls have another name and id than the stub's: a delta that looks at the call it answers is found out.
+    """
     ask: Message = {"role": "user", "content": "Question?"}
     answer: Message = {"role": "assistant", "content": "Answer."}
-    call: Message = {"role": "assistant", "content": "Let me see.", "tool_calls": [_CALL]}
-    thought: Message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSo.", "tool_calls": [_CALL]}
+    other_call = {"id": "call_0_0", "type": "function", "function": {"name": "other", "arguments": '{"y": 1}'}}
+    call: Message = {"role": "assistant", "content": "Let me see.", "tool_calls": [other_call]}
+    thought: Message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSo.", "tool_calls": [other_call]}
     last = [call] if kind == TOOL else [answer]
     round_trip = [call, *_messages(TOOL, ["1"])]
     try_thought = [thought] if kind == TOOL else [{**answer, "content": "<think>\nhm\n</think>\n\nSo."}]
