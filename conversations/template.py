@@ -238,19 +238,17 @@ class ChatTemplate:
         """Empty where deltas equal what whole renderings have at that place, in text and ids; else what differs."""
         if isinstance(edges := self._edges[kind], str):
             return edges
-        for tools in ([], [_PROBE_TOOL]):
-            for history in histories:
         histories = [history for history in _histories(kind) if self._renders(history)]
         if not histories:
             return "it refuses every conversation that was tried"
+        for tools in ([], [_PROBE_TOOL]):
+            for history in histories:
                 for contents in (["42"], ["  two\n\n", "", "{'x': [1]}\n"]):
                     messages = _messages(kind, contents if kind == TOOL else contents[:1])
                     if difference := self._difference(history, messages, tools, kind):
                         return difference
         return ""
 
-    def _difference(self, history: list[Message], messages: list[Message], tools: list[dict[str, Any]], kind: str) -> str:
-        whole = self._apply([*history, *messages], tools, generation=True)
     def _renders(self, messages: list[Message]) -> bool:
         """False where the template refuses messages (a system message, say): then no conversation holds them."""
         try:
@@ -258,6 +256,8 @@ class ChatTemplate:
         except TemplateError:
             return False
 
+    def _difference(self, history: list[Message], messages: list[Message], tools: list[dict[str, Any]], kind: str) -> str:
+        whole = self._apply([*history, *messages], tools, generation=True)
         text = self._delta_text(messages, kind)
         if not whole.endswith(self._end_text + text):
             return f"after {len(history)} messages{' with tools' if tools else ''} it renders other text than after two"
