@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from conversations.encoding import SegmentEncoder
 from conversations.errors import TemplateError
 from conversations.messages import Message, template_view
 from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER
@@ -62,6 +63,7 @@ class ChatTemplate:
             raise TemplateError(f"{self.name}: the tokenizer has no chat template; set `chat_template` in tokenizer_config.json")
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._segments = SegmentEncoder(tokenizer)
         self._kwargs = dict(kwargs or {})
         self._compiled = _compiled(self.name, tokenizer)
         self._control = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)) or r"(?!)")
@@ -121,7 +123,7 @@ class ChatTemplate:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of template text, control tokens recognised, none added. Lone surrogates become U+FFFD."""
-        return list(self.encoding(text).ids)
+        return self._segments.encode(_encodable(text))
 
     def encoding(self, text: str) -> Any:
         """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end) characters."""
@@ -176,7 +178,7 @@ class ChatTemplate:
 
     def _after_end(self, text: str) -> list[int]:
         """Ids of text that follows an end token: some tokenizers treat the start of a text differently."""
-        ids: list[int] = self.encoding(self._end_text + text).ids
+        ids = self.encode(self._end_text + text)
         if not ids or ids[0] != self.end_id:
             raise TemplateError(f"{self.name}: the end token {self._end_text!r} merges with the text after it")
         return ids[1:]
