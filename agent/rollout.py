@@ -14,11 +14,14 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sglang.srt.entrypoints.engine as sglang_engine
+import sglang.srt.managers.tokenizer_manager as sglang_manager
+import sglang.srt.utils.patch_torch as sglang_sharing
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -91,12 +94,31 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         self._children = Children(self.log_path)
         args = server_args(self.config, cuda=torch.cuda.is_available())
         factory = functools.partial(_start_engine, self._children, args)
-        with _replaced(sglang_rollout, AsyncEngine=factory), _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging):
+        socket = functools.partial(_open_socket, sglang_engine.get_zmq_socket, self._children.sockets)
+        with (
+            _replaced(sglang_rollout, AsyncEngine=factory),
+            _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging, get_zmq_socket=socket),
+            _replaced(sglang_manager, get_zmq_socket=socket),
+        ):
             super()._init_inference_engine(trust_remote_code, actor_module, port)
 
     def engine(self) -> SGLangEngine:
         """The engine for turntrace's loop: the same object on every call."""
         return self._turntrace_engine
+
+    async def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], **kwargs: Any) -> None:
+        """Sends new weights to the engine and empties its prefix cache; waits for requests that run."""
+        if torch.cuda.is_available():
+            await super().update_weights(weights, **kwargs)
+            return
+        # SGLang's own way of sharing tensors between processes knows CUDA tensors only; torch's serves here.
+        with _replaced(sglang_sharing, monkey_patch_torch_reductions=_keep_sharing):
+            await super().update_weights(weights, **kwargs)
+
+    def shutdown(self) -> None:
+        """Ends the engine's processes, from any thread; `engine().close()` also ends what is in flight."""
+        if self._engine is not None:
+            self._engine.shutdown()
 
     @functools.cached_property
     def _turntrace_engine(self) -> SGLangEngine:
@@ -114,6 +136,9 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
     def __init__(self, children: Children, **kwargs: Any) -> None:
         self._children = children
         super().__init__(**kwargs)
+        if self.tokenizer_manager is not None:  # None on the further nodes of an engine that spans several
+            create = self.tokenizer_manager.auto_create_handle_loop
+            self.tokenizer_manager.auto_create_handle_loop = functools.partial(_keep_signals, create)
 
     def shutdown(self) -> None:
         self._children.stop()
@@ -138,8 +163,27 @@ def _start_engine(children: Children, overrides: Mapping[str, Any], **kwargs: An
         raise
 
 
+def _open_socket(open_socket: Callable[..., Any], opened: list[Any], *args: Any) -> Any:
+    """One of SGLang's sockets, which it never closes: what is unsent at the end must not keep this process waiting."""
+    socket = open_socket(*args)
+    socket.linger = 0
+    opened.append(socket)
+    return socket
+
+
+def _keep_signals(create_handle_loop: Callable[[], None]) -> None:
+    """SGLang would take over SIGTERM and SIGQUIT when it runs on the main thread: it is told that it does not."""
+    elsewhere = types.SimpleNamespace(current_thread=object, main_thread=object)
+    with _replaced(sglang_manager, threading=elsewhere):
+        create_handle_loop()
+
+
 def _keep_logging(*_args: object, **_kwargs: object) -> None:
     """SGLang would replace the handlers of the root logger, which are the user's."""
+
+
+def _keep_sharing() -> None:
+    """See `update_weights`."""
 
 
 def _visible_devices(count: int) -> list[str]:

@@ -28,9 +28,13 @@ from agent.errors import EngineStartError
 
 _ADVICE = (
     (
-        r"CUDA out of memory|OutOfMemoryError|Not enough memory|Memory pool size is too small",
-        "not enough memory for the model and its KV cache: lower rollout.gpu_memory_utilization or rollout.max_model_len, "
-        "raise tensor_model_parallel_size, or free the GPU (`nvidia-smi` shows who holds it)",
+        r"Not enough memory\. Please try to increase|Memory pool size is too small",
+        "rollout.gpu_memory_utilization leaves no room for the KV cache after the weights: raise it, or rollout.tensor_model_parallel_size",
+    ),
+    (
+        r"CUDA out of memory|OutOfMemoryError",
+        "CUDA out of memory: lower rollout.gpu_memory_utilization or rollout.max_model_len, raise rollout.tensor_model_parallel_size, "
+        "or free the GPU (`nvidia-smi` shows who holds it)",
     ),
     (
         r"libnvrtc",
@@ -43,16 +47,22 @@ _ERROR_LINE = re.compile(r"^\w*(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*", re.
 
 
 class Children:
-    """The processes of one engine. `log_path` receives what they print; None lets them print."""
+    """The processes of one engine, and the sockets it talks to them through.
+
+    `log_path` receives what they print; None lets them print.
+    """
 
     def __init__(self, log_path: Path | None = None) -> None:
         self.log_path = log_path
+        self.sockets: list[Any] = []
         self._processes: list[_Child] = []
 
     def Process(self, target: Callable[..., Any], args: tuple[Any, ...]) -> SpawnProcess:  # noqa: N802 - multiprocessing's own name
         """A process that runs `target` apart from the terminal, started by SGLang."""
         name = f"{target.__module__}:{target.__qualname__}"
         process = _Child(target=run_child, args=(name, self.log_path, *args))
+        if target.__name__ == "run_detokenizer_process" and args[0].skip_tokenizer_init:
+            process.start = lambda: None  # type: ignore[method-assign]  # nothing is ever sent to it
         self._processes.append(process)
         return process
 
@@ -85,9 +95,11 @@ class Children:
         return explain(text, codes[0] if codes else None) + (f" (log: {self.log_path})" if text else "")
 
     def stop(self) -> None:
-        """Kills the children and theirs, and waits for them. Safe to call twice."""
+        """Kills the children and theirs, waits for them and closes the sockets. Safe to call twice."""
         import psutil
 
+        for socket in self.sockets:
+            socket.close()  # pyzmq waits for ever at exit for one that is open
         for process in self._started():
             with contextlib.suppress(psutil.NoSuchProcess):
                 for descendant in psutil.Process(process.pid).children(recursive=True):

@@ -61,8 +61,9 @@ def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None
 def _process_state_kept() -> Iterator[None]:
     """Importing and starting SGLang changes the event loop policy, the start method and the root logger; this undoes it."""
     policy, start_method = asyncio.get_event_loop_policy(), multiprocessing.get_start_method(allow_none=True)
-    root = logging.getLogger()
+    root, sglang = logging.getLogger(), logging.getLogger("sglang")
     handlers, level = root.handlers[:], root.level
+    sglang.setLevel(logging.ERROR)  # and stays so: its warnings are about defaults that were chosen on purpose
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about hardware that is not there, and about SGLangRollout's age

@@ -103,7 +103,7 @@ def _special_ids(field: Any) -> dict[str, int]:
 
 
 def _write_tokenizer(field: Any, target: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
 
     tokens: list[str] = field["tokenizer.ggml.tokens"]()
     types: list[int] = field["tokenizer.ggml.token_type"]()
