@@ -6,6 +6,8 @@ Invariant: the work is bounded by the limit, not by the length of the text: a 10
 
 from __future__ import annotations
 
+import unicodedata
+
 from conversations.template import ChatTemplate
 
 SIDES = ("left", "middle", "right")
@@ -48,7 +50,10 @@ def _tail(text: str, count: int, template: ChatTemplate) -> str:
         piece = text[-window:]
         encoding = template.encoding(piece)
         if len(encoding.ids) > count:
-            return piece[encoding.offsets[-count][0] :]
+            start = encoding.offsets[-count - 1][1]  # where the last dropped token ends: no half character stays
+            while start < len(piece) and unicodedata.combining(piece[start]):
+                start += 1
+            return piece[start:]
         if window >= len(text):
             return text
         window *= 4
