@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import math
 import traceback
@@ -89,15 +90,19 @@ class ConversationTools:
 
     async def _create(self, tool: LoadedTool) -> str:
         try:
-            kwargs = tool.create_kwargs(self._given(tool, "create_kwargs"), self._ground_truth)
-            instance_id = uuid.uuid4().hex
-            created = await _bounded(tool.tool.create(instance_id, **kwargs), tool.timeout_s)
-            instance_id, response = created if isinstance(created, tuple) else (created, None)
-            self._instances[tool.name] = instance_id
-            return "" if response is None else _text(response)
+            kwargs = tool.create_kwargs(self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth))
+            response = await _bounded(self._created(tool, kwargs), tool.timeout_s)
+            return "" if response is None else _without_surrogates(_text(response))
         except Exception as error:
             self._fail(tool, "create", error)
             return ""
+
+    async def _created(self, tool: LoadedTool, kwargs: dict[str, Any]) -> object:
+        """Nothing is awaited between creation and the note of it: no cancellation leaves an instance unreleased."""
+        created = await tool.tool.create(uuid.uuid4().hex, **kwargs)
+        instance_id, response = created if isinstance(created, tuple) else (created, None)
+        self._instances[tool.name] = instance_id
+        return response
 
     async def rewards(self) -> dict[str, float]:
         """The trajectory's reward by each tool that has one. A tool that fails here sets `failure`."""
@@ -113,7 +118,17 @@ class ConversationTools:
         return parts
 
     async def release(self) -> None:
-        """Releases every instance, all of them even if one fails."""
+        """Releases every instance once, all of them even if one fails or the conversation is cancelled meanwhile."""
+        if not self._instances:
+            return
+        releasing = asyncio.ensure_future(self._release())
+        try:
+            await asyncio.shield(releasing)
+        except asyncio.CancelledError:
+            await asyncio.wait((releasing,))  # bounded by the tools' time-outs
+            raise
+
+    async def _release(self) -> None:
         while self._instances:
             name, instance_id = self._instances.popitem()
             tool = self.offered[name]
@@ -123,10 +138,10 @@ class ConversationTools:
                 self.warnings.append(f"tool {name}: release failed: {describe(error)}")
 
     def _given(self, tool: LoadedTool, key: str) -> dict[str, Any]:
-        """The row's keywords for one coroutine of one tool."""
+        """The row's keywords for one coroutine of one tool, as a copy: the task's other samples need them too."""
         kwargs = self._kwargs.get(tool.name)
         given = kwargs.get(key) if isinstance(kwargs, Mapping) else None
-        return dict(given) if isinstance(given, Mapping) else {}
+        return copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}
 
     def _fail(self, tool: LoadedTool, step: str, error: Exception) -> None:
         self.failure = f"tool {tool.name}: {step} failed: {describe(error)}"
@@ -149,7 +164,7 @@ class ConversationTools:
         elif (tool := self.offered.get(call.name)) is None:
             names = ", ".join(self.offered) or "none"
             self._close(line, "unknown_tool", f"Error: there is no tool named {call.name!r}; the tools are: {names}")
-        elif problems := tool.validate(call.arguments):
+        elif problems := _problems(tool, call.arguments):
             self._close(line, "invalid_arguments", f"Error: invalid arguments for {call.name}: {'; '.join(problems)}")
         elif not within_limit:
             allowed = self._dispatcher.max_parallel_calls
@@ -165,6 +180,8 @@ class ConversationTools:
             started = perf_counter()
             try:
                 await self._execute(tool, instance_id, call, line)
+            except Exception as error:  # a bug of the tool: the ledger has it all, the model one line
+                self._close(line, "tool_error", f"Error: {tool.name} failed", describe(error))
             finally:
                 ended = perf_counter()
                 line.queue_s, line.run_s = started - waiting, ended - started
@@ -174,12 +191,10 @@ class ConversationTools:
         """One run of the tool. What it may raise is told apart here: `tools.base` says what each means."""
         name = tool.name
         try:
+            arguments = copy.deepcopy(call.arguments)  # what the tool does to them is not what the model wrote
             kwargs = self._given(tool, "execute_kwargs")
-            answer = await _bounded(tool.tool.execute(instance_id, call.arguments, **kwargs), tool.timeout_s)
-            response, reward, metrics = answer
-            text = _text(response)
-            line.reward = None if reward is None else _number(reward)
-            line.metrics = _json_metrics(metrics)
+            response, reward, metrics = await _bounded(tool.tool.execute(instance_id, arguments, **kwargs), tool.timeout_s)
+            text, reward, metrics = _text(response), None if reward is None else _number(reward), _json_metrics(metrics)
         except _TimeoutExpiredError:
             self._close(line, "timeout", f"Error: {name} did not answer within {tool.timeout_s:g} s")
         except ToolError as error:
@@ -187,9 +202,8 @@ class ConversationTools:
             self._close(line, "tool_error", str(error))
         except BackendError as error:
             self._close(line, "backend_error", f"Error: {name} is not available", describe(error))
-        except Exception as error:  # a bug of the tool: the ledger has it all, the model one line
-            self._close(line, "tool_error", f"Error: {name} failed", describe(error))
         else:
+            line.reward, line.metrics = reward, metrics
             self._close(line, "ok", text)
 
     def _close(self, line: ToolCallRecord, status: str, text: str, error: str | None = None) -> None:
@@ -205,7 +219,7 @@ class _TimeoutExpiredError(Exception):
 
 async def _bounded(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
     """The coroutine's result. On time-out or cancellation it is cancelled and, should it ignore that, left behind."""
-    task = asyncio.ensure_future(coroutine)
+    task = asyncio.ensure_future(_contained(coroutine))
     try:
         done, _ = await asyncio.wait((task,), timeout=timeout_s)
     except asyncio.CancelledError:
@@ -219,10 +233,28 @@ async def _bounded(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any
     return task.result()
 
 
+async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a tool raises stays in its task: a SystemExit would end the event loop, a Rust panic is no Exception."""
+    try:
+        return await coroutine
+    except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the tool raised {type(error).__name__}") from error
+
+
 async def _stop(task: asyncio.Future[Any]) -> None:
     task.cancel()
     task.add_done_callback(lambda done: done.cancelled() or done.exception())  # left behind or not, it is not our error
     await asyncio.wait((task,), timeout=GRACE_S)
+
+
+def _problems(tool: LoadedTool, arguments: dict[str, Any]) -> list[str]:
+    """What is wrong with a call's arguments. A validator may choke on them too: on numbers beyond float, for one."""
+    try:
+        return tool.validate(arguments)
+    except Exception as error:
+        return [f"they cannot be checked ({type(error).__name__})"]
 
 
 def _text(response: object) -> str:
@@ -249,18 +281,30 @@ def _json_metrics(metrics: object) -> dict[str, Any]:
         return {}
     if not isinstance(metrics, Mapping):
         raise TypeError(f"expected a dict of metrics, got {type(metrics).__name__}")
+    return {str(key): _json_value(value) for key, value in metrics.items()}
+
+
+def _json_value(value: object) -> Any:
     try:
-        return dict(json.loads(canonical_json(metrics)))
+        return json.loads(canonical_json(value))
     except (TypeError, ValueError, RecursionError):
-        return {str(key): value if isinstance(value, (str, bool, int, type(None))) else str(value)[:1000] for key, value in metrics.items()}
+        return _say(value)[:1000]
 
 
 def describe(error: BaseException) -> str:
     """An exception for the record: its class, message and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    cause = f" from {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else ""
-    return f"{type(error).__name__}: {error}{where}{cause}"[:2000]
+    cause = f" from {type(error.__cause__).__name__}: {_say(error.__cause__)}" if error.__cause__ else ""
+    return f"{type(error).__name__}: {_say(error)}{where}{cause}"[:2000]
+
+
+def _say(value: object) -> str:
+    """`str`, of things whose own text may fail."""
+    try:
+        return str(value)
+    except Exception:
+        return f"<{type(value).__name__} without a text>"
 
 
 def _without_surrogates(text: str) -> str:
