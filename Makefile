@@ -8,7 +8,7 @@ SETUP_FILES := pyproject.toml $(wildcard agent/setup/*.txt) agent/entry.py
 SETUP_HASH := $(firstword $(shell cat $(SETUP_FILES) | sha256sum))
 RUN := $(VENV)/.turntrace-run-$(SETUP_HASH)
 DEV := $(VENV)/.turntrace-dev-$(SETUP_HASH)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 # How large a demo, of what, and with how much to spare: make demo SIZE=8
 SIZE ?= 24
