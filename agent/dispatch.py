@@ -16,7 +16,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
 from conversations.trajectory import Attempt, ToolCallRecord, canonical_json
@@ -30,6 +30,8 @@ Cut = Callable[[str], str | None]
 """A response shortened to what the model may see, None where it fits as it is."""
 
 Call = ToolCall | MalformedToolCall
+
+T = TypeVar("T")
 
 
 class Dispatcher:
@@ -85,7 +87,7 @@ class ConversationTools:
 
         A tool that fails here answers none of its calls, and `failure` says why: infrastructure, not the model.
         """
-        texts = await asyncio.gather(*(self._create(tool) for tool in self.offered.values()))
+        texts = await _together([self._create(tool) for tool in self.offered.values()])
         return [tool_message(text, call_id=None, name=name) for name, text in zip(self.offered, texts, strict=True) if text]
 
     async def _create(self, tool: LoadedTool) -> str:
@@ -152,10 +154,7 @@ class ConversationTools:
         """Runs a turn's calls concurrently and fills in their ledger lines."""
         limit = self._dispatcher.max_parallel_calls
         answers = [self._answer(call, line, index < limit) for index, (call, line) in enumerate(zip(calls, lines, strict=True))]
-        if len(answers) == 1:  # the common case needs no task of its own
-            await answers[0]
-        else:
-            await asyncio.gather(*answers)
+        await _together(answers)
 
     async def _answer(self, call: Call, line: ToolCallRecord, within_limit: bool) -> None:
         """Fills in one ledger line. Always returns, but for cancellation."""
@@ -211,6 +210,11 @@ class ConversationTools:
         text = _without_surrogates(text)
         shown = self._dispatcher.cut(text)
         line.response, line.full_response = (text, None) if shown is None else (shown, text)
+
+
+async def _together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What coroutines that always return give, run concurrently; a single one, the common case, needs no task of its own."""
+    return [await answers[0]] if len(answers) == 1 else await asyncio.gather(*answers)
 
 
 class _TimeoutExpiredError(Exception):

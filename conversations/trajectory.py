@@ -154,8 +154,9 @@ _FIELDS = tuple(item.name for item in fields(Trajectory))
 
 
 def canonical_json(value: object) -> str:
-    """The JSON text that hashes are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    """The JSON text that hashes are taken of. Raises TypeError, ValueError or RecursionError where there is none."""
+    # A circular value ends in the RecursionError; looking out for it costs every list and object of every record.
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False)
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
