@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import copy
 import json
-import math
 import traceback
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -25,6 +24,8 @@ from tools.toolset import LoadedTool, ToolSet
 
 GRACE_S = 1.0
 """How long a cancelled tool may take to clean up before it is left behind."""
+
+FLOAT32_MAX = 3.4028234663852886e38
 
 Cut = Callable[[str], str | None]
 """A response shortened to what the model may see, None where it fits as it is."""
@@ -272,9 +273,9 @@ def _text(response: object) -> str:
 
 
 def _number(value: object) -> float:
-    """A reward as a finite number. numpy's scalars have `item`."""
+    """A reward as a number that has a float32, as trainers keep it; so sums are finite too. numpy's scalars have `item`."""
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, (int, float)) and abs(value) <= FLOAT32_MAX:
         return float(value)
     raise TypeError(f"expected a finite number as reward, got {value!r:.100}")
 

@@ -199,11 +199,10 @@ class Conversation:
     def append_turn(self, generation: Generation) -> ParsedTurn:
         """Appends a turn's tokens and its message; returns what it says."""
         template, ids = self.runtime.template, generation.token_ids
-        start = len(self.tokens)
+        raw = template.raw(ids)  # first: an id that is none raises here, with nothing appended
+        self.turns.append(_turn(len(self.tokens), generation))
         self.tokens.append_sampled(ids, generation.logprobs)
-        self.turns.append(_turn(start, generation))
         self.turn_is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
-        raw = template.raw(ids)
         parsed = hermes.parse(raw, in_think=template.opens_think) if self.schemas else ParsedTurn(raw)
         lines = ledger_lines(parsed.calls, len(self.turns) - 1)
         self.ledger += lines

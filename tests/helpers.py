@@ -168,6 +168,7 @@ class Toy(BaseTool):
         super().__init__(config, schema)
         self.log: list[tuple[str, str]] = []
         self.stuck = asyncio.Event()
+        self.hanging = asyncio.Event()
 
     def count(self, coroutine: str, instance_id: str | None = None) -> int:
         return sum(1 for step, instance in self.log if step == coroutine and instance_id in (None, instance))
@@ -204,6 +205,7 @@ class Toy(BaseTool):
 
 
 async def _hang(toy: Toy, text: str) -> Any:
+    toy.hanging.set()
     await asyncio.Event().wait()
 
 
