@@ -122,8 +122,11 @@ async def _run(workload: Workload, turns: int, conversations: int, folder: Path)
 @contextlib.contextmanager
 def _peer(workload: Workload) -> Iterator[VerlPeer]:
     """verl, imported as an engine's start imports it, on one thread: more would only cost it."""
+    import torch
+
     cpu_guards.install()
-    os.environ.update(start_variables(cuda=False), TOKENIZERS_PARALLELISM="false")
+    os.environ.update(start_variables(cuda=torch.cuda.is_available()), TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
     policy = asyncio.get_event_loop_policy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
