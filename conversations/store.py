@@ -18,7 +18,8 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -48,10 +49,14 @@ class RunFolder:
     def create(cls, path: str | Path, manifest: Mapping[str, Any]) -> RunFolder:
         """A new run. `manifest` becomes run.json. Raises RunFolderError where a run is there already."""
         path = Path(path)
-        if (path / RUN).exists() or (path / TRAJECTORIES).exists():
-            raise RunFolderError(f"{path} already holds a run; use --resume to go on with it, or another --out")
         lock = _locked(path)
-        return cls(path, _write_manifest(path, {"schema": SCHEMA, **manifest}), lock, set())
+        try:
+            if (path / RUN).exists() or (path / TRAJECTORIES).exists():
+                raise RunFolderError(f"{path} already holds a run; use --resume to go on with it, or another --out")
+            return cls(path, _write_manifest(path, {"schema": SCHEMA, **manifest}), lock, set())
+        except BaseException:
+            lock.close()
+            raise
 
     @classmethod
     def resume(cls, path: str | Path, manifest: Mapping[str, Any], *, force: bool = False) -> RunFolder:
@@ -72,6 +77,9 @@ class RunFolder:
             _cut_torn_line(path / TRAJECTORIES)
             done = _retire(path)
             return cls(path, _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")}), lock, done)
+        except OSError as error:
+            lock.close()
+            raise _unwritable(path, error) from error
         except BaseException:
             lock.close()
             raise
@@ -92,10 +100,12 @@ class RunFolder:
         """Syncs and unlocks; `counts` go into run.json. Safe to call twice."""
         if self._lock.closed:
             return
-        self._files.close()
-        if counts is not None:
-            self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts)})
-        self._lock.close()
+        try:
+            self._files.close()
+            if counts is not None:
+                self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts)})
+        finally:
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -138,8 +148,9 @@ class _Files:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._open: dict[str, IO[bytes]] = {}
+        self._open: dict[str, FileIO] = {}
         self._dirty: set[str] = set()
+        self._sync_error: OSError | None = None
         self._guard = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sync_forever, name="turntrace-fsync", daemon=True)
@@ -147,28 +158,35 @@ class _Files:
 
     def append(self, name: str, line: str) -> None:
         with self._guard:
-            if name not in self._open:
-                self._open[name] = (self._path / name).open("ab")
-                _sync_folder(self._path)
-            file = self._open[name]
             try:
-                file.write(line.encode("ascii") + b"\n")
-                file.flush()
+                if self._sync_error:
+                    raise self._sync_error
+                if name not in self._open:
+                    self._open[name] = FileIO(self._path / name, "ab")
+                    _sync_folder(self._path)
+                _write_whole(self._open[name], line.encode("ascii") + b"\n")
             except OSError as error:
-                raise RunFolderError(f"{self._path / name} cannot be written: {error.strerror}; make room and --resume") from error
+                raise _unwritable(self._path / name, error) from error
             self._dirty.add(name)
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-        self._sync()
-        for file in self._open.values():
-            file.close()
+        try:
+            self._sync()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+        finally:
+            for file in self._open.values():
+                file.close()
 
     def _sync_forever(self) -> None:
         while not self._stop.wait(FSYNC_INTERVAL_S):
-            with contextlib.suppress(OSError):  # the next append meets the same error and reports it
+            try:
                 self._sync()
+            except OSError as error:  # the system tells it once; the next append reports it
+                self._sync_error = error
+                return
 
     def _sync(self) -> None:
         with self._guard:
@@ -176,6 +194,23 @@ class _Files:
             self._dirty.clear()
         for file in files:
             os.fsync(file.fileno())
+
+
+def _write_whole(file: FileIO, data: bytes) -> None:
+    """All of `data` at the end of the file, or nothing: what a full disk took of it is cut off again."""
+    start = file.seek(0, os.SEEK_END)
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(start)
+        raise
+
+
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path} cannot be written: {error.strerror}; make room and --resume")
 
 
 def _locked(path: Path) -> IO[str]:
@@ -200,13 +235,20 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _replace(file: Path, content: bytes) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
+    _replace_by_lines(file, [content])
+
+
+def _replace_by_lines(file: Path, content: Iterable[bytes]) -> None:
     fresh = file.with_name(file.name + ".new")
-    with fresh.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(file)
-    _sync_folder(file.parent)
+    try:
+        with fresh.open("wb") as out:
+            out.writelines(content)
+            out.flush()
+            os.fsync(out.fileno())
+        fresh.replace(file)
+        _sync_folder(file.parent)
+    except OSError as error:
+        raise _unwritable(file, error) from error
 
 
 def _sync_folder(path: Path) -> None:
@@ -316,10 +358,4 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def _drop(file: Path, lines: set[bytes]) -> None:
-    fresh = file.with_name(file.name + ".new")
-    with fresh.open("wb") as out:
-        out.writelines(line for line in _lines(file) if line not in lines)
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(file)
-    _sync_folder(file.parent)
+    _replace_by_lines(file, (line for line in _lines(file) if line not in lines))
