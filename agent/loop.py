@@ -193,7 +193,7 @@ class Conversation:
         runtime = self.runtime
         sampling = {**runtime.settings.sampling, "max_new_tokens": room, "stop_token_ids": runtime.template.stop_token_ids}
         generation = await runtime.engine.generate(self.tokens.ids, sampling, request_id=uuid.uuid4().hex)
-        _check(generation, room)
+        _check(generation, len(self.tokens), room)
         return generation
 
     def append_turn(self, generation: Generation) -> ParsedTurn:
@@ -315,9 +315,11 @@ def _turn(start: int, generation: Generation) -> Turn:
     )
 
 
-def _check(generation: Generation, room: int) -> None:
-    """What an engine answers is data only when ids and log-probs belong together and are numbers."""
+def _check(generation: Generation, start: int, room: int) -> None:
+    """What an engine answers is data only when it saw our tokens, and ids and log-probs belong together and are numbers."""
     ids, logprobs = generation.token_ids, generation.logprobs
+    if generation.prompt_tokens not in (None, start):
+        raise EngineError(f"the engine saw {generation.prompt_tokens} prompt tokens where {start} were sent")
     if generation.finish_reason not in ("stop", "length"):
         raise EngineError(f"the engine ended the generation with {generation.finish_reason!r}")
     if not ids or len(ids) > room:
