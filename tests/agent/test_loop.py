@@ -103,10 +103,16 @@ async def test_the_engine_is_told_where_to_stop_and_how_far_to_go(smollm2: ChatT
 
 
 async def test_what_the_engine_says_of_a_turn_is_kept(smollm2: ChatTemplate) -> None:
-    answer = generation([smollm2.end_id], prompt_tokens=7, cached_tokens=3, queue_s=0.25, engine_s=0.5, weight_version="w7")
+    answer = generation([smollm2.end_id], cached_tokens=3, queue_s=0.25, engine_s=0.5, weight_version="w7")
     (turn,) = (await run_one(runtime(smollm2, says(smollm2, answer)))).turns
     assert (turn.cached_tokens, turn.queue_s, turn.engine_s, turn.weight_version) == (3, 0.25, 0.5, "w7")
     assert turn.prompt_tokens == turn.start
+
+
+async def test_an_engine_that_saw_other_tokens_than_were_sent_is_an_engine_error(smollm2: ChatTemplate) -> None:
+    record = await run_one(runtime(smollm2, says(smollm2, generation([smollm2.end_id], prompt_tokens=7))))
+    assert (record.stop_reason, record.num_turns) == ("engine_error", 0)
+    assert "saw 7 prompt tokens" in str(record.error)
 
 
 # ---------------------------------------------------------------------- the end of a turn
