@@ -27,7 +27,7 @@ Prompts = str | Messages | Sequence[str | Messages]
 class Generations:
     """One entry a sample, prompt-major: the n samples of the first prompt, then those of the second.
 
-    `completions` are the last assistant message's text, `token_ids` the response's ids (every token after the prompt),
+    `completions` are the last turn's text, call blocks included, `token_ids` the response's ids (every token after the prompt),
     `metadata` the rest: `response_ids`, `response_mask`, `response_logprobs`, `stop_reason`, `reward`, `messages`, and
     the whole `trajectory`.
     """
@@ -133,7 +133,7 @@ def _generations(trajectories: Iterable[Trajectory]) -> Generations:
     result = Generations([], [], [])
     for trajectory in trajectories:
         last = next((message for message in reversed(trajectory.messages) if message.get("raw") is not None), None)
-        result.completions.append(last["content"] if last else "")
+        result.completions.append(last["raw"] if last else "")
         result.token_ids.append(trajectory.response_ids)
         result.metadata.append(_metadata(trajectory))
     return result
