@@ -18,7 +18,8 @@ from typing import Any
 
 from agent.errors import TaskError
 from agent.model.recipe import faults, symbolic
-from agent.model.recipe.programs import SCRIPT_NAME, Problem, from_gsm8k, number_text, run, with_other_numbers
+from agent.model.recipe.gsm8k import from_gsm8k, with_other_numbers
+from agent.model.recipe.programs import SCRIPT_NAME, Problem, number_text, run
 from agent.model.recipe.setups import Setup, draw, shipped_setup
 from conversations.messages import tool_message
 from conversations.template import ChatTemplate
