@@ -33,9 +33,9 @@ def script(folder: Path, code: str = "from turntrace import main; main()") -> Pa
     return path
 
 
-def start(path: Path, *arguments: str, cwd: Path, pythonpath: list[Path]) -> subprocess.CompletedProcess[str]:
+def start(path: Path, *arguments: str, cwd: Path, pythonpath: list[Path], flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, pythonpath))}
-    command = [sys.executable, str(path), *arguments]
+    command = [sys.executable, *flags, str(path), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -102,7 +102,8 @@ def test_a_command_without_its_packages_says_so(tmp_path: Path) -> None:
     copy = tmp_path / "site"
     copy.mkdir()
     shutil.copy(REPO / "agent" / "entry.py", copy / "turntrace.py")
-    ran = start(script(tmp_path / "bin"), cwd=tmp_path, pythonpath=[copy])
+    # -S: without site-packages, where an editable install of this checkout may be.
+    ran = start(script(tmp_path / "bin"), cwd=tmp_path, pythonpath=[copy], flags=("-S",))
     assert (ran.returncode, ran.stderr) == (2, "error: turntrace's package 'agent' is not installed; install turntrace again\n")
 
 
