@@ -97,7 +97,7 @@ class _Scan:
             try:
                 value, length = _DECODER.raw_decode(self.text[body:end])
             except json.JSONDecodeError as error:
-                if end == len(self.text) or not error.msg.startswith("Unterminated string"):
+                if end == len(self.text) or not _ends_in_string(error):
                     raise
                 end = self._next_tag(body + 2 * (end - body) + 1)
             else:
@@ -182,6 +182,11 @@ def _skip_space(text: str, position: int) -> int:
     while position < len(text) and text[position] in _SPACE:
         position += 1
     return position
+
+
+def _ends_in_string(error: json.JSONDecodeError) -> bool:
+    """Whether a string was still open where the text ended; a \\uXXXX at the very end is reported as a bad one."""
+    return error.msg.startswith("Unterminated string") or (error.msg.startswith("Invalid \\u") and error.pos >= len(error.doc) - 5)
 
 
 def _json_error(error: Exception) -> str:

@@ -79,6 +79,7 @@ def test_no_arguments_at_all_is_an_empty_object() -> None:
         {"numbers": [0, -1, 1.5e-7, 10**30]},
         {"markup": "</tool_call>"},
         {"markup": "x</tool_call>y<tool_call>z</think><think>", "</tool_call>": OPEN + CLOSE},
+        {"after an escape": 'é</tool_call>🙂<tool_call>\\</tool_call>"</tool_call>'},
     ],
 )
 @pytest.mark.parametrize("ensure_ascii", [False, True])
@@ -247,8 +248,8 @@ def test_sglang_call_after_text_and_before_text() -> None:
 # ---------------------------------------------------------------------- for all texts
 
 _PIECES = [
-    OPEN, CLOSE, "<think>", "</think>", "</tool_call", "<tool_call", '{"name": "g", "arguments": {}}\n' + CLOSE, "\ud83d", "🙂", "text",
-    '{"name": "f", "arguments": {"x": 1}}', '{"name": "f"', "}", "{", '"', "\\", "\\ud83d", "[", "]", ",", ":", "\n",
+    OPEN, CLOSE, "<think>", "</think>", "\\u00e9", "</tool_call", "<tool_call", '{"name": "g", "arguments": {}}\n' + CLOSE, "\ud83d", "🙂",
+    "text",     '{"name": "f", "arguments": {"x": 1}}', '{"name": "f"', "}", "{", '"', "\\", "\\ud83d", "[", "]", ",", ":", "\n",
     '{"name": "f", "arguments": "', "NaN", "1e999",
 ]  # fmt: skip
 hostile = st.lists(st.one_of(st.sampled_from(_PIECES), st.text(max_size=4)), max_size=40).map("".join)
@@ -289,8 +290,15 @@ def test_nothing_raises_and_nothing_vanishes(raw: str, in_think: bool) -> None:
         assert OPEN not in turn.content
 
 
+marked = st.lists(st.sampled_from([OPEN, CLOSE, "<think>", '"', "\\", "\\u", "é", "🙂", "x", "\n", "{", "}"]), max_size=6).map("".join)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.sampled_from(ODD_TEXTS),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+    | marked
+    | st.sampled_from(ODD_TEXTS),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
