@@ -10,12 +10,14 @@ which on a CPU needs the import guards: call `agent.engines.sglang.start`, which
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib.metadata
 import os
+import socket
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +94,13 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 
     def _init_inference_engine(self, trust_remote_code: bool, actor_module: str, port: int | None) -> None:
         self._children = Children(self.log_path)
-        args = server_args(self.config, cuda=torch.cuda.is_available())
+        args = {**_ports(), **server_args(self.config, cuda=torch.cuda.is_available())}
         factory = functools.partial(_start_engine, self._children, args)
-        socket = functools.partial(_open_socket, sglang_engine.get_zmq_socket, self._children.sockets)
+        get_socket = functools.partial(_open_socket, sglang_engine.get_zmq_socket, self._children.sockets)
         with (
             _replaced(sglang_rollout, AsyncEngine=factory),
-            _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging, get_zmq_socket=socket),
-            _replaced(sglang_manager, get_zmq_socket=socket),
+            _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging, get_zmq_socket=get_socket),
+            _replaced(sglang_manager, get_zmq_socket=get_socket),
         ):
             super()._init_inference_engine(trust_remote_code, actor_module, port)
 
@@ -114,6 +116,16 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         # SGLang's own way of sharing tensors between processes knows CUDA tensors only; torch's serves here.
         with _replaced(sglang_sharing, monkey_patch_torch_reductions=_keep_sharing):
             await super().update_weights(weights, **kwargs)
+
+    async def release(self) -> None:
+        """Frees weights and KV cache on the GPU; without one there is nothing to free, and SGLang would end trying."""
+        if torch.cuda.is_available():
+            await super().release()
+
+    async def resume(self, tags: list[str]) -> None:
+        """Takes back what `release` freed."""
+        if torch.cuda.is_available():
+            await super().resume(tags)
 
     def shutdown(self) -> None:
         """Ends the engine's processes, from any thread; `engine().close()` also ends what is in flight."""
@@ -131,7 +143,7 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 
 
 class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
-    """SGLang's engine that ends its own children only; the original kills every child of the process."""
+    """SGLang's engine that ends its own children only, not every child of the process, and that fails when they end."""
 
     def __init__(self, children: Children, **kwargs: Any) -> None:
         self._children = children
@@ -146,7 +158,19 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
     async def flush_cache(self) -> Any:
         # Without the loop that reads answers, which only a first request starts, this would wait for ever.
         self.tokenizer_manager.auto_create_handle_loop()
-        return await super().flush_cache()
+        return await self._answer(super().flush_cache())
+
+    async def update_weights_from_tensor(self, update_weights_request: Any) -> Any:
+        return await self._answer(super().update_weights_from_tensor(update_weights_request))
+
+    async def release_memory_occupation(self, tags: list[str] | None = None) -> Any:
+        return await self._answer(super().release_memory_occupation(tags))
+
+    async def resume_memory_occupation(self, tags: list[str] | None = None) -> Any:
+        return await self._answer(super().resume_memory_occupation(tags))
+
+    async def _answer(self, request: Coroutine[Any, Any, Any]) -> Any:
+        return await self._children.answer(asyncio.create_task(request))
 
 
 def _rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:
@@ -165,10 +189,10 @@ def _start_engine(children: Children, overrides: Mapping[str, Any], **kwargs: An
 
 def _open_socket(open_socket: Callable[..., Any], opened: list[Any], *args: Any) -> Any:
     """One of SGLang's sockets, which it never closes: what is unsent at the end must not keep this process waiting."""
-    socket = open_socket(*args)
-    socket.linger = 0
-    opened.append(socket)
-    return socket
+    zmq_socket = open_socket(*args)
+    zmq_socket.linger = 0
+    opened.append(zmq_socket)
+    return zmq_socket
 
 
 def _keep_signals(create_handle_loop: Callable[[], None]) -> None:
@@ -184,6 +208,15 @@ def _keep_logging(*_args: object, **_kwargs: object) -> None:
 
 def _keep_sharing() -> None:
     """See `update_weights`."""
+
+
+def _ports() -> dict[str, Any]:
+    """Free ports for an engine alone; verl's fixed ones would let a machine have only one. A trainer keeps verl's."""
+    if dist.get_world_size() > 1 or "SGLANG_PORT" in os.environ:
+        return {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"port": probe.getsockname()[1], "nccl_port": None}  # None: SGLang looks for a free one
 
 
 def _visible_devices(count: int) -> list[str]:

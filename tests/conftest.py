@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from conversations.template import ChatTemplate
@@ -29,3 +32,27 @@ def template(request: pytest.FixtureRequest) -> ChatTemplate:
     """Each of the real templates in turn."""
     found: ChatTemplate = request.getfixturevalue(request.param)
     return found
+
+
+ENGINE_CONTEXT, ENGINE_SLOTS = 1024, 4
+"""Of the engine that the tests share: `max_model_len`, and how many requests run at a time."""
+
+
+@pytest.fixture(scope="session")
+def sglang_rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An AgentRollout with SmolLM2 on the real SGLang: one for all tests. Its engine serves one event loop, the session's.
+
+    A test that uses it says `pytest.mark.asyncio(loop_scope="session")`.
+    """
+    from agent.engines.sglang import start
+    from agent.model.base import base_model_dir
+
+    config = {
+        "prompt_length": ENGINE_CONTEXT // 2,
+        "response_length": ENGINE_CONTEXT // 2,
+        "max_num_seqs": ENGINE_SLOTS,
+        "engine_kwargs": {"sglang": {"max_total_tokens": 8 * ENGINE_CONTEXT}},
+    }
+    rollout = start(config, base_model_dir(), log_path=tmp_path_factory.mktemp("engine") / "sglang.log")
+    yield rollout
+    rollout.shutdown()

@@ -2,8 +2,8 @@
 
 SGLang starts children through `multiprocessing` and expects a failing child to kill its parent; a child that was
 killed itself leaves the parent waiting for ever. `Children` stands in for that module while an engine starts. With
-it a child's death is an `EngineStartError` at start and a callback later, and no signal handler of the user's
-process is touched.
+it a child's death is an `EngineStartError` at start and an `EngineError` for whatever waits later, and no signal
+handler of the user's process is touched.
 
 Children leave the terminal's process group (Ctrl-C is for the parent to handle), do not import the user's
 `__main__` again (a script needs no `if __name__ == "__main__"`), and write to a log file.
@@ -11,6 +11,7 @@ Children leave the terminal's process group (Ctrl-C is for the parent to handle)
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import os
@@ -22,9 +23,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from agent.errors import EngineStartError
+from agent.errors import EngineError, EngineStartError
+
+T = TypeVar("T")
 
 _ADVICE = (
     (
@@ -56,6 +59,7 @@ class Children:
         self.log_path = log_path
         self.sockets: list[Any] = []
         self._processes: list[_Child] = []
+        self._ended: asyncio.Future[str] | None = None
 
     def Process(self, target: Callable[..., Any], args: tuple[Any, ...]) -> SpawnProcess:  # noqa: N802 - multiprocessing's own name
         """A process that runs `target` apart from the terminal, started by SGLang."""
@@ -93,6 +97,36 @@ class Children:
         codes = [process.exitcode for process in self._started() if process.exitcode is not None]
         text = self.log_path.read_text(errors="replace") if self.log_path and self.log_path.exists() else ""
         return explain(text, codes[0] if codes else None) + (f" (log: {self.log_path})" if text else "")
+
+    async def answer(self, task: asyncio.Task[T]) -> T:
+        """The task's result, or EngineError when a child has ended first: then nobody is left to answer.
+
+        Cancelling this leaves the task alone. Raises RuntimeError outside the event loop of the first call.
+        """
+        ended = self._watch()
+        await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            raise EngineError(f"the engine ended: {ended.result()}")
+        return task.result()
+
+    def _watch(self) -> asyncio.Future[Any]:
+        """The future of why the engine ended, on the loop that SGLang is bound to."""
+        loop = asyncio.get_running_loop()
+        if self._ended is None:
+            self._ended = loop.create_future()
+            for sentinel in self.sentinels():
+                loop.add_reader(sentinel, lambda: self.end(self.why_ended()))
+        if self._ended.get_loop() is not loop:
+            raise RuntimeError("an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine")
+        return self._ended
+
+    def end(self, reason: str) -> None:
+        """Makes whatever waits, now or later, fail with `reason`; the first one counts. Call it on the engine's loop."""
+        if self._ended is not None and not self._ended.done():
+            for sentinel in self.sentinels():
+                self._ended.get_loop().remove_reader(sentinel)
+            self._ended.set_result(reason)
 
     def stop(self) -> None:
         """Kills the children and theirs, waits for them and closes the sockets. Safe to call twice."""
@@ -148,9 +182,9 @@ def run_child(target: str, log_path: Path | None, *args: Any) -> None:
         log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-    send = psutil.Process.send_signal
     # SGLang's children tell of a failure by SIGQUIT to their parent, which would kill it; ours watches them instead.
-    psutil.Process.send_signal = lambda self, sig: None if sig == signal.SIGQUIT else send(self, sig)
+    send = psutil.Process.send_signal
+    setattr(psutil.Process, "send_signal", lambda self, sig: None if sig == signal.SIGQUIT else send(self, sig))  # noqa: B010
     module, name = target.split(":")
     getattr(importlib.import_module(module), name)(*args)
 

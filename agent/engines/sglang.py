@@ -82,8 +82,7 @@ class SGLangEngine:
         self._manager = manager
         self._children = children
         self._description = description
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ended: asyncio.Future[str] | None = None
+        self._vocab_size: int = manager.model_config.vocab_size
         self._running: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -92,23 +91,20 @@ class SGLangEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
         """Samples one turn. Raises EngineError as the protocol says, RuntimeError on a second event loop."""
-        ended = self._bind_loop()
         if request_id in self._running:
             raise EngineError(f"request id {request_id} is already in flight; each request needs its own")
         check_sampling(sampling)
+        check_prompt(prompt_ids, self._vocab_size)
         task = asyncio.create_task(self._ask(list(prompt_ids), dict(sampling), request_id))
         self._running[request_id] = task
         task.add_done_callback(lambda _: self._forget(request_id))
-        waited_for: list[asyncio.Future[Any]] = [task, ended]
         try:
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+            return read_answer(await self._children.answer(task))
         except asyncio.CancelledError:
-            self._manager.abort_request(rid=request_id)
+            if task.cancelled():  # by `abort`, before SGLang had the request
+                return Generation([], [], "abort")
+            self._stop(request_id)
             raise
-        if not task.done():
-            task.cancel()
-            raise EngineError(f"the engine ended: {ended.result()}")
-        return read_answer(task.result())
 
     async def _ask(self, prompt_ids: list[int], sampling: dict[str, Any], request_id: str) -> dict[str, Any]:
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -129,38 +125,19 @@ class SGLangEngine:
         if not task.cancelled():
             task.exception()  # of a request nobody waits for any more
 
-    def _bind_loop(self) -> asyncio.Future[str]:
-        """The future that ends when the engine does; binds the engine to the running loop the first time."""
-        loop = asyncio.get_running_loop()
-        if self._loop is None or self._ended is None:
-            self._loop, self._ended = loop, loop.create_future()
-            for sentinel in self._children.sentinels():
-                loop.add_reader(sentinel, self._child_ended)
-        if loop is not self._loop:
-            raise RuntimeError(
-                "an SGLang engine serves one event loop: call it from the loop of its first generate, or start another engine"
-            )
-        return self._ended
-
-    def _child_ended(self) -> None:
-        self._unwatch()
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(self._children.why_ended())
-
-    def _unwatch(self) -> None:
-        if self._loop is not None:
-            for sentinel in self._children.sentinels():
-                self._loop.remove_reader(sentinel)
-
     async def abort(self, request_id: str) -> None:
         """Stops a running or queued request: its `generate` returns what it has, with finish reason "abort"."""
-        self._manager.abort_request(rid=request_id)
+        self._stop(request_id)
+
+    def _stop(self, request_id: str) -> None:
+        if request_id in self._manager.rid_to_state:
+            self._manager.abort_request(rid=request_id)
+        elif task := self._running.get(request_id):
+            task.cancel()
 
     async def close(self) -> None:
         """Ends the engine's processes; what is in flight fails with EngineError. Safe to call twice."""
-        if self._ended is not None and not self._ended.done():
-            self._unwatch()
-            self._ended.set_result("it was closed")
+        self._children.end("it was closed")
         tasks = [*self._running.values(), *self._manager.asyncio_tasks]
         for task in tasks:
             task.cancel()
@@ -175,6 +152,14 @@ def check_sampling(sampling: Mapping[str, Any]) -> None:
             raise EngineError(f"sampling param {key!r} is refused: {reason}")
     if sampling.get("n", 1) != 1:
         raise EngineError("sampling param 'n' must be 1: each sample is a request of its own")
+
+
+def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises EngineError for ids outside the model's vocabulary: they kill SGLang's scheduler."""
+    if not prompt_ids:
+        raise EngineError("the prompt is empty")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        raise EngineError(f"the prompt has an id outside the model's vocabulary of {vocab_size}: {max(prompt_ids)} or {min(prompt_ids)}")
 
 
 def read_answer(answer: Mapping[str, Any]) -> Generation:

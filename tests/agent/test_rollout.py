@@ -1,0 +1,372 @@
+"""AgentRollout on the real SGLang engine, started once for all of these tests: ids in, ids out, nothing lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.engines.engine import Generation
+from agent.engines.sglang import SGLangEngine, start
+from agent.errors import ConfigError, EngineError, EngineStartError
+from agent.model.base import base_model_dir
+from tests.conftest import ENGINE_CONTEXT, ENGINE_SLOTS
+from tests.helpers import ROOT, tokenizer_at
+
+pytestmark = pytest.mark.engine
+on_session_loop = pytest.mark.asyncio(loop_scope="session")
+
+END = 2
+"""`<|im_end|>` in SmolLM2's vocabulary."""
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+ODD_IDS = [27, 14172, 13429, 29, 198, 198, 90, 5416, 20022, 220, 1350]
+"""Ids that no text encodes to: a decode and encode on the way would change them."""
+
+
+@pytest.fixture(scope="session")
+def engine(sglang_rollout: Any) -> SGLangEngine:
+    found: SGLangEngine = sglang_rollout.engine()
+    return found
+
+
+def prompt(messages: list[dict[str, Any]] = FRANCE) -> list[int]:
+    ids: list[int] = tokenizer_at(base_model_dir()).apply_chat_template(messages, add_generation_prompt=True)
+    return ids
+
+
+async def sample(engine: SGLangEngine, ids: list[int], request_id: str | None = None, **sampling: Any) -> Generation:
+    return await engine.generate(ids, {"temperature": 0.0, "max_new_tokens": 16, **sampling}, request_id=request_id or uuid.uuid4().hex)
+
+
+def endless(engine: SGLangEngine, request_id: str | None = None, seed: int = 0) -> asyncio.Task[Generation]:
+    """A generation that lasts for as long as a test needs it."""
+    ids = [1, 9690, 198, 1000 + seed]
+    return asyncio.create_task(sample(engine, ids, request_id, max_new_tokens=ENGINE_CONTEXT - 16, ignore_eos=True))
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(60):
+        while not await condition():  # noqa: ASYNC110 - it is another process that changes
+            await asyncio.sleep(0.05)
+
+
+def load_is(rollout: Any, *, requests: int, waiting: int) -> Callable[[], Awaitable[bool]]:
+    """SGLang's own figures: requests in all, and those of them that wait."""
+
+    async def reached() -> bool:
+        load = (await rollout._engine.tokenizer_manager.get_load())[0]
+        return (load.num_reqs, load.num_waiting_reqs) == (requests, waiting)
+
+    return reached
+
+
+def idle(rollout: Any) -> Callable[[], Awaitable[bool]]:
+    """SGLang runs nothing, and its side in this process remembers nothing."""
+    nothing = load_is(rollout, requests=0, waiting=0)
+
+    async def reached() -> bool:
+        return await nothing() and not rollout._engine.tokenizer_manager.rid_to_state
+
+    return reached
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
+@on_session_loop
+async def test_ids_go_in_as_they_are_and_the_callers_list_stays_its_own(engine: SGLangEngine) -> None:
+    ids = prompt() + ODD_IDS
+    before = ids.copy()
+    running = asyncio.create_task(sample(engine, ids))
+    await asyncio.sleep(0)
+    ids.append(7)  # a conversation's sequence is live
+    assert (await running).prompt_tokens == len(before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@on_session_loop
+async def test_logprobs_are_those_of_the_temperature_scaled_distribution(engine: SGLangEngine, temperature: float) -> None:
+    """Checked against transformers' own forward pass over the same ids."""
+    ids = prompt()
+    generation = await sample(engine, ids, temperature=temperature, max_new_tokens=24)
+    expected = reference_logprobs(ids, generation.token_ids, temperature)
+    assert len(generation.logprobs) == len(generation.token_ids) > 0
+    assert generation.logprobs == pytest.approx(expected, abs=0.15 / temperature)  # the error of a bfloat16 logit
+
+
+def reference_logprobs(ids: list[int], sampled: list[int], temperature: float) -> list[float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_model_dir(), dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + sampled])).logits[0, len(ids) - 1 : -1]
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return [float(row[token]) for row, token in zip(logprobs, sampled, strict=True)]
+
+
+@on_session_loop
+async def test_the_end_token_is_sampled_like_any_other(engine: SGLangEngine) -> None:
+    generation = await sample(engine, prompt(), stop_token_ids=[END])
+    assert generation.finish_reason == "stop"
+    assert generation.token_ids[-1] == END
+    assert len(generation.logprobs) == len(generation.token_ids)
+
+
+@on_session_loop
+async def test_an_exact_fit_ends_with_the_end_token_and_reason_length(engine: SGLangEngine) -> None:
+    whole = await sample(engine, prompt(), stop_token_ids=[END])
+    fit = await sample(engine, prompt(), stop_token_ids=[END], max_new_tokens=len(whole.token_ids))
+    assert (fit.token_ids, fit.finish_reason) == (whole.token_ids, "length")
+
+
+@on_session_loop
+async def test_all_of_max_model_len_can_be_used(engine: SGLangEngine) -> None:
+    ids = (prompt() * ENGINE_CONTEXT)[: ENGINE_CONTEXT - 5]
+    generation = await sample(engine, ids, max_new_tokens=5, ignore_eos=True)
+    assert (len(generation.token_ids), generation.finish_reason) == (5, "length")
+
+
+@on_session_loop
+async def test_the_next_turn_finds_the_whole_last_one_in_the_cache(engine: SGLangEngine) -> None:
+    first = await sample(engine, prompt(), stop_token_ids=[END])
+    sequence = prompt() + first.token_ids
+    second = await sample(engine, [*sequence, 198, 1, 4093, 198])
+    assert second.prompt_tokens == len(sequence) + 4
+    assert second.cached_tokens == len(sequence) - 1  # the end token's own entry was never computed
+
+
+@on_session_loop
+async def test_an_answer_says_what_it_cost(engine: SGLangEngine) -> None:
+    generation = await sample(engine, prompt())
+    assert generation.weight_version == "default"
+    assert generation.queue_s is not None
+    assert generation.engine_s is not None
+    assert 0 <= generation.queue_s <= generation.engine_s
+    assert engine.describe()["device"] in ("cpu", "cuda")
+    json.dumps(engine.describe())
+
+
+# ---------------------------------------------------------------------- stopping
+
+
+@on_session_loop
+async def test_abort_of_a_running_request_returns_what_it_has(engine: SGLangEngine, sglang_rollout: Any) -> None:
+    request_id = uuid.uuid4().hex
+    running = endless(engine, request_id)
+    await until(load_is(sglang_rollout, requests=1, waiting=0))
+    await asyncio.sleep(0.5)
+    await engine.abort(request_id)
+    generation = await running
+    assert generation.finish_reason == "abort"
+    assert 0 < len(generation.token_ids) == len(generation.logprobs) < ENGINE_CONTEXT - 16
+    await until(idle(sglang_rollout))
+
+
+@on_session_loop
+async def test_abort_stops_one_request_running_or_queued_and_no_other(engine: SGLangEngine, sglang_rollout: Any) -> None:
+    ids = [uuid.uuid4().hex for _ in range(ENGINE_SLOTS + 2)]
+    tasks = [endless(engine, request_id, seed) for seed, request_id in enumerate(ids)]
+    await until(load_is(sglang_rollout, requests=ENGINE_SLOTS + 2, waiting=2))
+    await engine.abort(ids[-1])
+    queued = await tasks[-1]
+    assert (queued.finish_reason, queued.token_ids, queued.logprobs) == ("abort", [], [])
+    assert not any(task.done() for task in tasks[:-1])
+    await engine.abort(ids[-1])  # nobody knows it any more
+    for request_id in ids[:-1]:
+        await engine.abort(request_id)
+    assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
+    await until(idle(sglang_rollout))
+
+
+@on_session_loop
+async def test_a_cancelled_request_is_stopped_in_the_engine_too(engine: SGLangEngine, sglang_rollout: Any) -> None:
+    tasks = [endless(engine, seed=seed) for seed in range(ENGINE_SLOTS + 1)]
+    await until(load_is(sglang_rollout, requests=ENGINE_SLOTS + 1, waiting=1))
+    for task in tasks:
+        task.cancel()
+    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*tasks, return_exceptions=True))
+    await until(idle(sglang_rollout))
+    assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
+
+
+@on_session_loop
+async def test_a_request_stopped_before_the_engine_had_it_never_reaches_it(engine: SGLangEngine, sglang_rollout: Any) -> None:
+    aborted, cancelled = uuid.uuid4().hex, uuid.uuid4().hex
+    tasks = [endless(engine, aborted), endless(engine, cancelled)]
+    await asyncio.sleep(0)
+    await engine.abort(aborted)
+    tasks[1].cancel()
+    assert await tasks[0] == Generation([], [], "abort")
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[1]
+    await until(idle(sglang_rollout))
+
+
+@on_session_loop
+async def test_a_request_id_in_flight_is_refused(engine: SGLangEngine) -> None:
+    request_id = uuid.uuid4().hex
+    running = endless(engine, request_id)
+    await asyncio.sleep(0)
+    with pytest.raises(EngineError, match="already in flight"):
+        await sample(engine, prompt(), request_id)
+    await engine.abort(request_id)
+    await running
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("bad", [{"stop": ["\n"]}, {"stop_regex": "x"}, {"min_new_tokens": 3}, {"n": 2}, {"nonsense": 1}, {"top_p": 7.0}])
+@on_session_loop
+async def test_bad_sampling_params_fail_one_request_and_leave_the_engine_up(engine: SGLangEngine, bad: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match=r"^[^\n]+$"):
+        await sample(engine, prompt(), **bad)
+    assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("ids", [[], [1] * (ENGINE_CONTEXT + 100), [49152 + 5]])
+@on_session_loop
+async def test_a_bad_prompt_fails_one_request_and_leaves_the_engine_up(engine: SGLangEngine, ids: list[int]) -> None:
+    with pytest.raises(EngineError, match=r"^[^\n]+$"):
+        await sample(engine, ids)
+    assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
+
+
+@on_session_loop
+async def test_a_second_event_loop_is_refused(engine: SGLangEngine) -> None:
+    await sample(engine, prompt())
+    failures: list[BaseException] = []
+
+    def elsewhere() -> None:
+        try:
+            asyncio.run(sample(engine, prompt()))
+        except RuntimeError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    assert [str(error) for error in failures] == [
+        "an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine"
+    ]
+
+
+# ---------------------------------------------------------------------- weights
+
+
+@on_session_loop
+async def test_weights_are_synced_through_the_inherited_method(engine: SGLangEngine, sglang_rollout: Any) -> None:
+    from safetensors.torch import load_file
+
+    norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
+    await sglang_rollout._engine.flush_cache()
+    before = await sample(engine, prompt())
+    await sglang_rollout.update_weights(iter([("model.norm.weight", norm * 0)]))
+    changed = await sample(engine, prompt())
+    await sglang_rollout.update_weights(iter([("model.norm.weight", norm)]))
+    after = await sample(engine, prompt())
+    assert changed.logprobs == pytest.approx([-10.8027] * 16, abs=1e-3)  # -log of the vocabulary's size: all tokens alike
+    assert changed.cached_tokens == 0
+    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
+
+
+@on_session_loop
+async def test_release_and_resume_are_harmless_where_nothing_can_be_released(engine: SGLangEngine, sglang_rollout: Any) -> None:
+    if engine.describe()["device"] == "cpu":
+        await sglang_rollout.release()
+        await sglang_rollout.resume(["weights", "kv_cache"])
+    assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
+
+
+def test_it_is_verls_own_rollout_class(sglang_rollout: Any) -> None:
+    from verl.workers.rollout.sglang_rollout.sglang_rollout import SGLangRollout
+
+    assert isinstance(sglang_rollout, SGLangRollout)
+    assert sglang_rollout.engine() is sglang_rollout.engine()
+
+
+# ---------------------------------------------------------------------- starting and ending
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_is_told_when_its_engine_dies(tmp_path: Path) -> None:
+    """Also: weights before the first generation, no signal handler taken, a clean exit with nothing left behind."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DYING).replace("LOG", repr(str(tmp_path / "engine.log"))))
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["uniform"] == pytest.approx(-10.8027, abs=1e-3)
+    assert told["signals"] == [0, 0]
+    assert "killed from outside" in told["running"]
+    assert "killed from outside" in told["next"]
+    assert told["processes"] == []
+    assert "Traceback" not in done.stderr
+
+
+DYING = """
+    import asyncio, json, os, pathlib, signal, uuid
+    import psutil, torch
+    from agent.engines.sglang import start
+    from agent.errors import EngineError
+    from agent.model.base import base_model_dir
+
+    rollout = start({"prompt_length": 64, "response_length": 448}, base_model_dir(), log_path=pathlib.Path(LOG))
+    engine = rollout.engine()
+
+    async def generate(count):
+        return await engine.generate([1, 2, 3], {"max_new_tokens": count, "ignore_eos": True}, request_id=uuid.uuid4().hex)
+
+    async def failure(request):
+        try:
+            await request
+        except EngineError as error:
+            return str(error)
+
+    async def main():
+        await rollout.update_weights(iter([("model.norm.weight", torch.zeros(576, dtype=torch.bfloat16))]))
+        told = {"uniform": (await generate(1)).logprobs[0]}
+        told["signals"] = [int(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGQUIT)]
+        running = asyncio.create_task(failure(generate(400)))
+        await asyncio.sleep(0.5)
+        scheduler = next(child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline()))
+        os.kill(scheduler.pid, signal.SIGKILL)
+        told["running"] = await running
+        told["next"] = await failure(generate(1))
+        await engine.close()
+        await engine.close()
+        told["processes"] = [child.name() for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+        print(json.dumps(told))
+
+    asyncio.run(main())
+"""
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    starved = {"prompt_length": 64, "response_length": 64, "engine_kwargs": {"sglang": {"mem_fraction_static": 0.0001}}}
+    with pytest.raises(EngineStartError, match=r"^[^\n]+$") as failure:
+        start(starved, base_model_dir(), log_path=log)
+    assert "rollout.gpu_memory_utilization leaves no room for the KV cache" in str(failure.value)
+    assert str(log) in str(failure.value)
+
+
+def test_what_verls_checks_refuse_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"^verl refuses the rollout config: [^\n]+$"):
+        start({"prompt_length": 8000, "response_length": 8000}, base_model_dir())
