@@ -1,0 +1,139 @@
+"""The map of the house, kept by walking every import: `conversations <- agent -> tools`, and nothing heavy on the way in."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PACKAGES = ("agent", "conversations", "tools")
+MAY_IMPORT = {"agent": {"agent", "conversations", "tools"}, "conversations": {"conversations"}, "tools": {"tools"}}
+
+HEAVY = {
+    "torch", "ray", "sglang", "verl", "transformers", "tensordict", "datasets", "pandas", "numpy", "pyarrow", "safetensors", "gguf",
+    "peft", "accelerate", "reasoning_gym", "sgl_kernel", "vllm", "triton",
+}  # fmt: skip
+MAY_BE_HEAVY = ("agent/rollout.py", "agent/model/recipe/", "agent/engines/cpu_guards/")
+"""Files that exist for such an import; nobody imports them before it is needed."""
+
+ENGINES_AND_NETWORK = {"sglang", "verl", "ray", "httpx", "requests", "aiohttp", "socket", "http", "urllib3"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: where it stands, what it names, and whether it runs when its module is imported."""
+
+    file: str
+    line: int
+    module: str
+    at_import: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+
+def files() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    name = str(file.relative_to(ROOT))
+    yield from _walk(ast.parse(file.read_text(encoding="utf-8")), name, at_import=True)
+
+
+def _walk(node: ast.AST, file: str, *, at_import: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(file, child.lineno, alias.name, at_import) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            package = ".".join(Path(file).parts[: -child.level]) if child.level else ""
+            yield Import(file, child.lineno, ".".join(part for part in (package, child.module) if part), at_import)
+        elif isinstance(child, ast.Call) and _is_import_call(child):
+            yield Import(file, child.lineno, str(child.args[0].value), at_import)  # type: ignore[attr-defined]
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield from _walk(child, file, at_import=at_import and not inside)
+
+
+def _is_import_call(call: ast.Call) -> bool:
+    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    return called in ("import_module", "__import__") and bool(call.args) and isinstance(call.args[0], ast.Constant)
+
+
+ALL = [found for file in files() for found in imports_of(file)]
+
+
+def test_there_is_something_to_walk() -> None:
+    assert {found.file.split("/")[0] for found in ALL} == set(PACKAGES)
+    assert any(not found.at_import for found in ALL)
+    assert len(ALL) > 200
+
+
+def test_arrows_point_one_way() -> None:
+    wrong = [str(found) for found in ALL if found.top in PACKAGES and found.top not in MAY_IMPORT[found.file.split("/")[0]]]
+    assert wrong == []
+
+
+def test_conversations_know_no_engine_and_no_network() -> None:
+    wrong = [str(found) for found in ALL if found.file.startswith("conversations/") and found.top in ENGINES_AND_NETWORK]
+    assert wrong == []
+
+
+def test_packages_import_no_tests() -> None:
+    assert [str(found) for found in ALL if found.top == "tests"] == []
+
+
+def test_heavy_modules_are_imported_where_they_are_needed() -> None:
+    wrong = [str(found) for found in ALL if found.at_import and found.top in HEAVY and not found.file.startswith(MAY_BE_HEAVY)]
+    assert wrong == []
+
+
+def test_one_file_imports_verls_rollout() -> None:
+    users = {found.file for found in ALL if found.module.startswith("verl.workers.rollout")}
+    assert users == {"agent/rollout.py"}
+
+
+def test_who_imports_that_file_does_so_when_it_is_needed() -> None:
+    heavy = ("agent.rollout", "agent.model.recipe")
+    outside = [found for found in ALL if not found.file.startswith(MAY_BE_HEAVY)]
+    assert [str(found) for found in outside if found.at_import and found.module.startswith(heavy)] == []
+
+
+LIGHT = [
+    str(file.relative_to(ROOT)) for file in files() if not str(file.relative_to(ROOT)).startswith(MAY_BE_HEAVY) and file.stem != "__main__"
+]
+
+PROBE = """
+import json, os, sys
+before = dict(os.environ)
+modules = json.loads(sys.argv[1])
+for module in modules:
+    __import__(module)
+print(json.dumps({"heavy": sorted(set(json.loads(sys.argv[2])) & set(sys.modules)), "environment": dict(os.environ) == before}))
+"""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_loads_nothing_heavy_prints_nothing_and_changes_no_environment(package: str) -> None:
+    """For real: what our imports import counts too."""
+    modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in LIGHT if path.startswith(f"{package}/")]
+    command = [sys.executable, "-c", PROBE, json.dumps(modules), json.dumps(sorted(HEAVY))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == {"heavy": [], "environment": True}
