@@ -165,12 +165,12 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
 def read_answer(answer: Mapping[str, Any]) -> Generation:
     """SGLang's answer to one `/generate` with `return_logprob`, checked. Raises EngineError where it is not data."""
     try:
-        ids, meta = answer["output_ids"], answer["meta_info"]
+        ids, meta = list(answer["output_ids"]), answer["meta_info"]
         reason = meta["finish_reason"]
         triples = meta.get("output_token_logprobs") or []
         logprobs = [float(triple[0]) for triple in triples]
         logprob_ids = [triple[1] for triple in triples]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"the engine's answer lacks what was asked for: {type(error).__name__} {error}") from error
     if not isinstance(reason, Mapping) or "type" not in reason:
         raise EngineError(f"the engine's answer has finish reason {reason!r}")

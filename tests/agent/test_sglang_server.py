@@ -1,0 +1,382 @@
+"""The server client against real HTTP servers: one that does as it is told, and SGLang's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from agent.engines import sglang_server
+from agent.engines.cpu_guards import guard_paths
+from agent.engines.engine import Generation
+from agent.engines.sglang_args import start_variables
+from agent.engines.sglang_server import SGLangServerEngine
+from agent.errors import ConfigError, EngineError, EngineStartError
+from agent.model.base import base_model_dir
+from tests.helpers import ROOT, tokenizer_at
+
+Behaviour = Callable[["Server", dict[str, Any]], Awaitable[Response]]
+
+
+class Server:
+    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the last one for ever."""
+
+    def __init__(self, *behaviours: Behaviour) -> None:
+        self.behaviours = list(behaviours)
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.aborted: list[str] = []
+        self.got_one = asyncio.Event()
+        self.release = asyncio.Event()
+        self.url = ""
+
+    async def generate(self, request: Request) -> Response:
+        self.bodies.append(await request.json())
+        self.headers.append(dict(request.headers))
+        self.got_one.set()
+        behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
+        return await behaviour(self, self.bodies[-1])
+
+    async def abort(self, request: Request) -> Response:
+        self.aborted.append((await request.json())["rid"])
+        self.release.set()
+        return Response(status_code=200)
+
+    async def health(self, request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def info(self, request: Request) -> Response:
+        return JSONResponse({"model_path": "/models/m", "version": "9.9", "dtype": "auto", "api_key": "secret"})
+
+
+@contextlib.asynccontextmanager
+async def serving(server: Server) -> AsyncIterator[Server]:
+    routes = [
+        Route("/generate", server.generate, methods=["POST"]),
+        Route("/abort_request", server.abort, methods=["POST"]),
+        Route("/health", server.health),
+        Route("/get_server_info", server.info),
+    ]
+    uvicorn_server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", lifespan="off"))
+    running = asyncio.create_task(uvicorn_server._serve())
+    while not uvicorn_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    server.url = f"http://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield server
+    finally:
+        server.release.set()
+        uvicorn_server.should_exit = True
+        await running
+
+
+async def answers(server: Server, body: dict[str, Any]) -> Response:
+    meta = {"id": body["rid"], "finish_reason": {"type": "stop"}, "prompt_tokens": len(body["input_ids"]), "cached_tokens": 0}
+    return JSONResponse({"output_ids": [5, 2], "meta_info": {**meta, "output_token_logprobs": [[-0.25, 5, None], [-1.5, 2, None]]}})
+
+
+async def waits(server: Server, body: dict[str, Any]) -> Response:
+    await server.release.wait()
+    meta = {"finish_reason": {"type": "abort", "message": "aborted"}, "output_token_logprobs": [[-0.25, 5, None]]}
+    return JSONResponse({"output_ids": [5], "meta_info": meta})
+
+
+def status(code: int, body: Any) -> Behaviour:
+    async def behaviour(server: Server, request: dict[str, Any]) -> Response:
+        return PlainTextResponse(body, code) if isinstance(body, str) else JSONResponse(body, code)
+
+    return behaviour
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_server, "FIRST_BACKOFF_S", 0.01)
+
+
+@contextlib.asynccontextmanager
+async def engine_of(server: Server, **options: Any) -> AsyncIterator[SGLangServerEngine]:
+    engine = SGLangServerEngine([server.url], options.pop("api_key", None), **options)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def sample(engine: SGLangServerEngine, ids: list[int], request_id: str | None = None, **sampling: Any) -> Generation:
+    return await engine.generate(ids, {"temperature": 0.0, "max_new_tokens": 16, **sampling}, request_id=request_id or uuid.uuid4().hex)
+
+
+# ---------------------------------------------------------------------- what is sent, what comes back
+
+
+async def test_the_native_request_and_its_answer() -> None:
+    async with serving(Server(answers)) as server, engine_of(server, api_key="k") as engine:
+        request_id = uuid.uuid4().hex
+        generation = await sample(engine, [1, 2, 3], request_id, stop_token_ids=[2])
+        assert generation == Generation([5, 2], [-0.25, -1.5], "stop", prompt_tokens=3, cached_tokens=0)
+        assert server.bodies == [
+            {
+                "rid": request_id,
+                "input_ids": [1, 2, 3],
+                "sampling_params": {"temperature": 0.0, "max_new_tokens": 16, "stop_token_ids": [2]},
+                "return_logprob": True,
+                "stream": False,
+            }
+        ]
+        assert server.headers[0]["authorization"] == "Bearer k"
+
+
+async def test_the_callers_list_is_its_own_again_once_the_call_runs() -> None:
+    ids = [1, 2, 3]
+    async with serving(Server(status(503, "busy"), answers)) as server, engine_of(server) as engine:
+        running = asyncio.create_task(sample(engine, ids))
+        await asyncio.sleep(0)
+        ids.append(4)
+        await running
+        assert [body["input_ids"] for body in server.bodies] == [[1, 2, 3], [1, 2, 3]]
+
+
+async def test_describe_tells_what_the_server_serves_and_no_secret() -> None:
+    async with serving(Server(answers)) as server, engine_of(server, api_key="k") as engine:
+        await engine.connect()
+        assert engine.describe() == {
+            "name": "sglang_server",
+            "url": server.url,
+            "model_path": "/models/m",
+            "version": "9.9",
+            "dtype": "auto",
+        }
+        assert server.bodies == []  # /generate is for conversations only
+
+
+# ---------------------------------------------------------------------- retries
+
+
+async def test_a_server_error_is_tried_again_under_a_fresh_request_id() -> None:
+    async with serving(Server(status(500, "oops"), status(503, "queue full"), answers)) as server, engine_of(server) as engine:
+        assert (await sample(engine, [1])).token_ids == [5, 2]
+        rids = [body["rid"] for body in server.bodies]
+        assert len(set(rids)) == 3
+        assert {len(rid) for rid in rids} == {32}
+
+
+async def test_retries_have_an_end() -> None:
+    async with serving(Server(status(502, "bad gateway"))) as server, engine_of(server, attempts=3) as engine:
+        with pytest.raises(EngineError, match="failed 3 times, last with status 502: bad gateway"):
+            await sample(engine, [1])
+        assert len(server.bodies) == 3
+
+
+async def test_a_refused_connection_is_tried_again() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    engine = SGLangServerEngine([url], attempts=2)
+    with pytest.raises(EngineError, match=r"^http://127\.0\.0\.1:\d+ failed 2 times, last with "):
+        await sample(engine, [1])
+    with pytest.raises(EngineStartError, match=r"no SGLang server is ready at http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls"):
+        await engine.connect()
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": {"message": "The input is longer\nthan the context"}}, "status 400: The input is longer than the context"),
+        ({"detail": "no such thing"}, "status 400: no such thing"),
+        ("plain words", "status 400: plain words"),
+    ],
+)
+async def test_a_refusal_is_final_and_in_the_servers_words(body: Any, message: str) -> None:
+    async with serving(Server(status(400, body))) as server, engine_of(server) as engine:
+        with pytest.raises(EngineError, match=message):
+            await sample(engine, [1])
+        assert len(server.bodies) == 1
+
+
+async def test_a_connection_that_breaks_is_not_tried_again_but_aborted() -> None:
+    """The server may be generating: a second request would be sampled beside it."""
+    received: list[bytes] = []
+
+    async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        received.append(head.split(b" ")[1])
+        if received[-1] == b"/abort_request":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(breaks, "127.0.0.1", 0) as raw:
+        engine = SGLangServerEngine([f"http://127.0.0.1:{raw.sockets[0].getsockname()[1]}"])
+        with pytest.raises(EngineError, match="broke"):
+            await sample(engine, [1])
+        await engine.close()
+    assert received == [b"/generate", b"/abort_request"]
+
+
+@pytest.mark.parametrize(
+    "body", ["<html>", "[1]", '{"output_ids": [5]}', '{"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}}}']
+)
+async def test_an_answer_that_is_none_is_an_engine_error(body: str) -> None:
+    async with serving(Server(status(200, body))) as server, engine_of(server) as engine:
+        with pytest.raises(EngineError, match=r"^[^\n]+$"):
+            await sample(engine, [1])
+
+
+# ---------------------------------------------------------------------- stopping
+
+
+async def test_cancelling_aborts_on_the_server() -> None:
+    async with serving(Server(waits)) as server, engine_of(server) as engine:
+        request_id = uuid.uuid4().hex
+        running = asyncio.create_task(sample(engine, [1], request_id))
+        await server.got_one.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await engine.close()
+        assert server.aborted == [request_id]
+
+
+async def test_abort_returns_what_there_is_and_names_the_retried_request() -> None:
+    async with serving(Server(status(500, "oops"), waits)) as server, engine_of(server) as engine:
+        request_id = uuid.uuid4().hex
+        running = asyncio.create_task(sample(engine, [1], request_id))
+        while len(server.bodies) < 2:  # noqa: ASYNC110 - the second of two requests
+            await asyncio.sleep(0.01)
+        await engine.abort("nobody")
+        await engine.abort(request_id)
+        assert (await running).finish_reason == "abort"
+        assert server.aborted == [server.bodies[1]["rid"]] != [request_id]
+
+
+async def test_aborts_do_not_queue_behind_generations() -> None:
+    async with serving(Server(waits)) as server, engine_of(server, max_connections=1) as engine:
+        first, second = uuid.uuid4().hex, uuid.uuid4().hex
+        tasks = [asyncio.create_task(sample(engine, [1], request_id)) for request_id in (first, second)]
+        await server.got_one.wait()
+        async with asyncio.timeout(20):
+            await engine.abort(first)
+            assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
+
+
+async def test_a_request_id_in_flight_is_refused() -> None:
+    async with serving(Server(waits)) as server, engine_of(server) as engine:
+        request_id = uuid.uuid4().hex
+        running = asyncio.create_task(sample(engine, [1], request_id))
+        await server.got_one.wait()
+        with pytest.raises(EngineError, match="already in flight"):
+            await sample(engine, [1], request_id)
+        server.release.set()
+        await running
+
+
+@pytest.mark.parametrize("urls", [[], ["http://a", "http://b"], ["localhost:30000"]])
+def test_one_http_address_is_asked_for(urls: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^rollout\.server\.urls[^\n]+$"):
+        SGLangServerEngine(urls)
+
+
+# ---------------------------------------------------------------------- SGLang's own server
+
+
+@pytest.fixture(scope="module")
+def sglang_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`python -m sglang.launch_server` with SmolLM2 on CPU, as a command of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environ = {**os.environ, **start_variables(cuda=False), "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()])}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", *server_arguments(base_model_dir(), port)],
+            env=environ,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        wait_for_health(f"http://127.0.0.1:{port}", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def server_arguments(model: Path, port: int) -> list[str]:
+    given = {"model-path": model, "port": port, "device": "cpu", "dtype": "bfloat16", "max-total-tokens": 8192, "max-running-requests": 4}
+    backends = {"attention-backend": "torch_native", "sampling-backend": "pytorch", "mem-fraction-static": 0.3}
+    flags = ["disable-overlap-schedule", "disable-cuda-graph", "skip-tokenizer-init", "skip-server-warmup", "sleep-on-idle"]
+    return [*(part for key, value in {**given, **backends}.items() for part in (f"--{key}", str(value))), *(f"--{flag}" for flag in flags)]
+
+
+def wait_for_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        try:
+            process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    pytest.fail(f"no server: {log.read_text()[-2000:]}")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+async def test_sglangs_own_server_end_to_end(sglang_url: str) -> None:
+    tokenizer = tokenizer_at(base_model_dir())
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)
+    engine = SGLangServerEngine([sglang_url])
+    await engine.connect()
+    assert engine.describe()["version"] == "0.5.5"
+    first = await sample(engine, ids, stop_token_ids=[2])
+    assert "Paris" in tokenizer.decode(first.token_ids)
+    assert (first.finish_reason, first.token_ids[-1], first.prompt_tokens) == ("stop", 2, len(ids))
+    assert all(isinstance(value, float) for value in first.logprobs)
+    second = await sample(engine, [*ids, *first.token_ids, 198])
+    assert second.cached_tokens == len(ids) + len(first.token_ids) - 1
+    with pytest.raises(EngineError, match="status 400"):
+        await sample(engine, [1] * 9000)
+    await check_stops(engine, sglang_url)
+    await engine.close()
+
+
+async def check_stops(engine: SGLangServerEngine, url: str) -> None:
+    """Aborted and cancelled requests end on the server too, by its own figures."""
+    aborted = uuid.uuid4().hex
+    tasks = [
+        asyncio.create_task(sample(engine, [1, 2], request_id, max_new_tokens=4000, ignore_eos=True))
+        for request_id in (aborted, *(uuid.uuid4().hex for _ in range(5)))
+    ]
+    await until_load(url, 6)
+    await engine.abort(aborted)
+    assert (await tasks[0]).finish_reason == "abort"
+    for task in tasks[1:]:
+        task.cancel()
+    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*tasks[1:], return_exceptions=True))
+    await until_load(url, 0)
+
+
+async def until_load(url: str, requests: int) -> None:
+    async with httpx.AsyncClient() as client, asyncio.timeout(60):
+        while (await client.get(f"{url}/get_load")).json()[0]["num_reqs"] != requests:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
