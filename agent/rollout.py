@@ -26,6 +26,7 @@ import sglang.srt.managers.tokenizer_manager as sglang_manager
 import sglang.srt.utils.patch_torch as sglang_sharing
 import torch
 import torch.distributed as dist
+from sglang.srt.utils.hf_transformers_utils import get_context_length, get_hf_text_config
 from torch.distributed.device_mesh import init_device_mesh
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.config.rollout import AgentLoopConfig, MultiTurnConfig, PrometheusConfig, SamplingConfig, ServerConfig, TraceConfig
@@ -34,6 +35,7 @@ from verl.workers.rollout.sglang_rollout import sglang_rollout
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
 from agent.engines.sglang_args import server_args
+from agent.errors import ConfigError
 
 MESH_DIMS = ("dp", "infer_tp", "pp")
 ALONE_DEFAULTS = {
@@ -91,6 +93,15 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         self._tp_size = self.tensor_parallel_size = self.config.tensor_model_parallel_size
         self.train_tp = None
         self.visible_devices_set = set(_visible_devices(self._tp_size))
+        if self._tp_size > len(self.visible_devices_set):
+            raise ConfigError(f"rollout.tensor_model_parallel_size: {self._tp_size} GPUs wanted, {len(self.visible_devices_set)} visible")
+
+    def _verify_config(self, model_hf_config: Any) -> None:
+        """verl's checks, and that `max_model_len` itself fits the model: the engine is not asked to check it."""
+        super()._verify_config(model_hf_config)
+        longest = get_context_length(get_hf_text_config(model_hf_config))
+        if self.config.max_model_len > longest:
+            raise ConfigError(f"rollout.max_model_len: {self.config.max_model_len} is more than the model's {longest} positions")
 
     def _init_inference_engine(self, trust_remote_code: bool, actor_module: str, port: int | None) -> None:
         self._children = Children(self.log_path)

@@ -21,7 +21,7 @@ from agent.engines import cpu_guards
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.processes import Children, explain
 from agent.engines.sglang_args import environment, start_variables
-from agent.errors import ConfigError, EngineError, EngineStartError
+from agent.errors import AgentError, ConfigError, EngineError, EngineStartError
 
 if TYPE_CHECKING:
     from agent.rollout import AgentRollout
@@ -51,9 +51,11 @@ def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None
             from agent.rollout import AgentRollout
 
             return AgentRollout.alone(rollout, model_path, log_path)
+        except AgentError:
+            raise
         except AssertionError as error:  # verl's config checks
-            raise ConfigError(f"verl refuses the rollout config: {str(error).strip()}") from error
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"verl refuses the rollout config: {' '.join(str(error).split())}") from error
+        except Exception as error:  # verl, SGLang and torch raise what they like
             raise EngineStartError(f"the engine did not start: {explain(f'{type(error).__name__}: {error}', None)}") from error
 
 

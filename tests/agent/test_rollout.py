@@ -367,6 +367,20 @@ def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path
     assert str(log) in str(failure.value)
 
 
-def test_what_verls_checks_refuse_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"^verl refuses the rollout config: [^\n]+$"):
-        start({"prompt_length": 8000, "response_length": 8000}, base_model_dir())
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"prompt_length": 8000, "response_length": 8000}, "verl refuses the rollout config: model context length should be greater"),
+        ({"prompt_length": 64, "response_length": 64, "max_model_len": 100}, "verl refuses the rollout config: max_model_len should be"),
+        ({"prompt_length": 64, "response_length": 64, "max_model_len": 9000}, "rollout.max_model_len: 9000 is more than the model's 8192"),
+    ],
+)
+def test_a_config_the_model_cannot_serve_is_one_line(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{message}[^\n]*$"):
+        start(config, base_model_dir())
+
+
+def test_a_misspelt_argument_of_sglang_is_named() -> None:
+    config = {"prompt_length": 64, "response_length": 64, "engine_kwargs": {"sglang": {"attention_backnd": "x"}}}
+    with pytest.raises(EngineStartError, match=r"^the engine did not start: [^\n]*'attention_backnd'"):
+        start(config, base_model_dir())
