@@ -1,8 +1,9 @@
-"""`python -m agent.model.recipe`: data, train. Heavy modules are imported by the command that needs them."""
+"""`python -m agent.model.recipe`: data, train, evaluate. Heavy modules are imported by the command that needs them."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -10,12 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agent.errors import AgentError
+from conversations.errors import ConversationsError
+from tools.base import ToolsError
+
 if TYPE_CHECKING:
     from agent.model.recipe.train import Progress
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make the tool-calling adapter: data, then training.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make the tool-calling adapter: data, then training; evaluate says what it is worth.",
+)
 
 _TOOLS = Path(__file__).parents[3] / "tool_configs" / "gsm8k.yaml"
+_ADAPTER = Path(__file__).parents[1] / "adapter"
 
 
 class Preset(StrEnum):
@@ -64,11 +75,40 @@ def train(
     typer.echo(f"\nadapter in {out}; held-out loss {result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s")
 
 
+@app.command()
+def evaluate(
+    gsm8k: Annotated[Path, typer.Argument(help="GSM8K-format JSONL, the same that `data` read: its held-out rows are asked.")],
+    adapter: Annotated[Path, typer.Option(help="The adapter to examine.")] = _ADAPTER,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and the engines' logs.")] = Path("runs/adapter"),
+    limit: Annotated[int, typer.Option(min=1, help="Problems of each kind.")] = 64,
+) -> None:
+    """Examine an adapter, and the base model beside it, on held-out problems. Ctrl-C ends early with what is done."""
+    from rich.console import Console
+
+    from agent.model.recipe.evaluate import Examination
+    from agent.model.recipe.report import table
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = Examination(adapter, gsm8k, out, limit, Console()).run()
+    Console(width=160).print(table(rows))
+    typer.echo(f"report in {out / 'report.json'}")
+
+
 def _show(progress: Progress) -> None:
     left = progress.elapsed_s * (1 / progress.share - 1) if progress.share > 0 else 0
     line = f"step {progress.step}  {progress.share:4.0%}  loss {progress.loss:.3f}  lr {progress.lr:.1e}  {progress.tokens_per_s:.0f} tok/s"
     typer.echo(f"\r{line}  {left / 60:.1f} min left ", nl=False)
 
 
+def main() -> int:
+    """Runs the command of `sys.argv`; returns 2 after a user's mistake, which is one line."""
+    try:
+        app(prog_name="python -m agent.model.recipe")
+    except (AgentError, ConversationsError, ToolsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -25,15 +25,26 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Shares over conversations, but `valid_calls`: over calls. None where there was nothing to count."""
+class Share:
+    """`part` of `whole`."""
 
-    conversations: int
-    calls: int
-    valid_calls: float | None
-    complete: float | None
-    right: float | None
-    recovered: float | None
+    part: int
+    whole: int
+
+    @property
+    def value(self) -> float | None:
+        """As a fraction; None where there was nothing to count."""
+        return self.part / self.whole if self.whole else None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Shares of conversations, but `valid_calls`: of calls. `recovered` counts those that began with a failing call."""
+
+    valid_calls: Share
+    complete: Share
+    right: Share
+    recovered: Share
 
 
 def outcome(trajectory: Trajectory) -> Outcome:
@@ -46,7 +57,7 @@ def outcome(trajectory: Trajectory) -> Outcome:
         valid_calls=sum(call.status not in INVALID_STATUSES for call in ledger),
         complete=done,
         right=trajectory.reward == 1.0,
-        recovered=None if given is None else done and _differs(ledger, given),
+        recovered=None if given is None else done and _recovers(ledger, given),
     )
 
 
@@ -69,27 +80,21 @@ def given_code(trajectory: Trajectory) -> str | None:
     return None
 
 
-def _differs(ledger: Sequence[ToolCallRecord], given: str) -> bool:
-    """True where the model's own first program is another one."""
-    programs = (call.arguments for call in ledger if call.name == CODE_TOOL and isinstance(call.arguments, dict))
-    first = next(programs, None)
-    return first is not None and next(iter(first.values()), None) != given
+def _recovers(ledger: Sequence[ToolCallRecord], given: str) -> bool:
+    """True where the model's own first program is another one, and runs."""
+    first = next((call for call in ledger if call.name == CODE_TOOL), None)
+    if first is None or first.status != "ok" or not isinstance(first.arguments, dict):
+        return False
+    return next(iter(first.arguments.values()), None) != given
 
 
 def scores(trajectories: Sequence[Trajectory]) -> Scores:
-    """The shares over all conversations but those the infrastructure failed."""
+    """Counts over all conversations but those the infrastructure failed."""
     outcomes = [outcome(trajectory) for trajectory in trajectories if not trajectory.infra_error]
-    calls = sum(one.calls for one in outcomes)
     begun = [one.recovered for one in outcomes if one.recovered is not None]
     return Scores(
-        conversations=len(outcomes),
-        calls=calls,
-        valid_calls=_share(sum(one.valid_calls for one in outcomes), calls),
-        complete=_share(sum(one.complete for one in outcomes), len(outcomes)),
-        right=_share(sum(one.right for one in outcomes), len(outcomes)),
-        recovered=_share(sum(begun), len(begun)),
+        valid_calls=Share(sum(one.valid_calls for one in outcomes), sum(one.calls for one in outcomes)),
+        complete=Share(sum(one.complete for one in outcomes), len(outcomes)),
+        right=Share(sum(one.right for one in outcomes), len(outcomes)),
+        recovered=Share(sum(begun), len(begun)),
     )
-
-
-def _share(count: int, of: int) -> float | None:
-    return count / of if of else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent.model.recipe.metrics import complete, outcome, scores
+from agent.model.recipe.metrics import Share, complete, outcome, scores
 from conversations.trajectory import ToolCallRecord, Trajectory
 
 CODE = ToolCallRecord("call_0_0", 0, "code_interpreter", {"code": "print(1)"}, status="ok")
@@ -59,15 +59,19 @@ def test_calls_of_the_wrong_shape_are_not_valid_failing_programs_are() -> None:
     assert (one.calls, one.valid_calls) == (6, 3)
 
 
-def test_recovery_asks_for_other_code_and_the_whole_protocol() -> None:
+def test_recovery_asks_for_other_code_that_runs_and_the_whole_protocol() -> None:
     assert outcome(record([CODE, ANSWER])).recovered is None
     assert outcome(record([CODE, ANSWER], given=failing("print(x)"))).recovered is True
     assert outcome(record([CODE, ANSWER], given=failing("print(1)"))).recovered is False
     assert outcome(record([CODE], given=failing("print(x)"))).recovered is False
+    failed = dataclasses.replace(CODE, arguments={"code": "print(y)"}, status="tool_error")
+    assert outcome(record([failed, CODE, ANSWER], given=failing("print(x)"))).recovered is False
 
 
-def test_scores_leave_out_what_the_infrastructure_failed() -> None:
+def test_scores_count_conversations_and_leave_out_what_the_infrastructure_failed() -> None:
     broken = record([], infra_error=True, reward=None)
-    assert scores([record([CODE, ANSWER]), record([CODE], reward=0.0), broken]).conversations == 2
-    assert scores([record([CODE, ANSWER]), record([CODE], reward=0.0)]).complete == 0.5
-    assert scores([broken]).right is None
+    found = scores([record([CODE, ANSWER]), record([CODE], reward=0.0), broken])
+    assert (found.complete, found.right, found.valid_calls) == (Share(1, 2), Share(1, 2), Share(3, 3))
+    assert scores([broken]).right == Share(0, 0)
+    assert Share(0, 0).value is None
+    assert scores([record([CODE, ANSWER], given=failing("print(x)")), record([CODE, ANSWER])]).recovered == Share(1, 1)
