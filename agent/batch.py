@@ -1,6 +1,6 @@
 """Many conversations at once: admission, groups, progress, and what is kept when a run is cut off.
 
-Invariant: each (task, sample) that was admitted ends on exactly one line, in `trajectories.jsonl` when it finished and
+Invariant: each (task, sample) that was begun ends on exactly one line, in `trajectories.jsonl` when it finished and
 in `unfinished.jsonl` when it was cancelled. At most `max_concurrent` conversations are alive; tasks are read as they
 are admitted, so memory does not grow with the task file.
 """

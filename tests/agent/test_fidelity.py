@@ -125,6 +125,8 @@ class Writer:
         return ids or self.template.encode("x")
 
 
+writer_for = functools.cache(Writer)
+
 # ---------------------------------------------------------------------- an engine that improvises
 
 
@@ -548,7 +550,7 @@ def check_cuts(record: dict[str, Any], world: World) -> None:
 
 
 async def test_thousands_of_conversations_keep_the_contract(template: ChatTemplate) -> None:
-    writer = Writer(template)
+    writer = writer_for(template)
     name = "qwen" if "qwen" in template.name else "smollm2"
     sets = [toolset(False), toolset(True)]
     before = {id(loaded): len(toy_log(loaded)) for tools in sets for loaded in tools.values()}
@@ -617,10 +619,10 @@ async def test_ids_that_are_known_to_drift_stay_as_they_were_sampled(
             turn = next(turns)
             return Generation(turn, [-0.5] * len(turn), "stop")
 
-    world = World(Writer(template), "drift")
+    world = World(writer_for(template), "drift")
     world.settings = LoopSettings(4096, 4096, 8192)
     world.task = Task("drift", [{"role": "user", "content": "u"}])
-    world.engine = Drifting(Writer(template), world.rng, most_turns=2, may_hang=False)
+    world.engine = Drifting(writer_for(template), world.rng, most_turns=2, may_hang=False)
     record = await world.run()
     assert record.stop_reason == "stop"
     assert [line.status for line in record.tool_calls] == ["ok"]

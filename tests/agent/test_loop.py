@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -113,6 +114,39 @@ async def test_an_engine_that_saw_other_tokens_than_were_sent_is_an_engine_error
     record = await run_one(runtime(smollm2, says(smollm2, generation([smollm2.end_id], prompt_tokens=7))))
     assert (record.stop_reason, record.num_turns) == ("engine_error", 0)
     assert "saw 7 prompt tokens" in str(record.error)
+
+
+async def test_work_per_turn_does_not_grow_with_the_conversation(smollm2: ChatTemplate) -> None:
+    """Characters encoded and ids decoded between one call of the engine and the next: always the same."""
+
+    class Counted(ChatTemplate):
+        work = 0
+
+        def encode(self, text: str) -> list[int]:
+            self.work += len(text)
+            return super().encode(text)
+
+        def encoding(self, text: str) -> Any:
+            self.work += len(text)
+            return super().encoding(text)
+
+        def decode(self, ids: Any) -> str:
+            self.work += len(ids)
+            return super().decode(ids)
+
+    template = Counted(smollm2.tokenizer)
+    so_far: list[int] = []
+    turn = [*smollm2.encode(call("toy", do="say", text="word " * 20)), smollm2.end_id]
+
+    def respond(prompt_ids: Any, sampling: Any) -> Generation:
+        so_far.append(template.work)
+        return generation(turn)
+
+    record = await run_one(runtime(template, ScriptedEngine(respond), [Toy()], max_turns=50, response_length=50_000, max_model_len=100_000))
+    assert record.num_turns == 50
+    work = {after - before for before, after in pairwise(so_far)}
+    assert len(work) == 1
+    assert 0 < work.pop() < 500
 
 
 # ---------------------------------------------------------------------- the end of a turn
@@ -268,9 +302,9 @@ async def test_responses_that_fit_exactly_leave_no_room_for_a_turn(smollm2: Chat
     assert (record.stop_reason, len(record.response_ids), record.num_turns) == ("length", after, 1)
 
 
-@pytest.mark.parametrize("where", ["engine", "tool"])
+@pytest.mark.parametrize("where", ["create", "engine", "tool"])
 async def test_a_deadline_ends_what_hangs(smollm2: ChatTemplate, where: str) -> None:
-    toy = Toy(calc_reward="reward")
+    toy = Toy(calc_reward="reward", **({"create": "hang"} if where == "create" else {}))
     engine = says(smollm2, call("toy", do="say") + call("toy", do="hang") + "<tool_call>{", delay_s=60 if where == "engine" else 0)
     record = await run_one(runtime(smollm2, engine, [toy], deadline_s=0.2))
     assert (record.stop_reason, record.infra_error) == ("deadline", False)
@@ -279,7 +313,7 @@ async def test_a_deadline_ends_what_hangs(smollm2: ChatTemplate, where: str) -> 
         assert (record.num_turns, record.reward, record.messages[-1]["role"]) == (1, 1.0, "assistant")
     else:
         assert (record.num_turns, record.response_ids, record.reward) == (0, [], None)
-    assert toy.count("release") == 1
+    assert toy.count("release") == toy.count("create") == (where != "create")
 
 
 async def test_cancellation_is_passed_on_and_recorded(smollm2: ChatTemplate) -> None:
@@ -295,6 +329,13 @@ async def test_cancellation_is_passed_on_and_recorded(smollm2: ChatTemplate) -> 
     assert (record.stop_reason, record.num_turns, record.reward, record.infra_error) == ("cancelled", 2, None, False)
     assert [line.status for line in record.tool_calls] == ["ok", "cancelled"]
     assert toy.count("release") == 1
+
+
+def test_the_first_stop_reason_stays(smollm2: ChatTemplate) -> None:
+    conversation = Conversation(task(), 0, runtime(smollm2, says(smollm2)))
+    conversation.stop("max_turns")
+    conversation.stop("cancelled")
+    assert conversation.trajectory().stop_reason == "max_turns"
 
 
 # ---------------------------------------------------------------------- infrastructure
