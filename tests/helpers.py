@@ -216,6 +216,7 @@ async def _nap(toy: Toy, text: str) -> Any:
 
 async def _stubborn(toy: Toy, text: str) -> Any:
     """Swallows every cancellation until the test sets `stuck`."""
+    toy.hanging.set()
     while not toy.stuck.is_set():
         try:
             await toy.stuck.wait()
@@ -289,6 +290,16 @@ BEHAVIOURS: dict[str, Any] = {
 }
 
 # ---------------------------------------------------------------------- conversations
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once `condition` holds, a few rounds of the loop later; gives up after a minute."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.001)
+        for _ in range(10):
+            await asyncio.sleep(0)
+
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is 6 times 7?"}]
 

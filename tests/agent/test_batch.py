@@ -20,7 +20,7 @@ from conversations.errors import RunFolderError
 from conversations.store import SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
-from tests.helpers import TOOL_ERRORS, Toy, call, logprobs, settings
+from tests.helpers import TOOL_ERRORS, Toy, call, logprobs, settings, until
 from tools.toolset import ToolSet
 
 
@@ -33,8 +33,7 @@ class Actors:
     def __init__(self, template: ChatTemplate, delay_s: float = 0.0) -> None:
         self.template = template
         self.delay_s = delay_s
-        self.live = self.peak = self.calls = 0
-        self.hanging = asyncio.Event()
+        self.live = self.peak = self.hanging = 0
         self._starts = template.encode("<|im_start|>assistant\n")
 
     def describe(self) -> dict[str, Any]:
@@ -44,7 +43,6 @@ class Actors:
         text = self.template.decode(prompt_ids)
         turns = text.split("script: ")[1].split("<|im_end|>")[0].split(" | ")
         turn = turns[min(text.count("<|im_start|>assistant"), len(turns)) - 1]
-        self.calls += 1
         self.live += 1
         self.peak = max(self.peak, self.live)
         try:
@@ -59,7 +57,7 @@ class Actors:
         if turn == "!bug":
             raise KeyError("secret")
         if turn == "!hang":
-            self.hanging.set()
+            self.hanging += 1
             await asyncio.Event().wait()
         ids = [*self.template.encode(turn), self.template.end_id]
         if turn == "!nan":
@@ -235,8 +233,7 @@ async def test_cancelling_keeps_what_is_finished_and_marks_what_is_not(smollm2: 
     runtime = shared(engine, toy)
     with RunFolder.create(tmp_path, {}) as store:
         running = asyncio.create_task(run_tasks([*quick, *slow, *waiting], runtime, max_concurrent=5, store=store))
-        await toy.hanging.wait()
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.hanging == 4 and toy.hanging.is_set())
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running

@@ -10,7 +10,7 @@ import pytest
 from agent.dispatch import GRACE_S, ConversationTools, Dispatcher, describe, ledger_lines
 from conversations.hermes import parse
 from conversations.trajectory import ToolCallRecord, canonical_json
-from tests.helpers import OK, TOOL_ERRORS, Toy, call
+from tests.helpers import OK, TOOL_ERRORS, Toy, call, until
 from tools.base import BaseTool, ToolError, ToolResponse
 from tools.function import tool
 from tools.toolset import ToolSet
@@ -375,7 +375,7 @@ async def test_cancellation_passes_through_and_every_tool_is_released(step: str,
 
         tools.run = run_one  # type: ignore[method-assign]
     running = asyncio.create_task(conversation())
-    await asyncio.sleep(0.05)
+    await until(stuck.hanging.is_set)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -387,12 +387,13 @@ async def test_cancellation_passes_through_and_every_tool_is_released(step: str,
 
 
 async def test_cancelled_calls_say_so() -> None:
-    tools = tools_of(Toy())
+    toy = Toy()
+    tools = tools_of(toy)
     calls = parse(call("toy", do="say", text="x") + call("toy", do="hang") + "<tool_call>{").calls
     lines = ledger_lines(calls, 0)
     await tools.create()
     running = asyncio.create_task(tools.run(calls, lines))
-    await asyncio.sleep(0.05)
+    await until(toy.hanging.is_set)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
