@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -42,9 +43,11 @@ class Mix:
     gsm8k_rows: int | None = None
     fault_share: float = 0.15
     shipped_share: float = 0.5
+    held_out: int = 192
+    """Of GSM8K's rows and of generated problems, for the held-out loss."""
 
 
-SMALL = Mix(gsm8k_copies=1, renumbered_copies=0, generated=500, gsm8k_rows=500)
+SMALL = Mix(gsm8k_copies=1, renumbered_copies=0, generated=900, gsm8k_rows=400, fault_share=0.12, shipped_share=0.9, held_out=24)
 FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
 
 
@@ -89,10 +92,11 @@ def training_problems(rows: Sequence[dict[str, str]], mix: Mix, rng: Random) -> 
     yield from symbolic.problems(mix.generated)
 
 
-def held_out_problems(rows: Sequence[dict[str, str]], generated: int) -> Iterator[Problem]:
-    """Problems for the held-out loss: the GSM8K rows kept back, and generated ones of held-out seeds."""
-    yield from (problem for row in rows if held_out(row["question"]) and (problem := from_gsm8k(row["question"], row["answer"])))
-    yield from symbolic.problems(generated, HELD_OUT_SEED)
+def held_out_problems(rows: Sequence[dict[str, str]], count: int) -> Iterator[Problem]:
+    """Problems for the held-out loss: up to `count` GSM8K rows of those kept back, and as many generated ones of held-out seeds."""
+    kept = (problem for row in rows if held_out(row["question"]) and (problem := from_gsm8k(row["question"], row["answer"])))
+    yield from islice(kept, count)
+    yield from symbolic.problems(count, HELD_OUT_SEED)
 
 
 # ------------------------------------------------------------------ conversations
@@ -209,7 +213,7 @@ def build(rows: Sequence[dict[str, str]], renderer: Renderer, mix: Mix, seed: in
     for problem in training_problems(rows, mix, rng):
         if example := renderer.example(problem, rng, mix=mix):
             yield example
-    for problem in held_out_problems(rows, generated=192):
+    for problem in held_out_problems(rows, mix.held_out):
         if example := renderer.example(problem, rng, mix=mix, held_out=True):
             yield example
 

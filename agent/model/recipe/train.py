@@ -2,6 +2,8 @@
 
 Needs torch, transformers, safetensors and numpy, nothing of the runtime, so the same file runs on a bare GPU machine.
 Batches are right-padded: attention is causal, so no token ever sees the padding and no attention mask is needed.
+Where many prompts begin alike, a batch takes such conversations together and computes their common beginning once; the
+gradient is the same, and with the tools' schemas in every prompt that is half of the work on a CPU.
 """
 
 from __future__ import annotations
@@ -23,11 +25,16 @@ from agent.model.recipe.lora import adapter_state, add_lora, load_adapter, save_
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUCKET = 4096
 """Conversations sorted by length together: large enough for tight batches, small enough to stay shuffled."""
+_ALIKE_TOKENS, _ALIKE_ROWS = 128, 16
+"""Conversations begin alike when so many tokens are the same, and only a group of so many is worth batches of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train. A batch is at most `batch_tokens` tokens, padding included; the run ends after `epochs` or `max_seconds`."""
+    """How to train. A batch is at most `batch_tokens` tokens, padding included; the run ends after `epochs` or `max_seconds`.
+
+    `share_prompts`: a batch's common beginning is computed once.
+    """
 
     lr: float
     batch_tokens: int
@@ -38,10 +45,12 @@ class Settings:
     warmup: float = 0.03
     clip: float = 1.0
     seed: int = 1
+    share_prompts: bool = False
 
 
-SMALL = Settings(lr=2e-3, batch_tokens=2_800, epochs=1.0, max_seconds=780)
-FULL = Settings(lr=3e-3, batch_tokens=32_768, epochs=2.0, max_seconds=3600)
+SMALL = Settings(lr=4e-3, batch_tokens=4_800, epochs=1.0, max_seconds=700, share_prompts=True)
+FULL = Settings(lr=6e-3, batch_tokens=32_768, epochs=0.82, max_seconds=3600)
+"""`FULL` made the adapter that ships; 0.82 of a pass is what an H100 does in 310 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +78,42 @@ class Tokens:
         lengths: np.ndarray[Any, Any] = np.diff(self.starts)
         return lengths
 
-    def batch(self, rows: np.ndarray[Any, Any], device: str) -> Batch:
-        """The rows, right-padded to the longest."""
+    def groups(self) -> np.ndarray[Any, Any]:
+        """A number for each conversation: the same, above 0, for those of a large group that begins alike."""
+        starts = [self.ids[start : start + _ALIKE_TOKENS].tobytes() for start in self.starts[:-1]]
+        _, group, count = np.unique(starts, return_inverse=True, return_counts=True)
+        groups: np.ndarray[Any, Any] = np.where(count[group] >= _ALIKE_ROWS, group + 1, 0)
+        return groups
+
+    def batch(self, rows: np.ndarray[Any, Any], device: str, *, share: bool = False) -> Batch:
+        """The rows, right-padded to the longest; with `share`, their common beginning counted once."""
         lengths = self.lengths()[rows]
         ids = np.zeros((len(rows), int(lengths.max())), np.int64)
         learned = np.zeros(ids.shape, bool)
         for at, (start, length) in enumerate(zip(self.starts[rows], lengths, strict=True)):
             ids[at, :length] = self.ids[start : start + length]
             learned[at, :length] = self.loss[start : start + length]
-        return Batch(_to(ids, device), _to(np.flatnonzero(learned), device))
+        shared = _common(ids, learned) if share and len(rows) > 1 else 0
+        return Batch(_to(ids, device), _to(np.flatnonzero(learned[:, shared:]), device), shared)
+
+
+def _common(ids: np.ndarray[Any, Any], learned: np.ndarray[Any, Any]) -> int:
+    """Columns that are the same in every row, ending before the token that predicts the first one with loss."""
+    same = (ids == ids[0]).all(axis=0)
+    first_difference = len(same) if same.all() else int(np.argmin(same))
+    return min(first_difference, int(np.argmax(learned.any(axis=0))) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`ids` [rows, longest]; `learned` [n] are the places, in `ids` read as one row, of the tokens with loss."""
+    """`ids` [rows, longest], of which the first `shared` columns are the same in every row.
+
+    `learned` [n] are the places of the tokens with loss, in the other columns read as one row.
+    """
 
     ids: Tensor
     learned: Tensor
+    shared: int = 0
 
 
 def _to(array: np.ndarray[Any, Any], device: str) -> Tensor:
@@ -94,27 +122,45 @@ def _to(array: np.ndarray[Any, Any], device: str) -> Tensor:
 
 
 def batches(
-    lengths: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], batch_tokens: int, rng: np.random.Generator
+    lengths: np.ndarray[Any, Any],
+    rows: np.ndarray[Any, Any],
+    batch_tokens: int,
+    rng: np.random.Generator,
+    groups: np.ndarray[Any, Any] | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The rows once each, in random order, in batches of like length and at most `batch_tokens` padded tokens."""
+    """The rows once each, in random order, in batches of one group, of like length, of at most `batch_tokens` padded tokens."""
     rows = rng.permutation(rows)
     cut: list[np.ndarray[Any, Any]] = []
     for start in range(0, len(rows), _BUCKET):
         bucket = rows[start : start + _BUCKET]
-        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-        while len(bucket):
-            fits = np.arange(1, len(bucket) + 1) * lengths[bucket] <= batch_tokens
-            count = max(1, int(fits.sum()))
-            cut.append(bucket[:count])
-            bucket = bucket[count:]
+        for group in [bucket] if groups is None else [bucket[groups[bucket] == name] for name in np.unique(groups[bucket])]:
+            cut += _cut(group[np.argsort(lengths[group], kind="stable")], lengths, batch_tokens)
     return (cut[index] for index in rng.permutation(len(cut)))
+
+
+def _cut(rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], batch_tokens: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Rows in order of length, in batches."""
+    while len(rows):
+        fits = np.arange(1, len(rows) + 1) * lengths[rows] <= batch_tokens
+        count = max(1, int(fits.sum()))
+        yield rows[:count]
+        rows = rows[count:]
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
     """Summed cross-entropy over the tokens with loss. Logits are made for those alone, and nothing waits for the GPU."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    logits = model.lm_head(hidden[batch.learned - 1])  # a conversation starts with its prompt: its first token has no loss
-    return functional.cross_entropy(logits.float(), batch.ids.flatten()[batch.learned], reduction="sum")
+    ids = batch.ids[:, batch.shared :]
+    seen = _keys_and_values(model, batch) if batch.shared else None
+    hidden = model.model(input_ids=ids, past_key_values=seen, use_cache=seen is not None).last_hidden_state.flatten(0, 1)
+    logits = model.lm_head(hidden[batch.learned - 1])  # what is not shared starts with prompt: its first token has no loss
+    return functional.cross_entropy(logits.float(), ids.flatten()[batch.learned], reduction="sum")
+
+
+def _keys_and_values(model: Any, batch: Batch) -> Any:
+    """What attention keeps of the shared beginning, once computed and then repeated for each row, gradient included."""
+    seen = model.model(input_ids=batch.ids[:1, : batch.shared], use_cache=True).past_key_values
+    seen.batch_repeat_interleave(len(batch.ids))
+    return seen
 
 
 def learning_rate(settings: Settings, progress: float) -> float:
@@ -168,7 +214,7 @@ def fit(model: nn.Module, tokens: Tokens, settings: Settings, device: str, repor
             lr = learning_rate(settings, share)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = _step(model, tokens.batch(part, device), optimizer, parameters, settings.clip)
+            loss = _step(model, tokens.batch(part, device, share=settings.share_prompts), optimizer, parameters, settings.clip)
             seen += int(tokens.lengths()[part].sum())
             if step % 10 == 0 or device == "cpu":  # reading the loss waits for the GPU
                 value = loss.item()
@@ -181,8 +227,9 @@ def fit(model: nn.Module, tokens: Tokens, settings: Settings, device: str, repor
 
 def _epochs(tokens: Tokens, rows: np.ndarray[Any, Any], settings: Settings) -> Iterator[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(settings.seed)
+    groups = tokens.groups() if settings.share_prompts else None
     while True:
-        yield from batches(tokens.lengths(), rows, settings.batch_tokens, rng)
+        yield from batches(tokens.lengths(), rows, settings.batch_tokens, rng, groups)
 
 
 def _step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float) -> Tensor:

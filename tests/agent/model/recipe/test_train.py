@@ -58,6 +58,56 @@ def test_batches_hold_every_row_once_and_keep_to_the_limit(tmp_path: Path) -> No
     assert all(len(part) * lengths[part].max() <= 64 for part in parts)
 
 
+def alike(path: Path, rows: int = 20) -> Tokens:
+    """Conversations whose first 130 tokens are the same, as with the same tools in the prompt, and a few others."""
+    rng = np.random.default_rng(0)
+    start = rng.integers(3, 64, 130).tolist()
+    examples = []
+    for index in range(rows + 3):
+        prompt = (start if index < rows else rng.integers(3, 64, 130).tolist()) + rng.integers(3, 64, rng.integers(4, 12)).tolist()
+        turns = [7, 8, 2, 5, 6, 9, 2]
+        examples.append(Example(prompt + turns, [0] * len(prompt) + [1, 1, 1, 0, 0, 1, 1], "kind/plain", "1", held_out=False))
+    write(examples, path / "alike.npz")
+    return Tokens.read(path / "alike.npz")
+
+
+def test_a_shared_beginning_changes_neither_loss_nor_gradient(tmp_path: Path) -> None:
+    data, rows = alike(tmp_path), np.array([0, 3, 5])
+    found = []
+    for share in (False, True):
+        model = tiny_model()
+        parameters = add_lora(model, R, ALPHA)
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        batch = data.batch(rows, "cpu", share=share)
+        assert (batch.shared >= 130) == share
+        loss = loss_sum(model, batch)
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in parameters]))
+    (plain, plain_gradients), (shared, shared_gradients) = found
+    assert torch.allclose(plain, shared, rtol=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(plain_gradients, shared_gradients, strict=True))
+
+
+def test_rows_that_are_the_same_throughout_still_have_a_token_that_predicts_the_first_with_loss(tmp_path: Path) -> None:
+    data = alike(tmp_path)
+    batch, plain = data.batch(np.array([2, 2]), "cpu", share=True), data.batch(np.array([2, 2]), "cpu")
+    assert batch.learned.min() == 1
+    assert torch.allclose(loss_sum(tiny_model(), batch), loss_sum(tiny_model(), plain), rtol=1e-5)
+    assert data.batch(np.array([2]), "cpu", share=True).shared == 0
+
+
+def test_batches_of_conversations_that_begin_alike_hold_no_others(tmp_path: Path) -> None:
+    data = alike(tmp_path)
+    groups = data.groups()
+    assert len(set(groups[:20])) == 1
+    assert groups[0] > 0
+    assert groups[20:].tolist() == [0, 0, 0]
+    parts = list(batches(data.lengths(), np.arange(23), 700, np.random.default_rng(1), groups))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(23))
+    assert all(len(set(groups[part])) == 1 for part in parts)
+
+
 def test_training_lowers_the_held_out_loss_and_touches_the_adapter_alone(tmp_path: Path) -> None:
     model, data = tiny_model(), tokens(tmp_path)
     add_lora(model, R, ALPHA)
