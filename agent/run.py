@@ -5,8 +5,9 @@ Invariant: exit code 0 means that every conversation asked for is on disk and no
 
 from __future__ import annotations
 
+import gc
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from rich.console import Console
 
 from agent.batch import Progress, run_tasks
 from agent.config import Config
+from agent.errors import TaskError
 from agent.manifest import command_line, run_manifest
 from agent.model.base import resolve_model
 from agent.progress import Display, counts, say, summary
 from agent.session import Session
-from agent.tasks import read_tasks
+from agent.tasks import Task, read_tasks
 from conversations.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
 from tools.registry import load_tools
 from tools.toolset import ToolSet
@@ -56,8 +58,12 @@ def run(request: RunRequest, console: Console) -> int:
     """Runs the tasks into the run folder; returns the exit code. Raises the packages' own errors for a user's mistake."""
     config = request.config
     tools = load_tools(config.tool_config_path) if config.tool_config_path else None
+    chosen = _ToolChoice(tools or {})
     # The whole file once: a bad row is found now, not after hours.
-    pairs = [(task.id, sample) for task in read_tasks(request.tasks, request.limit) for sample in range(config.n(request.validate))]
+    tasks = read_tasks(request.tasks, request.limit, chosen.check)
+    pairs = [(task.id, sample) for task in tasks for sample in range(config.n(request.validate))]
+    if chosen.unknown:
+        say(console, f"note: tools_kwargs of some rows name {', '.join(chosen.unknown)}, which the tool config lacks: not offered there")
     progress = Progress(total=len(pairs))
     with _open_store(request, tools) as store:
         if request.resume:
@@ -67,6 +73,25 @@ def run(request: RunRequest, console: Console) -> int:
             say(console, f"nothing to do: all {len(pairs)} conversations are in {request.out}")
             return DONE
         return _run_missing(request, tools, store, progress, console)
+
+
+class _ToolChoice:
+    """The tools that rows choose, against the tools of the run. `unknown` collects names that only some rows can do without."""
+
+    def __init__(self, offered: Collection[str]) -> None:
+        self._offered = offered
+        self.unknown: dict[str, None] = {}
+
+    def check(self, task: Task) -> None:
+        """Raises TaskError for a row that chooses tools and would be offered none."""
+        unknown = [name for name in task.tools_kwargs if name not in self._offered]
+        if unknown and len(unknown) == len(task.tools_kwargs):
+            lack = f"the tool config offers {', '.join(self._offered)}" if self._offered else "this run has no tools"
+            raise TaskError(
+                f"tools_kwargs choose {', '.join(unknown)}, but {lack}; give a tool config that has them (--tools FILE), "
+                "or take tools_kwargs out of the row"
+            )
+        self.unknown.update(dict.fromkeys(unknown))
 
 
 def _count_earlier(folder: Path, asked: set[tuple[str, int]], progress: Progress) -> None:
@@ -90,6 +115,8 @@ def _open_store(request: RunRequest, tools: ToolSet | None) -> RunFolder:
 def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> int:
     try:
         with _sigterm_as_interrupt(), _started(request, tools, store, console) as session, Display(progress, console) as display:
+            gc.collect()
+            gc.freeze()  # what is loaded now stays: the collector need not walk it at every step of the loop
             try:
                 session.run(_conversations(request, session, store, progress), poll=display.refresh)
             finally:

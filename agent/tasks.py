@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -43,10 +43,11 @@ class Task:
     extra: Any = None
 
 
-def read_tasks(path: str | Path, limit: int | None = None) -> Iterator[Task]:
+def read_tasks(path: str | Path, limit: int | None = None, check: Callable[[Task], None] | None = None) -> Iterator[Task]:
     """Yields the first `limit` tasks of a .jsonl, .json or .parquet file, one row in memory at a time (Parquet: 256).
 
-    Raises TaskError naming file and line for a row that is not a task, and for a file without rows.
+    Raises TaskError naming file and line for a row that is not a task, or that `check` raises TaskError for, and for a
+    file without rows.
     """
     file = Path(path)
     ids = _Ids()
@@ -54,6 +55,8 @@ def read_tasks(path: str | Path, limit: int | None = None) -> Iterator[Task]:
     for place, row in islice(_rows(file), limit):
         try:
             task = _task(row, ids, place)
+            if check:
+                check(task)
         except (TaskError, MessageError) as error:
             raise TaskError(f"{place}: {error}") from error
         yield task

@@ -179,8 +179,8 @@ def run(project: Path, tmp_path: Path, look: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(project)
     monkeypatch.setenv("LOOK", str(look))
 
-    def run(*more: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["turntrace", *RUN, "--out", str(tmp_path / "run"), *more])
+    def run(*more: str, tasks: Path = Path("tasks.jsonl")) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["turntrace", "run", str(tasks), *RUN[2:], "--out", str(tmp_path / "run"), *more])
         try:
             code: Any = cli.main()
         except SystemExit as end:
@@ -225,6 +225,34 @@ def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
     ran = run("--limit", "1", "--set", "rollout.temperature=0.5")
     assert ran.returncode == 0
     assert "note: no effect: rollout.temperature: the scripted engine plays recorded ids back" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ((), "rows.jsonl:2: tools_kwargs choose find, seek, but the tool config offers look; give a tool config that has them"),
+        (("--set", "rollout.multi_turn.enable=false"), "rows.jsonl:1: tools_kwargs choose look, but this run has no tools; give"),
+    ],
+)
+def test_a_row_that_chooses_tools_and_would_get_none_is_refused(run: Run, tmp_path: Path, extra: tuple[str, ...], says: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{row('a', 'look')}\n{row('b', 'find', 'seek')}\n", encoding="utf-8")
+    ran = run(*extra, tasks=rows)
+    assert ran.returncode == 2
+    assert says in ran.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_that_chooses_a_tool_too_many_runs_and_is_noted(run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{row('a', 'look', 'find')}\n{row('b', 'look', 'find')}\n", encoding="utf-8")
+    ran = run(tasks=rows)
+    assert ran.stdout.count("note: tools_kwargs of some rows name find, which the tool config lacks") == 1
+    assert [record.tools[0]["function"]["name"] for record in read_trajectories(tmp_path / "run")] == ["look", "look"]
+
+
+def row(question: str, *tools: str) -> str:
+    return json.dumps({"prompt": f"q:{question}", "tools_kwargs": {name: {} for name in tools}})
 
 
 def test_a_second_run_into_the_same_folder_is_refused(run: Run) -> None:
