@@ -8,8 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import PositiveInt, ValidationError
+
 from agent.batch import run_tasks
 from agent.config import Config, load_config
+from agent.config_schema import Section, Share, Temperature, TopK
 from agent.errors import ConfigError, TaskError
 from agent.session import Session
 from agent.tasks import Task
@@ -55,22 +58,9 @@ class InferenceEngine:
         self.config = config if isinstance(config, Config) else load_config(config, overrides)
         self._session = Session(self.config, tool_set(self.config, tools), log_path=log_path)
 
-    def generate(self, prompts: Prompts, **options: Any) -> Generations:
-        """Runs every prompt to its end: a text, a list of messages, or a list of either.
-
-        Options, each for this call alone: `temperature`, `top_p`, `top_k`, `max_tokens` (of one turn), `n` (samples of
-        each prompt), `validate` (use `val_kwargs`). Blocks; use `generate_async` where an event loop runs.
-        Raises TaskError for what is not a prompt. A failed generation is data: see `stop_reason` and `error`.
-        """
-        return self._session.run(self._generate(_tasks(prompts), **options))
-
-    async def generate_async(self, prompts: Prompts, **options: Any) -> Generations:
-        """`generate` for async code: the caller's event loop goes on meanwhile."""
-        return await self._session.arun(self._generate(_tasks(prompts), **options))
-
-    async def _generate(
+    def generate(
         self,
-        tasks: list[Task],
+        prompts: Prompts,
         *,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -79,13 +69,38 @@ class InferenceEngine:
         n: int | None = None,
         validate: bool = False,
     ) -> Generations:
-        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        sampling = {**self.config.sampling(validate), **{key: value for key, value in given.items() if value is not None}}
+        """Runs every prompt to its end: a text, a list of messages, or a list of either.
+
+        For this call alone: `temperature`, `top_p`, `top_k` (-1: off), `max_tokens` (of one turn), `n` (samples of each
+        prompt), `validate` (start from `val_kwargs`); None is what the config says. Blocks; use `generate_async` where
+        an event loop runs. Raises TaskError for what is not a prompt and ConfigError for an option out of range.
+        A failed generation is data: see `stop_reason` and `error`.
+        """
+        options = _options(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+        return self._session.run(self._generate(_tasks(prompts), options, validate))
+
+    async def generate_async(
+        self,
+        prompts: Prompts,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        max_tokens: int | None = None,
+        n: int | None = None,
+        validate: bool = False,
+    ) -> Generations:
+        """`generate` for async code: the caller's event loop goes on meanwhile, and cancelling it ends the conversations."""
+        options = _options(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+        return await self._session.arun(self._generate(_tasks(prompts), options, validate))
+
+    async def _generate(self, tasks: list[Task], options: _Options, validate: bool) -> Generations:
+        sampling = {**self.config.sampling(validate), **options.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)}
         finished: dict[tuple[str, int], Trajectory] = {}
         await run_tasks(
             tasks,
-            self._session.runtime_with(sampling, max_tokens),
-            n=n or self.config.n(validate),
+            self._session.runtime_with(sampling, options.max_tokens),
+            n=options.n or self.config.n(validate),
             max_concurrent=self.config.rollout.max_num_seqs,
             on_done=lambda trajectory: finished.__setitem__((trajectory.task_id, trajectory.sample), trajectory),
         )
@@ -115,8 +130,28 @@ def tool_set(config: Config, tools: str | Path | ToolSet | Iterable[Callable[...
     return ToolSet.from_tools(chosen)
 
 
+class _Options(Section):
+    """What `generate` may be given, in the ranges of config.yaml."""
+
+    temperature: Temperature | None
+    top_p: Share | None
+    top_k: TopK | None
+    max_tokens: PositiveInt | None
+    n: PositiveInt | None
+
+
+def _options(**given: Any) -> _Options:
+    try:
+        return _Options.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"generate: {first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
+
+
 def _tasks(prompts: Prompts) -> list[Task]:
     """One task a prompt; their ids are the prompts' positions."""
+    if not isinstance(prompts, Sequence):
+        raise TaskError(f"a prompt is a text, a list of messages, or a list of either; got {type(prompts).__name__}")
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
     many: Sequence[Any] = [prompts] if alone else prompts
     tasks = []

@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import functools
-import gc
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -58,8 +57,6 @@ class Session:
         except BaseException:
             self.close()
             raise
-        gc.collect()
-        gc.freeze()  # what is loaded now stays: the collector need not walk it at every step of the loop
 
     def runtime_with(self, sampling: dict[str, Any], max_tokens: int | None = None) -> Runtime:
         """`runtime` with other sampling params and another cap on a turn's tokens."""
@@ -84,41 +81,58 @@ class Session:
 
     # ------------------------------------------------------------------ handing work to the loop
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Starts a coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
     def run(self, coroutine: Coroutine[Any, Any, T], *, poll: Callable[[], None] | None = None, every_s: float = 0.2) -> T:
         """The coroutine's result, waited for here. `poll` is called meanwhile, every `every_s` seconds.
 
         Ctrl-C cancels the coroutine and waits for its clean-up before KeyboardInterrupt goes on.
         """
-        ended = threading.Event()
-        future = self.submit(_with_end(coroutine, ended))
+        work = _Work(coroutine)
+        self._call(work.start, coroutine)
         try:
-            while not ended.wait(every_s):
+            while not concurrent.futures.wait((work.outcome,), every_s).done:
                 if poll:
                     poll()
         except BaseException:
-            future.cancel()
-            ended.wait()
+            self._call(work.cancel, coroutine)
+            concurrent.futures.wait((work.outcome,))
             raise
-        return future.result()
+        result: T = work.outcome.result()
+        return result
 
     async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """`run`, awaited on the caller's own event loop; cancelling it cancels the coroutine."""
-        return await asyncio.wrap_future(self.submit(coroutine))
+        """`run`, awaited on the caller's own event loop; cancelling it cancels the coroutine and waits for its clean-up."""
+        work = _Work(coroutine)
+        self._call(work.start, coroutine)
+        outcome = asyncio.wrap_future(work.outcome)
+        try:
+            return await asyncio.shield(outcome)
+        except asyncio.CancelledError:
+            self._call(work.cancel, coroutine)
+            await asyncio.wait((outcome,))
+            raise
+
+    def _call(self, callback: Callable[[], object], coroutine: Coroutine[Any, Any, Any]) -> None:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise RuntimeError("this engine is closed; start another one")
+        self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
-        """Closes tools and engine and ends the loop thread. Safe to call twice."""
+        """Cancels what still runs, closes tools and engine, ends the loop thread. Safe to call twice, and during start."""
         if self._loop.is_closed():
             return
+        self._loop.call_soon_threadsafe(self._cancel_all)
+        concurrent.futures.wait((self._started,))  # SGLang's start cannot be cut short
         try:
             self.run(self._close_parts())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+    def _cancel_all(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
 
     async def _close_parts(self) -> None:
         try:
@@ -135,11 +149,28 @@ class Session:
         self.close()
 
 
-async def _with_end(coroutine: Coroutine[Any, Any, T], ended: threading.Event) -> T:
-    try:
-        return await coroutine
-    finally:
-        ended.set()
+class _Work:
+    """A coroutine on its way through the loop; `outcome` is done when it has ended, its clean-up included."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self.outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._coroutine = coroutine
+        self._task: asyncio.Task[Any] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._coroutine)
+        self._task.add_done_callback(self._end)
+
+    def cancel(self) -> None:
+        if self._task:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error:
+            self.outcome.set_exception(error)
+        else:
+            self.outcome.set_result(task.result())
 
 
 def start_engine(config: Config, model_dir: Path, log_path: Path | None) -> Engine:
