@@ -20,6 +20,7 @@ from agent.config_hints import hint, sglang_arguments
 from agent.config_schema import ConfigFile, Rollout
 from agent.errors import ConfigError
 from agent.model.base import BASE_NAME, TOOLS_NAME
+from agent.redact import without_secrets
 
 EMBEDDED: dict[str, Any] = {
     "model_path": "smollm2-tools",
@@ -97,7 +98,7 @@ class Config:
 
     def resolved(self) -> dict[str, Any]:
         """The whole config as JSON values, defaults filled in, secrets left out: what run.json keeps."""
-        values = self.rollout.model_dump(mode="json", exclude={"server": {"api_key"}})
+        values: dict[str, Any] = without_secrets(self.rollout.model_dump(mode="json"))
         values |= {"max_model_len": self.max_model_len}
         return {"model_path": self.model_path, "rollout": values}
 
@@ -223,7 +224,7 @@ def _split(override: str) -> tuple[str, Any]:
     try:
         return key, yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from error
+        raise ConfigError(f"--set {key}: the value is not valid YAML; quote it") from error
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-import re
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.config import Config
 from agent.model.base import ADAPTER_DIR, TOOLS_NAME
+from agent.redact import hidden_in
 from agent.tasks import task_file_hash
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def run_manifest(
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command as a shell takes it, without the key of a server."""
-    return shlex.join(["turntrace", *(re.sub(r"(api_key\s*[=:]\s*).*", r"\1...", argument) for argument in argv)])
+    """The command as a shell takes it, without keys and passwords."""
+    return shlex.join(["turntrace", *map(hidden_in, argv)])
 
 
 def versions() -> dict[str, str | None]:

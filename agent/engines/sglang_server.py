@@ -19,6 +19,7 @@ import httpx
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.sglang import check_sampling, read_answer
 from agent.errors import ConfigError, EngineError, EngineStartError
+from agent.redact import without_userinfo
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
@@ -42,17 +43,18 @@ class SGLangServerEngine:
         read_timeout_s: float = 3600.0,
         attempts: int = 4,
     ) -> None:
-        self._url = _one_url(urls)
+        url = _one_url(urls)
+        self._url = without_userinfo(url)
         self._attempts = attempts
         self._client = httpx.AsyncClient(
-            base_url=self._url,
+            base_url=url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             # A turn that waits in the pool would wait in the server's queue otherwise: no limit on that time.
             timeout=httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections, keepalive_expiry=KEEPALIVE_S),
         )
         # Aborts must not queue behind the generations that fill the pool.
-        self._control = httpx.AsyncClient(base_url=self._url, headers=self._client.headers, timeout=CONNECT_TIMEOUT_S)
+        self._control = httpx.AsyncClient(base_url=url, headers=self._client.headers, timeout=CONNECT_TIMEOUT_S)
         self._rids: dict[str, str] = {}
         self._aborts: set[asyncio.Task[None]] = set()
         self._info: dict[str, Any] = {}
@@ -130,7 +132,7 @@ def _one_url(urls: Sequence[str]) -> str:
         raise ConfigError(f"rollout.server.urls must name one server, got {len(urls)}; several go behind an SGLang router")
     url = urls[0].rstrip("/")
     if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"rollout.server.urls: {urls[0]!r} must start with http:// or https://")
+        raise ConfigError(f"rollout.server.urls: {without_userinfo(urls[0])!r} must start with http:// or https://")
     return url
 
 
@@ -163,4 +165,4 @@ def _backoff_s(attempt: int) -> float:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return without_userinfo(str(error)) or type(error).__name__

@@ -166,7 +166,11 @@ def test_more_findings_are_counted() -> None:
 
 def test_a_secret_is_neither_shown_nor_kept() -> None:
     assert "1234" not in error_of(None, "rollout.server.api_key=1234")
-    assert "s3cret" not in json.dumps(load_config(None, ["rollout.server.api_key=s3cret"]).resolved())
+    secrets = ("server.api_key=s3cret", "engine_kwargs.sglang.api_key=s3cret", "server.urls=['https://me:s3cret@host:1']")
+    resolved = load_config(None, [f"rollout.{secret}" for secret in secrets]).resolved()
+    assert "s3cret" not in json.dumps(resolved)
+    assert resolved["rollout"]["server"]["urls"] == ["https://host:1"]
+    assert "s3cret" not in error_of(None, "rollout.server={api_key: s3cret")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,25 @@ def test_a_file_too_long_to_read_counts_by_its_ends_and_is_named(model: Path) ->
     assert model_hash(model)["sha256"] != before["sha256"]
 
 
-@pytest.mark.parametrize("secret", ["rollout.server.api_key=s3cret", "rollout.server={api_key: s3cret, urls: []}"])
-def test_the_command_keeps_no_secret(secret: str) -> None:
+@pytest.mark.parametrize(
+    ("secret", "shown"),
+    [
+        ("rollout.server.api_key=s3cret", "rollout.server.api_key=..."),
+        ("rollout.server={api_key: s3cret, urls: []}", 'rollout.server={"api_key": "...", "urls": []}'),
+        ('rollout.server={"urls": ["http://h"], "api_key": "s3cret"}', 'rollout.server={"urls": ["http://h"], "api_key": "..."}'),
+        ("rollout={server: {\n  api_key: s3cret}}", 'rollout={"server": {"api_key": "..."}}'),
+        ("rollout.engine_kwargs.sglang={admin_api_key: s3cret}", 'rollout.engine_kwargs.sglang={"admin_api_key": "..."}'),
+        ("rollout.server.urls=[http://me:s3cret@h:1/x]", 'rollout.server.urls=["http://...@h:1/x"]'),
+        ("rollout.server.urls=[http://h:1/x@y]", "rollout.server.urls=[http://h:1/x@y]"),
+        ("rollout.turntrace.recorded=a b", "rollout.turntrace.recorded=a b"),
+        ("rollout.temperature=1.0", "rollout.temperature=1.0"),
+    ],
+)
+def test_the_command_keeps_no_secret(secret: str, shown: str) -> None:
     command = command_line(["run", "my tasks.jsonl", "--set", secret])
     assert command.startswith("turntrace run 'my tasks.jsonl' --set ")
-    assert "s3cret" not in command
+    assert shlex.split(command)[-1] == shown
+    assert shlex.split(command_line([f"--set={secret}"]))[-1] == f"--set={shown}"
 
 
 def test_a_package_that_is_missing_is_none() -> None:

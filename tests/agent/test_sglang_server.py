@@ -45,6 +45,7 @@ class Server:
         self.got_one = asyncio.Event()
         self.release = asyncio.Event()
         self.url = ""
+        self.up = True
 
     async def generate(self, request: Request) -> Response:
         self.bodies.append(await request.json())
@@ -59,7 +60,7 @@ class Server:
         return Response(status_code=200)
 
     async def health(self, request: Request) -> Response:
-        return Response(status_code=200)
+        return Response(status_code=200 if self.up else 503)
 
     async def info(self, request: Request) -> Response:
         return JSONResponse({"model_path": "/models/m", "version": "9.9", "dtype": "auto", "api_key": "secret"})
@@ -163,6 +164,19 @@ async def test_describe_tells_what_the_server_serves_and_no_secret() -> None:
             "dtype": "auto",
         }
         assert server.bodies == []  # /generate is for conversations only
+
+
+async def test_no_message_and_no_record_shows_the_password_of_an_address() -> None:
+    async with serving(Server(status(500, "oops"))) as server:
+        engine = SGLangServerEngine([server.url.replace("://", "://me:s3cret@")], attempts=1)
+        assert engine.describe()["url"] == server.url
+        with pytest.raises(EngineError, match=server.url):
+            await sample(engine, [1])
+        server.up = False
+        with pytest.raises(EngineStartError) as raised:
+            await engine.connect()
+        assert "s3cret" not in str(raised.value)
+        await engine.close()
 
 
 # ---------------------------------------------------------------------- retries
