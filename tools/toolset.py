@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -188,6 +189,10 @@ def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
     function = schema.get("function") if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping):
         raise ToolConfigError("tool_schema must be {type: function, function: {name, description, parameters}}")
+    try:
+        _check_json(schema, "tool_schema")
+    except RecursionError as error:
+        raise ToolConfigError("tool_schema is nested too deeply, or holds itself through a YAML alias") from error
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise ToolConfigError(f"tool_schema.function.name must be a non-empty string, got {name!r}")
@@ -202,6 +207,22 @@ def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
         raise ToolConfigError(f"{path} is not valid JSON schema: {_clip(error.message)}") from error
     _check_references(parameters, where)
     return name, dict(parameters)
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Whatever a schema holds is shown to the model and kept in every record, both as JSON; YAML can say more."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ToolConfigError(f"{where} has the key {key!r}, which YAML reads as {type(key).__name__}; put it in quotes")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}.{index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ToolConfigError(f"{where} is {value}, which is no number in JSON; leave it out")
+    elif not (value is None or isinstance(value, (str, int, float))):
+        raise ToolConfigError(f"{where} is a {type(value).__name__} ({value}), which JSON does not have; put it in quotes if it is text")
 
 
 def _check_references(parameters: Mapping[str, Any], where: str) -> None:

@@ -319,3 +319,27 @@ def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
     env = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd="/", env=env, check=True)
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("2026-01-01", "function.parameters.properties.day.default is a date (2026-01-01), which JSON does not have; put it in quotes"),
+        (".nan", "function.parameters.properties.day.default is nan, which is no number in JSON"),
+        ("[1, {a: .inf}]", "function.parameters.properties.day.default.1.a is inf, which is no number in JSON"),
+        ("{1: one}", "function.parameters.properties.day.default has the key 1, which YAML reads as int; put it in quotes"),
+        ("&me [*me]", "is nested too deeply, or holds itself"),
+    ],
+)
+def test_what_yaml_can_say_and_json_cannot_is_refused_with_its_place(write: Any, value: str, says: str) -> None:
+    text = f"""
+- class_name: tools.gsm8k.Gsm8kTool
+  tool_schema:
+    type: function
+    function: {{name: f, description: "", parameters: {{type: object, properties: {{day: {{default: {value}}}}}}}}}
+"""
+    with pytest.raises(ToolConfigError) as raised:
+        load_tools(write(text))
+    assert "entry 0: tool_schema" in str(raised.value)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
