@@ -8,14 +8,30 @@ are admitted, so memory does not grow with the task file.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.loop import Conversation, Runtime, converse
 from agent.tasks import Task
+from conversations.errors import RecordError
 from conversations.store import RunFolder
-from conversations.trajectory import Trajectory
+from conversations.trajectory import INVALID_STATUSES, Trajectory
+
+_OPEN_PARTS: dict[str, Any] = {
+    "messages": [],
+    "tool_calls": [],
+    "tools": [],
+    "ground_truth": None,
+    "data_source": None,
+    "extra": None,
+    "engine": {},
+    "sampling": {},
+}
+"""The parts of a record that hold whatever a row, a tool or an engine gave, and their empty forms."""
 
 
 @dataclass(slots=True)
@@ -23,7 +39,7 @@ class Progress:
     """Counters of a run as it goes, of finished conversations but for `live`, those being run.
 
     `total` is None while the number of tasks is not known. `live` changes on the loop's thread and is read on others:
-    copy it before walking it.
+    copy it before walking it. `lost` says of each conversation that could not be written why not.
     """
 
     total: int | None = None
@@ -39,6 +55,7 @@ class Progress:
     rewards: int = 0
     reward_sum: float = 0.0
     stop_reasons: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
 
     @property
     def running(self) -> int:
@@ -69,7 +86,7 @@ class Progress:
         self.sampled_tokens += sum(turn.end - turn.start for turn in trajectory.turns)
         self.tool_calls += statuses.total()
         self.tool_errors += statuses.total() - statuses["ok"]
-        self.invalid_calls += statuses["malformed"] + statuses["unknown_tool"] + statuses["invalid_arguments"]
+        self.invalid_calls += sum(statuses[status] for status in INVALID_STATUSES)
         self.infra_errors += trajectory.infra_error
         if trajectory.reward is not None:
             self.rewards += 1
@@ -121,13 +138,40 @@ class _Batch:
             await converse(conversation)
         except asyncio.CancelledError:
             if self.store:
-                self.store.append_unfinished(conversation.trajectory())
+                self._keep(self.store.append_unfinished, conversation.trajectory())
             raise
         finally:
             self.progress.live.discard(conversation)
         trajectory = conversation.trajectory()
-        if self.store:
-            self.store.append(trajectory)
-        self.progress.count(trajectory)
+        kept = self._keep(self.store.append, trajectory) if self.store else trajectory
+        if kept is None:
+            return
+        self.progress.count(kept)
         if self.on_done:
-            self.on_done(trajectory)
+            self.on_done(kept)
+
+    def _keep(self, append: Callable[[Trajectory], None], trajectory: Trajectory) -> Trajectory | None:
+        """What `append` took: the trajectory, or what of it has a JSON form; None where that cannot be written either."""
+        try:
+            append(trajectory)
+            return trajectory
+        except RecordError as error:
+            bare = _bare(trajectory, str(error))
+        try:
+            append(bare)
+            return bare
+        except RecordError as error:
+            self.progress.lost.append(str(error))
+            return None
+
+
+def _bare(trajectory: Trajectory, error: str) -> Trajectory:
+    """A record of a failure, with those open parts of the trajectory that have a JSON form."""
+    failed: dict[str, Any] = {"stop_reason": "engine_error", "infra_error": True, "error": error, "reward": None, "reward_parts": {}}
+    bare = dataclasses.replace(trajectory, **failed, **_OPEN_PARTS)
+    for name in _OPEN_PARTS:
+        fuller = dataclasses.replace(bare, **{name: getattr(trajectory, name)})
+        with contextlib.suppress(RecordError):
+            fuller.to_line()
+            bare = fuller
+    return bare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,30 @@ async def test_one_conversations_failure_never_touches_another(smollm2: ChatTemp
 
 def toys() -> list[Toy]:
     return [Toy("hanger", timeout_s=0.1), Toy(calc_reward="reward"), Toy("other")]
+
+
+async def test_a_record_without_a_json_form_is_that_conversations_failure_alone(smollm2: ChatTemplate, tmp_path: Path) -> None:
+    tasks = [acts("good", "42"), acts("odd", "42", extra={"day": date(2026, 1, 1)}, ground_truth="7"), acts("last", "42")]
+    with RunFolder.create(tmp_path, {}) as store:
+        progress = await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store)
+    good, odd, last = read_trajectories(tmp_path)
+    assert [good.stop_reason, odd.stop_reason, last.stop_reason] == ["stop", "engine_error", "stop"]
+    assert (odd.infra_error, odd.reward, odd.extra, odd.ground_truth) == (True, None, None, "7")
+    assert odd.error is not None
+    assert "date is not JSON serializable" in odd.error
+    assert odd.response_ids == good.response_ids
+    assert len(odd.messages) == 2
+    assert (progress.done, progress.infra_errors, progress.lost) == (3, 1, [])
+
+
+async def test_a_record_that_cannot_be_written_at_all_is_counted_as_lost(smollm2: ChatTemplate, tmp_path: Path) -> None:
+    tasks = [acts("good", "42"), acts(date(2026, 1, 1), "42"), acts("last", "42")]  # type: ignore[arg-type]
+    with RunFolder.create(tmp_path, {}) as store:
+        progress = await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store)
+    assert [record.task_id for record in read_trajectories(tmp_path)] == ["good", "last"]
+    [reason] = progress.lost
+    assert reason.startswith("trajectory 2026-01-01-0 cannot be written as JSON")
+    assert progress.done == 2
 
 
 async def test_a_tool_that_cannot_be_created_in_one_conversation(smollm2: ChatTemplate) -> None:
