@@ -32,6 +32,9 @@ RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = "run.json", "trajectories.jsonl", "u
 IDENTITY = ("config", "tools", "model", "tasks", "n", "validate")
 """The fields of run.json that a resumed run must share with the first."""
 
+WHEREABOUTS = frozenset({"config.model_path", "config.rollout.multi_turn.tool_config_path", "model.path"})
+"""Keys among them that only say where something lies. What lies there counts: the text of `tools`, the hash in `model`."""
+
 FSYNC_INTERVAL_S = 1.0
 
 
@@ -261,7 +264,10 @@ def _sync_folder(path: Path) -> None:
 
 def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """What makes two runs different, one phrase a key."""
-    old, new = ({key: value for name in IDENTITY for key, value in _flat(name, source.get(name))} for source in (earlier, manifest))
+    old, new = (
+        {key: value for name in IDENTITY for key, value in _flat(name, source.get(name)) if key not in WHEREABOUTS}
+        for source in (earlier, manifest)
+    )
     return [f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
@@ -279,19 +285,15 @@ def _short(value: Any) -> str:
 
 
 def _cut_torn_line(file: Path) -> None:
-    """Cuts what a kill left of the last line: no newline, or no whole record."""
+    """Cuts what a kill left of the last line: one without a newline. A whole line that is damaged was not torn by us."""
     if not file.exists():
         return
     with file.open("rb+") as lines:
         end = _last_line_start(lines)
         lines.seek(end)
-        last = lines.read()
-        if last.endswith(b"\n"):
-            with contextlib.suppress(RecordError, UnicodeDecodeError):
-                read_record(last.decode())
-                return
-        lines.truncate(end)
-        os.fsync(lines.fileno())
+        if not lines.read().endswith(b"\n"):
+            lines.truncate(end)
+            os.fsync(lines.fileno())
 
 
 def _last_line_start(lines: IO[bytes]) -> int:
@@ -337,12 +339,13 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:
     retired: list[bytes] = []
     for number, line in enumerate(_lines(file), 1):
         try:
-            record = json.loads(line)
+            record = read_record(line.decode())
             key = (str(record["task_id"]), int(record["sample"]))
-            failed = bool(record["infra_error"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{file}:{number} is damaged: {error}; move the run away or mend that line") from error
-        if failed:
+        except (RecordError, ValueError, TypeError) as error:
+            raise RunFolderError(
+                f"{file}:{number} is damaged: {error}; mend that line, or drop it to have it run again"
+            ) from error
+        if record["infra_error"]:
             retired.append(line)
         elif key in kept:
             raise RunFolderError(f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line")

@@ -288,6 +288,32 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_touched(tmp_path: 
     assert file.read_text() == damaged
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_whole_line_that_was_changed_is_refused_and_never_cut(tmp_path: Path, number: int) -> None:
+    run_with(tmp_path, record("a"), record("b"), record("c"))
+    file = tmp_path / TRAJECTORIES
+    content = lines(tmp_path)
+    content[number - 1] = content[number - 1].replace('"reward":', '"reward":0')
+    file.write_text("\n".join(content) + "\n")
+    before = file.read_bytes()
+    with pytest.raises(RunFolderError, match=rf"{TRAJECTORIES}:{number} is damaged: .*; mend that line, or drop it"):
+        RunFolder.resume(tmp_path, MANIFEST)
+    assert file.read_bytes() == before
+
+
+def test_the_same_tools_and_model_in_another_folder_are_the_same(tmp_path: Path) -> None:
+    def manifest(folder: str, tools: str = "tools: []", sha256: str = "0") -> dict[str, Any]:
+        config = {"model_path": f"{folder}/m", "rollout": {"multi_turn": {"tool_config_path": f"{folder}/tools.yaml"}}}
+        return {"config": config, "tools": tools, "model": {"path": f"{folder}/m", "sha256": sha256}}
+
+    RunFolder.create(tmp_path, manifest("/a")).close()
+    RunFolder.resume(tmp_path, manifest("/b")).close()
+    with pytest.raises(RunFolderError, match=r"differently: tools was "):
+        RunFolder.resume(tmp_path, manifest("/b", tools="tools: [1]"))
+    with pytest.raises(RunFolderError, match=r"differently: model\.sha256 was \"0\", is \"1\";"):
+        RunFolder.resume(tmp_path, manifest("/b", sha256="1"))
+
+
 # ---------------------------------------------------------------------- killed at any moment
 
 
