@@ -28,17 +28,19 @@ import torch
 import torch.distributed as dist
 from sglang.srt.utils.hf_transformers_utils import get_context_length, get_hf_text_config
 from torch.distributed.device_mesh import init_device_mesh
+from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
-from verl.workers.config.rollout import AgentLoopConfig, MultiTurnConfig, PrometheusConfig, SamplingConfig, ServerConfig, TraceConfig
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
 from agent.engines.sglang_args import server_args
 from agent.errors import ConfigError
+from agent.model.base import cache_dir
 
 MESH_DIMS = ("dp", "infer_tp", "pp")
 ALONE_DEFAULTS = {
+    "name": "sglang",
     "mode": "async",
     "skip_tokenizer_init": True,
     "tensor_model_parallel_size": 1,
@@ -46,14 +48,6 @@ ALONE_DEFAULTS = {
     "enforce_eager": False,
 }
 """Where verl's own defaults are meant for a trainer, which sends the weights."""
-_NESTED = {
-    "val_kwargs": SamplingConfig,
-    "multi_turn": MultiTurnConfig,
-    "agent": AgentLoopConfig,
-    "trace": TraceConfig,
-    "server": ServerConfig,
-    "prometheus": PrometheusConfig,
-}
 
 
 class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
@@ -150,7 +144,9 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
     def _describe(self) -> dict[str, Any]:
         args = self._engine.server_args
         versions = {name: importlib.metadata.version(name) for name in ("sglang", "verl", "torch")}
-        return {"name": "sglang", "model": self.model_config.path, "device": args.device, "dtype": args.dtype, **versions}
+        path = Path(self.model_config.path)
+        model = path.name if path.is_relative_to(cache_dir()) else str(path)  # an embedded model is the same one everywhere
+        return {"name": "sglang", "model": model, "device": args.device, "dtype": args.dtype, **versions}
 
 
 class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
@@ -186,8 +182,7 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
 
 def _rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:
     """verl's dataclass, nested ones included, with the defaults of a process outside a trainer."""
-    values = {"name": "sglang", **ALONE_DEFAULTS, **rollout}
-    return RolloutConfig(**{key: _NESTED[key](**value) if key in _NESTED else value for key, value in values.items()})
+    return omega_conf_to_dataclass({**ALONE_DEFAULTS, **rollout}, RolloutConfig)
 
 
 def _start_engine(children: Children, overrides: Mapping[str, Any], **kwargs: Any) -> _Engine:

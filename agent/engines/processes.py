@@ -57,6 +57,7 @@ class Children:
 
     def __init__(self, log_path: Path | None = None) -> None:
         self.log_path = log_path
+        self._log_start = log_path.stat().st_size if log_path and log_path.exists() else 0
         self.sockets: list[Any] = []
         self._processes: list[_Child] = []
         self._ended: asyncio.Future[str] | None = None
@@ -95,8 +96,14 @@ class Children:
         for process in self._started():
             process.join(timeout=1 if process.sentinel in connection.wait(self.sentinels(), timeout=0) else 0)
         codes = [process.exitcode for process in self._started() if process.exitcode is not None]
-        text = self.log_path.read_text(errors="replace") if self.log_path and self.log_path.exists() else ""
+        text = self._printed()
         return explain(text, codes[0] if codes else None) + (f" (log: {self.log_path})" if text else "")
+
+    def _printed(self) -> str:
+        """What these children have printed; the log may hold an earlier engine's words too."""
+        if not self.log_path or not self.log_path.exists():
+            return ""
+        return self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
 
     async def answer(self, task: asyncio.Task[T]) -> T:
         """The task's result, or EngineError when a child has ended first: then nobody is left to answer.
