@@ -25,8 +25,6 @@ def main() -> None:
         _refuse(str(error))
     for note in local_folders(Path.cwd()):
         print(f"note: {note}", file=sys.stderr)
-    # Last, so that a user's own tool modules are found and none of theirs hides one that is installed.
-    sys.path.append(str(Path.cwd()))
     from agent.cli import main as run
 
     raise SystemExit(run())

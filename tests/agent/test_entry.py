@@ -107,13 +107,23 @@ def test_a_command_without_its_packages_says_so(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (2, "error: turntrace's package 'agent' is not installed; install turntrace again\n")
 
 
-def test_the_current_folder_is_importable_and_last(site: Path, tmp_path: Path) -> None:
-    (tmp_path / "my_module.py").write_text("print('mine')", encoding="utf-8")
-    (tmp_path / "json.py").write_text("raise SystemExit('shadowed the standard library')", encoding="utf-8")
-    code = "import sys\nsys.argv = ['turntrace', 'version']\nfrom turntrace import main\ntry:\n  main()\nfinally:\n  import my_module"
+def test_a_stray_file_in_the_current_folder_is_not_imported(site: Path, tmp_path: Path) -> None:
+    """Packages try for optional modules by name: `h2` or `uvloop` here would be run."""
+    for name in ("stray", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    code = "import sys\nsys.argv = ['turntrace', 'version']\nfrom turntrace import main\ntry:\n  main()\nfinally:\n  import stray"
     ran = start(script(tmp_path / "bin", code), cwd=tmp_path, pythonpath=[site])
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith("mine\n")
+    assert ran.stderr.endswith("ModuleNotFoundError: No module named 'stray'\n")
+
+
+def test_a_tool_module_in_the_current_folder_is_found(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_tools.py").write_text("def look(question: str) -> str:\n    'Looks it up.'\n    return ''\n", encoding="utf-8")
+    (tmp_path / "tools.yaml").write_text("- function: my_tools:look\n", encoding="utf-8")
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "a", "tools_kwargs": {"none": {}}}\n', encoding="utf-8")
+    arguments = ("run", "tasks.jsonl", "--out", "run", "--tools", "tools.yaml")
+    ran = start(script(tmp_path / "bin"), *arguments, cwd=tmp_path, pythonpath=[site])
+    assert ran.returncode == 2
+    assert "the tool config offers look" in ran.stderr
 
 
 def test_a_checkout_of_ours_is_not_a_stranger() -> None:
