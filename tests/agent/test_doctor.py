@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from agent.doctor import (
     check_model,
     check_packages,
     check_python,
+    check_server,
+    check_tools,
     check_torch,
     examine,
     gpu_memory,
@@ -92,8 +97,55 @@ def test_an_nvrtc_off_the_linkers_path_is_found(tmp_path: Path, monkeypatch: pyt
     assert f"export LD_LIBRARY_PATH={library.parent}:" in nvrtc("libnvrtc.so.999", "12").text
 
 
-def test_another_model_is_not_asked_for_the_embedded_ones_files() -> None:
-    assert [finding.level for finding in check_model(load_config(None, ["model_path=Qwen/Qwen3-0.6B"]))] == ["ok"]
+def test_a_model_folder_is_looked_up_and_not_asked_for_the_embedded_ones_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    assert [finding.level for finding in check_model(load_config(None, [f"model_path={tmp_path}"]))] == ["ok"]
+
+
+def test_a_model_that_is_nowhere_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert examine(None, ["model_path=no/such-model"], checks=[check_model]) == 1
+    assert "fail  model: model_path: 'no/such-model' is neither" in capsys.readouterr().out
+
+
+def test_the_tool_config_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert examine(None, ["rollout.multi_turn.tool_config_path=gsm8k"], checks=[check_tools]) == 0
+    assert "ok    tools: gsm8k offers code_interpreter, calculate_answer" in capsys.readouterr().out
+    (tmp_path / "tools.yaml").write_text("- function: nowhere:f\n", encoding="utf-8")
+    assert examine(None, [f"rollout.multi_turn.tool_config_path={tmp_path / 'tools.yaml'}"], checks=[check_tools]) == 1
+    assert f"fail  tools: {tmp_path / 'tools.yaml'}: entry 0: nowhere:f: there is no module 'nowhere'" in capsys.readouterr().out
+
+
+class Health(BaseHTTPRequestHandler):
+    """A server's /health, which answers with the status that its path begins with."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.split("/")[1]))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize(("status", "level"), [(200, "ok"), (503, "fail")])
+def test_the_server_is_asked_for_its_health_and_no_password_is_shown(status: int, level: str) -> None:
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        address = f"127.0.0.1:{server.server_port}/{status}"
+        config = load_config(None, ["rollout.name=sglang_server", f"rollout.server.urls=['http://me:s3cret@{address}/']"])
+        [finding] = check_server(config)
+        thread.join()
+    assert finding.level == level
+    assert finding.text.startswith(f"http://{address}")
+    assert "s3cret" not in finding.text
+
+
+def test_a_server_that_is_not_there_is_a_failure() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    [finding] = check_server(load_config(None, ["rollout.name=sglang_server", f"rollout.server.urls=[{url}]"]))
+    assert finding.level == "fail"
+    assert finding.text.startswith(f"{url} does not answer: ")
 
 
 def test_a_folder_that_hides_ours_from_scripts_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
