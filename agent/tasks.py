@@ -39,7 +39,6 @@ class Task:
     tools_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)
     ground_truth: Any = None
     data_source: Any = None
-    agent_name: str | None = None
     extra: Any = None
 
 
@@ -85,13 +84,15 @@ def _rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        try:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{file}:{number}", _json_row(line, f"{file}:{number}")
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{file}: is not UTF-8 text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{file}: is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise TaskError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def _json_row(line: str, place: str) -> Row:
@@ -159,16 +160,13 @@ def _task(row: Row, ids: _Ids, place: str) -> Task:
     _check_json(row)
     info = _mapping(row, "extra_info")
     reward_model = _mapping(row, "reward_model")
-    agent_name = row.get("agent_name")
-    if agent_name is not None and not isinstance(agent_name, str):
-        raise TaskError(f"agent_name must be a string, got {_got(agent_name)}")
+    ground_truth = row.get("ground_truth")
     return Task(
         id=ids.name(row, place),
         messages=given_messages(_prompt(row)),
         tools_kwargs=_tools_kwargs(row, info),
-        ground_truth=row.get("ground_truth", reward_model.get("ground_truth")),
+        ground_truth=reward_model.get("ground_truth") if ground_truth is None else ground_truth,
         data_source=row.get("data_source"),
-        agent_name=agent_name,
         extra={key: value for key, value in row.items() if key not in _RECORDED} or None,
     )
 

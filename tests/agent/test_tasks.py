@@ -60,7 +60,6 @@ def test_a_row_in_verls_schema(tmp_path: Path) -> None:
         tools_kwargs={"calc_gsm8k_reward": {"create_kwargs": {"ground_truth": "4"}}},
         ground_truth="4",
         data_source="openai/gsm8k",
-        agent_name="tool_agent",
         extra={key: VERL_ROW[key] for key in ("ability", "reward_model", "agent_name", "extra_info")},
     )
     assert len(task.id) == 16
@@ -146,7 +145,6 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         ({"prompt": "a", "extra_info": {"need_tools_kwargs": True}}, "need_tools_kwargs is true but there are no tools_kwargs"),
         ({"prompt": "a", "id": ""}, "id must be a string or an integer"),
         ({"prompt": "a", "id": True}, "id must be a string or an integer, got bool True"),
-        ({"prompt": "a", "agent_name": 3}, "agent_name must be a string"),
         ('{"prompt": "a", "score": NaN}\n', "score holds what JSON cannot"),
     ],
 )
@@ -155,6 +153,18 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, says: s
     text = error_of(path)
     assert text.startswith(f"{path}:1: ")
     assert says in text
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.symlink_to("/proc/self/mem")  # opens, and fails when read, for root too
+    assert error_of(path) == f"{path}: cannot be read: Input/output error"
+
+
+def test_a_null_ground_truth_is_none_given(tmp_path: Path) -> None:
+    row = {"prompt": "a", "reward_model": {"ground_truth": "4"}}
+    tasks = read_tasks(jsonl(tmp_path, {**row, "ground_truth": None}, {**row, "ground_truth": 0}, row))
+    assert [task.ground_truth for task in tasks] == ["4", 0, "4"]
 
 
 def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
