@@ -19,7 +19,7 @@ from agent.config_checks import notices, refusals
 from agent.config_hints import hint, sglang_arguments
 from agent.config_schema import ConfigFile, Rollout
 from agent.errors import ConfigError
-from agent.model.base import BASE_NAME, TOOLS_NAME
+from agent.model.base import BASE_NAME, TOOLS_NAME, resolve_model, resolve_tokenizer
 from agent.redact import without_secrets
 
 EMBEDDED: dict[str, Any] = {
@@ -38,12 +38,16 @@ EMBEDDED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A checked config. `given` are the dotted paths that the user wrote, in the file or with --set."""
+    """A checked config. `given` are the dotted paths that the user wrote, in the file or with --set.
+
+    `seed` is the engine's, which SGLang would otherwise draw and not tell.
+    """
 
     model_path: str
     rollout: Rollout
     path: Path | None = None
     given: tuple[str, ...] = ()
+    seed: int = 0
 
     @property
     def max_model_len(self) -> int:
@@ -70,6 +74,13 @@ class Config:
         """The key for `server.urls`: the config's, else the environment's SGLANG_API_KEY."""
         return self.rollout.server.api_key or os.environ.get("SGLANG_API_KEY")
 
+    def model_dir(self) -> Path:
+        """The local directory of `model_path`; engines elsewhere have their own weights, and only the tokenizer counts here.
+
+        Raises ConfigError where there is none. The embedded model is built on first use.
+        """
+        return resolve_model(self.model_path) if self.rollout.name == "sglang" else resolve_tokenizer(self.model_path)
+
     def n(self, validate: bool = False) -> int:
         """Samples of each task."""
         return self.rollout.val_kwargs.n if validate else self.rollout.n
@@ -92,6 +103,7 @@ class Config:
         values = self.rollout.model_dump(exclude={"turntrace": True, "server": {"urls", "api_key"}, "engine_kwargs": {"vllm"}})
         values |= {"name": "sglang", "max_model_len": self.max_model_len, "skip_tokenizer_init": True}
         values["multi_turn"]["max_assistant_turns"] = self.max_assistant_turns
+        values["engine_kwargs"]["sglang"]["random_seed"] = self.seed
         if self.rollout.cudagraph_capture_sizes:  # SGLangRollout drops it, SGLang has it by another name
             values["engine_kwargs"]["sglang"].setdefault("cuda_graph_bs", self.rollout.cudagraph_capture_sizes)
         return values
@@ -143,7 +155,14 @@ def _validated(values: dict[str, Any], given: Iterable[str], origin: _Origin) ->
         _check_sglang_argument(key, origin)
     for key, text in refusals(checked.rollout):
         raise ConfigError(f"{origin.where(f'rollout.{key}')}: {text}")
-    return Config(checked.model_path, checked.rollout, origin.file, tuple(given))
+    return Config(checked.model_path, checked.rollout, origin.file, tuple(given), _seed(checked.rollout, origin))
+
+
+def _seed(rollout: Rollout, origin: _Origin) -> int:
+    seed = rollout.engine_kwargs.sglang.get("random_seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"{origin.where('rollout.engine_kwargs.sglang.random_seed')}: must be a whole number, got {seed!r:.80}")
+    return seed or 0
 
 
 def _check_sglang_argument(name: str, origin: _Origin) -> None:

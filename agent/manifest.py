@@ -26,6 +26,7 @@ PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers"
 WHOLE_FILE = 1 << 30
 """Bytes up to which a model file is hashed whole; of a longer one the size and both ends count."""
 _END = 1 << 20
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*", "*.tiktoken")
 
 
 def run_manifest(
@@ -37,12 +38,12 @@ def run_manifest(
         "command": command_line(argv),
         "config": config.resolved(),
         "tools": tools.source_text if tools else None,
-        "model": {"path": config.model_path, **model_hash(model_dir), **_adapter(config)},
+        "model": {"path": config.model_path, **_model(config, model_dir)},
         "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
         "limit": limit,
         "n": config.n(validate),
         "validate": validate,
-        "seed": config.rollout.engine_kwargs.sglang.get("random_seed"),
+        "seed": config.seed if config.rollout.name == "sglang" else None,
         "versions": versions(),
         "parent": None,
     }
@@ -65,9 +66,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def model_hash(folder: Path) -> dict[str, Any]:
-    """`sha256` over the names and contents of a model's files, and which files counted only by size and ends."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+def _model(config: Config, folder: Path) -> dict[str, Any]:
+    """What is known of the model: all of it where it is loaded here, elsewhere the tokenizer (records say what a server serves)."""
+    tokenizer = {"tokenizer_sha256": model_hash(folder, TOKENIZER_FILES)["sha256"]}
+    if config.rollout.name != "sglang":
+        return {"sha256": None, **tokenizer}
+    return {**model_hash(folder), **tokenizer, **_adapter(config)}
+
+
+def model_hash(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, Any]:
+    """`sha256` over the names and contents of a model's files, and which files counted only by size and ends.
+
+    Only files that match one of `names` count.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and any(map(path.match, names)))
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}:{path.stat().st_size}:{_file_hash(path)}\n".encode())

@@ -21,7 +21,6 @@ from agent.dispatch import Dispatcher
 from agent.engines.engine import Engine
 from agent.engines.scripted import recorded
 from agent.loop import LoopSettings, Runtime
-from agent.model.base import resolve_model
 from conversations.store import read_trajectories
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL
@@ -41,7 +40,7 @@ class Session:
     def __init__(self, config: Config, tools: ToolSet | None = None, *, validate: bool = False, log_path: Path | None = None) -> None:
         self.config = config
         self.tools = tools
-        self.model_dir = resolve_model(config.model_path)
+        self.model_dir = config.model_dir()
         self.template = load_template(config, self.model_dir)
         if tools:
             self.template.require(TOOL)

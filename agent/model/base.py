@@ -49,6 +49,16 @@ def resolve_model(name_or_path: str | Path) -> Path:
     return _cached_snapshot(name)
 
 
+def resolve_tokenizer(name_or_path: str | Path) -> Path:
+    """The local directory of a `model_path` for its tokenizer alone: an embedded name has no weights built for it.
+
+    Raises ConfigError as `resolve_model` does.
+    """
+    if str(name_or_path) not in (BASE_NAME, TOOLS_NAME):
+        return resolve_model(name_or_path)
+    return _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
+
+
 def _cached_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -64,14 +74,23 @@ def _cached_snapshot(name: str) -> Path:
 
 def base_model_dir() -> Path:
     """SmolLM2-135M-Instruct as a plain HF directory in bf16, built on first use (a few seconds)."""
-    key = _sha256(_FORMAT, GGUF_SHA256.encode(), CHAT_TEMPLATE.read_bytes())
-    return _built(BASE_NAME, key, _write_base)
+    return _built(BASE_NAME, _base_key(), _write_base)
+
+
+def _base_key() -> str:
+    return _sha256(_FORMAT, GGUF_SHA256.encode(), CHAT_TEMPLATE.read_bytes())
 
 
 def _write_base(target: Path) -> None:
     from agent.model.gguf import write_model
 
     write_model(_gguf_file(), CHAT_TEMPLATE.read_text(encoding="utf-8"), target)
+
+
+def _write_tokenizer(target: Path) -> None:
+    from agent.model.gguf import write_tokenizer
+
+    write_tokenizer(_gguf_file(), CHAT_TEMPLATE.read_text(encoding="utf-8"), target)
 
 
 def _gguf_file() -> Path:

@@ -28,18 +28,26 @@ _CONTROL = 3
 
 def write_model(gguf_file: Path, chat_template: str, target: Path) -> None:
     """Writes `target` as a plain HF directory: bf16 safetensors, config, generation config, tokenizer, template."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf_file)
-    # Token lists have one part per token; only the fields that are read here are worth decoding.
-    field = {key: item.contents for key, item in reader.fields.items()}
+    reader, field = _open(gguf_file)
     target.mkdir(parents=True)
     _write_weights(reader.tensors, field["llama.attention.head_count"](), field["llama.attention.head_count_kv"](), target)
     _write_json(target / "config.json", _config(field))
     _write_json(target / "generation_config.json", _special_ids(field))
-    _write_tokenizer(field, target)
-    _write_json(target / "tokenizer_config.json", _tokenizer_config(field))
-    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    _write_tokenizer(field, chat_template, target)
+
+
+def write_tokenizer(gguf_file: Path, chat_template: str, target: Path) -> None:
+    """Writes `target` with the tokenizer and the template alone: the same files as `write_model`'s."""
+    target.mkdir(parents=True)
+    _write_tokenizer(_open(gguf_file)[1], chat_template, target)
+
+
+def _open(gguf_file: Path) -> tuple[Any, dict[str, Any]]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf_file)
+    # Token lists have one part per token; only the fields that are read here are worth decoding.
+    return reader, {key: item.contents for key, item in reader.fields.items()}
 
 
 def _write_weights(tensors: Any, heads: int, kv_heads: int, target: Path) -> None:
@@ -102,7 +110,13 @@ def _special_ids(field: Any) -> dict[str, int]:
     }
 
 
-def _write_tokenizer(field: Any, target: Path) -> None:
+def _write_tokenizer(field: Any, chat_template: str, target: Path) -> None:
+    _write_tokens(field, target)
+    _write_json(target / "tokenizer_config.json", _tokenizer_config(field))
+    (target / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _write_tokens(field: Any, target: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
 
     tokens: list[str] = field["tokenizer.ggml.tokens"]()

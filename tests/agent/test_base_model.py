@@ -12,8 +12,8 @@ import pytest
 
 from agent.errors import ConfigError
 from agent.model import base
-from agent.model.base import base_model_dir, merge_lora, model_dir, resolve_model
-from tests.helpers import ROOT, tokenizer_at
+from agent.model.base import base_model_dir, merge_lora, model_dir, resolve_model, resolve_tokenizer
+from tests.helpers import ROOT, fresh_tokenizer, tokenizer_at
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,25 @@ def test_a_directory_resolves_to_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(tmp_path) == tmp_path.resolve()
     assert resolve_model("smollm2-base") == base_model_dir()
+
+
+@pytest.mark.parametrize("name", ["smollm2-base", "smollm2-tools"])
+def test_an_embedded_models_tokenizer_is_had_without_building_its_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = base_model_dir()
+    monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path))
+    folder = resolve_tokenizer(name)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files == {name: (whole / name).read_bytes() for name in files}
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [folder.name]
+    assert fresh_tokenizer(folder).eos_token == "<|im_end|>"
+
+
+def test_another_models_tokenizer_lies_in_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_tokenizer(tmp_path) == tmp_path.resolve()
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "smollm3", "../nowhere", "a/b/c", ""])

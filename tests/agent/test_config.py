@@ -277,8 +277,15 @@ def test_n_is_val_kwargs_when_validating() -> None:
 
 def test_what_sglangrollout_drops_reaches_sglang_by_its_own_name() -> None:
     config = load_config(None, ["rollout.engine_kwargs={sglang: {page_size: 16}, vllm: {a: 1}}", "rollout.cudagraph_capture_sizes=[1, 2]"])
-    assert config.verl_rollout()["engine_kwargs"] == {"sglang": {"page_size": 16, "cuda_graph_bs": [1, 2]}}
+    assert config.verl_rollout()["engine_kwargs"] == {"sglang": {"page_size": 16, "cuda_graph_bs": [1, 2], "random_seed": 0}}
     assert config.rollout.engine_kwargs.sglang == {"page_size": 16}
+
+
+def test_the_seed_is_known_whoever_set_it() -> None:
+    for overrides, seed in (([], 0), (["rollout.engine_kwargs.sglang.random_seed=7"], 7)):
+        config = load_config(None, overrides)
+        assert config.seed == config.verl_rollout()["engine_kwargs"]["sglang"]["random_seed"] == seed
+    assert "must be a whole number, got 'x'" in error_of(None, "rollout.engine_kwargs.sglang.random_seed=x")
 
 
 def test_limits_that_follow_from_others() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from agent.manifest import WHOLE_FILE, command_line, model_hash, versions
+from agent.config import load_config
+from agent.manifest import WHOLE_FILE, command_line, model_hash, run_manifest, versions
 
 
 @pytest.fixture
@@ -35,6 +37,28 @@ def test_a_file_too_long_to_read_counts_by_its_ends_and_is_named(model: Path) ->
         file.seek(-1, 2)
         file.write(b"x")
     assert model_hash(model)["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize("name", ["sglang", "sglang_server"])
+def test_where_a_server_has_the_weights_only_the_tokenizer_is_hashed(tmp_path: Path, name: str) -> None:
+    model, tasks = tmp_path / "model", tmp_path / "tasks.jsonl"
+    model.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "merges.txt"):
+        (model / file).write_text(file, encoding="utf-8")
+    tasks.touch()
+    config = load_config(None, [f"model_path={model}", f"rollout.name={name}", "rollout.server.urls=[http://h]"])
+
+    def described() -> dict[str, Any]:
+        found: dict[str, Any] = run_manifest(config, None, model, tasks, limit=None, validate=False, argv=[])["model"]
+        return found
+
+    before = described()
+    (model / "model.safetensors").write_text("other weights", encoding="utf-8")
+    weights_changed = described()
+    (model / "merges.txt").write_text("other merges", encoding="utf-8")
+    assert (before["sha256"] is None) == (name == "sglang_server")
+    assert (weights_changed == before) == (name == "sglang_server")
+    assert weights_changed["tokenizer_sha256"] == before["tokenizer_sha256"] != described()["tokenizer_sha256"]
 
 
 @pytest.mark.parametrize(
