@@ -76,7 +76,10 @@ def _tools_override(tools: str | None) -> list[str]:
     if tools is None:
         return []
     path = Path(tools)
-    value = str(path.resolve()) if path.suffix and path.exists() else tools
+    is_file = bool(path.suffix) or path.name != tools  # a bare name is a shipped config's
+    if is_file and not path.is_file():
+        raise AgentError(f"--tools {tools}: there is no such file; a shipped config goes by its bare name (gsm8k)")
+    value = str(path.resolve()) if is_file else tools
     return [f"rollout.multi_turn.tool_config_path={json.dumps(value)}", "rollout.multi_turn.enable=true"]
 
 

@@ -83,6 +83,17 @@ def summary(progress: Progress, folder: Path, wall_s: float) -> str:
     return "\n".join(f"{name:<22} {value}" for name, value in rows.items())
 
 
+def shortfall(progress: Progress) -> str:
+    """Why a run is not whole: conversations that infrastructure failed, and those that are not on disk; "" where it is."""
+    problems = []
+    if progress.infra_errors:
+        problems.append(f"{progress.infra_errors} conversations failed by infrastructure (see `error` in their records)")
+    if (missing := (progress.total or 0) - progress.done) > 0:
+        first = f" ({progress.lost[0]})" if progress.lost else ""
+        problems.append(f"{missing} conversations are missing{first}")
+    return " and ".join(problems)
+
+
 def counts(progress: Progress) -> dict[str, object]:
     """The counters as run.json keeps them."""
     return {

@@ -9,7 +9,7 @@ import gc
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -19,11 +19,11 @@ from agent.batch import Progress, run_tasks
 from agent.config import Config
 from agent.errors import TaskError
 from agent.manifest import command_line, run_manifest
-from agent.model.base import resolve_model
-from agent.progress import Display, counts, say, summary
-from agent.session import Session
+from agent.progress import Display, counts, say, shortfall, summary
+from agent.session import Session, load_template
 from agent.tasks import Task, read_tasks
-from conversations.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+from conversations.errors import RunFolderError
+from conversations.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_manifest, read_trajectories
 from tools.registry import load_tools
 from tools.toolset import ToolSet
 
@@ -56,6 +56,7 @@ class _Terminated(KeyboardInterrupt):
 
 def run(request: RunRequest, console: Console) -> int:
     """Runs the tasks into the run folder; returns the exit code. Raises the packages' own errors for a user's mistake."""
+    request = with_fresh_seed(request)
     config = request.config
     tools = load_tools(config.tool_config_path) if config.tool_config_path else None
     chosen = _ToolChoice(tools or {})
@@ -73,6 +74,14 @@ def run(request: RunRequest, console: Console) -> int:
             say(console, f"nothing to do: all {len(pairs)} conversations are in {request.out}")
             return DONE
         return _run_missing(request, tools, store, progress, console)
+
+
+def with_fresh_seed(request: RunRequest) -> RunRequest:
+    """The request with a seed of its own for each start of a run: the same one would sample the same conversations again."""
+    if not (request.resume and (request.out / RUN).exists()):
+        return request
+    seed = read_manifest(request.out).get("seed")
+    return replace(request, config=replace(request.config, seed=seed + 1)) if isinstance(seed, int) else request
 
 
 class _ToolChoice:
@@ -103,7 +112,7 @@ def _count_earlier(folder: Path, asked: set[tuple[str, int]], progress: Progress
 
 
 def _open_store(request: RunRequest, tools: ToolSet | None) -> RunFolder:
-    model_dir = resolve_model(request.config.model_path)
+    model_dir = request.config.model_dir()
     manifest = run_manifest(
         request.config, tools, model_dir, request.tasks, limit=request.limit, validate=request.validate, argv=request.argv
     )
@@ -144,17 +153,33 @@ async def _conversations(request: RunRequest, session: Session, store: RunFolder
 @contextmanager
 def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, console: Console) -> Iterator[Session]:
     """The session; a new run folder whose engine never started holds no run afterwards."""
-    log = request.out / "engine.log"
-    say(console, f"starting {request.config.rollout.name} with {request.config.model_path} (log: {log})")
     try:
-        session = Session(request.config, tools, validate=request.validate, log_path=log)
+        _save_tokenizer(request)
+        session = _start(request, tools, console)
     except BaseException:
         if not request.resume:
             (request.out / RUN).unlink(missing_ok=True)
         raise
     with session:
-        session.template.tokenizer.save_pretrained(request.out / "tokenizer")
         yield session
+
+
+def _save_tokenizer(request: RunRequest) -> None:
+    """Before the engine starts: a folder that cannot be written is known in a second, not after a minute."""
+    folder = request.out / "tokenizer"
+    tokenizer = load_template(request.config, request.config.model_dir()).tokenizer
+    try:
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises a plain Exception for a full disk
+        raise RunFolderError(f"{folder} cannot be written: {error}; make room there, or choose another --out") from error
+
+
+def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Session:
+    name, log = request.config.rollout.name, request.out / "engine.log"
+    starting = f"starting {name} with {request.config.model_path}"
+    say(console, f"{starting} (log: {log})" if name == "sglang" else starting)  # the others have no processes that write one
+    return Session(request.config, tools, validate=request.validate, log_path=log)
 
 
 @contextmanager
@@ -179,11 +204,8 @@ def _interrupted(request: RunRequest, progress: Progress) -> str:
 
 
 def _verdict(request: RunRequest, progress: Progress, console: Console) -> int:
-    if progress.done - progress.infra_errors >= (progress.total or 0):
+    problem = shortfall(progress)
+    if not problem:
         return DONE
-    say(
-        console,
-        f"{progress.infra_errors} conversations failed by infrastructure (engine or tool backend: see `error` in their records); "
-        f"run them again with: {request.resume_command}",
-    )
+    say(console, f"{problem}; run them again with: {request.resume_command}")
     return INCOMPLETE

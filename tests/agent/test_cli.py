@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["run", "tasks.jsonl", "--out", "run", "--config", "none.yaml"], "error: none.yaml: no such config file"),
         (["run", "tasks.jsonl", "--out", "run", "--set", "rollout.nn=1"], "error: --set rollout.nn: unknown key; did you mean rollout.n?"),
         (["run", "tasks.jsonl", "--out", "run", "--tools", "gsm9k"], "error: 'gsm9k' is not a shipped tool config"),
-        (["run", "tasks.jsonl", "--out", "run", "--tools", "none.yaml"], "there is no none.yaml"),
+        (["run", "tasks.jsonl", "--out", "run", "--tools", "./none.yaml"], "error: --tools ./none.yaml: there is no such file"),
+        (["run", "tasks.jsonl", "--out", "run", "--tools", "none.yaml"], "error: --tools none.yaml: there is no such file"),
         (["run", "tasks.jsonl", "--out", "run", "--resume", "--set", "model_path=smollm2-base"], "error: run holds no run to resume"),
         (["tasks", "gsm8k", "none.jsonl", "--out", "x.jsonl"], "error: none.jsonl: cannot be read"),
         (["tasks", "gsm_symbolic", "--size", "1", "--out", "tasks.jsonl/x"], "error: tasks.jsonl/x: cannot be written"),
@@ -213,7 +215,8 @@ def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> 
     assert manifest["tasks"] == {"file": "tasks.jsonl", "sha256": task_file_hash(project / "tasks.jsonl")}
     assert (manifest["n"], manifest["limit"], manifest["validate"]) == (1, 1, False)
     assert manifest["config"]["rollout"]["prompt_length"] == 1024
-    assert len(manifest["model"]["sha256"]) == 64
+    assert manifest["model"]["sha256"] is None  # recorded turns: no weights are read
+    assert len(manifest["model"]["tokenizer_sha256"]) == 64
     assert manifest["counts"]["done"] == 1
     assert manifest["counts"]["stop_reasons"] == {"stop": 1}
     assert manifest["command"].startswith("turntrace run tasks.jsonl")
@@ -297,6 +300,23 @@ def test_an_engine_that_does_not_start_leaves_no_run_behind(run: Run, tmp_path: 
     broken = run("--set", f"rollout.turntrace.recorded={tmp_path}")
     assert broken.returncode == 2
     assert "trajectories.jsonl cannot be read" in broken.stderr
+    assert run("--limit", "1").returncode == 0
+
+
+@pytest.mark.parametrize("target", ["file", "/dev/full"])
+def test_a_tokenizer_that_cannot_be_saved_is_one_line_before_the_engine_starts(run: Run, tmp_path: Path, target: str) -> None:
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    if target == "file":
+        (tmp_path / "run" / "tokenizer").rmdir()
+        (tmp_path / "run" / "tokenizer").touch()
+    else:
+        (tmp_path / "run" / "tokenizer" / "tokenizer.json").symlink_to(target)
+    ran = run("--limit", "1")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: {tmp_path / 'run' / 'tokenizer'} cannot be written: ")
+    assert len(ran.stderr.splitlines()) == 1
+    assert "starting" not in ran.stdout
+    shutil.rmtree(tmp_path / "run")
     assert run("--limit", "1").returncode == 0
 
 

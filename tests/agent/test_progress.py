@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import threading
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import pytest
 from rich.console import Console
 
 from agent.batch import Progress
 from agent.loop import Conversation, Runtime
-from agent.progress import Display, counts, say, summary
+from agent.progress import Display, counts, say, shortfall, summary
 from agent.tasks import Task
 from conversations.trajectory import Turn
 
@@ -122,3 +123,20 @@ def test_paths_with_brackets_and_long_lines_are_printed_as_they_are() -> None:
     out = io.StringIO()
     say(Console(file=out, width=20), "runs/[bold]x[/bold] " + "y" * 50)
     assert out.getvalue() == "runs/[bold]x[/bold] " + "y" * 50 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"total": 3, "done": 3}, ""),
+        ({"total": 3, "done": 3, "infra_errors": 2}, "2 conversations failed by infrastructure (see `error` in their records)"),
+        ({"total": 3, "done": 1}, "2 conversations are missing"),
+        ({"total": 3, "done": 2, "lost": ["no JSON"]}, "1 conversations are missing (no JSON)"),
+        (
+            {"total": 3, "done": 2, "infra_errors": 1},
+            "1 conversations failed by infrastructure (see `error` in their records) and 1 conversations are missing",
+        ),
+    ],
+)
+def test_a_run_that_is_not_whole_says_what_it_lacks(fields: dict[str, Any], says: str) -> None:
+    assert shortfall(Progress(**fields)) == says
