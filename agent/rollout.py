@@ -36,7 +36,7 @@ from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
 from agent.engines.sglang_args import server_args
 from agent.errors import ConfigError
-from agent.model.base import cache_dir
+from agent.model.base import model_name
 
 MESH_DIMS = ("dp", "infer_tp", "pp")
 ALONE_DEFAULTS = {
@@ -144,8 +144,7 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
     def _describe(self) -> dict[str, Any]:
         args = self._engine.server_args
         versions = {name: importlib.metadata.version(name) for name in ("sglang", "verl", "torch")}
-        path = Path(self.model_config.path)
-        model = path.name if path.is_relative_to(cache_dir()) else str(path)  # an embedded model is the same one everywhere
+        model = model_name(Path(self.model_config.path))
         return {"name": "sglang", "model": model, "device": args.device, "dtype": args.dtype, **versions}
 
 

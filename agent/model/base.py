@@ -59,6 +59,14 @@ def resolve_tokenizer(name_or_path: str | Path) -> Path:
     return _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
 
 
+def model_name(folder: Path) -> str:
+    """What to call a model that `resolve_model` found, the same on every machine: a hub id, else the folder's own name."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
 def _cached_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -12,7 +12,7 @@ import pytest
 
 from agent.errors import ConfigError
 from agent.model import base
-from agent.model.base import base_model_dir, merge_lora, model_dir, resolve_model, resolve_tokenizer
+from agent.model.base import base_model_dir, merge_lora, model_dir, model_name, resolve_model, resolve_tokenizer
 from tests.helpers import ROOT, fresh_tokenizer, tokenizer_at
 
 
@@ -148,6 +148,18 @@ def test_an_embedded_models_tokenizer_is_had_without_building_its_weights(
 def test_another_models_tokenizer_lies_in_its_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve_tokenizer(tmp_path) == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899de2", "Qwen/Qwen3-0.6B"),
+        ("/home/me/.cache/huggingface/hub/models--gpt2/snapshots/c1899de2", "gpt2"),
+        ("/home/me/models/mine", "mine"),
+    ],
+)
+def test_a_models_name_holds_no_path_of_this_machine(folder: str, name: str) -> None:
+    assert model_name(Path(folder)) == name
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "smollm3", "../nowhere", "a/b/c", ""])
