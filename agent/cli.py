@@ -120,17 +120,10 @@ def serve_sandbox(
     workers: Annotated[int | None, typer.Option(min=1, help="Programs at a time; default: one a CPU.")] = None,
 ) -> None:
     """SandboxFusion's /run_code, isolated by bubblewrap. Prints its port, ends on Ctrl-C or SIGTERM."""
-    import asyncio
-    import os
-    import signal
+    from tools.servers.sandbox import serve_until_ended
 
-    from tools.servers.sandbox import serve
-
-    # Also for uvicorn, which ends in good order and then raises the signal again.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
     try:
-        asyncio.run(serve(host, port, workers or os.cpu_count() or 1, with_parent=False))
+        serve_until_ended(host, port, workers)
     except OSError as error:
         raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 

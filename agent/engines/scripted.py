@@ -18,14 +18,13 @@ Respond = Callable[[Sequence[int], SamplingParams], Generation]
 class ScriptedEngine:
     """Answers each prompt with what `respond` says, after `delay_s` seconds."""
 
-    def __init__(self, respond: Respond, *, delay_s: float = 0.0, name: str = "scripted") -> None:
+    def __init__(self, respond: Respond, *, delay_s: float = 0.0) -> None:
         self._respond = respond
         self._delay_s = delay_s
-        self._name = name
 
     def describe(self) -> dict[str, Any]:
         """The record's `engine` field."""
-        return {"name": self._name}
+        return {"name": "scripted"}
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
         """The scripted answer, cut to `max_new_tokens` as a real engine would."""
@@ -64,4 +63,4 @@ def recorded(trajectories: Iterable[Trajectory]) -> ScriptedEngine:
         queue.rotate(-1)
         return queue[-1]
 
-    return ScriptedEngine(respond, name="recorded")
+    return ScriptedEngine(respond)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from agent import cli
@@ -117,6 +118,20 @@ def test_doctor_ends_with_1_where_something_fails(tmp_path: Path) -> None:
     assert "fail  config: --set rollout.skip_tokenizer_init: mode async needs skip_tokenizer_init: true" in ran.stdout
 
 
+def test_serve_sandbox_serves_until_sigterm(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "agent", "serve", "sandbox", "--port", "0", "--workers", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = json.loads(server.stdout.readline())["port"]
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/ping").status_code == 200
+        taken = turntrace("serve", "sandbox", "--port", str(port), cwd=tmp_path)
+        server.terminate()
+        assert server.communicate(timeout=30)[1] == ""
+    assert server.returncode == 0
+    assert (taken.returncode, taken.stderr.count("\n")) == (2, 1)
+    assert f"error: cannot listen on 127.0.0.1:{port}: " in taken.stderr
+
+
 # ---------------------------------------------------------------------- runs, on recorded turns
 
 
@@ -206,6 +221,8 @@ def test_a_run_from_task_file_to_run_folder(run: Run, tmp_path: Path) -> None:
     assert sorted(trajectory.id for trajectory in trajectories) == [f"t{task}-{sample}" for task in range(4) for sample in range(2)]
     assert {trajectory.stop_reason for trajectory in trajectories} == {"stop"}
     assert {call.response for trajectory in trajectories for call in trajectory.tool_calls} == {"found"}
+    assert {trajectory.engine["name"] for trajectory in trajectories} == {"scripted"}
+    assert "engine.log" not in ran.stdout  # SGLang's processes write one, and none run here
 
 
 def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> None:

@@ -142,19 +142,24 @@ async def _end_with_parent(server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
+def serve_until_ended(host: str, port: int, workers: int | None = None, *, with_parent: bool = False) -> None:
+    """`serve` as a whole process: SIGTERM and SIGINT end it in good order, with code 0. `workers`: None is one a CPU."""
+    # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    asyncio.run(serve(host, port, workers or os.cpu_count() or 1, with_parent))
+
+
 def main() -> int:
     """The command. 0 after an orderly end, 1 where nothing could be served."""
     parser = argparse.ArgumentParser(prog="tools.servers.sandbox", description="SandboxFusion's /run_code, isolated by bubblewrap.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs at a time")
+    parser.add_argument("--workers", type=int, help="programs at a time; default: one a CPU")
     parser.add_argument("--with-parent", action="store_true", help="end when stdin ends or the parent does")
     options = parser.parse_args()
-    # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
     try:
-        asyncio.run(serve(options.host, options.port, options.workers, options.with_parent))
+        serve_until_ended(options.host, options.port, options.workers, with_parent=options.with_parent)
     except (SandboxUnavailable, OSError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
