@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
+from conversations.encoding import without_lone_surrogates
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
 from conversations.trajectory import Attempt, ToolCallRecord, canonical_json
 from tools.base import BackendError, ToolError
@@ -95,7 +96,7 @@ class ConversationTools:
         try:
             kwargs = tool.create_kwargs(self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth))
             response = await _bounded(self._created(tool, kwargs), tool.timeout_s)
-            return "" if response is None else _without_surrogates(_text(response))
+            return "" if response is None else without_lone_surrogates(_text(response))
         except Exception as error:
             self._fail(tool, "create", error)
             return ""
@@ -208,7 +209,7 @@ class ConversationTools:
 
     def _close(self, line: ToolCallRecord, status: str, text: str, error: str | None = None) -> None:
         line.status, line.error = status, error
-        text = _without_surrogates(text)
+        text = without_lone_surrogates(text)
         shown = self._dispatcher.cut(text)
         line.response, line.full_response = (text, None) if shown is None else (shown, text)
 
@@ -310,12 +311,3 @@ def _say(value: object) -> str:
         return str(value)
     except Exception:
         return f"<{type(value).__name__} without a text>"
-
-
-def _without_surrogates(text: str) -> str:
-    """Lone surrogates have no UTF-8 and no tokens; the model gets U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -59,3 +59,12 @@ class SegmentEncoder:
     def _proven(self, names: Sequence[str]) -> bool:
         texts = [f"{before}{name}{after}{name}{before}" for name in names[:4] for before in _EDGES for after in _EDGES]
         return all(self._segments_of(text) == list(self.whole(text)) for text in texts)
+
+
+def without_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which has no UTF-8 and no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

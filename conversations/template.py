@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from conversations.encoding import SegmentEncoder
+from conversations.encoding import SegmentEncoder, without_lone_surrogates
 from conversations.errors import TemplateError
 from conversations.messages import Message, template_view
 from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER
@@ -123,11 +123,11 @@ class ChatTemplate:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of template text, control tokens recognised, none added. Lone surrogates become U+FFFD."""
-        return self._segments.encode(_encodable(text))
+        return self._segments.encode(without_lone_surrogates(text))
 
     def encoding(self, text: str) -> Any:
         """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end) characters."""
-        return self._backend.encode(_encodable(text), add_special_tokens=False)
+        return self._backend.encode(without_lone_surrogates(text), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens kept, spaces not cleaned up."""
@@ -387,12 +387,3 @@ def _common_length(first: str, second: str) -> int:
 def _split(ids: list[int], cuts: Sequence[int]) -> list[list[int]]:
     bounds = [0, *cuts, len(ids)]
     return [ids[start:end] for start, end in pairwise(bounds)]
-
-
-def _encodable(text: str) -> str:
-    """The text without lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
