@@ -160,6 +160,7 @@ async def test_an_answer_says_what_it_cost(engine: SGLangEngine) -> None:
     assert generation.engine_s is not None
     assert 0 <= generation.queue_s <= generation.engine_s
     assert engine.describe()["device"] in ("cpu", "cuda")
+    assert "/" not in engine.describe()["model"]  # a name, not a path of this machine
     json.dumps(engine.describe())
 
 
