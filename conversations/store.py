@@ -342,9 +342,7 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:
             record = read_record(line.decode())
             key = (str(record["task_id"]), int(record["sample"]))
         except (RecordError, ValueError, TypeError) as error:
-            raise RunFolderError(
-                f"{file}:{number} is damaged: {error}; mend that line, or drop it to have it run again"
-            ) from error
+            raise RunFolderError(f"{file}:{number} is damaged: {error}; mend that line, or drop it to have it run again") from error
         if record["infra_error"]:
             retired.append(line)
         elif key in kept:
