@@ -77,6 +77,10 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         """No interactions in the engine either."""
         return {}
 
+    def _req_level_generate_sequences(self, prompts: Any, **kwargs: Any) -> Any:
+        """verl's request-level loop, replaced by turntrace's own: without its tools it would sample other data in silence."""
+        raise NotImplementedError("a verl trainer's multi_turn batches are not served yet; use `turntrace run` or InferenceEngine")
+
     def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
         """A process alone drives all of the engine's GPUs; several are verl's own case, one per tensor-parallel rank."""
         if dist.get_world_size() > 1:
