@@ -60,7 +60,9 @@ class Children:
         self._log_start = log_path.stat().st_size if log_path and log_path.exists() else 0
         self.sockets: list[Any] = []
         self._processes: list[_Child] = []
-        self._ended: asyncio.Future[str] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end_reason: str | None = None
+        self._waiting: set[asyncio.Future[None]] = set()
 
     def Process(self, target: Callable[..., Any], args: tuple[Any, ...]) -> SpawnProcess:  # noqa: N802 - multiprocessing's own name
         """A process that runs `target` apart from the terminal, started by SGLang."""
@@ -105,35 +107,45 @@ class Children:
             return ""
         return self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
 
+    def watch(self) -> None:
+        """Binds the children to the running event loop, which notices their end. Raises RuntimeError on another loop."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            for sentinel in self.sentinels():
+                loop.add_reader(sentinel, lambda: self.end(self.why_ended()))
+        if self._loop is not loop:
+            raise RuntimeError("an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine")
+
     async def answer(self, task: asyncio.Task[T]) -> T:
         """The task's result, or EngineError when a child has ended first: then nobody is left to answer.
 
-        Cancelling this leaves the task alone. Raises RuntimeError outside the event loop of the first call.
+        Cancelling this leaves the task alone.
         """
-        ended = self._watch()
-        await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        self.watch()
+        waiter = asyncio.get_running_loop().create_future()
+        task.add_done_callback(lambda _: _wake(waiter))
+        self._waiting.add(waiter)
+        try:
+            if self._end_reason is None:
+                await waiter
+        finally:
+            self._waiting.discard(waiter)
+        if self._end_reason is not None and (task.cancelled() or not task.done()):
             task.cancel()
-            raise EngineError(f"the engine ended: {ended.result()}")
+            raise EngineError(f"the engine ended: {self._end_reason}")
         return task.result()
-
-    def _watch(self) -> asyncio.Future[Any]:
-        """The future of why the engine ended, on the loop that SGLang is bound to."""
-        loop = asyncio.get_running_loop()
-        if self._ended is None:
-            self._ended = loop.create_future()
-            for sentinel in self.sentinels():
-                loop.add_reader(sentinel, lambda: self.end(self.why_ended()))
-        if self._ended.get_loop() is not loop:
-            raise RuntimeError("an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine")
-        return self._ended
 
     def end(self, reason: str) -> None:
         """Makes whatever waits, now or later, fail with `reason`; the first one counts. Call it on the engine's loop."""
-        if self._ended is not None and not self._ended.done():
+        if self._end_reason is not None:
+            return
+        self._end_reason = reason
+        if self._loop is not None:
             for sentinel in self.sentinels():
-                self._ended.get_loop().remove_reader(sentinel)
-            self._ended.set_result(reason)
+                self._loop.remove_reader(sentinel)
+        for waiter in self._waiting:
+            _wake(waiter)
 
     def stop(self) -> None:
         """Kills the children and theirs, waits for them and closes the sockets. Safe to call twice."""
@@ -148,6 +160,11 @@ class Children:
             process.kill()
         for process in self._started():
             process.join()
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class _Child(SpawnProcess):

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import multiprocessing
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """Importing and starting SGLang changes the event loop policy, the start method and the root logger; this undoes it."""
+    """Importing and starting SGLang changes the event loop policy, the start method, the root logger and more; this undoes it."""
+    register_atexit = threading._register_atexit  # type: ignore[attr-defined]  # without it, idle executor threads hang the exit
     policy, start_method = asyncio.get_event_loop_policy(), multiprocessing.get_start_method(allow_none=True)
     root, sglang = logging.getLogger(), logging.getLogger("sglang")
     handlers, level = root.handlers[:], root.level
@@ -71,6 +73,7 @@ def _process_state_kept() -> Iterator[None]:
             warnings.simplefilter("ignore")  # about hardware that is not there, and about SGLangRollout's age
             yield
     finally:
+        threading._register_atexit = register_atexit  # type: ignore[attr-defined]
         asyncio.set_event_loop_policy(policy)
         multiprocessing.set_start_method(start_method, force=True)
         root.handlers[:] = handlers
@@ -93,6 +96,7 @@ class SGLangEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
         """Samples one turn. Raises EngineError as the protocol says, RuntimeError on a second event loop."""
+        self._children.watch()
         if request_id in self._running:
             raise EngineError(f"request id {request_id} is already in flight; each request needs its own")
         check_sampling(sampling)
@@ -103,7 +107,7 @@ class SGLangEngine:
         try:
             return read_answer(await self._children.answer(task))
         except asyncio.CancelledError:
-            if task.cancelled():  # by `abort`, before SGLang had the request
+            if task.cancelled() and not _is_cancelled():  # by `abort`, before SGLang had the request
                 return Generation([], [], "abort")
             self._stop(request_id)
             raise
@@ -145,6 +149,12 @@ class SGLangEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._children.stop()
+
+
+def _is_cancelled() -> bool:
+    """Whether the running task itself is being cancelled, not only something that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def check_sampling(sampling: Mapping[str, Any]) -> None:

@@ -210,13 +210,17 @@ async def test_a_cancelled_request_is_stopped_in_the_engine_too(engine: SGLangEn
 @on_session_loop
 async def test_a_request_stopped_before_the_engine_had_it_never_reaches_it(engine: SGLangEngine, sglang_rollout: Any) -> None:
     aborted, cancelled = uuid.uuid4().hex, uuid.uuid4().hex
-    tasks = [endless(engine, aborted), endless(engine, cancelled)]
+    both = uuid.uuid4().hex
+    tasks = [endless(engine, aborted), endless(engine, cancelled), endless(engine, both)]
     await asyncio.sleep(0)
     await engine.abort(aborted)
     tasks[1].cancel()
+    await engine.abort(both)
+    tasks[2].cancel()
     assert await tasks[0] == Generation([], [], "abort")
-    with pytest.raises(asyncio.CancelledError):
-        await tasks[1]
+    for task in tasks[1:]:
+        with pytest.raises(asyncio.CancelledError):
+            await task
     await until(idle(sglang_rollout))
 
 
@@ -301,6 +305,8 @@ def test_it_is_verls_own_rollout_class(sglang_rollout: Any) -> None:
 
     assert isinstance(sglang_rollout, SGLangRollout)
     assert sglang_rollout.engine() is sglang_rollout.engine()
+    with pytest.raises(NotImplementedError, match="multi_turn"):
+        sglang_rollout._req_level_generate_sequences(None)
 
 
 # ---------------------------------------------------------------------- starting and ending
@@ -318,6 +324,7 @@ def test_a_script_without_a_main_guard_is_told_when_its_engine_dies(tmp_path: Pa
     assert told["signals"] == [0, 0]
     assert "killed from outside" in told["running"]
     assert "killed from outside" in told["next"]
+    assert "killed from outside" in told["weights"]
     assert told["processes"] == []
     assert "Traceback" not in done.stderr
 
@@ -351,6 +358,7 @@ DYING = """
         os.kill(scheduler.pid, signal.SIGKILL)
         told["running"] = await running
         told["next"] = await failure(generate(1))
+        told["weights"] = await failure(rollout.update_weights(iter([("model.norm.weight", torch.zeros(576, dtype=torch.bfloat16))])))
         await engine.close()
         await engine.close()
         told["processes"] = [child.name() for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]

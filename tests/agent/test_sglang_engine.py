@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from agent.config import load_config
 from agent.engines.cpu_guards import guard_paths
-from agent.engines.processes import explain
+from agent.engines.processes import Children, explain
 from agent.engines.sglang import check_prompt, check_sampling, read_answer
 from agent.engines.sglang_args import CONTEXT_SLACK, environment, server_args, start_variables
-from agent.errors import EngineError
+from agent.errors import EngineError, EngineStartError
 from tests.helpers import ROOT
 
 # ---------------------------------------------------------------------- answers
@@ -175,6 +179,63 @@ def test_a_failure_is_explained_in_one_line(log: str, exit_code: int, expected: 
     told = explain(log, exit_code)
     assert expected in told
     assert "\n" not in told
+
+
+# ---------------------------------------------------------------------- child processes
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    (tmp_path / "log").write_text("MemoryError: of an earlier engine\n")
+    started = Children(tmp_path / "log")
+    yield started
+    started.stop()
+
+
+def test_a_child_that_dies_before_it_reports_is_told_in_its_own_words(children: Children) -> None:
+    reader, writer = children.Pipe(duplex=False)
+    children.Process(target=sys.exit, args=("ValueError: no such model",)).start()
+    with pytest.raises(EngineStartError, match=r"^the engine did not start: ValueError: no such model \(log: [^\n]+\)$"):
+        reader.recv()
+    writer.close()
+
+
+async def test_what_waits_fails_when_a_child_ends_and_so_does_what_comes_later(children: Children) -> None:
+    process = children.Process(target=time.sleep, args=(600,))
+    process.start()
+    waiting = [asyncio.create_task(children.answer(asyncio.create_task(asyncio.sleep(600)))) for _ in range(3)]
+    answered = asyncio.create_task(children.answer(asyncio.create_task(asyncio.sleep(0, "an answer"))))
+    assert await answered == "an answer"
+    process.kill()
+    failures = await asyncio.gather(*waiting, children.answer(asyncio.create_task(asyncio.sleep(600))), return_exceptions=True)
+    assert {(type(failure), str(failure).partition(":")[0]) for failure in failures} == {(EngineError, "the engine ended")}
+
+
+async def test_cancelling_the_wait_leaves_the_request_alone_and_closing_ends_it(children: Children) -> None:
+    request = asyncio.create_task(asyncio.sleep(600))
+    impatient, patient = (asyncio.create_task(children.answer(request)) for _ in range(2))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await impatient
+    assert not request.done()
+    children.end("it was closed")
+    request.cancel()
+    with pytest.raises(EngineError, match="the engine ended: it was closed"):
+        await patient
+
+
+def test_stop_ends_children_and_theirs(children: Children) -> None:
+    process = children.Process(target=os.system, args=("sleep 600",))
+    process.start()
+    parent = psutil.Process(process.pid)
+    while not (grandchildren := parent.children(recursive=True)):
+        time.sleep(0.05)
+    children.stop()
+    children.stop()
+    psutil.wait_procs(grandchildren, timeout=10)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in grandchildren)
+    assert not process.is_alive()
 
 
 # ---------------------------------------------------------------------- import guards
