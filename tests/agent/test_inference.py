@@ -225,11 +225,11 @@ def test_ctrl_c_while_starting_ends_the_process(stage: str, tmp_path: Path) -> N
         assert process.stdout is not None
         assert process.stdout.readline() == "starting\n"
         if stage == "connect":
-            silent.settimeout(60)
+            silent.settimeout(300)
             asked, _ = silent.accept()
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         if stage == "connect":
             asked.close()
     assert "KeyboardInterrupt" in errors
