@@ -183,7 +183,8 @@ def test_a_closed_engine_says_so(recording: Path) -> None:
 # ---------------------------------------------------------------------- Ctrl-C
 
 _SLOW = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 from agent.config import load_config
 from agent.session import Session
 from tools.function import FunctionTool, tool
@@ -229,7 +230,10 @@ def test_ctrl_c_while_starting_ends_the_process(stage: str, tmp_path: Path) -> N
             asked, _ = silent.accept()
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=300)
+        try:
+            _, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
         if stage == "connect":
             asked.close()
     assert "KeyboardInterrupt" in errors
