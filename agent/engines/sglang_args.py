@@ -14,7 +14,7 @@ from typing import Any
 CONTEXT_SLACK = 8
 """SGLang keeps some positions of the context for itself: asked for this many more, all of `max_model_len` can be used."""
 CPU_KV_TOKENS = 65536
-"""KV cache on a CPU, whose memory SGLang would otherwise take a share of. About 1.5 GB for SmolLM2-135M."""
+"""At most so much KV cache on a CPU, whose memory SGLang would otherwise take a share of: 1.5 GB for SmolLM2-135M."""
 
 
 def server_args(rollout: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def server_args(rollout: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
 
 
 def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    one = rollout["max_model_len"] + CONTEXT_SLACK
     return {
         "device": "cpu",
         "attention_backend": "torch_native",
@@ -46,7 +47,7 @@ def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
         "disable_cuda_graph": True,
         "enable_memory_saver": False,
         "sleep_on_idle": True,
-        "max_total_tokens": max(CPU_KV_TOKENS, rollout["max_model_len"] + CONTEXT_SLACK),
+        "max_total_tokens": max(one, min(CPU_KV_TOKENS, one * rollout["max_num_seqs"])),
     }
 
 

@@ -139,6 +139,13 @@ def test_a_cpu_gets_its_own_backends_and_engine_kwargs_still_win() -> None:
     assert "device" not in arguments()
 
 
+@pytest.mark.parametrize(
+    ("slots", "length", "tokens"), [(16, 2048, 16 * (2048 + CONTEXT_SLACK)), (1024, 2048, 65536), (4, 80000, 80000 + CONTEXT_SLACK)]
+)
+def test_the_cpus_kv_cache_holds_what_can_run_within_a_bound(slots: int, length: int, tokens: int) -> None:
+    assert arguments(f"max_num_seqs={slots}", f"max_model_len={length}", cuda=False)["max_total_tokens"] == tokens
+
+
 def test_start_variables_give_way_to_the_users_and_are_gone_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
