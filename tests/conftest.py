@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 
 from conversations.template import ChatTemplate
 from tests.helpers import hermes_template, qwen_template
+
+
+# Tests that run as a background job inherit that Ctrl-C is ignored, and would pass it on to every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -347,7 +347,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_how_to_go_on(
     with subprocess.Popen(command, cwd=project, env=env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: lines(out / "trajectories.jsonl") == QUICK and len(list(look.glob("called-*"))) == TASKS, process)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == code
     assert f"interrupted: {QUICK} of {TASKS} conversations are in {out}, {TASKS - QUICK} unfinished ones beside them" in said
     assert said.splitlines()[-1].endswith(f"turntrace run tasks.jsonl --config config.yaml --out {out} --resume")

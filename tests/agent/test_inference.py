@@ -183,8 +183,7 @@ def test_a_closed_engine_says_so(recording: Path) -> None:
 # ---------------------------------------------------------------------- Ctrl-C
 
 _SLOW = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+import sys
 from agent.config import load_config
 from agent.session import Session
 from tools.function import FunctionTool, tool
