@@ -11,7 +11,6 @@ import pytest
 from conversations.template import ChatTemplate
 from tests.helpers import hermes_template, qwen_template
 
-
 # Tests that run as a background job inherit that Ctrl-C is ignored, and would pass it on to every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
