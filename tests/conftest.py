@@ -11,8 +11,9 @@ import pytest
 from conversations.template import ChatTemplate
 from tests.helpers import hermes_template, qwen_template
 
-# Tests that run as a background job inherit that Ctrl-C is ignored, and would pass it on to every process they start.
+# Tests that run as a background job inherit that these are ignored, and would pass that on to every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
