@@ -90,7 +90,7 @@ def evaluate(
 
     out.mkdir(parents=True, exist_ok=True)
     rows = Examination(adapter, gsm8k, out, limit, Console()).run()
-    Console(width=160).print(table(rows))
+    Console(width=200).print(table(rows))
     typer.echo(f"report in {out / 'report.json'}")
 
 
