@@ -45,12 +45,19 @@ INVALID_STATUSES = frozenset({"unknown_tool", "invalid_arguments", "malformed"})
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at serving a call: seconds waited for a free slot, seconds run, and how it ended."""
+    """One try at serving a call: seconds waited for a free slot, seconds run, and how it ended.
+
+    `error_class` is the exception's class name, None where there was none. `bytes` is the UTF-8 size of what the tool
+    answered, before any cut; None where it answered nothing. `tokens_cut` is what the model does not see of it.
+    """
 
     status: str
     queue_s: float
     run_s: float
     error: str | None = None
+    error_class: str | None = None
+    bytes: int | None = None
+    tokens_cut: int = 0
 
 
 @dataclass(slots=True)
