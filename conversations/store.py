@@ -120,9 +120,11 @@ class RunFolder:
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """run.json as a dict. Raises RunFolderError where it is missing, damaged or of another schema."""
     file = Path(path) / RUN
+    if file.exists() and not file.is_file():
+        raise RunFolderError(f"{file} is not a file")  # a named pipe would wait for its writer
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise RunFolderError(f"{file} is not the run.json of a {SCHEMA} run")

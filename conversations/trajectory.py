@@ -146,7 +146,11 @@ class Trajectory:
     @classmethod
     def from_line(cls, line: str) -> Trajectory:
         """Reads a record line back, checking schema, fields and hash. Raises RecordError saying what is wrong."""
-        record = read_record(line)
+        return cls.from_record(read_record(line))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Trajectory:
+        """A record that `read_record` or `parse_record` gave. Raises RecordError where its turns, segments or ledger are damaged."""
         values = {name: record[name] for name in _FIELDS}
         try:
             values["segments"] = [tuple(segment) for segment in record["segments"]]
@@ -173,6 +177,18 @@ def record_hash(record: Mapping[str, Any]) -> str:
 
 def read_record(line: str) -> dict[str, Any]:
     """One line as a checked dict: valid JSON, this schema, exactly its fields, the right hash."""
+    record = parse_record(line)
+    try:
+        expected = record_hash(record)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"trajectory {record['id']} has no canonical JSON: {error}") from error
+    if record["sha256"] != expected:
+        raise RecordError(f"trajectory {record['id']} does not match its hash: it was changed after it was written")
+    return record
+
+
+def parse_record(line: str) -> dict[str, Any]:
+    """`read_record` without the hash: valid JSON, this schema, exactly its fields."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -184,12 +200,6 @@ def read_record(line: str) -> dict[str, Any]:
     unknown = [name for name in record if name not in (*_FIELDS, "sha256", "schema")]
     if missing or unknown:
         raise RecordError(f"fields missing: {missing}, unknown: {unknown}")
-    try:
-        expected = record_hash(record)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"trajectory {record['id']} has no canonical JSON: {error}") from error
-    if record["sha256"] != expected:
-        raise RecordError(f"trajectory {record['id']} does not match its hash: it was changed after it was written")
     return record
 
 

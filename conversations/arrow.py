@@ -1,0 +1,88 @@
+"""Trajectories as Arrow tables: tokens as numbers, text as text, everything nested or of any shape as JSON text.
+
+    prompt_ids, response_ids    list<int32>
+    response_mask               list<int8>
+    response_logprobs           list<float32>, null where nothing was sampled
+    segments                    list<struct<kind: string, start: int32, end: int32>>
+    turns                       list<struct<start, end, finish_reason, prompt_tokens, cached_tokens, queue_s, engine_s, weight_version>>
+    sample, num_turns           int32
+    infra_error                 bool
+    reward, wall_s              double
+    warnings                    list<string>
+    schema, id, task_id, stop_reason, error, started_at, sha256    string
+    messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine, sampling, parent    JSON text
+
+JSON text reads back with `json.loads` and is null where the field is null. Log-probs lose nothing: they were float32 when sampled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from conversations.errors import RunFolderError
+
+JSON_COLUMNS = (
+    "messages", "tool_calls", "tools", "reward_parts", "ground_truth", "data_source", "extra", "engine", "sampling", "parent",
+)  # fmt: skip
+BATCH = 256
+
+
+def schema(columns: Collection[str] | None = None) -> Any:
+    """The `pyarrow.Schema` of those columns, in the order given; None: all. Raises RunFolderError for an unknown one."""
+    import pyarrow as pa
+
+    known = _types(pa)
+    if unknown := [name for name in columns or () if name not in known]:
+        raise RunFolderError(f"there is no column {', '.join(map(repr, unknown))}; the columns are {', '.join(known)}")
+    return pa.schema([(name, known[name]) for name in (known if columns is None else columns)])
+
+
+def batches(records: Iterable[dict[str, Any]], columns: Collection[str] | None = None, *, size: int = BATCH) -> Iterator[Any]:
+    """`pyarrow.RecordBatch`es of `size` records each, made as they are asked for."""
+    import pyarrow as pa
+
+    form = schema(columns)
+    rest = iter(records)
+    while chunk := list(islice(rest, size)):
+        try:
+            yield pa.RecordBatch.from_arrays(
+                [pa.array([_value(record, name) for record in chunk], form.field(name).type) for name in form.names], schema=form
+            )
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise RunFolderError(f"trajectories {chunk[0]['id']} to {chunk[-1]['id']} do not fit a table: {error}") from error
+
+
+def table(records: Iterable[dict[str, Any]], columns: Collection[str] | None = None) -> Any:
+    """All records as one `pyarrow.Table`."""
+    import pyarrow as pa
+
+    return pa.Table.from_batches(batches(records, columns), schema(columns))
+
+
+def _value(record: dict[str, Any], name: str) -> Any:
+    value = record[name]
+    if name in JSON_COLUMNS:
+        return None if value is None else json.dumps(value, ensure_ascii=True)
+    if name == "segments":
+        return [{"kind": kind, "start": start, "end": end} for kind, start, end in value]
+    return value
+
+
+def _types(pa: Any) -> dict[str, Any]:
+    ids, text, whole, seconds = pa.list_(pa.int32()), pa.string(), pa.int32(), pa.float64()
+    segment = pa.struct([("kind", text), ("start", whole), ("end", whole)])
+    turn = pa.struct([
+        ("start", whole), ("end", whole), ("finish_reason", text), ("prompt_tokens", whole), ("cached_tokens", whole),
+        ("queue_s", seconds), ("engine_s", seconds), ("weight_version", text),
+    ])  # fmt: skip
+    return {
+        "schema": text, "id": text, "task_id": text, "sample": whole, "prompt_ids": ids, "response_ids": ids,
+        "response_mask": pa.list_(pa.int8()), "response_logprobs": pa.list_(pa.float32()), "segments": pa.list_(segment),
+        "turns": pa.list_(turn), "messages": text, "tool_calls": text, "tools": text, "stop_reason": text, "num_turns": whole,
+        "infra_error": pa.bool_(), "error": text, "warnings": pa.list_(text), "reward": seconds, "reward_parts": text,
+        "ground_truth": text, "data_source": text, "extra": text, "engine": text, "sampling": text, "parent": text,
+        "started_at": text, "wall_s": seconds, "sha256": text,
+    }  # fmt: skip

@@ -1,0 +1,35 @@
+"""The tokenizer that a run keeps in its `tokenizer/`, loaded as data: a run folder may come from anybody.
+
+Invariant: nothing that lies in the folder is run as code. One class of transformers reads `tokenizer.json`, whatever class the folder
+names, so neither remote code nor a slow tokenizer's pickles are looked at; the chat template runs in jinja2's sandbox.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import RunFolderError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The `PreTrainedTokenizerFast` of a saved tokenizer. Raises RunFolderError where there is none that can be read."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    if not (folder / "tokenizer.json").is_file():
+        raise RunFolderError(f"{folder} holds no tokenizer.json; the run was copied without its tokenizer, or it was never written")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the class that the folder names
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        raise RunFolderError(f"{folder} holds no tokenizer that can be read: {_one_line(error)}") from error
+    finally:
+        logging.set_verbosity(before)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
