@@ -133,9 +133,11 @@ class _Batch:
     on_done: Callable[[Trajectory], None] | None
 
     async def run(self, conversation: Conversation) -> None:
+        tracing = self.runtime.tracing
         self.progress.live.add(conversation)
         try:
-            await converse(conversation)
+            with tracing.conversation(conversation) if tracing else contextlib.nullcontext():
+                await converse(conversation)
         except asyncio.CancelledError:
             if self.store:
                 self._keep(self.store.append_unfinished, conversation.trajectory())

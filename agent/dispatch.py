@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import json
 import traceback
 import uuid
@@ -33,6 +34,9 @@ Cut = Callable[[str], str | None]
 
 Call = ToolCall | MalformedToolCall
 
+Around = Callable[[Callable[[], Coroutine[Any, Any, None]], ToolCallRecord], Coroutine[Any, Any, None]]
+"""Wraps the answering of one call; its ledger line is filled in when that has ended."""
+
 T = TypeVar("T")
 
 
@@ -43,6 +47,7 @@ class Dispatcher:
         self.tools = tools
         self.max_parallel_calls = max_parallel_calls
         self.cut = cut
+        self.around: Around | None = None
         self._slots = {name: asyncio.Semaphore(tool.max_concurrency) for name, tool in tools.items() if tool.max_concurrency}
 
     def slot(self, tool: LoadedTool) -> contextlib.AbstractAsyncContextManager[None]:
@@ -154,8 +159,11 @@ class ConversationTools:
 
     async def run(self, calls: Sequence[Call], lines: Sequence[ToolCallRecord]) -> None:
         """Runs a turn's calls concurrently and fills in their ledger lines."""
-        limit = self._dispatcher.max_parallel_calls
-        answers = [self._answer(call, line, index < limit) for index, (call, line) in enumerate(zip(calls, lines, strict=True))]
+        limit, around = self._dispatcher.max_parallel_calls, self._dispatcher.around
+        answers = []
+        for index, (call, line) in enumerate(zip(calls, lines, strict=True)):
+            answer = functools.partial(self._answer, call, line, index < limit)
+            answers.append(around(answer, line) if around else answer())
         await _together(answers)
 
     async def _answer(self, call: Call, line: ToolCallRecord, within_limit: bool) -> None:

@@ -20,6 +20,7 @@ from agent.dispatch import ConversationTools, Dispatcher, describe, ledger_lines
 from agent.engines.engine import Engine, Generation
 from agent.errors import EngineError
 from agent.tasks import Task
+from agent.tracing import Tracing
 from conversations import hermes
 from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
 from conversations.template import ChatTemplate, Delta
@@ -53,6 +54,7 @@ class Runtime:
     template: ChatTemplate
     settings: LoopSettings
     dispatcher: Dispatcher | None = None
+    tracing: Tracing | None = None
 
 
 async def converse(conversation: Conversation) -> None:

@@ -21,6 +21,7 @@ from agent.dispatch import Dispatcher
 from agent.engines.engine import Engine
 from agent.engines.scripted import recorded
 from agent.loop import LoopSettings, Runtime
+from agent.tracing import start_tracing
 from conversations.store import read_trajectories
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL
@@ -44,6 +45,7 @@ class Session:
         self.template = load_template(config, self.model_dir)
         if tools:
             self.template.require(TOOL)
+        self._tracing = start_tracing()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="turntrace-loop", daemon=True)
         self._started: concurrent.futures.Future[Engine] = concurrent.futures.Future()
@@ -52,7 +54,8 @@ class Session:
         try:
             self.engine = self._started.result()
             dispatcher = make_dispatcher(config, tools, self.template) if tools else None
-            self.runtime = Runtime(self.engine, self.template, loop_settings(config, config.sampling(validate)), dispatcher)
+            runtime = Runtime(self.engine, self.template, loop_settings(config, config.sampling(validate)), dispatcher)
+            self.runtime = self._tracing.traced(runtime) if self._tracing else runtime
         except BaseException:
             self.close()
             raise
@@ -128,6 +131,8 @@ class Session:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+            if self._tracing:
+                self._tracing.close()
 
     def _cancel_all(self) -> None:
         for task in asyncio.all_tasks(self._loop):
