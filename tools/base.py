@@ -11,7 +11,8 @@ anything else  a bug of the tool: kept in the ledger, told to the model in one l
 
 ToolsError     a user's mistake: a config or machine that cannot work; the command line prints it
 ├── ToolConfigError      tools.yaml is wrong
-└── SandboxUnavailable   this machine cannot isolate code
+├── SandboxUnavailable   this machine cannot isolate code
+└── SearchUnavailable    there is nothing to search: no corpus or index, or one that cannot be read
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class ToolConfigError(ToolsError):
 
 class SandboxUnavailable(ToolsError):  # noqa: N818 - a state of the machine, named as such
     """This machine cannot isolate code; the message says why and what to do."""
+
+
+class SearchUnavailable(ToolsError):  # noqa: N818 - likewise
+    """A corpus or an index is missing or wrong; the message says where and what to do."""
 
 
 class ToolError(Exception):

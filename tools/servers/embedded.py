@@ -1,4 +1,4 @@
-"""The sandbox server as a child of this process: started by whoever needs it first, gone with the last of them.
+"""An embedded server as a child of this process: started by whoever needs it first, gone with the last of them.
 
 It cannot outlive us: it holds the other end of a pipe of ours and ends when that breaks, `kill -9` included.
 """
@@ -6,6 +6,7 @@ It cannot outlive us: it holds the other end of a pipe of ours and ends when tha
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import subprocess
@@ -13,17 +14,22 @@ import sys
 import threading
 from pathlib import Path
 
-from tools.base import SandboxUnavailable
+from tools.base import SandboxUnavailable, SearchUnavailable, ToolsError
 
 _ROOT = Path(__file__).resolve().parents[2]
 _STOP_S = 5.0
 
 
 class EmbeddedServer:
-    """One child, shared by its users. Thread-safe; `acquire` takes half a second where the child must be started."""
+    """One child, `python -m MODULE ARGUMENTS`, shared by its users. Thread-safe; `url` takes half a second where it starts the child.
 
-    def __init__(self, module: str) -> None:
+    `unavailable` is what `url` raises where the child cannot do its work.
+    """
+
+    def __init__(self, module: str, *arguments: str, unavailable: type[ToolsError] = SandboxUnavailable) -> None:
         self._module = module
+        self._arguments = arguments
+        self._unavailable = unavailable
         self._lock = threading.Lock()
         self._users = 0
         self._child: subprocess.Popen[bytes] | None = None
@@ -42,14 +48,14 @@ class EmbeddedServer:
                 self._stop()
 
     def url(self) -> str:
-        """The child's address. Starts it, again if it has died. Raises SandboxUnavailable."""
+        """The child's address. Starts it, again if it has died. Raises `unavailable`."""
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
             return self._url
 
     def check(self) -> None:
-        """Raises SandboxUnavailable where the child cannot do its work on this machine."""
+        """Raises `unavailable` where the child cannot do its work on this machine."""
         self.acquire()
         try:
             self.url()
@@ -64,7 +70,7 @@ class EmbeddedServer:
         self._stop()
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # -P: a `tools` folder in the user's working folder is not ours. A session of its own: Ctrl-C is for us to handle.
-        command = [sys.executable, "-P", "-m", self._module, "--port", "0", "--with-parent"]
+        command = [sys.executable, "-P", "-m", self._module, "--port", "0", "--with-parent", *self._arguments]
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
         )
@@ -72,7 +78,7 @@ class EmbeddedServer:
         told = json.loads(line) if line else {"error": f"{self._module} ended at its start with code {child.wait()}"}
         if "error" in told:
             _end(child)
-            raise SandboxUnavailable(told["error"])
+            raise self._unavailable(told["error"])
         self._child, self._url = child, f"http://127.0.0.1:{told['port']}"
         atexit.register(self._stop_at_exit, os.getpid())
 
@@ -100,3 +106,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 sandbox = EmbeddedServer("tools.servers.sandbox")
+
+
+@functools.cache
+def search(index: str) -> EmbeddedServer:
+    """The search server of one index, a folder that `search_index.built_index` made."""
+    return EmbeddedServer("tools.servers.search", "--index", index, unavailable=SearchUnavailable)
