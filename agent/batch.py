@@ -13,12 +13,11 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from agent.loop import Conversation, Runtime, converse
 from agent.tasks import Task
 from conversations.errors import RecordError
-from conversations.store import RunFolder
 from conversations.trajectory import INVALID_STATUSES, Trajectory
 
 _OPEN_PARTS: dict[str, Any] = {
@@ -32,6 +31,16 @@ _OPEN_PARTS: dict[str, Any] = {
     "sampling": {},
 }
 """The parts of a record that hold whatever a row, a tool or an engine gave, and their empty forms."""
+
+
+class Store(Protocol):
+    """Where conversations are kept: a `RunFolder`, or something in front of one."""
+
+    done: set[tuple[str, int]]
+
+    def append(self, trajectory: Trajectory) -> None: ...
+
+    def append_unfinished(self, trajectory: Trajectory) -> None: ...
 
 
 @dataclass(slots=True)
@@ -99,7 +108,7 @@ async def run_tasks(
     *,
     n: int = 1,
     max_concurrent: int = 64,
-    store: RunFolder | None = None,
+    store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
@@ -108,18 +117,27 @@ async def run_tasks(
     `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
     records written as unfinished, and CancelledError is raised. An error of the store ends the run.
     """
-    batch = _Batch(runtime, store, progress or Progress(), on_done)
+    conversations = (Conversation(task, sample, runtime) for task in tasks for sample in range(n))
+    return await run_conversations(conversations, max_concurrent=max_concurrent, store=store, progress=progress, on_done=on_done)
+
+
+async def run_conversations(
+    conversations: Iterable[Conversation],
+    *,
+    max_concurrent: int = 64,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    on_done: Callable[[Trajectory], None] | None = None,
+) -> Progress:
+    """`run_tasks` for conversations that are not all alike; each is made when there is room to run it."""
+    batch = _Batch(store, progress or Progress(), on_done)
+    missing = filter(batch.is_missing, conversations)
     slots = asyncio.Semaphore(max_concurrent)
     try:
         async with asyncio.TaskGroup() as group:
-            for task in tasks:
-                for sample in range(n):
-                    if store and (task.id, sample) in store.done:
-                        batch.progress.skipped += 1
-                        continue
-                    await slots.acquire()
-                    running = group.create_task(batch.run(Conversation(task, sample, runtime)))
-                    running.add_done_callback(lambda _: slots.release())
+            while await slots.acquire() and (conversation := next(missing, None)):
+                running = group.create_task(batch.run(conversation))
+                running.add_done_callback(lambda _: slots.release())
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return batch.progress
@@ -127,13 +145,18 @@ async def run_tasks(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    runtime: Runtime
-    store: RunFolder | None
+    store: Store | None
     progress: Progress
     on_done: Callable[[Trajectory], None] | None
 
+    def is_missing(self, conversation: Conversation) -> bool:
+        """False, and counted as skipped, where the store has it already."""
+        is_there = self.store is not None and (conversation.task.id, conversation.sample) in self.store.done
+        self.progress.skipped += is_there
+        return not is_there
+
     async def run(self, conversation: Conversation) -> None:
-        tracing = self.runtime.tracing
+        tracing = conversation.runtime.tracing
         self.progress.live.add(conversation)
         try:
             with tracing.conversation(conversation) if tracing else contextlib.nullcontext():

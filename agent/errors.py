@@ -6,6 +6,7 @@ AgentError                 a user's mistake or a machine's lack; the command lin
 └── EngineStartError       an engine that could not be started
 
 EngineError                one generation failed; the conversation ends with `engine_error`, others go on
+EndConversation            a conversation has to end here for a reason that its engine or its tools know
 """
 
 
@@ -27,3 +28,12 @@ class EngineStartError(AgentError):
 
 class EngineError(Exception):
     """The engine failed to answer one generation, or answered something that is not data."""
+
+
+class EndConversation(Exception):  # noqa: N818 - no failure: the end, and why
+    """Ends the conversation that it is raised in with this stop reason; `error` says more, for the record's `error`."""
+
+    def __init__(self, reason: str, error: str | None) -> None:
+        super().__init__(error or reason)
+        self.reason = reason
+        self.error = error

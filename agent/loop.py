@@ -18,7 +18,7 @@ from typing import Any
 
 from agent.dispatch import ConversationTools, Dispatcher, describe, ledger_lines
 from agent.engines.engine import Engine, Generation
-from agent.errors import EngineError
+from agent.errors import EndConversation, EngineError
 from agent.tasks import Task
 from agent.tracing import Tracing
 from conversations import hermes
@@ -70,6 +70,8 @@ async def converse(conversation: Conversation) -> None:
         except asyncio.CancelledError:
             conversation.stop("cancelled")
             raise
+        except EndConversation as end:
+            conversation.end(end)
         except Exception as error:
             if deadline.expired():
                 conversation.stop("deadline")
@@ -115,7 +117,7 @@ class Conversation:
     """
 
     __slots__ = (
-        "_invalid_in_a_row", "_opened", "_started_at", "error", "infra_error", "ledger", "messages", "rewards", "runtime",
+        "_invalid_in_a_row", "_opened", "_started_at", "error", "infra_error", "ledger", "messages", "parent", "rewards", "runtime",
         "sample", "stop_reason", "task", "tokens", "tools", "turn_is_complete", "turns", "wall_s", "warnings",
     )  # fmt: skip
 
@@ -132,6 +134,7 @@ class Conversation:
         self.tools: ConversationTools | None = None
         self.stop_reason: str | None = None
         self.error: str | None = None
+        self.parent: dict[str, Any] | None = None
         self.infra_error = False
         self.turn_is_complete = False
         self.wall_s = 0.0
@@ -143,15 +146,18 @@ class Conversation:
 
     async def open(self) -> bool:
         """Creates the tools and renders the prompt; False where it is longer than the prompt budget."""
-        created: list[Message] = []
-        if dispatcher := self.runtime.dispatcher:
-            self.tools = ConversationTools(dispatcher, self.task.tools_kwargs, self.task.ground_truth)
-            created = await self.tools.create()
+        self.tools = self.make_tools()
+        created = await self.tools.create() if self.tools else []
         for kind, ids in self.runtime.template.prompt(self.task.messages, self.schemas, created):
             self.tokens.append(kind, ids)
         self.messages += created
         settings = self.runtime.settings
         return len(self.tokens) <= min(settings.prompt_length, settings.max_model_len - 1)
+
+    def make_tools(self) -> ConversationTools | None:
+        """The tools of this conversation, not yet created; None without any."""
+        dispatcher = self.runtime.dispatcher
+        return ConversationTools(dispatcher, self.task.tools_kwargs, self.task.ground_truth) if dispatcher else None
 
     def stop(self, reason: str) -> None:
         """Sets the stop reason, once: the first that happens stays."""
@@ -162,10 +168,15 @@ class Conversation:
         self.stop(reason)
         self.infra_error, self.error = True, error
 
+    def end(self, end: EndConversation) -> None:
+        """Ends the conversation as its engine or its tools said."""
+        self.stop(end.reason)
+        self.error = end.error
+
     async def collect_rewards(self) -> None:
-        """Asks the tools for the trajectory's reward, unless nothing was sampled or infrastructure failed."""
+        """Asks the tools for the trajectory's reward, unless nothing was sampled, infrastructure failed, or it was cut off."""
         self.infra_error = self.infra_error or any(line.status == "backend_error" for line in self.ledger)
-        if self.tools and self.turns and not self.infra_error:
+        if self.tools and self.turns and not self.infra_error and self.stop_reason != "cancelled":
             self.rewards = await self.tools.rewards()
         if self.tools and self.tools.failure:
             self.infra_error, self.error = True, self.error or self.tools.failure
@@ -298,7 +309,7 @@ class Conversation:
             extra=task.extra,
             engine=self.runtime.engine.describe(),
             sampling={**self.runtime.settings.sampling, "stop_token_ids": template.stop_token_ids},
-            parent=None,
+            parent=self.parent,
             started_at=self._started_at,
             wall_s=self.wall_s,
         )

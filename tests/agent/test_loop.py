@@ -11,7 +11,7 @@ import pytest
 
 from agent.engines.engine import Generation
 from agent.engines.scripted import ScriptedEngine, recorded
-from agent.errors import EngineError
+from agent.errors import EndConversation, EngineError
 from agent.loop import Conversation, converse
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -450,3 +450,15 @@ async def test_a_recorded_conversation_runs_again_on_its_own_record(smollm2: Cha
 
 def test_settings_have_no_limits_that_were_not_asked_for() -> None:
     assert (settings().max_tokens, settings().max_turns, settings().deadline_s) == (None, None, None)
+
+
+# ---------------------------------------------------------------------- ended by what it runs on
+
+
+async def test_an_engine_or_a_tool_may_end_a_conversation_with_a_reason_of_its_own(smollm2: ChatTemplate) -> None:
+    toy = Toy(calc_reward="reward")
+    late = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"), EndConversation("deadline", None)), [toy]))
+    assert (late.stop_reason, late.error, late.infra_error, late.reward) == ("deadline", None, False, 1.0)
+    cut = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"), EndConversation("cancelled", "no more")), [toy]))
+    assert (cut.stop_reason, cut.error, cut.infra_error, cut.num_turns) == ("cancelled", "no more", False, 1)
+    assert (cut.reward, toy.count("released")) == (None, 2)  # what was cut off has no reward
