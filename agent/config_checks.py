@@ -174,7 +174,6 @@ _NO_SERVER = {"server": "servers are asked only with name: sglang_server"}
 _NO_SCRIPT = {"turntrace.recorded": "recorded turns are played only with name: scripted"}
 _SERVER_PACE = {
     "server.retry_delay": "retries wait 0.25 to 0.5 s (at random), twice as long each time, 8 s at most",
-    "server.max_start_wait_time": "the server must be up when the run starts",
 }
 _BY_ENGINE = {
     "sglang": {**_NO_SERVER, **_NO_SCRIPT},

@@ -73,10 +73,13 @@ class Trace(Section):
 
 
 class Server(Section):
-    """The SGLang servers of `name: sglang_server`. Times are seconds. `urls` and `api_key` are ours."""
+    """The SGLang servers of `name: sglang_server`. Times are seconds. `urls` and `api_key` are ours.
+
+    `max_attempts`: how often one turn is sent at most; `max_start_wait_time`: how long turns wait while no server is up.
+    """
 
     timeout: PositiveFloat = 3600.0
-    max_attempts: PositiveInt = 3
+    max_attempts: PositiveInt = 8
     retry_delay: Annotated[float, Field(ge=0.0)] = 2.0
     max_connections: PositiveInt = 1000
     max_start_wait_time: PositiveFloat = 300.0
@@ -200,6 +203,7 @@ OUR_DEFAULTS = {
     "tensor_model_parallel_size": "one device is what most machines have",
     "enforce_eager": "rollout.yaml's, because CUDA graphs are most of a small model's speed",
     "load_format": "outside a trainer nobody syncs weights into a dummy",
+    "server.max_attempts": "each restart of a server costs the turns in flight one",
     "server.timeout": "a long turn on a busy server takes more than verl's 60 s, and a turn cut off is sampled in vain",
     "multi_turn.max_parallel_calls": "one call a turn is not what parallel means",
     "val_kwargs.temperature": "rollout.yaml's, greedy, which is what verl's trainers use",

@@ -35,21 +35,30 @@ class Session:
     """Starts everything a config asks for; blocks until the engine is up (seconds to a minute). Close it, or use `with`.
 
     `tools` are closed with the session. `log_path` is where the engine's processes write; None: this process's output.
+    `start` and `template` take the place of the config's engine and of its model's chat template.
     Raises ConfigError, TemplateError, EngineStartError and other one-line errors; nothing is left running then.
     """
 
-    def __init__(self, config: Config, tools: ToolSet | None = None, *, validate: bool = False, log_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tools: ToolSet | None = None,
+        *,
+        validate: bool = False,
+        log_path: Path | None = None,
+        start: Callable[[], Engine] | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
         self.config = config
         self.tools = tools
-        self.model_dir = config.model_dir()
-        self.template = load_template(config, self.model_dir)
+        self.template = template or load_template(config, config.model_dir())
         if tools:
             self.template.require(TOOL)
         self._tracing = start_tracing()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="turntrace-loop", daemon=True)
         self._started: concurrent.futures.Future[Engine] = concurrent.futures.Future()
-        self._start = functools.partial(start_engine, config, self.model_dir, log_path)
+        self._start = start or functools.partial(start_engine, config, config.model_dir(), log_path)
         self._thread.start()
         try:
             self.engine = self._started.result()
@@ -194,6 +203,7 @@ def start_engine(config: Config, model_dir: Path, log_path: Path | None) -> Engi
             max_connections=server.max_connections,
             read_timeout_s=server.timeout,
             attempts=server.max_attempts,
+            wait_s=server.max_start_wait_time,
         )
     return recorded(read_trajectories(rollout.turntrace.recorded or ""))
 

@@ -4,105 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response, StreamingResponse
 
 from agent.engines import sglang_server
-from agent.engines.cpu_guards import guard_paths
 from agent.engines.engine import Generation
-from agent.engines.sglang_args import start_variables
 from agent.engines.sglang_server import SGLangServerEngine
 from agent.errors import ConfigError, EngineError, EngineStartError
 from agent.model.base import base_model_dir
-from tests.helpers import ROOT, tokenizer_at
-
-Behaviour = Callable[["Server", dict[str, Any]], Awaitable[Response]]
-
-
-class Server:
-    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the last one for ever."""
-
-    def __init__(self, *behaviours: Behaviour) -> None:
-        self.behaviours = list(behaviours)
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.aborted: list[str] = []
-        self.got_one = asyncio.Event()
-        self.release = asyncio.Event()
-        self.url = ""
-        self.up = True
-
-    async def generate(self, request: Request) -> Response:
-        self.bodies.append(await request.json())
-        self.headers.append(dict(request.headers))
-        self.got_one.set()
-        behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
-        return await behaviour(self, self.bodies[-1])
-
-    async def abort(self, request: Request) -> Response:
-        self.aborted.append((await request.json())["rid"])
-        self.release.set()
-        return Response(status_code=200)
-
-    async def health(self, request: Request) -> Response:
-        return Response(status_code=200 if self.up else 503)
-
-    async def info(self, request: Request) -> Response:
-        return JSONResponse({"model_path": "/models/m", "version": "9.9", "dtype": "auto", "api_key": "secret"})
-
-
-@contextlib.asynccontextmanager
-async def serving(server: Server) -> AsyncIterator[Server]:
-    routes = [
-        Route("/generate", server.generate, methods=["POST"]),
-        Route("/abort_request", server.abort, methods=["POST"]),
-        Route("/health", server.health),
-        Route("/get_server_info", server.info),
-    ]
-    uvicorn_server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", lifespan="off"))
-    running = asyncio.create_task(uvicorn_server._serve())
-    while not uvicorn_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0.01)
-    server.url = f"http://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
-    try:
-        yield server
-    finally:
-        server.release.set()
-        uvicorn_server.should_exit = True
-        await running
-
-
-async def answers(server: Server, body: dict[str, Any]) -> Response:
-    meta = {"id": body["rid"], "finish_reason": {"type": "stop"}, "prompt_tokens": len(body["input_ids"]), "cached_tokens": 0}
-    return JSONResponse({"output_ids": [5, 2], "meta_info": {**meta, "output_token_logprobs": [[-0.25, 5, None], [-1.5, 2, None]]}})
-
-
-async def waits(server: Server, body: dict[str, Any]) -> Response:
-    await server.release.wait()
-    meta = {"finish_reason": {"type": "abort", "message": "aborted"}, "output_token_logprobs": [[-0.25, 5, None]]}
-    return JSONResponse({"output_ids": [5], "meta_info": meta})
-
-
-def status(code: int, body: Any) -> Behaviour:
-    async def behaviour(server: Server, request: dict[str, Any]) -> Response:
-        return PlainTextResponse(body, code) if isinstance(body, str) else JSONResponse(body, code)
-
-    return behaviour
+from tests.agent.native_api import Server, answers, free_port, launched, serving, status, waits
+from tests.helpers import tokenizer_at
 
 
 @pytest.fixture(autouse=True)
@@ -192,17 +108,15 @@ async def test_a_server_error_is_tried_again_under_a_fresh_request_id() -> None:
 
 async def test_retries_have_an_end() -> None:
     async with serving(Server(status(502, "bad gateway"))) as server, engine_of(server, attempts=3) as engine:
-        with pytest.raises(EngineError, match="failed 3 times, last with status 502: bad gateway"):
+        with pytest.raises(EngineError, match="tried 3 times, last with status 502: bad gateway"):
             await sample(engine, [1])
         assert len(server.bodies) == 3
 
 
-async def test_a_refused_connection_is_tried_again() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    engine = SGLangServerEngine([url], attempts=2)
-    with pytest.raises(EngineError, match=r"^http://127\.0\.0\.1:\d+ failed 2 times, last with "):
+async def test_a_refused_connection_is_waited_for() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    engine = SGLangServerEngine([url], wait_s=0.1)
+    with pytest.raises(EngineError, match=r"^no server came back within 0\.1 s: http://127\.0\.0\.1:\d+: "):
         await sample(engine, [1])
     with pytest.raises(EngineStartError, match=r"no SGLang server is ready at http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls"):
         await engine.connect()
@@ -224,24 +138,32 @@ async def test_a_refusal_is_final_and_in_the_servers_words(body: Any, message: s
         assert len(server.bodies) == 1
 
 
-async def test_a_connection_that_breaks_is_not_tried_again_but_aborted() -> None:
-    """The server may be generating: a second request would be sampled beside it."""
-    received: list[bytes] = []
+async def test_a_connection_that_breaks_is_aborted_and_the_turn_sent_again() -> None:
+    """The server may still be generating; what it samples there, nobody has seen."""
+    broken: list[dict[str, Any]] = []
 
-    async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        received.append(head.split(b" ")[1])
-        if received[-1] == b"/abort_request":
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
-            await writer.drain()
-        writer.close()
+    async def breaks(server: Server, body: dict[str, Any]) -> Response:
+        broken.append(body)
+        return StreamingResponse(_nothing(), headers={"content-length": "1000"})
 
-    async with await asyncio.start_server(breaks, "127.0.0.1", 0) as raw:
-        engine = SGLangServerEngine([f"http://127.0.0.1:{raw.sockets[0].getsockname()[1]}"])
-        with pytest.raises(EngineError, match="broke"):
+    async with serving(Server(breaks, answers)) as server, engine_of(server) as engine:
+        assert (await sample(engine, [1, 2])).token_ids == [5, 2]
+        first, second = server.bodies
+        assert first["input_ids"] == second["input_ids"] == [1, 2]
+        assert server.aborted == [first["rid"]] != [second["rid"]]
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    yield b"{"
+    raise ConnectionResetError
+
+
+async def test_a_turn_that_takes_too_long_is_aborted_and_not_sent_again() -> None:
+    async with serving(Server(waits)) as server, engine_of(server, read_timeout_s=0.2) as engine:
+        with pytest.raises(EngineError, match="did not answer within its timeout"):
             await sample(engine, [1])
-        await engine.close()
-    assert received == [b"/generate", b"/abort_request"]
+        assert server.aborted == [body["rid"] for body in server.bodies]
+        assert len(server.bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -277,7 +199,7 @@ async def test_abort_returns_what_there_is_and_names_the_retried_request() -> No
         await engine.abort("nobody")
         await engine.abort(request_id)
         assert (await running).finish_reason == "abort"
-        assert server.aborted == [server.bodies[1]["rid"]] != [request_id]
+        assert server.aborted == [body["rid"] for body in server.bodies]
 
 
 async def test_aborts_do_not_queue_behind_generations() -> None:
@@ -287,6 +209,9 @@ async def test_aborts_do_not_queue_behind_generations() -> None:
         await server.got_one.wait()
         async with asyncio.timeout(20):
             await engine.abort(first)
+            while len(server.bodies) < 2:  # noqa: ASYNC110 - the second gets the connection of the first
+                await asyncio.sleep(0.01)
+            await engine.abort(second)
             assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
 
 
@@ -301,8 +226,8 @@ async def test_a_request_id_in_flight_is_refused() -> None:
         await running
 
 
-@pytest.mark.parametrize("urls", [[], ["http://a", "http://b"], ["localhost:30000"]])
-def test_one_http_address_is_asked_for(urls: list[str]) -> None:
+@pytest.mark.parametrize("urls", [[], ["http://a", "http://a/"], ["localhost:30000"]])
+def test_different_http_addresses_are_asked_for(urls: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^rollout\.server\.urls[^\n]+$"):
         SGLangServerEngine(urls)
 
@@ -312,46 +237,8 @@ def test_one_http_address_is_asked_for(urls: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def sglang_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`python -m sglang.launch_server` with SmolLM2 on CPU, as a command of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environ = {**os.environ, **start_variables(cuda=False), "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()])}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *server_arguments(base_model_dir(), port)],
-            env=environ,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        wait_for_health(f"http://127.0.0.1:{port}", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def server_arguments(model: Path, port: int) -> list[str]:
-    given = {"model-path": model, "port": port, "device": "cpu", "dtype": "bfloat16", "max-total-tokens": 8192, "max-running-requests": 4}
-    backends = {"attention-backend": "torch_native", "sampling-backend": "pytorch", "mem-fraction-static": 0.3}
-    flags = ["disable-overlap-schedule", "disable-cuda-graph", "skip-tokenizer-init", "skip-server-warmup", "sleep-on-idle"]
-    return [*(part for key, value in {**given, **backends}.items() for part in (f"--{key}", str(value))), *(f"--{flag}" for flag in flags)]
-
-
-def wait_for_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
-        try:
-            process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    pytest.fail(f"no server: {log.read_text()[-2000:]}")
+    with launched(base_model_dir(), free_port(), tmp_path_factory.mktemp("server") / "log") as server:
+        yield server.url
 
 
 @pytest.mark.engine

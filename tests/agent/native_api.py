@@ -1,0 +1,168 @@
+"""SGLang's native HTTP API for tests: a server in this process that does as it is told, and SGLang's own as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from agent.engines.cpu_guards import guard_paths
+from agent.engines.sglang_args import start_variables
+from tests.helpers import ROOT
+
+Behaviour = Callable[["Server", dict[str, Any]], Awaitable[Response]]
+
+
+class Server:
+    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the last one for ever."""
+
+    def __init__(self, *behaviours: Behaviour) -> None:
+        self.behaviours = list(behaviours)
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.aborted: list[str] = []
+        self.got_one = asyncio.Event()
+        self.release = asyncio.Event()
+        self.waiting: dict[str, asyncio.Event] = {}
+        self.url = ""
+        self.up = True
+
+    async def generate(self, request: Request) -> Response:
+        self.bodies.append(await request.json())
+        self.headers.append(dict(request.headers))
+        self.got_one.set()
+        behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
+        return await behaviour(self, self.bodies[-1])
+
+    async def abort(self, request: Request) -> Response:
+        self.aborted.append((await request.json())["rid"])
+        if waiting := self.waiting.get(self.aborted[-1]):
+            waiting.set()
+        return Response(status_code=200)
+
+    async def health(self, request: Request) -> Response:
+        return Response(status_code=200 if self.up else 503)
+
+    async def info(self, request: Request) -> Response:
+        return JSONResponse({"model_path": "/models/m", "version": "9.9", "dtype": "auto", "api_key": "secret"})
+
+
+@contextlib.asynccontextmanager
+async def serving(server: Server) -> AsyncIterator[Server]:
+    routes = [
+        Route("/generate", server.generate, methods=["POST"]),
+        Route("/abort_request", server.abort, methods=["POST"]),
+        Route("/health", server.health),
+        Route("/get_server_info", server.info),
+    ]
+    uvicorn_server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", lifespan="off"))
+    running = asyncio.create_task(uvicorn_server._serve())
+    while not uvicorn_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    server.url = f"http://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        yield server
+    finally:
+        server.release.set()
+        uvicorn_server.should_exit = True
+        await running
+
+
+async def answers(server: Server, body: dict[str, Any]) -> Response:
+    meta = {"id": body["rid"], "finish_reason": {"type": "stop"}, "prompt_tokens": len(body["input_ids"]), "cached_tokens": 0}
+    return JSONResponse({"output_ids": [5, 2], "meta_info": {**meta, "output_token_logprobs": [[-0.25, 5, None], [-1.5, 2, None]]}})
+
+
+async def waits(server: Server, body: dict[str, Any]) -> Response:
+    """Until it is aborted, or the server ends."""
+    server.waiting[body["rid"]] = aborted = asyncio.Event()
+    await asyncio.wait([asyncio.create_task(event.wait()) for event in (aborted, server.release)], return_when=asyncio.FIRST_COMPLETED)
+    meta = {"finish_reason": {"type": "abort", "message": "aborted"}, "output_token_logprobs": [[-0.25, 5, None]]}
+    return JSONResponse({"output_ids": [5], "meta_info": meta})
+
+
+def status(code: int, body: Any) -> Behaviour:
+    async def behaviour(server: Server, request: dict[str, Any]) -> Response:
+        return PlainTextResponse(body, code) if isinstance(body, str) else JSONResponse(body, code)
+
+    return behaviour
+
+
+# ---------------------------------------------------------------------- SGLang's own server
+
+
+@dataclass
+class Launched:
+    """A running `sglang.launch_server` of its own process group."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """`kill -9` of all of it, as a machine that goes away."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def launched(model: Path, port: int, log: Path, **options: Any) -> Iterator[Launched]:
+    """`python -m sglang.launch_server` on CPU, healthy."""
+    server = launch(model, port, log, **options)
+    try:
+        wait_for_health(server, log)
+        yield server
+    finally:
+        server.kill()
+
+
+def launch(model: Path, port: int, log: Path, **options: Any) -> Launched:
+    environ = {**os.environ, **start_variables(cuda=False), "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()])}
+    command = [sys.executable, "-m", "sglang.launch_server", *_arguments({"model-path": model, "port": port, **options})]
+    with log.open("a") as output:
+        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True)
+    return Launched(f"http://127.0.0.1:{port}", process)
+
+
+def _arguments(given: dict[str, Any]) -> list[str]:
+    shape = {"device": "cpu", "dtype": "bfloat16", "max-total-tokens": 8192, "max-running-requests": 4, "mem-fraction-static": 0.3}
+    backends = {"attention-backend": "torch_native", "sampling-backend": "pytorch"}
+    flags = ["disable-overlap-schedule", "disable-cuda-graph", "skip-tokenizer-init", "skip-server-warmup", "sleep-on-idle"]
+    named = {**shape, **backends, **given}
+    return [*(part for key, value in named.items() for part in (f"--{key}", str(value))), *(f"--{flag}" for flag in flags)]
+
+
+def wait_for_health(server: Launched, log: Path) -> None:
+    for _ in range(240):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{server.url}/health", timeout=2).status_code == 200:
+                return
+        try:
+            server.process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    pytest.fail(f"no server: {log.read_text()[-2000:]}")
+
+
+def free_port() -> int:
+    """A port that nobody has just now; one that a server is started on again and again cannot be 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
