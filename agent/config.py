@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ EMBEDDED: dict[str, Any] = {
     },
 }
 """The config without a file: the embedded model on the SGLang engine, in sizes that a machine without a GPU carries."""
+
+PATH_KEYS = ("model_path", "rollout.multi_turn.tool_config_path", "rollout.turntrace.recorded")
+"""Keys that name a file or a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,35 +118,38 @@ class Config:
         return {"model_path": self.model_path, "rollout": values}
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, recorded: Mapping[str, Any] | None = None) -> Config:
     """Reads and checks a config file (None: the embedded default) with `key.path=value` overrides, values in YAML.
 
-    Raises ConfigError, one line, for whatever in it cannot work.
+    `recorded` is a run's config as `resolved` wrote it, to be used where there is no file: the paths in it are taken as
+    they are. Raises ConfigError, one line, for whatever in it cannot work.
     """
     file = Path(path) if path is not None else None
     assignments = [_split(override) for override in overrides]
-    origin = _Origin(file, tuple(key for key, _ in assignments))
-    values = _copy(_read(file) if file else EMBEDDED)
+    default = "the embedded config" if recorded is None else "the run's config"
+    origin = _Origin(str(file or default), tuple(key for key, _ in assignments))
+    values = _copy(_read(file) if file else EMBEDDED if recorded is None else recorded)
     given = list(_leaves(values)) if file else []
     for key, value in assignments:
         _put(values, key, value)
         given += _leaves({key: value})
     _refuse_odd_values(values, origin)
-    _resolve_paths(values, file, origin)
-    return _validated(values, dict.fromkeys(given), origin)
+    paths = PATH_KEYS if recorded is None or file else [key for key in PATH_KEYS if key in origin.overridden]
+    _resolve_paths(values, paths, file, origin)
+    return replace(_validated(values, dict.fromkeys(given), origin), path=file)
 
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
     """Where a key was written, for the beginning of a message."""
 
-    file: Path | None
+    source: str
     overridden: tuple[str, ...]
 
     def where(self, key: str = "") -> str:
         if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in self.overridden if key):
             return f"--set {key}"
-        return f"{self.file or 'the embedded config'}: {key}".removesuffix(": ")
+        return f"{self.source}: {key}".removesuffix(": ")
 
 
 def _validated(values: dict[str, Any], given: Iterable[str], origin: _Origin) -> Config:
@@ -155,7 +161,7 @@ def _validated(values: dict[str, Any], given: Iterable[str], origin: _Origin) ->
         _check_sglang_argument(key, origin)
     for key, text in refusals(checked.rollout):
         raise ConfigError(f"{origin.where(f'rollout.{key}')}: {text}")
-    return Config(checked.model_path, checked.rollout, origin.file, tuple(given), _seed(checked.rollout, origin))
+    return Config(checked.model_path, checked.rollout, None, tuple(given), _seed(checked.rollout, origin))
 
 
 def _seed(rollout: Rollout, origin: _Origin) -> int:
@@ -283,9 +289,9 @@ def _refuse_odd_values(value: Any, origin: _Origin, key: str = "") -> None:
         _refuse_odd_values(item, origin, f"{key}.{name}".removeprefix("."))
 
 
-def _resolve_paths(values: dict[str, Any], file: Path | None, origin: _Origin) -> None:
+def _resolve_paths(values: dict[str, Any], keys: Iterable[str], file: Path | None, origin: _Origin) -> None:
     """Makes file names absolute. A bare name that is no file stays: a shipped tool config, an embedded model, a hub id."""
-    for key in ("model_path", "rollout.multi_turn.tool_config_path", "rollout.turntrace.recorded"):
+    for key in keys:
         parent, _, last = key.rpartition(".")
         section = _section(values, parent)
         text = section.get(last)

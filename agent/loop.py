@@ -274,7 +274,7 @@ class Conversation:
             if found := template.control_tokens(line.response or ""):
                 self.warnings.append(f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}")
         if template.rewrites_history and "</think>" in self.messages[-1 - len(lines)]["raw"]:
-            warning = f"the chat template of {template.name} drops earlier <think> blocks; the sampled tokens were kept"
+            warning = f"the chat template drops earlier <think> blocks; the sampled tokens were kept"
             if warning not in self.warnings:
                 self.warnings.append(warning)
 

@@ -17,7 +17,8 @@ from typing import Any
 from agent.errors import TaskError
 from conversations.errors import MessageError
 from conversations.messages import Message, given_messages
-from conversations.trajectory import canonical_json
+from conversations.tokens import TOOL
+from conversations.trajectory import Trajectory, canonical_json
 
 Row = dict[str, Any]
 
@@ -61,6 +62,36 @@ def read_tasks(path: str | Path, limit: int | None = None, check: Callable[[Task
         yield task
     if place is None:
         raise TaskError(f"{file}: holds no tasks; it needs one row for each")
+
+
+def recorded_task(trajectory: Trajectory) -> Task:
+    """The task that a trajectory came from: its row's messages, ground truth and tool kwargs, as the record carries them.
+
+    Raises TaskError where the record's `extra` holds tool kwargs that no row could have.
+    """
+    extra = trajectory.extra if isinstance(trajectory.extra, dict) else {}
+    try:
+        tools_kwargs = _tools_kwargs(extra, _mapping(extra, "extra_info"))
+    except TaskError as error:
+        raise TaskError(f"trajectory {trajectory.id}: extra: {error}") from error
+    messages = trajectory.messages[: given_length(trajectory)]
+    return Task(trajectory.task_id, messages, tools_kwargs, trajectory.ground_truth, trajectory.data_source, trajectory.extra)
+
+
+def given_length(trajectory: Trajectory) -> int:
+    """How many of a trajectory's messages were the task's own: those before what tools said when created, and the first turn."""
+    messages = trajectory.messages
+    end = next((i for i, message in enumerate(messages) if message.get("raw") is not None), len(messages))
+    first_turn = trajectory.turns[0].start if trajectory.turns else len(trajectory.prompt_ids)
+    if not any(kind == TOOL and start < first_turn for kind, start, _ in trajectory.segments):
+        return end
+    names = [tool["function"]["name"] for tool in trajectory.tools]
+    while end and names and (message := messages[end - 1])["role"] == "tool" and "tool_call_id" not in message:
+        if message.get("name") not in names:
+            break
+        names = names[: names.index(message["name"])]  # each tool once, in the order offered
+        end -= 1
+    return end
 
 
 def task_file_hash(path: str | Path) -> str:
