@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from agent.engines.cpu_guards import guard_paths
@@ -42,6 +42,7 @@ class Server:
         self.waiting: dict[str, asyncio.Event] = {}
         self.url = ""
         self.up = True
+        self.model = "/models/m"
 
     async def generate(self, request: Request) -> Response:
         self.bodies.append(await request.json())
@@ -60,22 +61,30 @@ class Server:
         return Response(status_code=200 if self.up else 503)
 
     async def info(self, request: Request) -> Response:
-        return JSONResponse({"model_path": "/models/m", "version": "9.9", "dtype": "auto", "api_key": "secret"})
+        return JSONResponse({"model_path": self.model, "version": "9.9", "dtype": "auto", "api_key": "secret"})
+
+
+def app(server: Server) -> Starlette:
+    """The server's HTTP routes."""
+    return Starlette(
+        routes=[
+            Route("/generate", server.generate, methods=["POST"]),
+            Route("/abort_request", server.abort, methods=["POST"]),
+            Route("/health", server.health),
+            Route("/get_server_info", server.info),
+        ]
+    )
 
 
 @contextlib.asynccontextmanager
-async def serving(server: Server) -> AsyncIterator[Server]:
-    routes = [
-        Route("/generate", server.generate, methods=["POST"]),
-        Route("/abort_request", server.abort, methods=["POST"]),
-        Route("/health", server.health),
-        Route("/get_server_info", server.info),
-    ]
-    uvicorn_server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", lifespan="off"))
+async def serving(server: Server, **options: Any) -> AsyncIterator[Server]:
+    """The server on a free port; `options` are uvicorn's."""
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app(server), port=0, log_level="critical", lifespan="off", **options))
     running = asyncio.create_task(uvicorn_server._serve())
     while not uvicorn_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.01)
-    server.url = f"http://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
+    scheme = "https" if options else "http"
+    server.url = f"{scheme}://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
     try:
         yield server
     finally:
@@ -95,6 +104,16 @@ async def waits(server: Server, body: dict[str, Any]) -> Response:
     await asyncio.wait([asyncio.create_task(event.wait()) for event in (aborted, server.release)], return_when=asyncio.FIRST_COMPLETED)
     meta = {"finish_reason": {"type": "abort", "message": "aborted"}, "output_token_logprobs": [[-0.25, 5, None]]}
     return JSONResponse({"output_ids": [5], "meta_info": meta})
+
+
+async def breaks(server: Server, body: dict[str, Any]) -> Response:
+    """Ends the connection in the midst of the answer."""
+    return StreamingResponse(_cut_off(), headers={"content-length": "1000"})
+
+
+async def _cut_off() -> AsyncIterator[bytes]:
+    yield b"{"
+    raise ConnectionResetError
 
 
 def status(code: int, body: Any) -> Behaviour:

@@ -10,14 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.responses import Response, StreamingResponse
 
 from agent.engines import sglang_server
 from agent.engines.engine import Generation
 from agent.engines.sglang_server import SGLangServerEngine
 from agent.errors import ConfigError, EngineError, EngineStartError
 from agent.model.base import base_model_dir
-from tests.agent.native_api import Server, answers, free_port, launched, serving, status, waits
+from tests.agent.native_api import Server, answers, breaks, free_port, launched, serving, status, waits
 from tests.helpers import tokenizer_at
 
 
@@ -140,22 +139,11 @@ async def test_a_refusal_is_final_and_in_the_servers_words(body: Any, message: s
 
 async def test_a_connection_that_breaks_is_aborted_and_the_turn_sent_again() -> None:
     """The server may still be generating; what it samples there, nobody has seen."""
-    broken: list[dict[str, Any]] = []
-
-    async def breaks(server: Server, body: dict[str, Any]) -> Response:
-        broken.append(body)
-        return StreamingResponse(_nothing(), headers={"content-length": "1000"})
-
     async with serving(Server(breaks, answers)) as server, engine_of(server) as engine:
         assert (await sample(engine, [1, 2])).token_ids == [5, 2]
         first, second = server.bodies
         assert first["input_ids"] == second["input_ids"] == [1, 2]
         assert server.aborted == [first["rid"]] != [second["rid"]]
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    yield b"{"
-    raise ConnectionResetError
 
 
 async def test_a_turn_that_takes_too_long_is_aborted_and_not_sent_again() -> None:
