@@ -132,16 +132,16 @@ class Trajectory:
     wall_s: float
 
     def to_line(self) -> str:
-        """The record as one JSON line without the newline, `sha256` last.
+        """The record as one JSON line without the newline, `sha256` last. Messages and tools keep the order of their keys.
 
         Raises RecordError where a value has no JSON form (NaN, an object): the record would not read back.
         """
         record = {"schema": SCHEMA, **{name: _plain(getattr(self, name)) for name in _FIELDS}}
         try:
-            body = canonical_json(record)
+            body, line = _texts(record)
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"trajectory {self.id} cannot be written as JSON: {error}") from error
-        return f'{body[:-1]},"sha256":"{_sha256(body)}"}}'
+        return f'{line[:-1]},"sha256":"{_sha256(body)}"}}'
 
     @classmethod
     def from_line(cls, line: str) -> Trajectory:
@@ -162,12 +162,31 @@ class Trajectory:
 
 
 _FIELDS = tuple(item.name for item in fields(Trajectory))
+_RENDERED = frozenset({"messages", "tools"})
+"""Fields that a chat template sees. It may write a tool down as JSON, keys in their order: the line keeps that order, or the prompt
+could not be rendered from the record again. The hash is of sorted keys, as for all fields."""
+
+
+def _texts(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The record's canonical JSON, and the same with the rendered fields' keys in their own order."""
+    canonical = {name: _encode(record[name]) for name in sorted(record)}
+    written = {name: _encode_in_order(record[name]) if name in _RENDERED else text for name, text in canonical.items()}
+    return _object(canonical), _object(written)
+
+
+def _object(texts: Mapping[str, str]) -> str:
+    """A JSON object of names that need no escapes and values that are JSON already."""
+    return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
 
 
 def canonical_json(value: object) -> str:
     """The JSON text that hashes are taken of. Raises TypeError, ValueError or RecursionError where there is none."""
-    # A circular value ends in the RecursionError; looking out for it costs every list and object of every record.
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False)
+    return _encode(value)
+
+
+# A circular value ends in a RecursionError; looking out for it costs every list and object of every record.
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False).encode
+_encode_in_order = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False).encode
 
 
 def record_hash(record: Mapping[str, Any]) -> str:

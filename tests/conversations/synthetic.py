@@ -32,7 +32,7 @@ from agent.session import loop_settings, make_dispatcher
 from agent.tasks import read_tasks
 from conversations.store import TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory
+from conversations.trajectory import Trajectory, canonical_json
 from tests.helpers import call, float32, tokenizer_at
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.registry import load_tools
@@ -98,10 +98,11 @@ def _issue_again(file: Path, n: int, progress: Progress) -> None:
     if len(lines) > n:
         file.write_text("".join(f"{line}\n" for line in lines[:n]), encoding="ascii")
     trajectories = [Trajectory.from_line(line) for line in lines]
+    canonical = [canonical_json({key: value for key, value in json.loads(line).items() if key != "sha256"}) for line in lines]
     with file.open("a", encoding="ascii") as out:
         for index in range(len(lines), n):
             source = index % len(lines)
-            out.write(_renamed(lines[source], trajectories[source], f"apples-{index // GROUP:06d}") + "\n")
+            out.write(_renamed(lines[source], canonical[source], trajectories[source], f"apples-{index // GROUP:06d}") + "\n")
             progress.count(trajectories[source])
 
 
@@ -110,12 +111,13 @@ def _order(line: str) -> tuple[str, int]:
     return record["task_id"], record["sample"]
 
 
-def _renamed(line: str, trajectory: Trajectory, task_id: str) -> str:
+def _renamed(line: str, canonical: str, trajectory: Trajectory, task_id: str) -> str:
     """The line under another task's id, with its hash: text for text, as parsing 100,000 of them takes minutes."""
-    body = line[: line.rindex(',"sha256":')] + "}"
-    body = body.replace(f'"id":"{trajectory.id}","infra_error"', f'"id":"{task_id}-{trajectory.sample}","infra_error"')
-    body = body.replace(f'"task_id":"{trajectory.task_id}","tool_calls"', f'"task_id":"{task_id}","tool_calls"')
-    return f'{body[:-1]},"sha256":"{hashlib.sha256(body.encode("ascii")).hexdigest()}"}}'
+    old = f'"id":"{trajectory.id}","infra_error"', f'"task_id":"{trajectory.task_id}","tool_calls"'
+    new = f'"id":"{task_id}-{trajectory.sample}","infra_error"', f'"task_id":"{task_id}","tool_calls"'
+    for before, after in zip(old, new, strict=True):
+        line, canonical = line.replace(before, after), canonical.replace(before, after)
+    return f'{line[: line.rindex(',"sha256":')]},"sha256":"{hashlib.sha256(canonical.encode("ascii")).hexdigest()}"}}'
 
 
 # ---------------------------------------------------------------------- the model

@@ -54,6 +54,17 @@ def test_a_record_reads_back_equal() -> None:
     assert Trajectory.from_line(line).to_line() == line
 
 
+def test_messages_and_tools_keep_the_order_of_their_keys() -> None:
+    """Templates write tools down as JSON, in their order: from sorted ones no prompt could be rendered again."""
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    message = {"role": "user", "name": "n", "content": "c"}
+    line = trajectory(tools=[tool], messages=[message], extra={"tools": [tool]}).to_line()
+    back = Trajectory.from_line(line)
+    assert json.dumps([back.tools, back.messages]) == json.dumps([[tool], [message]])
+    assert back.to_line() == line
+    assert list(json.loads(line)) == [*sorted(key for key in json.loads(line) if key != "sha256"), "sha256"]
+
+
 def test_a_malformed_call_survives_the_round_trip() -> None:
     back = Trajectory.from_line(trajectory().to_line())
     assert back.tool_calls[0].arguments == BAD
