@@ -36,6 +36,7 @@ class Server:
         self.behaviours = list(behaviours)
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.got_one = asyncio.Event()
         self.release = asyncio.Event()
@@ -47,6 +48,7 @@ class Server:
     async def generate(self, request: Request) -> Response:
         self.bodies.append(await request.json())
         self.headers.append(dict(request.headers))
+        self.requests.append(request)
         self.got_one.set()
         behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
         return await behaviour(self, self.bodies[-1])

@@ -271,3 +271,53 @@ async def test_sglangs_own_server_killed_under_load(tmp_path: Path) -> None:
         await engine.close()
     finally:
         process.kill()
+
+
+# ---------------------------------------------------------------------- SGLang's router
+
+
+@contextlib.asynccontextmanager
+async def routed(log: Path, *servers: Server) -> AsyncIterator[str]:
+    """The address of `sglang_router` in front of the servers."""
+    port = free_port()
+    options = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *(server.url for server in servers)]
+    with log.open("w") as output:
+        router = subprocess.Popen([sys.executable, "-m", "sglang_router.launch_router", *options], stdout=output, stderr=output)
+    try:
+        await healthy(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        router.terminate()
+        router.wait()
+
+
+async def until_cut_off(server: Server, body: dict[str, Any]) -> Response:
+    """As SGLang does: a request whose client has gone is aborted."""
+    while not await server.requests[-1].is_disconnected():  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    server.aborted.append(body["rid"])
+    return await answers(server, body)
+
+
+async def test_a_router_by_its_url(tmp_path: Path) -> None:
+    async with serving(Server(answers)) as one, serving(Server(answers)) as two, routed(tmp_path / "log", one, two) as url:
+        engine = SGLangServerEngine([url])
+        await engine.connect()
+        await asyncio.gather(*(turns(engine, number) for number in range(8)))
+        assert sorted(served(one) + served(two)) == sorted([*range(8)] * 3)
+        await engine.close()
+
+
+async def test_a_turn_cancelled_through_a_router_ends_on_the_server(tmp_path: Path) -> None:
+    """The router has no /abort_request: it is the connection that ends."""
+    async with serving(Server(until_cut_off)) as server, routed(tmp_path / "log", server) as url:
+        engine = SGLangServerEngine([url])
+        running = asyncio.create_task(sample(engine, [1]))
+        await server.got_one.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(20):
+            while server.aborted != [server.bodies[0]["rid"]]:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await engine.close()
