@@ -117,7 +117,8 @@ def _renamed(line: str, canonical: str, trajectory: Trajectory, task_id: str) ->
     new = f'"id":"{task_id}-{trajectory.sample}","infra_error"', f'"task_id":"{task_id}","tool_calls"'
     for before, after in zip(old, new, strict=True):
         line, canonical = line.replace(before, after), canonical.replace(before, after)
-    return f'{line[: line.rindex(',"sha256":')]},"sha256":"{hashlib.sha256(canonical.encode("ascii")).hexdigest()}"}}'
+    body = line[: line.rindex(',"sha256":')]
+    return f'{body},"sha256":"{hashlib.sha256(canonical.encode("ascii")).hexdigest()}"}}'
 
 
 # ---------------------------------------------------------------------- the model
