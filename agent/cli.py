@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from agent.commands.index import index
+from agent.commands.serve_search import serve_search
 from agent.errors import AgentError
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
@@ -151,3 +153,7 @@ def version() -> None:
 
     for name, found in versions().items():
         print(f"{name} {found or 'not installed'}")
+
+
+app.command()(index)
+serve_app.command("search")(serve_search)

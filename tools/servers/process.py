@@ -1,0 +1,67 @@
+"""A server as a process: announces its port in one line of JSON, serves, ends in good order when it is told or left alone.
+
+When it answers, it has written one line to stdout: {"port": ..., and what else it says of itself}, or {"error": ...} and
+it ends with code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+_PARENT_CHECK_S = 1.0
+_GRACE_S = 5
+
+
+def serve_until_ended(app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False) -> None:
+    """Serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent; then the process ends with code 0.
+
+    `says` follows the port in the line that announces it. Raises OSError (a port in use) before anything is served.
+    """
+    end_quietly_on_signals()
+    asyncio.run(_serve(app, host, port, says, with_parent))
+
+
+def end_quietly_on_signals() -> None:
+    """SIGTERM and SIGINT end this process with code 0, in good order: what is half-made is cleaned up on the way out."""
+    # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+
+
+def announce(**says: Any) -> None:
+    """Writes the line that a parent or a user waits for."""
+    print(json.dumps(says), flush=True)
+
+
+async def _serve(app: ASGIApp, host: str, port: int, says: dict[str, Any], with_parent: bool) -> None:
+    with socket.create_server((host, port), backlog=1024) as listener:
+        # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server = uvicorn.Server(
+            uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
+        )
+        watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
+        announce(port=listener.getsockname()[1], **says)
+        await server.serve([listener])
+        if watch:
+            watch.cancel()
+
+
+async def _end_with_parent(server: uvicorn.Server) -> None:
+    """Ends the server when stdin ends, or (another child of the parent may hold the pipe open) the parent is another."""
+    loop, parent, ended = asyncio.get_running_loop(), os.getppid(), asyncio.Event()
+    loop.add_reader(sys.stdin.fileno(), ended.set)
+    while not ended.is_set() and os.getppid() == parent:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), _PARENT_CHECK_S)
+    server.should_exit = True
