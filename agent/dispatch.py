@@ -8,29 +8,25 @@ cancellation passes through, after the tools have been told; the lines then say 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
-import functools
-import json
-import traceback
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from time import perf_counter
+from functools import partial
 from typing import Any, TypeVar
 
+from agent.answers import describe, finite, text_of
+from agent.attempts import bounded, serve
+from agent.limits import Gate
 from conversations.encoding import without_lone_surrogates
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
-from conversations.trajectory import Attempt, ToolCallRecord, canonical_json
-from tools.base import BackendError, ToolError
+from conversations.trajectory import ToolCallRecord
+from conversations.truncate import Shortened
+from tools.policy import Policy
 from tools.toolset import LoadedTool, ToolSet
 
-GRACE_S = 1.0
-"""How long a cancelled tool may take to clean up before it is left behind."""
-
-FLOAT32_MAX = 3.4028234663852886e38
-
-Cut = Callable[[str], str | None]
-"""A response shortened to what the model may see, None where it fits as it is."""
+Cut = Callable[..., Shortened | None]
+"""`cut(text, limit=..., side=...)`: what the model may see of a text, None where that is all of it. Without the keywords,
+which are a tool's own `max_response_tokens` and `response_side`, as the run says."""
 
 Call = ToolCall | MalformedToolCall
 
@@ -46,13 +42,23 @@ class Dispatcher:
     def __init__(self, tools: ToolSet, *, max_parallel_calls: int, cut: Cut) -> None:
         self.tools = tools
         self.max_parallel_calls = max_parallel_calls
-        self.cut = cut
         self.around: Around | None = None
-        self._slots = {name: asyncio.Semaphore(tool.max_concurrency) for name, tool in tools.items() if tool.max_concurrency}
+        self._cut = cut
+        self._cuts = {name: partial(cut, **own) for name, tool in tools.items() if (own := _own_size(tool.policy))}
+        self._gates = {name: gate for name, tool in tools.items() if (gate := Gate.of(tool.policy))}
 
-    def slot(self, tool: LoadedTool) -> contextlib.AbstractAsyncContextManager[None]:
-        """What bounds the tool's concurrent calls over all conversations."""
-        return self._slots.get(tool.name) or contextlib.nullcontext()
+    def gate(self, tool: LoadedTool) -> Gate | None:
+        """What the tool's calls of all conversations pass through; None where nothing limits them."""
+        return self._gates.get(tool.name)
+
+    def cut(self, name: str, text: str) -> Shortened | None:
+        """What the model may see of an answer to a call of that name; None where that is all of it."""
+        return self._cuts.get(name, self._cut)(text)
+
+
+def _own_size(policy: Policy) -> dict[str, Any]:
+    sizes = {"limit": policy.max_response_tokens, "side": policy.response_side}
+    return {key: value for key, value in sizes.items() if value is not None}
 
 
 def ledger_lines(calls: Sequence[Call], turn: int) -> list[ToolCallRecord]:
@@ -100,8 +106,8 @@ class ConversationTools:
     async def _create(self, tool: LoadedTool) -> str:
         try:
             kwargs = tool.create_kwargs(self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth))
-            response = await _bounded(self._created(tool, kwargs), tool.timeout_s)
-            return "" if response is None else without_lone_surrogates(_text(response))
+            response = await bounded(self._created(tool, kwargs), tool.policy.timeout_s)
+            return "" if response is None else text_of(response)
         except Exception as error:
             self._fail(tool, "create", error)
             return ""
@@ -119,9 +125,9 @@ class ConversationTools:
         for name, instance_id in self._instances.items():
             tool = self.offered[name]
             try:
-                value = await _bounded(tool.tool.calc_reward(instance_id, **self._given(tool, "calc_reward_kwargs")), tool.timeout_s)
+                value = await bounded(tool.tool.calc_reward(instance_id, **self._given(tool, "calc_reward_kwargs")), tool.policy.timeout_s)
                 if value is not None:
-                    parts[name] = _number(value)
+                    parts[name] = finite(value)
             except Exception as error:
                 self._fail(tool, "calc_reward", error)
         return parts
@@ -142,7 +148,7 @@ class ConversationTools:
             name, instance_id = self._instances.popitem()
             tool = self.offered[name]
             try:
-                await _bounded(tool.tool.release(instance_id, **self._given(tool, "release_kwargs")), tool.timeout_s)
+                await bounded(tool.tool.release(instance_id, **self._given(tool, "release_kwargs")), tool.policy.timeout_s)
             except Exception as error:
                 self.warnings.append(f"tool {name}: release failed: {describe(error)}")
 
@@ -162,105 +168,51 @@ class ConversationTools:
         limit, around = self._dispatcher.max_parallel_calls, self._dispatcher.around
         answers = []
         for index, (call, line) in enumerate(zip(calls, lines, strict=True)):
-            answer = functools.partial(self._answer, call, line, index < limit)
+            answer = partial(self._answer, call, line, index < limit)
             answers.append(around(answer, line) if around else answer())
         await _together(answers)
 
     async def _answer(self, call: Call, line: ToolCallRecord, within_limit: bool) -> None:
         """Fills in one ledger line. Always returns, but for cancellation."""
         if isinstance(call, MalformedToolCall):
-            self._close(line, "malformed", f"Error: malformed tool call: {call.error}", line.error)
+            self._refuse(line, "malformed", f"Error: malformed tool call: {call.error}", line.error)
         elif (tool := self.offered.get(call.name)) is None:
             names = ", ".join(self.offered) or "none"
-            self._close(line, "unknown_tool", f"Error: there is no tool named {call.name!r}; the tools are: {names}")
+            self._refuse(line, "unknown_tool", f"Error: there is no tool named {call.name!r}; the tools are: {names}")
         elif problems := _problems(tool, call.arguments):
-            self._close(line, "invalid_arguments", f"Error: invalid arguments for {call.name}: {'; '.join(problems)}")
+            self._refuse(line, "invalid_arguments", f"Error: invalid arguments for {call.name}: {'; '.join(problems)}")
         elif not within_limit:
             allowed = self._dispatcher.max_parallel_calls
-            self._close(line, "rejected", f"Error: not run: at most {allowed} tool calls are allowed in one turn")
+            self._refuse(line, "rejected", f"Error: not run: at most {allowed} tool calls are allowed in one turn")
         elif (instance_id := self._instances.get(tool.name)) is None:
-            self._close(line, "backend_error", f"Error: {tool.name} is not available", self.failure)
+            self._refuse(line, "backend_error", f"Error: {tool.name} is not available", self.failure)
         else:
-            await self._attempt(tool, instance_id, call, line)
-
-    async def _attempt(self, tool: LoadedTool, instance_id: str, call: ToolCall, line: ToolCallRecord) -> None:
-        waiting = perf_counter()
-        async with self._dispatcher.slot(tool):
-            started = perf_counter()
-            try:
-                await self._execute(tool, instance_id, call, line)
-            except Exception as error:  # a bug of the tool: the ledger has it all, the model one line
-                self._close(line, "tool_error", f"Error: {tool.name} failed", describe(error))
-            finally:
-                ended = perf_counter()
-                line.queue_s, line.run_s = started - waiting, ended - started
-                line.attempts.append(Attempt(line.status, line.queue_s, line.run_s, line.error))
+            await self._execute(tool, instance_id, call, line)
 
     async def _execute(self, tool: LoadedTool, instance_id: str, call: ToolCall, line: ToolCallRecord) -> None:
-        """One run of the tool. What it may raise is told apart here: `tools.base` says what each means."""
-        name = tool.name
-        try:
+        def execute() -> Coroutine[Any, Any, Any]:
             arguments = copy.deepcopy(call.arguments)  # what the tool does to them is not what the model wrote
-            kwargs = self._given(tool, "execute_kwargs")
-            response, reward, metrics = await _bounded(tool.tool.execute(instance_id, arguments, **kwargs), tool.timeout_s)
-            text, reward, metrics = _text(response), None if reward is None else _number(reward), _json_metrics(metrics)
-        except _TimeoutExpiredError:
-            self._close(line, "timeout", f"Error: {name} did not answer within {tool.timeout_s:g} s")
-        except ToolError as error:
-            line.metrics = _json_metrics(error.metrics)
-            self._close(line, "tool_error", str(error))
-        except BackendError as error:
-            self._close(line, "backend_error", f"Error: {name} is not available", describe(error))
-        else:
-            line.reward, line.metrics = reward, metrics
-            self._close(line, "ok", text)
+            return tool.tool.execute(instance_id, arguments, **self._given(tool, "execute_kwargs"))
 
-    def _close(self, line: ToolCallRecord, status: str, text: str, error: str | None = None) -> None:
-        line.status, line.error = status, error
-        text = without_lone_surrogates(text)
-        shown = self._dispatcher.cut(text)
-        line.response, line.full_response = (text, None) if shown is None else (shown, text)
+        outcome = await serve(tool, execute, self._dispatcher.gate(tool), line)
+        line.reward, line.metrics = outcome.reward, outcome.metrics
+        self._close(line, outcome.status, outcome.text, outcome.error)
+
+    def _refuse(self, line: ToolCallRecord, status: str, text: str, error: str | None = None) -> None:
+        """Answers a call that is not run. What the model wrote may stand in the text: half surrogates, too."""
+        self._close(line, status, without_lone_surrogates(text), error)
+
+    def _close(self, line: ToolCallRecord, status: str, text: str, error: str | None) -> None:
+        line.status, line.error, line.response = status, error, text
+        if shown := self._dispatcher.cut(line.name, text):
+            line.response, line.full_response = shown.text, text
+            if line.attempts:
+                line.attempts[-1].tokens_cut = shown.tokens_cut
 
 
 async def _together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """What coroutines that always return give, run concurrently; a single one, the common case, needs no task of its own."""
     return [await answers[0]] if len(answers) == 1 else await asyncio.gather(*answers)
-
-
-class _TimeoutExpiredError(Exception):
-    """The tool took too long; its own TimeoutErrors are something else."""
-
-
-async def _bounded(coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
-    """The coroutine's result. On time-out or cancellation it is cancelled and, should it ignore that, left behind."""
-    task = asyncio.ensure_future(_contained(coroutine))
-    try:
-        done, _ = await asyncio.wait((task,), timeout=timeout_s)
-    except asyncio.CancelledError:
-        await _stop(task)
-        raise
-    if not done:
-        await _stop(task)
-        raise _TimeoutExpiredError
-    if task.cancelled():
-        raise RuntimeError("the tool cancelled itself")
-    return task.result()
-
-
-async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a tool raises stays in its task: a SystemExit would end the event loop, a Rust panic is no Exception."""
-    try:
-        return await coroutine
-    except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise RuntimeError(f"the tool raised {type(error).__name__}") from error
-
-
-async def _stop(task: asyncio.Future[Any]) -> None:
-    task.cancel()
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # left behind or not, it is not our error
-    await asyncio.wait((task,), timeout=GRACE_S)
 
 
 def _problems(tool: LoadedTool, arguments: dict[str, Any]) -> list[str]:
@@ -269,53 +221,3 @@ def _problems(tool: LoadedTool, arguments: dict[str, Any]) -> list[str]:
         return tool.validate(arguments)
     except Exception as error:
         return [f"they cannot be checked ({type(error).__name__})"]
-
-
-def _text(response: object) -> str:
-    """The text of a tool's answer: a `ToolResponse` (ours or verl's) or a plain string."""
-    text = response if isinstance(response, str) else getattr(response, "text", _text)
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise TypeError(f"expected a ToolResponse with text, got {type(response).__name__}")
-    return text
-
-
-def _number(value: object) -> float:
-    """A reward as a number that has a float32, as trainers keep it; so sums are finite too. numpy's scalars have `item`."""
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, (int, float)) and abs(value) <= FLOAT32_MAX:
-        return float(value)
-    raise TypeError(f"expected a finite number as reward, got {value!r:.100}")
-
-
-def _json_metrics(metrics: object) -> dict[str, Any]:
-    """The metrics as plain JSON; what has no JSON form becomes its text."""
-    if not metrics:
-        return {}
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"expected a dict of metrics, got {type(metrics).__name__}")
-    return {str(key): _json_value(value) for key, value in metrics.items()}
-
-
-def _json_value(value: object) -> Any:
-    try:
-        return json.loads(canonical_json(value))
-    except (TypeError, ValueError, RecursionError):
-        return _say(value)[:1000]
-
-
-def describe(error: BaseException) -> str:
-    """An exception for the record: its class, message and the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    cause = f" from {type(error.__cause__).__name__}: {_say(error.__cause__)}" if error.__cause__ else ""
-    return f"{type(error).__name__}: {_say(error)}{where}{cause}"[:2000]
-
-
-def _say(value: object) -> str:
-    """`str`, of things whose own text may fail."""
-    try:
-        return str(value)
-    except Exception:
-        return f"<{type(value).__name__} without a text>"

@@ -16,16 +16,18 @@ from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
 
-from agent.dispatch import ConversationTools, Dispatcher, describe, ledger_lines
+from agent.answers import describe
+from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
 from agent.engines.engine import Engine, Generation
 from agent.errors import EndConversation, EngineError
+from agent.interactions import Interactions, SimulatedUser
 from agent.tasks import Task
 from agent.tracing import Tracing
 from conversations import hermes
 from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
-from conversations.template import ChatTemplate, Delta
-from conversations.tokens import TEMPLATE, TOOL, TokenSequence
-from conversations.trajectory import INVALID_STATUSES, ToolCallRecord, Trajectory, Turn
+from conversations.template import ChatTemplate
+from conversations.tokens import TEMPLATE, TOOL, USER, TokenSequence
+from conversations.trajectory import INVALID_STATUSES, ToolCallRecord, Trajectory, Turn, total_reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class LoopSettings:
     max_model_len: int
     max_tokens: int | None = None
     max_turns: int | None = None
+    max_user_turns: int | None = None
     max_consecutive_invalid_calls: int | None = 8
     deadline_s: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +58,7 @@ class Runtime:
     settings: LoopSettings
     dispatcher: Dispatcher | None = None
     tracing: Tracing | None = None
+    interactions: Interactions | None = None
 
 
 async def converse(conversation: Conversation) -> None:
@@ -96,11 +100,13 @@ async def _turns(conversation: Conversation) -> None:
         except EngineError as error:
             return conversation.fail("engine_error", str(error))
         parsed = conversation.append_turn(generation)
-        # 3. A turn that was cut has its calls never run; one without calls is the last.
+        # 3. A turn that was cut has its calls never run; one without calls is the last, unless a user answers.
         if not conversation.turn_is_complete:
             return conversation.reject_calls(parsed)
         if not parsed.calls:
-            return conversation.stop("stop")
+            if reason := await conversation.take_user_turn():
+                return conversation.stop(reason)
+            continue
         # 4. Run the calls.
         lines = await conversation.run_calls(parsed)
         if reason := conversation.reason_to_stop(lines):
@@ -118,7 +124,7 @@ class Conversation:
 
     __slots__ = (
         "_invalid_in_a_row", "_opened", "_started_at", "error", "infra_error", "ledger", "messages", "parent", "rewards", "runtime",
-        "sample", "stop_reason", "task", "tokens", "tools", "turn_is_complete", "turns", "wall_s", "warnings",
+        "sample", "stop_reason", "task", "tokens", "tools", "turn_is_complete", "turns", "user", "wall_s", "warnings",
     )  # fmt: skip
 
     def __init__(self, task: Task, sample: int, runtime: Runtime) -> None:
@@ -130,8 +136,9 @@ class Conversation:
         self.turns: list[Turn] = []
         self.ledger: list[ToolCallRecord] = []
         self.warnings: list[str] = []
-        self.rewards: dict[str, float] = {}
+        self.rewards: dict[str, Any] = {}
         self.tools: ConversationTools | None = None
+        self.user: SimulatedUser | None = None
         self.stop_reason: str | None = None
         self.error: str | None = None
         self.parent: dict[str, Any] | None = None
@@ -152,7 +159,17 @@ class Conversation:
             self.tokens.append(kind, ids)
         self.messages += created
         settings = self.runtime.settings
-        return len(self.tokens) <= min(settings.prompt_length, settings.max_model_len - 1)
+        if len(self.tokens) > min(settings.prompt_length, settings.max_model_len - 1):
+            return False
+        self.user = self.make_user()
+        if self.user:
+            await self.user.start()
+        return True
+
+    def make_user(self) -> SimulatedUser | None:
+        """The user of this conversation, not yet started; None where nobody answers."""
+        interactions, kwargs = self.runtime.interactions, self.task.interaction_kwargs
+        return SimulatedUser(interactions.chosen(kwargs), kwargs) if interactions and kwargs else None
 
     def make_tools(self) -> ConversationTools | None:
         """The tools of this conversation, not yet created; None without any."""
@@ -174,18 +191,23 @@ class Conversation:
         self.error = end.error
 
     async def collect_rewards(self) -> None:
-        """Asks the tools for the trajectory's reward, unless nothing was sampled, infrastructure failed, or it was cut off."""
+        """Asks tools and user for the trajectory's reward, unless nothing was sampled, infrastructure failed, or it was cut off."""
         self.infra_error = self.infra_error or any(line.status == "backend_error" for line in self.ledger)
         if self.tools and self.turns and not self.infra_error and self.stop_reason != "cancelled":
             self.rewards = await self.tools.rewards()
-        if self.tools and self.tools.failure:
-            self.infra_error, self.error = True, self.error or self.tools.failure
+        if self.user and self.user.rewards:
+            self.rewards["user_turn_rewards"] = self.user.rewards
+        for failure in (self.tools and self.tools.failure, self.user and self.user.failure):
+            if failure:
+                self.infra_error, self.error = True, self.error or failure
 
     async def close(self) -> None:
         """Releases the tools and stops the clock."""
         if self.tools:
             await self.tools.release()
             self.warnings += self.tools.warnings
+        if self.user:
+            await self.user.finalize()
         self.wall_s = perf_counter() - self._opened
 
     @property
@@ -249,32 +271,48 @@ class Conversation:
         return "max_turns" if len(self.turns) == settings.max_turns else None
 
     def append_responses(self, lines: list[ToolCallRecord]) -> bool:
-        """Appends what the template puts after the turn, the end token it may lack included; False where it does not fit."""
-        template = self.runtime.template
+        """Appends the tools' answers to the last turn; False where they do not fit."""
         messages = [tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]
-        delta = template.delta(messages, TOOL)
+        if not self._append_messages(messages, TOOL):
+            return False
+        for line in lines:
+            self._warn_of_control_tokens(f"the response of {line.call_id}", line.response or "")
+        return True
+
+    async def take_user_turn(self) -> str | None:
+        """Lets the user answer the last turn; returns what ends the conversation where nobody answers, or it does not fit."""
+        user, settings = self.user, self.runtime.settings
+        if user is None or user.turns == settings.max_user_turns or len(self.turns) == settings.max_turns:
+            return "stop"
+        text = await user.reply(self.messages)
+        if text is None:
+            return "stop"
+        self._warn_of_control_tokens(f"user turn {user.turns - 1}", text)
+        return None if self._append_messages([{"role": "user", "content": text}], USER) else "length"
+
+    def _append_messages(self, messages: list[Message], kind: str) -> bool:
+        """Appends what the template puts after a turn, the end token it may lack included; False where it does not fit."""
+        template, settings = self.runtime.template, self.runtime.settings
+        delta = template.delta(messages, kind)
         missing_end = [] if self.tokens.ids[-1] in template.end_ids else [template.end_id]
-        settings = self.runtime.settings
         added = len(missing_end) + len(delta)
         if self.tokens.response_length + added > settings.response_length or len(self.tokens) + added > settings.max_model_len:
             return False
         self.tokens.append(TEMPLATE, missing_end)
-        self._append(delta)
+        for piece, ids in delta.pieces:
+            self.tokens.append(piece, ids)
+        self._warn_of_rewritten_history()
         self.messages += messages
-        self._warn(lines)
         return True
 
-    def _append(self, delta: Delta) -> None:
-        for kind, ids in delta.pieces:
-            self.tokens.append(kind, ids)
+    def _warn_of_control_tokens(self, where: str, text: str) -> None:
+        if found := self.runtime.template.control_tokens(text):
+            self.warnings.append(f"{where} holds control tokens as text: {', '.join(found)}")
 
-    def _warn(self, lines: list[ToolCallRecord]) -> None:
-        template = self.runtime.template
-        for line in lines:
-            if found := template.control_tokens(line.response or ""):
-                self.warnings.append(f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}")
-        if template.rewrites_history and "</think>" in self.messages[-1 - len(lines)]["raw"]:
-            warning = f"the chat template drops earlier <think> blocks; the sampled tokens were kept"
+    def _warn_of_rewritten_history(self) -> None:
+        """The last message is the turn that the template will drop the thoughts of."""
+        if self.runtime.template.rewrites_history and "</think>" in self.messages[-1]["raw"]:
+            warning = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
             if warning not in self.warnings:
                 self.warnings.append(warning)
 
@@ -302,7 +340,7 @@ class Conversation:
             infra_error=self.infra_error,
             error=self.error,
             warnings=self.warnings,
-            reward=sum(parts.values()) if parts else None,
+            reward=total_reward(parts),
             reward_parts=parts,
             ground_truth=task.ground_truth,
             data_source=task.data_source,

@@ -234,8 +234,6 @@ def loop_settings(config: Config, sampling: dict[str, Any], max_tokens: int | No
 def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> Dispatcher:
     """The tools with the config's limits."""
     multi_turn = config.rollout.multi_turn
-
-    def cut(text: str) -> str | None:
-        return cut_to_tokens(text, multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side, template)
-
+    limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
+    cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
     return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls, cut=cut)

@@ -7,6 +7,7 @@ Invariant: the work is bounded by the limit, not by the length of the text: a 10
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import dataclass
 
 from conversations.template import ChatTemplate
 
@@ -14,7 +15,15 @@ SIDES = ("left", "middle", "right")
 """The side that is cut away, as in a tokenizer's `truncation_side`: "right" keeps the beginning."""
 
 
-def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A text that was cut. `tokens_cut` is what is not in it: counted up to some thousand characters, estimated beyond."""
+
+    text: str
+    tokens_cut: int
+
+
+def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> Shortened | None:
     """`text` cut to at most `limit` tokens plus the marker, or None where it fits as it is.
 
     Raises ValueError for an unknown side.
@@ -27,12 +36,25 @@ def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> s
     if len(_head(text, limit, template)) == len(text):
         return None
     head, tail = _head(text, head_limit, template), _tail(text, limit - head_limit, template)
-    return f"{head}\n... [{len(text) - len(head) - len(tail)} characters cut] ...\n{tail}"
+    end = len(text) - len(tail)
+    marked = f"{head}\n... [{end - len(head)} characters cut] ...\n{tail}"
+    return Shortened(marked, _tokens(text, len(head), end, limit, template))
+
+
+def _tokens(text: str, start: int, end: int, limit: int, template: ChatTemplate) -> int:
+    """How many tokens `text[start:end]` is; of a long one, how many it would be if all of it were like its beginning."""
+    sample = text[start : min(end, start + _window(limit))]
+    return round(len(template.encoding(sample).ids) * (end - start) / len(sample))
+
+
+def _window(count: int) -> int:
+    """Characters that hold more than `count` tokens of most texts."""
+    return max(256, 8 * count)
 
 
 def _head(text: str, count: int, template: ChatTemplate) -> str:
     """The beginning of `text` that holds at most `count` tokens, whole characters only."""
-    window = max(256, 8 * count)
+    window = _window(count)
     while True:
         piece = text[:window]
         encoding = template.encoding(piece)
@@ -45,7 +67,7 @@ def _head(text: str, count: int, template: ChatTemplate) -> str:
 
 
 def _tail(text: str, count: int, template: ChatTemplate) -> str:
-    window = max(256, 8 * count)
+    window = _window(count)
     while count:
         piece = text[-window:]
         encoding = template.encoding(piece)

@@ -71,6 +71,8 @@ class BaseTool:
     # How long one call may take, and how many may run at a time, where the config does not say.
     timeout_s: float = 60.0
     max_concurrency: int | None = None
+    # Whether a call may be sent again when it is not known if the first one had an effect. Without it none is retried.
+    idempotent: bool = False
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         self.config = config

@@ -13,7 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, get_type_hints, overload
+from typing import Any, Unpack, get_type_hints, overload
 
 import docstring_parser
 import pydantic
@@ -21,6 +21,7 @@ import pydantic_core
 from pydantic.json_schema import GenerateJsonSchema
 
 from tools.base import BaseTool, ToolConfigError, ToolError, ToolResponse
+from tools.policy import PolicyConfig
 
 _Outcome = tuple[Any, BaseException | None]
 
@@ -69,13 +70,13 @@ def tool(function: Callable[..., Any], /) -> FunctionTool: ...
 
 
 @overload
-def tool(
-    *, ends_conversation: bool = ..., timeout_s: float = ..., max_concurrency: int | None = ...
-) -> Callable[[Callable[..., Any]], FunctionTool]: ...
+def tool(**config: Unpack[PolicyConfig]) -> Callable[[Callable[..., Any]], FunctionTool]: ...
 
 
 def tool(function: Callable[..., Any] | None = None, /, **config: Any) -> FunctionTool | Callable[[Callable[..., Any]], FunctionTool]:
     """`@tool` or `@tool(timeout_s=5)`: makes a function a tool, named and described as the function is.
+
+    The keywords are those of `tools.policy.Policy`.
 
     Raises ToolConfigError where the signature cannot be called with named arguments.
     """

@@ -30,8 +30,9 @@ class SandboxFusionTool(BaseTool):
 
     config (all optional): `sandbox_fusion_url` (its `/run_code` may be left out; absent or `embedded`: a local server,
     started on demand), `default_timeout` (30 s), `default_language` (python), `memory_limit_mb` (1024), `num_workers`
-    (calls at a time: 10; the embedded server's tool never has more than there are cores). verl's `rate_limit` and
-    `enable_global_rate_limit` are accepted: there, too, they limit nothing that `num_workers` does not.
+    (calls at a time: 10; the embedded server's tool never has more than there are cores). `rate_limit` is
+    the dispatcher's: calls a second, where verl's is one more number of calls at a time; every limit holds over the whole
+    run, whatever verl's `enable_global_rate_limit` says.
     Parameters `language` and `timeout` count only where the schema offers them.
     """
 
@@ -42,7 +43,6 @@ class SandboxFusionTool(BaseTool):
             "default_language",
             "memory_limit_mb",
             "num_workers",
-            "rate_limit",
             "enable_global_rate_limit",
         }
     )

@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Protocol, runtime_checkable
 
 import jsonschema
@@ -20,11 +19,11 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from tools.base import BaseTool, ToolConfigError, ToolsError
+from tools.base import ToolConfigError, ToolsError
 from tools.function import FunctionTool
-
-# Keys of a tool's `config` that are the dispatcher's; `type` is verl's, and only `native` is known.
-DISPATCH_KEYS = frozenset({"ends_conversation", "timeout_s", "max_concurrency", "type"})
+from tools.policy import Policy, flag, read_policy
+from tools.policy import check_config_keys as check_config_keys
+from tools.policy import nearest as nearest
 
 MAX_ERRORS = 8
 MAX_ERROR_CHARS = 300
@@ -51,8 +50,7 @@ class LoadedTool:
     tool: Tool
     schema: dict[str, Any]
     ends_conversation: bool
-    timeout_s: float
-    max_concurrency: int | None
+    policy: Policy
     _validator: Draft202012Validator = field(repr=False)
     _create: CreateSignature = field(repr=False)
 
@@ -167,15 +165,15 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
     name, parameters = check_schema(schema)
     config: Mapping[str, Any] = getattr(tool, "config", None) or {}
     check_config_keys(config, getattr(tool, "config_keys", None))
+    verl = is_verl(type(tool))
     return LoadedTool(
         name=name,
         tool=tool,
         schema=schema,
-        ends_conversation=_flag(config, "ends_conversation"),
-        timeout_s=_positive(config, "timeout_s", getattr(tool, "timeout_s", BaseTool.timeout_s)),
-        max_concurrency=_concurrency(config, tool),
+        ends_conversation=flag(config, "ends_conversation"),
+        policy=read_policy(config, tool, verl=verl),
         _validator=Draft202012Validator(parameters, registry=Registry()),
-        _create=CreateSignature.of(tool.create, verl=is_verl(type(tool))),
+        _create=CreateSignature.of(tool.create, verl=verl),
     )
 
 
@@ -245,24 +243,6 @@ def _references(node: Any) -> Iterator[str]:
             yield from _references(value)
 
 
-def check_config_keys(config: Mapping[str, Any], own: frozenset[str] | None) -> None:
-    """Refuses a key of `config` that neither the tool nor the dispatcher knows, naming the nearest right one."""
-    if own is None:
-        return
-    known = own | DISPATCH_KEYS
-    for key in config:
-        if key not in known:
-            raise ToolConfigError(f"config has no key {key!r}{nearest(str(key), known)}")
-
-
-def nearest(wrong: str, right: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or what is allowed when nothing comes near."""
-    right = sorted(right)
-    if close := get_close_matches(wrong, right, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(right)}" if right else ""
-
-
 def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
     if not isinstance(made, type):
         if isinstance(made, Tool):
@@ -275,32 +255,6 @@ def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
 def _own_schema(tool: Tool) -> Any:
     schema: Any = getattr(tool, "tool_schema", None)
     return schema.model_dump(exclude_unset=True, exclude_none=True) if hasattr(schema, "model_dump") else schema
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if not isinstance(value, bool):
-        raise ToolConfigError(f"config.{key} must be true or false, got {value!r}")
-    return value
-
-
-def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ToolConfigError(f"config.{key} must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _concurrency(config: Mapping[str, Any], tool: Tool) -> int | None:
-    """`max_concurrency`, else the tool's own, else `num_workers`, which is what verl's tools call it."""
-    key = "max_concurrency" if "max_concurrency" in config else "num_workers"
-    own = getattr(tool, "max_concurrency", None)
-    value = config.get(key) if key == "max_concurrency" or own is None else own
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ToolConfigError(f"config.{key} must be a whole number above 0, got {value!r}")
-    return value
 
 
 def _argument_error(error: jsonschema.ValidationError) -> str:

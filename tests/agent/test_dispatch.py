@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from agent.dispatch import GRACE_S, ConversationTools, Dispatcher, describe, ledger_lines
+from agent.answers import describe
+from agent.attempts import GRACE_S
+from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
 from conversations.hermes import parse
 from conversations.trajectory import ToolCallRecord, canonical_json
+from conversations.truncate import Shortened
 from tests.helpers import OK, TOOL_ERRORS, Toy, call, until
 from tools.base import BaseTool, ToolError, ToolResponse
 from tools.function import tool
@@ -249,7 +252,7 @@ async def test_half_surrogates_are_shown_as_replacement_characters() -> None:
 
 
 async def test_a_long_answer_is_cut_for_the_model_and_whole_in_the_ledger() -> None:
-    tools = tools_of(Toy(), cut=lambda text: text[:3] + "..." if len(text) > 10 else None)
+    tools = tools_of(Toy(), cut=lambda text: Shortened(text[:3] + "...", 9) if len(text) > 10 else None)
     long, short, error = await run(tools, call("toy", do="long"), call("toy", do="say", text="ab"), call("nobody"))
     assert long.response == "man..."
     assert long.full_response is not None

@@ -89,8 +89,8 @@ def test_schemas_stay_lossless_and_belong_to_nobody_else(write: Any) -> None:
 def test_limits_are_read_from_config(write: Any) -> None:
     loaded = load_tools(write([entry(), entry(NESTED, ends_conversation=True, timeout_s=2, max_concurrency=3)]))
     default, given = loaded["calculate_answer"], loaded["nested"]
-    assert (default.ends_conversation, default.timeout_s, default.max_concurrency) == (False, 60.0, None)
-    assert (given.ends_conversation, given.timeout_s, given.max_concurrency) == (True, 2.0, 3)
+    assert (default.ends_conversation, default.policy.timeout_s, default.policy.max_concurrency) == (False, 60.0, None)
+    assert (given.ends_conversation, given.policy.timeout_s, given.policy.max_concurrency) == (True, 2.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_users_class_and_functions_load_from_beside_the_yaml(write: Any, tmp_p
         )
     )
     assert list(loaded) == ["calculate_answer", "decorated", "plain"]
-    assert (loaded["decorated"].timeout_s, loaded["decorated"].ends_conversation) == (7.0, True)
+    assert (loaded["decorated"].policy.timeout_s, loaded["decorated"].ends_conversation) == (7.0, True)
     assert loaded["decorated"].schema["function"]["description"] == "Doubles."
     assert loaded["calculate_answer"].create_kwargs({"size": 1}, ground_truth="4") == {"size": 1}
     with pytest.raises(ToolConfigError, match="does not take 'colour' from the row's create_kwargs; it takes size"):
@@ -222,7 +222,7 @@ async def test_a_set_from_python_objects() -> None:
 
     made = ToolSet.from_tools([double, undecorated, Closing({}, ANSWER), Closing({}, NESTED)])
     assert list(made) == ["double", "undecorated", "calculate_answer", "nested"]
-    assert (made.source_text, made["double"].max_concurrency) == ("", 2)
+    assert (made.source_text, made["double"].policy.max_concurrency) == ("", 2)
     assert (await made["double"].tool.execute("t", {"x": 2}))[0] == ToolResponse("4")
     with pytest.raises(ExceptionGroup, match="closing the tools failed"):
         await made.close()

@@ -252,9 +252,9 @@ def test_calls_at_a_time_never_outnumber_the_embedded_servers_cores() -> None:
         ({**remote, "num_workers": 99}, 99),
     ):
         (loaded,) = ToolSet.from_tools([SandboxFusionTool(config, schema())]).values()
-        assert loaded.max_concurrency == workers
+        assert loaded.policy.max_concurrency == workers
 
 
 def test_a_call_may_take_as_long_as_the_code_and_then_some() -> None:
     (loaded,) = ToolSet.from_tools([SandboxFusionTool({"default_timeout": 100}, schema())]).values()
-    assert loaded.timeout_s > 200
+    assert loaded.policy.timeout_s > 200

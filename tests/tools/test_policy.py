@@ -1,0 +1,133 @@
+"""What tools.yaml may say about a tool's calls: what is read, what is the default, and one line for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from conversations import truncate
+from tools.base import BaseTool, ToolConfigError
+from tools.function import tool
+from tools.policy import DISPATCH_KEYS, SIDES, BreakerPolicy, Policy, read_policy
+from tools.toolset import loaded_tool
+
+SCHEMA: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+FULL: dict[str, Any] = {
+    "ends_conversation": True,
+    "timeout_s": 2,
+    "max_concurrency": 3,
+    "rate_limit": 0.5,
+    "idempotent": True,
+    "retries": 4,
+    "max_response_tokens": 100,
+    "response_side": "left",
+    "circuit_breaker": {"failures": 2, "cooldown_s": 1.5},
+}
+
+
+class Strict(BaseTool):
+    """Has keys of its own, so that any other is refused."""
+
+    config_keys = frozenset({"size"})
+
+
+def policy_of(config: dict[str, Any], tool_class: type[BaseTool] = Strict) -> Policy:
+    return loaded_tool(tool_class(config, SCHEMA)).policy
+
+
+def test_every_key_is_read() -> None:
+    assert {*FULL, "type"} == DISPATCH_KEYS
+    assert policy_of({**FULL, "size": 1}) == Policy(
+        timeout_s=2.0,
+        max_concurrency=3,
+        rate_limit=0.5,
+        retries=4,
+        max_response_tokens=100,
+        response_side="left",
+        circuit_breaker=BreakerPolicy(2, 1.5),
+    )
+
+
+@pytest.mark.parametrize("config", [{}, dict.fromkeys(("rate_limit", "max_response_tokens", "response_side", "circuit_breaker"))])
+def test_without_them_nothing_is_limited_but_time(config: dict[str, Any]) -> None:
+    assert dataclasses.asdict(policy_of(config)) == {
+        "timeout_s": 60.0, "max_concurrency": None, "rate_limit": None, "retries": 0,
+        "max_response_tokens": None, "response_side": None, "circuit_breaker": None,
+    }  # fmt: skip
+
+
+def test_a_breakers_keys_have_defaults() -> None:
+    assert policy_of({"circuit_breaker": {}}).circuit_breaker == BreakerPolicy(5, 30.0)
+    assert policy_of({"circuit_breaker": {"failures": 1}}).circuit_breaker == BreakerPolicy(1, 30.0)
+
+
+def test_a_class_may_have_defaults_of_its_own() -> None:
+    class Slow(Strict):
+        timeout_s = 300
+        max_concurrency = 4
+        idempotent = True
+
+    policy = policy_of({"retries": 1}, Slow)
+    assert (policy.timeout_s, policy.max_concurrency, policy.retries) == (300.0, 4, 1)
+    policy = policy_of({"timeout_s": 1, "max_concurrency": None}, Slow)
+    assert (policy.timeout_s, policy.max_concurrency) == (1.0, None)
+    with pytest.raises(ToolConfigError, match=r"config\.retries needs idempotent: true"):
+        policy_of({"retries": 1, "idempotent": False}, Slow)
+
+
+def test_a_decorated_function_takes_them_as_keywords() -> None:
+    @tool(rate_limit=2, retries=1, idempotent=True, circuit_breaker={"failures": 3})
+    def look() -> str:
+        return ""
+
+    policy = loaded_tool(look).policy
+    assert (policy.rate_limit, policy.retries, policy.circuit_breaker) == (2.0, 1, BreakerPolicy(3, 30.0))
+
+
+@pytest.mark.parametrize("config", [{"num_workers": 10, "enable_global_rate_limit": True, "rate_limit": 10}, {"rate_limit": "any"}])
+def test_the_rate_limit_of_verls_classes_is_their_own(config: dict[str, Any]) -> None:
+    """There it is a number of calls at a time, by a semaphore that the class brings itself."""
+    assert read_policy(config, object(), verl=True).rate_limit is None
+
+
+def test_the_sides_are_those_of_the_cut() -> None:
+    assert SIDES == truncate.SIDES
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"rate_limit": 0}, "config.rate_limit must be a number above 0 and at most 1e+06, got 0"),
+        ({"rate_limit": "10/s"}, "config.rate_limit must be a number above 0 and at most 1e+06, got '10/s'"),
+        ({"rate_limit": 10**400}, "config.rate_limit must be a number above 0 and at most 1e+06, got 1000"),
+        ({"timeout_s": float("inf")}, "config.timeout_s must be a number above 0, got inf"),
+        ({"timeout_s": True}, "config.timeout_s must be a number above 0, got True"),
+        ({"max_concurrency": 0}, "config.max_concurrency must be a whole number above 0, got 0"),
+        ({"num_workers": 1.5}, "config.num_workers must be a whole number above 0, got 1.5"),
+        ({"idempotent": 1}, "config.idempotent must be true or false, got 1"),
+        ({"retries": 2}, "config.retries needs idempotent: true; a call that failed may have taken effect, and would again"),
+        ({"retries": 11, "idempotent": True}, "config.retries must be a whole number from 0 to 10, got 11"),
+        ({"retries": -1, "idempotent": True}, "config.retries must be a whole number from 0 to 10, got -1"),
+        ({"retries": None, "idempotent": True}, "config.retries must be a whole number from 0 to 10, got None"),
+        ({"max_response_tokens": 0}, "config.max_response_tokens must be a whole number above 0, got 0"),
+        ({"response_side": "top"}, "config.response_side must be one of left, middle, right, got 'top'"),
+        ({"response_side": ["left"]}, "config.response_side must be one of left, middle, right, got ['left']"),
+        ({"circuit_breaker": 5}, "config.circuit_breaker must be a mapping with failures and cooldown_s, got 5"),
+        ({"circuit_breaker": {"failure": 5}}, "config.circuit_breaker has no key 'failure'; did you mean 'failures'?"),
+        ({"circuit_breaker": {"failures": 0}}, "config.circuit_breaker.failures must be a whole number above 0, got 0"),
+        ({"circuit_breaker": {"cooldown_s": -1}}, "config.circuit_breaker.cooldown_s must be a number above 0, got -1"),
+        ({"retry": 1}, "config has no key 'retry'; did you mean 'retries'?"),
+        ({"rate_limits": 1}, "config has no key 'rate_limits'; did you mean 'rate_limit'?"),
+    ],
+)
+def test_a_mistake_is_one_line(config: dict[str, Any], said: str) -> None:
+    class Workers(Strict):
+        config_keys = frozenset({"num_workers"})
+
+    with pytest.raises(ToolConfigError) as caught:
+        policy_of(config, Workers)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
