@@ -1,8 +1,8 @@
 """tools.yaml to a ToolSet.
 
 Both forms in the wild are read, verl's (`tools:` over a list of `class_name`, `config`, `tool_schema`) and the plain
-list with `class_path`; an entry may also name a `function: module:name`. Every mistake is one line: the file, the entry,
-what is wrong, and the nearest right thing.
+list with `class_path`; an entry may also name a `function: module:name`, or an `mcp` server, which yields several tools.
+Every mistake is one line: the file, the entry, what is wrong, and the nearest right thing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,24 @@ from tools.base import BaseTool, ToolConfigError, ToolsError
 from tools.function import FunctionTool
 from tools.toolset import LoadedTool, Tool, ToolSet, check_config_keys, check_schema, is_verl, loaded_tool, nearest
 
-__all__ = ["LoadedTool", "ToolSet", "load_tools"]
+__all__ = ["LoadedTool", "ToolSet", "load_tools", "tool_entries", "tools_from_text"]
 
-ENTRY_KEYS = frozenset({"class_name", "class_path", "function", "config", "tool_schema"})
+ENTRY_KEYS = frozenset({"class_name", "class_path", "function", "config", "tool_schema", "mcp"})
 
-SHIPPED = ("tools.gsm8k.Gsm8kTool", "tools.sandbox.SandboxFusionTool")
+MCP_TOOL = "tools.mcp.McpTool"
+VERL_MCP = ("verl.tools.mcp_base_tool.MCPBaseTool", "verl.tools.mcp_search_tool.MCPSearchTool")
+
+SHIPPED = ("tools.gsm8k.Gsm8kTool", "tools.geo3k.Geo3kTool", "tools.search.SearchTool", "tools.sandbox.SandboxFusionTool", MCP_TOOL)
+
+# verl's own that cannot do their work here, and what to name in their place.
+NOT_FROM_VERL = {
+    "verl.tools.search_tool.SearchTool": "runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema",
+    "verl.tools.sandbox_fusion_tools.SandboxFusionTool": (
+        "runs only inside Ray, and fails on every call; tools.sandbox.SandboxFusionTool takes the same config and tool_schema"
+    ),
+    "verl.tools.image_zoom_in_tool.ImageZoomInTool": "runs only inside Ray, and answers with images, which are not shown to models here",
+    **dict.fromkeys(VERL_MCP, "needs an mcp: with command, url or mcp_servers_config_path"),
+}
 
 # Package names of this project that a user's folder may bear as well.
 OUR_PACKAGES = frozenset({"tools", "agent", "conversations", "tool_configs"})
@@ -44,10 +57,15 @@ def load_tools(path_or_name: str | Path) -> ToolSet:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ToolConfigError(f"{path}: cannot be read: {error}") from error
-    loaded = []
-    for index, entry in enumerate(_entries(text, path)):
+    return tools_from_text(text, path)
+
+
+def tools_from_text(text: str, path: Path) -> ToolSet:
+    """The tools of a YAML text, as if it stood in the file `path`, which need not exist. Raises as `load_tools` does."""
+    loaded: list[LoadedTool] = []
+    for index, entry in enumerate(tool_entries(text, path)):
         with _located(f"{path}: entry {index}"):
-            loaded.append(_load(entry, path))
+            loaded += _load(entry, path)
     with _located(str(path)):
         return ToolSet(loaded, source_text=text)
 
@@ -67,7 +85,8 @@ def _find(path_or_name: str | Path) -> Path:
     return shipped
 
 
-def _entries(text: str, path: Path) -> list[Mapping[str, Any]]:
+def tool_entries(text: str, path: Path) -> list[Any]:
+    """The entries of a YAML text as they stand there, nothing imported. Raises ToolConfigError where it is not a list of tools."""
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -94,13 +113,15 @@ def _located(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _load(entry: Any, path: Path) -> LoadedTool:
+def _load(entry: Any, path: Path) -> list[LoadedTool]:
     if not isinstance(entry, Mapping):
         raise ToolConfigError(f"expected class_name, config and tool_schema, got {type(entry).__name__}")
     for key in entry:
         if key not in ENTRY_KEYS:
             raise ToolConfigError(f"no key {key!r} here{nearest(str(key), ENTRY_KEYS)}")
     named = [key for key in ("class_name", "class_path", "function") if entry.get(key) is not None]
+    if not named and "mcp" in entry:
+        return _load({**entry, "class_name": MCP_TOOL}, path)
     if len(named) != 1:
         raise ToolConfigError(f"expected one of class_name, class_path, function; got {', '.join(named) or 'none of them'}")
     target, config, schema = entry[named[0]], entry.get("config") or {}, entry.get("tool_schema")
@@ -108,21 +129,38 @@ def _load(entry: Any, path: Path) -> LoadedTool:
         raise ToolConfigError(f"{named[0]} must be a string, got {type(target).__name__}")
     if not isinstance(config, Mapping):
         raise ToolConfigError(f"config must be a mapping, got {type(config).__name__}")
-    if config.get("type", "native") != "native":
-        raise ToolConfigError(f"config.type {config['type']!r} is not supported; only native is")
+    if config.get("type", "native") not in ("native", "mcp"):
+        raise ToolConfigError(f"config.type {config['type']!r} is not supported; native and mcp are")
     if schema is not None:
         check_schema(schema)
     with _located(target):
+        if "mcp" in entry or config.get("type") == "mcp":
+            return _load_mcp(target, dict(config), entry, path)
         if named[0] == "function":
-            return _load_function(target, dict(config), schema, path)
-        return _load_class(target, dict(config), schema, path)
+            return [_load_function(target, dict(config), schema, path)]
+        return [_load_class(target, dict(config), schema, path)]
+
+
+def _load_mcp(target: str, config: dict[str, Any], entry: Mapping[str, Any], path: Path) -> list[LoadedTool]:
+    """The tools of an MCP server. verl's classes for them need a client that its wheel lacks: ours stands in for them."""
+    from tools.mcp import McpTool, mcp_tools
+
+    if entry.get("mcp") is None:
+        raise ToolConfigError("config.type is mcp, but the entry has no mcp: with command, url or mcp_servers_config_path")
+    if entry.get("tool_schema") is not None:
+        raise ToolConfigError("tool_schema has no place beside mcp: the server says it")
+    module_name, _, name = (MCP_TOOL if target in VERL_MCP else target).rpartition(".")
+    tool_class = import_attribute(module_name, name, path)
+    if not (isinstance(tool_class, type) and issubclass(tool_class, McpTool)):
+        raise ToolConfigError(f"a class for mcp derives from {MCP_TOOL}")
+    return [loaded_tool(tool) for tool in mcp_tools(tool_class, config, entry["mcp"], path)]
 
 
 def _load_function(target: str, config: dict[str, Any], schema: dict[str, Any] | None, path: Path) -> LoadedTool:
     module_name, colon, name = target.partition(":")
     if not colon:
         raise ToolConfigError("function must be written module:name")
-    made = _import(module_name, name, path)
+    made = import_attribute(module_name, name, path)
     if isinstance(made, FunctionTool):
         return loaded_tool(made.with_config(config, schema))
     if not callable(made) or isinstance(made, type):
@@ -134,7 +172,11 @@ def _load_class(target: str, config: dict[str, Any], schema: dict[str, Any] | No
     module_name, _, name = target.rpartition(".")
     if not module_name:
         raise ToolConfigError("a class is written package.module.Class")
-    tool_class = _import(module_name, name, path)
+    if target in NOT_FROM_VERL:
+        raise ToolConfigError(f"it {NOT_FROM_VERL[target]}")
+    if target == MCP_TOOL:
+        raise ToolConfigError("the entry has no mcp: with command, url or mcp_servers_config_path")
+    tool_class = import_attribute(module_name, name, path)
     if not isinstance(tool_class, type):
         raise ToolConfigError(f"expected a class, got {type(tool_class).__name__}")
     check_config_keys(config, getattr(tool_class, "config_keys", None))
@@ -195,7 +237,7 @@ def _verl_property(value: Any) -> dict[str, Any]:
     return kept
 
 
-def _import(module_name: str, name: str, path: Path) -> Any:
+def import_attribute(module_name: str, name: str, path: Path) -> Any:
     """A module's attribute. Raises ToolConfigError, which tells a missing module from one that fails."""
     try:
         module = _module(module_name, path)

@@ -1,0 +1,131 @@
+"""A tool's backend over HTTP: where it is, one client for all calls, and every failure to get an answer a BackendError.
+
+A backend is the user's, at an address, or an embedded one, started when it is first needed and again when it has died.
+Nothing is retried but connecting: what a call may cost is the dispatcher's to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import httpx
+
+from tools.base import BackendError, ToolConfigError, ToolsError
+from tools.servers.embedded import EmbeddedServer
+
+EMBEDDED = "embedded"
+"""What a config says in place of an address; saying nothing says the same."""
+
+_CONNECT_S = 10.0
+_CONNECT_RETRIES = 3
+_SAID_CHARS = 200
+_HEADERS = {"content-type": "application/json", "accept": "application/json"}
+
+
+def remote_url(key: str, given: object, path: str) -> httpx.URL | None:
+    """The address in `config.KEY`, with `path` where it names none; None for an embedded backend. Raises ToolConfigError."""
+    if given is None or given == EMBEDDED:
+        return None
+    try:
+        url = httpx.URL(given) if isinstance(given, str) else httpx.URL()
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ToolConfigError(f"config.{key} must be {EMBEDDED!r} or an http(s) address, got {given!r}")
+    return url.copy_with(path=path) if url.path in ("", "/") else url
+
+
+@dataclass(slots=True)
+class _OnLoop:
+    """What belongs to one event loop: connections of a loop that is gone cannot be used, nor closed."""
+
+    loop: asyncio.AbstractEventLoop
+    client: httpx.AsyncClient
+    starting: asyncio.Lock
+
+
+class Backend:
+    """One tool's backend. `embedded` finds the server to start where `remote` is None; it may take its time, but not block.
+
+    `connections` bounds the calls at a time, `timeout_s` each of them. `name` is what its errors call it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        remote: httpx.URL | None,
+        embedded: Callable[[], Awaitable[EmbeddedServer]],
+        path: str,
+        *,
+        connections: int,
+        timeout_s: float,
+    ) -> None:
+        self._name = name
+        self._remote = remote
+        self._find = embedded
+        self._path = path
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._server: EmbeddedServer | None = None
+        self._here: _OnLoop | None = None
+
+    async def start(self) -> None:
+        """Starts an embedded backend. Raises ToolsError where it cannot be had."""
+        await self._url(self._on_loop())
+
+    async def post(self, content: bytes) -> bytes:
+        """The answer to a JSON request. Raises BackendError for anything but a 2xx."""
+        here = self._on_loop()
+        try:
+            url = await self._url(here)
+        except (ToolsError, OSError) as error:
+            raise BackendError(f"{self._name} cannot be started: {error}") from error
+        where = f"{self._name} at {url.copy_with(username=None, password=None, query=None)}"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await here.client.post(url, content=content, headers=_HEADERS)
+        except TimeoutError as error:
+            raise BackendError(f"{where} did not answer within {self._timeout_s:g} s") from error
+        except httpx.HTTPError as error:
+            raise BackendError(f"{where}: {type(error).__name__}: {error}") from error
+        if not answer.is_success:
+            raise BackendError(f"{where} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}")
+        return answer.content
+
+    async def close(self) -> None:
+        """Closes the connections and lets go of an embedded backend. Safe to call twice."""
+        here, self._here = self._here, None
+        if here is not None and here.loop is asyncio.get_running_loop():
+            await here.client.aclose()
+        server, self._server = self._server, None
+        if server is not None:
+            await asyncio.to_thread(server.release)
+
+    async def _url(self, here: _OnLoop) -> httpx.URL:
+        if self._remote is not None:
+            return self._remote
+        if self._server is None or not self._server.is_running:
+            async with here.starting:
+                return await self._started()
+        return self._at(self._server.url())
+
+    async def _started(self) -> httpx.URL:
+        if self._server is None:
+            server = await self._find()
+            server.acquire()
+            self._server = server
+        return self._at(await asyncio.to_thread(self._server.url))
+
+    def _at(self, address: str) -> httpx.URL:
+        return httpx.URL(f"{address}{self._path}")
+
+    def _on_loop(self) -> _OnLoop:
+        loop = asyncio.get_running_loop()
+        if self._here is None or self._here.loop is not loop:
+            limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
+            transport = httpx.AsyncHTTPTransport(retries=_CONNECT_RETRIES, limits=limits)
+            timeout = httpx.Timeout(None, connect=_CONNECT_S)
+            self._here = _OnLoop(loop, httpx.AsyncClient(transport=transport, timeout=timeout), asyncio.Lock())
+        return self._here

@@ -1,0 +1,158 @@
+"""`search`: looks the model's queries up on a Search-R1 `/retrieve` server, the embedded one unless told otherwise.
+
+What the model reads is what verl 0.6.1's SearchTool shows, to the letter (`verl/tools/utils/search_r1_like_utils.py`):
+`{"result": "Doc 1 (Title: ...)\\n...\\n\\nDoc 2 ..."}`, the blocks of several queries joined by `\\n---\\n`. A server that
+cannot be reached, fails or answers nonsense is a BackendError; there, it was a text for the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
+from tools.http import Backend, remote_url
+from tools.servers import embedded
+
+PATH = "/retrieve"
+MAX_QUERIES = 100
+NOTHING_FOUND = "No search results found."
+
+# On top of the server's time, for our own part of a call: the backend's own deadline comes before the dispatcher's.
+_SLACK_S = 10.0
+
+
+class _Document(pydantic.BaseModel):
+    contents: str
+
+
+class _Hit(pydantic.BaseModel):
+    document: _Document
+
+
+class _Answer(pydantic.BaseModel):
+    result: list[list[_Hit]]
+
+
+class SearchTool(BaseTool):
+    """Takes `query_list`, a list of strings, answers with the `topk` documents found for each.
+
+    config (all optional): `retrieval_service_url` (its `/retrieve` may be left out; absent or `embedded`: a local server,
+    started on demand), `corpus` (for the embedded server: a JSONL file, indexed when it is first used, or a folder that
+    `turntrace index` made; absent: 10,033 Wikipedia leads), `topk` (3), `timeout` (seconds for one answer: 30),
+    `num_workers` (calls at a time: 120). The dispatcher's `rate_limit` is calls a second, and none where verl's
+    `enable_global_rate_limit` is false; there, it was calls at a time.
+    """
+
+    config_keys = frozenset({"retrieval_service_url", "corpus", "topk", "timeout", "num_workers", "enable_global_rate_limit"})
+    idempotent = True
+
+    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
+        if config.get("enable_global_rate_limit") is False:
+            config = {key: value for key, value in config.items() if key != "rate_limit"}
+        super().__init__(config, tool_schema)
+        self._topk = _whole(config, "topk", 3)
+        self._corpus = _corpus(config)
+        timeout_s = _seconds(config, "timeout", 30.0)
+        self.timeout_s = timeout_s + _SLACK_S
+        self.max_concurrency = _whole(config, "num_workers", 120)
+        remote = remote_url("retrieval_service_url", config.get("retrieval_service_url"), PATH)
+        if remote is not None and self._corpus is not None:
+            raise ToolConfigError("config.corpus is for the embedded server; leave it out, or retrieval_service_url")
+        self._backend = Backend("the search server", remote, self._embedded, PATH, connections=self.max_concurrency, timeout_s=timeout_s)
+
+    async def start(self) -> None:
+        """Indexes the corpus and starts the embedded server where these are to do. Raises SearchUnavailable."""
+        await self._backend.start()
+
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
+        queries = _queries(parameters)
+        asked = {"queries": queries, "topk": self._topk, "return_scores": True}
+        found = _found(await self._backend.post(json.dumps(asked).encode()), len(queries))
+        total = sum(map(len, found))
+        metrics = {"query_count": len(queries), "status": "success" if total else "no_results", "total_results": total}
+        text = "\n---\n".join(map(_shown, found)) if total else NOTHING_FOUND
+        return ToolResponse(json.dumps({"result": text}, ensure_ascii=False)), None, metrics
+
+    async def close(self) -> None:
+        await self._backend.close()
+
+    async def _embedded(self) -> embedded.EmbeddedServer:
+        """The server of the corpus' index, which is made first where there is none; cancelling that leaves nothing behind."""
+        from tools.servers.search_index import index_of
+
+        cancelled = threading.Event()
+
+        def go_on(_: float) -> None:
+            if cancelled.is_set():
+                raise _CancelledBuildError
+
+        try:
+            return embedded.search(str(await asyncio.to_thread(index_of, self._corpus, go_on)))
+        finally:
+            cancelled.set()
+
+
+class _CancelledBuildError(Exception):
+    """Ends the making of an index that nobody waits for."""
+
+
+def _queries(parameters: dict[str, Any]) -> list[str]:
+    given = parameters.get("query_list")
+    if not isinstance(given, list) or not given or not all(isinstance(query, str) for query in given):
+        raise ToolError("query_list must be a list of one or more strings")
+    if len(given) > MAX_QUERIES:
+        raise ToolError(f"query_list may hold at most {MAX_QUERIES} queries, got {len(given)}")
+    # A model can write half of a surrogate pair as an escape; other servers refuse what is not unicode.
+    return [query.encode("utf-8", errors="replace").decode() for query in given]
+
+
+def _found(content: bytes, queries: int) -> list[list[str]]:
+    """The contents of what was found, one list a query."""
+    try:
+        answer = _Answer.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the answer"
+        raise BackendError(f"the search server answered nonsense: {where}: {first['msg']}: {content[:200]!r}") from error
+    if len(answer.result) != queries:
+        raise BackendError(f"the search server answered {len(answer.result)} queries of {queries}")
+    return [[hit.document.contents for hit in hits] for hits in answer.result]
+
+
+def _shown(documents: list[str]) -> str:
+    blocks = []
+    for number, contents in enumerate(documents, 1):
+        title, _, text = contents.partition("\n")
+        blocks.append(f"Doc {number} (Title: {title})\n{text}\n\n")
+    return "".join(blocks).strip()
+
+
+def _corpus(config: dict[str, Any]) -> Path | None:
+    given = config.get("corpus")
+    if given is None:
+        return None
+    if not isinstance(given, str) or not given:
+        raise ToolConfigError(f"config.corpus must be a JSONL file or an index folder, got {given!r}")
+    return Path(given).expanduser()
+
+
+def _whole(config: dict[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ToolConfigError(f"config.{key} must be a whole number above 0, got {value!r}")
+    return value
+
+
+def _seconds(config: dict[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ToolConfigError(f"config.{key} must be a number of seconds above 0, got {value!r}")
+    return float(value)
