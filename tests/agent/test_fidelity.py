@@ -540,7 +540,7 @@ def check_against_oracle(record: dict[str, Any], world: World) -> Oracle | None:
 def check_cuts(record: dict[str, Any], world: World) -> None:
     for line in record["tool_calls"]:
         if line["full_response"] is not None:
-            assert line["response"] == world.cut(line["full_response"])
+            assert line["response"] == world.cut(line["full_response"]).text
             assert "characters cut" in line["response"]
         elif line["response"] is not None:
             assert world.cut(line["response"]) is None
