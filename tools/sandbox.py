@@ -30,9 +30,9 @@ class SandboxFusionTool(BaseTool):
 
     config (all optional): `sandbox_fusion_url` (its `/run_code` may be left out; absent or `embedded`: a local server,
     started on demand), `default_timeout` (30 s), `default_language` (python), `memory_limit_mb` (1024), `num_workers`
-    (calls at a time: 10; the embedded server's tool never has more than there are cores). `rate_limit` is
-    the dispatcher's: calls a second, where verl's is one more number of calls at a time; every limit holds over the whole
-    run, whatever verl's `enable_global_rate_limit` says.
+    (calls at a time: 10; the embedded server's tool never has more than there are cores). The
+    dispatcher's `rate_limit` is calls a second, and none where verl's `enable_global_rate_limit` is false; there, it was
+    calls at a time.
     Parameters `language` and `timeout` count only where the schema offers them.
     """
 
@@ -48,6 +48,8 @@ class SandboxFusionTool(BaseTool):
     )
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
+        if config.get("enable_global_rate_limit") is False:
+            config = {key: value for key, value in config.items() if key != "rate_limit"}
         super().__init__(config, tool_schema)
         self._offered = tool_schema["function"].get("parameters", {}).get("properties", {}).keys()
         self._remote = _remote_url(config.get("sandbox_fusion_url"))

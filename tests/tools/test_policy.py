@@ -11,6 +11,8 @@ from conversations import truncate
 from tools.base import BaseTool, ToolConfigError
 from tools.function import tool
 from tools.policy import DISPATCH_KEYS, SIDES, BreakerPolicy, Policy, read_policy
+from tools.sandbox import SandboxFusionTool
+from tools.search import SearchTool
 from tools.toolset import loaded_tool
 
 SCHEMA: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -91,6 +93,15 @@ def test_a_decorated_function_takes_them_as_keywords() -> None:
 def test_the_rate_limit_of_verls_classes_is_their_own(config: dict[str, Any]) -> None:
     """There it is a number of calls at a time, by a semaphore that the class brings itself."""
     assert read_policy(config, object(), verl=True).rate_limit is None
+
+
+@pytest.mark.parametrize(("on", "rate"), [(True, 10.0), (False, None)])
+@pytest.mark.parametrize(("tool_class", "url"), [(SandboxFusionTool, "sandbox_fusion_url"), (SearchTool, "retrieval_service_url")])
+def test_verls_own_files_load(tool_class: type[BaseTool], url: str, on: bool, rate: float | None) -> None:
+    """As in its examples; with our classes the rate is one."""
+    config = {url: "http://127.0.0.1:8000", "num_workers": 10, "enable_global_rate_limit": on, "rate_limit": 10, "type": "native"}
+    policy = policy_of(config, tool_class)
+    assert (policy.max_concurrency, policy.rate_limit) == (10, rate)
 
 
 def test_the_sides_are_those_of_the_cut() -> None:
