@@ -35,7 +35,12 @@ EMBEDDED: dict[str, Any] = {
 }
 """The config without a file: the embedded model on the SGLang engine, in sizes that a machine without a GPU carries."""
 
-PATH_KEYS = ("model_path", "rollout.multi_turn.tool_config_path", "rollout.turntrace.recorded")
+PATH_KEYS = (
+    "model_path",
+    "rollout.multi_turn.tool_config_path",
+    "rollout.multi_turn.interaction_config_path",
+    "rollout.turntrace.recorded",
+)
 """Keys that name a file or a folder."""
 
 
@@ -71,6 +76,12 @@ class Config:
         """The tools to offer: a file, or the bare name of a shipped config; None without multi_turn."""
         multi_turn = self.rollout.multi_turn
         return multi_turn.tool_config_path if multi_turn.enable else None
+
+    @property
+    def interaction_config_path(self) -> Path | None:
+        """The interactions that may take user turns; None without multi_turn."""
+        multi_turn = self.rollout.multi_turn
+        return Path(multi_turn.interaction_config_path) if multi_turn.enable and multi_turn.interaction_config_path else None
 
     @property
     def api_key(self) -> str | None:

@@ -79,11 +79,6 @@ _REFUSED: tuple[_Refusal, ...] = (
         f"{_APPEND_ONLY}; set it to false or leave it out",
     ),
     (
-        "multi_turn.interaction_config_path",
-        lambda r: r.multi_turn.interaction_config_path is not None,
-        "this version has no interactions (simulated user turns); leave it out",
-    ),
-    (
         "over_sample_rate",
         lambda r: r.over_sample_rate > 0,
         "this version runs every conversation to its end and aborts none; set it to 0",
@@ -147,7 +142,6 @@ _NO_EFFECT = {
     "engine_kwargs.vllm": "the engine is SGLang",
     "multi_turn.tokenization_sanity_check_mode": "there is nothing to check: tokens are never decoded and encoded again",
     "multi_turn.num_repeat_rollouts": "verl 0.6.1 never reads it; rollout.n is the number of samples of a task",
-    "multi_turn.max_user_turns": "without interactions nobody takes a user turn",
     "sglang_engine_mode": "verl 0.6.1 never reads it; rollout.name chooses the engine",
 }
 _ENGINE_KEYS = (
@@ -201,6 +195,8 @@ def _reason(rollout: Rollout, path: str) -> str | None:
             return reason
     if parts[0] == "multi_turn" and path != "multi_turn.enable" and not rollout.multi_turn.enable:
         return "multi_turn.enable is false: each conversation is one turn without tools"
+    if path == "multi_turn.max_user_turns" and rollout.multi_turn.interaction_config_path is None:
+        return "without multi_turn.interaction_config_path nobody takes a user turn"
     if path == "skip_tokenizer_init" and not rollout.skip_tokenizer_init:
         return "token ids go in and out in mode sync too, so the engine never loads a tokenizer"
     return None

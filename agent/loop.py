@@ -273,10 +273,10 @@ class Conversation:
     def append_responses(self, lines: list[ToolCallRecord]) -> bool:
         """Appends the tools' answers to the last turn; False where they do not fit."""
         messages = [tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]
+        turn = self.messages[-1]
         if not self._append_messages(messages, TOOL):
             return False
-        for line in lines:
-            self._warn_of_control_tokens(f"the response of {line.call_id}", line.response or "")
+        self.warn(turn, lines)
         return True
 
     async def take_user_turn(self) -> str | None:
@@ -287,8 +287,11 @@ class Conversation:
         text = await user.reply(self.messages)
         if text is None:
             return "stop"
-        self._warn_of_control_tokens(f"user turn {user.turns - 1}", text)
-        return None if self._append_messages([{"role": "user", "content": text}], USER) else "length"
+        turn = self.messages[-1]
+        if not self._append_messages([{"role": "user", "content": text}], USER):
+            return "length"
+        self.warn(turn, [])
+        return None
 
     def _append_messages(self, messages: list[Message], kind: str) -> bool:
         """Appends what the template puts after a turn, the end token it may lack included; False where it does not fit."""
@@ -301,17 +304,16 @@ class Conversation:
         self.tokens.append(TEMPLATE, missing_end)
         for piece, ids in delta.pieces:
             self.tokens.append(piece, ids)
-        self._warn_of_rewritten_history()
         self.messages += messages
         return True
 
-    def _warn_of_control_tokens(self, where: str, text: str) -> None:
-        if found := self.runtime.template.control_tokens(text):
-            self.warnings.append(f"{where} holds control tokens as text: {', '.join(found)}")
-
-    def _warn_of_rewritten_history(self) -> None:
-        """The last message is the turn that the template will drop the thoughts of."""
-        if self.runtime.template.rewrites_history and "</think>" in self.messages[-1]["raw"]:
+    def warn(self, turn: Message, lines: list[ToolCallRecord]) -> None:
+        """Notes what is odd about a turn that was answered, its message given, and about the answers to its calls."""
+        template = self.runtime.template
+        for line in lines:
+            if found := template.control_tokens(line.response or ""):
+                self.warnings.append(f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}")
+        if template.rewrites_history and "</think>" in turn["raw"]:
             warning = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
             if warning not in self.warnings:
                 self.warnings.append(warning)

@@ -20,11 +20,12 @@ from agent.config import Config
 from agent.dispatch import Dispatcher
 from agent.engines.engine import Engine
 from agent.engines.scripted import recorded
+from agent.interactions import load_interactions
 from agent.loop import LoopSettings, Runtime
 from agent.tracing import start_tracing
 from conversations.store import read_trajectories
 from conversations.template import ChatTemplate
-from conversations.tokens import TOOL
+from conversations.tokens import TOOL, USER
 from conversations.truncate import cut_to_tokens
 from tools.toolset import ToolSet
 
@@ -52,8 +53,11 @@ class Session:
         self.config = config
         self.tools = tools
         self.template = template or load_template(config, config.model_dir())
-        if tools:
-            self.template.require(TOOL)
+        interactions_path = config.interaction_config_path
+        interactions = load_interactions(interactions_path) if interactions_path else None
+        for kind, is_needed in ((TOOL, tools), (USER, interactions)):
+            if is_needed:
+                self.template.require(kind)
         self._tracing = start_tracing()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="turntrace-loop", daemon=True)
@@ -63,7 +67,8 @@ class Session:
         try:
             self.engine = self._started.result()
             dispatcher = make_dispatcher(config, tools, self.template) if tools else None
-            runtime = Runtime(self.engine, self.template, loop_settings(config, config.sampling(validate)), dispatcher)
+            settings = loop_settings(config, config.sampling(validate))
+            runtime = Runtime(self.engine, self.template, settings, dispatcher, interactions=interactions)
             self.runtime = self._tracing.traced(runtime) if self._tracing else runtime
         except BaseException:
             self.close()
@@ -225,6 +230,7 @@ def loop_settings(config: Config, sampling: dict[str, Any], max_tokens: int | No
         max_model_len=config.max_model_len,
         max_tokens=max_tokens or ours.max_tokens,
         max_turns=config.max_assistant_turns,
+        max_user_turns=rollout.multi_turn.max_user_turns,
         max_consecutive_invalid_calls=ours.max_consecutive_invalid_calls,
         deadline_s=ours.conversation_deadline_s,
         sampling=sampling,

@@ -32,6 +32,7 @@ class Task:
     """A row: messages, ground truth and tool kwargs.
 
     `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; empty means that the row chooses no tools.
+    `interaction_kwargs` is for the interaction that it names; empty: nobody answers a turn without a call.
     `extra` holds everything else of the row, as it stood there.
     """
 
@@ -41,6 +42,7 @@ class Task:
     ground_truth: Any = None
     data_source: Any = None
     extra: Any = None
+    interaction_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def read_tasks(path: str | Path, limit: int | None = None, check: Callable[[Task], None] | None = None) -> Iterator[Task]:
@@ -71,11 +73,14 @@ def recorded_task(trajectory: Trajectory) -> Task:
     """
     extra = trajectory.extra if isinstance(trajectory.extra, dict) else {}
     try:
-        tools_kwargs = _tools_kwargs(extra, _mapping(extra, "extra_info"))
+        info = _mapping(extra, "extra_info")
+        tools_kwargs, interaction_kwargs = _tools_kwargs(extra, info), _interaction_kwargs(extra, info)
     except TaskError as error:
         raise TaskError(f"trajectory {trajectory.id}: extra: {error}") from error
     messages = trajectory.messages[: given_length(trajectory)]
-    return Task(trajectory.task_id, messages, tools_kwargs, trajectory.ground_truth, trajectory.data_source, trajectory.extra)
+    return Task(
+        trajectory.task_id, messages, tools_kwargs, trajectory.ground_truth, trajectory.data_source, trajectory.extra, interaction_kwargs
+    )
 
 
 def given_length(trajectory: Trajectory) -> int:
@@ -196,6 +201,7 @@ def _task(row: Row, ids: _Ids, place: str) -> Task:
         id=ids.name(row, place),
         messages=given_messages(_prompt(row)),
         tools_kwargs=_tools_kwargs(row, info),
+        interaction_kwargs=_interaction_kwargs(row, info),
         ground_truth=reward_model.get("ground_truth") if ground_truth is None else ground_truth,
         data_source=row.get("data_source"),
         extra={key: value for key, value in row.items() if key not in _RECORDED} or None,
@@ -240,6 +246,11 @@ def _tools_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, dict[str, Any]
                 raise TaskError(f"{where}.{tool}.{kind} is not known; allowed are {', '.join(TOOL_KWARGS)}")
         tools_kwargs[tool] = {kind: dict(_mapping(kinds, kind, f"{where}.{tool}.{kind}")) for kind in kinds}
     return tools_kwargs
+
+
+def _interaction_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, Any]:
+    holder, where = (row, "interaction_kwargs") if row.get("interaction_kwargs") is not None else (info, "extra_info.interaction_kwargs")
+    return dict(_mapping(holder, "interaction_kwargs", where))
 
 
 def _mapping(holder: Mapping[str, Any], key: str, where: str | None = None) -> Mapping[str, Any]:

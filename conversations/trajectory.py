@@ -189,6 +189,13 @@ _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=T
 _encode_in_order = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False).encode
 
 
+def total_reward(parts: Mapping[str, Any]) -> float | None:
+    """A trajectory's reward: the sum of its parts, each a number or, for user turns, a list of them; None without any."""
+    if not parts:
+        return None
+    return float(sum(sum(part) if isinstance(part, list) else part for part in parts.values()))
+
+
 def record_hash(record: Mapping[str, Any]) -> str:
     """The hash a record must carry: SHA-256 of the canonical JSON of all fields but `sha256`."""
     return _sha256(canonical_json({key: value for key, value in record.items() if key != "sha256"}))
