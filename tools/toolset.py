@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import jsonschema
@@ -258,9 +259,22 @@ def _own_schema(tool: Tool) -> Any:
 
 
 def _argument_error(error: jsonschema.ValidationError) -> str:
-    where = ".".join(str(part) for part in error.absolute_path) or "arguments"
-    alternatives = "; ".join(_clip(inner.message) for inner in (error.context or [])[:MAX_ERRORS])
-    return f"{where}: {_clip(error.message)}" + (f" ({alternatives})" if alternatives else "")
+    """The field and what is wrong with it; where several schemas would do, what is wrong by each of them."""
+    path = [str(part) for part in error.absolute_path]
+    alternatives = []
+    for leaf in islice(_leaves(error), MAX_ERRORS) if error.context else ():
+        inside = ".".join(str(part) for part in list(leaf.absolute_path)[len(path) :])
+        alternatives.append(f"{inside}: {_clip(leaf.message)}" if inside else _clip(leaf.message))
+    said = f"{'.'.join(path) or 'arguments'}: {_clip(error.message)}"
+    return f"{said} ({'; '.join(alternatives)})" if alternatives else said
+
+
+def _leaves(error: jsonschema.ValidationError) -> Iterator[jsonschema.ValidationError]:
+    """The errors that an `anyOf` or a `oneOf` comes down to, however deep."""
+    if not error.context:
+        yield error
+    for inner in error.context or ():
+        yield from _leaves(inner)
 
 
 def _clip(text: str) -> str:
