@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import loop_cpu, memory, sandbox, tool_turn
+from tests.bench import loop_cpu, memory, sandbox, search, tool_turn
 from tests.bench.row import Row, document
 from tests.bench.workload import workload
 from tools.base import SandboxUnavailable
@@ -39,6 +39,7 @@ def main() -> None:
         *tool_turn.rows(work, quick=quick),
         *memory.rows(work, quick=quick),
         *_sandbox(console, quick=quick),
+        *search.rows(quick=quick),
         *loop_cpu.rows(work, quick=quick),
     ]
     console.print(_table(rows, work.tokenizer_name))

@@ -81,6 +81,14 @@ def test_the_best_come_first_and_topk_bounds_them(leads: SearchIndex) -> None:
     assert leads.search("the history of France", 5) == hits[:5]
 
 
+def test_words_that_most_documents_have_count_where_the_others_find_too_little(leads: SearchIndex) -> None:
+    hits = [hit.document for hit in leads.search("the penicillin of", 200)]
+    assert len(hits) == 200
+    assert hits[0] == leads.search("penicillin", 1)[0].document
+    assert len(leads.search("penicillin", 200)) < 50
+    assert len(leads.search("the of", 200)) == 200
+
+
 QUESTIONS = {
     "Who discovered penicillin?": "Penicillin",
     "Who painted the Mona Lisa?": "Mona Lisa",

@@ -128,10 +128,17 @@ class SearchIndex:
         self._schema = index.schema
 
     def search(self, query: str, topk: int) -> list[Hit]:
-        """The `topk` best documents, the best first; none where no word of the query is known."""
+        """The `topk` best documents, the best first; none where no word of the query is known.
+
+        A word that most documents have tells little (Robertson's idf is below 0 from half of them on) and costs most of the
+        time: such words are looked up only where the others find too little.
+        """
         terms = self._terms(query)
-        if not terms:
-            return []
+        telling = [term for term in terms if 2 * self._searcher.doc_freq("text", term) <= self._searcher.num_docs]
+        found = self._search(telling, topk)
+        return self._search(terms, topk) if len(found) < topk and len(telling) < len(terms) else found
+
+    def _search(self, terms: list[str], topk: int) -> list[Hit]:
         lookups = [tantivy.Query.term_query(self._schema, field, term, "freq") for term in terms for field in FIELDS]
         asked = tantivy.Query.boolean_query([(tantivy.Occur.Should, lookup) for lookup in lookups])
         found = self._searcher.search(asked, topk, count=False).hits
