@@ -4,7 +4,9 @@ ConversationsError
 ├── TemplateError      a chat template that cannot be used, and why
 ├── MessageError       a message that is not in the OpenAI chat schema
 ├── RecordError        a trajectory that is not a valid `turntrace/1` record
-└── RunFolderError     a run folder that cannot be opened, locked or resumed
+├── RunFolderError     a run folder that cannot be opened, locked or resumed
+├── ExportError        an export that was asked for and cannot be made
+└── ImportFileError    a file that holds no trajectories that can be imported
 """
 
 
@@ -26,3 +28,11 @@ class RecordError(ConversationsError):
 
 class RunFolderError(ConversationsError):
     """A run folder cannot be opened, locked or resumed."""
+
+
+class ExportError(ConversationsError):
+    """An export that was asked for cannot be made."""
+
+
+class ImportFileError(ConversationsError):
+    """A file holds no trajectories that can be imported."""

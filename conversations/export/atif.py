@@ -1,0 +1,28 @@
+"""ATIF v1.8, one document a line; `conversations.atif` says which field goes where, and reads it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conversations.atif import document
+from conversations.export.formats import Format, Row, Source
+from conversations.export.writers import write_json_lines
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    return map(document, source)
+
+
+ATIF = Format(
+    name="atif",
+    consumer="ATIF v1.8 readers",
+    rows=_rows,
+    write=write_json_lines("trajectories.jsonl"),
+    unit="trajectory",
+    fields={
+        "steps[].metrics": "of each generation prompt_token_ids (all that the engine saw), completion_token_ids, logprobs: exactly",
+        "steps[].extra.turntrace, tool_calls[].extra.turntrace": "a message's raw text, a malformed call, the ledger's line of a call",
+        "extra.turntrace": "response_mask, segments, rewards and all else of the record; `turntrace import` gives it back as it was",
+    },
+    usage="one ATIF document a line; `split -l 1` makes files of them",
+)

@@ -1,0 +1,95 @@
+"""verl `DataProto` files, batch by batch: what `generate_sequences` returns for the same trajectories, tensor for tensor.
+
+Written with verl's own `save_to_disk`, which is a pickle: `DataProto.load_from_disk` runs whatever code such a file holds, so load none
+that you did not write yourself. turntrace never loads one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ExportError
+from conversations.export.formats import Format, Row, Source
+from conversations.padding import padded_batch
+from conversations.trajectory import Trajectory
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    """One row a batch: its arrays, and the non-tensors."""
+    prompt_length, response_length = _lengths(source.run.manifest)
+    pad_id = _pad_id(source.run.tokenizer())
+    trajectories = (Trajectory.from_record(record) for record in source.with_ids())
+    while batch := list(islice(trajectories, source.batch_size)):
+        arrays = padded_batch(batch, prompt_length=prompt_length, response_length=response_length, pad_id=pad_id)
+        yield {"arrays": arrays, "messages": [{"messages": one.messages} for one in batch], **_columns(batch)}
+
+
+def _columns(batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
+    return {
+        "reward_scores": [one.reward_parts for one in batch],
+        "request_id": [one.id for one in batch],
+        "uid": [one.task_id for one in batch],
+        "reward": [one.reward for one in batch],
+        "ground_truth": [one.ground_truth for one in batch],
+        "data_source": [one.data_source for one in batch],
+        "__num_turns__": [one.num_turns for one in batch],
+    }
+
+
+def _lengths(manifest: Mapping[str, Any]) -> tuple[int, int]:
+    """The run's own `prompt_length` and `response_length`, to which a trainer pads; 0 where it had none: the longest counts."""
+    config = manifest.get("config")
+    rollout = config.get("rollout") if isinstance(config, dict) else None
+    found = rollout if isinstance(rollout, dict) else {}
+    prompt, response = found.get("prompt_length"), found.get("response_length")
+    return prompt if isinstance(prompt, int) else 0, response if isinstance(response, int) else 0
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """verl pads with the tokenizer's pad token, and gives one without a pad token its end-of-text token."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ExportError("the run's tokenizer has neither a pad nor an end-of-text token to pad with")
+    return int(pad)
+
+
+def _write(rows: Iterator[Row], folder: Path) -> int:
+    try:
+        import numpy as np
+        import torch
+        from verl import DataProto
+    except ImportError as error:
+        raise ExportError(f"dataproto needs verl and torch, and {error.name} is not installed") from error
+    number = -1
+    for number, row in enumerate(rows):
+        tensors = {name: torch.from_numpy(array) for name, array in row.pop("arrays").items()}
+        columns = {name: _objects(values, np) for name, values in row.items()}
+        DataProto.from_dict(tensors=tensors, non_tensors=columns).save_to_disk(folder / f"batch-{number:05d}.pkl")
+    return number + 1
+
+
+def _objects(values: list[Any], np: Any) -> Any:
+    """A one-dimensional array of objects, whatever they are."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+DATAPROTO = Format(
+    name="dataproto",
+    consumer="verl's DataProto.load_from_disk",
+    rows=_rows,
+    write=_write,
+    unit="batch",
+    fields={
+        "prompts, responses, input_ids, attention_mask, position_ids": "int64, padded to the run's prompt_length and response_length",
+        "response_mask": "int64, 1 exactly where the engine sampled the token",
+        "rollout_log_probs": "float32, the engine's, 0 where nothing was sampled",
+        "messages, reward_scores, request_id": "non-tensors as verl 0.6.1's rollout has them: messages, reward parts, the trajectory's id",
+        "uid, reward, ground_truth, data_source, __num_turns__": "the group's id, and more of the record",
+    },
+    usage='DataProto.load_from_disk("batch-00000.pkl"), a pickle: load none from elsewhere',
+)

@@ -1,0 +1,143 @@
+"""Which trajectories of a run are exported, and for each that is not, why.
+
+Filters are asked in the order of `REASONS`, and a trajectory counts for the first that leaves it out; so what is kept and the counts by
+reason add up to the run. Filters on groups look at the whole run's groups, before any other filter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from conversations.errors import ExportError
+from conversations.export.dedupe import ExactDuplicates, NearDuplicates
+from conversations.export.groups import PASS_REWARD, Statistics
+from conversations.open_run import Run
+from conversations.trajectory import INVALID_STATUSES, STOP_REASONS
+
+REASONS = {
+    "infrastructure failed": "include_infra_errors",
+    "group's rewards are all equal": "mixed_groups",
+    "group's pass rate": "pass_rate",
+    "no reward": "min_reward or max_reward",
+    "reward": "min_reward or max_reward",
+    "stop reason": "stop_reasons",
+    "invalid tool call": "valid_calls_only",
+    "too many tokens": "max_tokens",
+    "duplicate": "dedupe",
+}
+"""Why a trajectory is left out, in the order asked, and the field of `Filters` behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What is to be kept; the defaults keep everything that infrastructure did not fail.
+
+    Bounds are inclusive. `pass_rate` is the share of a group's samples with a reward of at least `pass_reward`. `max_tokens` counts
+    prompt and response. Raises ExportError for values that mean nothing.
+    """
+
+    min_reward: float | None = None
+    max_reward: float | None = None
+    stop_reasons: frozenset[str] = frozenset()
+    valid_calls_only: bool = False
+    mixed_groups: bool = False
+    pass_rate: tuple[float, float] | None = None
+    pass_reward: float = PASS_REWARD
+    max_tokens: int | None = None
+    dedupe: Literal["exact", "near"] | None = None
+    include_infra_errors: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := self.stop_reasons.difference(STOP_REASONS):
+            raise ExportError(f"there is no stop reason {', '.join(sorted(unknown))}; the stop reasons are {', '.join(STOP_REASONS)}")
+        low, high = self.pass_rate or (0.0, 1.0)
+        if not 0.0 <= low <= high <= 1.0:
+            raise ExportError(f"a pass rate is LOW:HIGH with 0 <= LOW <= HIGH <= 1, got {low}:{high}")
+        if self.min_reward is not None and self.max_reward is not None and self.min_reward > self.max_reward:
+            raise ExportError(f"the least reward {self.min_reward} is more than the most, {self.max_reward}")
+
+    @property
+    def on_groups(self) -> bool:
+        """Whether the run's groups must be known before its first trajectory can be judged."""
+        return self.mixed_groups or self.pass_rate is not None
+
+
+@dataclass(slots=True)
+class Selection:
+    """The kept records of a run, once through: iterating fills `whole`, `kept` and `dropped`."""
+
+    run: Run
+    filters: Filters
+    progress: Callable[[int], None] | None = None
+    """Told how many records were read."""
+    whole: Statistics = field(init=False)
+    kept: Statistics = field(init=False)
+    dropped: Counter[str] = field(default_factory=Counter)
+    _duplicates: ExactDuplicates | NearDuplicates | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.whole, self.kept = (Statistics(self.filters.pass_reward) for _ in range(2))
+        self._duplicates = _duplicates(self.filters)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        groups = self._groups()
+        for record in self.run.records():
+            self.whole.add(record)
+            if self.progress:
+                self.progress(self.whole.trajectories)
+            reason = self._reason(record, groups)
+            if reason is None:
+                self.kept.add(record)
+                yield record
+            else:
+                self.dropped[reason] += 1
+
+    def _groups(self) -> Statistics:
+        """The run's rewards by group, where a filter asks for them."""
+        groups = Statistics(self.filters.pass_reward)
+        if self.filters.on_groups:
+            for record in self.run.records(check=False):
+                groups.add_reward(record)
+        return groups
+
+    def _reason(self, record: Mapping[str, Any], groups: Statistics) -> str | None:
+        filters = self.filters
+        if record["infra_error"] and not filters.include_infra_errors:
+            return "infrastructure failed"
+        if filters.mixed_groups and not groups.is_mixed(record["task_id"]):
+            return "group's rewards are all equal"
+        if filters.pass_rate and not _in_band(groups.passed(record["task_id"]), filters.pass_rate):
+            return "group's pass rate"
+        return self._reward_reason(record["reward"]) or self._own_reason(record)
+
+    def _reward_reason(self, reward: float | None) -> str | None:
+        low, high = self.filters.min_reward, self.filters.max_reward
+        if low is None and high is None:
+            return None
+        if reward is None:
+            return "no reward"
+        return "reward" if (low is not None and reward < low) or (high is not None and reward > high) else None
+
+    def _own_reason(self, record: Mapping[str, Any]) -> str | None:
+        filters = self.filters
+        if filters.stop_reasons and record["stop_reason"] not in filters.stop_reasons:
+            return "stop reason"
+        if filters.valid_calls_only and any(call["status"] in INVALID_STATUSES for call in record["tool_calls"]):
+            return "invalid tool call"
+        if filters.max_tokens is not None and len(record["prompt_ids"]) + len(record["response_ids"]) > filters.max_tokens:
+            return "too many tokens"
+        return "duplicate" if self._duplicates and self._duplicates.seen(record) else None
+
+
+def _duplicates(filters: Filters) -> ExactDuplicates | NearDuplicates | None:
+    if filters.dedupe == "near":
+        return NearDuplicates()
+    return ExactDuplicates() if filters.dedupe == "exact" else None
+
+
+def _in_band(passed_of: tuple[int, int], band: tuple[float, float]) -> bool:
+    passed, count = passed_of
+    return count > 0 and band[0] <= passed / count <= band[1]

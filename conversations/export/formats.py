@@ -1,0 +1,143 @@
+"""What a format is, and the list of them: each is a function from the selected records to rows, and a way to write rows.
+
+A format reads its `Source` once, front to back, and holds no more than a few numbers a trajectory. What it cannot carry it reports
+there: `leave_out` for a record without a place in the format, `found` for what a consumer would make of a text (`text.VERDICTS`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ConversationsError, ExportError
+from conversations.export.text import Refused, TextView, Tokens, verdict
+from conversations.open_run import Run, template_kwargs
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Source:
+    """The selected records of a run; iterate once. `batch_size` is what `dataproto` puts into one file."""
+
+    run: Run
+    selected: Iterable[Record]
+    batch_size: int = 256
+    left_out: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    differing: dict[str, str] = field(default_factory=dict)
+    """The first ids with each verdict but "same"."""
+    notes: list[str] = field(default_factory=list)
+    _view: TextView | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.selected)
+
+    def with_ids(self) -> Iterator[Record]:
+        """The records that something was sampled in, token by token."""
+        for record in self:
+            if record["turns"]:
+                yield record
+            else:
+                self.leave_out("no sampled tokens")
+
+    def leave_out(self, reason: str) -> None:
+        """Counts a selected record that has no place in the format."""
+        self.left_out[reason] += 1
+
+    def fits(self, record: Record, retokenise: Callable[..., Tokens], *texts: Any) -> bool:
+        """Counts what the consumer will make of a record's texts; False, and left out, where it would refuse them."""
+        name = self._verdict(record, retokenise, texts)
+        self.count(name, record)
+        if name == "refused":
+            self.leave_out("refused by the consumer's code or the chat template")
+        return name != "refused"
+
+    def count(self, name: str, record: Record) -> None:
+        """Counts one of `VERDICTS`."""
+        self.verdicts[name] += 1
+        if name != "same":
+            self.differing.setdefault(name, record["id"])
+
+    def _verdict(self, record: Record, retokenise: Callable[..., Tokens], texts: tuple[Any, ...]) -> str:
+        template = self.view.template
+        if template is None or not record["turns"]:
+            return "not checked"
+        try:
+            tokens = retokenise(*texts, self.view)
+        except Refused:
+            return "refused"
+        return verdict(record, tokens, template)
+
+    @property
+    def view(self) -> TextView:
+        """Records as text, by the run's own chat template."""
+        if self._view is None:
+            self._view = TextView(self._template(), template_kwargs(self.run.manifest))
+        return self._view
+
+    def _template(self) -> Any:
+        try:
+            return self.run.template()
+        except ConversationsError as error:
+            self.notes.append(
+                f"tools stand in no system message, and nothing was checked, as the run's chat template cannot be used: {error}"
+            )
+            return None
+
+
+Writer = Callable[[Iterator[Row], Path], int]
+"""Writes rows below a folder, returns how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One `--to`. `fields` documents its rows for the card, `usage` says how the consumer loads them."""
+
+    name: str
+    consumer: str
+    rows: Callable[[Source], Iterator[Row]]
+    write: Writer
+    unit: str
+    """What a row is: a trajectory, a task, a pair, a batch."""
+    fields: Mapping[str, str]
+    usage: str
+
+
+def names() -> tuple[str, ...]:
+    """The formats, in the order to show them."""
+    return tuple(_modules())
+
+
+def get_format(name: str) -> Format:
+    """The format of that name. Raises ExportError, with the names that there are."""
+    from importlib import import_module
+
+    if name not in _modules():
+        raise ExportError(f"there is no format {name!r}; the formats are {', '.join(names())}")
+    found = getattr(import_module(f"conversations.export.{_modules()[name]}"), name.replace("-", "_").upper())
+    assert isinstance(found, Format)
+    return found
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """Each format's module, imported when asked for."""
+    return {
+        "verl-rl": "verl_rl",
+        "verl-sft": "verl_sft",
+        "dataproto": "dataproto",
+        "trl-sft": "trl",
+        "trl-preference": "trl",
+        "openrlhf-sft": "openrlhf",
+        "openrlhf-prompts": "openrlhf",
+        "openrlhf-preference": "openrlhf",
+        "sharegpt": "sharegpt",
+        "atif": "atif",
+        "parquet": "record",
+    }

@@ -1,0 +1,133 @@
+"""`turntrace export`: select, write beside, describe, rename.
+
+Invariant: the out folder is there whole or not at all. Everything is written into a hidden folder beside it, which takes its name at the
+very end and is removed when anything goes wrong, Ctrl-C included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ExportError
+from conversations.export.card import card
+from conversations.export.filters import Filters, Selection
+from conversations.export.formats import Format, Source, get_format
+from conversations.export.groups import Statistics
+from conversations.open_run import Run
+from conversations.store import RUN, TRAJECTORIES
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an export did: everything that its card says.
+
+    `dropped` counts the trajectories that filters left out, by reason; `left_out` what the format has no place for; `verdicts` what a
+    consumer gets out of texts (`text.VERDICTS`), with the first trajectory of each in `differing`. `files` is SHA-256 and bytes by name.
+    """
+
+    format: Format
+    run: Path
+    manifest: Mapping[str, Any]
+    run_files: Mapping[str, str]
+    command: str
+    filters: Filters
+    rows: int
+    whole: Statistics
+    kept: Statistics
+    dropped: Counter[str]
+    left_out: Counter[str]
+    verdicts: Counter[str]
+    differing: Mapping[str, str]
+    notes: list[str]
+    files: Mapping[str, tuple[str, int]]
+
+
+def export(
+    run: Run,
+    to: str,
+    out: str | Path,
+    filters: Filters | None = None,
+    *,
+    batch_size: int = 256,
+    command: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> Export:
+    """Writes the run's selected trajectories in the format `to` into the new folder `out`; returns what was done.
+
+    `progress` is called with the number of trajectories read so far; `command` goes into the card as the way to do it again. Raises
+    ExportError where `out` is there already, the format does not exist, nothing is left to write, or a value has no place in the format.
+    """
+    chosen, filters, out = get_format(to), filters or Filters(), Path(out)
+    selection = Selection(run, filters, progress)
+    source = Source(run, selection, batch_size)
+    with _beside(out) as folder:
+        rows = chosen.write(chosen.rows(source), folder)
+        if rows == 0:
+            raise ExportError(f"nothing is left to export of {len(run)} trajectories: {_reasons(selection.dropped + source.left_out)}")
+        done = Export(
+            format=chosen,
+            run=run.path,
+            manifest=run.manifest,
+            run_files={name: _sha256(run.path / name) for name in (RUN, TRAJECTORIES)},
+            command=command,
+            filters=filters,
+            rows=rows,
+            whole=selection.whole,
+            kept=selection.kept,
+            dropped=selection.dropped,
+            left_out=source.left_out,
+            verdicts=source.verdicts,
+            differing=source.differing,
+            notes=source.notes,
+            files={file.name: (_sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())},
+        )
+        (folder / CARD).write_text(card(done), encoding="utf-8")
+    return done
+
+
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "the run is empty"
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} is there already; move it away, or choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        folder.rename(out)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

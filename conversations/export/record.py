@@ -1,0 +1,42 @@
+"""Plain Parquet: the whole record, column by column, as `conversations.arrow` documents; zstd. Nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from conversations import arrow
+from conversations.export.formats import Format, Record, Source
+
+FILE = "trajectories.parquet"
+
+
+def _rows(source: Source) -> Iterator[Record]:
+    return iter(source)
+
+
+def _write(rows: Iterator[Record], folder: Path) -> int:
+    from pyarrow import parquet
+
+    count = 0
+    with parquet.ParquetWriter(folder / FILE, arrow.schema(), compression="zstd") as out:
+        for batch in arrow.batches(rows):
+            out.write_batch(batch)
+            count += batch.num_rows
+    return count
+
+
+PARQUET = Format(
+    name="parquet",
+    consumer="pandas, DuckDB, Polars, datasets",
+    rows=_rows,
+    write=_write,
+    unit="trajectory",
+    fields={
+        "prompt_ids, response_ids, response_mask, response_logprobs": "the tokens, exactly; the mask is 1 where the engine sampled",
+        "segments, turns": "who wrote which tokens; each generation's span, finish reason and times",
+        "messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine, sampling, parent": "JSON text",
+        "id, task_id, sample, stop_reason, num_turns, reward, infra_error, error, warnings, started_at, wall_s, sha256": "as in the record",
+    },
+    usage=f'pandas.read_parquet("{FILE}")',
+)

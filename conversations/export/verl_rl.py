@@ -1,0 +1,77 @@
+"""verl's RL Parquet: the tasks of the exported trajectories, to be rolled out again; for `RLHFDataset` (verl 0.6.1).
+
+A row is the task as it stood in its task file: its messages, and every key that the record carries in `extra`. What this run's samples
+of it did stands in `extra_info.turntrace`. Tools come from the trainer's tool config, as in the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from conversations.export.formats import Format, Record, Row, Source
+from conversations.export.tasks import first_of_each_task
+from conversations.export.writers import write_shaped_parquet
+
+_NOTE = "a tool with empty kwargs has null in tools_kwargs: Parquet has no empty objects; fill them in before verl's own rollout reads it"
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    for index, (record, rewards) in enumerate(first_of_each_task(source)):
+        row = _row(record, rewards, index)
+        kwargs = row["extra_info"].get("tools_kwargs")
+        if _NOTE not in source.notes and isinstance(kwargs, dict) and not all(kwargs.values()):
+            source.notes.append(_NOTE)
+        yield row
+
+
+def _row(record: Record, rewards: Mapping[str, Any], index: int) -> Row:
+    extra = record["extra"] if isinstance(record["extra"], dict) else {}
+    info = _mapping(extra.get("extra_info"))
+    source = record["data_source"]
+    return {
+        **{key: value for key, value in extra.items() if key not in ("tools_kwargs", "interaction_kwargs")},
+        "data_source": source if isinstance(source, str) else "unknown",
+        "prompt": [_message(message) for message in given(record)],
+        "reward_model": {"style": "rule", **_mapping(extra.get("reward_model")), "ground_truth": record["ground_truth"]},
+        "extra_info": {
+            "index": index,
+            **info,
+            **{key: extra[key] for key in ("tools_kwargs", "interaction_kwargs") if key in extra},
+            **({"need_tools_kwargs": True} if info.get("tools_kwargs") or extra.get("tools_kwargs") else {}),
+            "turntrace": {"task_id": record["task_id"], **rewards},
+        },
+    }
+
+
+def given(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The task's own messages: those before the first sampled one and before what tools said when they were created."""
+    messages: list[dict[str, Any]] = record["messages"]
+    end = next((index for index, message in enumerate(messages) if message.get("raw") is not None), len(messages))
+    while end and messages[end - 1]["role"] == "tool" and "tool_call_id" not in messages[end - 1]:
+        end -= 1
+    return messages[:end]
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "raw"}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+VERL_RL = Format(
+    name="verl-rl",
+    consumer="verl's RLHFDataset",
+    rows=_rows,
+    write=write_shaped_parquet("train.parquet"),
+    unit="task",
+    fields={
+        "prompt": "the task's messages",
+        "data_source, reward_model.ground_truth": "as the task had them",
+        "extra_info": "the task's own, tools_kwargs included; turntrace: its task_id, how many samples were exported, their mean reward",
+        "(others)": "every other key of the task's row",
+    },
+    usage="data.train_files=train.parquet data.return_raw_chat=true",
+)

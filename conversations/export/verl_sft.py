@@ -1,0 +1,97 @@
+"""verl's multi-turn SFT Parquet, for `MultiTurnSFTDataset` (verl 0.6.1, utils/dataset/multiturn_sft_dataset.py).
+
+Its `tools` column would be a Parquet struct, in which every tool gets the keys of all others as null, and the prompt shows them: the
+tools stand in the system message instead. A given assistant message has `loss_mask` 0, which that dataset honours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from conversations.export.formats import Format, Row, Source
+from conversations.export.text import Refused, TextView, Tokens, last_sampled
+from conversations.export.writers import json_text, write_parquet
+from conversations.open_run import template_kwargs
+
+
+def retokenised(messages: Sequence[Mapping[str, Any]], view: TextView) -> Tokens:
+    """What that dataset does: the tokens of a message are those of the text it adds to the rendering so far. Raises Refused."""
+    assert view.template is not None
+    encode = view.template.encode
+    roles = [message["role"] for message in messages]
+    _check_order(roles)
+    ids: list[int] = []
+    mask: list[int] = []
+    before, index = "", 0
+    while index < len(messages):
+        end = _block_end(roles, index)
+        now = view.render(messages[:end], generation=False)
+        opened = view.render(messages[:index], generation=True) if roles[index] == "assistant" else now
+        trained = messages[index].get("loss_mask")
+        for text, own in ((opened[len(before) :], 0), (now[len(opened) :], 1)):
+            piece = encode(text)
+            ids += piece
+            mask += [own if trained is None else trained] * len(piece)
+        before, index = now, end
+    return ids, mask
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    start = roles[1:] if roles[0] == "system" else roles
+    if start[:2] != ["user", "assistant"] or {"system", "developer"}.intersection(roles[1:]):
+        raise Refused("it wants a system message only first, then user, then assistant")
+
+
+def _block_end(roles: Sequence[str], index: int) -> int:
+    """Where a run of tool messages ends; every other message is a block of its own."""
+    end = index + 1
+    while roles[index] == "tool" and end < len(roles) and roles[end] == "tool":
+        end += 1
+    return end
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    view = source.view
+    enable_thinking = template_kwargs(source.run.manifest).get("enable_thinking")
+    for record in source:
+        messages = [
+            {**shown, "loss_mask": 0 if shown["role"] == "assistant" and given.get("raw") is None else None}
+            for shown, given in _aligned(view.messages(record), record["messages"])
+        ]
+        if not messages:
+            source.leave_out("no sampled message")
+        elif source.fits(record, retokenised, messages):
+            more = {"tool_schemas": json_text(view.tools(record)), "id": record["id"], "reward": record["reward"]}
+            yield {"messages": messages, "enable_thinking": enable_thinking, **more}
+
+
+def _aligned(shown: Sequence[dict[str, str]], given: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], dict[str, Any]]]:
+    """Each message as text with the record's: the text may have one more, a system message that holds the tools."""
+    given = given[: last_sampled(given) + 1]
+    return list(zip(shown, [{}] * (len(shown) - len(given)) + list(given), strict=True))
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("loss_mask", pa.int64())])
+    columns = [("messages", pa.list_(message)), ("enable_thinking", pa.bool_())]
+    return pa.schema([*columns, ("tool_schemas", pa.string()), ("id", pa.string()), ("reward", pa.float64())])
+
+
+VERL_SFT = Format(
+    name="verl-sft",
+    consumer="verl's MultiTurnSFTDataset",
+    rows=_rows,
+    write=write_parquet("train.parquet", _schema),
+    unit="trajectory",
+    fields={
+        "messages": "role and content up to the last sampled message; tools stand in the system message, an assistant's content is as "
+        "sampled; loss_mask is 0 for assistant messages that were given, else null",
+        "enable_thinking": "as the run's config had it for its chat template, else null",
+        "tool_schemas": "the tools offered, as JSON text; verl does not read it",
+        "id, reward": "the trajectory in the run, and its reward",
+    },
+    usage="data.train_files=train.parquet data.multiturn.enable=true data.multiturn.messages_key=messages",
+)

@@ -1,0 +1,147 @@
+"""Rows to files: JSON Lines, Parquet of a known schema, Parquet whose schema the rows decide. Memory holds one batch of rows.
+
+Parquet is compressed with zstd. A value that Arrow has no one type for, as it is a number here and a text there, becomes JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ExportError
+
+Row = dict[str, Any]
+BATCH = 256
+"""Rows in memory at a time, and in a row group."""
+
+
+def write_json_lines(name: str) -> Callable[[Iterator[Row], Path], int]:
+    """A writer of one JSON object a line into the file `name`."""
+
+    def write(rows: Iterator[Row], folder: Path) -> int:
+        count = 0
+        with (folder / name).open("w", encoding="ascii") as out:
+            for row in rows:
+                out.write(json_text(row) + "\n")
+                count += 1
+        return count
+
+    return write
+
+
+def json_text(value: Any) -> str:
+    """The value as JSON. Raises ExportError for what JSON cannot hold: NaN, a lone object."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ExportError(f"a row cannot be written as JSON: {error}") from error
+
+
+def write_parquet(name: str, schema: Callable[[], Any]) -> Callable[[Iterator[Row], Path], int]:
+    """A writer of the Parquet file `name`; `schema` gives its `pyarrow.Schema`."""
+
+    def write(rows: Iterator[Row], folder: Path) -> int:
+        return _parquet(rows, folder / name, schema())
+
+    return write
+
+
+def write_shaped_parquet(name: str) -> Callable[[Iterator[Row], Path], int]:
+    """A writer of the Parquet file `name` whose schema has every key of any row; a key that a row lacks is null there."""
+
+    def write(rows: Iterator[Row], folder: Path) -> int:
+        scratch = folder / (name + ".rows")
+        count = write_json_lines(scratch.name)(rows, folder)
+        shape: Any = None
+        for row in _read(scratch):
+            shape = merged(shape, shape_of(row))
+        written = _parquet((fitted(row, shape) for row in _read(scratch)), folder / name, arrow_schema(shape))
+        scratch.unlink()
+        assert written == count
+        return count
+
+    return write
+
+
+def _read(file: Path) -> Iterator[Row]:
+    with file.open(encoding="ascii") as lines:
+        yield from map(json.loads, lines)
+
+
+def _parquet(rows: Iterator[Row], file: Path, schema: Any) -> int:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    count = 0
+    with parquet.ParquetWriter(file, schema, compression="zstd") as out:
+        while chunk := list(islice(rows, BATCH)):
+            try:
+                out.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+            except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+                raise ExportError(f"rows {count} to {count + len(chunk) - 1} do not fit the format: {error}") from error
+            count += len(chunk)
+    return count
+
+
+# ---------------------------------------------------------------------- the shape of JSON values
+
+Shape = Any
+"""None (nothing known), "bool", "int", "float", "text", ["list", shape] or {key: shape}."""
+
+
+def shape_of(value: Any) -> Shape:
+    """The shape of a JSON value; an empty list or object has none of its own."""
+    if isinstance(value, Mapping):
+        return {key: shape_of(item) for key, item in value.items()} or None
+    if isinstance(value, list):
+        inner: Shape = None
+        for item in value:
+            inner = merged(inner, shape_of(item))
+        return ["list", inner]
+    if isinstance(value, int) and not isinstance(value, bool) and not -(1 << 63) <= value < 1 << 63:
+        return "text"
+    return {type(None): None, bool: "bool", int: "int", float: "float"}.get(type(value), "text")
+
+
+def merged(one: Shape, other: Shape) -> Shape:
+    """A shape that both fit; "text" where there is no other."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: merged(one.get(key), other.get(key)) for key in {**one, **other}}
+    if isinstance(one, list) and isinstance(other, list):
+        return ["list", merged(one[1], other[1])]
+    if one == other:
+        return one
+    return "float" if {repr(one), repr(other)} == {"'int'", "'float'"} else "text"
+
+
+def fitted(value: Any, shape: Shape) -> Any:
+    """The value as it stands in a column of that shape."""
+    if value is None or shape is None:
+        return None
+    if isinstance(shape, dict):
+        return {key: fitted(value[key], inner) for key, inner in shape.items() if key in value}
+    if isinstance(shape, list):
+        return [fitted(item, shape[1]) for item in value]
+    if shape == "text":
+        return value if isinstance(value, str) else json_text(value)
+    return float(value) if shape == "float" else value
+
+
+def arrow_schema(shape: Shape) -> Any:
+    """The `pyarrow.Schema` of rows of that shape."""
+    import pyarrow as pa
+
+    return pa.schema([(key, _arrow_type(inner, pa)) for key, inner in (shape or {}).items()])
+
+
+def _arrow_type(shape: Shape, pa: Any) -> Any:
+    if isinstance(shape, dict):
+        return pa.struct([(key, _arrow_type(inner, pa)) for key, inner in shape.items()])
+    if isinstance(shape, list):
+        return pa.list_(_arrow_type(shape[1], pa))
+    return {None: pa.null(), "bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}[shape]

@@ -1,0 +1,50 @@
+"""Trajectories as the padded arrays of a verl batch, as `SGLangRollout.generate_sequences` of verl 0.6.1 lays them out.
+
+    prompts            [B, P] int64   left-padded with `pad_id`; P is `prompt_length`, or the longest prompt
+    responses          [B, R] int64   right-padded with `pad_id`; R likewise
+    response_mask      [B, R] int64   1 where the engine sampled the token
+    input_ids          [B, P + R]     prompts and responses side by side
+    attention_mask     [B, P + R]     0 where padded
+    position_ids       [B, P + R]     counted from 0 at the first real token, 0 where padded
+    rollout_log_probs  [B, R] float32 the engine's log-probs, 0 where nothing was sampled
+
+Padding exists only here and only for verl; everything else keeps each token sequence at its own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from conversations.trajectory import Trajectory
+
+
+def padded_batch(
+    trajectories: Sequence[Trajectory], *, prompt_length: int, response_length: int, pad_id: int, logprobs: bool = True
+) -> dict[str, Any]:
+    """The numpy arrays above, by name; `rollout_log_probs` only with `logprobs`."""
+    import numpy as np
+
+    prompt_length = max([prompt_length, *(len(one.prompt_ids) for one in trajectories)])
+    response_length = max([response_length, *(len(one.response_ids) for one in trajectories)])
+    count, total = len(trajectories), prompt_length + response_length
+    input_ids = np.full((count, total), pad_id, dtype=np.int64)
+    attention_mask, position_ids = np.zeros((2, count, total), dtype=np.int64)
+    mask = np.zeros((count, response_length), dtype=np.int64)
+    values = np.zeros((count, response_length), dtype=np.float32)
+    for row, one in enumerate(trajectories):
+        start, end = prompt_length - len(one.prompt_ids), prompt_length + len(one.response_ids)
+        input_ids[row, start:end] = [*one.prompt_ids, *one.response_ids]
+        attention_mask[row, start:end] = 1
+        position_ids[row, start:end] = np.arange(end - start)
+        mask[row, : len(one.response_mask)] = one.response_mask
+        values[row, : len(one.response_logprobs)] = [value or 0.0 for value in one.response_logprobs]
+    return {
+        "prompts": input_ids[:, :prompt_length].copy(),
+        "responses": input_ids[:, prompt_length:].copy(),
+        "response_mask": mask,
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        **({"rollout_log_probs": values} if logprobs else {}),
+    }

@@ -1,0 +1,108 @@
+"""What verl 0.6.1's own classes make of an export: its RL dataset, its multi-turn SFT dataset, its DataProto."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conversations.export.text import TextView, whole_ids, whole_mask
+from conversations.export.verl_rl import given
+from conversations.export.verl_sft import retokenised
+from conversations.padding import padded_batch
+from tests.conversations.exports import exported, small_run
+from tests.helpers import ROOT
+
+
+@pytest.fixture
+def hf_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` unpacks goes to a folder of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("hf_cache")
+def test_the_rl_dataset_gives_the_tasks_back() -> None:
+    from omegaconf import OmegaConf
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    folder, done = exported("verl-rl")
+    config = OmegaConf.create({"max_prompt_length": 2048, "return_raw_chat": True, "filter_overlong_prompts": False, "truncation": "left"})
+    dataset = RLHFDataset(str(folder / "train.parquet"), small_run().tokenizer(), config)
+    firsts = {record["task_id"]: record for record in reversed(list(small_run().records())) if not record["infra_error"]}
+    assert len(dataset) == done.rows == len(firsts)
+    for row in (dataset[index] for index in range(len(dataset))):
+        record = firsts[row["extra_info"]["turntrace"]["task_id"]]
+        assert [(m["role"], m["content"]) for m in row["raw_prompt"]] == [(m["role"], m["content"]) for m in given(record)]
+        assert row["reward_model"]["ground_truth"] == record["ground_truth"]
+        assert row["data_source"] == record["data_source"]
+        assert row["index"] == record["extra"]["extra_info"]["index"]
+        assert row["extra_info"]["turntrace"]["samples"] > 0
+        if kwargs := record["extra"]["extra_info"].get("tools_kwargs"):
+            assert row["tools_kwargs"]["lookup"] == kwargs["lookup"]
+
+
+def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
+    """Its ids and loss mask are those that the export foresaw, and the record's but for what the verdicts name."""
+    from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+
+    folder, done = exported("verl-sft")
+    run = small_run()
+    view = TextView(run.template(), {})
+    dataset = MultiTurnSFTDataset(str(folder / "train.parquet"), run.tokenizer(), {"pad_mode": "no_padding", "max_length": 8192})
+    assert len(dataset) == done.rows > 20
+    found = {"scaffold": 0, "mask": 0}
+    newline = run.template().encode("\n")
+    for index in range(len(dataset)):
+        item = dataset[index]
+        record = run.record(dataset.dataframe["id"][index])
+        ids, mask = item["input_ids"].tolist(), item["loss_mask"].tolist()
+        assert (ids, mask) == retokenised(dataset.messages[index], view)
+        end = record["turns"][-1]["end"]
+        assert ids[:end] == whole_ids(record)[:end]
+        assert ids[end:] in ([], newline, [run.template().end_id, *newline])
+        own = whole_mask(record)[:end] + [0] * (len(ids) - end)
+        more = {token for token, theirs, ours in zip(ids, mask, own, strict=True) if theirs != ours}
+        found["scaffold" if more == set(newline) else "mask"] += 1
+    assert {name: done.verdicts[name] for name in found} == found
+
+
+def test_dataproto_is_the_batch_that_a_rollout_returns() -> None:
+    from verl import DataProto
+
+    folder, _ = exported("dataproto")
+    run = small_run()
+    batch = DataProto.load_from_disk(folder / "batch-00000.pkl")
+    records = [record for record in run.records() if record["turns"] and not record["infra_error"]]
+    assert list(batch.non_tensor_batch["request_id"]) == [record["id"] for record in records]
+    pad = run.tokenizer().pad_token_id
+    for index, record in enumerate(records):
+        row = {name: tensor[index] for name, tensor in batch.batch.items()}
+        prompt, response, count = record["prompt_ids"], record["response_ids"], len(record["response_ids"])
+        assert row["prompts"].tolist() == [pad] * (1024 - len(prompt)) + prompt
+        assert row["responses"].tolist() == response + [pad] * (1024 - count)
+        assert row["response_mask"].tolist() == record["response_mask"] + [0] * (1024 - count)
+        assert row["rollout_log_probs"].tolist()[:count] == [value or 0.0 for value in record["response_logprobs"]]
+        assert row["position_ids"][row["attention_mask"].bool()].tolist() == list(range(len(prompt) + count))
+        assert batch.non_tensor_batch["messages"][index] == {"messages": record["messages"]}
+        assert batch.non_tensor_batch["reward_scores"][index] == record["reward_parts"]
+
+
+def test_batches_are_laid_out_as_verls_own_loop_lays_them_out() -> None:
+    """verl's real rollout on a scripted engine; from what it returns the trajectories, and from those the batch again."""
+    command = [sys.executable, "-m", "tests.conversations.verl_batches"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "equal: attention_mask input_ids position_ids prompts response_mask responses"
+
+
+def test_a_batch_grows_with_what_is_longer_than_the_config_says() -> None:
+    trajectories = [one for one in small_run() if one.turns][:3]
+    arrays: dict[str, Any] = padded_batch(trajectories, prompt_length=1, response_length=2, pad_id=7, logprobs=False)
+    assert arrays["prompts"].shape == (3, max(len(one.prompt_ids) for one in trajectories))
+    assert arrays["responses"].shape == (3, max(len(one.response_ids) for one in trajectories))
+    assert "rollout_log_probs" not in arrays
