@@ -18,6 +18,7 @@ from agent.config import Config
 from agent.model.base import ADAPTER_DIR, TOOLS_NAME
 from agent.redact import hidden_in
 from agent.tasks import task_file_hash
+from conversations.store import RUN, TRAJECTORIES
 
 if TYPE_CHECKING:
     from tools.toolset import ToolSet
@@ -38,7 +39,7 @@ def run_manifest(
         "command": command_line(argv),
         "config": config.resolved(),
         "tools": tools.source_text if tools else None,
-        "model": {"path": config.model_path, **_model(config, model_dir)},
+        "model": model_entry(config, model_dir),
         "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
         "limit": limit,
         "n": config.n(validate),
@@ -66,8 +67,18 @@ def _version(name: str) -> str | None:
         return None
 
 
+def parent_entry(run: Path) -> dict[str, Any]:
+    """`parent` of a run made from another: its name, where it lay, and the hashes of what it was."""
+    hashes = {f"{name}_sha256": task_file_hash(run / file) for name, file in (("run", RUN), ("trajectories", TRAJECTORIES))}
+    return {"run": run.resolve().name, "path": str(run.resolve()), **hashes}
+
+
+def model_entry(config: Config, folder: Path) -> dict[str, Any]:
+    """The model's path and what is known of it: all where it is loaded here, elsewhere the tokenizer (records say what a server serves)."""
+    return {"path": config.model_path, **_model(config, folder)}
+
+
 def _model(config: Config, folder: Path) -> dict[str, Any]:
-    """What is known of the model: all of it where it is loaded here, elsewhere the tokenizer (records say what a server serves)."""
     tokenizer = {"tokenizer_sha256": model_hash(folder, TOKENIZER_FILES)["sha256"]}
     if config.rollout.name != "sglang":
         return {"sha256": None, **tokenizer}

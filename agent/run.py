@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from agent.progress import Display, counts, say, shortfall, summary
 from agent.session import Session, load_template
 from agent.tasks import Task, read_tasks
 from conversations.errors import RunFolderError
+from conversations.open_run import TOKENIZER
 from conversations.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_manifest, read_trajectories
 from tools.registry import load_tools
 from tools.toolset import ToolSet
@@ -50,7 +52,7 @@ class RunRequest:
         return command_line(self.argv if self.resume else [*self.argv, "--resume"])
 
 
-class _Terminated(KeyboardInterrupt):
+class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does."""
 
 
@@ -78,10 +80,13 @@ def run(request: RunRequest, console: Console) -> int:
 
 def with_fresh_seed(request: RunRequest) -> RunRequest:
     """The request with a seed of its own for each start of a run: the same one would sample the same conversations again."""
-    if not (request.resume and (request.out / RUN).exists()):
-        return request
-    seed = read_manifest(request.out).get("seed")
-    return replace(request, config=replace(request.config, seed=seed + 1)) if isinstance(seed, int) else request
+    return replace(request, config=fresh_seed(request.config, request.out)) if request.resume else request
+
+
+def fresh_seed(config: Config, folder: Path) -> Config:
+    """The config with the seed after that of the run in `folder`, where one is."""
+    seed = read_manifest(folder).get("seed") if (folder / RUN).exists() else None
+    return replace(config, seed=seed + 1) if isinstance(seed, int) else config
 
 
 class _ToolChoice:
@@ -123,7 +128,7 @@ def _open_store(request: RunRequest, tools: ToolSet | None) -> RunFolder:
 
 def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> int:
     try:
-        with _sigterm_as_interrupt(), _started(request, tools, store, console) as session, Display(progress, console) as display:
+        with sigterm_as_interrupt(), _started(request, tools, store, console) as session, Display(progress, console) as display:
             gc.collect()
             gc.freeze()  # what is loaded now stays: the collector need not walk it at every step of the loop
             try:
@@ -133,7 +138,7 @@ def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, p
     except KeyboardInterrupt as interrupt:
         store.close(counts(progress))
         say(console, _interrupted(request, progress))
-        return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
+        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
     store.close(counts(progress))
     say(console, summary(progress, request.out, wall_s))
     return _verdict(request, progress, console)
@@ -154,7 +159,7 @@ async def _conversations(request: RunRequest, session: Session, store: RunFolder
 def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, console: Console) -> Iterator[Session]:
     """The session; a new run folder whose engine never started holds no run afterwards."""
     try:
-        _save_tokenizer(request)
+        save_tokenizer(request.out, load_template(request.config, request.config.model_dir()).tokenizer)
         session = _start(request, tools, console)
     except BaseException:
         if not request.resume:
@@ -164,10 +169,9 @@ def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, conso
         yield session
 
 
-def _save_tokenizer(request: RunRequest) -> None:
-    """Before the engine starts: a folder that cannot be written is known in a second, not after a minute."""
-    folder = request.out / "tokenizer"
-    tokenizer = load_template(request.config, request.config.model_dir()).tokenizer
+def save_tokenizer(run: Path, tokenizer: Any) -> None:
+    """Into the run folder, before the engine starts: one that cannot be written is known in a second, not after a minute."""
+    folder = run / TOKENIZER
     try:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)
@@ -183,9 +187,10 @@ def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Sess
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`."""
     def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:

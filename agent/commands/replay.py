@@ -1,0 +1,80 @@
+"""`turntrace replay`: a recorded run again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Part(StrEnum):
+    """Where a part of a replay comes from."""
+
+    recorded = "recorded"
+    live = "live"
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="The run folder to replay.")],
+    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    model: Annotated[
+        Part | None, typer.Option(help="recorded: the sampled tokens again; live: asked today. Default: recorded, live with --from-turn.")
+    ] = None,
+    tools: Annotated[
+        Part | None, typer.Option(help="recorded: the ledger's answers; live: run today. Default: recorded, live with --from-turn.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="config.yaml in the place of the run's own.")] = None,
+    tools_config: Annotated[str | None, typer.Option(help="With --tools live: tools.yaml, or a shipped one's name.")] = None,
+    trust_tools: Annotated[
+        bool, typer.Option("--trust-tools", help="With --tools live: import the tools that the run names, though they are not turntrace's.")
+    ] = False,
+    ids: Annotated[list[str] | None, typer.Option(help="Only these trajectories: an id, or several with commas; may be repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    from_turn: Annotated[
+        int | None, typer.Option(min=0, help="Fork: keep the turns before this one (0: the prompt alone) and go on with fresh ones.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Branches of each trajectory, with a live model.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the replay in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --resume: although something differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object; everything else goes to stderr.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = None,
+) -> None:
+    """Replay a run into a new one and say where each trajectory first differs.
+
+    Both recorded (the default) checks the record and this code: nothing is imported, no model runs. Recorded model, live
+    tools: each call is made again and its answer compared; a trajectory ends where its model would have seen something else.
+    Live model, recorded tools: answers are served while the calls are the recorded ones. Both live: run again.
+
+    Exit code 0: all identical (a fork: its tools are as they were). 3: some diverged. 1: some failed or are missing. 2: a mistake.
+    """
+    from rich.console import Console
+
+    from agent.replay.request import LIVE, RECORDED, ReplayRequest
+    from agent.replay.runner import replay as run_replay
+
+    default = RECORDED if from_turn is None else LIVE
+    request = ReplayRequest(
+        run=run,
+        out=out,
+        model=str(model or default),
+        tools=str(tools or default),
+        config=config,
+        overrides=set_ or [],
+        tools_config=tools_config,
+        trust_tools=trust_tools,
+        ids=ids or [],
+        limit=limit,
+        from_turn=from_turn,
+        n=n,
+        resume=resume,
+        force=force,
+        argv=sys.argv[1:],
+    )
+    code, report = run_replay(request, Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    raise typer.Exit(code)

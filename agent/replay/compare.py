@@ -1,0 +1,245 @@
+"""Two records of one conversation: where they first differ, in the order in which the conversation happened.
+
+Invariant: whatever is not listed in `NOT_COMPARED`, or in the list of a part that was live, counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+from agent.engines.scripted import first_difference
+from conversations.trajectory import ToolCallRecord, Trajectory, Turn, canonical_json
+
+NOT_COMPARED = {
+    "trajectory": frozenset({"id", "sample", "parent", "started_at", "wall_s"}),
+    "turn": frozenset({"cached_tokens", "queue_s", "engine_s"}),
+    "call": frozenset({"attempts", "queue_s", "run_s"}),
+}
+"""Clocks, caches and names: what differs although nothing else happened (and with them `sha256`)."""
+
+LIVE_MODEL = {
+    "trajectory": frozenset({"engine", "sampling", "response_logprobs", "warnings"}),
+    "turn": frozenset({"weight_version"}),
+    "call": frozenset[str](),
+}
+"""What an engine of today may say otherwise while it samples the same tokens."""
+
+LIVE_TOOLS = {
+    "trajectory": frozenset({"error", "warnings"}),
+    "turn": frozenset[str](),
+    "call": frozenset({"error"}),
+}
+"""What tools of today may note otherwise while they answer the same."""
+
+ANSWER = ("status", "response", "full_response", "reward", "metrics")
+"""What a tool answers, as far as the ledger keeps it."""
+
+CLOCK_METRIC = re.compile(r"(^|_)(time|duration|elapsed|latency|seconds|s|ms)$")
+"""Metrics by such a name are measured times: never the same twice."""
+
+CONTEXT = 24
+"""Tokens shown on each side of a difference."""
+CLIP = 2000
+"""Characters kept of a text that differs."""
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where two records part.
+
+    `kind`: prompt, sampled, logprob, turn, call, answer, delta (what was appended after a turn), end, or record (a field
+    of the record alone). `token` is an index into `prompt_ids + response_ids`. `recorded` and `replayed` are JSON: for
+    tokens {ids, text, logprob} from the token on, with `before`, the text they share; for answers the fields that differ.
+    """
+
+    kind: str
+    turn: int | None = None
+    token: int | None = None
+    call_id: str | None = None
+    name: str | None = None
+    before: str | None = None
+    recorded: Any = None
+    replayed: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which parts of the replay were live; `decode` turns ids into text."""
+
+    live_model: bool
+    live_tools: bool
+    decode: Decode
+
+    def compares(self, what: str, name: str) -> bool:
+        """Whether a field of a `trajectory`, a `turn` or a `call` counts."""
+        lists = [NOT_COMPARED, *([LIVE_MODEL] if self.live_model else []), *([LIVE_TOOLS] if self.live_tools else [])]
+        return not any(name in names[what] for names in lists)
+
+
+@dataclass(slots=True)
+class Answers:
+    """How many answers of a tool were compared, how many differed, and in what."""
+
+    compared: int = 0
+    different: int = 0
+    fields: list[str] = field(default_factory=list)
+
+    def count(self, difference: dict[str, Any]) -> None:
+        """One answer more; `difference` as `answer_difference` gives it."""
+        self.compared += 1
+        self.different += bool(difference)
+        self.fields += [name for name in difference if name not in self.fields]
+
+
+def compare(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Divergence | None:
+    """The first difference, None where the records are the same."""
+    return next(_differences(recorded, replayed, scope), None)
+
+
+def answer_difference(recorded: ToolCallRecord, replayed: ToolCallRecord) -> dict[str, Any]:
+    """{field: [recorded, replayed]} of what two answers to one call do not share."""
+    pairs = {name: (_answer(recorded, name), _answer(replayed, name)) for name in ANSWER}
+    return {name: _clipped_pair(*pair) for name, pair in pairs.items() if _differ(*pair)}
+
+
+def compared_answers(recorded: Trajectory, replayed: Trajectory) -> Iterator[tuple[ToolCallRecord, ToolCallRecord]]:
+    """The pairs of answers to one and the same call: up to the first call that is another one."""
+    for old, new in zip(recorded.tool_calls, replayed.tool_calls, strict=False):
+        if not same_call(old, new) or "cancelled" in (old.status, new.status):
+            return
+        yield old, new
+
+
+def same_call(one: ToolCallRecord, other: ToolCallRecord) -> bool:
+    """The same call at the same place."""
+    return one.call_id == other.call_id and one.name == other.name and not _differ(one.arguments, other.arguments)
+
+
+def logprob_difference(recorded: Trajectory, replayed: Trajectory) -> float | None:
+    """The largest difference between the log-probs of tokens that were sampled alike; None without any."""
+    old, new = recorded.response_ids, replayed.response_ids
+    if first_difference(recorded.prompt_ids, replayed.prompt_ids) is not None:
+        return None
+    same = first_difference(old, new)
+    pairs = list(zip(recorded.response_logprobs, replayed.response_logprobs, strict=False))[:same]
+    return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=None)
+
+
+# ---------------------------------------------------------------------- in the order of the conversation
+
+
+def _differences(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterator[Divergence]:
+    old, new = _Side(recorded), _Side(replayed)
+    yield from _tokens("prompt", None, old, new, (0, len(recorded.prompt_ids)), (0, len(replayed.prompt_ids)), scope)
+    ends = len(recorded.prompt_ids), len(replayed.prompt_ids)
+    for number, (one, other) in enumerate(zip_longest(recorded.turns, replayed.turns)):
+        if one is None or other is None:
+            break
+        yield from _tokens("delta", number, old, new, (ends[0], one.start), (ends[1], other.start), scope)
+        yield from _turn(number, one, other, old, new, scope)
+        yield from _calls(number, old, new, scope)
+        ends = one.end, other.end
+    yield from _tokens("delta", None, old, new, (ends[0], len(old.ids)), (ends[1], len(new.ids)), scope)
+    yield from _end(recorded, replayed)
+    yield from _fields(recorded, replayed, scope)
+
+
+class _Side:
+    """One record, with its tokens in one list and its calls by turn."""
+
+    def __init__(self, record: Trajectory) -> None:
+        self.record = record
+        self.ids = record.prompt_ids + record.response_ids
+        self.calls: dict[int, list[ToolCallRecord]] = {}
+        for line in record.tool_calls:
+            self.calls.setdefault(line.turn, []).append(line)
+
+    def logprob(self, token: int) -> float | None:
+        index = token - len(self.record.prompt_ids)
+        return self.record.response_logprobs[index] if 0 <= index < len(self.record.response_logprobs) else None
+
+    def shown(self, token: int, end: int, decode: Decode) -> dict[str, Any]:
+        ids = self.ids[token : min(end, token + CONTEXT)]
+        return {"ids": ids, "text": decode(ids), "logprob": self.logprob(token) if ids else None}
+
+
+def _tokens(
+    kind: str, turn: int | None, old: _Side, new: _Side, span: tuple[int, int], other: tuple[int, int], scope: Scope
+) -> Iterator[Divergence]:
+    at = first_difference(old.ids[slice(*span)], new.ids[slice(*other)])
+    if at is None:
+        return
+    token = span[0] + at
+    before = scope.decode(old.ids[max(0, token - CONTEXT) : token])
+    shown = old.shown(token, span[1], scope.decode), new.shown(token, other[1], scope.decode)
+    yield Divergence(kind, turn, token, before=before, recorded=shown[0], replayed=shown[1])
+
+
+def _turn(number: int, one: Turn, other: Turn, old: _Side, new: _Side, scope: Scope) -> Iterator[Divergence]:
+    yield from _tokens("sampled", number, old, new, (one.start, one.end), (other.start, other.end), scope)
+    if not scope.live_model:
+        for token in range(one.start, one.end):
+            if old.logprob(token) != new.logprob(token):
+                yield Divergence("logprob", number, token, recorded=old.logprob(token), replayed=new.logprob(token))
+    for name in (each.name for each in dataclasses.fields(Turn)):
+        if scope.compares("turn", name) and getattr(one, name) != getattr(other, name):
+            yield Divergence("turn", number, one.start, name=name, recorded=getattr(one, name), replayed=getattr(other, name))
+
+
+def _calls(number: int, old: _Side, new: _Side, scope: Scope) -> Iterator[Divergence]:
+    for one, other in zip_longest(old.calls.get(number, ()), new.calls.get(number, ())):
+        found = one or other
+        if one is None or other is None or not same_call(one, other):
+            yield Divergence("call", number, call_id=found.call_id, name=found.name, recorded=_call(one), replayed=_call(other))
+        elif difference := answer_difference(one, other):
+            sides = [{name: pair[side] for name, pair in difference.items()} for side in (0, 1)]
+            yield Divergence("answer", number, call_id=one.call_id, name=one.name, recorded=sides[0], replayed=sides[1])
+        elif scope.compares("call", "error") and one.error != other.error:
+            yield Divergence("record", number, call_id=one.call_id, name="error", recorded=one.error, replayed=other.error)
+
+
+def _end(recorded: Trajectory, replayed: Trajectory) -> Iterator[Divergence]:
+    """How the conversations ended. One that a replay could not go on with has said so in `error`."""
+    one, other = ({"stop_reason": record.stop_reason, "turns": record.num_turns} for record in (recorded, replayed))
+    if one != other:
+        errors = [{"error": record.error} if record.error else {} for record in (recorded, replayed)]
+        yield Divergence("end", min(recorded.num_turns, replayed.num_turns), recorded={**one, **errors[0]}, replayed={**other, **errors[1]})
+
+
+def _fields(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterator[Divergence]:
+    done = ("turns", "tool_calls")
+    for name in (each.name for each in dataclasses.fields(Trajectory) if each.name not in done):
+        one, other = getattr(recorded, name), getattr(replayed, name)
+        if scope.compares("trajectory", name) and _differ(one, other):
+            yield Divergence("record", None, None, None, name, None, *_clipped_pair(one, other))
+
+
+def _call(line: ToolCallRecord | None) -> dict[str, Any] | None:
+    return None if line is None else {"name": line.name, "arguments": _clipped_pair(line.arguments, line.arguments)[0]}
+
+
+def _answer(line: ToolCallRecord, name: str) -> Any:
+    value = getattr(line, name)
+    return {key: item for key, item in value.items() if not CLOCK_METRIC.search(key)} if name == "metrics" else value
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """As JSON: 1 and 1.0 and True are three things, tuples are lists."""
+    return one is not other and canonical_json(one) != canonical_json(other)
+
+
+def _clipped_pair(one: Any, other: Any) -> list[Any]:
+    """Both, long ones as text cut around where they differ: the records have them whole."""
+    texts = [value if isinstance(value, str) else canonical_json(value) for value in (one, other)]
+    start = max(0, (first_difference(*texts) or 0) - CLIP // 4)
+    return [
+        value if len(text) <= CLIP else f"{'... ' if start else ''}{text[start : start + CLIP]} ... [{len(text)} characters]"
+        for value, text in zip((one, other), texts, strict=True)
+    ]

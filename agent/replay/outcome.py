@@ -1,0 +1,131 @@
+"""What became of each trajectory of a replay: one JSON line in the new run's `replay.jsonl`, written before the trajectory itself.
+
+Invariant: a trajectory that is on disk has its line. The last line of an id counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from agent.replay.compare import Answers, Scope, answer_difference, compare, compared_answers, logprob_difference
+from agent.replay.conversation import ReplayedConversation
+from agent.replay.tools import LiveTools
+from conversations.store import RunFolder
+from conversations.trajectory import Trajectory
+
+REPLAY = "replay.jsonl"
+IDENTICAL, DIVERGED, FAILED = "identical", "diverged", "failed"
+
+Line = dict[str, Any]
+"""`id`, `parent` (its id), `outcome`, `first` (a Divergence or null), `answers` ({tool: compared, different, fields}),
+`elsewhere` (answers that differ outside of the record: while state was rebuilt, or after the record's end), `logprob_difference`."""
+
+
+def outcome(recorded: Trajectory, replayed: Trajectory, scope: Scope, tools: LiveTools | None) -> Line:
+    """What the two records, and the calls made beside them, come to."""
+    first = compare(recorded, replayed, scope)
+    failed = replayed.infra_error and not recorded.infra_error
+    return {
+        "id": replayed.id,
+        "parent": recorded.id,
+        "outcome": FAILED if failed else DIVERGED if first else IDENTICAL,
+        "first": dataclasses.asdict(first) if first else None,
+        "answers": _answers(recorded, replayed, tools) if scope.live_tools else {},
+        "elsewhere": tools.differences if tools else [],
+        "logprob_difference": logprob_difference(recorded, replayed) if scope.live_model else None,
+        "error": replayed.error if failed else None,
+    }
+
+
+def _answers(recorded: Trajectory, replayed: Trajectory, tools: LiveTools | None) -> dict[str, dict[str, Any]]:
+    counts: dict[str, Answers] = {}
+    again = tools.asked_again if tools else []
+    beside = {old.call_id for old, _ in again}
+    own = [pair for pair in compared_answers(recorded, replayed) if pair[0].call_id not in beside and pair[0].attempts]
+    for old, new in [*own, *again]:
+        counts.setdefault(old.name, Answers()).count(answer_difference(old, new))
+    return {name: dataclasses.asdict(each) for name, each in counts.items()}
+
+
+class ComparingStore:
+    """A run folder in front of which every trajectory is compared with its parent."""
+
+    def __init__(self, folder: RunFolder, scope: Scope, lines: IO[str], tell: Callable[[Line], None]) -> None:
+        self.done = folder.done
+        self._folder = folder
+        self._scope = scope
+        self._lines = lines
+        self._tell = tell
+        self._running: dict[str, ReplayedConversation] = {}
+
+    def watched(self, conversations: Iterable[ReplayedConversation]) -> Iterator[ReplayedConversation]:
+        """The conversations, remembered until they are on disk."""
+        for conversation in conversations:
+            self._running[f"{conversation.task.id}-{conversation.sample}"] = conversation
+            yield conversation
+
+    def append(self, trajectory: Trajectory) -> None:
+        """Compares, notes, and writes a finished conversation."""
+        trajectory.to_line()  # what has no JSON form is refused before anything is noted
+        conversation = self._running[trajectory.id]
+        tools = conversation.tools if isinstance(conversation.tools, LiveTools) else None
+        line = outcome(conversation.record, trajectory, self._scope, tools)
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        self._folder.append(trajectory)
+        del self._running[trajectory.id]
+        self._tell(line)
+
+    def append_unfinished(self, trajectory: Trajectory) -> None:
+        """Writes what there is of a conversation that was cut off."""
+        self._folder.append_unfinished(trajectory)
+
+
+def earlier_lines(out: Path, done: set[tuple[str, int]]) -> list[Line]:
+    """The lines of the trajectories that stay when a replay is resumed; the others are dropped from the file."""
+    kept: dict[str, Line] = {}
+    names = {f"{task_id}-{sample}" for task_id, sample in done}
+    if (out / REPLAY).exists():
+        for text in (out / REPLAY).read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # torn by a kill: its trajectory was not written either
+            if isinstance(line, dict) and line.get("id") in names:
+                kept[line["id"]] = line
+    (out / REPLAY).write_text("".join(json.dumps(line) + "\n" for line in kept.values()), encoding="utf-8")
+    return list(kept.values())
+
+
+@dataclass(slots=True)
+class Tally:
+    """The counts of a replay. `diverged` keeps the lines of what did not come out the same, `failed` included."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, Answers] = field(default_factory=dict)
+    diverged: list[Line] = field(default_factory=list)
+    rebuilt_otherwise: int = 0
+    logprob_difference: float | None = None
+
+    def add(self, line: Line) -> None:
+        """Counts one trajectory."""
+        self.outcomes[line["outcome"]] += 1
+        if line["first"]:
+            self.kinds[line["first"]["kind"]] += 1
+        if line["outcome"] != IDENTICAL or line["elsewhere"]:
+            self.diverged.append(line)
+        self.rebuilt_otherwise += bool(line["elsewhere"])
+        for name, counted in line["answers"].items():
+            total = self.answers.setdefault(name, Answers())
+            total.compared += counted["compared"]
+            total.different += counted["different"]
+            total.fields += [each for each in counted["fields"] if each not in total.fields]
+        if line["logprob_difference"] is not None:
+            self.logprob_difference = max(self.logprob_difference or 0.0, line["logprob_difference"])

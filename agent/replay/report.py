@@ -1,0 +1,129 @@
+"""A replay summed up: the first few divergences with both sides, then the counts; the same as JSON.
+
+What records hold is untrusted: it is printed as text, control characters escaped, never as markup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agent.progress import say
+from agent.replay.outcome import DIVERGED, FAILED, IDENTICAL, Line, Tally
+from agent.replay.request import ReplayRequest
+
+SHOWN = 5
+"""Divergences that are printed; all of them are in the new run's replay.jsonl."""
+_WIDTH = 400
+
+_WHERE = {
+    "prompt": "the prompt",
+    "sampled": "a sampled token",
+    "logprob": "a log-prob",
+    "turn": "what the engine said of a turn",
+    "call": "a tool call",
+    "answer": "a tool's answer",
+    "delta": "what was appended after a turn",
+    "end": "how it ended",
+    "record": "another field",
+}
+
+
+def show(tally: Tally, request: ReplayRequest, console: Console) -> None:
+    """Prints the divergences and the tables."""
+    for line in tally.diverged[:SHOWN]:
+        for text in _block(line):
+            say(console, text)
+    if (more := len(tally.diverged) - SHOWN) > 0:
+        say(console, f"... and {more} more: see {request.out}/replay.jsonl\n")
+    what = f"{request.run}: {request.model} model, {request.tools} tools"
+    say(console, what if request.from_turn is None else f"{what}, from turn {request.from_turn}")
+    console.print(_outcomes(tally))
+    if tally.answers:
+        console.print(_tools(tally))
+    if tally.logprob_difference is not None:
+        say(console, f"log-probs of tokens sampled alike differ by at most {tally.logprob_difference:.3g}")
+
+
+def as_json(tally: Tally, request: ReplayRequest) -> dict[str, Any]:
+    """The whole report as one object; `diverged` holds a line as in replay.jsonl for each trajectory that is not the same."""
+    return {
+        "run": str(request.run),
+        "out": str(request.out),
+        "model": request.model,
+        "tools": request.tools,
+        "from_turn": request.from_turn,
+        "outcomes": {name: tally.outcomes[name] for name in (IDENTICAL, DIVERGED, FAILED)},
+        "first_difference": dict(tally.kinds),
+        "answers": {name: dataclasses.asdict(each) for name, each in tally.answers.items()},
+        "logprob_difference": tally.logprob_difference,
+        "diverged": tally.diverged,
+    }
+
+
+def _outcomes(tally: Tally) -> Table:
+    table = Table()
+    table.add_column("trajectories")
+    table.add_column("", justify="right")
+    table.add_row("identical", str(tally.outcomes[IDENTICAL]))
+    table.add_row("diverged", str(tally.outcomes[DIVERGED]))
+    for kind, count in tally.kinds.most_common():
+        table.add_row(f"  first at {_WHERE[kind]}", str(count))
+    table.add_row("failed by infrastructure", str(tally.outcomes[FAILED]))
+    return table
+
+
+def _tools(tally: Tally) -> Table:
+    table = Table()
+    for name in ("tool", "calls compared", "same", "different", "in"):
+        table.add_column(name, justify="left" if name in ("tool", "in") else "right")
+    for name, each in sorted(tally.answers.items()):
+        counts = each.compared, each.compared - each.different, each.different
+        table.add_row(Text(_plain(name)), *map(str, counts), ", ".join(each.fields))
+    return table
+
+
+def _block(line: Line) -> list[str]:
+    first = line["first"]
+    lines = [f"{_plain(line['id'])}  {_place(first)}"] if first else [f"{_plain(line['id'])}  the same"]
+    if line["error"]:
+        lines.append(f"  failed    {_plain(line['error'])}")
+    if first:
+        lines += [f"  both      ...{_plain(first['before'])}"] if first["before"] else []
+        lines += [f"  {name}  {_side(first[name])}" for name in ("recorded", "replayed")]
+    for other in line["elsewhere"][:SHOWN]:
+        lines.append(f"  also {_plain(other['call_id'] or 'create')} {_plain(other['name'] or '')}")
+        lines += [f"    {name}  {_side(other[name])}" for name in ("recorded", "replayed")]
+    return [*lines, ""]
+
+
+def _place(first: dict[str, Any]) -> str:
+    parts = [f"turn {first['turn']}"] if first["turn"] is not None else []
+    parts += [f"token {first['token']}"] if first["token"] is not None else []
+    parts += [_plain(first["call_id"])] if first["call_id"] else []
+    parts += [_plain(first["name"])] if first["name"] else []
+    return f"{', '.join([*parts, _WHERE[first['kind']]])} differs"
+
+
+def _side(value: Any) -> str:
+    """One side in one line: tokens as text with the first id and its log-prob, anything else as JSON."""
+    if isinstance(value, dict) and set(value) == {"ids", "text", "logprob"}:
+        if not value["ids"]:
+            return "(ends here)"
+        logprob = "" if value["logprob"] is None else f", log-prob {value['logprob']:.4f}"
+        return f"{json.dumps(_cut(value['text']), ensure_ascii=True)}  (id {value['ids'][0]}{logprob})"
+    return _plain(_cut(json.dumps(value, ensure_ascii=False)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
+
+
+def _plain(text: str) -> str:
+    """A text on one line, with escapes for what a terminal would act on."""
+    return text if text.isprintable() else text.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -1,0 +1,150 @@
+"""What was asked of a replay, and which trajectories it is about: everything that can be found wrong before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from agent.errors import AgentError
+from agent.manifest import command_line
+from conversations.checks.shape import shape_findings
+from conversations.checks.tokens import token_findings
+from conversations.errors import RecordError
+from conversations.open_run import Run
+from conversations.trajectory import Trajectory
+
+RECORDED, LIVE = "recorded", "live"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRequest:
+    """The command line's words. `from_turn` None: each trajectory whole. `n` branches of each trajectory."""
+
+    run: Path
+    out: Path
+    model: str = RECORDED
+    tools: str = RECORDED
+    config: Path | None = None
+    overrides: Sequence[str] = ()
+    tools_config: str | None = None
+    trust_tools: bool = False
+    ids: Sequence[str] = ()
+    limit: int | None = None
+    from_turn: int | None = None
+    n: int = 1
+    resume: bool = False
+    force: bool = False
+    argv: Sequence[str] = field(default=())
+
+    @property
+    def live_model(self) -> bool:
+        return self.model == LIVE
+
+    @property
+    def live_tools(self) -> bool:
+        return self.tools == LIVE
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this replay."""
+        return command_line(self.argv if self.resume else [*self.argv, "--resume"])
+
+    def check(self) -> None:
+        """Raises AgentError for options that contradict each other."""
+        if self.from_turn is not None and not self.live_model:
+            raise AgentError("--from-turn goes on with fresh tokens, which the recorded model does not have; use --model live")
+        if self.n > 1 and not self.live_model:
+            raise AgentError(f"--n {self.n}: with the recorded model all branches would be the same; use --model live")
+        if (self.tools_config or self.trust_tools) and not self.live_tools:
+            raise AgentError("--tools-config and --trust-tools are about tools that run; use --tools live with them")
+        if self.run.resolve() == self.out.resolve():
+            raise AgentError(f"--out {self.out} is the run itself; a replay goes into a folder of its own")
+
+
+def kept_turns(record: Trajectory, from_turn: int | None) -> int | None:
+    """How many turns stay as they are: those before `from_turn`, else those a fork had kept; None: nothing, not even the prompt."""
+    if from_turn is not None:
+        return from_turn
+    turn = (record.parent or {}).get("turn")
+    return turn if isinstance(turn, int) and 0 <= turn <= len(record.turns) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The ids to replay, in order, whether they are all of the run's, and a line for each reason to leave some out."""
+
+    ids: list[str]
+    is_all: bool
+    notes: list[str]
+
+
+def choose(run: Run, request: ReplayRequest) -> Choice:
+    """Reads every chosen trajectory once: a damaged or forged one is known before anything runs.
+
+    Raises RunFolderError for one that does not match its hash, RecordError for one whose parts contradict each other.
+    """
+    asked = _asked(run, request)
+    chosen, too_short, empty = [], [], []
+    for trajectory_id in asked:
+        record = checked(run, trajectory_id)
+        if not record.messages:
+            empty.append(trajectory_id)
+        elif request.from_turn is not None and not _reaches(record, request.from_turn):
+            too_short.append(trajectory_id)
+        else:
+            chosen.append(trajectory_id)
+    notes = [
+        f"note: {len(ids)} trajectories {what}: left out ({_some(ids)})"
+        for ids, what in ((too_short, f"do not reach turn {request.from_turn}"), (empty, "failed before they had a message"))
+        if ids
+    ]
+    if not chosen:
+        raise AgentError(
+            f"{run.path}: nothing to replay: {'; '.join(notes).removeprefix('note: ') or 'the run has no finished trajectories'}"
+        )
+    return Choice(chosen, len(chosen) == len(run), notes)
+
+
+def checked(run: Run, trajectory_id: str) -> Trajectory:
+    """A trajectory whose hash, form and spans are right. Raises RunFolderError or RecordError, in one line."""
+    finding = next(shape_findings(run.record(trajectory_id)), None)
+    record = run[trajectory_id] if finding is None else None
+    finding = finding or (next(token_findings(record), None) if record else None)
+    if finding or record is None:
+        raise RecordError(f"{run.path}: trajectory {trajectory_id} cannot be replayed: {finding.what if finding else 'it is damaged'}")
+    if problem := next(_contradictions(record), None):
+        raise RecordError(f"{run.path}: trajectory {trajectory_id} cannot be replayed: {problem}")
+    return record
+
+
+def _contradictions(record: Trajectory) -> chain[str]:
+    sampled = sum(message.get("raw") is not None for message in record.messages)
+    counts = [f"{len(record.turns)} turns, {sampled} sampled messages"] if sampled != len(record.turns) else []
+    beyond = [
+        f"{line.call_id} is of turn {line.turn}, there are {len(record.turns)}"
+        for line in record.tool_calls
+        if line.turn >= len(record.turns)
+    ]
+    return chain(counts, beyond)
+
+
+def _asked(run: Run, request: ReplayRequest) -> list[str]:
+    words = [word for given in request.ids for word in ([given] if given in run else given.split(","))]
+    for word in words:
+        if word not in run:
+            run.record(word)  # says what is there instead
+    return (list(dict.fromkeys(words)) or list(run.ids))[: request.limit]
+
+
+def _reaches(record: Trajectory, turn: int) -> bool:
+    """Whether the tokens before `turn` are all there: it was sampled, or everything up to it was appended."""
+    if turn < len(record.turns):
+        return True
+    end = record.turns[-1].end if record.turns else 0
+    return turn == len(record.turns) and len(record.prompt_ids) + len(record.response_ids) > end
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

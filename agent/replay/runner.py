@@ -1,0 +1,223 @@
+"""`turntrace replay`, in order: read the parent, check what is cheap, open the new run, start what is live, run, compare, sum up.
+
+Invariant: exit code 0 means that every trajectory asked for is on disk and the same as its parent (a fork: that its tools
+came into the state they were in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+
+from agent.batch import Progress, run_conversations
+from agent.config import Config
+from agent.dispatch import ConversationTools
+from agent.engines.scripted import recorded
+from agent.errors import AgentError
+from agent.loop import Runtime
+from agent.manifest import command_line, model_entry, parent_entry, versions
+from agent.progress import Display, counts, say
+from agent.replay.compare import Scope
+from agent.replay.conversation import ReplayedConversation, played_back
+from agent.replay.outcome import FAILED, IDENTICAL, REPLAY, ComparingStore, Tally, earlier_lines
+from agent.replay.report import as_json, show
+from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
+from agent.replay.tools import LiveTools, RecordedTools, stand_ins
+from agent.replay.trust import live_tools, replay_config, started_config
+from agent.replay.user import RecordedUser, has_user
+from agent.run import DONE, INCOMPLETE, INTERRUPTED, TERMINATED, Terminated, fresh_seed, save_tokenizer, sigterm_as_interrupt
+from agent.session import Session, load_template, make_dispatcher
+from conversations.open_run import Run, open_run
+from conversations.store import RUN, RunFolder
+from conversations.template import ChatTemplate
+from conversations.trajectory import Trajectory
+from tools.toolset import ToolSet
+
+DIVERGED = 3
+"""Exit code where a trajectory is not the same as its parent; the others are those of `turntrace run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A replay with everything that could be found wrong beforehand found right."""
+
+    request: ReplayRequest
+    run: Run
+    choice: Choice
+    config: Config
+    tools: ToolSet | None
+    template: ChatTemplate
+
+    @property
+    def total(self) -> int:
+        return len(self.choice.ids) * self.request.n
+
+    def keys(self) -> set[tuple[str, int]]:
+        """The (task, sample) pairs of the new run."""
+        n = self.request.n
+        pairs = [(task, int(sample)) for task, _, sample in (name.rpartition("-") for name in self.choice.ids)]
+        return {(task, sample * n + branch) for task, sample in pairs for branch in range(n)}
+
+
+def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any]]:
+    """Replays a run into a new folder; returns the exit code and the report. Raises the packages' own errors for a user's mistake."""
+    plan = make_plan(request)
+    for note in plan.choice.notes:
+        say(console, note)
+    tally, progress = Tally(), Progress(total=plan.total)
+    with _open_store(plan) as folder:
+        for line in earlier_lines(request.out, folder.done & plan.keys()):
+            tally.add(line)
+        progress.done = sum(tally.outcomes.values())
+        code = DONE if plan.keys() <= folder.done else _run_missing(plan, folder, tally, progress, console)
+    if code in (INTERRUPTED, TERMINATED):
+        say(
+            console, f"interrupted: {progress.done} of {plan.total} trajectories are in {request.out}; go on with: {request.resume_command}"
+        )
+    else:
+        show(tally, request, console)
+        code = _verdict(plan, tally, console)
+    return code, as_json(tally, request)
+
+
+def make_plan(request: ReplayRequest) -> Plan:
+    """Everything checked that needs no engine and no tool."""
+    request.check()
+    run = open_run(request.run)
+    choice = choose(run, request)
+    config = replay_config(run, request)
+    if request.resume and request.live_model:
+        config = fresh_seed(config, request.out)
+    tools = live_tools(run, request, config) if request.live_tools else None
+    template = load_template(config, config.model_dir()) if request.live_model else run.template()
+    if request.from_turn is not None:
+        _check_same_tokenizer(run, template)
+    return Plan(request, run, choice, config, tools, template)
+
+
+def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
+    own = run.tokenizer()
+    if own.backend_tokenizer.get_vocab(with_added_tokens=True) != template.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True):
+        raise AgentError(
+            f"the model's tokenizer is not that of {run.path}: a fork keeps the parent's tokens, which mean nothing to {template.name}"
+        )
+
+
+# ---------------------------------------------------------------------- the new run
+
+
+def _open_store(plan: Plan) -> RunFolder:
+    request = plan.request
+    if request.resume:
+        return RunFolder.resume(request.out, _manifest(plan), force=request.force)
+    return RunFolder.create(request.out, _manifest(plan))
+
+
+def _manifest(plan: Plan) -> dict[str, Any]:
+    request, config, earlier = plan.request, plan.config, plan.run.manifest
+    samples = earlier.get("n")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(request.argv),
+        "config": config.resolved(),
+        "tools": (plan.tools.source_text if plan.tools else None) if request.live_tools else earlier.get("tools"),
+        "model": model_entry(config, config.model_dir()) if request.live_model else earlier.get("model"),
+        "tasks": earlier.get("tasks"),
+        "limit": None,
+        "n": samples * request.n if plan.choice.is_all and isinstance(samples, int) else None,
+        "validate": bool(earlier.get("validate")),
+        "seed": config.seed if request.live_model and config.rollout.name == "sglang" else None,
+        "versions": versions(),
+        "parent": parent_entry(plan.run.path),
+        "replay": {"model": request.model, "tools": request.tools, "from_turn": request.from_turn, "n": request.n},
+    }
+
+
+def _run_missing(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress, console: Console) -> int:
+    request = plan.request
+    try:
+        with sigterm_as_interrupt(), _started(plan, console) as session, Display(progress, console) as display:
+            session.run(_conversations(plan, session, folder, tally, progress), poll=display.refresh)
+    except KeyboardInterrupt as interrupt:
+        folder.close(counts(progress))
+        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+    except BaseException:
+        if not request.resume and progress.done == 0:
+            (request.out / RUN).unlink(missing_ok=True)  # nothing was run: the folder holds no run
+        raise
+    folder.close(counts(progress))
+    return DONE
+
+
+def _started(plan: Plan, console: Console) -> Session:
+    """The session: the config's engine, or none where the model is recorded."""
+    request = plan.request
+    config = started_config(plan.config, request)
+    save_tokenizer(request.out, plan.template.tokenizer)
+    if not request.live_model:
+        return Session(config, plan.tools, start=lambda: recorded([]), template=plan.template)
+    say(console, f"starting {config.rollout.name} with {config.model_path} (log: {request.out / 'engine.log'})")
+    validate = bool(plan.run.manifest.get("validate"))
+    return Session(config, plan.tools, validate=validate, log_path=request.out / "engine.log", template=plan.template)
+
+
+async def _conversations(plan: Plan, session: Session, folder: RunFolder, tally: Tally, progress: Progress) -> None:
+    request = plan.request
+    scope = Scope(request.live_model, request.live_tools, plan.template.decode)
+    with (request.out / REPLAY).open("a", encoding="utf-8") as lines:
+        store = ComparingStore(folder, scope, lines, tally.add)
+        await run_conversations(
+            store.watched(_made(plan, session, folder)),
+            max_concurrent=plan.config.rollout.max_num_seqs,
+            store=store,
+            progress=progress,
+        )
+
+
+def _made(plan: Plan, session: Session, folder: RunFolder) -> Iterator[ReplayedConversation]:
+    """The conversations that are not there yet, each made from its record when there is room for it."""
+    n = plan.request.n
+    for name in plan.choice.ids:
+        task_id, _, sample = name.rpartition("-")
+        missing = [number for number in range(int(sample) * n, int(sample) * n + n) if (task_id, number) not in folder.done]
+        for number in missing:
+            yield _conversation(plan, plan.run[name], number, session.runtime)
+
+
+def _conversation(plan: Plan, record: Trajectory, sample: int, runtime: Runtime) -> ReplayedConversation:
+    """One replay of `record`, with the model and the tools that were asked for."""
+    request = plan.request
+    kept = kept_turns(record, request.from_turn)
+    if not request.live_model:
+        runtime = played_back(runtime, record, kept or 0)
+    parent = {"run": plan.run.path.resolve().name, "id": record.id, "turn": kept}
+    made = ReplayedConversation(record, sample, runtime, parent, kept=kept)
+    made.given_tools = _tools(plan, made)
+    if runtime.interactions is None and has_user(record):
+        made.given_user = RecordedUser(record, live_model=request.live_model)
+    return made
+
+
+def _tools(plan: Plan, made: ReplayedConversation) -> ConversationTools | None:
+    live_model, dispatcher = plan.request.live_model, made.runtime.dispatcher
+    if not plan.request.live_tools:
+        recorded_answers = make_dispatcher(plan.config, stand_ins(made.record), plan.template)
+        return RecordedTools(made.record, recorded_answers, live_model=live_model, kept=made.kept or 0)
+    if dispatcher is None:
+        return None
+    return LiveTools(dispatcher, made.task, made.record, recorded_prompt=not live_model or made.kept is not None)
+
+
+def _verdict(plan: Plan, tally: Tally, console: Console) -> int:
+    done = sum(tally.outcomes.values())
+    if tally.outcomes[FAILED] or done < plan.total:
+        problem = f"{tally.outcomes[FAILED]} trajectories failed by infrastructure, {plan.total - done} are missing"
+        say(console, f"{problem}; run them again with: {plan.request.resume_command}")
+        return INCOMPLETE
+    if plan.request.from_turn is not None:
+        return DIVERGED if tally.rebuilt_otherwise else DONE
+    return DONE if tally.outcomes[IDENTICAL] == done else DIVERGED

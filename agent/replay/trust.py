@@ -1,0 +1,122 @@
+"""What a run folder may decide about this machine. It may come from anybody, and its run.json says what to import and whom to call.
+
+Invariant: nothing that a run names is imported, and no address it names is called, unless the user said so. Turntrace's
+own tools may be had for the asking, where they stay on this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from agent.config import Config, load_config
+from agent.errors import AgentError, ConfigError
+from agent.replay.request import ReplayRequest
+from conversations.open_run import Run
+from tools.registry import SHIPPED, load_tools, tool_entries, tools_from_text
+from tools.toolset import ToolSet
+
+HARMLESS = frozenset(
+    {"random_seed", "max_total_tokens", "attention_backend", "sampling_backend", "cuda_graph_bs", "cuda_graph_max_bs"}
+    | {"chunked_prefill_size", "disable_cuda_graph", "disable_radix_cache", "disable_overlap_schedule", "log_level"}
+)
+"""SGLang arguments that a run's config may set: others read files, open ports, run code."""
+LOAD_FORMATS = ("auto", "safetensors")
+_OWN_KEYS = frozenset({"class_name", "class_path", "config", "tool_schema"})
+
+
+def replay_config(run: Run, request: ReplayRequest) -> Config:
+    """The config to replay with: the file the user gave, else the run's own, with their overrides.
+
+    Raises ConfigError, in one line, also where a live model would do what only the run says.
+    """
+    recorded = run.manifest.get("config")
+    if request.config is None and not isinstance(recorded, dict):
+        raise ConfigError(f"{run.path}/run.json holds no config; give the run's with --config FILE")
+    config = load_config(request.config, request.overrides, recorded=None if request.config else recorded)
+    if request.live_model and request.config is None:
+        _check_engine(config, run)
+    return config
+
+
+def _check_engine(config: Config, run: Run) -> None:
+    rollout = config.rollout
+    given = [path.removeprefix("rollout.") for path in config.given]
+
+    def is_given(key: str) -> bool:
+        return any(f"{key}.".startswith(f"{path}.") for path in given)
+
+    if rollout.name == "sglang_server" and not is_given("server.urls"):
+        named = ", ".join(rollout.server.urls)
+        raise ConfigError(
+            f"{run.path} names the servers {named}: a run is not asked whom to call; --set 'rollout.server.urls=[\"{named}\"]'"
+        )
+    for key in rollout.engine_kwargs.sglang:
+        if key not in HARMLESS and not is_given(f"engine_kwargs.sglang.{key}"):
+            raise ConfigError(
+                f"{run.path} sets rollout.engine_kwargs.sglang.{key}, which a run may not: say so with --set, or give --config"
+            )
+    if rollout.load_format not in LOAD_FORMATS and not is_given("load_format"):
+        raise ConfigError(f"{run.path} sets rollout.load_format: {rollout.load_format}, which a run may not: say so with --set")
+
+
+def started_config(config: Config, request: ReplayRequest) -> Config:
+    """The config as far as a session may start it: interactions are code, and run only where tools do and the user named them."""
+    multi_turn = config.rollout.multi_turn
+    is_given = request.trust_tools or request.config is not None or "rollout.multi_turn.interaction_config_path" in config.given
+    if multi_turn.interaction_config_path is None or (request.live_tools and is_given):
+        return config
+    quiet = multi_turn.model_copy(update={"interaction_config_path": None})
+    return dataclasses.replace(config, rollout=config.rollout.model_copy(update={"multi_turn": quiet}))
+
+
+def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | None:
+    """The tools to run: the ones given, else those of the given config, else what run.json has of them; None where it had none.
+
+    Raises ToolConfigError, and AgentError for tools of the run that the user has not trusted.
+    """
+    given = request.tools_config or (config.tool_config_path if request.config else None)
+    if given is not None:
+        return load_tools(given)
+    text = run.manifest.get("tools")
+    if not isinstance(text, str) or not text:
+        if any(record["tools"] for record in run.records(check=False)):
+            raise AgentError(f"{run.path}/run.json does not hold the tools of the run; give them with --tools-config FILE")
+        return None
+    if request.trust_tools:
+        return tools_from_text(text, _origin(run, config))
+    for problem in _untrusted(text, run.path / "run.json"):
+        raise AgentError(f"{run.path}/run.json {problem}; give the tools with --tools-config FILE, or --trust-tools to take the run's")
+    return tools_from_text(text, run.path / "run.json")
+
+
+def _untrusted(text: str, file: Path) -> Iterator[str]:
+    """What is wrong with taking the tools from there: imports that are not turntrace's own, addresses."""
+    for entry in tool_entries(text, file):
+        own = isinstance(entry, Mapping) and set(entry) <= _OWN_KEYS and (entry.get("class_name") or entry.get("class_path")) in SHIPPED
+        if not own:
+            yield f"names a tool that is not turntrace's own ({_target(entry):.200})"
+        for address in _addresses(entry):
+            yield f"has a tool that calls {address:.200}"
+
+
+def _target(entry: Any) -> str:
+    found = (
+        [str(entry[key]) for key in sorted(map(str, entry)) if key not in ("config", "tool_schema")] if isinstance(entry, Mapping) else []
+    )
+    return ", ".join(found) or type(entry).__name__
+
+
+def _addresses(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and "://" in value:
+        yield value
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _addresses(item)
+
+
+def _origin(run: Run, config: Config) -> Path:
+    """Where the tools' YAML lay when the run was made, so that modules beside it are found."""
+    path = config.rollout.multi_turn.tool_config_path
+    return Path(path) if path and Path(path).is_file() else run.path / "run.json"
