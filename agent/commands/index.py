@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+T = TypeVar("T")
 
 
 def index(
@@ -22,7 +24,7 @@ def index(
 
     folder = out or default_folder(corpus)
     started = time.monotonic()
-    made = _with_progress(f"indexing {corpus}", lambda tell: build_index(find_corpus(corpus), folder, tell))
+    made = with_progress(f"indexing {corpus}", lambda tell: build_index(find_corpus(corpus), folder, tell))
     documents = read_manifest(folder)["documents"]
     if not made:
         print(f"nothing to do: {folder} holds the {documents} documents of {corpus}")
@@ -31,8 +33,8 @@ def index(
     print(f"{documents} documents indexed in {time.monotonic() - started:.1f} s: {folder} ({size / 2**20:.1f} MiB)")
 
 
-def _with_progress(what: str, work: Callable[[Callable[[float], None]], bool]) -> bool:
-    """Does the work below a progress bar, on stderr and where somebody looks; a fast one never shows it."""
+def with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
+    """What the work returns, done below a progress bar, on stderr and where somebody looks; a fast one never shows it."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -19,9 +19,14 @@ def serve_search(
     """Search-R1's /retrieve, by BM25. Prints its port, ends on Ctrl-C or SIGTERM."""
     if corpus is not None and index is not None:
         raise AgentError("--corpus and --index both say what to search; give one of them")
+    from agent.commands.index import with_progress
+    from tools.servers.process import end_quietly_on_signals
     from tools.servers.search import serve
+    from tools.servers.search_index import index_of
 
+    end_quietly_on_signals()
+    folder = index or with_progress(f"indexing {corpus or 'the Wikipedia leads'}", lambda tell: index_of(corpus, tell))
     try:
-        serve(corpus, index, host, port)
+        serve(folder, host, port)
     except OSError as error:
         raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error

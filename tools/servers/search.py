@@ -134,14 +134,10 @@ def _kind(value: object) -> str:
     return names.get(type(value), "null")
 
 
-def serve(corpus: Path | None, index: Path | None, host: str, port: int, *, with_parent: bool = False) -> None:
-    """The server as a whole process, over an index or a corpus (indexed first where that is to do), else the Wikipedia leads.
-
-    Raises SearchUnavailable and OSError (a port in use) before anything is served.
-    """
-    end_quietly_on_signals()
-    opened = SearchIndex(index if index is not None else index_of(corpus))
-    if index is not None and (stale := staleness(index)):
+def serve(index: Path, host: str, port: int, *, with_parent: bool = False) -> None:
+    """Serves an index folder until the process is ended. Raises SearchUnavailable and OSError (a port in use) before that."""
+    opened = SearchIndex(index)
+    if stale := staleness(index):
         print(f"note: {stale}", file=sys.stderr, flush=True)
     serve_until_ended(make_app(opened), host, port, describe(opened), with_parent=with_parent)
 
@@ -156,8 +152,9 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--with-parent", action="store_true", help="end when stdin ends or the parent does")
     options = parser.parse_args()
+    end_quietly_on_signals()
     try:
-        serve(options.corpus, options.index, options.host, options.port, with_parent=options.with_parent)
+        serve(options.index or index_of(options.corpus), options.host, options.port, with_parent=options.with_parent)
     except (SearchUnavailable, OSError) as error:
         announce(error=str(error))
         return 1
