@@ -17,10 +17,11 @@ from typing import Any
 
 from agent.config import Config, load_config
 from agent.errors import AgentError
-from agent.model.base import ADAPTER_DIR, BASE_NAME, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, cache_dir, resolve_model
+from agent.model.base import ADAPTER_DIR, BASE_NAME, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, resolve_model
 from agent.packages import local_folders
 from agent.redact import without_userinfo
 from tools.base import ToolsError
+from tools.cache import cache_dir
 from tools.registry import load_tools
 
 PINS = {"sglang": "0.5.5", "verl": "0.6.1", "transformers": "4.57.1"}

@@ -27,10 +27,9 @@ def build_folder(
 ) -> bool:
     """Has `write` make the folder `target` unless it is there and good; returns whether it was written.
 
-    `while_waiting` is called ten times a second while another process makes it; what it raises ends the waiting.
-
-    It is written beside its place and moved there when it is whole; a folder that is no longer good stays in use by
-    those who have it open. Whatever ends `write`, Ctrl-C included, leaves what was there before.
+    `write` is given a path beside it, and what it makes there is moved into place when it is whole; those who have a folder
+    open that is no longer good keep it. Whatever ends `write`, Ctrl-C included, leaves what was there before.
+    `while_waiting` is called ten times a second while another process makes the folder; what it raises ends the waiting.
     """
     if is_good(target):
         return False
@@ -42,7 +41,6 @@ def build_folder(
         try:
             for leftover in (scratch, old):  # of a process that was killed: only one holds the lock
                 shutil.rmtree(leftover, ignore_errors=True)
-            scratch.mkdir()
             write(scratch)
             if target.exists():
                 target.rename(old)

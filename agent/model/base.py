@@ -7,18 +7,16 @@ the shipped tool-calling adapter merged in.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from agent.errors import ConfigError
+from tools.cache import build_folder, cache_dir
 
 BASE_NAME, TOOLS_NAME = "smollm2-base", "smollm2-tools"
 ADAPTER_DIR = Path(__file__).parent / "adapter"
@@ -163,33 +161,11 @@ def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[st
         raise ConfigError(f"adapter tensor {min(left)} is not a LoRA weight of a linear layer")
 
 
-def cache_dir() -> Path:
-    """Where built models are kept: `$TURNTRACE_CACHE`, else `turntrace` in the user's cache directory."""
-    if own := os.environ.get("TURNTRACE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turntrace"
-
-
 def _built(name: str, key: str, write: Callable[[Path], None]) -> Path:
     """The directory `name-key` of the cache, written by `write` if it is not there yet."""
     target = cache_dir() / "models" / f"{name}-{key[:16]}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(target.name + ".lock")):
-        if not target.is_dir():
-            scratch = target.with_name(target.name + ".building")
-            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed: only one holds the lock
-            write(scratch)
-            scratch.rename(target)
+    build_folder(target, Path.is_dir, write)
     return target
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sha256(*parts: bytes) -> str:

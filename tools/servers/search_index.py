@@ -150,6 +150,7 @@ class SearchIndex:
 
 
 def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: Progress) -> None:
+    folder.mkdir()
     index = tantivy.Index(_schema(), str(folder))
     index.register_tokenizer(ANALYZER, _analyzer())
     # One thread: the same corpus makes the same index, ties between documents included.
