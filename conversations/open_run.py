@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer"
 
-_ID = re.compile(rb'"id":("(?:[^"\\]|\\.)*"),"infra_error":(?:true|false),"messages":')
+ID = re.compile(rb'"id":("(?:[^"\\]|\\.)*"),"infra_error":(?:true|false),"messages":')
 """Where a record line as we write it has its id: keys are sorted. Found twice (a record inside `extra`), the line is parsed whole."""
 _BLOCK = 1 << 20
 
@@ -99,7 +99,7 @@ class Run:
         return groups
 
     def unfinished(self) -> Iterator[Trajectory]:
-        """What was cut off and not yet gone on with; the same id may stand there more than once."""
+        """What was cut off and not yet gone on with."""
         return (self._unfinished.trajectory(row) for row in range(len(self._unfinished)))
 
     @functools.cached_property
@@ -202,7 +202,7 @@ class _Lines:
 
     def id(self, row: int) -> str:
         """The record's id. Raises RunFolderError where it has none that ends in `-sample`."""
-        found = _ID.findall(line := self.line(row))
+        found = ID.findall(line := self.line(row))
         try:
             name = json.loads(found[0]) if len(found) == 1 else parse_record(line.decode())["id"]
         except (RecordError, ValueError) as error:

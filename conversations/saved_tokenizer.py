@@ -26,10 +26,11 @@ def load_tokenizer(folder: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is no Exception
-        raise RunFolderError(f"{folder} holds no tokenizer that can be read: {_one_line(error)}") from error
+        raise RunFolderError(f"{folder} holds no tokenizer that can be read: {one_line(error)}") from error
     finally:
         logging.set_verbosity(before)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An exception's class and message, cut, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

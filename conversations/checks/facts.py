@@ -1,0 +1,96 @@
+"""What a run says about all of its trajectories: its chat template and the limits of its config. None where run.json is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from conversations.template import ChatTemplate
+from conversations.truncate import SIDES
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
+    be cut to, the run's own first; the others are the loop's limits, in tokens unless the name says otherwise.
+    """
+
+    template: ChatTemplate | None = None
+    ids: int | None = None
+    n: int | None = None
+    prompt_length: int | None = None
+    response_length: int | None = None
+    max_model_len: int | None = None
+    max_tokens: int | None = None
+    max_turns: int | None = None
+    max_invalid_calls: int | None = None
+    cuts: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the template writes today's date into prompts: they cannot be rendered again on another day."""
+        return self.template is not None and "strftime_now" in str(self.template.tokenizer.chat_template)
+
+
+def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
+    """The facts in a run.json, whatever else it holds."""
+    rollout = _at(manifest, "config", "rollout")
+    multi_turn, ours = _at(rollout, "multi_turn"), _at(rollout, "turntrace")
+    max_model_len = _count(rollout, "max_model_len")
+    return Facts(
+        template=template,
+        ids=max(template.tokenizer.get_vocab().values(), default=-1) + 1 if template is not None else None,
+        n=_count(manifest, "n"),
+        prompt_length=_count(rollout, "prompt_length"),
+        response_length=_count(rollout, "response_length"),
+        max_model_len=max_model_len,
+        max_tokens=_count(ours, "max_tokens"),
+        max_turns=_max_turns(multi_turn, max_model_len),
+        max_invalid_calls=_count(ours, "max_consecutive_invalid_calls"),
+        cuts=tuple(_cuts(multi_turn, manifest.get("tools"))),
+    )
+
+
+def _max_turns(multi_turn: dict[str, Any], max_model_len: int | None) -> int | None:
+    """As a run's config means it: one turn without `enable`, a third of the context where no limit is set."""
+    if multi_turn.get("enable") is False:
+        return 1
+    third = None if max_model_len is None or not multi_turn else max(1, max_model_len // 3)
+    return _count(multi_turn, "max_assistant_turns") or third
+
+
+def _cuts(multi_turn: dict[str, Any], tools: object) -> Iterator[tuple[int, str]]:
+    """The run's, and those that tools have of their own in tools.yaml; nothing where the run's is not known."""
+    tokens, side = _count(multi_turn, "max_tool_response_length"), multi_turn.get("tool_response_truncate_side")
+    if tokens is None or side not in SIDES:
+        return
+    yield tokens, side
+    for entry in _entries(tools):
+        own, own_side = _count(entry, "max_response_tokens") or tokens, entry.get("response_side")
+        yield own, own_side if own_side in SIDES else side
+
+
+def _entries(tools: object) -> list[dict[str, Any]]:
+    """The `config` of each entry of a tools.yaml that has one."""
+    try:
+        document = yaml.safe_load(tools) if isinstance(tools, str) else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return []
+    entries = document.get("tools") if isinstance(document, dict) else document
+    configs = [entry.get("config") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return [config for config in configs if isinstance(config, dict)]
+
+
+def _at(value: dict[str, Any], *keys: str) -> dict[str, Any]:
+    for key in keys:
+        found = value.get(key)
+        value = found if isinstance(found, dict) else {}
+    return value
+
+
+def _count(values: dict[str, Any], key: str) -> int | None:
+    value = values.get(key)
+    return value if type(value) is int and value > 0 else None

@@ -1,0 +1,93 @@
+"""One thing that is wrong with a record, said in one line: where, what, found, expected.
+
+Invariant: a line can be printed on a terminal whatever the record holds: values are cut, and shown escaped where they do not print.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`turn` counts generations from 0, `token` is an index over `prompt_ids + response_ids`; None where it has no such place."""
+
+    what: str
+    turn: int | None = None
+    token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """A finding with its place. `line` counts from 1; 0 stands for the file as a whole. `trajectory` is None where a line has no id."""
+
+    file: str
+    line: int
+    trajectory: str | None
+    finding: Finding
+
+    def __str__(self) -> str:
+        place = [f"{self.file}:{self.line}" if self.line else self.file]
+        if self.trajectory is not None:
+            place += ["trajectory", printable(self.trajectory)]
+        if self.finding.turn is not None:
+            place += ["turn", str(self.finding.turn)]
+        if self.finding.token is not None:
+            place += ["token", str(self.finding.token)]
+        return f"{' '.join(place)}: {self.finding.what}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The defect as one JSON object."""
+        finding = self.finding
+        place = {"file": self.file, "line": self.line, "trajectory": self.trajectory}
+        return {**place, "turn": finding.turn, "token": finding.token, "what": finding.what}
+
+
+def differs(what: str, found: object, expected: object) -> str:
+    """The end of every line that compares two values."""
+    return f"{what}, found {show(found)}, expected {show(expected)}"
+
+
+def show(value: object) -> str:
+    """A value as JSON, cut, on one line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = str(type(value).__name__)
+    return printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)")
+
+
+def show_difference(found: str, expected: str) -> str:
+    """Two texts from shortly before the first character in which they differ."""
+    start = max(0, first_difference(found, expected) - 12)
+    return f"found {_from(found, start)}, expected {_from(expected, start)}"
+
+
+def _from(text: str, start: int) -> str:
+    piece = text[start : start + _SHOWN]
+    before, after = "..." if start else "", "..." if start + _SHOWN < len(text) else ""
+    return f"{before}{printable(json.dumps(piece, ensure_ascii=False))}{after}"
+
+
+def printable(text: str) -> str:
+    """The text, with escapes for what a terminal would not print as it stands."""
+    return text if text.isprintable() else text.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
+    """The first index at which two sequences differ, their common length where one begins with the other."""
+    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+
+
+def first_of(indices: Iterable[int], say: Callable[[int], Finding]) -> Iterator[Finding]:
+    """What is wrong with the first index, and with how many more: a spoilt record must not say so once a token."""
+    found = list(indices)
+    if found:
+        first = say(found[0])
+        more = f" (and {len(found) - 1} more tokens)" if len(found) > 1 else ""
+        yield Finding(first.what + more, first.turn, first.token)

@@ -1,0 +1,132 @@
+"""The ledger against the messages: one line a call, in order, with what the model wrote and what it was shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+from conversations.checks.facts import Facts
+from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
+from conversations.checks.rounds import Round, Rounds
+from conversations.messages import Message, tool_message
+from conversations.template import ChatTemplate
+from conversations.tokens import USER
+from conversations.trajectory import ToolCallRecord, Trajectory, canonical_json
+from conversations.truncate import cut_to_tokens
+
+_NEVER_RUN = frozenset({"malformed", "unknown_tool", "invalid_arguments", "rejected"})
+"""Statuses of calls that no tool saw."""
+
+
+def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: Facts) -> Iterator[Finding]:
+    """Calls without a line, lines without a call, and whatever line, call and answer say differently."""
+    calls = [(k, call) for k, each in enumerate(parts.rounds) for call in each.message.get("tool_calls", [])]
+    found = [(line.turn, line.call_id) for line in trajectory.tool_calls]
+    expected = [(k, str(call.get("id"))) for k, call in calls]
+    if found != expected:
+        index = first_difference(found, expected)
+        (turn, one), (other, two) = (side[index] if index < len(side) else (None, None) for side in (found, expected))
+        what = differs(f"line {index} of the ledger is not for the call that was made", one, two)
+        yield Finding(what if turn == other or None in (turn, other) else differs(what, turn, other), turn if other is None else other)
+        return
+    offered = {tool["function"]["name"] for tool in trajectory.tools}
+    for line, (_, call) in zip(trajectory.tool_calls, calls, strict=True):
+        yield from _at(line, _call_findings(line, call, offered))
+        yield from _at(line, _attempt_findings(line, replayed=trajectory.parent is not None))
+        yield from _at(line, _cut_findings(line, facts))
+    for k, each in enumerate(parts.rounds):
+        yield from _reply_findings(k, each, [line for line in trajectory.tool_calls if line.turn == k])
+
+
+def _at(line: ToolCallRecord, findings: Iterator[str]) -> Iterator[Finding]:
+    return (Finding(f"{line.call_id}: {what}", line.turn) for what in findings)
+
+
+def _call_findings(line: ToolCallRecord, call: Message, offered: set[str]) -> Iterator[str]:
+    function, malformed = call["function"], call.get("malformed") is True
+    if line.name != function["name"]:
+        yield differs("the ledger's name is not the call's", line.name, function["name"])
+    written = line.arguments if isinstance(line.arguments, str) else canonical_json(line.arguments)
+    meant = function["arguments"] if malformed else _canonical(function["arguments"])
+    if written != meant or isinstance(line.arguments, str) != malformed:
+        yield f"the ledger's arguments are not the call's, {show_difference(written, meant)}"
+    if (line.status == "malformed") != malformed:
+        yield differs("the status", line.status, "malformed" if malformed else "that of a call that could be read")
+    elif not malformed and line.status != "rejected" and line.status != "cancelled":
+        known = line.name in offered
+        if known == (line.status == "unknown_tool"):
+            yield differs(
+                f"the status of a tool that was {'' if known else 'not '}offered", line.status, "another" if known else "unknown_tool"
+            )
+
+
+def _canonical(arguments: str) -> str:
+    """The call's arguments as the ledger would show them; what is no JSON stands for itself."""
+    try:
+        return canonical_json(json.loads(arguments))
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _attempt_findings(line: ToolCallRecord, *, replayed: bool) -> Iterator[str]:
+    """`queue_s` and `run_s` are the attempts' sums, the last attempt ended as the call did; who was never run has none.
+
+    A replay may answer a call out of the record, without an attempt.
+    """
+    for name in ("queue_s", "run_s"):
+        total = math.fsum(getattr(attempt, name) for attempt in line.attempts)
+        if not math.isclose(getattr(line, name), total, rel_tol=1e-9, abs_tol=1e-9):
+            yield differs(f"{name} is not the sum of its attempts'", getattr(line, name), total)
+    if line.attempts and line.attempts[-1].status != line.status:
+        yield differs("the status is not the last attempt's", line.status, line.attempts[-1].status)
+    if line.attempts and line.status in _NEVER_RUN:
+        yield differs(f"the number of attempts at a call that was {line.status}", len(line.attempts), 0)
+    if not (line.attempts or replayed) and line.status in ("ok", "tool_error", "timeout"):
+        yield differs(f"the number of attempts at a call that ended with {line.status}", 0, "at least 1")
+
+
+def _cut_findings(line: ToolCallRecord, facts: Facts) -> Iterator[str]:
+    """A response is the whole text where it fits, and the cut that the config asks for where it does not."""
+    if line.response is None:
+        if line.full_response is not None:
+            yield "there is a full_response, and no response"
+        return
+    whole = line.response if line.full_response is None else line.full_response
+    size = line.attempts[-1].bytes if line.attempts else None
+    if size is not None and size != len(whole.encode(errors="surrogatepass")):
+        yield differs("the tool's answer has another number of bytes than its last attempt says", len(whole.encode(errors="replace")), size)
+    if facts.template is None or not facts.cuts:
+        return
+    cuts = [cut_to_tokens(whole, tokens, side, facts.template) for tokens, side in dict.fromkeys(facts.cuts)]
+    allowed = [(None, 0) if cut is None else (cut.text, cut.tokens_cut) for cut in cuts]
+    found = None if line.full_response is None else line.response
+    tokens_cut = [tokens for text, tokens in allowed if text == found]
+    if not tokens_cut:
+        expected = allowed[0][0] or "no cut at all"
+        yield f"the response is not the whole text or its cut as the config asks for, {show_difference(line.response, expected)}"
+    elif line.attempts and line.attempts[-1].tokens_cut not in tokens_cut:
+        yield differs("tokens_cut of the last attempt", line.attempts[-1].tokens_cut, tokens_cut[0])
+
+
+def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterator[Finding]:
+    """The messages that answer a turn are the responses of its lines, in order."""
+    if not each.replies or each.kind == USER:
+        return
+    expected = [tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]
+    if len(expected) != len(each.replies):
+        yield Finding(differs("the number of tool messages is not that of the turn's calls", len(each.replies), len(expected)), k)
+        return
+    for line, found, wanted in zip(lines, each.replies, expected, strict=True):
+        if found != wanted:
+            key = next(key for key in ("tool_call_id", "name", "content", *found) if found.get(key) != wanted.get(key))
+            one, two = (value if isinstance(value, str) else show(value) for value in (found.get(key), wanted.get(key)))
+            what = f"the tool message's {show(key)[1:-1]} is not the ledger's, {show_difference(one, two)}"
+            yield Finding(f"{line.call_id}: {what}", k)
+        if line.response is None:
+            yield Finding(f"{line.call_id}: it was answered, and the ledger has no response", k)
+
+
+def response_tokens(lines: list[ToolCallRecord], template: ChatTemplate) -> int:
+    """How many tokens the responses of a turn's calls would add. Raises TemplateError where the template refuses them."""
+    return len(template.delta([tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]))

@@ -1,0 +1,161 @@
+"""How a conversation ended, and what it was worth: identity, stop reason, budgets, reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from datetime import datetime
+
+from conversations.checks.facts import Facts
+from conversations.checks.finding import Finding, differs
+from conversations.checks.ledger import response_tokens
+from conversations.checks.rounds import Rounds
+from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn
+
+
+def outcome_findings(trajectory: Trajectory, parts: Rounds, facts: Facts, *, finished: bool) -> Iterator[Finding]:
+    """What contradicts the stop reason, the run's limits or the reward. `finished` is False for what was cut off."""
+    yield from _identity(trajectory, facts)
+    yield from _reward(trajectory)
+    yield from _failure(trajectory)
+    yield from _budgets(trajectory, facts)
+    yield from _Ending(trajectory, parts, facts).findings(finished)
+
+
+def _identity(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
+    expected = f"{trajectory.task_id}-{trajectory.sample}"
+    if trajectory.id != expected:
+        yield Finding(differs("the id", trajectory.id, expected))
+    if facts.n is not None and trajectory.sample >= facts.n:
+        yield Finding(differs("the sample", trajectory.sample, f"below {facts.n}, the run's n"))
+    try:
+        datetime.fromisoformat(trajectory.started_at)
+    except ValueError:
+        yield Finding(differs("started_at", trajectory.started_at, "an ISO 8601 time"))
+
+
+def _reward(trajectory: Trajectory) -> Iterator[Finding]:
+    """The sum of the numbers among its parts; none where infrastructure failed."""
+    numbers = [value for value in trajectory.reward_parts.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if trajectory.infra_error:
+        if trajectory.reward is not None or numbers:
+            yield Finding(differs("the reward of an infrastructure failure", trajectory.reward, None))
+    elif trajectory.reward is None or not numbers:
+        if (trajectory.reward is None) != (not numbers):
+            yield Finding(differs("the reward is not the sum of its parts", trajectory.reward, sum(numbers) if numbers else None))
+    elif not math.isclose(trajectory.reward, _sum(numbers), rel_tol=1e-9, abs_tol=1e-9):
+        yield Finding(differs("the reward is not the sum of its parts", trajectory.reward, _sum(numbers)))
+
+
+def _sum(numbers: list[float]) -> float:
+    """On disk the parts stand in another order than they were added up in; an integer may be larger than any float."""
+    try:
+        return math.fsum(numbers)
+    except OverflowError:
+        return math.inf
+
+
+def _failure(trajectory: Trajectory) -> Iterator[Finding]:
+    """Who failed is told the same way everywhere."""
+    failed = [line.call_id for line in trajectory.tool_calls if line.status == "backend_error"]
+    if not trajectory.infra_error:
+        if trajectory.stop_reason == "engine_error" or failed:
+            why = "the stop reason is engine_error" if not failed else f"{failed[0]} ended with backend_error"
+            yield Finding(f"{differs('infra_error', False, True)}: {why}")
+        if trajectory.error is not None:
+            yield Finding(differs("the error of a conversation that nothing failed in", trajectory.error, None))
+    elif trajectory.error is None and not failed:
+        yield Finding("infra_error is true, and neither error nor ledger says what failed")
+
+
+def _budgets(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
+    """Tokens and turns within the run's limits."""
+    response, total = len(trajectory.response_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+    sampled = max((turn.end - turn.start for turn in trajectory.turns), default=0)
+    checks = [
+        ("response_ids", response, facts.response_length, "response_length"),
+        ("a turn", sampled, facts.max_tokens, "max_tokens"),
+        ("the turns", len(trajectory.turns), facts.max_turns, "max_assistant_turns"),
+    ]
+    if trajectory.turns:
+        checks += [
+            ("prompt_ids", len(trajectory.prompt_ids), facts.prompt_length, "prompt_length"),
+            ("prompt and response", total, facts.max_model_len, "max_model_len"),
+        ]
+    for what, found, limit, name in checks:
+        if limit is not None and found > limit:
+            yield Finding(differs(f"{what} over {name}", found, f"at most {limit}"))
+
+
+class _Ending:
+    """The last turn against the stop reason."""
+
+    def __init__(self, trajectory: Trajectory, parts: Rounds, facts: Facts) -> None:
+        self.trajectory, self.facts = trajectory, facts
+        self.last: Turn | None = trajectory.turns[-1] if trajectory.turns else None
+        self.turn = len(trajectory.turns) - 1
+        self.answered = bool(parts.rounds and parts.rounds[-1].replies)
+        self.lines = [line for line in trajectory.tool_calls if line.turn == self.turn]
+        self.calls = bool(parts.rounds and parts.rounds[-1].message.get("tool_calls"))
+
+    def findings(self, finished: bool) -> Iterator[Finding]:
+        """What does not go together, said as what the stop reason needs."""
+        reason = self.trajectory.stop_reason
+        if finished and reason == "cancelled":
+            yield Finding("a conversation that was cut off stands among the finished ones")
+        cut = self._cut_turn()
+        if cut is not None and (cut < self.turn or reason != "length"):
+            yield Finding("the engine cut the turn off, and the conversation went on" if cut < self.turn else self._not("length"), cut)
+        elif cut is not None and any(line.status not in ("malformed", "rejected") for line in self.lines):
+            yield Finding("a call of a turn that was cut off was run", cut)
+        elif self.last is None and reason in ("stop", "tool_stop", "length", "max_turns", "invalid_tool_calls"):
+            yield Finding(self._not("one that needs no turn"))
+        elif self.last is not None and (needs := self._needs(reason, cut)):
+            yield Finding(f"{differs('the stop reason', reason, 'another')}: {needs}", self.turn)
+
+    def _not(self, expected: str) -> str:
+        return differs("the stop reason", self.trajectory.stop_reason, expected)
+
+    def _cut_turn(self) -> int | None:
+        """The first turn that the engine cut off: it says so, and no end token is there."""
+        template = self.facts.template
+        if template is None:
+            return None
+        prompt, ids = len(self.trajectory.prompt_ids), self.trajectory.response_ids
+        ends = [(k, turn) for k, turn in enumerate(self.trajectory.turns) if turn.finish_reason == "length"]
+        return next(
+            (k for k, turn in ends if prompt < turn.end <= prompt + len(ids) and ids[turn.end - 1 - prompt] not in template.end_ids), None
+        )
+
+    def _needs(self, reason: str, cut: int | None) -> str | None:
+        """What the stop reason needs and the record has not."""
+        invalid = [line for line in self.lines if line.status in INVALID_STATUSES]
+        if reason in ("tool_stop", "max_turns", "invalid_tool_calls") and (self.answered or not self.calls):
+            return "it needs calls in the last turn that were not answered"
+        if reason == "prompt_too_long":
+            return "it needs a conversation without turns"
+        if reason == "stop" and (self.calls or self.answered):
+            return "the last turn has calls"
+        if reason == "tool_stop" and not any(line.status == "ok" for line in self.lines):
+            return "it needs a call in the last turn that ended with ok"
+        if reason == "invalid_tool_calls" and not invalid:
+            return "it needs an invalid call in the last turn"
+        if reason == "max_turns" and self.facts.max_turns is not None and len(self.trajectory.turns) < self.facts.max_turns:
+            return f"there are {len(self.trajectory.turns)} turns, and max_assistant_turns is {self.facts.max_turns}"
+        if reason == "length" and cut is None:
+            return self._length_needs()
+        return None
+
+    def _length_needs(self) -> str | None:
+        """`length` without a turn that was cut: no room for another turn, or for the last one's responses."""
+        if not (self.calls or self.answered):
+            return "the last turn is complete and has no calls"
+        facts, trajectory = self.facts, self.trajectory
+        response, total = len(trajectory.response_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+        if facts.template is None or facts.response_length is None or facts.max_model_len is None:
+            return None
+        missing_end = not response or trajectory.response_ids[-1] not in facts.template.end_ids
+        added = 1 if self.answered else response_tokens(self.lines, facts.template) + missing_end
+        if response + added > facts.response_length or total + added > facts.max_model_len:
+            return None
+        return f"{added} more tokens fit its budgets"

@@ -1,0 +1,177 @@
+"""One line of a run, checked: from its bytes to what is wrong with it, and what the run as a whole needs to know of it.
+
+Invariant: no line raises, whatever it holds, and none is skipped: what cannot be checked is a finding, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from conversations.checks.facts import Facts
+from conversations.checks.finding import Finding, differs, show
+from conversations.checks.ledger import ledger_findings
+from conversations.checks.outcome import outcome_findings
+from conversations.checks.rounds import round_findings, split
+from conversations.checks.shape import shape_findings
+from conversations.checks.text import text_findings
+from conversations.checks.tokens import token_findings
+from conversations.errors import RecordError
+from conversations.open_run import ID
+from conversations.trajectory import INVALID_STATUSES, SCHEMA, Trajectory, canonical_json, record_hash
+
+GROUP_FIELDS = ("prompt", "tools", "ground_truth", "data_source", "extra")
+"""What the samples of a task have in common, each with a digest of its own in `Checked.common`."""
+_DIGEST = 8
+
+
+@dataclass(slots=True)
+class Checked:
+    """`id` is the record's where it has one. `key` is its (task, sample), `common` the digests of `GROUP_FIELDS`, where it could be read;
+    `tally` counts what run.json counts. `partial` says that the record is of a failure and holds only a part of its conversation.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    id: str | None = None
+    key: tuple[str, int] | None = None
+    common: bytes = b""
+    tally: Counter[str] = field(default_factory=Counter)
+    reward: float | None = None
+    partial: bool = False
+
+
+def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
+    """Everything that one record alone can tell. `finished` is False for what was cut off."""
+    checked = Checked(id=_id_in(line))
+    try:
+        record = _parsed(line)
+        checked.id = record["id"] if isinstance(record.get("id"), str) else None
+        checked.findings += hash_findings(record)
+        if shape := list(shape_findings(record)):
+            checked.findings += shape
+            return checked
+        trajectory = Trajectory.from_record(record)
+    except (RecordError, RecursionError) as error:
+        checked.findings.append(Finding(str(error)))
+        return checked
+    checked.key, checked.reward = (trajectory.task_id, trajectory.sample), trajectory.reward
+    checked.partial = _is_partial(trajectory)
+    checked.findings += _trajectory_findings(trajectory, facts, finished=finished, partial=checked.partial)
+    checked.common = b"" if checked.partial else _common(trajectory)
+    _count(trajectory, checked.tally)
+    return checked
+
+
+def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:
+    """Whether the record is what was written."""
+    try:
+        expected = record_hash(record)
+    except (ValueError, RecursionError) as error:
+        yield Finding(f"it has no canonical JSON, and so no hash: {error}")
+        return
+    if record.get("sha256") != expected:
+        found = str(record.get("sha256"))
+        yield Finding(differs("the record does not match its hash: it was changed after it was written", found[:16], expected[:16]))
+
+
+def _trajectory_findings(trajectory: Trajectory, facts: Facts, *, finished: bool, partial: bool) -> Iterator[Finding]:
+    tokens = list(token_findings(trajectory, facts.ids))
+    yield from tokens
+    parts = split(trajectory.messages)
+    if not partial:
+        yield from round_findings(trajectory, parts.rounds)
+        if facts.template is not None and _turns_lie_in_order(trajectory):
+            yield from text_findings(trajectory, parts, facts.template, trust_prompt=facts.reads_clock)
+        yield from ledger_findings(trajectory, parts, facts)
+    if facts.template is not None:
+        found, expected = trajectory.sampling.get("stop_token_ids"), facts.template.stop_token_ids
+        if found != expected and not partial:
+            yield Finding(differs("sampling.stop_token_ids", found, expected))
+    yield from outcome_findings(trajectory, parts, facts, finished=finished)
+
+
+def _turns_lie_in_order(trajectory: Trajectory) -> bool:
+    """Whether the turns can be cut out of the tokens at all; where not, `token_findings` has said so."""
+    position, total = len(trajectory.prompt_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+    for turn in trajectory.turns:
+        if not position <= turn.start < turn.end <= total:
+            return False
+        position = turn.end
+    return True
+
+
+def _is_partial(trajectory: Trajectory) -> bool:
+    """A failure whose messages, tools or ledger had no JSON form: the run wrote down what of it had one."""
+    unwritable = f"trajectory {trajectory.id} cannot be written as JSON"
+    return trajectory.infra_error and trajectory.error is not None and trajectory.error.startswith(unwritable)
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The line as a dict. Raises RecordError for what is not one JSON object in UTF-8, each key once, every number finite."""
+    if not line.strip():
+        raise RecordError("the line is blank")
+    try:
+        record = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"not a JSON line: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise RecordError(differs("the schema", found, SCHEMA))
+    return record
+
+
+def _id_in(line: bytes) -> str | None:
+    """The id of a line that may not be JSON any more, where it can still be made out."""
+    found = ID.findall(line)
+    try:
+        return str(json.loads(found[0])) if len(found) == 1 else None
+    except ValueError:
+        return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One JSON object. A key that stands there twice means one thing to one reader and another to the next."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RecordError(f"the key {show(twice)} stands twice in one object")
+    return values
+
+
+def _constant(text: str) -> None:
+    raise RecordError(f"the line holds {text}, which is no JSON number")
+
+
+# ---------------------------------------------------------------------- for the run as a whole
+
+
+def _common(trajectory: Trajectory) -> bytes:
+    """Digests of what all samples of the task must share, `_DIGEST` bytes each."""
+    given = [message for message in split(trajectory.messages).opening if message["role"] != "tool"]
+    values = (given, trajectory.tools, trajectory.ground_truth, trajectory.data_source, trajectory.extra)
+    return b"".join(hashlib.blake2b(canonical_json(value).encode("ascii"), digest_size=_DIGEST).digest() for value in values)
+
+
+def differing_fields(one: bytes, two: bytes) -> list[str]:
+    """The names of `GROUP_FIELDS` in which two records' `common` differ."""
+    return [name for i, name in enumerate(GROUP_FIELDS) if one[i * _DIGEST : (i + 1) * _DIGEST] != two[i * _DIGEST : (i + 1) * _DIGEST]]
+
+
+def _count(trajectory: Trajectory, tally: Counter[str]) -> None:
+    statuses = Counter(line.status for line in trajectory.tool_calls)
+    tally["done"] += 1
+    tally[f"stop_reasons.{trajectory.stop_reason}"] += 1
+    tally["turns"] += trajectory.num_turns
+    tally["tokens"] += len(trajectory.prompt_ids) + len(trajectory.response_ids)
+    tally["sampled_tokens"] += sum(turn.end - turn.start for turn in trajectory.turns)
+    tally["tool_calls"] += statuses.total()
+    tally["tool_errors"] += statuses.total() - statuses["ok"]
+    tally["invalid_calls"] += sum(statuses[status] for status in INVALID_STATUSES)
+    tally["infra_errors"] += trajectory.infra_error

@@ -1,0 +1,188 @@
+"""The record's form: every field with its type, nothing missing, nothing unknown, every number finite and in range.
+
+What passes here can be read by attribute without a surprise, so that the other checks need not doubt a type.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+from typing_extensions import TypedDict
+
+from conversations.checks.finding import Finding, show
+from conversations.messages import ROLES
+from conversations.tokens import KINDS
+from conversations.trajectory import CALL_STATUSES, SCHEMA, STOP_REASONS
+
+MAX_SHOWN = 20
+"""Findings shown of one record's form."""
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_OPEN = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def _among(*allowed: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return value
+
+    return check
+
+
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Place = Annotated[int, Field(ge=0, le=2**53)]
+Seconds = Annotated[float, Field(ge=0)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Status = Annotated[str, AfterValidator(_among(*CALL_STATUSES))]
+Segment = Annotated[tuple[Annotated[str, AfterValidator(_among(*KINDS))], Place, Place], Field(strict=False)]
+"""A list in JSON; what is in it stays strict."""
+
+
+class Turn(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    start: Place
+    end: Place
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: Place
+    cached_tokens: Place | None
+    queue_s: Seconds | None
+    engine_s: Seconds | None
+    weight_version: str | None
+
+
+class Attempt(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    status: Status
+    queue_s: Seconds
+    run_s: Seconds
+    error: str | None
+    error_class: NotRequired[str | None]
+    bytes: NotRequired[Place | None]
+    tokens_cut: NotRequired[Place]
+
+
+class LedgerLine(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    call_id: str
+    turn: Place
+    name: str
+    arguments: dict[str, Any] | str
+    status: Status
+    response: str | None
+    full_response: str | None
+    reward: float | None
+    metrics: dict[str, Any]
+    attempts: list[Attempt]
+    queue_s: Seconds
+    run_s: Seconds
+    error: str | None
+
+
+class Function(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    name: str
+    arguments: str
+
+
+class Call(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    type: Literal["function"]
+    function: Function
+
+
+class Message(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    role: Annotated[str, AfterValidator(_among(*ROLES))]
+    content: str
+    raw: NotRequired[str | None]
+    tool_calls: NotRequired[list[Call]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+class ToolName(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    name: str
+
+
+class Tool(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    function: ToolName
+
+
+class Record(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    schema: Annotated[str, AfterValidator(_among(SCHEMA))]
+    id: str
+    task_id: str
+    sample: Place
+    prompt_ids: Tokens
+    response_ids: Tokens
+    response_mask: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(fail_fast=True)]
+    response_logprobs: Annotated[list[float | None], Field(fail_fast=True)]
+    segments: list[Segment]
+    turns: list[Turn]
+    messages: list[Message]
+    tool_calls: list[LedgerLine]
+    tools: list[Tool]
+    stop_reason: Annotated[str, AfterValidator(_among(*STOP_REASONS))]
+    num_turns: Place
+    infra_error: bool
+    error: str | None
+    warnings: list[str]
+    reward: float | None
+    reward_parts: dict[str, Any]
+    ground_truth: Any
+    data_source: Any
+    extra: Any
+    engine: dict[str, Any]
+    sampling: dict[str, Any]
+    parent: dict[str, Any] | None
+    started_at: str
+    wall_s: Seconds
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@functools.cache
+def _record() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+def shape_findings(record: dict[str, Any]) -> Iterator[Finding]:
+    """What in the record is not of the form above, the first `MAX_SHOWN`."""
+    try:
+        _record().validate_python(record)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False)
+        yield from (_finding(detail, record) for detail in errors[:MAX_SHOWN])
+        if len(errors) > MAX_SHOWN:
+            yield Finding(f"{len(errors) - MAX_SHOWN} more values of the wrong form")
+
+
+def _finding(detail: ErrorDetails, record: dict[str, Any]) -> Finding:
+    place = detail["loc"]
+    path = ".".join(map(str, place))
+    if detail["type"] in ("missing", "extra_forbidden"):
+        return Finding(f"the field {show(path)[1:-1]} is {'missing' if detail['type'] == 'missing' else 'not known'}")
+    expected = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ").replace("a valid ", "a ")
+    return Finding(f"{path} is {show(detail['input'])}, expected {expected}", _turn(place), _token(place, record))
+
+
+def _turn(place: tuple[int | str, ...]) -> int | None:
+    return int(place[1]) if len(place) > 1 and place[0] == "turns" else None
+
+
+def _token(place: tuple[int | str, ...], record: dict[str, Any]) -> int | None:
+    """Which token a place in one of the token lists means."""
+    if len(place) < 2 or not isinstance(place[1], int):
+        return None
+    if place[0] == "prompt_ids":
+        return place[1]
+    if place[0] in ("response_ids", "response_mask", "response_logprobs") and isinstance(record.get("prompt_ids"), list):
+        return len(record["prompt_ids"]) + place[1]
+    return None

@@ -1,0 +1,131 @@
+"""Tokens against messages: the prompt and every delta rendered again, every sampled turn decoded and parsed again.
+
+The record is rebuilt from its messages and the ids it says were sampled; ids and segments must come out the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+from conversations import hermes
+from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
+from conversations.checks.rounds import Round, Rounds
+from conversations.checks.tokens import turn_of
+from conversations.errors import TemplateError
+from conversations.messages import Message, ParsedTurn, assistant_message
+from conversations.template import ChatTemplate, Piece
+from conversations.tokens import TEMPLATE, TOOL, TokenSequence
+from conversations.trajectory import Trajectory, canonical_json
+
+
+def text_findings(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, *, trust_prompt: bool = False) -> Iterator[Finding]:
+    """Where tokens and messages do not say the same. The turns must lie within the tokens, in order.
+
+    `trust_prompt` takes the prompt as recorded: one with a date in it cannot be rendered again.
+    """
+    for k, each in enumerate(parts.rounds[: len(trajectory.turns)]):
+        yield from _turn_findings(trajectory, k, each.message, template)
+    try:
+        yield from _rebuilt_findings(trajectory, parts, template, trust_prompt)
+    except TemplateError as error:
+        yield Finding(f"cannot be rendered again: {error}")
+
+
+# ---------------------------------------------------------------------- one sampled turn
+
+
+def _turn_findings(trajectory: Trajectory, k: int, message: Message, template: ChatTemplate) -> Iterator[Finding]:
+    """`raw` is the text of the sampled ids, content and calls are what parsing it gives."""
+    turn, prompt = trajectory.turns[k], len(trajectory.prompt_ids)
+    sampled = trajectory.response_ids[turn.start - prompt : turn.end - prompt]
+    raw, decoded = message["raw"], template.raw(sampled)
+    if raw != decoded:
+        token = turn.start + _departure(sampled, raw, template)
+        yield Finding(f"raw is not the text of the sampled tokens, {show_difference(raw, decoded)}", k, token)
+    parsed = hermes.parse(raw, in_think=template.opens_think) if trajectory.tools else ParsedTurn(raw)
+    expected = assistant_message(raw, parsed, [f"call_{k}_{index}" for index in range(len(parsed.calls))])
+    if message != expected or canonical_json(message) != canonical_json(expected):  # 1 == True == 1.0
+        keys = sorted(key for key in {*message, *expected} if canonical_json(message.get(key)) != canonical_json(expected.get(key)))
+        for key in keys:
+            found, parsed_value = (
+                value if isinstance(value, str) else canonical_json(value) for value in (message.get(key), expected.get(key))
+            )
+            yield Finding(f"{show(key)[1:-1]} is not what parsing raw gives, {show_difference(found, parsed_value)}", k)
+
+
+def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
+    """The first token whose text is not the one that stands in `raw` there."""
+
+    def departs(count: int) -> bool:
+        return not raw.startswith(template.decode(ids[:count]).rstrip("\ufffd"))
+
+    return max(0, bisect.bisect_left(range(len(ids) + 1), True, key=departs) - 1) if ids else 0
+
+
+# ---------------------------------------------------------------------- the whole of it
+
+
+def _rebuilt_findings(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, trust_prompt: bool) -> Iterator[Finding]:
+    """The first token, and the first segment, that the messages do not give."""
+    ids = trajectory.prompt_ids + trajectory.response_ids
+    if not ids:  # the prompt could not be rendered, or nobody came to it
+        return
+    prompt = _recorded_prompt(trajectory, ids) if trust_prompt else _prompt(trajectory, parts.opening, template)
+    rebuilt = _rebuilt(trajectory, parts, template, ids, prompt)
+    if rebuilt.ids != ids:
+        token = first_difference(ids, rebuilt.ids)
+        found, expected = (template.decode(side[token : token + 8]) if token < len(side) else "the end" for side in (ids, rebuilt.ids))
+        one, two = (side[token] if token < len(side) else None for side in (ids, rebuilt.ids))
+        what = (
+            f"the token is not the one that the messages render to, found {show(one)} {show(found)}, expected {show(two)} {show(expected)}"
+        )
+        yield Finding(what, turn_of(trajectory, token), token)
+        return
+    segments, expected_segments = trajectory.segments, rebuilt.segments()
+    if segments != expected_segments:
+        place = first_difference(segments, expected_segments)
+        found_one, expected_one = (side[place] if place < len(side) else ("", len(ids), 0) for side in (segments, expected_segments))
+        token = min(found_one[1], expected_one[1])
+        what = differs("the segment is not the one that the messages render to", found_one, expected_one)
+        yield Finding(what, turn_of(trajectory, token), token)
+
+
+def _rebuilt(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, ids: list[int], prompt: list[Piece]) -> TokenSequence:
+    """What the loop would have appended: the prompt, then sampled turns and rendered replies."""
+    sequence = TokenSequence()
+    for kind, piece in prompt:
+        sequence.append(kind, piece)
+    for turn, each in zip(trajectory.turns, parts.rounds, strict=False):
+        sampled = ids[turn.start : turn.end]
+        sequence.append_sampled(sampled, [0.0] * len(sampled))
+        for kind, piece in _answered(each, sampled, template):
+            sequence.append(kind, piece)
+    return sequence
+
+
+def _prompt(trajectory: Trajectory, opening: list[Message], template: ChatTemplate) -> list[Piece]:
+    """The opening, rendered. Which of its last tool messages were given and which created only the segments tell."""
+    created = 0
+    while created < min(len(opening), len(trajectory.tools)) and _is_created(opening[len(opening) - created - 1]):
+        created += 1
+    if not any(kind == TOOL and start < len(trajectory.prompt_ids) for kind, start, _ in trajectory.segments):
+        created = 0
+    cut = len(opening) - created
+    return template.prompt(opening[:cut], trajectory.tools, opening[cut:])
+
+
+def _recorded_prompt(trajectory: Trajectory, ids: list[int]) -> list[Piece]:
+    return [(kind, ids[start:end]) for kind, start, end in trajectory.segments if end <= len(trajectory.prompt_ids)]
+
+
+def _is_created(message: Message) -> bool:
+    return bool(message["role"] == TOOL and "tool_call_id" not in message)
+
+
+def _answered(each: Round, sampled: list[int], template: ChatTemplate) -> list[Piece]:
+    """The end token that the turn may lack, and its replies."""
+    if not each.replies:
+        return []
+    complete = bool(sampled) and sampled[-1] in template.end_ids
+    return [*([] if complete else [(TEMPLATE, [template.end_id])]), *template.delta(each.replies, each.kind).pieces]

@@ -1,0 +1,277 @@
+"""Proves a run folder: every record against its hash, itself, the saved tokenizer and template, its group, and run.json.
+
+Records are checked one by one, in several processes where asked for, each reading its own range of the file; what only the run as a
+whole can tell is checked at the end. The checks of one record are in `checks/`.
+
+Invariant: whatever the folder holds ends in defects, not in an exception; nothing in it is run as code, and nothing is written. What
+could not be checked is a defect or a note, never silence. What no record can reveal: a number that fits as well as the true one, such
+as another plausible log-prob under a forged hash, or a consistent rewrite of tokens and messages alike.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conversations.checks.clock import OutOfTime, time_limit
+from conversations.checks.facts import Facts, facts_of
+from conversations.checks.finding import Defect, Finding, printable
+from conversations.checks.group import Whole
+from conversations.checks.record import Checked, check_line
+from conversations.errors import ConversationsError, RunFolderError
+from conversations.open_run import TOKENIZER, template_kwargs
+from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
+from conversations.template import ChatTemplate
+
+CHUNK = 4 << 20
+"""Bytes of a file that are checked at a time."""
+MAX_LINE = 1 << 29
+"""Bytes of a line; a longer one is none of ours, and would only fill the memory."""
+TIME_LIMIT_S = 60.0
+"""For one record, and for the chat template to load."""
+MAX_FINDINGS = 40
+"""Shown of one line."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What there is to say at the end. `counts` are trajectories, turns, tokens and the like; `notes` what was not checked, and why."""
+
+    path: Path
+    defects: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The verdict as one JSON object."""
+        return {"run": str(self.path), "ok": not self.defects, "defects": self.defects, "counts": dict(self.counts), "notes": self.notes}
+
+    def __str__(self) -> str:
+        counts = self.counts
+        parts = [
+            f"{counts['done']} trajectories",
+            f"{counts['turns']} turns",
+            f"{counts['tokens']} tokens",
+            f"{counts['tool_calls']} tool calls",
+        ]
+        parts += [f"{counts[name]} {name}" for name in ("unfinished", "superseded") if counts[name]]
+        found = f"{self.defects} defect{'s' if self.defects != 1 else ''}" if self.defects else "no defects"
+        return f"{printable(str(self.path))}: {', '.join(parts)}: {found}"
+
+
+def verify_run(
+    path: str | Path,
+    *,
+    jobs: int = 1,
+    on_defect: Callable[[Defect], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Verdict:
+    """Checks a run folder; `on_defect` is told of each defect as it is found, `on_progress` of the bytes done and in all.
+
+    With more than one job the process forks: call it so from a program without threads of its own. Raises RunFolderError where
+    there is no run.
+    """
+    folder = Path(path)
+    if not (folder / RUN).exists() and not (folder / TRAJECTORIES).exists():
+        raise RunFolderError(f"{folder} holds no run: there is no {RUN}")
+    verification = _Verification(folder, jobs, on_defect or (lambda defect: None), on_progress or (lambda done, total: None))
+    verification.run()
+    return verification.verdict
+
+
+class _Verification:
+    """One pass over a folder; `verdict` is complete when `run` has returned."""
+
+    def __init__(self, folder: Path, jobs: int, on_defect: Callable[[Defect], None], on_progress: Callable[[int, int], None]) -> None:
+        self.folder, self.jobs = folder, jobs
+        self.verdict = Verdict(folder)
+        self.whole = Whole()
+        self._on_defect, self._on_progress = on_defect, on_progress
+
+    def run(self) -> None:
+        manifest = self._manifest()
+        facts = facts_of(manifest, self._template(manifest))
+        chunks = [chunk for name in (TRAJECTORIES, UNFINISHED, SUPERSEDED) for chunk in self._chunks(name)]
+        total, done, lines = sum(chunk.end - chunk.start for chunk in chunks), 0, Counter[str]()
+        for chunk, result in self._results(chunks, facts):
+            for number, checked in enumerate(result, lines[chunk.name] + 1):
+                self._take(chunk.name, number, checked)
+            lines[chunk.name] += len(result)
+            done += chunk.end - chunk.start
+            self._on_progress(done, total)
+        for defect in self.whole.defects(TRAJECTORIES, manifest, facts.n):
+            self._report(defect)
+        self.verdict.counts += self.whole.tally
+        self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = lines[UNFINISHED], lines[SUPERSEDED]
+        self._note(manifest, facts, lines[UNFINISHED])
+
+    # ------------------------------------------------------------------ what the run is
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            return read_manifest(self.folder)
+        except RunFolderError as error:
+            self._report(Defect(RUN, 0, None, Finding(str(error))))
+            return {}
+
+    def _template(self, manifest: dict[str, Any]) -> ChatTemplate | None:
+        """The saved chat template; None, and a defect, where tokens cannot be checked against messages."""
+        try:
+            with time_limit(TIME_LIMIT_S):
+                return _load_template(self.folder / TOKENIZER, manifest)
+        except OutOfTime:
+            problem = f"the chat template does not come to an end within {TIME_LIMIT_S:g} s"
+        except ConversationsError as error:
+            problem = str(error)
+        self._report(Defect(TOKENIZER, 0, None, Finding(f"{problem}; tokens could not be checked against messages")))
+        return None
+
+    def _note(self, manifest: dict[str, Any], facts: Facts, unfinished: int) -> None:
+        notes, counts = self.verdict.notes, manifest.get("counts")
+        asked = counts.get("asked") if isinstance(counts, dict) else None
+        if not self.whole.is_complete(manifest):
+            of = f" of {asked}" if asked is not None else ""
+            limit = " (--limit)" if manifest.get("limit") is not None else ""
+            here = f"{self.whole.tally['done']}{of} finished trajectories are here{f', {unfinished} unfinished' if unfinished else ''}"
+            notes.append(f"the run does not say that all of its tasks are done{limit}: {here}; missing samples were not looked for")
+        if self.whole.partial:
+            notes.append(f"{self.whole.partial} records of failures hold only the part that could be written: their text was not checked")
+        if not facts.cuts:
+            notes.append(f"{RUN} does not say how tool responses are cut: cuts were not checked")
+        if facts.n is None:
+            notes.append(f"{RUN} does not say how many samples a group has: groups were not checked for missing ones")
+        if facts.reads_clock:
+            notes.append("the chat template reads the clock: prompts were taken as recorded")
+
+    # ------------------------------------------------------------------ records
+
+    def _take(self, name: str, line: int, checked: Checked) -> None:
+        findings = checked.findings
+        if name != SUPERSEDED:
+            findings = [*findings, *self.whole.add(name, line, checked, finished=name == TRAJECTORIES)]
+        for finding in findings[:MAX_FINDINGS]:
+            self._report(Defect(name, line, checked.id, finding))
+        if len(findings) > MAX_FINDINGS:
+            self._report(Defect(name, line, checked.id, Finding(f"{len(findings) - MAX_FINDINGS} more defects")))
+
+    def _report(self, defect: Defect) -> None:
+        self.verdict.defects += 1
+        self._on_defect(defect)
+
+    def _chunks(self, name: str) -> Iterator[_Chunk]:
+        file = self.folder / name
+        if not file.exists():
+            return
+        if not file.is_file():
+            self._report(Defect(name, 0, None, Finding("it is not a file")))
+            return
+        size = file.stat().st_size
+        for start in range(0, size, CHUNK):
+            yield _Chunk(file, name, start, min(start + CHUNK, size))
+
+    def _results(self, chunks: list[_Chunk], facts: Facts) -> Iterator[tuple[_Chunk, list[Checked]]]:
+        """Each chunk with what its lines gave, in order; a few are under way at a time."""
+        jobs = min(self.jobs, len(chunks))
+        if jobs <= 1:
+            yield from ((chunk, check_chunk(chunk, facts)) for chunk in chunks)
+            return
+        waiting, under_way = deque(chunks), deque[tuple[_Chunk, Future[list[Checked]]]]()
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start_worker, (facts,)) as pool:
+            try:
+                while waiting or under_way:
+                    while waiting and len(under_way) < 2 * jobs:
+                        under_way.append((waiting[0], pool.submit(_work, waiting.popleft())))
+                    chunk, future = under_way.popleft()
+                    yield chunk, future.result()
+            except BrokenProcessPool:
+                what = f"the process that checked bytes {chunk.start} to {chunk.end} was killed; what follows was not checked"
+                self._report(Defect(chunk.name, 0, None, Finding(what)))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
+    """Raises ConversationsError, whatever is wrong with the folder."""
+    from conversations.saved_tokenizer import load_tokenizer, one_line
+
+    try:
+        return ChatTemplate(load_tokenizer(folder), kwargs=template_kwargs(manifest))
+    except (ConversationsError, OutOfTime, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a tokenizer that is not one may fail in any way, panics of the Rust library included
+        raise RunFolderError(f"{folder} cannot be used: {one_line(error)}") from error
+
+
+# ---------------------------------------------------------------------- one range of a file
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The lines of a file that begin at a byte in [start, end)."""
+
+    file: Path
+    name: str
+    start: int
+    end: int
+
+
+_facts = Facts()
+"""Of a worker process: set when it starts."""
+
+
+def _start_worker(facts: Facts) -> None:
+    global _facts
+    _facts = facts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+
+
+def _work(chunk: _Chunk) -> list[Checked]:
+    return check_chunk(chunk, _facts)
+
+
+def check_chunk(chunk: _Chunk, facts: Facts) -> list[Checked]:
+    """What each line of the range gave, in order."""
+    results: list[Checked] = []
+    with suppress(FileNotFoundError), chunk.file.open("rb") as lines:
+        position = max(chunk.start - 1, 0)
+        lines.seek(position)
+        if chunk.start:
+            position += _skip_line(lines, b"")
+        while position < chunk.end and (line := lines.readline(MAX_LINE)):
+            position += len(line)
+            if len(line) == MAX_LINE:
+                position += _skip_line(lines, line)
+            results.append(_checked(line, chunk.name, facts))
+    return results
+
+
+def _skip_line(lines: Any, line: bytes) -> int:
+    """Reads to the end of a line; returns how many bytes that took."""
+    skipped = 0
+    while not line.endswith(b"\n") and (line := lines.readline(CHUNK)):
+        skipped += len(line)
+    return skipped
+
+
+def _checked(line: bytes, name: str, facts: Facts) -> Checked:
+    if len(line) == MAX_LINE:
+        return Checked([Finding(f"the line is longer than {MAX_LINE} bytes")])
+    if not line.endswith(b"\n"):
+        return Checked([Finding("the line is torn: no newline ends it; `turntrace run --resume` cuts it and runs its conversation again")])
+    try:
+        with time_limit(TIME_LIMIT_S):
+            return check_line(line, facts, finished=name == TRAJECTORIES)
+    except OutOfTime:
+        return Checked([Finding(f"the record could not be checked within {TIME_LIMIT_S:g} s")])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # hostile data may reach a panic of the Rust library
+        return Checked([Finding(f"the record could not be checked: {type(error).__name__}: {str(error)[:200]!r}")])
