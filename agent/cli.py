@@ -14,6 +14,7 @@ import typer
 
 from agent.commands.index import index
 from agent.commands.serve_search import serve_search
+from agent.commands.verify import verify
 from agent.errors import AgentError
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
@@ -157,3 +158,4 @@ def version() -> None:
 
 app.command()(index)
 serve_app.command("search")(serve_search)
+app.command()(verify)
