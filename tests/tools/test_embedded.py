@@ -87,18 +87,21 @@ def test_killing_the_parent_leaves_no_process() -> None:
         import httpx
         from tools.servers.embedded import sandbox
         sandbox.acquire()
+        print(sandbox.url(), flush=True)
         body = {"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}
         httpx.post(sandbox.url() + "/run_code", json=body, timeout=60)
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE)
     family = psutil.Process(parent.pid)
     try:
-        # The server, the two processes of bubblewrap, and the program.
-        eventually(lambda: len(family.children(recursive=True)) >= 4)
+        assert parent.stdout is not None
+        assert parent.stdout.readline().startswith(b"http")
+        idle = len(family.children(recursive=True))
+        eventually(lambda: len(family.children(recursive=True)) >= idle + 2)  # The program, and the init of its sandbox.
         started = family.children(recursive=True)
     finally:
         parent.kill()
-        parent.wait()
+        parent.communicate()
     eventually(lambda: all(is_gone(process) for process in started))
 
 

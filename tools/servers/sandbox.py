@@ -28,8 +28,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tools.base import SandboxUnavailable
-from tools.servers.isolation import MIB, Isolation
-from tools.servers.probe import working_isolation
+from tools.servers.memory import MIB
+from tools.servers.probe import Working, working_sandbox
 from tools.servers.runner import run_code
 from tools.servers.wire import RunCodeRequest, RunCodeResponse
 
@@ -37,7 +37,7 @@ MAX_REQUEST_BYTES = 64 * MIB
 _PARENT_CHECK_S = 1.0
 
 
-def make_app(isolation: Isolation, workers: int, stopping: asyncio.Event) -> Starlette:
+def make_app(working: Working, workers: int, stopping: asyncio.Event) -> Starlette:
     """The ASGI app that runs at most `workers` programs at a time, and ends them once `stopping` is set."""
     turn = asyncio.Semaphore(workers)
 
@@ -49,8 +49,8 @@ def make_app(isolation: Isolation, workers: int, stopping: asyncio.Event) -> Sta
             asked = RunCodeRequest.model_validate_json(body)
         except pydantic.ValidationError as error:
             return JSONResponse({"detail": [{**wrong, "loc": ["body", *wrong["loc"]]} for wrong in _problems(error)]}, 422)
-        if asked.language not in isolation.languages:
-            supported = ", ".join(isolation.languages)
+        if asked.language not in working.languages:
+            supported = ", ".join(working.languages)
             return _refusal(422, "enum", ["body", "language"], f"{asked.language!r} is not supported here; supported are {supported}")
         answer = await _unless(_in_turn(asked), _hung_up(request), stopping.wait())
         if answer is None:
@@ -59,7 +59,7 @@ def make_app(isolation: Isolation, workers: int, stopping: asyncio.Event) -> Sta
 
     async def _in_turn(asked: RunCodeRequest) -> RunCodeResponse:
         async with turn:
-            return await run_code(isolation, asked)
+            return await run_code(working.sandbox, working.languages[asked.language], asked)
 
     async def ping(_: Request) -> Response:
         return JSONResponse("pong")
@@ -113,13 +113,16 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def serve(host: str, port: int, workers: int, with_parent: bool) -> None:
+async def serve(host: str, port: int, workers: int, *, cold: bool, with_parent: bool) -> None:
     """Probes, announces the port, and serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent.
 
     Raises SandboxUnavailable and OSError (a port in use) before anything is served.
     """
     stopping = asyncio.Event()
-    app = make_app(await working_isolation(), workers, stopping)
+    working = await working_sandbox(cold=cold)
+    for note in working.notes:
+        print(f"note: sandbox: {note}", file=sys.stderr, flush=True)
+    app = make_app(working, workers, stopping)
     with socket.create_server((host, port), backlog=1024) as listener:
         # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -127,9 +130,12 @@ async def serve(host: str, port: int, workers: int, with_parent: bool) -> None:
         server = _Server(config, stopping)
         watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
         print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
-        await server.serve([listener])
-        if watch:
-            watch.cancel()
+        try:
+            await server.serve([listener])
+        finally:
+            if watch:
+                watch.cancel()
+            await working.sandbox.launcher.close()
 
 
 async def _end_with_parent(server: uvicorn.Server) -> None:
@@ -142,12 +148,12 @@ async def _end_with_parent(server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-def serve_until_ended(host: str, port: int, workers: int | None = None, *, with_parent: bool = False) -> None:
+def serve_until_ended(host: str, port: int, workers: int | None = None, *, cold: bool = False, with_parent: bool = False) -> None:
     """`serve` as a whole process: SIGTERM and SIGINT end it in good order, with code 0. `workers`: None is one a CPU."""
     # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    asyncio.run(serve(host, port, workers or os.cpu_count() or 1, with_parent))
+    asyncio.run(serve(host, port, workers or os.cpu_count() or 1, cold=cold, with_parent=with_parent))
 
 
 def main() -> int:
@@ -156,10 +162,11 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     parser.add_argument("--workers", type=int, help="programs at a time; default: one a CPU")
+    parser.add_argument("--cold", action="store_true", help="a bubblewrap of its own for each program")
     parser.add_argument("--with-parent", action="store_true", help="end when stdin ends or the parent does")
     options = parser.parse_args()
     try:
-        serve_until_ended(options.host, options.port, options.workers, with_parent=options.with_parent)
+        serve_until_ended(options.host, options.port, options.workers, cold=options.cold, with_parent=options.with_parent)
     except (SandboxUnavailable, OSError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1

@@ -1,0 +1,214 @@
+"""Memory in sum over all processes of a program: a memory cgroup for each, where one can be made; a watch where not.
+
+The kernel bounds a group exactly: scratch files, page tables and what is shared count, and the program that goes over is
+killed. The watch looks ten times a second at how much the processes hold: what is faster than that, or held outside
+processes (scratch files), it does not see.
+
+A group's folder is gone with its program. A server that was killed leaves an empty one, which the next server removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+OVERHEAD_MIB = 16  # What the sandbox's own process and the kernel's tables take of a program's group.
+
+_PREFIX = "turntrace-sandbox-"
+_NUMBERS = itertools.count()
+_WATCH_S = 0.1
+_TRIED_MIB, _TRY_S = 64, 10
+_REMOVE_TRIES = 100
+_REMOVE_S = 0.02
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What the files of a group are called: those that get the limit, those that get 0, and where kills are counted."""
+
+    name: str
+    limits: tuple[str, ...]
+    zeros: tuple[str, ...]
+    events: str
+
+
+_V1 = _Version("cgroup v1", ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), (), "memory.oom_control")
+_V2 = _Version("cgroup v2", ("memory.max",), ("memory.swap.max",), "memory.events")
+
+
+@dataclass(slots=True)
+class Group:
+    """One program's. Who writes 0 to `join_fd` is in it, and so are the processes that it starts; None: there is no group."""
+
+    join_fd: int | None = None
+    folder: Path | None = None
+    events: str = ""
+
+    def join(self) -> None:
+        """Puts this process in, where there is a group. Raises OSError."""
+        if self.join_fd is not None:
+            os.write(self.join_fd, b"0")
+
+    def killed_some(self) -> bool:
+        """Whether a process was killed because the limit was reached."""
+        return self.folder is not None and _field(self.folder / self.events, "oom_kill") > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Where a program's group can be made: in a folder of the cgroup tree; nowhere: None."""
+
+    parent: Path | None
+    version: _Version = _V1
+
+    def __str__(self) -> str:
+        return self.version.name if self.parent else "watched"
+
+    @contextlib.asynccontextmanager
+    async def group(self, limit_mib: int) -> AsyncIterator[Group]:
+        """A group for one program, which must be dead at the end of the block. Raises OSError."""
+        if self.parent is None:
+            yield Group()
+            return
+        folder = self.parent / f"{_PREFIX}{os.getpid()}-{next(_NUMBERS)}"
+        folder.mkdir()
+        try:
+            self._limit(folder, (limit_mib + OVERHEAD_MIB) * MIB)
+            fd = os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                yield Group(fd, folder, self.version.events)
+            finally:
+                os.close(fd)
+        finally:
+            await asyncio.shield(_remove(folder))
+
+    def _limit(self, folder: Path, limit_bytes: int) -> None:
+        first, *others = self.version.limits
+        (folder / first).write_text(str(limit_bytes))
+        for name, value in [*((name, limit_bytes) for name in others), *((name, 0) for name in self.version.zeros)]:
+            with contextlib.suppress(FileNotFoundError):  # A kernel without swap accounting.
+                (folder / name).write_text(str(value))
+
+
+async def working_groups(identity: dict[str, Any]) -> Groups:
+    """The first place where a group can be made, limited and entered, nearest to our own; `Groups(None)` where there is none.
+
+    `identity` says for subprocess whom programs run as.
+    """
+    for groups in _candidates():
+        _sweep(groups)
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            async with groups.group(_TRIED_MIB) as group:
+                _try(group, identity)
+                return groups
+    return Groups(None)
+
+
+def _try(group: Group, identity: dict[str, Any]) -> None:
+    subprocess.run(["/bin/sh", "-c", ":"], check=True, preexec_fn=group.join, timeout=_TRY_S, **identity)
+
+
+def _candidates() -> Iterator[Groups]:
+    for own, root, version in _own_groups():
+        for folder in (own, *own.parents):
+            if version is _V1 or "memory" in _text(folder / "cgroup.subtree_control").split():
+                yield Groups(folder, version)
+            if folder == root:
+                break
+
+
+def _own_groups() -> Iterator[tuple[Path, Path, _Version]]:
+    """Our own group's folder and the root that it lies under, as far as this process sees it, for each hierarchy."""
+    lines = [line.split(":", 2) for line in _text(Path("/proc/self/cgroup")).splitlines()]
+    paths = {controller: path for _, controllers, path in lines for controller in controllers.split(",")}
+    for line in _text(Path("/proc/self/mountinfo")).splitlines():
+        before, _, after = line.partition(" - ")
+        (top, point), (kind, _, options) = before.split()[3:5], after.split()[:3]
+        version, controller = (_V2, "") if kind == "cgroup2" else (_V1, "memory")
+        if kind not in ("cgroup", "cgroup2") or controller not in paths or (version is _V1 and "memory" not in options.split(",")):
+            continue
+        inside = os.path.relpath(paths[controller], top)
+        yield Path(point) / ("" if inside.startswith("..") else inside), Path(point), version
+
+
+def _sweep(groups: Groups) -> None:
+    """Removes what a killed server left. A group with a process in it, or of a server that lives, stays."""
+    for folder in groups.parent.glob(f"{_PREFIX}*") if groups.parent else ():
+        if not os.path.exists(f"/proc/{folder.name.removeprefix(_PREFIX).split('-')[0]}"):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+async def _remove(folder: Path) -> None:
+    """The last process may be dead and not yet out of its group. Raises OSError where one stays in it."""
+    for _ in range(_REMOVE_TRIES):
+        if _is_removed(folder):
+            return
+        await asyncio.sleep(_REMOVE_S)
+    raise OSError(f"{folder} cannot be removed: a process stays in it")
+
+
+def _is_removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return not folder.exists()
+    return True
+
+
+# -- without a cgroup ----------------------------------------------------------------------------------------------------
+
+
+async def watch(first: Callable[[], int | None], limit_mib: int, exceeded: Callable[[], None]) -> None:
+    """Calls `exceeded` once a process and its descendants hold more than the limit. `first` says which one, if it is there."""
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        pid = first()
+        pids = list(_family(pid)) if pid is not None else []
+        limit_bytes = (limit_mib + OVERHEAD_MIB) * MIB
+        # Resident pages count what is shared again for each process, but are cheap to read.
+        if sum(map(_resident_bytes, pids)) > limit_bytes and sum(map(_proportional_bytes, pids)) > limit_bytes:
+            return exceeded()
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    for thread in _names(f"/proc/{pid}/task"):
+        for child in _text(Path(f"/proc/{pid}/task/{thread}/children")).split():
+            yield from _family(int(child))
+
+
+def _resident_bytes(pid: int) -> int:
+    return int((_text(Path(f"/proc/{pid}/statm")).split() or "00")[1]) * _PAGE_BYTES
+
+
+def _proportional_bytes(pid: int) -> int:
+    return _field(Path(f"/proc/{pid}/smaps_rollup"), "Pss:") * 1024
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _text(path: Path) -> str:
+    """A file of the kernel's; nothing where it, or its process, is not there."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _field(path: Path, name: str) -> int:
+    return next((int(line.split()[1]) for line in _text(path).splitlines() if line.split()[:1] == [name]), 0)

@@ -1,0 +1,318 @@
+"""The warm interpreter: runs inside bubblewrap, and forks once for each program instead of starting a Python for it.
+
+It stands alone (the standard library, no import of ours), for it is a script that is copied into the sandbox:
+
+    zygote    never reads a request: it takes descriptors from the server, forks, and closes them
+    └── init      process 1 of the program's own namespaces: pid, mount (a fresh /tmp, /dev/shm, /proc), ipc, network, cgroup;
+        │         tells the server how the program ended, for no program can reach it: it belongs to another user namespace
+        └── program   nobody without rights in a user namespace of its own, limited and filtered; then the code runs
+
+What init ends by, SIGKILL from the server or its own exit, ends every process of the program: the kernel sees to it.
+What one program does stays in its own copy of memory; the next is a fork of the zygote, which has run no code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import binascii
+import contextlib
+import ctypes
+import fcntl
+import gc
+import io
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import types
+from typing import Any, NoReturn
+
+NOBODY = 65534
+WORK = "/tmp"
+
+_CLONE_NEWNS, _CLONE_NEWCGROUP, _CLONE_NEWIPC = 0x00020000, 0x02000000, 0x08000000
+_CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
+_PR_CAPBSET_DROP, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 22, 38, 47, 4
+_SECCOMP_MODE_FILTER = 2
+_CAPABILITY_VERSION_3 = 0x20080522
+_MAX_FDS = 16
+_MAX_OPEN = 4096  # More than the descriptors that all programs together can have on their way through sockets.
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.fopen.restype = ctypes.c_void_p
+
+
+def main() -> None:
+    """Serves until the server closes the channel, whose descriptor is the first argument; the second holds the settings."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    settings = json.loads(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # An init tells the server itself how it ends.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN, _MAX_OPEN))
+    os.umask(0o022)
+    own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    gc.collect()
+    gc.freeze()  # Otherwise a child's first collection would copy all of this.
+    while True:
+        roles, fds, _, _ = socket.recv_fds(channel, _MAX_FDS, _MAX_FDS)
+        if not roles:
+            return
+        try:
+            _check(_libc.unshare(_CLONE_NEWPID))
+            if os.fork() == 0:
+                channel.close()
+                _init(dict(zip(roles.decode(), fds, strict=True)), settings)
+        except OSError:  # No process to be had: the server sees the request's own socket close.
+            pass
+        finally:
+            _check(_libc.setns(own_pids, _CLONE_NEWPID))
+            for fd in fds:
+                os.close(fd)
+
+
+# -- init ----------------------------------------------------------------------------------------------------------------
+
+
+def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
+    """`fds` by role: c, the server's end of which hears from us; s, what to run; i, o, e, the program's stdio; and, where
+    they are wanted, m, a memory group to join; f, the file for what is fetched; r, a session's socket."""
+    control = socket.socket(fileno=fds["c"])
+    try:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Process 1 is deaf to what it has no handler for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        socket.send_fds(control, [b"started"], [os.pidfd_open(os.getpid())])
+        if "m" in fds:
+            os.write(fds["m"], b"0")
+        _fresh_world(settings)
+        ended = _wait_for(_fork(_program, fds, settings))
+        _end_all_others()
+        fetched = "f" not in fds or _wait_for(_fork(_fetch, fds, settings)) == 0
+        _tell(control, exit=ended, fetched=fetched)
+    except Exception as error:
+        _tell(control, error=f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(0)
+
+
+def _tell(control: socket.socket, **facts: Any) -> None:
+    control.send(json.dumps(facts).encode())
+
+
+def _fresh_world(settings: dict[str, Any]) -> None:
+    _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET | _CLONE_NEWCGROUP))
+    for where, size in ((WORK, settings["scratch_bytes"]), ("/dev/shm", settings["shared_memory_bytes"])):
+        _mount("tmpfs", where, _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes={settings['max_files']},mode=1777")
+    _mount("proc", "/proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP))
+
+
+def _fork(body: Any, fds: dict[str, int], settings: dict[str, Any]) -> int:
+    """A child that does `body` and nothing after it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            body(fds, settings)
+        finally:
+            os._exit(1)  # Whatever it raised, it must not go on as a second init.
+    return child
+
+
+def _wait_for(child: int) -> int:
+    """The child's exit code, as a shell gives it. Orphans of the program are ours and are buried on the way."""
+    while True:
+        ended, status = os.wait()
+        if ended == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _end_all_others() -> None:
+    try:
+        os.kill(-1, signal.SIGKILL)
+        while True:
+            os.wait()
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def _fetch(fds: dict[str, int], settings: dict[str, Any]) -> None:
+    """Writes the files asked for where only we can: the program is dead. With its own rights: its links lead nowhere else."""
+    request = _read_request(fds["s"])
+    _enter_user_namespace()
+    _give_up_rights(settings["filter"])
+    os.chdir(WORK)
+    found = {name: content for name in request["fetch"] if (content := _content(name, settings["max_fetch_bytes"])) is not None}
+    with open(fds["f"], "w") as file:
+        json.dump({name: binascii.b2a_base64(content, newline=False).decode() for name, content in found.items()}, file)
+    os._exit(0)
+
+
+def _content(name: str, most: int) -> bytes | None:
+    """A regular file's, if it is not too large; a pipe does not hold us up."""
+    try:
+        with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return file.read() if os.fstat(file.fileno()).st_size <= most and os.path.isfile(name) else None
+    except OSError:
+        return None
+
+
+# -- the program ---------------------------------------------------------------------------------------------------------
+
+
+def _program(fds: dict[str, int], settings: dict[str, Any]) -> None:
+    control = socket.socket(fileno=fds["c"])
+    try:
+        program, session = _shut_in(fds, settings)
+    except Exception as error:
+        _tell(control, error=f"{type(error).__name__}: {error}")
+        return
+    control.close()
+    if session is not None:
+        _serve_session(session)
+    elif program[0] == sys.executable:
+        _run_python(program[1:])
+    else:
+        _run_command(program)
+
+
+def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> tuple[list[str], socket.socket | None]:
+    """Becomes what the program is to be: nothing but `control`, which the caller closes, is left of init."""
+    os.setsid()
+    _enter_user_namespace()
+    request = _read_request(fds["s"])
+    for fd, role in enumerate("ioe"):
+        os.dup2(fds[role], fd)
+    kept = sorted(fds[role] for role in "cr" if role in fds)
+    for start, end in zip([2, *kept], [*kept, _MAX_OPEN], strict=True):
+        os.closerange(start + 1, end)
+    os.chdir(WORK)
+    for path, content in request["files"].items():
+        _write_file(path, binascii.a2b_base64(content))
+        sys.modules.pop(path.split("/")[0].removesuffix(".py"), None)  # The program's own json.py, say, goes before ours.
+    _limit(request["limits"])
+    _give_up_rights(settings["filter"])
+    return request["program"], socket.socket(fileno=fds["r"]) if "r" in fds else None
+
+
+def _read_request(fd: int) -> Any:
+    os.lseek(fd, 0, os.SEEK_SET)
+    with open(fd, "rb", closefd=False) as file:
+        return json.load(file)
+
+
+def _write_file(path: str, content: bytes) -> None:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)
+        os.fchmod(file.fileno(), 0o755)
+
+
+def _enter_user_namespace() -> None:
+    """One in which we own nothing, and in which no other can be made."""
+    _check(_libc.unshare(_CLONE_NEWUSER))
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {NOBODY} 1"), ("gid_map", f"{NOBODY} {NOBODY} 1")):
+        _write(f"/proc/self/{name}", text)
+    _write("/proc/sys/user/max_user_namespaces", "0")
+    _write("/proc/self/oom_score_adj", "1000")  # Where memory runs out, it is never init that dies of it first.
+
+
+def _limit(limits: dict[str, int]) -> None:
+    """`limits` by the name of the resource, RLIMIT_ left out."""
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def _give_up_rights(filter_base64: str) -> None:
+    for capability in range(64):
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    _check(_libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+    _check(_libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)))
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    instructions = ctypes.create_string_buffer(binascii.a2b_base64(filter_base64))
+    program = struct.pack("H6xQ", (len(instructions) - 1) // 8, ctypes.addressof(instructions))
+    _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0))
+
+
+def _run_command(program: list[str]) -> NoReturn:
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and what is ignored stays so.
+        signal.signal(number, signal.SIG_DFL)
+    os.execv(program[0], program)
+
+
+def _run_python(arguments: list[str]) -> NoReturn:
+    """Runs a script as the interpreter's own command line does: same `__main__`, tracebacks and exit codes."""
+    _become_main(arguments)
+    path = arguments[0].encode()
+    failed = ctypes.pythonapi.PyRun_SimpleFileExFlags(ctypes.c_void_p(_libc.fopen(path, b"r")), path, 1, None)
+    _end_python(1 if failed else 0)
+
+
+def _become_main(arguments: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv[:] = arguments
+    sys.orig_argv[:] = [sys.executable, *arguments]
+    sys.path[0] = WORK
+    sys.modules["__main__"] = types.ModuleType("__main__")
+
+
+def _end_python(code: int) -> NoReturn:
+    """What the interpreter does at its end, in its order, but for taking down the modules that the zygote had loaded.
+
+    Waits for threads, calls exit handlers, lets go of the program's objects (`__del__` runs), flushes files.
+    Taking down everything copies the zygote's memory page by page, which costs as much as all the rest.
+    """
+    try:
+        if threading := sys.modules.get("threading"):
+            threading._shutdown()
+        atexit._run_exitfuncs()
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            vars(sys).pop(name, None)
+        for name, module in list(sys.modules.items()):
+            if name == "__main__" or (getattr(module, "__file__", None) or "").startswith(WORK):
+                del sys.modules[name]
+        del module
+        gc.collect()
+        for thing in gc.get_objects():
+            if isinstance(thing, io.IOBase) and not thing.closed:
+                thing.flush()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def _serve_session(requests: socket.socket) -> NoReturn:
+    raise NotImplementedError
+
+
+# -- the kernel ----------------------------------------------------------------------------------------------------------
+
+
+def _mount(kind: str, where: str, flags: int, options: str | None) -> None:
+    data = options.encode() if options else None
+    _check(_libc.mount(kind.encode(), where.encode(), kind.encode(), ctypes.c_ulong(flags), data))
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+if __name__ == "__main__":
+    main()
