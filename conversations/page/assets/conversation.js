@@ -1,0 +1,163 @@
+// One conversation: its messages, each call with its answer, and where the time went.
+
+const INDENT = 2;
+
+/** The messages of a record, as articles. A tool message stands with the call that it answers. */
+function conversation(record, options = {}) {
+  const calls = new Map(record.tool_calls.map((call) => [call.call_id, call]));
+  const placed = new Set();
+  let turn = -1;
+  const parts = record.messages.map((message, place) => {
+    const sampled = message.role === 'assistant' && typeof message.raw === 'string';
+    if (sampled) turn += 1;
+    if (message.role === 'tool' && placed.has(message.tool_call_id)) return null;
+    const own = sampled ? ownCalls(message, calls, turn, placed) : [];
+    const answers = own.map((call) => callCard(call, answerTo(record, call)));
+    const at = sampled ? `turn-${turn}` : `message-${place}`;
+    const parts_ = [h('header', {}, h('span', { class: 'role', text: visible(message.role) }), h('span', { class: 'meta', text: metaOf(record, message, sampled ? turn : -1) }))];
+    if (message.content || !answers.length) parts_.push(content(message));
+    if (!sampled && Array.isArray(message.tool_calls)) parts_.push(...message.tool_calls.map(givenCall));
+    return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, parts_, answers);
+  });
+  const left = record.tool_calls.filter((call) => !placed.has(call.call_id));
+  return h('div', { class: 'conversation' }, parts, left.map((call) => callCard(call, null)));
+}
+
+function content(message) {
+  const text = String(message.content ?? '');
+  return text === '' ? h('div', { class: 'text none', text: '(empty)' }) : textBlock(text);
+}
+
+function ownCalls(message, calls, turn, placed) {
+  const named = (message.tool_calls || []).map((call) => calls.get(call.id)).filter(Boolean);
+  const more = [...calls.values()].filter((call) => call.turn === turn && !named.includes(call));
+  const own = [...named, ...more];
+  own.forEach((call) => placed.add(call.call_id));
+  return own;
+}
+
+const answerTo = (record, call) => record.messages.find((message) => message.role === 'tool' && message.tool_call_id === call.call_id) || null;
+
+function metaOf(record, message, turn) {
+  if (turn < 0) return message.role === 'assistant' ? 'given' : message.name ? brief(message.name, 80) : '';
+  const found = record.turns[turn];
+  if (!found) return `turn ${turn + 1}`;
+  const cached = found.cached_tokens ? ` (${count(found.cached_tokens)} cached)` : '';
+  return [`turn ${turn + 1}`, plural(found.end - found.start, 'token'), `prompt ${count(found.prompt_tokens)}${cached}`, seconds(found.engine_s), visible(found.finish_reason)].join(' · ');
+}
+
+// ------------------------------------------------------------------ calls
+
+function callCard(call, answer) {
+  const times = [call.queue_s > 0.0005 ? `queued ${seconds(call.queue_s)}` : '', `ran ${seconds(call.run_s)}`, call.attempts.length > 1 ? `${call.attempts.length} attempts` : '', typeof call.reward === 'number' ? `step reward ${short(call.reward)}` : ''];
+  return h('section', { class: 'call', 'data-status': call.status, 'aria-label': brief(`call of ${call.name}`, 100) },
+    h('header', {}, h('span', { class: 'name', text: brief(call.name || '(no name)', 120) }), pill(call.status, tone(call.status)), h('span', { class: 'meta', text: times.filter(Boolean).join(' · ') })),
+    h('div', { class: 'arguments' }, argumentsOf(call.arguments)),
+    response(call, answer),
+    call.error ? h('div', { class: 'error' }, h('span', { class: 'tag', text: 'for the reader' }), textBlock(call.error)) : null,
+    call.attempts.length > 1 ? attempts(call) : null,
+    Object.keys(call.metrics || {}).length ? h('p', { class: 'meta metrics', text: brief(JSON.stringify(call.metrics), 400) }) : null);
+}
+
+function argumentsOf(value) {
+  if (typeof value === 'string') return textBlock(value, 'code');
+  const entries = Object.entries(value || {});
+  if (!entries.length) return h('p', { class: 'meta', text: 'no arguments' });
+  return entries.map(([key, part]) => h('div', { class: 'argument' }, h('span', { class: 'key', text: brief(key, 120) }), textBlock(typeof part === 'string' ? part : pretty(part), 'code')));
+}
+
+const pretty = (value) => JSON.stringify(value, null, INDENT);
+
+function response(call, answer) {
+  const shown = answer ? answer.content : call.response;
+  if (shown === null || shown === undefined) return h('p', { class: 'meta', text: 'no response' });
+  const parts = [h('span', { class: 'tag', text: answer ? 'response' : 'response, not shown to the model' }), textBlock(shown, 'code')];
+  if (typeof call.full_response === 'string') {
+    const whole = h('details', { class: 'whole' }, h('summary', { text: `Cut for the model: the whole has ${count(call.full_response.length)} characters` }));
+    whole.addEventListener('toggle', () => whole.childElementCount === 1 && whole.append(textBlock(call.full_response, 'code')));
+    parts.push(whole);
+  }
+  return h('div', { class: 'response' }, parts);
+}
+
+function attempts(call) {
+  return h('ol', { class: 'attempts' }, call.attempts.map((one) => h('li', {}, pill(one.status, tone(one.status)), ` queued ${seconds(one.queue_s)}, ran ${seconds(one.run_s)} `, one.error ? brief(one.error, 300) : '')));
+}
+
+function givenCall(call) {
+  const { name, arguments: given } = call.function || {};
+  return h('section', { class: 'call' }, h('header', {}, h('span', { class: 'name', text: brief(name, 120) }), h('span', { class: 'meta', text: 'given' })), textBlock(given, 'code'));
+}
+
+// ------------------------------------------------------------------ where the time went
+
+/** Turns one after another: the engine's queue, the engine, then a turn's calls side by side. Times add up, not clock times. */
+function timeline(record) {
+  const bars = [];
+  let at = 0;
+  record.turns.forEach((turn, place) => {
+    for (const [kind, length] of [['queue', turn.queue_s], ['engine', turn.engine_s]]) {
+      if (length > 0) bars.push({ kind, at, length, lane: 0, turn: place, label: kind === 'queue' ? 'waited for the engine' : 'engine' });
+      at += length || 0;
+    }
+    const own = record.tool_calls.filter((call) => call.turn === place);
+    own.forEach((call, lane) => bars.push({ kind: 'tool', at: at + call.queue_s, length: call.run_s, lane: lane % 4, turn: place, label: call.name }));
+    at += Math.max(0, ...own.map((call) => call.queue_s + call.run_s));
+  });
+  if (!(at > 0)) return null;
+  const lanes = 1 + Math.max(...bars.map((bar) => bar.lane));
+  const strip = h('div', { class: 'strip', role: 'img', 'aria-label': `${plural(record.turns.length, 'turn')} in ${seconds(at)}` });
+  strip.style.setProperty('--lanes', lanes);
+  strip.append(...bars.map((bar) => barElement(bar, at)));
+  return h('div', { class: 'timeline' }, strip, legend([['queue', 'queue'], ['engine', 'engine'], ['tool', 'tools']], seconds(at)));
+}
+
+function barElement(bar, whole) {
+  const element = h('span', { class: 'bar-part', 'data-kind': bar.kind, title: `turn ${bar.turn + 1} · ${brief(bar.label, 60)} · ${seconds(bar.length)}`, on: { click: () => jumpTo(`turn-${bar.turn}`) } });
+  element.style.left = `${(100 * bar.at) / whole}%`;
+  element.style.width = `max(2px, ${(100 * bar.length) / whole}%)`;
+  element.style.setProperty('--lane', bar.lane);
+  return element;
+}
+
+function legend(entries, ...more) {
+  return h('p', { class: 'legend' }, entries.map(([kind, label]) => h('span', {}, h('i', { class: 'swatch', 'data-kind': kind }), label)), more.map((text) => h('span', { class: 'meta', text })));
+}
+
+function jumpTo(id) {
+  const target = $(id);
+  if (!target) return;
+  target.scrollIntoView({ block: 'start', behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth' });
+  target.focus({ preventScroll: true });
+}
+
+// ------------------------------------------------------------------ the rest of the record
+
+function facts(record, row) {
+  const parts = Object.entries(record.reward_parts || {});
+  const entries = [
+    ['Reward', short(record.reward) + (parts.length > 1 ? ` = ${parts.map(([name, value]) => `${brief(name, 40)} ${short(value)}`).join(' + ')}` : '')],
+    ['Turns', record.num_turns],
+    ['Tokens', `${count(column('prompt', row))} prompt + ${count(column('response', row))}, ${count(column('sampled', row))} sampled`],
+    ['Time', seconds(record.wall_s)],
+    ['Ground truth', record.ground_truth === null ? '–' : brief(typeof record.ground_truth === 'string' ? record.ground_truth : JSON.stringify(record.ground_truth), 80)],
+  ];
+  return h('dl', { class: 'facts' }, entries.map(([name, value]) => h('div', {}, h('dt', { text: name }), h('dd', { text: visible(value) }))));
+}
+
+function remarks(record) {
+  const found = [];
+  if (record.infra_error) found.push(['infra', 'Infrastructure failed: this trajectory has no reward and is left out of exports.']);
+  if (record.error) found.push(['bad', record.error]);
+  for (const warning of record.warnings || []) found.push(['warn', warning]);
+  if (record.parent) found.push(['note', `From ${JSON.stringify(record.parent)}`]);
+  return found.map(([kind, text]) => h('div', { class: 'remark', 'data-tone': kind }, textBlock(text)));
+}
+
+function offered(tools) {
+  if (!Array.isArray(tools) || !tools.length) return null;
+  const names = tools.map((tool) => tool.function?.name ?? '?');
+  const details = h('details', { class: 'offered' }, h('summary', { text: `${plural(tools.length, 'tool')} offered: ${brief(names.join(', '), 200)}` }));
+  details.addEventListener('toggle', () => details.childElementCount === 1 && details.append(textBlock(pretty(tools), 'code')));
+  return details;
+}

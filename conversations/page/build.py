@@ -1,0 +1,132 @@
+"""From a run to a page: one pass over the records, then a file or, for a server, a shell that asks for its blocks.
+
+Invariant: memory holds the summary, a few blocks and the ids of the tokens in use; it does not grow with what conversations hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from conversations.errors import RunFolderError
+from conversations.open_run import TOKENIZER, Run
+from conversations.page.blocks import Blocks, packed
+from conversations.page.html import shell
+from conversations.page.pieces import pieces
+from conversations.page.record import Record, Summary, text_line, token_line
+
+LIMIT = 20_000
+"""Trajectories that a page on disk holds unless told otherwise; browsers open about 1 GB of page, and slowly."""
+
+
+@dataclass(slots=True)
+class Page:
+    """A run made ready for the browser: its `title`, `summary` and `pieces` (base64 of deflated JSON) and its `blocks`."""
+
+    title: str
+    summary: bytes
+    pieces: bytes
+    shown: int
+    total: int
+    blocks: Blocks = field(repr=False)
+
+    def write(self, path: str | Path) -> int:
+        """The page as one file; returns its size in bytes. Raises RunFolderError where it cannot be written."""
+        path = Path(path)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with fresh.open("wb") as out:
+                out.writelines(self._parts())
+                size = out.tell()
+            fresh.replace(path)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
+        return size
+
+    def served(self, version: str) -> str:
+        """The page for a server, which has its blocks at `blocks/NUMBER?v=VERSION` beside it."""
+        head, tail = shell(self.title, self.summary, self.pieces, version=version)
+        return head + tail
+
+    def _parts(self) -> Iterator[bytes]:
+        head, tail = shell(self.title, self.summary, self.pieces)
+        yield head.encode()
+        for number, block in enumerate(self.blocks):
+            yield b'<script type="text/plain" id="block-%d">%b</script>\n' % (number, block)
+        yield tail.encode()
+
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.blocks.close()
+
+
+def build(run: Run, *, against: Run | None = None, limit: int | None = None) -> Page:
+    """The first `limit` trajectories of `run` (None: all), each beside its counterpart in `against` where that has one.
+
+    A counterpart is the trajectory that the record's `parent` names, else the one of the same id. Close the page (or `with`).
+    Raises RunFolderError naming file and line where a record cannot be read, RecordError where one is not of a record's form.
+    """
+    blocks = Blocks()
+    try:
+        summary, used = Summary(), set[int]()
+        for number, record in enumerate(run.records(check=False)):
+            if number == limit:
+                break
+            _add(record, _counterpart(record, against), summary, blocks, used)
+        blocks.finish()
+        return Page(run.path.resolve().name, _summary(run, against, summary), _pieces(run, used), len(summary), len(run), blocks)
+    except BaseException:
+        blocks.close()
+        raise
+
+
+def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks, used: set[int]) -> None:
+    lines = []
+    for one in filter(None, (record, other)):
+        lines += [text_line(one), token_line(one)]
+        used.update(one["prompt_ids"], one["response_ids"])
+    block, line = blocks.add(lines)
+    differs = {} if other is None else first_difference(record, other)
+    summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs or None)
+
+
+def _counterpart(record: Record, against: Run | None) -> Record | None:
+    if against is None:
+        return None
+    parent = record["parent"]
+    name = parent.get("id") if isinstance(parent, dict) else None
+    found = next((one for one in (name, record["id"]) if isinstance(one, str) and one in against), None)
+    return None if found is None else against.record(found, check=False)
+
+
+def first_difference(record: Record, other: Record) -> dict[str, int] | None:
+    """Where the token sequences of two records part: `token` (position) and `turn`, the record's generation it lies in or after.
+
+    None where they are the same. One that ends earlier parts there.
+    """
+    ours, theirs = (one["prompt_ids"] + one["response_ids"] for one in (record, other))
+    if ours == theirs:
+        return None
+    token = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return {"token": token, "turn": max(sum(1 for turn in record["turns"] if turn["start"] <= token) - 1, 0)}
+
+
+def _summary(run: Run, against: Run | None, summary: Summary) -> bytes:
+    about = {
+        "name": run.path.resolve().name,
+        "against": against and against.path.resolve().name,
+        "total": len(run),
+        "manifest": run.manifest,
+    }
+    return packed(json.dumps({**summary.document(), "run": about}, separators=(",", ":"), default=str))
+
+
+def _pieces(run: Run, used: set[int]) -> bytes:
+    return packed(json.dumps(pieces(run.path / TOKENIZER / "tokenizer.json", used), ensure_ascii=False, separators=(",", ":")))

@@ -1,0 +1,30 @@
+"""The run that a replay came from, found again.
+
+Invariant: a parent is known by the hash of its run.json, so a run folder from elsewhere cannot name just any folder of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from conversations.open_run import Run, open_run
+from conversations.store import RUN
+
+
+def parent_of(run: Run) -> Run | None:
+    """The run that `run.manifest["parent"]` names, where it was or beside this one; None where there is none, or it has changed."""
+    parent = run.manifest.get("parent")
+    if not isinstance(parent, dict) or not parent.get("run_sha256"):
+        return None
+    named = [parent[key] for key in ("path", "run") if isinstance(parent.get(key), str)]
+    folders = [run.path.resolve().parent / name for name in named]
+    found = next((folder for folder in folders if _hash(folder / RUN) == parent.get("run_sha256")), None)
+    return None if found is None else open_run(found)
+
+
+def _hash(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return ""

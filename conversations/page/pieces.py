@@ -1,0 +1,71 @@
+"""Token ids as the text they stand for, one by one: a token may be half a character, so a piece is bytes.
+
+Invariant: an id's piece does not depend on its neighbours, and an id that the tokenizer does not know has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Piece = str | list[int]
+"""Text, or the bytes of what is no UTF-8 by itself."""
+
+
+def pieces(tokenizer_json: Path, ids: Iterable[int]) -> dict[str, Any]:
+    """`{"ids": [...], "pieces": [...], "special": [...]}` of those `ids` that the tokenizer knows; empty where it cannot be read."""
+    read = _reader(tokenizer_json)
+    known = sorted(token for token in ids if read is not None and read.bytes(token) is not None)
+    if read is None:
+        return {"ids": [], "pieces": [], "special": []}
+    return {"ids": known, "pieces": [_piece(read.bytes(token) or b"") for token in known], "special": sorted(read.special & set(known))}
+
+
+def _piece(raw: bytes) -> Piece:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+class _Reader:
+    """A `tokenizer.json` as a table. Byte-level BPE and byte-fallback vocabularies are read to the byte, others as they stand."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        added = {token["id"]: token for token in document.get("added_tokens", [])}
+        self.special = {token_id for token_id, token in added.items() if token.get("special")}
+        self._added = {token_id: str(token["content"]) for token_id, token in added.items()}
+        vocab = document["model"]["vocab"]
+        self._tokens = {place: token for token, place in vocab.items()} if isinstance(vocab, dict) else dict(enumerate(v[0] for v in vocab))
+        self._byte_level = _BYTES if '"ByteLevel"' in json.dumps(document.get("decoder")) else None
+
+    def bytes(self, token_id: int) -> bytes | None:
+        if token_id in self._added:
+            return self._added[token_id].encode(errors="replace")
+        token = self._tokens.get(token_id)
+        if token is None:
+            return None
+        if self._byte_level is not None and all(char in self._byte_level for char in token):
+            return bytes(self._byte_level[char] for char in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return str(token).replace("\u2581", " ").encode(errors="replace")
+
+
+def _reader(file: Path) -> _Reader | None:
+    try:
+        return _Reader(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others for U+0100 onwards."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {**{chr(byte): byte for byte in plain}, **{chr(0x100 + place): byte for place, byte in enumerate(others)}}
+
+
+_BYTES = _byte_alphabet()

@@ -1,0 +1,172 @@
+"""One record as the page keeps it: a row of the summary, a line of text and a line of tokens.
+
+Invariant: nothing is lost on the way but what is said to be: texts are cut only in a record over `RECORD_LIMIT`, with the whole length
+named; log-probs keep every bit (float32 where that is what they are).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from conversations.errors import RecordError
+from conversations.trajectory import CALL_STATUSES, STOP_REASONS
+
+TOKEN_FIELDS = ("prompt_ids", "response_ids", "response_mask", "segments")
+RECORD_LIMIT = 32 << 20
+"""Characters of JSON that a record may have before its long texts are cut."""
+TEXT_LIMIT = 1 << 20
+"""Characters that a text of such a record keeps."""
+PREVIEW = 160
+STATUSES = 40
+"""Kinds of status that fit into a row's bits, which JavaScript keeps as a number."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Summary:
+    """The run by columns, one value a trajectory, and one a tool call in `calls`; names are replaced by their place in `names`."""
+
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    calls: dict[str, list[Any]] = field(default_factory=lambda: {"row": [], "tool": [], "status": [], "run_s": []})
+    names: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {
+            "task": {},
+            "stop": {name: place for place, name in enumerate(STOP_REASONS)},
+            "status": {name: place for place, name in enumerate(CALL_STATUSES)},
+            "tool": {},
+        }
+    )
+
+    def __len__(self) -> int:
+        return len(self.columns.get("id", ()))
+
+    def add(self, record: Record, **more: Any) -> None:
+        """A record's row; `more` are further columns. Raises RecordError where a field is not of the record's form."""
+        try:
+            row = {**_row(record), **more}
+            calls = [(str(call["name"]), str(call["status"]), _ran(call)) for call in record["tool_calls"]]
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise RecordError(f"trajectory {str(record.get('id'))[:80]} is damaged: {type(error).__name__}: {error}") from error
+        statuses = 0
+        for name, status, run_s in calls:
+            place = self._place("status", status)
+            statuses |= 1 << place
+            for key, value in (("row", len(self)), ("tool", self._place("tool", name)), ("status", place), ("run_s", run_s)):
+                self.calls[key].append(value)
+        row |= {"task": self._place("task", row["task"]), "stop": self._place("stop", row["stop"]), "statuses": statuses}
+        for key, value in row.items():
+            self.columns.setdefault(key, []).append(value)
+
+    def document(self) -> dict[str, Any]:
+        """The summary as JSON has it: names as lists."""
+        return {"columns": self.columns, "calls": self.calls, "names": {kind: list(places) for kind, places in self.names.items()}}
+
+    def _place(self, kind: str, name: str) -> int:
+        places = self.names[kind]
+        if kind == "status" and len(places) == STATUSES and name not in places:
+            name = "cancelled"  # no run of ours has so many
+        return places.setdefault(name, len(places))
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {
+        "id": str(record["id"]),
+        "task": str(record["task_id"]),
+        "sample": record["sample"],
+        "stop": str(record["stop_reason"]),
+        "reward": _number(record["reward"]),
+        "turns": record["num_turns"],
+        "prompt": len(record["prompt_ids"]),
+        "response": len(record["response_ids"]),
+        "sampled": record["response_mask"].count(1),
+        "calls": len(record["tool_calls"]),
+        "infra": int(bool(record["infra_error"])),
+        "warnings": len(record["warnings"]),
+        "wall": _number(record["wall_s"]),
+        "preview": _preview(record["messages"]),
+    }
+
+
+def _ran(call: Record) -> float | None:
+    """Seconds that a call ran; None where it was never tried."""
+    return _number(call["run_s"]) if call["attempts"] else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number to six digits, which is what lists and plots show; None for none."""
+    if value is None or isinstance(value, str) or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")
+
+
+def _preview(messages: list[Record]) -> str:
+    asked = next((message for message in messages if message.get("role") == "user"), {})
+    return " ".join(str(asked.get("content", ""))[: 4 * PREVIEW].split())[:PREVIEW]
+
+
+def text_line(record: Record) -> str:
+    """All of the record but its tokens, on one JSON line."""
+    text = _dumps({key: value for key, value in record.items() if key not in TOKEN_FIELDS and key != "response_logprobs"})
+    if len(text) > RECORD_LIMIT:
+        text = _dumps(_cut(json.loads(text)))
+    return text
+
+
+def token_line(record: Record) -> str:
+    """Ids, mask, segments and log-probs, on one JSON line."""
+    return _dumps({**{key: record[key] for key in TOKEN_FIELDS}, "logprobs": _packed(record["response_logprobs"])})
+
+
+def _packed(values: list[float | None]) -> Any:
+    """Log-probs as little-endian bytes in base64, NaN for null: {"f32": ...} where that keeps every bit, else {"f64": ...}.
+
+    What is not a list of numbers is passed on as it is.
+    """
+    try:
+        exact = array("d", [math.nan if value is None else value for value in values])
+        single = array("f", exact)
+    except (TypeError, OverflowError):
+        return values
+    lossless = array("d", single).tobytes() == exact.tobytes()
+    kept = single if lossless else exact
+    return {"f32" if lossless else "f64": base64.b64encode(kept.tobytes()).decode()}
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= TEXT_LIMIT else f"{value[:TEXT_LIMIT]}\n[cut in this page: {TEXT_LIMIT} of {len(value)} characters]"
+    if isinstance(value, list):
+        return [_cut(item) for item in value]
+    return {key: _cut(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _dumps(value: Any) -> str:
+    """One line of JSON that is UTF-8 and that browsers read: lone surrogates escaped, NaN and infinities as their names."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return _dumps(_finite(value))
+    return text if text.isascii() or _has_utf8(text) else json.dumps(value, separators=(",", ":"))
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {key: _finite(item) for key, item in value.items()} if isinstance(value, dict) else value
