@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ import pydantic
 
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
 from tools.http import Backend, remote_url
+from tools.policy import flag
 from tools.servers import embedded
 
 PATH = "/retrieve"
-MAX_QUERIES = 100
+# Of one call; both at once are within what our server answers.
+MAX_QUERIES, MAX_TOPK = 100, 500
 NOTHING_FOUND = "No search results found."
 
 # On top of the server's time, for our own part of a call: the backend's own deadline comes before the dispatcher's.
@@ -53,10 +57,10 @@ class SearchTool(BaseTool):
     idempotent = True
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
-        if config.get("enable_global_rate_limit") is False:
+        if not flag(config, "enable_global_rate_limit", True):
             config = {key: value for key, value in config.items() if key != "rate_limit"}
         super().__init__(config, tool_schema)
-        self._topk = _whole(config, "topk", 3)
+        self._topk = _whole(config, "topk", 3, at_most=MAX_TOPK)
         self._corpus = _corpus(config)
         timeout_s = _seconds(config, "timeout", 30.0)
         self.timeout_s = timeout_s + _SLACK_S
@@ -144,15 +148,16 @@ def _corpus(config: dict[str, Any]) -> Path | None:
     return Path(given).expanduser()
 
 
-def _whole(config: dict[str, Any], key: str, default: int) -> int:
+def _whole(config: dict[str, Any], key: str, default: int, at_most: int = sys.maxsize) -> int:
     value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ToolConfigError(f"config.{key} must be a whole number above 0, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
+        most = f" and at most {at_most}" if at_most < sys.maxsize else ""
+        raise ToolConfigError(f"config.{key} must be a whole number above 0{most}, got {value!r}")
     return value
 
 
 def _seconds(config: dict[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ToolConfigError(f"config.{key} must be a number of seconds above 0, got {value!r}")
     return float(value)

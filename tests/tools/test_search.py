@@ -19,7 +19,7 @@ import pytest
 
 from tools.base import BackendError, SearchUnavailable, ToolConfigError, ToolError
 from tools.registry import ToolSet, load_tools
-from tools.search import SearchTool
+from tools.search import MAX_QUERIES, MAX_TOPK, SearchTool
 from tools.servers import search_corpus
 from tools.servers.search_index import index_of
 
@@ -216,6 +216,14 @@ async def test_too_many_queries_are_told_to_the_model() -> None:
         await ask(tool(), *["x"] * 101)
 
 
+async def test_the_most_that_a_call_may_ask_for_is_answered(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"id": {n}, "contents": "Cat {n}"}}\n' for n in range(MAX_TOPK)), encoding="utf-8")
+    search = tool(corpus=str(corpus), topk=MAX_TOPK)
+    assert (await ask(search, *["cat"] * MAX_QUERIES))[1]["total_results"] == MAX_TOPK * MAX_QUERIES
+    await search.close()
+
+
 def test_the_schema_tells_the_rest() -> None:
     search = load_tools("search")["search"]
     assert search.validate({"query_list": ["x"]}) == []
@@ -232,8 +240,11 @@ def test_the_schema_tells_the_rest() -> None:
         ({"retrieval_service_url": 8000}, "config.retrieval_service_url must be 'embedded' or an http(s) address, got 8000"),
         ({"retrieval_service_url": "http://x", "corpus": "y"}, "config.corpus is for the embedded server"),
         ({"corpus": 5}, "config.corpus must be a JSONL file or an index folder, got 5"),
-        ({"topk": 0}, "config.topk must be a whole number above 0, got 0"),
-        ({"topk": True}, "config.topk must be a whole number above 0, got True"),
+        ({"topk": 0}, "config.topk must be a whole number above 0 and at most 500, got 0"),
+        ({"topk": True}, "config.topk must be a whole number above 0 and at most 500, got True"),
+        ({"topk": 501}, "config.topk must be a whole number above 0 and at most 500, got 501"),
+        ({"timeout": float("inf")}, "config.timeout must be a number of seconds above 0, got inf"),
+        ({"enable_global_rate_limit": "no"}, "config.enable_global_rate_limit must be true or false, got 'no'"),
         ({"num_workers": 1.5}, "config.num_workers must be a whole number above 0, got 1.5"),
         ({"timeout": "30"}, "config.timeout must be a number of seconds above 0, got '30'"),
     ],
