@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import loop_cpu, memory, sandbox, search, tool_turn
+from tests.bench import chaos, loop_cpu, memory, sandbox, search, tool_turn
 from tests.bench.row import Row, document
 from tests.bench.workload import workload
 from tools.base import SandboxUnavailable
@@ -38,6 +38,7 @@ def main() -> None:
     rows = [
         *tool_turn.rows(work, quick=quick),
         *memory.rows(work, quick=quick),
+        *chaos.rows(work, quick=quick),
         *_sandbox(console, quick=quick),
         *search.rows(quick=quick),
         *loop_cpu.rows(work, quick=quick),
