@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from conversations.template import ChatTemplate
+from tests.browser import chromium
 from tests.helpers import hermes_template, qwen_template
 
 # Tests that run as a background job inherit that these are ignored, and would pass that on to every process they start.
@@ -61,3 +63,10 @@ def sglang_rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     rollout = start(config, base_model_dir(), log_path=tmp_path_factory.mktemp("engine") / "sglang.log")
     yield rollout
     rollout.shutdown()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser() -> AsyncIterator[Any]:
+    """A real headless Chromium: one for all tests, on the session's event loop."""
+    async with chromium() as opened:
+        yield opened

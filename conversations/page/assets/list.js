@@ -103,6 +103,7 @@ async function searchTexts(candidates) {
   const mine = ++list.searching;
   const bar = $('search-progress');
   bar.hidden = true;
+  $('grid').setAttribute('aria-busy', String(filters.q !== ''));
   if (!filters.q) return;
   list.hits = new Set();
   let drawn = performance.now();
@@ -125,6 +126,7 @@ async function searchTexts(candidates) {
   if (mine !== list.searching) return;
   bar.hidden = true;
   reorder();
+  $('grid').setAttribute('aria-busy', 'false');
 }
 
 // ------------------------------------------------------------------ the bar of filters
@@ -250,8 +252,9 @@ function drawBar() {
 }
 
 function drawCount() {
-  const all = list.order.length === rows;
-  $('count').textContent = all ? plural(rows, 'trajectory').replace('trajectorys', 'trajectories') : `${count(list.order.length)} of ${count(rows)}`;
+  const whole = rows < summary.run.total ? `first ${count(rows)} of ${count(summary.run.total)}` : trajectories(rows);
+  $('count').textContent = list.order.length === rows ? whole : `${count(list.order.length)} of ${count(rows)}`;
+  $('count').title = rows < summary.run.total ? limited() : '';
 }
 
 // ------------------------------------------------------------------ rows in sight

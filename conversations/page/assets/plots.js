@@ -14,7 +14,7 @@ function drawPlots() {
     histogram('Time', of('wall'), { unit: seconds }),
     ...callPlots(kept),
   ];
-  $('plots').replaceChildren(h('p', { class: 'meta', text: `Of ${plural(kept.length, 'trajectory').replace('trajectorys', 'trajectories')}${kept.length === rows ? '' : `, as filtered, of ${count(rows)}`}. A bar opens the list with what it counts, where the list has a filter for it.` }), h('div', { class: 'cards' }, cards.filter(Boolean)));
+  $('plots').replaceChildren(h('p', { class: 'meta', text: `Of ${trajectories(kept.length)}${kept.length === rows ? '' : `, as filtered, of ${count(rows)}`}. A bar opens the list with what it counts, where the list has a filter for it.` }), h('div', { class: 'cards' }, cards.filter(Boolean)));
 }
 
 function callPlots(kept) {
