@@ -193,6 +193,8 @@ class Conversation:
     async def collect_rewards(self) -> None:
         """Asks tools and user for the trajectory's reward, unless nothing was sampled, infrastructure failed, or it was cut off."""
         self.infra_error = self.infra_error or any(line.status == "backend_error" for line in self.ledger)
+        if self.stop_reason == "deadline" and (failed := _failed_meanwhile(self.ledger)):
+            self.infra_error, self.error = True, failed
         if self.tools and self.turns and not self.infra_error and self.stop_reason != "cancelled":
             self.rewards = await self.tools.rewards()
         if self.user and self.user.rewards:
@@ -353,6 +355,14 @@ class Conversation:
             started_at=self._started_at,
             wall_s=self.wall_s,
         )
+
+
+def _failed_meanwhile(ledger: list[ToolCallRecord]) -> str | None:
+    """How the backend failed of a call that was cut off while it was tried again; None where there is no such call."""
+    for line in ledger:
+        if line.status == "cancelled" and (failed := [attempt for attempt in line.attempts if attempt.status == "backend_error"]):
+            return f"{line.call_id} was cut off while it was tried again: {failed[-1].error}"
+    return None
 
 
 def _turn(start: int, generation: Generation) -> Turn:

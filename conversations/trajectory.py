@@ -45,10 +45,12 @@ INVALID_STATUSES = frozenset({"unknown_tool", "invalid_arguments", "malformed"})
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at serving a call: seconds waited for a free slot, seconds run, and how it ended.
+    """One try at serving a call: seconds waited, seconds run, and how it ended.
 
+    It waits for the pause before a retry, for a free slot, for the tool's rate; one that never began ran 0 s.
     `error_class` is the exception's class name, None where there was none. `bytes` is the UTF-8 size of what the tool
-    answered, before any cut; None where it answered nothing. `tokens_cut` is what the model does not see of it.
+    answered, before any cut; None where it answered nothing. `tokens_cut` is what the model does not see of it, as
+    `conversations.truncate.Shortened` has it.
     """
 
     status: str

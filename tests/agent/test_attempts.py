@@ -11,10 +11,11 @@ import pytest
 from agent.attempts import pause_s
 from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
 from conversations.hermes import parse
-from conversations.trajectory import ToolCallRecord
+from conversations.template import ChatTemplate
+from conversations.trajectory import ToolCallRecord, Trajectory
 from conversations.truncate import Shortened
 from tests import virtual_time
-from tests.helpers import Toy, call, until
+from tests.helpers import Toy, call, run_one, runtime, says, until
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.toolset import ToolSet
 
@@ -269,6 +270,42 @@ def test_a_deadline_ends_every_kind_of_wait_at_once(tool: Flaky, statuses: list[
         assert lines[2].run_s == 0.0
         assert lines[2].response is None
     assert len(tool.begun) <= 2  # queued calls never begin
+
+
+@pytest.mark.parametrize(
+    ("script", "config", "infra"),
+    [
+        (("lost",), {"idempotent": True, "retries": 10}, True),
+        (("hang",), {"idempotent": True, "retries": 10, "timeout_s": 0.5}, False),
+        (("fine",), {"rate_limit": 0.001}, False),
+        (("fine", "hang"), {"max_concurrency": 1}, False),
+    ],
+    ids=["pause", "pause after a time-out", "rate", "slot"],
+)
+def test_a_conversations_deadline_ends_it_at_once_and_a_backend_that_failed_meanwhile_is_no_reward(
+    smollm2: ChatTemplate, script: tuple[str, ...], config: dict[str, Any], infra: bool
+) -> None:
+    class Paying(Flaky):
+        released = 0
+
+        async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
+            return 0.0
+
+        async def release(self, instance_id: str, **kwargs: Any) -> None:
+            self.released += 1
+
+    tool = Paying(*script, **config)
+
+    async def conversation() -> tuple[Trajectory, float]:
+        record = await run_one(runtime(smollm2, says(smollm2, call("flaky") * 3), [tool], deadline_s=7.0))
+        return record, asyncio.get_running_loop().time()
+
+    record, ended = virtual_time.run(conversation())
+    assert ended == pytest.approx(7.0)
+    assert (record.stop_reason, record.num_turns, tool.released) == ("deadline", 1, 1)
+    assert record.tool_calls[-1].status == record.tool_calls[-1].attempts[-1].status == "cancelled"
+    assert (record.infra_error, record.reward) == ((True, None) if infra else (False, 0.0))
+    assert ("call_0_0 was cut off while it was tried again: LostError: " in str(record.error)) == infra
 
 
 async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
