@@ -28,6 +28,7 @@ from conversations.checks.group import Whole
 from conversations.checks.record import Checked, check_line
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.open_run import TOKENIZER, template_kwargs
+from conversations.saved_tokenizer import is_failure, load_tokenizer, one_line
 from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
 
@@ -166,7 +167,7 @@ class _Verification:
         self.verdict.defects += 1
         self._on_defect(defect)
 
-    def _chunks(self, name: str) -> Iterator[_Chunk]:
+    def _chunks(self, name: str) -> Iterator[Chunk]:
         file = self.folder / name
         if not file.exists():
             return
@@ -175,15 +176,15 @@ class _Verification:
             return
         size = file.stat().st_size
         for start in range(0, size, CHUNK):
-            yield _Chunk(file, name, start, min(start + CHUNK, size))
+            yield Chunk(file, name, start, min(start + CHUNK, size))
 
-    def _results(self, chunks: list[_Chunk], facts: Facts) -> Iterator[tuple[_Chunk, list[Checked]]]:
+    def _results(self, chunks: list[Chunk], facts: Facts) -> Iterator[tuple[Chunk, list[Checked]]]:
         """Each chunk with what its lines gave, in order; a few are under way at a time."""
         jobs = min(self.jobs, len(chunks))
         if jobs <= 1:
             yield from ((chunk, check_chunk(chunk, facts)) for chunk in chunks)
             return
-        waiting, under_way = deque(chunks), deque[tuple[_Chunk, Future[list[Checked]]]]()
+        waiting, under_way = deque(chunks), deque[tuple[Chunk, Future[list[Checked]]]]()
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start_worker, (facts,)) as pool:
             try:
                 while waiting or under_way:
@@ -200,13 +201,11 @@ class _Verification:
 
 def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     """Raises ConversationsError, whatever is wrong with the folder."""
-    from conversations.saved_tokenizer import load_tokenizer, one_line
-
     try:
         return ChatTemplate(load_tokenizer(folder), kwargs=template_kwargs(manifest))
-    except (ConversationsError, OutOfTime, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a tokenizer that is not one may fail in any way, panics of the Rust library included
+    except BaseException as error:  # a tokenizer that is not one may fail in any way
+        if isinstance(error, ConversationsError) or not is_failure(error):
+            raise
         raise RunFolderError(f"{folder} cannot be used: {one_line(error)}") from error
 
 
@@ -214,7 +213,7 @@ def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
     """The lines of a file that begin at a byte in [start, end)."""
 
     file: Path
@@ -233,11 +232,11 @@ def _start_worker(facts: Facts) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
-def _work(chunk: _Chunk) -> list[Checked]:
+def _work(chunk: Chunk) -> list[Checked]:
     return check_chunk(chunk, _facts)
 
 
-def check_chunk(chunk: _Chunk, facts: Facts) -> list[Checked]:
+def check_chunk(chunk: Chunk, facts: Facts) -> list[Checked]:
     """What each line of the range gave, in order."""
     results: list[Checked] = []
     with suppress(FileNotFoundError), chunk.file.open("rb") as lines:
@@ -271,7 +270,7 @@ def _checked(line: bytes, name: str, facts: Facts) -> Checked:
             return check_line(line, facts, finished=name == TRAJECTORIES)
     except OutOfTime:
         return Checked([Finding(f"the record could not be checked within {TIME_LIMIT_S:g} s")])
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # hostile data may reach a panic of the Rust library
-        return Checked([Finding(f"the record could not be checked: {type(error).__name__}: {str(error)[:200]!r}")])
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        return Checked([Finding(f"the record could not be checked: {printable(one_line(error))}")])

@@ -148,11 +148,13 @@ class _Ending:
 
     def _length_needs(self) -> str | None:
         """`length` without a turn that was cut: no room for another turn, or for the last one's responses."""
+        facts, trajectory = self.facts, self.trajectory
+        if facts.template is None:
+            return None
         if not (self.calls or self.answered):
             return "the last turn is complete and has no calls"
-        facts, trajectory = self.facts, self.trajectory
         response, total = len(trajectory.response_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
-        if facts.template is None or facts.response_length is None or facts.max_model_len is None:
+        if facts.response_length is None or facts.max_model_len is None:
             return None
         missing_end = not response or trajectory.response_ids[-1] not in facts.template.end_ids
         added = 1 if self.answered else response_tokens(self.lines, facts.template) + missing_end
