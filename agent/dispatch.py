@@ -82,6 +82,7 @@ class ConversationTools:
         self._dispatcher = dispatcher
         self._kwargs = tools_kwargs
         self._ground_truth = ground_truth
+        self._id = uuid.uuid4().hex  # one for all tools, as verl gives them its request id: some share a backend's state
         self._instances: dict[str, str] = {}
         known = dispatcher.tools
         self.offered: dict[str, LoadedTool] = {name: known[name] for name in known if name in tools_kwargs or not tools_kwargs}
@@ -114,7 +115,7 @@ class ConversationTools:
 
     async def _created(self, tool: LoadedTool, kwargs: dict[str, Any]) -> object:
         """Nothing is awaited between creation and the note of it: no cancellation leaves an instance unreleased."""
-        created = await tool.tool.create(uuid.uuid4().hex, **kwargs)
+        created = await tool.tool.create(self._id, **kwargs)
         instance_id, response = created if isinstance(created, tuple) else (created, None)
         self._instances[tool.name] = instance_id
         return response

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
+from conversations.messages import ToolCall
 from tools.base import BaseTool, ToolConfigError, ToolResponse
 from tools.function import tool
 from tools.gsm8k import Gsm8kTool
@@ -139,6 +141,28 @@ async def test_verls_own_tool_runs_unchanged(write: Any, capsys: pytest.CaptureF
     await loaded.tool.release(instance)
 
 
+@pytest.mark.parametrize(
+    ("module", "cls", "truth"),
+    [("verl.tools.gsm8k_tool", "Gsm8kTool", "7"), ("verl.tools.geo3k_tool", "Geo3kTool", "$7$")],
+)
+async def test_verls_own_tools_run_as_a_conversation_runs_them(write: Any, module: str, cls: str, truth: str) -> None:
+    pytest.importorskip(module)
+    tools = load_tools(write({"tools": [entry(ANSWER, f"{module}.{cls}", type="native")]}))
+    conversation = ConversationTools(Dispatcher(tools, max_parallel_calls=16, cut=lambda text: None), {}, truth)
+    calls = [ToolCall("calculate_answer", {"answer": answer}, raw="") for answer in ("8", "7", "7", "8")]
+    lines = ledger_lines(calls, 0)
+    await conversation.create()
+    rewards = []
+    for call, line in zip(calls, lines, strict=True):
+        await conversation.run([call], [line])
+        rewards.append((await conversation.rewards())["calculate_answer"])
+    await conversation.release()
+    assert conversation.warnings == []
+    assert [line.status for line in lines] == ["ok"] * 4
+    assert lines[1].response == "Current parsed answer='7' reward=1.0"
+    assert ([line.reward for line in lines], rewards) == ([-0.05, 0.0, -0.05, -0.05], [0.0, 1.0, 1.0, 0.0])
+
+
 def test_a_users_class_and_functions_load_from_beside_the_yaml(write: Any, tmp_path: Path) -> None:
     (tmp_path / "my_registry_tools.py").write_text(
         textwrap.dedent("""
@@ -250,7 +274,13 @@ REFUSED = [
     ([entry(timeout_s=float("nan"))], "config.timeout_s must be a number above 0, got nan"),
     ([entry(max_concurrency=True)], "config.max_concurrency must be a whole number above 0, got True"),
     ([entry(ends_conversation="yes")], "config.ends_conversation must be true or false, got 'yes'"),
-    ([entry(type="mcp")], "config.type 'mcp' is not supported; only native is"),
+    ([entry(type="mpc")], "config.type 'mpc' is not supported; native and mcp are"),
+    (
+        [entry(cls="verl.tools.search_tool.SearchTool")],
+        "verl.tools.search_tool.SearchTool: it runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema",
+    ),
+    ([entry(cls="verl.tools.sandbox_fusion_tools.SandboxFusionTool")], "tools.sandbox.SandboxFusionTool takes the same config"),
+    ([entry(cls="verl.tools.image_zoom_in_tool.ImageZoomInTool")], "answers with images, which are not shown to models here"),
     ([{**entry(), "config": []}, 1], "entry 1: expected class_name, config and tool_schema, got int"),
     ([{**entry(), "config": "x"}], "config must be a mapping, got str"),
     ([{"class_name": "tools.gsm8k.Gsm8kTool"}], "tool_schema is missing"),
