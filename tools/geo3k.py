@@ -1,0 +1,131 @@
+"""Geometry answers, graded as verl 0.6.1 grades them: by mathruler, which holds "1/2" and "0.5" to be the same.
+
+mathruler hands what a model wrote to sympy, which may be busy with it forever (`9**9**9**9`): that happens in processes
+beside this one, `tools.servers.grader`, which end themselves over a line that takes too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools.answer import AnswerTool
+from tools.base import BackendError, ToolConfigError
+
+ATTEMPTS = 2
+"""A process that ends over an answer may have been ended by somebody else: the answer gets a second one."""
+
+READY_S = 60.0
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class Geo3kTool(AnswerTool):
+    """Takes `answer`, LaTeX or plain. The tool's name is the schema's: `calc_geo3k_reward`, any.
+
+    An answer that cannot be graded is worth 0.0, and `grading` in the call's metrics says why.
+    """
+
+    config_keys = frozenset()
+    max_concurrency = min(4, os.cpu_count() or 1)
+
+    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
+        super().__init__(config, tool_schema)
+        missing = [name for name in ("mathruler", "sympy", "pylatexenc", "tqdm") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ToolConfigError(f"it grades with mathruler: pip install {' '.join(missing)}")
+        self._idle: list[Worker] = []
+
+    async def start(self) -> None:
+        """Starts the first process. Raises ToolConfigError where it cannot be."""
+        try:
+            self._idle.append(await Worker.start())
+        except BackendError as error:
+            raise ToolConfigError(str(error)) from error
+
+    async def grade(self, answer: str, ground_truth: str) -> tuple[float, dict[str, Any]]:
+        for _ in range(ATTEMPTS):
+            worker = self._idle.pop() if self._idle else await Worker.start()
+            try:
+                right = await worker.ask(answer, ground_truth)
+            except WorkerEndedError as ended:
+                problem = ended
+                if ended.in_time:
+                    continue
+                break
+            self._idle.append(worker)
+            return float(right), {}
+        return 0.0, {"grading": str(problem)}
+
+    async def close(self) -> None:
+        while self._idle:
+            await self._idle.pop().end()
+
+
+class WorkerEndedError(Exception):
+    """The process ended over an answer; `in_time`: not because it took too long."""
+
+    def __init__(self, code: int) -> None:
+        self.in_time = code != -signal.SIGPROF
+        super().__init__(f"the grader ended with code {code}" if self.in_time else "it took too long")
+
+
+class Worker:
+    """One grading process; it serves one question at a time."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise ValueError("a worker's stdin and stdout must be pipes")
+        self._process = process
+        self._stdin, self._line = process.stdin, process.stdout.readline
+
+    @classmethod
+    async def start(cls) -> Worker:
+        """A process that is ready, a second after this. Raises BackendError."""
+        # -P: a `tools` folder in the user's working folder is not ours. A session of its own: Ctrl-C is for us to handle.
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "tools.servers.grader"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # sympy warns there of what models write
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))},
+            start_new_session=True,
+        )
+        worker = cls(process)
+        try:
+            async with asyncio.timeout(READY_S):
+                ready = await worker._line()
+        except BaseException:
+            await worker.end()
+            raise
+        if not ready:
+            raise BackendError(f"the grader ended at its start with code {await process.wait()}; `python -m tools.servers.grader` says why")
+        return worker
+
+    async def ask(self, answer: str, ground_truth: str) -> bool:
+        """Whether the answer is right. Raises WorkerEndedError; cancelled, or when that is raised, the process is gone."""
+        line = b""
+        try:
+            with contextlib.suppress(ConnectionError):
+                self._stdin.write(json.dumps([answer, ground_truth]).encode() + b"\n")
+                await self._stdin.drain()
+            line = await self._line()
+        finally:
+            if not line:
+                await self.end()
+        if not line:
+            raise WorkerEndedError(await self._process.wait())
+        return bool(json.loads(line))
+
+    async def end(self) -> None:
+        """Ends the process, whatever it is doing."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
