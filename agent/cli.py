@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from agent.commands.index import index
+from agent.commands.replay import replay
+from agent.commands.rescore import rescore
 from agent.commands.serve_search import serve_search
 from agent.commands.verify import verify
 from agent.errors import AgentError
@@ -159,3 +161,5 @@ def version() -> None:
 app.command()(index)
 serve_app.command("search")(serve_search)
 app.command()(verify)
+app.command()(replay)
+app.command()(rescore)

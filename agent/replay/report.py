@@ -16,6 +16,7 @@ from rich.text import Text
 from agent.progress import say
 from agent.replay.outcome import DIVERGED, FAILED, IDENTICAL, Line, Tally
 from agent.replay.request import ReplayRequest
+from agent.terminal import one_line
 
 SHOWN = 5
 """Divergences that are printed; all of them are in the new run's replay.jsonl."""
@@ -84,20 +85,20 @@ def _tools(tally: Tally) -> Table:
         table.add_column(name, justify="left" if name in ("tool", "in") else "right")
     for name, each in sorted(tally.answers.items()):
         counts = each.compared, each.compared - each.different, each.different
-        table.add_row(Text(_plain(name)), *map(str, counts), ", ".join(each.fields))
+        table.add_row(Text(one_line(name)), *map(str, counts), ", ".join(each.fields))
     return table
 
 
 def _block(line: Line) -> list[str]:
     first = line["first"]
-    lines = [f"{_plain(line['id'])}  {_place(first)}"] if first else [f"{_plain(line['id'])}  the same"]
+    lines = [f"{one_line(line['id'])}  {_place(first)}"] if first else [f"{one_line(line['id'])}  the same"]
     if line["error"]:
-        lines.append(f"  failed    {_plain(line['error'])}")
+        lines.append(f"  failed    {one_line(line['error'])}")
     if first:
-        lines += [f"  both      ...{_plain(first['before'])}"] if first["before"] else []
+        lines += [f"  both      ...{one_line(first['before'])}"] if first["before"] else []
         lines += [f"  {name}  {_side(first[name])}" for name in ("recorded", "replayed")]
     for other in line["elsewhere"][:SHOWN]:
-        lines.append(f"  also {_plain(other['call_id'] or 'create')} {_plain(other['name'] or '')}")
+        lines.append(f"  also {one_line(other['call_id'] or 'create')} {one_line(other['name'] or '')}")
         lines += [f"    {name}  {_side(other[name])}" for name in ("recorded", "replayed")]
     return [*lines, ""]
 
@@ -105,8 +106,8 @@ def _block(line: Line) -> list[str]:
 def _place(first: dict[str, Any]) -> str:
     parts = [f"turn {first['turn']}"] if first["turn"] is not None else []
     parts += [f"token {first['token']}"] if first["token"] is not None else []
-    parts += [_plain(first["call_id"])] if first["call_id"] else []
-    parts += [_plain(first["name"])] if first["name"] else []
+    parts += [one_line(first["call_id"])] if first["call_id"] else []
+    parts += [one_line(first["name"])] if first["name"] else []
     return f"{', '.join([*parts, _WHERE[first['kind']]])} differs"
 
 
@@ -117,13 +118,8 @@ def _side(value: Any) -> str:
             return "(ends here)"
         logprob = "" if value["logprob"] is None else f", log-prob {value['logprob']:.4f}"
         return f"{json.dumps(_cut(value['text']), ensure_ascii=True)}  (id {value['ids'][0]}{logprob})"
-    return _plain(_cut(json.dumps(value, ensure_ascii=False)))
+    return one_line(_cut(json.dumps(value, ensure_ascii=False)))
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
-
-
-def _plain(text: str) -> str:
-    """A text on one line, with escapes for what a terminal would act on."""
-    return text if text.isprintable() else text.encode("unicode_escape", "backslashreplace").decode("ascii")
