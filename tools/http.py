@@ -20,6 +20,8 @@ EMBEDDED = "embedded"
 
 _CONNECT_S = 10.0
 _CONNECT_RETRIES = 3
+# uvicorn drops a connection that was idle for 5 s; a call that goes out on it just then is lost.
+_KEEPALIVE_S = 2.0
 _SAID_CHARS = 200
 _HEADERS = {"content-type": "application/json", "accept": "application/json"}
 
@@ -124,7 +126,8 @@ class Backend:
     def _on_loop(self) -> _OnLoop:
         loop = asyncio.get_running_loop()
         if self._here is None or self._here.loop is not loop:
-            limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
+            many = self._connections
+            limits = httpx.Limits(max_connections=many, max_keepalive_connections=many, keepalive_expiry=_KEEPALIVE_S)
             transport = httpx.AsyncHTTPTransport(retries=_CONNECT_RETRIES, limits=limits)
             timeout = httpx.Timeout(None, connect=_CONNECT_S)
             self._here = _OnLoop(loop, httpx.AsyncClient(transport=transport, timeout=timeout), asyncio.Lock())

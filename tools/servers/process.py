@@ -19,7 +19,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 _PARENT_CHECK_S = 1.0
-_GRACE_S = 5
+_UVICORN: dict[str, Any] = {
+    "lifespan": "off",
+    "access_log": False,
+    "log_level": "warning",
+    "timeout_graceful_shutdown": 5,
+    "timeout_keep_alive": 60,  # longer than clients keep an idle connection: a request that meets our closing it is lost
+}
 
 
 def serve_until_ended(app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False) -> None:
@@ -47,9 +53,7 @@ async def _serve(app: ASGIApp, host: str, port: int, says: dict[str, Any], with_
     with socket.create_server((host, port), backlog=1024) as listener:
         # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server = uvicorn.Server(
-            uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", timeout_graceful_shutdown=_GRACE_S)
-        )
+        server = uvicorn.Server(uvicorn.Config(app, **_UVICORN))
         watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
         announce(port=listener.getsockname()[1], **says)
         await server.serve([listener])
