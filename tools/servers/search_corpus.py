@@ -43,7 +43,7 @@ class Document:
 
 
 class Corpus(Protocol):
-    """Documents, what they are called, under which licence they are, and the fingerprint of where they come from."""
+    """Documents, what they are called, under which license they are, and the fingerprint of where they come from."""
 
     @property
     def name(self) -> str: ...
