@@ -108,35 +108,42 @@ async def run_tasks(
     *,
     n: int = 1,
     max_concurrent: int = 64,
+    target: int | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
     """Runs `n` samples of every task; what `store` already holds is skipped.
 
+    Once `target` conversations are done in all, the rest is cut off: aborted in the engine, and kept as unfinished.
     `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
     records written as unfinished, and CancelledError is raised. An error of the store ends the run.
     """
     conversations = (Conversation(task, sample, runtime) for task in tasks for sample in range(n))
-    return await run_conversations(conversations, max_concurrent=max_concurrent, store=store, progress=progress, on_done=on_done)
+    return await run_conversations(
+        conversations, max_concurrent=max_concurrent, target=target, store=store, progress=progress, on_done=on_done
+    )
 
 
 async def run_conversations(
     conversations: Iterable[Conversation],
     *,
     max_concurrent: int = 64,
+    target: int | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
     """`run_tasks` for conversations that are not all alike; each is made when there is room to run it."""
-    batch = _Batch(store, progress or Progress(), on_done)
+    batch = _Batch(store, progress or Progress(), on_done, target)
     missing = filter(batch.is_missing, conversations)
     slots = asyncio.Semaphore(max_concurrent)
     try:
         async with asyncio.TaskGroup() as group:
-            while await slots.acquire() and (conversation := next(missing, None)):
+            while await slots.acquire() and not batch.has_enough and (conversation := next(missing, None)):
                 running = group.create_task(batch.run(conversation))
+                batch.running.add(running)
+                running.add_done_callback(batch.running.discard)
                 running.add_done_callback(lambda _: slots.release())
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
@@ -148,6 +155,13 @@ class _Batch:
     store: Store | None
     progress: Progress
     on_done: Callable[[Trajectory], None] | None
+    target: int | None
+    running: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether what has not ended by now is not waited for."""
+        return self.target is not None and self.progress.done >= self.target
 
     def is_missing(self, conversation: Conversation) -> bool:
         """False, and counted as skipped, where the store has it already."""
@@ -162,6 +176,8 @@ class _Batch:
             with tracing.conversation(conversation) if tracing else contextlib.nullcontext():
                 await converse(conversation)
         except asyncio.CancelledError:
+            if self.has_enough:
+                conversation.warnings.append(f"cut off when {self.target} conversations were done (over_sample_rate)")
             if self.store:
                 self._keep(self.store.append_unfinished, conversation.trajectory())
             raise
@@ -174,6 +190,9 @@ class _Batch:
         self.progress.count(kept)
         if self.on_done:
             self.on_done(kept)
+        if self.has_enough:
+            for other in self.running - {asyncio.current_task()}:
+                other.cancel()
 
     def _keep(self, append: Callable[[Trajectory], None], trajectory: Trajectory) -> Trajectory | None:
         """What `append` took: the trajectory, or what of it has a JSON form; None where that cannot be written either."""

@@ -1,8 +1,9 @@
 """AgentRollout: verl 0.6.1's SGLangRollout with what turntrace needs of it, and nothing else changed.
 
 Inherited: engine start-up, tensor parallelism, sampling params, weight sync (`update_weights`, `release`, `resume`),
-config checks. Replaced: the server arguments that assume a GPU, the start of child processes (`processes.Children`),
-tool set-up (ours lives outside the engine), and the process group of a process that drives the engine alone.
+single-turn batches, config checks. Replaced: the server arguments that assume a GPU, the start of child processes
+(`processes.Children`), tool set-up (ours lives outside the engine), multi_turn batches (`agent.trainer`), and the process
+group of a process that drives the engine alone.
 
 This is the only file that imports verl's rollout and starts an engine. Importing it imports torch, sglang and verl,
 which on a CPU needs the import guards: call `agent.engines.sglang.start`, which prepares for it.
@@ -17,7 +18,7 @@ import importlib.metadata
 import os
 import socket
 import types
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ import sglang.srt.utils.patch_torch as sglang_sharing
 import torch
 import torch.distributed as dist
 from sglang.srt.utils.hf_transformers_utils import get_context_length, get_hf_text_config
+from tensordict import TensorDict
 from torch.distributed.device_mesh import init_device_mesh
+from verl import DataProto
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+from verl.workers.rollout.schemas import Message
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 
 from agent.engines.processes import Children
@@ -37,6 +42,9 @@ from agent.engines.sglang import SGLangEngine
 from agent.engines.sglang_args import server_args
 from agent.errors import ConfigError
 from agent.model.base import model_name
+from agent.trainer import TrainerBatches
+from agent.verl_batch import Shape, batch_arrays, batch_columns
+from conversations.trajectory import Trajectory
 
 MESH_DIMS = ("dp", "infer_tp", "pp")
 ALONE_DEFAULTS = {
@@ -78,8 +86,22 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         return {}
 
     def _req_level_generate_sequences(self, prompts: Any, **kwargs: Any) -> Any:
-        """verl's request-level loop, replaced by turntrace's own: without its tools it would sample other data in silence."""
-        raise NotImplementedError("a verl trainer's multi_turn batches are not served yet; use `turntrace run` or InferenceEngine")
+        """A trainer's multi_turn batch through turntrace's loop: the first tensor-parallel rank runs it, all return it."""
+        trajectories = None
+        if self._tp_rank == 0:
+            loop = asyncio.get_event_loop()
+            trajectories = loop.run_until_complete(self._trainer.run(prompts, kwargs))
+            loop.run_until_complete(self._engine.flush_cache())  # as verl does: the KV cache is not needed again
+        dist.barrier()
+        group = self._device_mesh_cpu["tp"]
+        [trajectories] = sglang_rollout.broadcast_pyobj(
+            data=[trajectories], rank=self._rank, dist_group=group.get_group(), src=group.mesh[0].item(), force_cpu_device=False
+        )
+        return _batch(trajectories, self._trainer.shape, prompts.batch["input_ids"].device)
+
+    @functools.cached_property
+    def _trainer(self) -> TrainerBatches:
+        return TrainerBatches(self.engine(), self.processing_class, self.config, self.sampling_params, self.pad_token_id)
 
     def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
         """A process alone drives all of the engine's GPUs; several are verl's own case, one per tensor-parallel rank."""
@@ -152,6 +174,11 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         return {"name": "sglang", "model": model, "device": args.device, "dtype": args.dtype, **versions}
 
 
+# A trainer's workers import the module that `actor_rollout_ref.model.external_lib` names before they look up their rollout
+# class: with `agent.rollout` there, theirs is ours.
+_ROLLOUT_REGISTRY["sglang", "sync"] = f"{__name__}.{AgentRollout.__name__}"
+
+
 class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
     """SGLang's engine that ends its own children only, not every child of the process, and that fails when they end."""
 
@@ -181,6 +208,15 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
 
     async def _answer(self, request: Coroutine[Any, Any, Any]) -> Any:
         return await self._children.answer(asyncio.create_task(request))
+
+
+def _batch(trajectories: Sequence[Trajectory], shape: Shape, device: torch.device) -> DataProto:
+    """The batch that verl's trainer expects back, its messages in verl's own class."""
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in batch_arrays(trajectories, shape).items()}
+    columns = batch_columns(trajectories)
+    for index, messages in enumerate(columns["messages"]):
+        columns["messages"][index] = {"messages": [Message(role=said["role"], content=said["content"] or "") for said in messages]}
+    return DataProto(batch=TensorDict(tensors, batch_size=len(trajectories)), non_tensor_batch=columns)
 
 
 def _rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:

@@ -167,6 +167,11 @@ def without_nulls(value: Any) -> Any:
 # ---------------------------------------------------------------------- rows to tasks
 
 
+def row_hash(row: Any) -> str:
+    """The id of what has none of its own: 16 hex digits of the SHA-256 of its canonical JSON, null keys left out."""
+    return hashlib.sha256(canonical_json(without_nulls(row)).encode("ascii")).hexdigest()[:16]
+
+
 class _Ids:
     """Names each row once: its own id must be unique, a repeated row gets `#k`."""
 
@@ -186,7 +191,7 @@ class _Ids:
         return str(own)
 
     def _hash(self, row: Row) -> str:
-        name = hashlib.sha256(canonical_json(without_nulls(row)).encode("ascii")).hexdigest()[:16]
+        name = row_hash(row)
         repeat = self._repeats.get(name, 0)
         self._repeats[name] = repeat + 1
         return f"{name}#{repeat}" if repeat else name
@@ -194,11 +199,16 @@ class _Ids:
 
 def _task(row: Row, ids: _Ids, place: str) -> Task:
     _check_json(row)
+    return row_task(row, ids.name(row, place))
+
+
+def row_task(row: Row, name: str) -> Task:
+    """The task of one row, under an id of its own. Raises TaskError and MessageError where it is not one."""
     info = _mapping(row, "extra_info")
     reward_model = _mapping(row, "reward_model")
     ground_truth = row.get("ground_truth")
     return Task(
-        id=ids.name(row, place),
+        id=name,
         messages=given_messages(_prompt(row)),
         tools_kwargs=_tools_kwargs(row, info),
         interaction_kwargs=_interaction_kwargs(row, info),

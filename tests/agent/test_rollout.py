@@ -305,8 +305,6 @@ def test_it_is_verls_own_rollout_class(sglang_rollout: Any) -> None:
 
     assert isinstance(sglang_rollout, SGLangRollout)
     assert sglang_rollout.engine() is sglang_rollout.engine()
-    with pytest.raises(NotImplementedError, match="multi_turn"):
-        sglang_rollout._req_level_generate_sequences(None)
 
 
 # ---------------------------------------------------------------------- starting and ending

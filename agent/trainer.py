@@ -1,0 +1,164 @@
+"""Batches of a verl trainer through turntrace's loop: the trainer's config as ours, one runtime for all of its steps.
+
+Named in a trainer's config as `actor_rollout_ref.model.external_lib: agent.rollout`. What verl's `RolloutConfig` has
+no key for stands under `rollout.engine_kwargs.turntrace`: the fields of `TrainerOptions`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from agent.batch import run_conversations
+from agent.dispatch import Dispatcher
+from agent.engines.engine import Engine
+from agent.errors import ConfigError
+from agent.interactions import load_interactions
+from agent.loop import Conversation, LoopSettings, Runtime
+from agent.manifest import versions
+from agent.verl_batch import Shape, batch_tasks
+from conversations.store import RunFolder
+from conversations.template import ChatTemplate
+from conversations.tokens import TOOL, USER
+from conversations.trajectory import Trajectory
+from conversations.truncate import cut_to_tokens
+from tools.registry import load_tools
+
+NOT_SAMPLING = frozenset({"n", "max_new_tokens", "skip_special_tokens", "spaces_between_special_tokens"})
+"""Of verl's sampling params, those that the loop sets or that only texts have."""
+GREEDY = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "temperature": 0,
+    "top_p": 1,
+    "top_k": -1,
+    "ignore_eos": False,
+    "min_new_tokens": 0,
+}
+"""verl's params where a batch says `do_sample: false`."""
+
+
+class TrainerOptions(pydantic.BaseModel):
+    """`rollout.engine_kwargs.turntrace` in a trainer's config; meanings as under `rollout.turntrace` outside of one.
+
+    `save_to`: a folder that gets a run folder for each batch, `train-STEP-rank-R` or `val-STEP-rank-R`.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    apply_chat_template_kwargs: dict[str, Any] = {}
+    max_consecutive_invalid_calls: pydantic.PositiveInt | None = 8
+    conversation_deadline_s: pydantic.PositiveFloat | None = None
+    max_tokens: pydantic.PositiveInt | None = None
+    save_to: Path | None = None
+
+
+class TrainerBatches:
+    """Runs a trainer's batches. `config` is verl's `RolloutConfig`, `sampling` the params its rollout made of it."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], pad_id: int) -> None:
+        self.config = config
+        self.shape = Shape(config.prompt_length, config.response_length, pad_id, config.calculate_log_probs)
+        self._options = _options(config)
+        self._sampling = sampling
+        self._batches = 0
+        multi_turn = config.multi_turn
+        self._tools = load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
+        interactions = load_interactions(Path(multi_turn.interaction_config_path)) if multi_turn.interaction_config_path else None
+        template = ChatTemplate(tokenizer, kwargs=self._options.apply_chat_template_kwargs)
+        for kind, is_needed in ((TOOL, self._tools), (USER, interactions)):
+            if is_needed:
+                template.require(kind)
+        dispatcher = None
+        if self._tools:
+            limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
+            cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
+            dispatcher = Dispatcher(self._tools, max_parallel_calls=multi_turn.max_parallel_calls or 16, cut=cut)
+        self._runtime = Runtime(engine, template, self._settings({}), dispatcher, interactions=interactions)
+
+    async def run(self, prompts: Any, overrides: Mapping[str, Any]) -> list[Trajectory]:
+        """The trajectory of each row, in the batch's order. Those cut off by over-sampling have `cancelled`."""
+        if self._tools and not self._batches:
+            await self._tools.start()
+        self._batches += 1
+        meta = prompts.meta_info
+        validate = bool(meta.get("validate", False))
+        settings = self._settings({**self._mode(validate, meta.get("do_sample", True)), **overrides})
+        runtime = dataclasses.replace(self._runtime, settings=settings)
+        conversations = [Conversation(task, sample, runtime) for task, sample in batch_tasks(prompts.non_tensor_batch)]
+        count = len(conversations)
+        target = None if validate else int(count * (1 - self.config.over_sample_rate))
+        with self._store(validate, meta.get("global_steps")) as store:
+            await run_conversations(conversations, max_concurrent=max(count, 1), target=target, store=store)
+        return [conversation.trajectory() for conversation in conversations]
+
+    async def close(self) -> None:
+        """Frees what the tools hold."""
+        if self._tools:
+            await self._tools.close()
+
+    def _mode(self, validate: bool, do_sample: bool) -> Mapping[str, Any]:
+        if not do_sample:
+            return GREEDY
+        if validate:
+            return {key: getattr(self.config.val_kwargs, key) for key in ("top_k", "top_p", "temperature")}
+        return {}
+
+    def _settings(self, overrides: Mapping[str, Any]) -> LoopSettings:
+        config, options = self.config, self._options
+        longest = config.prompt_length + config.response_length
+        sampling = {key: value for key, value in {**self._sampling, **overrides}.items() if key not in NOT_SAMPLING}
+        return LoopSettings(
+            prompt_length=config.prompt_length,
+            response_length=config.response_length,
+            max_model_len=min(config.max_model_len or longest, longest),
+            max_tokens=options.max_tokens,
+            max_turns=config.multi_turn.max_assistant_turns,
+            max_user_turns=config.multi_turn.max_user_turns,
+            max_consecutive_invalid_calls=options.max_consecutive_invalid_calls,
+            deadline_s=options.conversation_deadline_s,
+            sampling=sampling,
+        )
+
+    def _store(self, validate: bool, step: int | None) -> AbstractContextManager[RunFolder | None]:
+        """The run folder of one batch; a step that the trainer does again, after a restart, gets one of its own."""
+        if self._options.save_to is None:
+            return nullcontext()
+        name = f"{'val' if validate else 'train'}-{self._batches - 1 if step is None else step}-rank-{os.environ.get('RANK', '0')}"
+        folder, again = self._options.save_to / name, 0
+        while folder.exists():
+            again += 1
+            folder = self._options.save_to / f"{name}-{again}"
+        store = RunFolder.create(folder, self._manifest(validate, step))
+        self._runtime.template.tokenizer.save_pretrained(folder / "tokenizer")
+        return store
+
+    def _manifest(self, validate: bool, step: int | None) -> dict[str, Any]:
+        tools = self._tools.source_text if self._tools else None
+        config = {"rollout": {**_plain(self.config), "turntrace": self._options.model_dump(mode="json", exclude={"save_to"})}}
+        return {"config": config, "tools": tools, "validate": validate, "step": step, "versions": versions(), "parent": None}
+
+
+def _options(config: Any) -> TrainerOptions:
+    given = dict(config.engine_kwargs or {}).get("turntrace") or {}
+    try:
+        return TrainerOptions(**given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["rollout.engine_kwargs.turntrace", *map(str, first["loc"])])
+        raise ConfigError(f"{where}: {first['msg']}; the keys are {', '.join(TrainerOptions.model_fields)}") from error
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """verl's dataclass as JSON values; what has no JSON form becomes its text."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return plain

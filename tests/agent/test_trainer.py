@@ -1,0 +1,289 @@
+"""AgentRollout in SGLangRollout's place: equal tensor for tensor where verl 0.6.1 is right, and each place where it is not."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.engines import cpu_guards
+from agent.engines.sglang_args import start_variables
+from conversations.open_run import open_run
+from conversations.template import ChatTemplate
+from conversations.verify import verify_run
+from tests.helpers import call, respelled
+
+cpu_guards.install()
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory, qwen2_5: ChatTemplate) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in start_variables(cuda=False).items():
+            patch.setenv(name, value)
+        from tests.agent.trainer_peer import Peers, sglang_rollout
+
+        # verl would pick `glm` for any vocabulary with `<tool_call>`, and find no call.
+        patch.setattr(sglang_rollout, "get_tool_call_parser_type", lambda _: "qwen25")
+        made = Peers(tmp_path_factory.mktemp("verl"), qwen2_5)
+        yield made
+        made.close()
+
+
+def script(peers: Any, say: Any, **options: Any) -> Any:
+    from tests.agent.trainer_peer import Script
+
+    return Script(peers.template, say, **options)
+
+
+def batch(peers: Any, *questions: str, **options: Any) -> Any:
+    from tests.agent.trainer_peer import batch
+
+    return batch(peers.template, questions, **options)
+
+
+def echo(text: str) -> str:
+    """One turn: the question again."""
+    return "It is " + text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+
+
+def three_looks(text: str) -> str:
+    """Two turns with a call, one without."""
+    done = text.count("<tool_response>") - text.count("Here are examples")
+    return f"Found {done}." if done >= 2 else call("look", question=f"q{done}")
+
+
+TENSORS = ("prompts", "responses", "response_mask", "input_ids", "attention_mask", "position_ids")
+
+
+def assert_equal(ours: Any, verls: Any, names: Any = TENSORS) -> None:
+    for name in names:
+        one, other = ours.batch[name], verls.batch[name]
+        assert (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device), name
+        assert one.equal(other), name
+
+
+# ---------------------------------------------------------------------- equal
+
+
+def test_single_turn_batches_are_equal_tensor_for_tensor(peers: Any) -> None:
+    given = batch(peers, "What is 6 times 7?", "And 2?", "And 漢字 🙂?")
+    said = script(peers, echo)
+    ours, verls = peers.run(peers.ours(said), given), peers.run(peers.verls(said), given)
+    assert_equal(ours, verls)
+    assert set(ours.batch.keys()) == set(verls.batch.keys())
+    assert set(ours.non_tensor_batch) == set(verls.non_tensor_batch)
+    assert ours.non_tensor_batch["messages"].tolist() == verls.non_tensor_batch["messages"].tolist()
+    assert ours.non_tensor_batch["reward_scores"].tolist() == verls.non_tensor_batch["reward_scores"].tolist()
+    assert [len(one) for one in ours.non_tensor_batch["request_id"]] == [36] * 3
+    assert said.flushed == 2
+
+
+def test_batches_without_multi_turn_are_verls_own(peers: Any) -> None:
+    given = batch(peers, "What is 6 times 7?", "And 2?")
+    said = script(peers, echo)
+    single = {"multi_turn": {"enable": False}}
+    ours, verls = peers.run(peers.ours(said, **single), given), peers.run(peers.verls(said, **single), given)
+    assert_equal(ours, verls, verls.batch.keys())
+
+
+def test_tool_turns_have_equal_ids_and_masks_but_for_the_newline_after_the_end_token(peers: Any) -> None:
+    """verl gives that newline mask 1, though nobody sampled it."""
+    given = batch(peers, "one", "two", tools=True)
+    said = script(peers, three_looks)
+    ours, verls = peers.run(peers.ours(said, tools=True), given), peers.run(peers.verls(said, tools=True), given)
+    assert_equal(ours, verls, ["responses"])  # prompts: see the schemas below
+    newline = peers.template.encode("\n")
+    for row in range(2):
+        ids = ours.batch["responses"][row].tolist()
+        masks = ours.batch["response_mask"][row].tolist(), verls.batch["response_mask"][row].tolist()
+        differ = [index for index, (mine, theirs) in enumerate(zip(*masks, strict=True)) if mine != theirs]
+        assert [(ids[index - 1], ids[index], masks[0][index], masks[1][index]) for index in differ] == [
+            (peers.template.end_id, *newline, 0, 1)
+        ] * 2
+    assert [message.role for message in ours.non_tensor_batch["messages"][0]["messages"]] == [
+        message.role for message in verls.non_tensor_batch["messages"][0]["messages"]
+    ]
+    assert ours.non_tensor_batch["reward_scores"].tolist() == [{"look": 2.0, "user_turn_rewards": []}] * 2
+
+
+def test_sampling_params_are_those_that_verl_sends(peers: Any) -> None:
+    """In each mode, with overrides; budgets, stop ids and what only texts have aside."""
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"do_sample": False}, {}),
+        ({"validate": True}, {}),
+        ({"validate": True, "do_sample": False}, {}),
+        ({}, {"temperature": 0.3}),
+    ]
+    for meta, overrides in cases:
+        sent = []
+        for make in (peers.ours, peers.verls):
+            said = script(peers, echo)
+            peers.run(make(said, temperature=0.7, top_p=0.9, top_k=40), batch(peers, "x", meta=meta), **overrides)
+            (_, sampling), *_ = said.seen
+            aside = ("max_new_tokens", "stop_token_ids", "n", "skip_special_tokens", "spaces_between_special_tokens")
+            sent.append({key: value for key, value in sampling.items() if key not in aside})
+        assert sent[0] == sent[1], meta
+
+
+# ---------------------------------------------------------------------- where verl is wrong
+
+
+def test_sampled_tokens_come_back_as_they_were_sampled(peers: Any) -> None:
+    """verl renders a turn with calls anew: ids that do not survive decode and encode are others afterwards."""
+
+    def odd(text: str) -> list[int]:
+        return [*respelled(peers.template, three_looks(text), random.Random(3)), peers.template.end_id]
+
+    given = batch(peers, "one", tools=True)
+    said = script(peers, odd)
+    ours = peers.run(peers.ours(said, tools=True), given)
+    sampled = [token for ids, _ in said.seen for token in odd(peers.template.decode(ids))]
+    mask = ours.batch["response_mask"][0].bool()
+    assert ours.batch["responses"][0][mask].tolist() == sampled
+    verls = peers.run(peers.verls(said, tools=True), given)
+    assert verls.batch["responses"][0][verls.batch["response_mask"][0].bool()].tolist() != sampled
+
+
+def test_logprobs_are_the_sampling_calls_one_a_token(peers: Any) -> None:
+    """verl's come from a second call, whose shape fails, and keep one value a row."""
+    given = batch(peers, "one", tools=True)
+    said = script(peers, three_looks)
+    ours = peers.run(peers.ours(said, tools=True, calculate_log_probs=True), given)
+    mask = ours.batch["response_mask"][0].bool()
+    logprobs = ours.batch["rollout_log_probs"]
+    assert (logprobs.dtype, logprobs.shape) == (__import__("torch").float32, ours.batch["responses"].shape)
+    expected = [-0.5 - index / 8 for ids, _ in list(said.seen) for index in range(len(said.sample(ids, {}).token_ids))]
+    assert logprobs[0][mask].tolist() == expected[: int(mask.sum())]
+    assert logprobs[0][~mask].abs().sum() == 0
+    with pytest.raises((ValueError, RuntimeError, IndexError, TypeError, AttributeError)):
+        peers.run(peers.verls(script(peers, three_looks), tools=True, calculate_log_probs=True), given)
+
+
+def once(turn: str) -> Any:
+    """The turn, then a sentence."""
+    return lambda text: "Sorry." if "</tool_response>" in text else turn
+
+
+def test_a_broken_tool_does_not_end_the_batch(peers: Any) -> None:
+    given = batch(peers, "one", "two", tools=True)
+    said = once(call("look", question="break"))
+    ours = peers.run(peers.ours(script(peers, said), tools=True), given)
+    assert ours.non_tensor_batch["messages"][0]["messages"][2].content == "Error: look failed"
+    with pytest.raises(RuntimeError, match="the tool is broken"):
+        peers.run(peers.verls(script(peers, said), tools=True), given)
+
+
+@pytest.mark.parametrize(
+    ("turn", "answer"),
+    [(call("nothing", question="x"), "no tool named 'nothing'"), ('<tool_call>\n{"name": "look"\n</tool_call>', "malformed tool call")],
+)
+def test_a_call_that_is_wrong_is_answered_where_verl_drops_it(peers: Any, turn: str, answer: str) -> None:
+    given = batch(peers, "one", tools=True)
+    ours = peers.run(peers.ours(script(peers, once(turn)), tools=True), given)
+    assert answer in ours.non_tensor_batch["messages"][0]["messages"][2].content
+    verls = peers.run(peers.verls(script(peers, once(turn)), tools=True), given)
+    assert len(verls.non_tensor_batch["messages"][0]["messages"]) == 2
+
+
+def test_prompts_show_the_schema_as_written(peers: Any) -> None:
+    """verl's pydantic schema adds what nobody wrote."""
+    from tests.agent.trainer_peer import LOOK_SCHEMA
+
+    given = batch(peers, "one", tools=True)
+    ours, verls = (
+        peers.template.decode(peers.run(make(script(peers, echo), tools=True), given).batch["prompts"][0].tolist())
+        for make in (peers.ours, peers.verls)
+    )
+    assert json.dumps(LOOK_SCHEMA) in ours
+    assert '"enum": null' not in ours
+    assert '"enum": null' in verls
+
+
+def test_infrastructure_failure_is_not_trained_on(peers: Any) -> None:
+    from agent.errors import EngineError
+
+    def say(text: str) -> str | Exception:
+        return EngineError("gone") if "one<|im_end|>" in text else "Fine."
+
+    ours = peers.run(peers.ours(script(peers, say)), batch(peers, "one", "two"))
+    assert ours.batch["response_mask"].sum(-1).tolist() == [0, len(peers.template.encode("Fine.")) + 1]
+
+
+# ---------------------------------------------------------------------- interactions, over-sampling, what is kept
+
+
+def interactions(folder: Path) -> dict[str, str]:
+    path = folder / "interactions.yaml"
+    path.write_text("interaction:\n  - {name: gsm8k, class_name: verl.interactions.gsm8k_interaction.Gsm8kInteraction, config: {}}\n")
+    return {"interaction_config_path": str(path)}
+
+
+def test_interactions_are_verls_but_for_the_newline_before_a_user_turn(peers: Any, tmp_path: Path) -> None:
+    """verl leaves out the newline that the template puts after an end token."""
+
+    def say(text: str) -> str:
+        return "#### 42" if "incorrect" in text else "#### 41"
+
+    kwargs = {"interaction_kwargs": [{"name": "gsm8k", "ground_truth": "42", "query": "?"}] * 2}
+    given = batch(peers, "6 times 7", "7 times 6", **kwargs)
+    turns = {"multi_turn": {**interactions(tmp_path), "max_user_turns": 3}}
+    ours, verls = (peers.run(make(script(peers, say), **turns), given) for make in (peers.ours, peers.verls))
+    assert ours.non_tensor_batch["reward_scores"].tolist() == verls.non_tensor_batch["reward_scores"].tolist()
+    assert ours.non_tensor_batch["messages"].tolist() == verls.non_tensor_batch["messages"].tolist()
+    texts = []
+    for done in (ours, verls):
+        filled = done.batch["attention_mask"][0][256:].bool()
+        texts.append(peers.template.decode(done.batch["responses"][0][filled].tolist()))
+    assert texts[0].replace("<|im_end|>\n<|im_start|>user", "<|im_end|><|im_start|>user") == texts[1]
+    assert texts[0] != texts[1]
+
+
+def test_over_sampling_cuts_off_the_slow_and_pads_as_verl_does(peers: Any) -> None:
+    given = batch(peers, "one", "two", "slow", "four")
+    slow = {"slow": lambda text: 60.0 if "slow" in text else 0.0}
+    said = script(peers, echo, **slow)
+    ours = peers.run(peers.ours(said, over_sample_rate=0.25), given)
+    verls = peers.run(peers.verls(script(peers, echo, **slow), over_sample_rate=0.25), given)
+    assert said.engine.aborted == 1
+    assert_equal(ours, verls, [name for name in TENSORS if name != "position_ids"])
+    assert ours.batch["attention_mask"][2].sum() == 0
+    assert ours.batch["response_mask"].bool().any(-1).tolist() == [True, True, False, True]
+    assert ours.non_tensor_batch["reward_scores"][2] == verls.non_tensor_batch["reward_scores"][2] == {}
+
+
+def test_validation_waits_for_everybody(peers: Any) -> None:
+    given = batch(peers, "one", "slow", meta={"validate": True})
+    said = script(peers, echo, slow=lambda text: 0.3 if "slow" in text else 0.0)
+    ours = peers.run(peers.ours(said, over_sample_rate=0.5), given)
+    assert ours.batch["response_mask"].bool().any(-1).tolist() == [True, True]
+
+
+def test_each_batch_is_kept_where_the_config_says_so(peers: Any, tmp_path: Path) -> None:
+    rollout = peers.ours(script(peers, three_looks), tools=True, engine_kwargs={"turntrace": {"save_to": str(tmp_path / "kept")}})
+    done = peers.run(rollout, batch(peers, "one", "one", "two", tools=True, meta={"global_steps": 7}))
+    peers.run(rollout, batch(peers, "one", tools=True, meta={"global_steps": 7}))
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["train-7-rank-0", "train-7-rank-0-1"]
+    run = open_run(tmp_path / "kept" / "train-7-rank-0")
+    records = list(run)
+    assert sorted(record.sample for record in records) == [0, 0, 1]
+    assert len({record.task_id for record in records}) == 2
+    assert {(record.data_source, record.ground_truth) for record in records} == {(None, None)}
+    assert records[0].response_ids == done.batch["responses"][0][: len(records[0].response_ids)].tolist()
+    defects: list[Any] = []
+    verify_run(run.path, on_defect=defects.append)
+    assert defects == []
+
+
+def test_options_that_verl_does_not_know_are_checked(peers: Any) -> None:
+    from agent.errors import ConfigError
+
+    rollout = peers.ours(script(peers, echo), engine_kwargs={"turntrace": {"save_too": "x"}})
+    with pytest.raises(ConfigError, match=r"rollout\.engine_kwargs\.turntrace\.save_too: .*the keys are .*save_to"):
+        peers.run(rollout, batch(peers, "one"))
