@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from conversations.errors import RunFolderError
+from conversations.errors import RecordError, RunFolderError
 from conversations.open_run import TOKENIZER, Run
 from conversations.page.blocks import Blocks, packed
 from conversations.page.html import shell
@@ -79,7 +79,10 @@ def build(run: Run, *, against: Run | None = None, limit: int | None = None) -> 
         for number, record in enumerate(run.records(check=False)):
             if number == limit:
                 break
-            _add(record, _counterpart(record, against), summary, blocks, used)
+            try:
+                _add(record, _counterpart(record, against), summary, blocks, used)
+            except (TypeError, LookupError, AttributeError, ValueError) as error:
+                raise RecordError(f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}") from error
         blocks.finish()
         return Page(run.path.resolve().name, _summary(run, against, summary), _pieces(run, used), len(summary), len(run), blocks)
     except BaseException:
@@ -91,10 +94,17 @@ def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks,
     lines = []
     for one in filter(None, (record, other)):
         lines += [text_line(one), token_line(one)]
-        used.update(one["prompt_ids"], one["response_ids"])
+        _use(used, one["prompt_ids"] + one["response_ids"])
     block, line = blocks.add(lines)
     differs = {} if other is None else first_difference(record, other)
     summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs or None)
+
+
+def _use(used: set[int], ids: list[int]) -> None:
+    try:
+        used.update(ids)
+    except TypeError:  # not even hashable
+        used.update(token for token in ids if isinstance(token, int))
 
 
 def _counterpart(record: Record, against: Run | None) -> Record | None:

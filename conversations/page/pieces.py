@@ -17,9 +17,9 @@ Piece = str | list[int]
 def pieces(tokenizer_json: Path, ids: Iterable[int]) -> dict[str, Any]:
     """`{"ids": [...], "pieces": [...], "special": [...]}` of those `ids` that the tokenizer knows; empty where it cannot be read."""
     read = _reader(tokenizer_json)
-    known = sorted(token for token in ids if read is not None and read.bytes(token) is not None)
     if read is None:
         return {"ids": [], "pieces": [], "special": []}
+    known = sorted(token for token in ids if type(token) is int and read.bytes(token) is not None)
     return {"ids": known, "pieces": [_piece(read.bytes(token) or b"") for token in known], "special": sorted(read.special & set(known))}
 
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.errors import RecordError
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS
 
 TOKEN_FIELDS = ("prompt_ids", "response_ids", "response_mask", "segments")
@@ -48,12 +47,9 @@ class Summary:
         return len(self.columns.get("id", ()))
 
     def add(self, record: Record, **more: Any) -> None:
-        """A record's row; `more` are further columns. Raises RecordError where a field is not of the record's form."""
-        try:
-            row = {**_row(record), **more}
-            calls = [(str(call["name"]), str(call["status"]), _ran(call)) for call in record["tool_calls"]]
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise RecordError(f"trajectory {str(record.get('id'))[:80]} is damaged: {type(error).__name__}: {error}") from error
+        """A record's row; `more` are further columns."""
+        row = {**_row(record), **more}
+        calls = [(str(call["name"]), str(call["status"]), _ran(call)) for call in record["tool_calls"]]
         statuses = 0
         for name, status, run_s in calls:
             place = self._place("status", status)
