@@ -16,8 +16,11 @@ from agent.commands.index import index
 from agent.commands.replay import replay
 from agent.commands.rescore import rescore
 from agent.commands.serve_search import serve_search
+from agent.commands.show import show
 from agent.commands.verify import verify
+from agent.commands.view import view
 from agent.errors import AgentError
+from agent.terminal import one_line
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
 
@@ -42,7 +45,7 @@ def main() -> int:
     try:
         app(prog_name="turntrace")
     except (AgentError, ConversationsError, ToolsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -163,3 +166,5 @@ serve_app.command("search")(serve_search)
 app.command()(verify)
 app.command()(replay)
 app.command()(rescore)
+app.command()(show)
+app.command()(view)

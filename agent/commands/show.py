@@ -1,0 +1,183 @@
+"""`turntrace show`: one trajectory in the terminal.
+
+Invariant: what a record holds is printed as text, its control characters shown and not obeyed; where the output is no terminal, it is
+plain text without colours, and lines are not broken.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent.errors import AgentError
+from agent.terminal import one_line, visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from conversations.open_run import Run
+
+Record = dict[str, Any]
+
+CUT = 2000
+"""Characters of a text that are shown without --full."""
+AUTHORS = {"prompt": "bright_black", "sampled": "bold blue", "tool": "green", "user": "yellow", "template": "magenta"}
+ROLES = {"assistant": "bold blue", "tool": "green", "user": "yellow"}
+STATUS = {"ok": "green", "backend_error": "magenta", "timeout": "magenta", "cancelled": "magenta"}
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    trajectory: Annotated[str, typer.Argument(metavar="ID", help="A trajectory's id: TASK-SAMPLE.")],
+    tokens: Annotated[bool, typer.Option("--tokens", help="The tokens too, by author.")] = False,
+    full: Annotated[bool, typer.Option("--full", help=f"Whole texts; otherwise {CUT} characters of each.")] = False,
+) -> None:
+    """Show one trajectory: its messages, calls and rewards, and who wrote its tokens."""
+    from rich.console import Console
+
+    from conversations.open_run import open_run
+
+    opened = open_run(run)
+    record = opened.record(trajectory, check=False)
+    screen = Screen(Console(highlight=False, soft_wrap=True), full=full)
+    try:
+        screen.head(record)
+        screen.messages(record)
+        screen.authors(record)
+        if tokens:
+            screen.tokens(opened, record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise AgentError(f"trajectory {trajectory} is damaged: {type(error).__name__}: {error}; turntrace verify says where") from error
+
+
+class Screen:
+    """Prints parts of a record. `full` leaves texts whole."""
+
+    def __init__(self, console: Console, *, full: bool) -> None:
+        self._console = console
+        self._full = full
+
+    def head(self, record: Record) -> None:
+        """What came of it, and what to know before reading on."""
+        self._line(("", one_line(str(record["id"])), "bold"))
+        asked = {"reward": _number(record["reward"]), "stop reason": record["stop_reason"], "turns": record["num_turns"]}
+        told = {"time": f"{record['wall_s']:.2f} s", "ground truth": _json(record["ground_truth"]), "parent": _json(record["parent"])}
+        for name, value in (asked | told).items():
+            self._line((f"{name:<14}", one_line(str(value))[:200], ""))
+        if record["infra_error"]:
+            self._line(("", "infrastructure failed: no reward, left out of exports", "magenta"))
+        for text in filter(None, (record["error"], *record["warnings"])):
+            self._line(("", one_line(str(text)), "yellow"))
+
+    def messages(self, record: Record) -> None:
+        """The conversation, each call with its answer."""
+        calls = {call["call_id"]: call for call in record["tool_calls"]}
+        turn = 0
+        for message in record["messages"]:
+            if message["role"] == "tool" and message.get("tool_call_id") in calls:
+                continue  # stands with its call
+            sampled = isinstance(message.get("raw"), str)
+            self._title(message["role"], _turn(record, turn) if sampled else "given" if message["role"] == "assistant" else "")
+            self._text(str(message.get("content") or ""))
+            for call in record["tool_calls"] if sampled else ():
+                if call["turn"] == turn:
+                    self._call(call)
+            turn += sampled
+
+    def authors(self, record: Record) -> None:
+        """How many tokens each author wrote."""
+        totals: Counter[str] = Counter()
+        for kind, start, end in record["segments"]:
+            totals[kind] += end - start
+        self._title("tokens", "")
+        for kind, total in totals.items():
+            style = AUTHORS.get(kind, "")
+            self._line((f"{one_line(str(kind)):<10}", f"{total:>7}", style), (f"{100 * total / max(1, totals.total()):>7.1f}%", "", ""))
+
+    def tokens(self, run: Run, record: Record) -> None:
+        """The text of the tokens, segment by segment."""
+        from conversations.open_run import TOKENIZER
+        from conversations.page.pieces import pieces
+
+        ids = record["prompt_ids"] + record["response_ids"]
+        table = pieces(run.path / TOKENIZER / "tokenizer.json", set(ids))
+        texts = dict(zip(table["ids"], table["pieces"], strict=True))
+        for kind, start, end in record["segments"]:
+            self._title(str(kind), f"{start} to {end}, {end - start} tokens", AUTHORS.get(kind, ""))
+            self._print(visible("".join(_texts(ids[start:end], texts))).replace("\n", "\u21b5\n"), AUTHORS.get(kind, ""))
+
+    def _call(self, call: Record) -> None:
+        times = f"queued {call['queue_s']:.3f} s, ran {call['run_s']:.3f} s, {len(call['attempts'])} attempts"
+        reward = "" if call["reward"] is None else f", step reward {call['reward']:g}"
+        style = STATUS.get(call["status"], "red")
+        self._line(("  ", one_line(str(call["name"])), "bold"), (" ", str(call["status"]), style), (f"  {times}{reward}", "", ""))
+        self._text(_arguments(call["arguments"]), indent="    ")
+        self._text(str(call["response"] or ""), indent="  > ")
+        if call["error"]:
+            self._text(str(call["error"]), indent="  ! ")
+
+    def _title(self, name: str, more: str, style: str | None = None) -> None:
+        chosen = ROLES.get(name, "bold") if style is None else style
+        self._line(("\n", one_line(name), chosen), (f"  {one_line(more)}" if more else "", "", ""))
+
+    def _text(self, text: str, indent: str = "") -> None:
+        if not text:
+            return
+        rest = len(text) - CUT
+        shown = visible(text if self._full or rest <= 0 else text[:CUT])
+        self._print("\n".join(indent + line for line in shown.split("\n")))
+        if not self._full and rest > 0:
+            self._print(f"{indent}... {rest} more characters; --full shows them", "bright_black")
+
+    def _line(self, *parts: tuple[str, str, str]) -> None:
+        """Parts of (plain text, text, its style) on one line."""
+        from rich.text import Text
+
+        self._console.print(Text.assemble(*(piece for before, text, style in parts for piece in (before, (text, style)))))
+
+    def _print(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        self._console.print(Text(text, style))
+
+
+def _turn(record: Record, turn: int) -> str:
+    if turn >= len(record["turns"]):
+        return ""
+    found = record["turns"][turn]
+    took = "" if found["engine_s"] is None else f", {found['engine_s']:.2f} s"
+    return f"turn {turn + 1}: {found['end'] - found['start']} tokens after {found['prompt_tokens']}{took}, {found['finish_reason']}"
+
+
+def _arguments(value: Any) -> str:
+    """Text arguments as they read, others as JSON; a malformed call as it was written."""
+    if not isinstance(value, dict):
+        return str(value)
+    texts = {key: part if isinstance(part, str) else _json(part) for key, part in value.items()}
+    return "\n".join(f"{key}:\n{text}" if "\n" in text else f"{key}: {text}" for key, text in texts.items())
+
+
+def _texts(ids: list[int], texts: dict[int, str | list[int]]) -> Iterator[str]:
+    """The text of tokens in a row: characters that several tokens make up are put together."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        piece = texts.get(token)
+        if piece is None:
+            yield f"{decoder.decode(b'', True)}\u27e8{token}\u27e9"
+        else:
+            yield decoder.decode(piece.encode("utf-8", "replace") if isinstance(piece, str) else bytes(piece))
+    yield decoder.decode(b"", True)
+
+
+def _json(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"

@@ -1,0 +1,80 @@
+"""`turntrace view`: a run as a page to look at, on disk or served."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.errors import AgentError
+
+if TYPE_CHECKING:
+    from conversations.open_run import Run
+
+
+def view(
+    run: Annotated[Path, typer.Argument(help="The run folder; with --serve also a folder of runs.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; default: RUN.html beside the run.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another run to compare with; default: the parent that the run names.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Trajectories in the page; default 20000. --serve has no limit.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 0,
+) -> None:
+    """Look at a run in a browser: one page that opens from disk, or a local server."""
+    if not serve:
+        _write(run, out, against, limit)
+        return
+    if out is not None or limit is not None:
+        raise AgentError("--serve writes no page and has no limit: leave out --out and --limit, or --serve")
+    from agent.viewer import serve_until_ended
+
+    try:
+        serve_until_ended(run, against, port)
+    except OSError as error:
+        raise AgentError(f"cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another --port") from error
+
+
+def _write(path: Path, out: Path | None, against: Path | None, limit: int | None) -> None:
+    from conversations.open_run import open_run
+    from conversations.page import LIMIT, build
+
+    run = open_run(path)
+    target = out or _beside(run)
+    with build(run, against=_other(run, against), limit=limit or LIMIT) as page:
+        size = page.write(target)
+    print(f"{target}: {page.shown} trajectories, {size / 1e6:.1f} MB")
+    if page.shown < page.total:
+        print(f"note: the run has {page.total}; --limit N writes more, --serve has no limit", file=sys.stderr)
+
+
+def _other(run: Run, against: Path | None) -> Run | None:
+    from conversations.open_run import open_run
+    from conversations.page import parent_of
+
+    if against is not None:
+        return open_run(against)
+    found = parent_of(run)
+    if found is None and run.manifest.get("parent"):
+        print("note: its parent is not there as it was; --against RUN compares with any run", file=sys.stderr)
+    return found
+
+
+def _beside(run: Run) -> Path:
+    """Where the page goes when nobody says: never over a file that is not such a page."""
+    from conversations.page.html import GENERATOR
+
+    folder = run.path.resolve()
+    target = folder.parent / f"{folder.name}.html"
+    if target.exists() and f'content="{GENERATOR}"'.encode() not in _start(target):
+        raise AgentError(f"{target} is there and is no page of turntrace; choose another --out")
+    return target
+
+
+def _start(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(1000)
+    except OSError as error:
+        raise AgentError(f"{file} cannot be read: {error.strerror}; choose another --out") from error
