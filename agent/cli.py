@@ -17,6 +17,7 @@ from agent.commands.replay import replay
 from agent.commands.rescore import rescore
 from agent.commands.serve_search import serve_search
 from agent.commands.show import show
+from agent.commands.tools import tools_app
 from agent.commands.verify import verify
 from agent.commands.view import view
 from agent.errors import AgentError
@@ -35,6 +36,7 @@ serve_app = typer.Typer(help="Serve an embedded tool backend.", no_args_is_help=
 tasks_app = typer.Typer(help="Write a task file.", no_args_is_help=True)
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(serve_app, name="serve")
+app.add_typer(tools_app, name="tools")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="config.yaml; without it the embedded model runs.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key: rollout.temperature=0.7")]

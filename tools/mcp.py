@@ -61,17 +61,11 @@ class McpServer:
             except BackendError as error:
                 raise ToolConfigError(str(error)) from error
 
-    async def hold(self, trajectory: str) -> None:
-        """Counts a tool of a trajectory in; the first one opens the trajectory's connection, where it has its own."""
-        if not self.config.per_trajectory:
-            return
-        link, users = self._links.get(trajectory) or (self._link(stateful=True), 0)
-        self._links[trajectory] = (link, users + 1)
-        try:
-            await link.connection()
-        except BaseException:
-            await self.drop(trajectory)
-            raise
+    def hold(self, trajectory: str) -> None:
+        """Counts a tool of a trajectory in. Where trajectories have connections of their own, the first call opens it."""
+        if self.config.per_trajectory:
+            link, users = self._links.get(trajectory) or (self._link(stateful=True), 0)
+            self._links[trajectory] = (link, users + 1)
 
     async def drop(self, trajectory: str) -> None:
         """Counts a tool of a trajectory out; the last one closes the trajectory's connection."""
@@ -135,7 +129,7 @@ class McpTool(BaseTool):
 
     async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
         instance_id, response = await super().create(instance_id)
-        await self._server.hold(instance_id)
+        self._server.hold(instance_id)
         return instance_id, response
 
     async def execute(

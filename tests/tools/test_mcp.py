@@ -401,9 +401,10 @@ async def test_a_trajectory_has_the_state_of_the_server_to_itself_where_it_asks_
     try:
         await tools.start()
         first, second = await asyncio.gather(conversation_of(tools), conversation_of(tools))
-        assert len(children()) == (2 if per_trajectory else 1)
+        assert len(children()) == (0 if per_trajectory else 1)
         for conversation in (first, second):
             await say(conversation, "add", text="x")
+        assert len(children()) == (2 if per_trajectory else 1)
         assert [await say(first, "count"), await say(second, "count")] == [("ok", seen)] * 2
         await first.release()
         assert len(children()) == 1

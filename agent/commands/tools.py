@@ -1,0 +1,57 @@
+"""`turntrace tools check` and `turntrace tools call`: a tool config looked at, and one of its tools called by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from agent.config import Config
+
+tools_app = typer.Typer(help="Look at a tool config, call a tool by hand.", no_args_is_help=True)
+
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="tools.yaml, or the name of a shipped one: gsm8k.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="A model whose chat template and tokens count: smollm2-tools, a folder.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="config.yaml, for its model and its limits.")]
+
+
+@tools_app.command("check")
+def check(
+    file: FileArgument,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    no_start: Annotated[
+        bool, typer.Option("--no-start", help="Start no backend, but for the MCP servers that say what they offer.")
+    ] = False,
+) -> None:
+    """Load a tool config, start what it needs, show each tool as the model will see it; exit code 1 where one does not start."""
+    from agent import by_hand
+
+    raise typer.Exit(by_hand.check(file, _config(config, model), start=not no_start))
+
+
+@tools_app.command("call")
+def call(
+    file: FileArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tool.")],
+    arguments: Annotated[str, typer.Argument(metavar="ARGUMENTS", help="A JSON object.")] = "{}",
+    ground_truth: Annotated[str | None, typer.Option("--ground-truth", help="What a task would give the tool to grade by.")] = None,
+    model: ModelOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Call a tool once, as a run would; exit code 1 where its status is not ok. With a model, its answer is cut as a run would cut it."""
+    from agent import by_hand
+
+    raise typer.Exit(by_hand.call(file, name, arguments, ground_truth, _config(config, model)))
+
+
+def _config(path: Path | None, model: str | None) -> Config | None:
+    """None where neither is given: then no tokenizer is needed, nor loaded."""
+    if path is None and model is None:
+        return None
+    from agent.config import load_config
+
+    return load_config(path, [f"model_path={json.dumps(model)}"] if model else [])
