@@ -2,7 +2,8 @@
 
 ATIF's own fields hold what they can: messages, calls, observations, and per generation the prompt ids, sampled ids and log-probs.
 All else of the record stands in `extra.turntrace`: of the document (segments, mask, rewards, ...), of a step (the message's own keys),
-of a call (the ledger's line, a malformed call's text). Invariant: `record_of(document(record)) == record`, hash included.
+of a call (the ledger's line, a malformed call's text). Invariant: `record_of(document(record)) == record`, hash and the order of keys in
+messages and tools included (a message's own keys stand in `extra` in order, null where ATIF has the value).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class _Steps:
         return list(self._ledger.values())
 
     def _append(self, source: str, message: Mapping[str, Any], more: dict[str, Any]) -> None:
-        own = {key: value for key, value in message.items() if key not in ("content", "tool_calls")}
+        own = {key: None if key in ("content", "tool_calls") else value for key, value in message.items()}
         step = {"step_id": len(self.done) + 1, "source": source, "message": message.get("content", ""), **more}
         self.done.append({**step, "extra": {OWN: {"message": own}}})
 
@@ -126,7 +127,7 @@ class _Steps:
             last = {"step_id": len(self.done) + 1, "source": "system", "message": ""}
             self.done.append(last)
         result = {"source_call_id": call_id} if call_id in known else {}
-        own = {key: value for key, value in message.items() if key != "content"}
+        own = {**message, "content": None}
         results = last.setdefault("observation", {"results": []})["results"]
         results.append({**result, "content": message["content"], "extra": {OWN: {"message": own}}})
 

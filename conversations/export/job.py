@@ -1,18 +1,13 @@
 """`turntrace export`: select, write beside, describe, rename.
 
-Invariant: the out folder is there whole or not at all. Everything is written into a hidden folder beside it, which takes its name at the
-very end and is removed when anything goes wrong, Ctrl-C included.
+Invariant: the out folder is there whole, card and all, or not at all (`new_folder`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ from conversations.export.card import card
 from conversations.export.filters import Filters, Selection
 from conversations.export.formats import Format, Source, get_format
 from conversations.export.groups import Statistics
+from conversations.new_folder import new_folder
 from conversations.open_run import Run
 from conversations.store import RUN, TRAJECTORIES
 
@@ -71,7 +67,7 @@ def export(
     chosen, filters, out = get_format(to), filters or Filters(), Path(out)
     selection = Selection(run, filters, progress)
     source = Source(run, selection, batch_size)
-    with _beside(out) as folder:
+    with new_folder(out, ExportError) as folder:
         rows = chosen.write(chosen.rows(source), folder)
         if rows == 0:
             raise ExportError(f"nothing is left to export of {len(run)} trajectories: {_reasons(selection.dropped + source.left_out)}")
@@ -98,34 +94,6 @@ def export(
 
 def _reasons(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "the run is empty"
-
-
-@contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} is there already; move it away, or choose another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        folder.rename(out)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ExportError(f"{out} cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _sha256(file: Path) -> str:

@@ -87,18 +87,18 @@ def _as_rendered(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rows(source: Source) -> Iterator[Row]:
     for record in source:
-        tools = source.view.tools(record)
-        row = _row(record, tools, source.view)
+        row = _row(record, source.view)
         if row is None:
             source.leave_out("turns do not alternate as ShareGPT's must")
             continue
         messages = record["messages"][: last_sampled(record["messages"]) + 1]
-        if source.fits(record, retokenised, messages, tools):
+        if source.fits(record, retokenised, messages, record["tools"]):
             yield row
 
 
-def _row(record: Record, tools: list[Any], view: TextView) -> Row | None:
+def _row(record: Record, view: TextView) -> Row | None:
     messages = record["messages"][: last_sampled(record["messages"]) + 1]
+    tools = record["tools"]
     given = bool(messages) and messages[0]["role"] == "system"
     system = messages[0]["content"] if given else view.default_system(tools)
     conversation = turns(messages[1:] if given else messages)

@@ -10,7 +10,7 @@ that means for the record: whether the consumer trains on the ids that were samp
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from conversations.template import ChatTemplate
@@ -42,21 +42,12 @@ class TextView:
         self.template = template
         self._kwargs = dict(kwargs)
         self._systems: dict[str, str | None] = {}
-        self._ordered: dict[str, list[Any]] = {}
         self._defaults: dict[str, str] = {}
 
     def messages(self, record: Mapping[str, Any]) -> list[dict[str, str]]:
         """Role and content up to the last sampled message, tools in the system message; assistants' content as sampled."""
         spoken = record["messages"][: last_sampled(record["messages"]) + 1]
         return self._with_tools([_plain(message) for message in spoken], record)
-
-    def tools(self, record: Mapping[str, Any]) -> list[Any]:
-        """The tools with their keys in the order in which the prompt showed them: a record's JSON has its keys sorted."""
-        key = json.dumps(record["tools"])
-        if key not in self._ordered:
-            shown = list(_objects_in(self.prompt(record))) if self.template is not None and record["tools"] else []
-            self._ordered[key] = [next((found for found in shown if found == tool), tool) for tool in record["tools"]]
-        return self._ordered[key]
 
     def default_system(self, tools: Sequence[Any]) -> str:
         """What the template says for a system message where none is given; "" where nothing."""
@@ -124,18 +115,6 @@ class TextView:
         except Refused:
             return None
         return content if found == prompt else None
-
-
-def _objects_in(text: str) -> Iterator[Any]:
-    """The JSON objects that stand in a text, outermost first."""
-    decoder, place = json.JSONDecoder(), text.find("{")
-    while place >= 0:
-        try:
-            value, end = decoder.raw_decode(text, place)
-            yield value
-        except (ValueError, RecursionError):
-            end = place + 1
-        place = text.find("{", end)
 
 
 def last_sampled(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -62,7 +62,7 @@ def _rows(source: Source) -> Iterator[Row]:
         if not messages:
             source.leave_out("no sampled message")
         elif source.fits(record, retokenised, messages):
-            more = {"tool_schemas": json_text(view.tools(record)), "id": record["id"], "reward": record["reward"]}
+            more = {"tool_schemas": json_text(record["tools"]), "id": record["id"], "reward": record["reward"]}
             yield {"messages": messages, "enable_thinking": enable_thinking, **more}
 
 

@@ -89,13 +89,13 @@ def _parquet(rows: Iterator[Row], file: Path, schema: Any) -> int:
 # ---------------------------------------------------------------------- the shape of JSON values
 
 Shape = Any
-"""None (nothing known), "bool", "int", "float", "text", ["list", shape] or {key: shape}."""
+"""None (null only), "bool", "int", "float", "text", ["list", shape] or {key: shape}."""
 
 
 def shape_of(value: Any) -> Shape:
-    """The shape of a JSON value; an empty list or object has none of its own."""
+    """The shape of a JSON value."""
     if isinstance(value, Mapping):
-        return {key: shape_of(item) for key, item in value.items()} or None
+        return {key: shape_of(item) for key, item in value.items()}
     if isinstance(value, list):
         inner: Shape = None
         for item in value:
@@ -121,7 +121,7 @@ def merged(one: Shape, other: Shape) -> Shape:
 
 def fitted(value: Any, shape: Shape) -> Any:
     """The value as it stands in a column of that shape."""
-    if value is None or shape is None:
+    if value is None or shape is None or shape == {}:
         return None
     if isinstance(shape, dict):
         return {key: fitted(value[key], inner) for key, inner in shape.items() if key in value}
@@ -140,8 +140,10 @@ def arrow_schema(shape: Shape) -> Any:
 
 
 def _arrow_type(shape: Shape, pa: Any) -> Any:
-    if isinstance(shape, dict):
+    if isinstance(shape, dict) and shape:  # Parquet has no struct without fields
         return pa.struct([(key, _arrow_type(inner, pa)) for key, inner in shape.items()])
     if isinstance(shape, list):
         return pa.list_(_arrow_type(shape[1], pa))
-    return {None: pa.null(), "bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}[shape]
+    if not shape:
+        return pa.null()
+    return {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}[shape]

@@ -27,7 +27,7 @@ def test_llamafactory_trains_on_what_the_export_foresaw() -> None:
         end = record["turns"][-1]["end"]
         messages = record["messages"][: last_sampled(record["messages"]) + 1]
         assert row["ids"][:end] == whole_ids(record)[:end]
-        assert (row["ids"], row["mask"]) == retokenised(messages, view.tools(record), view)
+        assert (row["ids"], row["mask"]) == retokenised(messages, record["tools"], view)
         kinds |= set(row["roles"])
     assert kinds == {"user", "assistant", "function", "observation"}
 

@@ -1,0 +1,114 @@
+"""ATIF documents as records: turntrace's own come back as they were, others as far as they carry tokens.
+
+Structure is checked by the `atif` package's models, what those let pass here: token ids that are no ids, log-probs that do not line up.
+Of another's document every generation must have its prompt's and its own token ids, each prompt starting with all that was there before;
+otherwise it is imported without tokens, and its warnings say why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from typing import Any
+
+from conversations.atif import OWN, record_of
+from conversations.checks.shape import shape_findings
+from conversations.checks.tokens import token_findings
+from conversations.errors import ImportFileError, RecordError
+from conversations.imports.atif_steps import Conversation
+from conversations.imports.files import Document
+from conversations.template import ChatTemplate
+from conversations.trajectory import SCHEMA, Trajectory, canonical_json, record_hash
+
+MAX_ERRORS = 10
+MAX_ID = 1 << 31
+ROUNDING = 1e-3
+"""A log-prob may stand this far above 0: an engine's softmax rounds."""
+CHANGED = "the ATIF document was changed after turntrace wrote it: the record does not match its hash"
+
+
+class reader:  # noqa: N801 - a function that remembers
+    """Reads documents; those with the same `session_id` and no `trajectory_id` are a group, numbered as they come."""
+
+    def __init__(self, template: ChatTemplate | None) -> None:
+        self._template = template
+        self._samples: Counter[str] = Counter()
+
+    def __call__(self, document: Document) -> Trajectory:
+        found = document.value
+        _check_structure(found)
+        _check_numbers(found)
+        own = (found.get("extra") or {}).get(OWN)
+        record = _own(found) if isinstance(own, dict) and own.get("schema") == SCHEMA else self._foreign(found)
+        return Trajectory.from_record(record)
+
+    def _foreign(self, found: dict[str, Any]) -> dict[str, Any]:
+        name = found.get("trajectory_id") or found.get("session_id")
+        task_id = str(name or hashlib.sha256(canonical_json(found).encode("ascii")).hexdigest()[:16])
+        sample = self._samples[task_id]
+        self._samples[task_id] += 1
+        if found.get("trajectory_id") and sample:
+            raise ImportFileError(f"trajectory_id {task_id!r} is there already")
+        return Conversation(found, self._template).record(task_id, sample)
+
+
+def _check_structure(found: dict[str, Any]) -> None:
+    """Raises ImportFileError with a line for each of the first `MAX_ERRORS` things that are not ATIF."""
+    try:
+        import atif
+    except ImportError as error:
+        raise ImportFileError("ATIF is read with the atif package, which is not installed: pip install atif") from error
+    from pydantic import ValidationError
+
+    version = found.get("schema_version")
+    if not isinstance(version, str) or not version.startswith("ATIF-v1."):
+        raise ImportFileError(f"schema_version is {version!r:.60}, expected ATIF-v1.8 or an earlier 1.x")
+    try:
+        atif.Trajectory.model_validate(found, strict=True)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, one['loc'])) or 'document'}: {one['msg']}" for one in error.errors(include_url=False)]
+        more = [f"{len(lines) - MAX_ERRORS} more"] if len(lines) > MAX_ERRORS else []
+        raise ImportFileError("\n".join([" ".join(line.split())[:300] for line in lines[:MAX_ERRORS]] + more)) from error
+
+
+def _check_numbers(found: dict[str, Any]) -> None:
+    """What the models let pass: ids out of range, log-probs of another length, infinite, or above 0."""
+    if not found["steps"]:
+        raise ImportFileError("it has no steps")
+    for step in found["steps"]:
+        metrics = step.get("metrics") or {}
+        where = f"steps.{step['step_id'] - 1}.metrics"
+        for name in ("prompt_token_ids", "completion_token_ids"):
+            if wrong := next((token for token in metrics.get(name) or [] if not 0 <= token < MAX_ID), None):
+                raise ImportFileError(f"{where}.{name}: {wrong} is no token id")
+        logprobs = metrics.get("logprobs")
+        if logprobs is None:
+            continue
+        if len(logprobs) != (count := len(metrics.get("completion_token_ids") or [])):
+            raise ImportFileError(f"{where}.logprobs: {len(logprobs)} log-probs for {count} completion_token_ids")
+        wrong_at = next((place for place, value in enumerate(logprobs) if not (math.isfinite(value) and value < ROUNDING)), None)
+        if wrong_at is not None:
+            raise ImportFileError(f"{where}.logprobs.{wrong_at}: {logprobs[wrong_at]!r:.60} is no log-probability")
+
+
+def _own(found: dict[str, Any]) -> dict[str, Any]:
+    """The record that turntrace wrote. Raises ImportFileError where what is left of it is none any more."""
+    try:
+        record = record_of(found)
+        unchanged = record_hash(record) == record["sha256"]
+    except RecordError as error:
+        raise ImportFileError(str(error)) from error
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ImportFileError(f"extra.{OWN} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+    if not unchanged:
+        _check_record(record)
+        record["warnings"] = [*record["warnings"], CHANGED]
+    return record
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raises ImportFileError for a record whose form or tokens are not whole any more."""
+    findings = list(shape_findings(record)) or list(token_findings(Trajectory.from_record(record)))
+    if findings:
+        raise ImportFileError("\n".join(f"extra.{OWN}: {finding.what}" for finding in findings[:MAX_ERRORS]))

@@ -1,0 +1,235 @@
+"""Another's ATIF steps as a conversation: messages, turns, tokens, the ledger.
+
+What cannot be known without the run's tokenizer is taken from the text and said in `warnings`: a message's `raw`, and where inside a gap
+between two generations the scaffold ends and a tool's block begins.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from conversations import hermes
+from conversations.errors import ImportFileError, TemplateError
+from conversations.imports.blank import EPOCH, blank, reward_fields
+from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
+from conversations.template import ChatTemplate, Piece
+from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER, TokenSequence
+
+NO_STOP_REASON = "ATIF has no stop reason: it was chosen to go with the last step"
+NO_LOGPROBS = "some generations have no log-probs: null stands there"
+NOT_FLOAT32 = "log-probs were no float32: the nearest ones stand there"
+RAW_IS_TEXT = "raw is the message's text, as there was no tokenizer to decode the sampled ids with"
+CALLS_DIFFER = "the calls of a message are ATIF's, not those that its text parses to"
+GAPS_WHOLE = "between two turns all tokens are counted to tool or user: what of them is the template's scaffold is not known"
+LEFT_OUT = "parts that are not text were left out"
+NO_TIME = "the steps have no timestamps: started_at is 1970"
+LEDGER = "the ledger is made from ATIF's calls and observations: a call with an answer counts as ok, without one as cancelled"
+
+
+class Conversation:
+    """One document on its way to a record."""
+
+    def __init__(self, found: dict[str, Any], template: ChatTemplate | None) -> None:
+        self._found = found
+        self._template = template
+        self._warnings: dict[str, None] = {NO_STOP_REASON: None}
+        self._messages: list[Message] = []
+        self._since_turn: list[Message] = []
+        self._tools: list[dict[str, Any]] = found["agent"].get("tool_definitions") or []
+        self._tokens = TokenSequence()
+        self._turns: list[dict[str, Any]] = []
+        self._without_logprobs: list[tuple[int, int]] = []
+        self._ledger: list[dict[str, Any]] = []
+        self._has_tokens = self._check_tokens()
+
+    def record(self, task_id: str, sample: int) -> dict[str, Any]:
+        """The record's fields but schema and hash."""
+        for step in self._found["steps"]:
+            self._add(step)
+        agent, rest = self._found["agent"], self._found.get("extra") or {}
+        given = (self._found.get("final_metrics") or {}).get("extra") or {}
+        return {
+            **blank(task_id, sample),
+            **self._token_fields(),
+            **self._times(),
+            **reward_fields(given.get("reward", rest.get("reward")), "the reward in extra"),
+            "messages": self._messages,
+            "tool_calls": self._ledger,
+            "tools": self._tools,
+            "stop_reason": self._stop_reason(),
+            "warnings": list(self._warnings),
+            "engine": {"name": agent["name"], "version": agent["version"], "model": agent.get("model_name")},
+            "extra": rest or None,
+        }
+
+    # ------------------------------------------------------------------ tokens
+
+    def _check_tokens(self) -> bool:
+        """Whether every generation's tokens stand in one growing sequence; says why not."""
+        ids: list[int] = []
+        for step in self._found["steps"]:
+            if not _is_generation(step):
+                continue
+            metrics = step.get("metrics") or {}
+            prompt, sampled = metrics.get("prompt_token_ids"), metrics.get("completion_token_ids")
+            if not prompt or not sampled:
+                return self._no_tokens(f"step {step['step_id']} has no prompt_token_ids or no completion_token_ids")
+            if prompt[: len(ids)] != ids:
+                return self._no_tokens(f"the prompt of step {step['step_id']} does not start with all tokens before it")
+            ids = prompt + sampled
+        return bool(ids) or self._no_tokens("no step is a generation")
+
+    def _no_tokens(self, why: str) -> bool:
+        self._warn(f"imported without token ids, mask and log-probs: {why}")
+        return False
+
+    def _token_fields(self) -> dict[str, Any]:
+        tokens = self._tokens
+        logprobs = tokens.response_logprobs()
+        shift = len(tokens.prompt_ids())
+        for start, end in self._without_logprobs:
+            logprobs[start - shift : end - shift] = [None] * (end - start)
+        fields = {"prompt_ids": tokens.prompt_ids(), "response_ids": tokens.response_ids(), "response_mask": tokens.response_mask()}
+        segments = {"segments": [list(segment) for segment in tokens.segments()]}
+        return {**fields, **segments, "response_logprobs": logprobs, "turns": self._turns, "num_turns": len(self._turns)}
+
+    def _grow(self, metrics: dict[str, Any]) -> None:
+        """Appends what stands before a generation, and the generation."""
+        gap = metrics["prompt_token_ids"][len(self._tokens) :]
+        for kind, piece in [(PROMPT, gap)] if not self._turns else self._gap(gap):
+            self._tokens.append(kind, piece)
+        sampled, logprobs = metrics["completion_token_ids"], metrics.get("logprobs")
+        start = len(self._tokens)
+        self._tokens.append_sampled(sampled, self._logprobs(logprobs) if logprobs is not None else [0.0] * len(sampled))
+        if logprobs is None:
+            self._warn(NO_LOGPROBS)
+            self._without_logprobs.append((start, start + len(sampled)))
+        cached = metrics.get("cached_tokens")
+        turn = {"start": start, "end": start + len(sampled), "finish_reason": "stop", "prompt_tokens": start}
+        turn["cached_tokens"] = cached if cached is not None and 0 <= cached <= start else None
+        self._turns.append({**turn, "queue_s": None, "engine_s": None, "weight_version": None})
+
+    def _gap(self, ids: list[int]) -> Sequence[Piece]:
+        """Who wrote the tokens between two turns: as the template tells them, else whoever spoke there."""
+        kind = TOOL if any(message["role"] == "tool" for message in self._since_turn) else USER if self._since_turn else TEMPLATE
+        if self._template is not None and kind != TEMPLATE:
+            try:
+                pieces = self._template.delta(self._since_turn, kind).pieces
+            except TemplateError:
+                pieces = ()
+            if [token for _, piece in pieces for token in piece] == ids:
+                return pieces
+        self._warn(GAPS_WHOLE)
+        return [(kind, ids)]
+
+    def _logprobs(self, values: list[float]) -> list[float]:
+        nearest = array("f", values).tolist()
+        if nearest != values:
+            self._warn(NOT_FLOAT32)
+        return nearest
+
+    # ------------------------------------------------------------------ messages
+
+    def _add(self, step: dict[str, Any]) -> None:
+        text = self._text(step["message"])
+        calls: list[Message] = step.get("tool_calls") or []
+        names = {call["tool_call_id"]: call["tool_call_id"] for call in calls}
+        if step["source"] != "agent":
+            if text or not step.get("observation"):
+                self._say({"role": "user" if step["source"] == "user" else "system", "content": text})
+        elif self._has_tokens and _is_generation(step):
+            turn = len(self._turns)
+            names = {call["tool_call_id"]: f"call_{turn}_{place}" for place, call in enumerate(calls)}
+            self._grow(step["metrics"])
+            self._since_turn = []
+            self._messages.append(self._sampled(text, calls, list(names.values()), step["metrics"]["completion_token_ids"]))
+            self._ledger += [self._line(call, names, turn, step) for call in calls]
+        else:
+            shown = [_call(call, name) for call, name in zip(calls, names.values(), strict=True)]
+            self._say({"role": "assistant", "content": text, "raw": None, **({"tool_calls": shown} if shown else {})})
+        self._observe(step, {call["tool_call_id"]: (names[call["tool_call_id"]], call["function_name"]) for call in calls})
+
+    def _say(self, message: Message) -> None:
+        self._messages.append(message)
+        self._since_turn.append(message)
+
+    def _sampled(self, text: str, calls: list[Message], names: list[str], ids: list[int]) -> Message:
+        """The message of a generation: as its ids decode and parse, where that can be done and gives the same calls."""
+        if self._template is None:
+            self._warn(RAW_IS_TEXT)
+            raw = text
+        else:
+            raw = self._template.raw(ids)
+            parsed = hermes.parse(raw, in_think=self._template.opens_think) if self._tools else ParsedTurn(raw)
+            found = [(call.name, getattr(call, "arguments", None)) for call in parsed.calls]
+            if found == [(call["function_name"], call["arguments"]) for call in calls]:
+                return assistant_message(raw, parsed, names)
+            self._warn(CALLS_DIFFER)
+        message: Message = {"role": "assistant", "content": text, "raw": raw}
+        if calls:
+            message["tool_calls"] = [_call(call, name) for call, name in zip(calls, names, strict=True)]
+        return message
+
+    def _observe(self, step: dict[str, Any], calls: dict[str, tuple[str, str]]) -> None:
+        for result in (step.get("observation") or {}).get("results", []):
+            call_id, name = calls.get(result.get("source_call_id"), (None, None))
+            self._say(tool_message(self._text(result.get("content")), call_id=call_id, name=name))
+
+    def _line(self, call: Message, names: dict[str, str], turn: int, step: dict[str, Any]) -> dict[str, Any]:
+        """The ledger's line of a call."""
+        self._warn(LEDGER)
+        results = (step.get("observation") or {}).get("results", [])
+        answer = next((self._text(one.get("content")) for one in results if one.get("source_call_id") == call["tool_call_id"]), None)
+        status = "cancelled" if answer is None else "ok"
+        attempts = [] if answer is None else [{"status": status, "queue_s": 0.0, "run_s": 0.0}]
+        head = {"call_id": names[call["tool_call_id"]], "turn": turn, "name": call["function_name"], "arguments": call["arguments"]}
+        return {**head, "status": status, "response": answer, "attempts": attempts, "metrics": {"atif_call_id": call["tool_call_id"]}}
+
+    def _text(self, content: Any) -> str:
+        if isinstance(content, str):
+            return content
+        parts = content or []
+        if any(part["type"] != "text" for part in parts):
+            self._warn(LEFT_OUT)
+        return "".join(part.get("text") or "" for part in parts)
+
+    # ------------------------------------------------------------------ the rest
+
+    def _stop_reason(self) -> str:
+        """The one that goes with how the conversation ends."""
+        last = self._messages[-1] if self._messages else {}
+        if last.get("role") == "assistant":
+            return "max_turns" if last.get("tool_calls") else "stop"
+        return "deadline"
+
+    def _times(self) -> dict[str, Any]:
+        stamps = [_time(step["timestamp"]) for step in self._found["steps"] if step.get("timestamp")]
+        if not stamps:
+            self._warn(NO_TIME)
+            return {"started_at": EPOCH, "wall_s": 0.0}
+        try:
+            seconds = max(0.0, (stamps[-1] - stamps[0]).total_seconds())
+        except TypeError as error:
+            raise ImportFileError("some timestamps have a time zone, others have none") from error
+        return {"started_at": stamps[0].isoformat(), "wall_s": seconds}
+
+    def _warn(self, text: str) -> None:
+        self._warnings[text] = None
+
+
+def _is_generation(step: dict[str, Any]) -> bool:
+    """Whether a model was asked here: an agent's step that is neither copied context nor made without a model."""
+    return step["source"] == "agent" and not step.get("is_copied_context") and step.get("llm_call_count") != 0
+
+
+def _call(call: Message, name: str) -> Message:
+    arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    return {"id": name, "type": "function", "function": {"name": call["function_name"], "arguments": arguments}}
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))

@@ -1,0 +1,88 @@
+"""The documents of a source: .json holds one, .jsonl one a line, a folder what of both lies in it. Untrusted: sizes have limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ImportFileError
+
+MAX_BYTES = 256 << 20
+"""The longest document that is read: a million tokens with log-probs take some 40 MB."""
+SUFFIXES = (".json", ".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One JSON object and where it stands: `file:line`, or the file where it is all of it."""
+
+    place: str
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """Something that is no document, and why."""
+
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+
+def source_files(source: Path) -> list[Path]:
+    """The files to read, by name. Raises ImportFileError where there are none."""
+    if source.is_dir():
+        files = sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise ImportFileError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}")
+        return files
+    if not source.is_file():
+        raise ImportFileError(f"{source}: there is no such file")
+    if source.suffix not in SUFFIXES:
+        raise ImportFileError(f"{source}: a file to import ends in {', '.join(SUFFIXES)}")
+    return [source]
+
+
+def documents(files: list[Path]) -> Iterator[Document | Defect]:
+    """Every document, one in memory at a time."""
+    for file in files:
+        try:
+            yield from _whole(file) if file.suffix == ".json" else _lines(file)
+        except OSError as error:
+            yield Defect(str(file), f"cannot be read: {error.strerror}")
+
+
+def _whole(file: Path) -> Iterator[Document | Defect]:
+    if (size := file.stat().st_size) > MAX_BYTES:
+        yield Defect(str(file), f"is {size} bytes, more than {MAX_BYTES}")
+    else:
+        yield _document(str(file), file.read_bytes())
+
+
+def _lines(file: Path) -> Iterator[Document | Defect]:
+    with file.open("rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_BYTES + 1):
+            number += 1
+            if len(line) > MAX_BYTES:
+                yield Defect(f"{file}:{number}", f"the line is longer than {MAX_BYTES} bytes; nothing behind it was read")
+                return
+            if line.strip():
+                yield _document(f"{file}:{number}", line)
+
+
+def _document(place: str, text: bytes) -> Document | Defect:
+    try:
+        value = json.loads(text.decode("utf-8-sig"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        return Defect(place, f"is not a JSON document: {error}")
+    return Document(place, value) if isinstance(value, dict) else Defect(place, f"is a JSON {type(value).__name__}, expected an object")
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number in JSON")

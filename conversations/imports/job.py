@@ -1,0 +1,119 @@
+"""`turntrace import`: every document of the source, checked and written as a record; what cannot be is named, line by line.
+
+Invariant: the run folder is there whole or not at all (`new_folder`), and it holds every document that is not among the defects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import ImportFileError, RecordError
+from conversations.imports.files import Defect, Document, documents, source_files
+from conversations.new_folder import new_folder
+from conversations.open_run import TOKENIZER
+from conversations.saved_tokenizer import load_tokenizer
+from conversations.store import RunFolder
+from conversations.template import ChatTemplate
+from conversations.trajectory import Trajectory
+
+Reader = Callable[[Document], Trajectory]
+"""A document as a record. Raises ImportFileError, a line for each thing that is wrong with it."""
+
+
+@dataclass(slots=True)
+class Imported:
+    """What came in: how many trajectories, how many of them with token ids, and what did not, as `place: what is wrong`."""
+
+    trajectories: int = 0
+    with_ids: int = 0
+    defects: list[str] = field(default_factory=list)
+    warnings: Counter[str] = field(default_factory=Counter)
+    """How many records have each warning."""
+
+
+def import_run(source: str | Path, kind: str, out: str | Path, *, tokenizer: str | Path | None = None, command: str = "") -> Imported:
+    """Writes the documents in `source`, a file or a folder of files, into the new run folder `out`.
+
+    `kind` is atif or verl. `tokenizer`, a folder with a tokenizer.json, goes into the run, and says what ids mean. Raises
+    ImportFileError where there is nothing to import, nothing could be, or `out` is there already.
+    """
+    source, out = Path(source), Path(out)
+    files = source_files(source)
+    template = ChatTemplate(load_tokenizer(Path(tokenizer))) if tokenizer else None
+    reader, done = _reader(kind, template), Imported()
+    with new_folder(out, ImportFileError) as folder:
+        if template is not None:
+            template.tokenizer.save_pretrained(folder / TOKENIZER)
+        with RunFolder.create(folder, _manifest(source, kind, files, command)) as store:
+            for document in documents(files):
+                _take(document, reader, store, done)
+        (folder / ".lock").unlink(missing_ok=True)
+        if not done.trajectories:
+            first = f"; the first defect: {done.defects[0]}" if done.defects else ""
+            raise ImportFileError(f"{source}: no trajectory could be imported{first}")
+    return done
+
+
+def _reader(kind: str, template: ChatTemplate | None) -> Reader:
+    from conversations.imports import atif, verl
+
+    readers: dict[str, Callable[[ChatTemplate | None], Reader]] = {"atif": atif.reader, "verl": verl.reader}
+    if kind not in readers:
+        raise ImportFileError(f"--from {kind}: allowed are {', '.join(readers)}")
+    return readers[kind](template)
+
+
+def _take(document: Document | Defect, reader: Reader, store: RunFolder, done: Imported) -> None:
+    if isinstance(document, Defect):
+        done.defects.append(str(document))
+        return
+    try:
+        trajectory = reader(document)
+        if (trajectory.task_id, trajectory.sample) in store.done:
+            raise ImportFileError(f"trajectory {trajectory.id} is there already")
+        store.append(trajectory)
+    except (ImportFileError, RecordError) as error:
+        done.defects += [f"{document.place}: {line}" for line in str(error).splitlines()]
+        return
+    done.trajectories += 1
+    done.with_ids += bool(trajectory.turns)
+    done.warnings.update(trajectory.warnings)
+
+
+def _manifest(source: Path, kind: str, files: list[Path], command: str) -> dict[str, Any]:
+    """run.json of an imported run: `imported` says from what; what a source does not tell is null."""
+    hashes = {file.name: _sha256(file) for file in files}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "config": {},
+        "tools": None,
+        "model": {"path": None, "sha256": None},
+        "tasks": {"file": source.name, "sha256": hashes[files[0].name] if len(files) == 1 else None},
+        "limit": None,
+        "n": None,
+        "validate": False,
+        "seed": None,
+        "versions": {"turntrace": _version()},
+        "parent": None,
+        "imported": {"from": kind, "files": hashes},
+    }
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("turntrace")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

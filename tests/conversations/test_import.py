@@ -1,0 +1,261 @@
+"""What comes in from elsewhere: as far as it carries tokens, named where it does not, refused line by line where it is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import conversations
+from conversations.atif import document
+from conversations.errors import ImportFileError
+from conversations.imports import atif_steps
+from conversations.imports.atif import CHANGED
+from conversations.imports.job import Imported, import_run
+from conversations.trajectory import Trajectory
+from conversations.verify import verify_run
+from tests.conversations.exports import small_run
+from tests.helpers import ROOT
+
+TOOL = {"type": "function", "function": {"name": "calculator", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+
+
+def foreign() -> dict[str, Any]:
+    """Another harness's document, with ids of the run's own tokenizer: two generations with a call in between."""
+    template = small_run().template()
+    asked = [{"role": "user", "content": "What is 6 times 7?"}]
+    prompt = [token for _, ids in template.prompt(asked, [TOOL]) for token in ids]
+    call = '<tool_call>\n{"name": "calculator", "arguments": {"a": 6}}\n</tool_call>'
+    first = [*template.encode(call), template.end_id]
+    gap = [token for _, ids in template.delta([{"role": "tool", "content": "42"}]).pieces for token in ids]
+    second = [*template.encode("It is 42."), template.end_id]
+
+    def metrics(prompt_ids: list[int], ids: list[int]) -> dict[str, Any]:
+        return {"prompt_token_ids": prompt_ids, "completion_token_ids": ids, "logprobs": [-0.5] * len(ids)}
+
+    return {
+        "schema_version": "ATIF-v1.6",
+        "session_id": "s",
+        "agent": {"name": "other", "version": "2", "model_name": "m", "tool_definitions": [TOOL]},
+        "steps": [
+            {"step_id": 1, "source": "user", "message": "What is 6 times 7?", "timestamp": "2026-01-01T00:00:00Z"},
+            {
+                "step_id": 2,
+                "source": "agent",
+                "message": "",
+                "tool_calls": [{"tool_call_id": "abc", "function_name": "calculator", "arguments": {"a": 6}}],
+                "observation": {"results": [{"source_call_id": "abc", "content": [{"type": "text", "text": "42"}]}]},
+                "metrics": metrics(prompt, first),
+            },
+            {
+                "step_id": 3,
+                "source": "agent",
+                "message": "It is 42.",
+                "metrics": metrics(prompt + first + gap, second),
+                "timestamp": "2026-01-01T00:00:02Z",
+            },
+        ],
+        "extra": {"reward": 1},
+    }
+
+
+def take(tmp_path: Path, *documents: Any, kind: str = "atif", **options: Any) -> tuple[Imported, list[Trajectory]]:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in documents))
+    done = import_run(file, kind, tmp_path / "run", **options)
+    return done, list(conversations.open_run(tmp_path / "run"))
+
+
+def test_tokens_of_another_harness_become_a_record(tmp_path: Path) -> None:
+    _, [one] = take(tmp_path, foreign(), tokenizer=small_run().path / "tokenizer")
+    assert [kind for kind, _, _ in one.segments] == ["prompt", "sampled", "template", "tool", "template", "sampled"]
+    assert one.response_logprobs == [-0.5 if own else None for own in one.response_mask]
+    assert [turn.start for turn in one.turns] == [turn.prompt_tokens for turn in one.turns]
+    assert one.messages[1]["raw"] == '<tool_call>\n{"name": "calculator", "arguments": {"a": 6}}\n</tool_call>'
+    assert [(line.call_id, line.status, line.response) for line in one.tool_calls] == [("call_0_0", "ok", "42")]
+    assert (one.id, one.stop_reason, one.reward, one.wall_s) == ("s-0", "stop", 1.0, 2.0)
+    assert one.warnings == [atif_steps.NO_STOP_REASON, atif_steps.LEDGER]
+    verdict = []
+    verify_run(tmp_path / "run", jobs=1, on_defect=lambda defect: verdict.append(str(defect)))
+    assert [line for line in verdict if "stop_token_ids" not in line] == [], "all but what was asked of the engine is proven"
+
+
+def test_without_the_tokenizer_what_was_not_known_is_said(tmp_path: Path) -> None:
+    _, [one] = take(tmp_path, foreign())
+    assert [kind for kind, _, _ in one.segments] == ["prompt", "sampled", "tool", "sampled"]
+    assert {atif_steps.RAW_IS_TEXT, atif_steps.GAPS_WHOLE} <= set(one.warnings)
+
+
+def without_ids(found: dict[str, Any]) -> None:
+    del found["steps"][1]["metrics"]["completion_token_ids"]
+    del found["steps"][1]["metrics"]["logprobs"]
+
+
+def broken_sequence(found: dict[str, Any]) -> None:
+    found["steps"][2]["metrics"]["prompt_token_ids"][3] += 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [(without_ids, "step 2 has no prompt_token_ids"), (broken_sequence, "step 3 does not start with all tokens before it")],
+)
+def test_no_token_id_is_invented(tmp_path: Path, damage: Callable[[Any], None], why: str) -> None:
+    found = foreign()
+    damage(found)
+    done, [one] = take(tmp_path, found, tokenizer=small_run().path / "tokenizer")
+    assert (one.prompt_ids, one.response_ids, one.turns, one.segments, done.with_ids) == ([], [], [], [], 0)
+    assert any(why in warning for warning in one.warnings)
+    assert [message["role"] for message in one.messages] == ["user", "assistant", "tool", "assistant"]
+    assert all(message.get("raw") is None for message in one.messages)
+
+
+def test_log_probs_that_are_missing_or_no_float32_are_named(tmp_path: Path) -> None:
+    found = foreign()
+    del found["steps"][1]["metrics"]["logprobs"]
+    found["steps"][2]["metrics"]["logprobs"][0] = -0.1
+    _, [one] = take(tmp_path, found)
+    first, second = one.turns
+    shift = len(one.prompt_ids)
+    assert one.response_logprobs[: first.end - shift] == [None] * (first.end - first.start)
+    assert one.response_logprobs[second.start - shift] == pytest.approx(-0.1)
+    assert {atif_steps.NO_LOGPROBS, atif_steps.NOT_FLOAT32} <= set(one.warnings)
+
+
+def at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(found: dict[str, Any]) -> None:
+        for key in path[:-1]:
+            found = found[key]
+        found[path[-1]] = value
+
+    return change
+
+
+METRICS = ("steps", 1, "metrics")
+BAD = {
+    "schema_version is 'ATIF-v2.0'": at("schema_version", value="ATIF-v2.0"),
+    "schema_version is None": at("schema_version", value=None),
+    "steps.1.metrics.logprobs: 1 log-probs for": at(*METRICS, "logprobs", value=[-1.0]),
+    "steps.1.metrics.logprobs.0: 0.5 is no log-probability": at(*METRICS, "logprobs", 0, value=0.5),
+    "steps.1.metrics.completion_token_ids: -4 is no token id": at(*METRICS, "completion_token_ids", 0, value=-4),
+    "steps.1.metrics.prompt_token_ids: 4294967296 is no token id": at(*METRICS, "prompt_token_ids", 0, value=1 << 32),
+    "steps.1.metrics.prompt_token_ids.0: Input should be a valid integer": at(*METRICS, "prompt_token_ids", 0, value="7"),
+    "steps.0.source: Input should be 'system', 'user' or 'agent'": at("steps", 0, "source", value="me"),
+    "steps.2.nonsense: Extra inputs are not permitted": at("steps", 2, "nonsense", value=1),
+    "it has no steps": at("steps", value=[]),
+    "the reward in extra is 'much', expected a finite number": at("extra", "reward", value="much"),
+    "some timestamps have a time zone": at("steps", 2, "timestamp", value="2026-01-01T00:00:02"),
+    "is not a JSON document: it holds NaN": at(*METRICS, "logprobs", 0, value=float("nan")),
+    "is not a JSON document: it holds Infinity": at(*METRICS, "logprobs", 0, value=float("inf")),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_document_is_one_line_and_the_others_come_in(tmp_path: Path, what: str) -> None:
+    bad = foreign()
+    BAD[what](bad)
+    done, found = take(tmp_path, foreign(), bad)
+    assert len(found) == done.trajectories == 1
+    [line] = done.defects
+    assert line.startswith(f"{tmp_path / 'in.jsonl'}:2: ")
+    assert what in line
+
+
+def own() -> dict[str, Any]:
+    return json.loads(json.dumps(document(next(record for record in small_run().records() if record["num_turns"] > 1))))
+
+
+def test_a_document_of_ours_that_was_edited_says_so(tmp_path: Path) -> None:
+    found = own()
+    found["steps"][-1]["message"] += "!"
+    _, [one] = take(tmp_path, found)
+    assert CHANGED in one.warnings
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (at("extra", "turntrace", "tail_ids", value=None), "extra.turntrace is damaged"),
+        (at("extra", "turntrace", "response_mask", value=[1]), "response_mask has another length"),
+        (at("extra", "turntrace", "surprise", value=1), "extra.turntrace: the field surprise is not known"),
+        (at("steps", 0, "extra", value={}), "extra.turntrace is damaged"),
+    ],
+)
+def test_a_document_of_ours_that_was_damaged_is_refused(tmp_path: Path, change: Any, what: str) -> None:
+    found = own()
+    change(found)
+    with pytest.raises(ImportFileError, match="no trajectory could be imported; the first defect") as caught:
+        take(tmp_path, found)
+    assert what in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_documents_are_told_apart(tmp_path: Path) -> None:
+    """The same session is a group; the same trajectory twice is a defect."""
+    named = {**foreign(), "trajectory_id": "t"}
+    done, found = take(tmp_path, foreign(), foreign(), named, copy.deepcopy(named))
+    assert [one.id for one in found] == ["s-0", "s-1", "t-0"]
+    assert done.defects == [f"{tmp_path / 'in.jsonl'}:4: trajectory_id 't' is there already"]
+
+
+ROWS: list[Any] = [
+    {"input": "user\nhi\n", "output": "hello", "gts": "42", "score": 1.0, "step": 3, "acc": True},
+    {"input": "user\nhi\n", "output": "bye", "gts": "42", "score": 0, "step": 3, "acc": False},
+    {"input": "user\nhi\n", "output": "bye", "gts": "42", "score": 0.5, "step": 4},
+]
+
+
+def test_a_verl_dump_is_messages_and_rewards(tmp_path: Path) -> None:
+    bad = [{**ROWS[0], "score": "high"}, {**ROWS[0], "output": None}, {**ROWS[0], "step": 1.5}, "[1]", "{"]
+    done, found = take(tmp_path, *ROWS, *bad, kind="verl")
+    assert [one.reward for one in found] == [1.0, 0.0, 0.5]
+    assert [one.sample for one in found] == [0, 1, 0]
+    assert found[0].task_id == found[1].task_id != found[2].task_id
+    assert all("no token ids" in one.warnings[0] and not one.prompt_ids + one.response_ids for one in found)
+    assert (found[0].ground_truth, found[0].extra) == ("42", {"step": 3, "acc": True})
+    assert [line.partition(":")[2].partition(":")[0] for line in done.defects] == ["4", "5", "6", "7", "8"]
+
+
+def test_verls_own_writer_is_what_is_read(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    trainer = SimpleNamespace(global_steps=7)
+    RayPPOTrainer._dump_generations(trainer, ["q", "q"], ["a", "b"], ["42", None], [1.0, 0.0], {"acc": [1, 0]}, str(tmp_path / "dumps"))
+    done = import_run(tmp_path / "dumps", "verl", tmp_path / "run")
+    assert (done.trajectories, done.defects) == (2, [])
+    assert [one.reward for one in conversations.open_run(tmp_path / "run")] == [1.0, 0.0]
+
+
+def test_a_tokenizer_is_refused_where_text_lacks_its_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ImportFileError, match="lacks its special tokens"):
+        take(tmp_path, *ROWS, kind="verl", tokenizer=small_run().path / "tokenizer")
+
+
+def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps(foreign()) + "\nnonsense\n")
+
+    def turntrace(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "agent", "import", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    done = turntrace(file, "--from", "atif", "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert "1 trajectories in" in done.stdout
+    assert done.stderr.startswith(f"{file}:2: is not a JSON document")
+    for arguments, what in {
+        (file, "--from", "atif", "--out", tmp_path / "run"): "is there already",
+        (file, "--from", "csv", "--out", tmp_path / "no"): "--from csv: allowed are atif, verl",
+        (tmp_path / "none.jsonl", "--from", "atif", "--out", tmp_path / "no"): "there is no such file",
+    }.items():
+        failed = turntrace(*arguments)
+        assert failed.returncode == 2
+        assert what in failed.stderr
+        assert failed.stderr.count("\n") == 1
