@@ -37,7 +37,7 @@ class Gate:
     async def enter(self) -> bool:
         """Waits until an attempt may begin; returns whether it probes the backend, for `leave`.
 
-        Raises CircuitOpenError at once where it would be in vain, also of those that wait when the breaker opens.
+        Raises CircuitOpenError where it would be in vain: at once, or once the wait is over that the breaker opened in.
         """
         self._breaker.check()
         if self._slots is None:
@@ -53,7 +53,6 @@ class Gate:
         if self._rate is None:
             return self._breaker.begin()
         async with self._rate.turn:
-            self._breaker.check()
             await self._rate.ready()
             probe = self._breaker.begin()
             self._rate.count()

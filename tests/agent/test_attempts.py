@@ -322,7 +322,7 @@ async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
     await until(lambda: True)
     assert (toy.count("execute"), lines[0].attempts) == (1, [])
     hanging.cancel()
-    await waiting
+    await asyncio.wait_for(waiting, 60)
     assert (lines[0].status, lines[0].response) == ("ok", "fine")
     assert hanging.cancelled()
     await first.release()

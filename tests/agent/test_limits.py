@@ -173,9 +173,10 @@ def test_it_opens_after_so_many_failures_in_a_row_and_only_then() -> None:
     virtual_time.run(run())
 
 
-def test_after_the_cooldown_one_at_a_time_probes() -> None:
+@pytest.mark.parametrize("limits", [{}, {"max_concurrency": 1}, {"rate_limit": 100.0}])
+def test_after_the_cooldown_one_at_a_time_probes(limits: dict[str, Any]) -> None:
     async def run() -> None:
-        one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=10.0))
+        one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=10.0), **limits)
         assert await tried(one, "timeout", "ok") == ["sent", "refused"]
         await asyncio.sleep(9.9)
         assert await tried(one, "ok") == ["refused"]
@@ -228,5 +229,16 @@ def test_whoever_waits_when_it_opens_is_refused_with_no_more_wait(limits: dict[s
         assert crowd == [["sent"]] * 2 + [["refused"]] * 48
         assert now() <= 1.0  # one may be waiting for the rate: it has the turn
         assert await tried(one, "ok") == ["refused"]
+
+    virtual_time.run(run())
+
+
+def test_who_is_refused_takes_no_place_in_the_rate() -> None:
+    async def run() -> None:
+        one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=7.0), rate_limit=0.1)
+        first, second = (asyncio.create_task(tried(one, "timeout", takes_s=5.0)) for _ in range(2))
+        assert (await first, await second, now()) == (["sent"], ["refused"], 10.0)
+        await asyncio.sleep(2.5)
+        assert (await tried(one, "ok"), now()) == (["sent"], 12.5)
 
     virtual_time.run(run())
