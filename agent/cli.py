@@ -128,12 +128,17 @@ def serve_sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs at a time; default: one a CPU.")] = None,
+    packages: Annotated[str, typer.Option(metavar="NAMES", help="Installed packages that programs may import: numpy,sympy")] = "",
+    sessions: Annotated[int, typer.Option(min=0, help="Python sessions at a time, at most.")] = 256,
+    session_idle_s: Annotated[float, typer.Option(min=1, help="A session ends when nobody calls for so many seconds.")] = 900,
+    cold: Annotated[bool, typer.Option("--cold", help="A bubblewrap of its own for each program: slower.")] = False,
 ) -> None:
     """SandboxFusion's /run_code, isolated by bubblewrap. Prints its port, ends on Ctrl-C or SIGTERM."""
-    from tools.servers.sandbox import serve_until_ended
+    from tools.servers.sandbox import Options, names, serve_until_ended
 
+    options = Options(host, port, workers, names(packages), sessions, session_idle_s, cold)
     try:
-        serve_until_ended(host, port, workers)
+        serve_until_ended(options)
     except OSError as error:
         raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 

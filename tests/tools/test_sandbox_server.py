@@ -23,6 +23,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.tools.sandboxes import eventually, programs, programs_of, running_server
 from tools.servers.embedded import EmbeddedServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,14 +34,10 @@ SECRET = "turntrace-test-secret-5f1c"
 def server() -> Iterator[EmbeddedServer]:
     """One for all; its environment holds a secret, which no program may see."""
     os.environ["TURNTRACE_TEST_SECRET"] = SECRET
-    embedded = EmbeddedServer("tools.servers.sandbox")
-    embedded.acquire()
     try:
-        embedded.url()
-        yield embedded
+        yield from running_server()
     finally:
         del os.environ["TURNTRACE_TEST_SECRET"]
-        embedded.release()
 
 
 def post(server: EmbeddedServer, **body: Any) -> httpx.Response:
@@ -59,27 +56,6 @@ def result(server: EmbeddedServer, code: str, **body: Any) -> dict[str, Any]:
 
 def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
-
-
-def tree(server: EmbeddedServer) -> list[psutil.Process]:
-    """The server's programs, as the machine sees them: what its zygote has started."""
-    (process,) = (child for child in psutil.Process().children() if "tools.servers.sandbox" in " ".join(child.cmdline()))
-    return programs(process)
-
-
-def programs(server: psutil.Process) -> list[psutil.Process]:
-    """Where there is a zygote, all that descends from it; it is the first of the processes that bear its name."""
-    family = server.children(recursive=True)
-    zygotes = [process for process in family if process.cmdline()[1:2] == ["/opt/zygote.py"]]
-    (zygote,) = [process for process in zygotes if process.parent() not in zygotes]
-    return zygote.children(recursive=True)
-
-
-def eventually(condition: Any, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -340,7 +316,7 @@ def test_a_bomb_is_contained_and_leaves_nothing(server: EmbeddedServer, name: st
     assert answer["status"] == "Failed"
     assert answer["run_result"]["status"] == (status or "Finished")
     assert len(answer["run_result"]["stdout"]) <= 4 << 20
-    eventually(lambda: not tree(server))
+    eventually(lambda: not programs_of(server))
     assert result(server, "print('next')")["stdout"] == "next\n"
 
 
@@ -366,7 +342,7 @@ def test_a_daemon_that_holds_stdout_holds_up_nobody(server: EmbeddedServer) -> N
     started = time.monotonic()
     assert result(server, code, run_timeout=50)["stdout"] == "done\n"
     assert time.monotonic() - started < 25
-    eventually(lambda: not tree(server))
+    eventually(lambda: not programs_of(server))
 
 
 def test_memory_is_limited_as_asked(server: EmbeddedServer) -> None:
@@ -410,7 +386,7 @@ def test_a_client_that_hangs_up_ends_its_program(server: EmbeddedServer) -> None
         httpx.post(
             f"{server.url()}/run_code", json={"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}, timeout=1
         )
-    eventually(lambda: not tree(server))
+    eventually(lambda: not programs_of(server))
 
 
 def start(*args: str, **kwargs: Any) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ import json
 import os
 
 from tools.servers.descriptors import Streams, memory_file, sealed_file
-from tools.servers.isolation import ETC, Isolation
+from tools.servers.isolation import Isolation, standing_files
 from tools.servers.languages import WORK, python
 from tools.servers.memory import Group
 from tools.servers.program import MAX_FETCH_BYTES, Program, Running, SandboxError
@@ -50,14 +50,13 @@ class Cold:
 
     def __init__(self, isolation: Isolation) -> None:
         self._isolation = isolation
-        self._filter = filter_program()
 
     async def start(self, program: Program, streams: Streams, group: Group) -> Running:
         """See `Launcher`."""
         with contextlib.ExitStack() as stack:
             given = {f"{WORK}/{path}": base64.b64decode(content) for path, content in program.files.items()}
-            files = {path: sealed_file(stack, content) for path, content in {**ETC, **given}.items()}
-            filter_fd, status = sealed_file(stack, self._filter), memory_file(stack)
+            files = {path: sealed_file(stack, content) for path, content in {**standing_files(), **given}.items()}
+            filter_fd, status = sealed_file(stack, filter_program()), memory_file(stack)
             options = ["--disable-userns", "--seccomp", str(filter_fd), "--json-status-fd", str(status)]
             process = await asyncio.create_subprocess_exec(
                 *self._isolation.command(options, files, _limited(program, _fetching(program, streams.fetched))),
@@ -107,6 +106,12 @@ class _Cold:
         self._is_killed = True
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+
+    def pause(self) -> None:
+        """bubblewrap's init does not do that for us."""
+
+    def resume(self) -> None:
+        """Nothing was stopped."""
 
     async def ended(self) -> int | None:
         await self._process.wait()

@@ -18,10 +18,13 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Streams:
-    """A program's stdin, stdout and stderr, and the file for what is fetched. `overflown` is called when it prints too much."""
+    """A program's stdin (a descriptor of the caller's), stdout and stderr, and the file for what is fetched.
 
-    def __init__(self, stack: contextlib.ExitStack, stdin: bytes, overflown: Callable[[], None]) -> None:
-        self.stdin = sealed_file(stack, stdin)
+    `overflown` is called when it prints too much.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, stdin: int, overflown: Callable[[], None]) -> None:
+        self.stdin = stdin
         self.stdout, self.stderr = Drain(overflown), Drain(overflown)
         self.fetched = memory_file(stack)
         for drain in (self.stdout, self.stderr):
@@ -66,18 +69,26 @@ class Drain:
     def write_fd(self) -> int:
         return self._write_fd
 
-    def read(self) -> None:
-        """Takes some of what is there now."""
+    def read(self) -> bool:
+        """Reads some of what is there now; whether there was any."""
         try:
             chunk = os.read(self._read_fd, _CHUNK_BYTES)
         except BlockingIOError:
-            return
+            return False
         if len(self.kept) + len(chunk) > self._most:
             self._overflown()
         self.kept += chunk[: self._most - len(self.kept)]
         if not chunk:
             self._loop.remove_reader(self._read_fd)
             self._end.set_result(None)
+        return bool(chunk)
+
+    def take(self) -> bytes:
+        """All that has been written so far, or since the last time."""
+        while not self._end.done() and self.read():
+            pass
+        taken, self.kept = bytes(self.kept), bytearray()
+        return taken
 
     def close_write_end(self) -> None:
         """Ours; the end of the pipe comes when the program has closed its own."""

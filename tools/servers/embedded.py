@@ -105,7 +105,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-sandbox = EmbeddedServer("tools.servers.sandbox")
+@functools.cache
+def sandbox_with(*packages: str) -> EmbeddedServer:
+    """The sandbox server whose programs see these installed packages, and no other."""
+    return EmbeddedServer("tools.servers.sandbox", *(("--packages", ",".join(packages)) if packages else ()))
+
+
+sandbox = sandbox_with()
 
 
 @functools.cache

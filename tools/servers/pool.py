@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.servers.descriptors import Drain, Streams, sealed_file
-from tools.servers.isolation import ETC, Isolation
+from tools.servers.isolation import Isolation, standing_files
 from tools.servers.languages import python
 from tools.servers.memory import Group
 from tools.servers.program import (
@@ -102,7 +102,7 @@ class _Zygote:
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
             stack.callback(words.close_write_end)
-            files = {path: sealed_file(stack, content) for path, content in {**ETC, _INSIDE: _SOURCE.read_bytes()}.items()}
+            files = {path: sealed_file(stack, content) for path, content in {**standing_files(), _INSIDE: _SOURCE.read_bytes()}.items()}
             command = [python(), _INSIDE, str(theirs.fileno()), _settings()]
             process = await asyncio.create_subprocess_exec(
                 *isolation.command(["--cap-add", "ALL"], files, command),
@@ -162,7 +162,7 @@ class _Warm:
             except OSError:
                 self._control.close()
                 raise
-        self._loop.add_reader(self._control, self._hear)
+        self._loop.add_reader(self._control.fileno(), self._hear)
 
     def _hear(self) -> None:
         """All that has been said. The end of it comes when nobody holds the other end."""
@@ -178,7 +178,7 @@ class _Warm:
             if not self._started.done():
                 self._started.set_result(None)
             if not message:
-                self._loop.remove_reader(self._control)
+                self._loop.remove_reader(self._control.fileno())
                 return
 
     def _started_as(self, pidfd: int) -> None:
@@ -191,7 +191,7 @@ class _Warm:
         """A pidfd is readable when its process is gone; init goes when all others are, and has spoken before."""
         self._loop.remove_reader(pidfd)
         self._hear()
-        self._loop.remove_reader(self._control)
+        self._loop.remove_reader(self._control.fileno())
         self._dead.set_result(None)
 
     @property
@@ -204,9 +204,19 @@ class _Warm:
 
     def kill(self) -> None:
         self._is_killed = True
+        self._signal(signal.SIGKILL)
+
+    def pause(self) -> None:
+        self._signal(signal.SIGUSR1)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGUSR2)
+
+    def _signal(self, number: int) -> None:
+        """To init, which has handlers for the two that can be handled."""
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self._pidfd, number)
 
     async def ended(self) -> int | None:
         try:
@@ -225,7 +235,7 @@ class _Warm:
         return self._told.get("exit")
 
     def close(self) -> None:
-        self._loop.remove_reader(self._control)
+        self._loop.remove_reader(self._control.fileno())
         self._control.close()
         if self._pidfd is not None:
             self._loop.remove_reader(self._pidfd)

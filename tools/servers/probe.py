@@ -7,6 +7,7 @@ it holds, else the cold one, and it is said why.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tools.base import SandboxUnavailable
@@ -59,25 +60,27 @@ class Working:
 
     sandbox: Sandbox
     languages: dict[str, Language]
+    packages: tuple[str, ...]
     is_warm: bool
     notes: tuple[str, ...]
 
 
-async def working_sandbox(*, cold: bool = False) -> Working:
+async def working_sandbox(packages: Sequence[str] = (), *, cold: bool = False) -> Working:
     """The best sandbox of this machine, or the best `cold` one. Raises SandboxUnavailable, with the cause and the remedy.
 
+    Programs see the installed `packages`; ToolConfigError where one is not installed.
     For a process that is the sandbox server's alone: as root it leaves for a mount namespace of its own. Elsewhere ask
     `embedded.sandbox.check()`.
     """
     causes = []
-    for isolation in isolations():
+    for isolation in isolations(packages):
         groups = await working_groups(isolation.identity)
         notes = [] if groups.parent else [_UNGROUPED]
         for make in (Cold,) if cold else (Pool, Cold):
             launcher: Launcher = make(isolation)
             sandbox = Sandbox(launcher, groups)
             if (cause := await _what_is_wrong(sandbox)) is None:
-                return Working(sandbox, await _languages(sandbox), make is Pool, tuple(notes))
+                return Working(sandbox, await _languages(sandbox), tuple(packages), make is Pool, tuple(notes))
             await launcher.close()
             causes.append(cause)
             notes.append(f"programs start cold, which takes longer: {cause}")

@@ -33,7 +33,6 @@ class Program:
 
     command: tuple[str, ...]
     files: dict[str, str]
-    stdin: bytes
     fetch: tuple[str, ...]
     timeout_s: float
     memory_mib: int
@@ -61,6 +60,12 @@ class Running(Protocol):
 
     def kill(self) -> None:
         """All of it, at once; also when it is already dead, or not yet there."""
+
+    def pause(self) -> None:
+        """Stops all of it, where that can be done."""
+
+    def resume(self) -> None:
+        """Lets it go on."""
 
     async def ended(self) -> int | None:
         """When all of it is dead: its exit code, None where it was killed from outside. Raises SandboxError."""

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tools.servers.descriptors import MAX_OUTPUT_BYTES, Streams
+from tools.servers.descriptors import MAX_OUTPUT_BYTES, Streams, sealed_file
 from tools.servers.languages import BINARY, Language
 from tools.servers.memory import MIB, Group, Groups, watch
 from tools.servers.program import MAX_FETCH_BYTES, Launcher, Program, Running, SandboxError
@@ -59,15 +59,15 @@ async def _answer(sandbox: Sandbox, language: Language, request: RunCodeRequest)
     program = _program(language, request)
     compiled = None
     if language.compile:
-        step = replace(program, command=language.compile, stdin=b"", fetch=(BINARY,), timeout_s=request.compile_timeout)
+        step = replace(program, command=language.compile, fetch=(BINARY,), timeout_s=request.compile_timeout)
         outcome = await run_program(sandbox, step)
-        compiled = result(outcome, step)
+        compiled = result(outcome, step.memory_mib)
         binary = (outcome.files or {}).get(BINARY)
         if compiled.return_code != 0 or binary is None:
             return RunCodeResponse(status="Failed", message="" if compiled.return_code else "nothing was compiled", compile_result=compiled)
         program = replace(program, files={**program.files, BINARY: binary})
-    outcome = await run_program(sandbox, program)
-    ran = result(outcome, program)
+    outcome = await run_program(sandbox, program, utf8(request.stdin or ""))
+    ran = result(outcome, program.memory_mib)
     return RunCodeResponse(
         status="Success" if ran.return_code == 0 else "Failed",
         message=_missed(request, outcome),
@@ -79,16 +79,20 @@ async def _answer(sandbox: Sandbox, language: Language, request: RunCodeRequest)
 
 def _program(language: Language, request: RunCodeRequest) -> Program:
     given = {path: content for path, content in request.files.items() if content is not None}
-    code = base64.b64encode(request.code.encode("utf-8", errors="replace")).decode()
+    code = base64.b64encode(utf8(request.code)).decode()
     return Program(
         command=language.run,
         files={**given, language.file: code},
-        stdin=(request.stdin or "").encode("utf-8", errors="replace"),
         fetch=tuple(request.fetch_files),
         timeout_s=request.run_timeout,
         memory_mib=memory_mib(request.memory_limit_MB),
         reserves_memory=language.reserves_memory,
     )
+
+
+def utf8(text: str) -> bytes:
+    """What came as half of a surrogate pair is a question mark."""
+    return text.encode("utf-8", errors="replace")
 
 
 def memory_mib(asked: int) -> int:
@@ -101,7 +105,7 @@ def _missed(request: RunCodeRequest, outcome: Outcome) -> str:
     return f"not fetched, for it is {why}: {', '.join(missed)}" if missed and not outcome.cut else ""
 
 
-async def run_program(sandbox: Sandbox, program: Program) -> Outcome:
+async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") -> Outcome:
     """Runs a program to its end, its time limit, its output limit or its memory limit. Raises SandboxError, OSError."""
     cut: Cut | None = None
     running: Running | None = None
@@ -114,17 +118,17 @@ async def run_program(sandbox: Sandbox, program: Program) -> Outcome:
 
     async with sandbox.groups.group(program.memory_mib) as group:
         with contextlib.ExitStack() as stack:
-            streams = Streams(stack, program.stdin, lambda: end("output"))
+            streams = Streams(stack, sealed_file(stack, stdin), lambda: end("output"))
             started = time.perf_counter()
             running = await sandbox.launcher.start(program, streams, group)
             stack.callback(running.close)
             streams.close_write_ends()
-            async with _watched(running, program, group, end):
+            async with watched(running, program.memory_mib, group, end):
                 code = await _ended(running, program.timeout_s, end)
             await streams.end()
             wall_s = time.perf_counter() - started
             files = streams.fetched_files() if program.fetch and code is not None else {}
-            if cut is None and group.killed_some():
+            if cut is None and group.kills():
                 cut = "memory"
             return Outcome(code, bytes(streams.stdout.kept), bytes(streams.stderr.kept), wall_s, cut, files)
 
@@ -144,12 +148,12 @@ async def _ended(running: Running, timeout_s: float, end: Callable[[Cut], None])
 
 
 @contextlib.asynccontextmanager
-async def _watched(running: Running, program: Program, group: Group, end: Callable[[Cut], None]) -> AsyncIterator[None]:
+async def watched(running: Running, memory_mib: int, group: Group, end: Callable[[Cut], None]) -> AsyncIterator[None]:
     """Where there is no group to bound the memory, somebody looks."""
     if group.join_fd is not None:
         yield
         return
-    watching = asyncio.create_task(watch(lambda: running.pid, program.memory_mib, lambda: end("memory")))
+    watching = asyncio.create_task(watch(lambda: running.pid, memory_mib, lambda: end("memory")))
     try:
         yield
     finally:
@@ -157,13 +161,13 @@ async def _watched(running: Running, program: Program, group: Group, end: Callab
         await asyncio.wait([watching])
 
 
-def result(outcome: Outcome, program: Program) -> CommandRunResult:
+def result(outcome: Outcome, memory_mib: int) -> CommandRunResult:
     """On the wire; what was cut is said at the end of stderr. Killed for memory is as the machine's own killing looks."""
     stdout, stderr = (stream.decode(errors="replace") for stream in (outcome.stdout, outcome.stderr))
     if outcome.cut == "output":
         stderr += f"\nThe program printed more than {MAX_OUTPUT_BYTES // MIB} MiB and was stopped."
     if outcome.cut == "memory":
-        stderr += f"\nThe program's processes reached the limit of {program.memory_mib} MiB of memory in sum and were killed."
+        stderr += f"\nThe program's processes reached the limit of {memory_mib} MiB of memory in sum and some were killed."
     status: Literal["Finished", "Error", "TimeLimitExceeded"]
     status = "TimeLimitExceeded" if outcome.cut == "timeout" else "Error" if outcome.cut == "output" else "Finished"
     code = outcome.exit_code

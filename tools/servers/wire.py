@@ -65,3 +65,28 @@ class RunCodeResponse(BaseModel):
     run_result: CommandRunResult | None = None
     executor_pod_name: str | None = None
     files: dict[str, str] = {}
+
+
+# -- of our own: sessions ------------------------------------------------------------------------------------------------
+
+
+class SessionRequest(BaseModel):
+    """Starts a Python session. Memory in MiB, of all of its processes; -1 leaves it to the server."""
+
+    memory_limit_MB: int = -1  # noqa: N815 - the wire's name
+
+
+class SessionCode(BaseModel):
+    """Code for a session; the time in seconds is this call's."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    code: str
+    stdin: str | None = None
+    run_timeout: float = Field(default=10, gt=0)
+
+
+class SessionResponse(RunCodeResponse):
+    """`session_ended`: nothing of the session is left, and its id is unknown from now on."""
+
+    session_ended: bool

@@ -89,6 +89,8 @@ def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
         socket.send_fds(control, [b"started"], [os.pidfd_open(os.getpid())])
         if "m" in fds:
             os.write(fds["m"], b"0")
+        signal.signal(signal.SIGUSR1, lambda *_: _signal_all_others(signal.SIGSTOP))
+        signal.signal(signal.SIGUSR2, lambda *_: _signal_all_others(signal.SIGCONT))
         _fresh_world(settings)
         ended = _wait_for(_fork(_program, fds, settings))
         _end_all_others()
@@ -134,12 +136,15 @@ def _wait_for(child: int) -> int:
 
 
 def _end_all_others() -> None:
-    try:
-        os.kill(-1, signal.SIGKILL)
+    _signal_all_others(signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()
-    except (ProcessLookupError, ChildProcessError):
-        return
+
+
+def _signal_all_others(number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1, number)
 
 
 def _fetch(fds: dict[str, int], settings: dict[str, Any]) -> None:
@@ -169,36 +174,34 @@ def _content(name: str, most: int) -> bytes | None:
 def _program(fds: dict[str, int], settings: dict[str, Any]) -> None:
     control = socket.socket(fileno=fds["c"])
     try:
-        program, session = _shut_in(fds, settings)
+        program = _shut_in(fds, settings)
     except Exception as error:
         _tell(control, error=f"{type(error).__name__}: {error}")
         return
     control.close()
-    if session is not None:
-        _serve_session(session)
-    elif program[0] == sys.executable:
+    if program[0] == sys.executable:
         _run_python(program[1:])
-    else:
-        _run_command(program)
+    _run_command(program)
 
 
-def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> tuple[list[str], socket.socket | None]:
-    """Becomes what the program is to be: nothing but `control`, which the caller closes, is left of init."""
+def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> list[str]:
+    """Becomes what the program is to be: of init's, only the control socket is left. Returns the command."""
     os.setsid()
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     _enter_user_namespace()
     request = _read_request(fds["s"])
     for fd, role in enumerate("ioe"):
         os.dup2(fds[role], fd)
-    kept = sorted(fds[role] for role in "cr" if role in fds)
-    for start, end in zip([2, *kept], [*kept, _MAX_OPEN], strict=True):
-        os.closerange(start + 1, end)
+    os.closerange(3, fds["c"])
+    os.closerange(fds["c"] + 1, _MAX_OPEN)
     os.chdir(WORK)
     for path, content in request["files"].items():
         _write_file(path, binascii.a2b_base64(content))
         sys.modules.pop(path.split("/")[0].removesuffix(".py"), None)  # The program's own json.py, say, goes before ours.
     _limit(request["limits"])
     _give_up_rights(settings["filter"])
-    return request["program"], socket.socket(fileno=fds["r"]) if "r" in fds else None
+    return list(request["program"])
 
 
 def _read_request(fd: int) -> Any:
@@ -286,10 +289,6 @@ def _end_python(code: int) -> NoReturn:
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
         os._exit(code)
-
-
-def _serve_session(requests: socket.socket) -> NoReturn:
-    raise NotImplementedError
 
 
 # -- the kernel ----------------------------------------------------------------------------------------------------------

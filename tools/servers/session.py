@@ -1,0 +1,67 @@
+"""The interpreter of a session: runs inside the sandbox, one call after the other, in one `__main__` that lives on.
+
+It stands alone (the standard library, no import of ours), for it is a script that is copied into the sandbox. Its stdin
+is a socket: a call is a message with two descriptors, the code and the call's own stdin; the answer is the exit code.
+Whatever the code does to this process it does to its own session; the server believes only in numbers.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import socket
+import sys
+import traceback
+import types
+from itertools import count
+
+
+def main() -> None:
+    requests = socket.socket(fileno=os.dup(0))
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv[:] = [""]
+    process = os.getpid()
+    requests.send(b"ready")
+    for number in count(1):
+        message, fds, _, _ = socket.recv_fds(requests, 16, 2)
+        if not message:
+            return
+        code = _call(module, f"<call {number}>", *fds)
+        if os.getpid() != process:  # A fork of the code's that ran on to the code's end: it is no second interpreter.
+            os._exit(code)
+        requests.send(str(code).encode())
+
+
+def _call(module: types.ModuleType, name: str, code_fd: int, stdin_fd: int) -> int:
+    with open(code_fd, encoding="utf-8") as file:
+        source = file.read()
+    os.dup2(stdin_fd, 0)
+    os.close(stdin_fd)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays until the next call
+    linecache.cache[name] = (len(source), None, f"{source}\n".splitlines(keepends=True), name)
+    code = _exit_code_of(module, name, source)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            code = code or 120  # As the interpreter ends when it cannot flush.
+    return code
+
+
+def _exit_code_of(module: types.ModuleType, name: str, source: str) -> int:
+    try:
+        exec(compile(source, name, "exec"), vars(module))
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)  # Without this frame.
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()
