@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from agent.commands.export import export, stats
+from agent.commands.import_ import import_
 from agent.commands.index import index
 from agent.commands.replay import replay
 from agent.commands.rescore import rescore
@@ -175,3 +177,6 @@ app.command()(replay)
 app.command()(rescore)
 app.command()(show)
 app.command()(view)
+app.command()(export)
+app.command()(stats)
+app.command("import")(import_)
