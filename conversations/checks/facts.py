@@ -15,7 +15,8 @@ from conversations.truncate import SIDES
 @dataclass(frozen=True, slots=True)
 class Facts:
     """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
-    be cut to, the run's own first; the others are the loop's limits, in tokens unless the name says otherwise.
+    be cut to, the run's own first; `users` says that a program takes user turns; the others are the loop's limits, in tokens
+    unless the name says otherwise.
     """
 
     template: ChatTemplate | None = None
@@ -28,6 +29,7 @@ class Facts:
     max_turns: int | None = None
     max_invalid_calls: int | None = None
     cuts: tuple[tuple[int, str], ...] = ()
+    users: bool = False
 
     @property
     def reads_clock(self) -> bool:
@@ -51,6 +53,7 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
         max_turns=_max_turns(multi_turn, max_model_len),
         max_invalid_calls=_count(ours, "max_consecutive_invalid_calls"),
         cuts=tuple(_cuts(multi_turn, manifest.get("tools"))),
+        users=multi_turn.get("interaction_config_path") is not None,
     )
 
 

@@ -64,14 +64,14 @@ class Whole:
     def is_complete(self, manifest: dict[str, Any]) -> bool:
         """Whether the run says that it did all that was asked for."""
         counts = _counts(manifest)
-        return manifest.get("limit") is None and counts.get("asked") is not None and counts.get("asked") == counts.get("done")
+        return not _is_selective(manifest) and counts.get("asked") is not None and counts.get("asked") == counts.get("done")
 
     def _count_findings(self, manifest: dict[str, Any]) -> Iterator[Finding]:
         counts, done = _counts(manifest), self.tally["done"] + self.unreadable
         asked = counts.get("asked")
         if not counts or manifest.get("limit") is not None:
             return
-        if isinstance(asked, int) and (done > asked or (self.is_complete(manifest) and done < asked)):
+        if not _is_selective(manifest) and isinstance(asked, int) and (done > asked or (self.is_complete(manifest) and done < asked)):
             yield Finding(differs("the number of finished trajectories", done, asked) + ", all that were asked for")
         if counts.get("done") != done or self.unreadable:
             return  # the counts are those of an earlier stop, or damaged lines are missing in ours
@@ -90,6 +90,13 @@ class Whole:
         ours = math.fsum(self.rewards) / len(self.rewards) if self.rewards else None
         if isinstance(mean, (int, float)) and (ours is None or not math.isclose(mean, ours, rel_tol=1e-6, abs_tol=1e-6)):
             yield Finding(differs("counts.mean_reward, against the records", mean, ours))
+
+
+def _is_selective(manifest: dict[str, Any]) -> bool:
+    """Whether the run did not ask for all of every group: the first tasks alone, or whoever of all was done first."""
+    config = manifest.get("config")
+    rollout = config.get("rollout") if isinstance(config, dict) else None
+    return manifest.get("limit") is not None or bool(isinstance(rollout, dict) and rollout.get("over_sample_rate"))
 
 
 def _counts(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from conversations.checks.facts import Facts
 from conversations.checks.finding import Finding, differs
 from conversations.checks.ledger import response_tokens
 from conversations.checks.rounds import Rounds
-from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn
+from conversations.tokens import USER
+from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_reward
 
 
 def outcome_findings(trajectory: Trajectory, parts: Rounds, facts: Facts, *, finished: bool) -> Iterator[Finding]:
@@ -35,34 +36,30 @@ def _identity(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
 
 
 def _reward(trajectory: Trajectory) -> Iterator[Finding]:
-    """The sum of the numbers among its parts; none where infrastructure failed."""
-    numbers = [value for value in trajectory.reward_parts.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    """The sum of its parts; none where infrastructure failed."""
+    found, parts = trajectory.reward, trajectory.reward_parts
     if trajectory.infra_error:
-        if trajectory.reward is not None or numbers:
-            yield Finding(differs("the reward of an infrastructure failure", trajectory.reward, None))
-    elif trajectory.reward is None or not numbers:
-        if (trajectory.reward is None) != (not numbers):
-            yield Finding(differs("the reward is not the sum of its parts", trajectory.reward, sum(numbers) if numbers else None))
-    elif not math.isclose(trajectory.reward, _sum(numbers), rel_tol=1e-9, abs_tol=1e-9):
-        yield Finding(differs("the reward is not the sum of its parts", trajectory.reward, _sum(numbers)))
-
-
-def _sum(numbers: list[float]) -> float:
-    """On disk the parts stand in another order than they were added up in; an integer may be larger than any float."""
+        if found is not None or parts:
+            yield Finding(differs("the reward of an infrastructure failure", found if found is not None else parts, None))
+        return
     try:
-        return math.fsum(numbers)
-    except OverflowError:
-        return math.inf
+        expected = total_reward(parts)
+    except (TypeError, OverflowError):
+        yield Finding(differs("reward_parts", parts, "numbers, or lists of them"))
+        return
+    # On disk the parts stand in another order than they were added up in.
+    if (found is None) != (expected is None) or not math.isclose(found or 0.0, expected or 0.0, rel_tol=1e-9, abs_tol=1e-9):
+        yield Finding(differs("the reward is not the sum of its parts", found, expected))
 
 
 def _failure(trajectory: Trajectory) -> Iterator[Finding]:
     """Who failed is told the same way everywhere."""
     failed = [line.call_id for line in trajectory.tool_calls if line.status == "backend_error"]
     if not trajectory.infra_error:
-        if trajectory.stop_reason == "engine_error" or failed:
+        if trajectory.stop_reason == "engine_error" or (failed and trajectory.stop_reason != "cancelled"):
             why = "the stop reason is engine_error" if not failed else f"{failed[0]} ended with backend_error"
             yield Finding(f"{differs('infra_error', False, True)}: {why}")
-        if trajectory.error is not None:
+        if trajectory.error is not None and trajectory.parent is None:  # a replay says there where it left the record
             yield Finding(differs("the error of a conversation that nothing failed in", trajectory.error, None))
     elif trajectory.error is None and not failed:
         yield Finding("infra_error is true, and neither error nor ledger says what failed")
@@ -96,12 +93,13 @@ class _Ending:
         self.turn = len(trajectory.turns) - 1
         self.answered = bool(parts.rounds and parts.rounds[-1].replies)
         self.lines = [line for line in trajectory.tool_calls if line.turn == self.turn]
+        self.has_user = facts.users or any(each.replies and each.kind == USER for each in parts.rounds)
         self.calls = bool(parts.rounds and parts.rounds[-1].message.get("tool_calls"))
 
     def findings(self, finished: bool) -> Iterator[Finding]:
         """What does not go together, said as what the stop reason needs."""
         reason = self.trajectory.stop_reason
-        if finished and reason == "cancelled":
+        if finished and reason == "cancelled" and self.trajectory.parent is None:
             yield Finding("a conversation that was cut off stands among the finished ones")
         cut = self._cut_turn()
         if cut is not None and (cut < self.turn or reason != "length"):
@@ -152,7 +150,7 @@ class _Ending:
         if facts.template is None:
             return None
         if not (self.calls or self.answered):
-            return "the last turn is complete and has no calls"
+            return None if self.has_user else "the last turn is complete and has no calls"
         response, total = len(trajectory.response_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
         if facts.response_length is None or facts.max_model_len is None:
             return None

@@ -14,8 +14,12 @@ ROUNDING = 1e-3
 """A log-prob may stand this far above 0: an engine's softmax rounds."""
 
 
+PADDING = 4096
+"""A model's vocabulary may be larger than its tokenizer's, by some hundred ids as a rule, and it may sample one of those."""
+
+
 def token_findings(trajectory: Trajectory, known_ids: int | None = None) -> Iterator[Finding]:
-    """Lengths, segments, mask, log-probs and turns against each other; ids below `known_ids`, the tokenizer's."""
+    """Lengths, segments, mask, log-probs and turns against each other; ids no larger than a tokenizer of `known_ids` allows."""
     length = len(trajectory.response_ids)
     for name in ("response_mask", "response_logprobs"):
         if len(getattr(trajectory, name)) != length:
@@ -72,12 +76,14 @@ def _mask(trajectory: Trajectory) -> Iterator[Finding]:
 
 def _unknown_ids(trajectory: Trajectory, known: int) -> Iterator[Finding]:
     ids = trajectory.prompt_ids + trajectory.response_ids
-    if max(ids, default=0) >= known:
-        wrong = [token for token, found in enumerate(ids) if found >= known]
-        yield from first_of(
-            wrong,
-            lambda i: Finding(differs("the token id", ids[i], f"below {known}: it is none of the tokenizer's"), turn_of(trajectory, i), i),
-        )
+    if max(ids, default=0) < known + PADDING:
+        return
+
+    def say(token: int) -> Finding:
+        what = f"the token id is far above the tokenizer's, found {ids[token]}, expected below {known}"
+        return Finding(what, turn_of(trajectory, token), token)
+
+    yield from first_of([token for token, found in enumerate(ids) if found >= known + PADDING], say)
 
 
 def _turns(trajectory: Trajectory) -> Iterator[Finding]:
