@@ -95,6 +95,8 @@ def _arguments_model(function: Callable[..., Any]) -> type[pydantic.BaseModel]:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
         raise ToolConfigError(f"function {name}: a type hint cannot be resolved: {error}") from error
+    except TypeError as error:  # a functools.partial, an object with __call__
+        raise ToolConfigError(f"{name}: only a function or a method can become a tool; wrap it in one") from error
     fields: dict[str, Any] = {}
     for index, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -112,7 +114,8 @@ def _function_schema(function: Callable[..., Any], arguments: type[pydantic.Base
         parameters = arguments.model_json_schema(schema_generator=_Untitled)
     except pydantic.PydanticUserError as error:
         raise ToolConfigError(f"function {arguments.__name__}: {error.message.splitlines()[0]}") from error
-    parameters.pop("title", None)
+    for titled in (parameters, *parameters.get("$defs", {}).values()):  # the class's name, which only costs tokens
+        titled.pop("title", None)
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     for param in doc.params:
         if param.description and param.arg_name in parameters["properties"]:

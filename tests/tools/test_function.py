@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
+import functools
 import threading
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import pydantic
 import pytest
+from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
 
 from tools.base import ToolConfigError, ToolError, ToolResponse
 from tools.function import FunctionTool, tool
+from tools.toolset import loaded_tool
 
 
 class Point(pydantic.BaseModel):
@@ -184,3 +188,49 @@ def test_what_cannot_be_a_tool_is_refused_by_name() -> None:
     for function, said in [(rest, r"\*args"), (positional, "by name"), (unknown, "Missing"), (opaque, "Event")]:
         with pytest.raises(ToolConfigError, match=said):
             tool(function)
+
+
+@dataclasses.dataclass
+class Node:
+    """A node."""
+
+    name: str
+    children: list[Node] = dataclasses.field(default_factory=list)
+
+
+class Order(pydantic.BaseModel):
+    node: Node
+    amount: int = pydantic.Field(description="How many.", ge=1)
+
+
+class Options(TypedDict):
+    exact: bool
+    note: NotRequired[str]
+
+
+async def test_nested_types_are_described_and_built() -> None:
+    def place(order: Order, options: Options, mode: Literal["a", "b"] | None = None, more: list[Order] | None = None) -> Any:
+        return [type(order.node).__name__, [child.name for child in order.node.children], options, mode, more and more[0].amount]
+
+    loaded = loaded_tool(FunctionTool(place))
+    parameters = loaded.schema["function"]["parameters"]
+    assert parameters["properties"]["order"] == {"$ref": "#/$defs/Order"}
+    assert parameters["$defs"]["Order"] == {
+        "type": "object",
+        "properties": {"node": {"$ref": "#/$defs/Node"}, "amount": {"type": "integer", "description": "How many.", "minimum": 1}},
+        "required": ["node", "amount"],
+    }
+    assert parameters["$defs"]["Node"]["properties"]["children"] == {"type": "array", "items": {"$ref": "#/$defs/Node"}}
+    assert parameters["$defs"]["Options"]["required"] == ["exact"]
+    assert parameters["properties"]["mode"] == {"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "null"}], "default": None}
+    order = {"node": {"name": "x", "children": [{"name": "y"}]}, "amount": 2}
+    given = {"order": order, "options": {"exact": True}, "more": [order]}
+    assert loaded.validate(given) == []
+    assert (await loaded.tool.execute("t", given))[0].text == '["Node",["y"],{"exact":true},null,2]'
+    order["amount"] = 0
+    assert loaded.validate({**given, "more": None}) == ["order.amount: 0 is less than the minimum of 1"]
+
+
+def test_an_object_that_is_no_function_is_refused_in_one_line() -> None:
+    with pytest.raises(ToolConfigError, match="partial: only a function or a method can become a tool"):
+        FunctionTool(functools.partial(print, 1))
