@@ -78,11 +78,6 @@ _REFUSED: tuple[_Refusal, ...] = (
         lambda r: r.multi_turn.use_inference_chat_template,
         f"{_APPEND_ONLY}; set it to false or leave it out",
     ),
-    (
-        "over_sample_rate",
-        lambda r: r.over_sample_rate > 0,
-        "this version runs every conversation to its end and aborts none; set it to 0",
-    ),
     ("skip_rollout", lambda r: r.skip_rollout, "recorded rollouts are never served instead of new ones; set it to false"),
     (
         "sglang_engine_mode",

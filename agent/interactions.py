@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import yaml
 
 from agent.answers import describe
-from agent.errors import ConfigError
+from agent.errors import ConfigError, TaskError
 from conversations.encoding import without_lone_surrogates
 from conversations.messages import Message
 from tools.base import ToolConfigError
@@ -64,10 +64,10 @@ class Interactions(dict[str, LoadedInteraction]):
         self.source_text = source_text
 
     def chosen(self, kwargs: Mapping[str, Any]) -> LoadedInteraction:
-        """The one that a row's `interaction_kwargs` choose. Raises KeyError with a line for the user."""
+        """The one that a row's `interaction_kwargs` choose. Raises TaskError where there is none of that name."""
         name = kwargs.get("name", DEFAULT_NAME)
         if name not in self:
-            raise KeyError(f"interaction_kwargs choose {name!r}{nearest(str(name), self)}")
+            raise TaskError(f"interaction_kwargs choose {name!r}{nearest(str(name), self)}")
         return self[name]
 
 

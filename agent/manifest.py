@@ -21,6 +21,7 @@ from agent.tasks import task_file_hash
 from conversations.store import RUN, TRAJECTORIES
 
 if TYPE_CHECKING:
+    from agent.interactions import Interactions
     from tools.toolset import ToolSet
 
 PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
@@ -31,7 +32,15 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "ad
 
 
 def run_manifest(
-    config: Config, tools: ToolSet | None, model_dir: Path, tasks: Path, *, limit: int | None, validate: bool, argv: Sequence[str]
+    config: Config,
+    tools: ToolSet | None,
+    model_dir: Path,
+    tasks: Path,
+    *,
+    limit: int | None,
+    validate: bool,
+    argv: Sequence[str],
+    interactions: Interactions | None = None,
 ) -> dict[str, Any]:
     """The fields of run.json but for schema and counts. All values are JSON."""
     return {
@@ -39,6 +48,7 @@ def run_manifest(
         "command": command_line(argv),
         "config": config.resolved(),
         "tools": tools.source_text if tools else None,
+        "interactions": interactions.source_text if interactions else None,
         "model": model_entry(config, model_dir),
         "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
         "limit": limit,

@@ -19,6 +19,7 @@ from rich.console import Console
 from agent.batch import Progress, run_tasks
 from agent.config import Config
 from agent.errors import TaskError
+from agent.interactions import Interactions, load_interactions
 from agent.manifest import command_line, run_manifest
 from agent.progress import Display, counts, say, shortfall, summary
 from agent.session import Session, load_template
@@ -61,21 +62,27 @@ def run(request: RunRequest, console: Console) -> int:
     request = with_fresh_seed(request)
     config = request.config
     tools = load_tools(config.tool_config_path) if config.tool_config_path else None
-    chosen = _ToolChoice(tools or {})
+    interactions = load_interactions(config.interaction_config_path) if config.interaction_config_path else None
+    chosen = _RowChoice(tools or {}, interactions)
     # The whole file once: a bad row is found now, not after hours.
     tasks = read_tasks(request.tasks, request.limit, chosen.check)
     pairs = [(task.id, sample) for task in tasks for sample in range(config.n(request.validate))]
     if chosen.unknown:
         say(console, f"note: tools_kwargs of some rows name {', '.join(chosen.unknown)}, which the tool config lacks: not offered there")
-    progress = Progress(total=len(pairs))
-    with _open_store(request, tools) as store:
+    target = enough_of(len(pairs), config)
+    progress = Progress(total=target)
+    with _open_store(request, tools, interactions) as store:
         if request.resume:
             _count_earlier(request.out, set(pairs), progress)
-        missing = sum(pair not in store.done for pair in pairs)
-        if missing == 0:
-            say(console, f"nothing to do: all {len(pairs)} conversations are in {request.out}")
+        if sum(pair in store.done for pair in pairs) >= target:
+            say(console, f"nothing to do: all {target} conversations are in {request.out}")
             return DONE
         return _run_missing(request, tools, store, progress, console)
+
+
+def enough_of(conversations: int, config: Config) -> int:
+    """How many of them are waited for: all, but for the share that `over_sample_rate` says to cut off (verl's formula)."""
+    return max(1, int(conversations * (1 - config.rollout.over_sample_rate)))
 
 
 def with_fresh_seed(request: RunRequest) -> RunRequest:
@@ -89,15 +96,18 @@ def fresh_seed(config: Config, folder: Path) -> Config:
     return replace(config, seed=seed + 1) if isinstance(seed, int) else config
 
 
-class _ToolChoice:
-    """The tools that rows choose, against the tools of the run. `unknown` collects names that only some rows can do without."""
+class _RowChoice:
+    """The tools and interactions that rows choose, against those of the run. `unknown` collects tools that a row can do without."""
 
-    def __init__(self, offered: Collection[str]) -> None:
+    def __init__(self, offered: Collection[str], interactions: Interactions | None) -> None:
         self._offered = offered
+        self._interactions = interactions
         self.unknown: dict[str, None] = {}
 
     def check(self, task: Task) -> None:
-        """Raises TaskError for a row that chooses tools and would be offered none."""
+        """Raises TaskError for a row that chooses tools and would be offered none, or an interaction that is not there."""
+        if self._interactions is not None and task.interaction_kwargs:
+            self._interactions.chosen(task.interaction_kwargs)
         unknown = [name for name in task.tools_kwargs if name not in self._offered]
         if unknown and len(unknown) == len(task.tools_kwargs):
             lack = f"the tool config offers {', '.join(self._offered)}" if self._offered else "this run has no tools"
@@ -116,10 +126,16 @@ def _count_earlier(folder: Path, asked: set[tuple[str, int]], progress: Progress
                 progress.count(trajectory)
 
 
-def _open_store(request: RunRequest, tools: ToolSet | None) -> RunFolder:
-    model_dir = request.config.model_dir()
+def _open_store(request: RunRequest, tools: ToolSet | None, interactions: Interactions | None) -> RunFolder:
     manifest = run_manifest(
-        request.config, tools, model_dir, request.tasks, limit=request.limit, validate=request.validate, argv=request.argv
+        request.config,
+        tools,
+        request.config.model_dir(),
+        request.tasks,
+        limit=request.limit,
+        validate=request.validate,
+        argv=request.argv,
+        interactions=interactions,
     )
     if request.resume:
         return RunFolder.resume(request.out, manifest, force=request.force)
@@ -150,6 +166,7 @@ async def _conversations(request: RunRequest, session: Session, store: RunFolder
         session.runtime,
         n=request.config.n(request.validate),
         max_concurrent=request.config.rollout.max_num_seqs,
+        target=progress.total,
         store=store,
         progress=progress,
     )
@@ -189,6 +206,7 @@ def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Sess
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Inside, SIGTERM raises `Terminated`."""
+
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 

@@ -29,10 +29,18 @@ from conversations.trajectory import SCHEMA, Trajectory, read_record
 
 RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = "run.json", "trajectories.jsonl", "unfinished.jsonl", "superseded.jsonl"
 
-IDENTITY = ("config", "tools", "model", "tasks", "n", "validate", "parent", "replay")
+IDENTITY = ("config", "tools", "interactions", "model", "tasks", "n", "validate", "parent", "replay")
 """The fields of run.json that a resumed run must share with the first."""
 
-WHEREABOUTS = frozenset({"config.model_path", "config.rollout.multi_turn.tool_config_path", "model.path", "parent.path"})
+WHEREABOUTS = frozenset(
+    {
+        "config.model_path",
+        "config.rollout.multi_turn.tool_config_path",
+        "config.rollout.multi_turn.interaction_config_path",
+        "model.path",
+        "parent.path",
+    }
+)
 """Keys among them that only say where something lies. What lies there counts: the text of `tools`, the hash in `model`."""
 
 FSYNC_INTERVAL_S = 1.0

@@ -18,7 +18,7 @@ from agent.errors import EngineError
 from agent.loop import Runtime
 from agent.tasks import Task
 from conversations.errors import RunFolderError
-from conversations.store import SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.helpers import TOOL_ERRORS, Toy, call, logprobs, settings, until
@@ -335,3 +335,45 @@ async def test_infra_errors_are_retried_by_a_resumed_run(smollm2: ChatTemplate, 
     assert (progress.done, progress.skipped) == (1, 1)
     assert {record.id: record.stop_reason for record in read_trajectories(tmp_path)} == {"a-0": "stop", "b-0": "stop"}
     assert [record.stop_reason for record in read_trajectories(tmp_path / SUPERSEDED)] == ["engine_error"]
+
+
+# ---------------------------------------------------------------------- over-sampling
+
+
+async def test_the_slow_rest_is_cut_off_and_kept(smollm2: ChatTemplate, tmp_path: Path) -> None:
+    engine, toy = Actors(smollm2), Toy()
+    slow = call("toy", do="say", text="looked"), "!hang"
+    tasks = [*(acts(f"slow{number}", *slow) for number in range(2)), *(acts(f"t{number}", "42") for number in range(8))]
+    with RunFolder.create(tmp_path, {}) as store:
+        progress = await run_tasks(tasks, shared(engine, toy), store=store, target=8)
+        store.close({})
+    assert (progress.done, progress.running, engine.live) == (8, 0, 0)
+    assert {record.task_id for record in read_trajectories(tmp_path)} == {f"t{number}" for number in range(8)}
+    cut_off = [Trajectory.from_line(line) for line in (tmp_path / UNFINISHED).read_text().splitlines()]
+    assert {(record.task_id, record.stop_reason, record.num_turns, record.reward) for record in cut_off} == {
+        ("slow0", "cancelled", 1, None),
+        ("slow1", "cancelled", 1, None),
+    }
+    assert all("cut off when 8 conversations were done (over_sample_rate)" in record.warnings for record in cut_off)
+    assert toy.count("create") == toy.count("released") == 10
+
+
+async def test_what_has_not_begun_is_not_begun_once_there_is_enough(smollm2: ChatTemplate, tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, {}) as store:
+        progress = await run_tasks(
+            [acts(f"t{number}", "42") for number in range(9)], shared(Actors(smollm2)), max_concurrent=1, store=store, target=4
+        )
+        store.close({})
+    assert progress.done == 4
+    assert (tmp_path / UNFINISHED).read_text() == ""
+
+
+async def test_a_resumed_run_counts_what_it_has(smollm2: ChatTemplate, tmp_path: Path) -> None:
+    tasks = [acts(f"t{number}", "42") for number in range(9)]
+    progress = Progress()
+    for target in (3, 7, 7):
+        make = RunFolder.resume if (tmp_path / RUN).exists() else RunFolder.create
+        with make(tmp_path, {}) as store:
+            await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store, target=target, progress=progress)
+            store.close({})
+    assert len(list(read_trajectories(tmp_path))) == 7

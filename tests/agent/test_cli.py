@@ -26,6 +26,7 @@ from agent.engines.scripted import ScriptedEngine
 from agent.loop import LoopSettings, Runtime
 from agent.tasks import read_tasks, task_file_hash
 from conversations.store import RunFolder, read_manifest, read_trajectories
+from conversations.verify import verify_run
 from tests.helpers import call, hermes_template
 from tools.function import tool
 from tools.toolset import ToolSet
@@ -371,3 +372,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
     process.kill()
     raise AssertionError(f"it never got there: {process.communicate()}")
+
+
+def test_over_sampling_ends_with_enough(run: Run, tmp_path: Path) -> None:
+    ran = run("--n", "2", "--set", "rollout.over_sample_rate=0.25")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    wanted = int(2 * TASKS * 0.75)
+    assert f"of {wanted}" in ran.stdout
+    assert len(list(read_trajectories(tmp_path / "run"))) >= wanted
+    assert not run("--n", "2", "--set", "rollout.over_sample_rate=0.25", "--resume").returncode
+    verdict = verify_run(tmp_path / "run")
+    assert verdict.defects == 0

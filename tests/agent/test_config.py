@@ -202,7 +202,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["rollout.multi_turn.format=llama3_json"], "only hermes"),
         (["rollout.multi_turn.use_inference_chat_template=true"], "never a re-rendered history"),
         (["rollout.multi_turn.interaction_config_path=i.yaml"], "there is no i.yaml"),
-        (["rollout.over_sample_rate=0.2"], "set it to 0"),
         (["rollout.skip_rollout=true"], "never served"),
         (["rollout.pipeline_model_parallel_size=2"], "no pipeline parallelism"),
         (["rollout.expert_parallel_size=2"], "tensor_model_parallel_size * data_parallel_size"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.errors import ConfigError
+from agent.errors import ConfigError, TaskError
 from agent.interactions import Interactions, LoadedInteraction, load_interactions
 from agent.tasks import Task
 from conversations.template import ChatTemplate
@@ -199,5 +199,5 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, said: str) -> None:
 
 def test_a_row_that_names_an_unknown_one(tmp_path: Path) -> None:
     interactions, _ = patient()
-    with pytest.raises(KeyError, match="interaction_kwargs choose 'patent'; did you mean 'patient'"):
+    with pytest.raises(TaskError, match="interaction_kwargs choose 'patent'; did you mean 'patient'"):
         interactions.chosen({"name": "patent"})
