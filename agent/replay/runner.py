@@ -18,6 +18,7 @@ from agent.config import Config
 from agent.dispatch import ConversationTools
 from agent.engines.scripted import recorded
 from agent.errors import AgentError
+from agent.interactions import load_interactions
 from agent.loop import Runtime
 from agent.manifest import command_line, model_entry, parent_entry, versions
 from agent.progress import Display, counts, say
@@ -125,6 +126,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "command": command_line(request.argv),
         "config": config.resolved(),
         "tools": (plan.tools.source_text if plan.tools else None) if request.live_tools else earlier.get("tools"),
+        "interactions": _interactions(plan),
         "model": model_entry(config, config.model_dir()) if request.live_model else earlier.get("model"),
         "tasks": earlier.get("tasks"),
         "limit": None,
@@ -135,6 +137,13 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "parent": parent_entry(plan.run.path),
         "replay": {"model": request.model, "tools": request.tools, "from_turn": request.from_turn, "n": request.n},
     }
+
+
+def _interactions(plan: Plan) -> str | None:
+    """The text of the interactions: those that will run, else the parent's."""
+    path = started_config(plan.config, plan.request).interaction_config_path
+    text: str | None = load_interactions(path).source_text if path else plan.run.manifest.get("interactions")
+    return text
 
 
 def _run_missing(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress, console: Console) -> int:

@@ -9,14 +9,22 @@ import random
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from agent.dispatch import Dispatcher
+from agent.engines.engine import Generation
+from agent.engines.scripted import ScriptedEngine
 from agent.loop import Runtime, converse
 from agent.replay.compare import NOT_COMPARED, Divergence, Scope, compare
 from agent.replay.conversation import ReplayedConversation, played_back
 from agent.replay.tools import RecordedTools, stand_ins
+from agent.replay.user import RecordedUser, has_user
 from conversations.template import ChatTemplate
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS, Trajectory
+from tests import helpers
 from tests.agent.test_fidelity import World, writer_for
+from tests.agent.test_interactions import patient, talk
+from tests.helpers import call
 
 WORLDS = 500
 
@@ -70,6 +78,32 @@ async def test_random_conversations_are_replayed_from_their_records_alone(smollm
     assert replayed > 0.9 * WORLDS
     assert set(stops) == set(STOP_REASONS) - {"cancelled"}
     assert set(statuses) == set(CALL_STATUSES) - {"cancelled"} or set(statuses) == set(CALL_STATUSES)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "settings"),
+    [
+        (None, {}),
+        (None, {"max_user_turns": 1}),
+        (None, {"max_turns": 2}),
+        (None, {"response_length": 22}),
+        ("generate", {}),
+        ("start", {}),
+        ("text", {}),
+        ("reward", {}),
+    ],
+)
+async def test_simulated_users_say_again_what_they_said(smollm2: ChatTemplate, breaks: str | None, settings: dict[str, Any]) -> None:
+    turns = ("It is 41.", call("toy", do="reward"), "Hm.", "It is 42.")
+    record = await talk(smollm2, patient(breaks)[0], *turns, **settings)
+    assert has_user(record) == (breaks is None or bool(settings))
+    runtime = played_back(Runtime(ScriptedEngine(lambda *_: Generation([], [], "")), smollm2, helpers.settings(**settings)), record)
+    made = ReplayedConversation(record, 0, runtime, {}, kept=None)
+    made.given_tools = RecordedTools(record, Dispatcher(stand_ins(record), max_parallel_calls=16, cut=lambda text: None), live_model=False)
+    made.given_user = RecordedUser(record, live_model=False)
+    await converse(made)
+    assert compare(record, made.trajectory(), Scope(live_model=False, live_tools=False, decode=smollm2.decode)) is None
+    assert plain(record) == plain(made.trajectory())
 
 
 # ---------------------------------------------------------------------- what is compared
