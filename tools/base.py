@@ -83,7 +83,10 @@ class BaseTool:
         """Makes ready what all trajectories share. Called before the first of them; raises ToolsError where it cannot be had."""
 
     async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
-        """Starts the state of one trajectory; returns its id and what to show the model after the prompt, if anything."""
+        """Starts the state of one trajectory; returns its id and what to show the model after the prompt, if anything.
+
+        All tools of a trajectory are given the same `instance_id`.
+        """
         return instance_id or uuid.uuid4().hex, ToolResponse()
 
     async def execute(
