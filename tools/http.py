@@ -79,22 +79,32 @@ class Backend:
 
     async def post(self, content: bytes) -> bytes:
         """The answer to a JSON request. Raises BackendError for anything but a 2xx."""
+        return self.succeeded(await self.send("POST", content)).content
+
+    async def send(self, method: str, content: bytes | None = None, path: str | None = None) -> httpx.Response:
+        """The answer, whatever its status; `path` is another one, relative to the backend's. Raises BackendError for none."""
         here = self._on_loop()
         try:
             url = await self._url(here)
         except (ToolsError, OSError) as error:
             raise BackendError(f"{self._name} cannot be started: {error}") from error
-        where = f"{self._name} at {url.copy_with(username=None, password=None, query=None)}"
+        url = url if path is None else url.join(path)
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await here.client.post(url, content=content, headers=_HEADERS)
+                return await here.client.request(method, url, content=content, headers=_HEADERS)
         except TimeoutError as error:
-            raise BackendError(f"{where} did not answer within {self._timeout_s:g} s") from error
+            raise BackendError(f"{self._at_address(url)} did not answer within {self._timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise BackendError(f"{where}: {type(error).__name__}: {error}") from error
+            raise BackendError(f"{self._at_address(url)}: {type(error).__name__}: {error}") from error
+
+    def succeeded(self, answer: httpx.Response) -> httpx.Response:
+        """The answer. Raises BackendError for anything but a 2xx."""
         if not answer.is_success:
-            raise BackendError(f"{where} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}")
-        return answer.content
+            raise BackendError(f"{self._at_address(answer.url)} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}")
+        return answer
+
+    def _at_address(self, url: httpx.URL) -> str:
+        return f"{self._name} at {url.copy_with(username=None, password=None, query=None)}"
 
     async def close(self) -> None:
         """Closes the connections and lets go of an embedded backend. Safe to call twice."""

@@ -6,23 +6,23 @@ or that cannot be reached, is a BackendError.
 
 from __future__ import annotations
 
-import asyncio
 import os
+from collections.abc import Container
 from typing import Any
 
 import httpx
 import pydantic
 
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
+from tools.http import Backend, remote_url
+from tools.sandbox_sessions import Sessions
 from tools.servers import embedded
 from tools.servers.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
 
-EMBEDDED = "embedded"
+PATH = "/run_code"
 
 # A call may take as long as compiling and running, and some slack each for the server's answer and for our own deadline.
 _SLACK_S = 10.0
-_CONNECT_S = 10.0
-_CONNECT_RETRIES = 3
 
 
 class SandboxFusionTool(BaseTool):
@@ -30,9 +30,10 @@ class SandboxFusionTool(BaseTool):
 
     config (all optional): `sandbox_fusion_url` (its `/run_code` may be left out; absent or `embedded`: a local server,
     started on demand), `default_timeout` (30 s), `default_language` (python), `memory_limit_mb` (1024), `num_workers`
-    (calls at a time: 10; the embedded server's tool never has more than there are cores). The
-    dispatcher's `rate_limit` is calls a second, and none where verl's `enable_global_rate_limit` is false; there, it was
-    calls at a time.
+    (calls at a time: 10; with the embedded server never more than twice the cores), `packages` (installed ones that
+    programs on the embedded server may import), `session` (true: a trajectory's calls run in one Python interpreter,
+    which remembers variables; needs a server of turntrace's). The dispatcher's `rate_limit` is calls a second, and none
+    where verl's `enable_global_rate_limit` is false; there, it was calls at a time.
     Parameters `language` and `timeout` count only where the schema offers them.
     """
 
@@ -43,6 +44,8 @@ class SandboxFusionTool(BaseTool):
             "default_language",
             "memory_limit_mb",
             "num_workers",
+            "packages",
+            "session",
             "enable_global_rate_limit",
         }
     )
@@ -52,41 +55,53 @@ class SandboxFusionTool(BaseTool):
             config = {key: value for key, value in config.items() if key != "rate_limit"}
         super().__init__(config, tool_schema)
         self._offered = tool_schema["function"].get("parameters", {}).get("properties", {}).keys()
-        self._remote = _remote_url(config.get("sandbox_fusion_url"))
+        remote = _remote(config.get("sandbox_fusion_url"))
+        self._packages = _packages(config.get("packages"), is_remote=remote is not None)
         self._default = _default_request(config)
         self.timeout_s = 2 * (self._default.run_timeout + _SLACK_S)
-        self.max_concurrency = _workers(config.get("num_workers"), is_remote=self._remote is not None)
-        self._client: httpx.AsyncClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._holds_server = False
+        self.max_concurrency = _workers(config.get("num_workers"), is_remote=remote is not None)
+        self._backend = Backend(
+            "the sandbox", remote, self._embedded, PATH, connections=self.max_concurrency, timeout_s=self.timeout_s - _SLACK_S
+        )
+        self._sessions = Sessions(self._backend, self._default.memory_limit_MB) if _session(config, self._offered) else None
 
     async def start(self) -> None:
-        """Starts the embedded server where it is used. Raises SandboxUnavailable."""
-        await self._url()
+        """Starts the embedded server where it is used. Raises SandboxUnavailable, or ToolConfigError for a server without sessions."""
+        await self._backend.start()
+        if self._sessions is not None:
+            await self._sessions.check()
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
         request = self._asked(parameters)
-        response = await self._send(request)
+        notes: tuple[str, str] = ("", "")
+        if self._sessions is None:
+            response = _parsed(self._succeeded(await self._backend.send("POST", request.model_dump_json().encode())))
+        else:
+            response, notes = await self._sessions.run(instance_id, request)
         if response.status == "SandboxError":
             raise BackendError(f"the sandbox failed: {response.message}")
         result = response.run_result or response.compile_result
         if result is None:
             raise BackendError(f"the sandbox answered {response.status} without a result: {response.message}")
         metrics = {"status": result.status, "return_code": result.return_code, "execution_time": result.execution_time}
-        text = _shown(result, request)
+        text = _joined(_joined(notes[0], _shown(result, request)), notes[1])
         if response.status != "Success":
             raise ToolError(text, metrics)
         return ToolResponse(text), None, metrics
 
+    async def release(self, instance_id: str, **kwargs: Any) -> None:
+        if self._sessions is not None:
+            await self._sessions.end(instance_id)
+
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None and self._loop is asyncio.get_running_loop():
-            await client.aclose()
-        if self._holds_server:
-            self._holds_server = False
-            await asyncio.to_thread(embedded.sandbox.release)
+        if self._sessions is not None:
+            await self._sessions.close()
+        await self._backend.close()
+
+    async def _embedded(self) -> embedded.EmbeddedServer:
+        return embedded.sandbox_with(*self._packages)
 
     def _asked(self, parameters: dict[str, Any]) -> RunCodeRequest:
         update: dict[str, Any] = {"code": _unicode(str(parameters.get("code", "")))}
@@ -96,51 +111,49 @@ class SandboxFusionTool(BaseTool):
             update["run_timeout"] = min(parameters.get("timeout", self._default.run_timeout), self._default.run_timeout)
         return self._default.model_copy(update=update)
 
-    async def _send(self, request: RunCodeRequest) -> RunCodeResponse:
-        url, client = await self._url(), self._connected()
-        try:
-            answer = await client.post(url, content=request.model_dump_json(), headers={"content-type": "application/json"})
-            if answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY and "language" in self._offered:
-                raise ToolError(f"the sandbox refused the call: {answer.text}")
-            answer.raise_for_status()
-            return RunCodeResponse.model_validate_json(answer.content)
-        except (httpx.HTTPError, pydantic.ValidationError) as error:
-            raise BackendError(f"the sandbox at {url}: {type(error).__name__}: {error}") from error
-
-    async def _url(self) -> str:
-        if self._remote:
-            return self._remote
-        if not self._holds_server:
-            self._holds_server = True
-            embedded.sandbox.acquire()
-        if not embedded.sandbox.is_running:
-            await asyncio.to_thread(embedded.sandbox.url)
-        return f"{embedded.sandbox.url()}/run_code"
-
-    def _connected(self) -> httpx.AsyncClient:
-        """The client of the running loop; connections of a loop that is gone cannot be used, nor closed."""
-        loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            limits = httpx.Limits(max_connections=self.max_concurrency, max_keepalive_connections=self.max_concurrency)
-            transport = httpx.AsyncHTTPTransport(retries=_CONNECT_RETRIES, limits=limits)
-            timeout = httpx.Timeout(self.timeout_s - _SLACK_S, connect=_CONNECT_S, pool=None)
-            self._client, self._loop = httpx.AsyncClient(transport=transport, timeout=timeout), loop
-        return self._client
+    def _succeeded(self, answer: httpx.Response) -> httpx.Response:
+        if answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY and "language" in self._offered:
+            raise ToolError(f"the sandbox refused the call: {answer.text}")
+        return self._backend.succeeded(answer)
 
 
-def _remote_url(url: object) -> str | None:
-    if url is None or url == EMBEDDED:
-        return None
-    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-        raise ToolConfigError(f"config.sandbox_fusion_url must be {EMBEDDED!r} or an http(s) address, got {url!r}")
-    return url if url.rstrip("/").endswith("/run_code") else f"{url.rstrip('/')}/run_code"
+def _parsed(answer: httpx.Response) -> RunCodeResponse:
+    try:
+        return RunCodeResponse.model_validate_json(answer.content)
+    except pydantic.ValidationError as error:
+        raise BackendError(f"the sandbox at {answer.url} answered nonsense: ValidationError: {error}") from error
+
+
+def _remote(given: object) -> httpx.URL | None:
+    url = remote_url("sandbox_fusion_url", given, PATH)
+    return url if url is None or url.path.endswith(PATH) else url.copy_with(path=url.path.rstrip("/") + PATH)
+
+
+def _packages(given: object, *, is_remote: bool) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(isinstance(name, str) and name for name in given):
+        raise ToolConfigError(f"config.packages must be a list of names of installed packages, got {given!r}")
+    if is_remote and given:
+        raise ToolConfigError("config.packages is for the embedded server; a server of your own is started with --packages")
+    return tuple(sorted(set(given)))
+
+
+def _session(config: dict[str, Any], offered: Container[str]) -> bool:
+    given = config.get("session", False)
+    if not isinstance(given, bool):
+        raise ToolConfigError(f"config.session must be true or false, got {given!r}")
+    if given and (config.get("default_language", "python") != "python" or "language" in offered):
+        raise ToolConfigError("config.session: a session is Python; leave default_language and the parameter language out, or session")
+    return given
 
 
 def _workers(given: Any, *, is_remote: bool) -> int:
     if given is not None and (not isinstance(given, int) or given < 1):
         raise ToolConfigError(f"config.num_workers must be a whole number above 0, got {given!r}")
     workers = given or 10
-    return workers if is_remote else min(workers, os.cpu_count() or 1)
+    # The embedded server runs as many at a time as there are cores; as many again keep it from waiting for the next.
+    return workers if is_remote else min(workers, 2 * (os.cpu_count() or 1))
 
 
 def _default_request(config: dict[str, Any]) -> RunCodeRequest:

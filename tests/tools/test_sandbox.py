@@ -7,15 +7,17 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from tools.base import BackendError, ToolConfigError, ToolError
+from tests.tools.sandboxes import eventually, process_of, programs_of
+from tools.base import BackendError, SandboxUnavailable, ToolConfigError, ToolError
 from tools.registry import ToolSet, load_tools
 from tools.sandbox import SandboxFusionTool
+from tools.sandbox_sessions import LOST, OVER
 from tools.servers import embedded
 
 
@@ -142,6 +144,83 @@ async def test_the_demo_pair_serves_a_conversation() -> None:
     await tools.close()
 
 
+@pytest.mark.parametrize("config", [{"packages": ["no-such-package-at-all"]}])
+async def test_a_package_that_is_not_installed_is_told_at_the_start(config: dict[str, Any]) -> None:
+    tool = SandboxFusionTool(config, schema())
+    with pytest.raises(SandboxUnavailable, match="the package 'no-such-package-at-all' is not installed here"):
+        await tool.start()
+    await tool.close()
+
+
+# -- sessions ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def session(running: None) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """Calls a tool with sessions: (code, trajectory) to what the model is told. Nothing is left of it afterwards."""
+    tool = SandboxFusionTool({"session": True, "default_timeout": 2}, schema())
+    await tool.start()
+
+    async def call(code: str, trajectory: str = "t") -> str:
+        try:
+            return (await tool.execute(trajectory, {"code": code}))[0].text or ""
+        except ToolError as error:
+            return str(error)
+
+    call.tool = tool  # type: ignore[attr-defined]
+    yield call
+    await tool.close()
+    eventually(lambda: not programs_of(embedded.sandbox))
+
+
+async def test_variables_live_on_in_a_trajectory_and_in_no_other(session: Any) -> None:
+    assert await session("x = 41") == "The code ran and printed nothing."
+    assert await session("print(x + 1)") == "42\n"
+    assert "NameError: name 'x' is not defined" in await session("print(x)", "other")
+    assert "ZeroDivisionError" in await session("1 / 0")
+    assert await session("print(x)") == "41\n"
+
+
+async def test_release_ends_the_session(session: Any) -> None:
+    await session("x = 1", "one")
+    await session("x = 2", "two")
+    await session.tool.release("one")
+    await session.tool.release("never seen")
+    assert len([process for process in programs_of(embedded.sandbox) if process.status() == "stopped"]) == 1
+    assert "NameError" in await session("print(x)", "one")
+    assert await session("print(x)", "two") == "2\n"
+
+
+async def test_a_time_limit_ends_the_session_and_says_so(session: Any) -> None:
+    await session("x = 1")
+    assert await session("print('a')\nwhile True: pass") == f"a\nThe time limit of 2 s was exceeded.\n{OVER}"
+    assert "NameError" in await session("print(x)")
+
+
+async def test_a_session_that_ended_by_itself_is_told_of(session: Any) -> None:
+    assert await session("import os; os._exit(3)") == f"Exit code: 3\n{OVER}"
+    assert await session("print(1)") == "1\n"
+
+
+async def test_a_cancelled_call_ends_the_session_and_the_next_is_told(session: Any) -> None:
+    await session("x = 1")
+    call = asyncio.create_task(session("import time; time.sleep(60)"))
+    await asyncio.sleep(0.3)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    eventually(lambda: not programs_of(embedded.sandbox))
+    assert await session("print(1)") == f"{LOST}\n1\n"
+    assert await session("print(2)") == "2\n"
+
+
+async def test_a_server_that_died_took_the_sessions_along(session: Any) -> None:
+    await session("x = 1")
+    process_of(embedded.sandbox).kill()
+    eventually(lambda: not embedded.sandbox.is_running)
+    assert await session("print(1)") == f"{LOST}\n1\n"
+
+
 # -- on a server that answers as it is told ------------------------------------------------------------------------------
 
 
@@ -154,10 +233,15 @@ def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
         seen: list[Any] = []
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer()
+
             def do_POST(self) -> None:
                 seen.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
-                if close:
-                    return
+                if not close:
+                    self.answer()
+
+            def answer(self) -> None:
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(content)))
@@ -214,6 +298,15 @@ async def test_a_broken_sandbox_is_the_backends_fault(serve: Serve, status: int,
     assert len(seen) == 1, "code must not run twice"
 
 
+@pytest.mark.parametrize(("status", "body"), [(404, {"detail": "Not Found"}), (200, {"status": "ok"}), (200, b"<html>")])
+async def test_a_server_that_keeps_no_sessions_is_told_of_once_at_the_start(serve: Serve, status: int, body: Any) -> None:
+    url, _ = serve(status, body)
+    tools = ToolSet.from_tools([SandboxFusionTool({"sandbox_fusion_url": url, "session": True}, schema())])
+    with pytest.raises(ToolConfigError, match=r"code_interpreter: config.session: the server at http://.* keeps no sessions; take one that"):
+        await tools.start()
+    await tools.close()
+
+
 async def test_a_connection_that_breaks_is_the_backends_fault(serve: Serve) -> None:
     url, seen = serve(200, {}, close=True)
     with pytest.raises(BackendError, match="RemoteProtocolError"):
@@ -234,6 +327,10 @@ async def test_nobody_there_is_the_backends_fault(serve: Serve) -> None:
         ({"default_timeout": "soon"}, "config.default_timeout: "),
         ({"memory_limit_mb": "1G"}, "config.memory_limit_mb: "),
         ({"default_language": 3}, "config.default_language: "),
+        ({"session": "yes"}, "config.session must be true or false, got 'yes'"),
+        ({"session": True, "default_language": "bash"}, "config.session: a session is Python"),
+        ({"packages": "numpy"}, "config.packages must be a list of names of installed packages, got 'numpy'"),
+        ({"packages": ["numpy"], "sandbox_fusion_url": "http://sandbox"}, "config.packages is for the embedded server"),
         ({"num_workers": 0}, "config.num_workers must be a whole number above 0, got 0"),
         ({"defualt_timeout": 3}, "no key 'defualt_timeout'; did you mean 'default_timeout'?"),
     ],
@@ -243,10 +340,10 @@ def test_a_wrong_config_is_named(config: dict[str, Any], said: str) -> None:
         ToolSet.from_tools([SandboxFusionTool(config, schema())])
 
 
-def test_calls_at_a_time_never_outnumber_the_embedded_servers_cores() -> None:
+def test_calls_at_a_time_keep_the_embedded_servers_cores_busy_and_no_more() -> None:
     local, remote = ({"sandbox_fusion_url": url} for url in ("embedded", "http://sandbox:8080"))
     for config, workers in (
-        (local, min(10, os.cpu_count() or 1)),
+        (local, min(10, 2 * (os.cpu_count() or 1))),
         ({**local, "num_workers": 1}, 1),
         (remote, 10),
         ({**remote, "num_workers": 99}, 99),
