@@ -18,7 +18,7 @@ def view(
     run: Annotated[Path, typer.Argument(help="The run folder; with --serve also a folder of runs.")],
     out: Annotated[Path | None, typer.Option(help="The page to write; default: RUN.html beside the run.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another run to compare with; default: the parent that the run names.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Trajectories in the page; default 20000. --serve has no limit.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Trajectories in the page; default: 20000, or 256 MB of them.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 0,
 ) -> None:
@@ -38,11 +38,12 @@ def view(
 
 def _write(path: Path, out: Path | None, against: Path | None, limit: int | None) -> None:
     from conversations.open_run import open_run
-    from conversations.page import LIMIT, build
+    from conversations.page import LIMIT, MAX_BYTES, build
 
     run = open_run(path)
     target = out or _beside(run)
-    with build(run, against=_other(run, against), limit=limit or LIMIT) as page:
+    bounds = {"limit": LIMIT, "max_bytes": MAX_BYTES} if limit is None else {"limit": limit}
+    with build(run, against=_other(run, against), **bounds) as page:
         size = page.write(target)
     print(f"{target}: {page.shown} trajectories, {size / 1e6:.1f} MB")
     if page.shown < page.total:

@@ -11,8 +11,8 @@ a temporary file until the summary, which comes before them, is known.
 Invariant: no character of a record stands in the page but in base64; the page's policy (CSP) lets run only the script that we hashed.
 """
 
-from conversations.page.build import LIMIT, Page, build
+from conversations.page.build import LIMIT, MAX_BYTES, Page, build
 from conversations.page.html import listing, policy
 from conversations.page.parent import parent_of
 
-__all__ = ["LIMIT", "Page", "build", "listing", "parent_of", "policy"]
+__all__ = ["LIMIT", "MAX_BYTES", "Page", "build", "listing", "parent_of", "policy"]

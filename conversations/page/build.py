@@ -19,8 +19,8 @@ from conversations.page.html import shell
 from conversations.page.pieces import pieces
 from conversations.page.record import Record, Summary, text_line, token_line
 
-LIMIT = 20_000
-"""Trajectories that a page on disk holds unless told otherwise; browsers open about 1 GB of page, and slowly."""
+LIMIT, MAX_BYTES = 20_000, 256 << 20
+"""Trajectories, and bytes of their blocks, that a page on disk holds unless told otherwise."""
 
 
 @dataclass(slots=True)
@@ -67,9 +67,10 @@ class Page:
         self.blocks.close()
 
 
-def build(run: Run, *, against: Run | None = None, limit: int | None = None) -> Page:
-    """The first `limit` trajectories of `run` (None: all), each beside its counterpart in `against` where that has one.
+def build(run: Run, *, against: Run | None = None, limit: int | None = None, max_bytes: int | None = None) -> Page:
+    """The first trajectories of `run`, each beside its counterpart in `against` where that has one.
 
+    All of them, or `limit`, or as many as fill `max_bytes` of blocks (a few blocks may come on top).
     A counterpart is the trajectory that the record's `parent` names, else the one of the same id. Close the page (or `with`).
     Raises RunFolderError naming file and line where a record cannot be read, RecordError where one is not of a record's form.
     """
@@ -77,7 +78,7 @@ def build(run: Run, *, against: Run | None = None, limit: int | None = None) -> 
     try:
         summary, used = Summary(), set[int]()
         for number, record in enumerate(run.records(check=False)):
-            if number == limit:
+            if number == limit or (max_bytes is not None and blocks.size >= max_bytes):
                 break
             try:
                 _add(record, _counterpart(record, against), summary, blocks, used)

@@ -103,6 +103,13 @@ def test_a_limit_is_kept_and_told(run: Path, tmp_path: Path) -> None:
     assert (len(summary["columns"]["id"]), summary["run"]["total"]) == (5, N)
 
 
+def test_a_page_may_be_bounded_in_bytes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conversations.page.blocks.BLOCK_CHARACTERS", 1)
+    with build(open_run(run), max_bytes=20_000) as page:
+        assert page.blocks.size >= 20_000
+        assert page.shown < page.total == N
+
+
 def test_an_empty_run_has_a_page(run: Path, tmp_path: Path) -> None:
     summary, known, blocks = parts_of(write_page(write_run(tmp_path / "empty", run, []), tmp_path / "p.html").read_text(encoding="utf-8"))
     assert (summary["columns"], known["ids"], blocks) == ({}, [], [])
