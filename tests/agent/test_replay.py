@@ -33,6 +33,7 @@ from conversations.errors import ConversationsError
 from conversations.open_run import Run, open_run
 from conversations.store import TRAJECTORIES, RunFolder, read_manifest
 from conversations.trajectory import Trajectory, record_hash
+from conversations.verify import verify_run
 from tests.helpers import call, hermes_template
 from tools.base import ToolsError
 from tools.registry import load_tools
@@ -172,6 +173,13 @@ class Replayed:
     def run(self) -> Run:
         return open_run(self.out)
 
+    @property
+    def defects(self) -> list[str]:
+        """What `turntrace verify` says of the new run."""
+        found: list[str] = []
+        verify_run(self.out, on_defect=lambda defect: found.append(str(defect)))
+        return found
+
     def first(self, trajectory_id: str) -> dict[str, Any]:
         found: dict[str, Any] = next(line["first"] for line in self.report["diverged"] if line["id"] == trajectory_id)
         return found
@@ -227,6 +235,7 @@ def test_both_recorded_is_the_same_record_in_a_run_that_names_its_parent(again: 
         name: parent.manifest[name] for name in ("config", "tools", "tasks", "n")
     }
     assert [line["outcome"] for line in map(json.loads, (done.out / "replay.jsonl").read_text().splitlines())] == ["identical"] * TASKS
+    assert done.defects == []
 
 
 def test_a_replay_is_replayed_like_any_run(again: Again) -> None:
@@ -292,6 +301,7 @@ def test_the_record_of_a_changed_tool_ends_where_the_model_would_have_seen_somet
     assert record.error is not None
     assert record.error.startswith("replay: turn 1 was sampled after other tokens, from token ")
     assert "lost q0" in hermes_template().decode(record.response_ids)
+    assert done.defects == []
     assert record.tool_calls[0].response == "\x1b[31mlost q0"
     # the calls after the end were made all the same, on the same instances, and compared
     assert done.report["answers"]["count"] == {"compared": 8, "different": 0, "fields": []}
@@ -322,6 +332,7 @@ def test_a_tool_whose_backend_is_down_is_a_failure_that_resume_mends(again: Agai
     assert failed.code == INCOMPLETE
     assert failed.report["outcomes"] == {"identical": 2, "diverged": 0, "failed": 3}
     assert failed.run["t0-0"].infra_error
+    assert failed.defects == []
     (desk / "down").unlink()
     mended = again(resume=True, **LIVE_TOOLS)
     assert (mended.code, mended.report["outcomes"]) == (DONE, {"identical": TASKS, "diverged": 0, "failed": 0})
@@ -342,6 +353,7 @@ def test_another_model_differs_at_a_token_and_ends_at_a_call_without_an_answer(a
     assert (record.stop_reason, record.reward) == ("cancelled", None)
     assert record.error == "replay: call_1_0 (count) is a call without a recorded answer"
     assert [(line.status, line.response) for line in record.tool_calls][-1] == ("cancelled", None)
+    assert done.defects == []
     assert len(record.turns) == 2
     assert again(run=done.out, out="newer").code == DONE
 
@@ -371,6 +383,7 @@ def test_a_fork_keeps_the_parents_tokens_and_goes_on_in_the_state_its_tools_were
     assert record.turns[1].start == parent.turns[1].start
     assert [line.response for line in record.tool_calls][-1] == "count is 6, by ['by']"
     assert (record.stop_reason, record.num_turns, record.reward) == ("stop", 3, 6.0)
+    assert forked.defects == []
     assert again(run=forked.out, out="newer").code == DONE  # its kept turns stay kept
     assert open_run(again(run=forked.out, out="newest").out)["t0-1"].parent == {"run": "new", "id": "t0-1", "turn": 1}
 
@@ -405,6 +418,7 @@ def test_a_record_that_was_cut_off_before_a_turn_can_be_gone_on_with(again: Agai
     went_on = again(run=cut.out, out="newer", model="live", from_turn=1, **LIVE_TOOLS)
     record = went_on.run["t0-0"]
     assert record.response_ids == cut.run["t0-0"].response_ids
+    assert went_on.defects == []
     assert record.error is not None
     assert record.error.startswith("no recorded turn follows")  # the scripted engine's own words: it was asked
 
@@ -592,22 +606,10 @@ def test_what_a_kill_tore_is_mended(again: Again, desk: Path, tmp_path: Path) ->
 
 def test_the_report_as_json_and_the_exit_code(project: Path, tmp_path: Path, desk: Path) -> None:
     (desk / "changed").touch()
-    words = [
-        "replay",
-        "parent",
-        "--out",
-        str(tmp_path / "new"),
-        "--tools",
-        "live",
-        "--tools-config",
-        "tools.yaml",
-        "--json",
-        "--ids",
-        "t0-0,t1-0",
-    ]
-    done = turntrace(*words, cwd=project, DESK=str(desk))
+    words = ["replay", "parent", "--out", str(tmp_path / "new"), "--tools", "live", "--tools-config", "tools.yaml", "--json"]
+    done = turntrace(*words, "--ids", "t0-0,t1-0", cwd=project, DESK=str(desk))
+    assert done.returncode == DIVERGED, done.stderr
     report = json.loads(done.stdout)
-    assert done.returncode == DIVERGED
     assert report["outcomes"] == {"identical": 0, "diverged": 2, "failed": 0}
     assert report["diverged"][0]["first"]["recorded"] == {"response": "found q0"}
     assert "recorded model, live tools" in done.stderr
