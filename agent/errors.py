@@ -9,6 +9,13 @@ EngineError                one generation failed; the conversation ends with `en
 EndConversation            a conversation has to end here for a reason that its engine or its tools know
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.engines.engine import Generation
+
 
 class AgentError(Exception):
     """Root of what this package raises for a user to read."""
@@ -31,9 +38,13 @@ class EngineError(Exception):
 
 
 class EndConversation(Exception):  # noqa: N818 - no failure: the end, and why
-    """Ends the conversation that it is raised in with this stop reason; `error` says more, for the record's `error`."""
+    """Ends the conversation that it is raised in with this stop reason; `error` says more, for the record's `error`.
 
-    def __init__(self, reason: str, error: str | None) -> None:
+    From an engine it may bring the `generation` that was cut off by that end.
+    """
+
+    def __init__(self, reason: str, error: str | None, generation: Generation | None = None) -> None:
         super().__init__(error or reason)
         self.reason = reason
         self.error = error
+        self.generation = generation

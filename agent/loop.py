@@ -8,6 +8,7 @@ ends in the record with one stop reason, the first that happened.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import uuid
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 from agent.answers import describe
 from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
-from agent.engines.engine import Engine, Generation
+from agent.engines.engine import Engine, Generation, Interrupted
 from agent.errors import EndConversation, EngineError
 from agent.interactions import Interactions, SimulatedUser
 from agent.tasks import Task
@@ -229,9 +230,23 @@ class Conversation:
         """Samples one turn. Raises EngineError where the engine failed or its answer is not data."""
         runtime = self.runtime
         sampling = {**runtime.settings.sampling, "max_new_tokens": room, "stop_token_ids": runtime.template.stop_token_ids}
-        generation = await runtime.engine.generate(self.tokens.ids, sampling, request_id=uuid.uuid4().hex)
-        _check(generation, len(self.tokens), room)
+        try:
+            generation = await runtime.engine.generate(self.tokens.ids, sampling, request_id=uuid.uuid4().hex)
+        except Interrupted as cut:
+            self._append_cut(cut.generation, room)
+            raise asyncio.CancelledError from cut
+        except EndConversation as end:
+            self._append_cut(end.generation, room)
+            raise
+        _check(generation, len(self.tokens), room, ("stop", "length"))
         return generation
+
+    def _append_cut(self, generation: Generation | None, room: int) -> None:
+        """Keeps what was sampled of a turn that was cut off in the midst; the calls in it stay `cancelled`."""
+        with contextlib.suppress(EngineError):  # what is not data is left out
+            if generation:
+                _check(generation, len(self.tokens), room, ("abort",))
+                self.append_turn(generation)
 
     def append_turn(self, generation: Generation) -> ParsedTurn:
         """Appends a turn's tokens and its message; returns what it says."""
@@ -378,12 +393,12 @@ def _turn(start: int, generation: Generation) -> Turn:
     )
 
 
-def _check(generation: Generation, start: int, room: int) -> None:
+def _check(generation: Generation, start: int, room: int, reasons: tuple[str, ...]) -> None:
     """What an engine answers is data only when it saw our tokens, and ids and log-probs belong together and are numbers."""
     ids, logprobs = generation.token_ids, generation.logprobs
     if generation.prompt_tokens not in (None, start):
         raise EngineError(f"the engine saw {generation.prompt_tokens} prompt tokens where {start} were sent")
-    if generation.finish_reason not in ("stop", "length"):
+    if generation.finish_reason not in reasons:
         raise EngineError(f"the engine ended the generation with {generation.finish_reason!r}")
     if not ids or len(ids) > room:
         raise EngineError(f"the engine returned {len(ids)} tokens where 1 to {room} were asked for")

@@ -5,6 +5,7 @@ Invariant: what `generate` returns is exactly what was sampled. An engine that c
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +34,17 @@ class Generation:
     weight_version: str | None = None
 
 
+class Interrupted(asyncio.CancelledError):
+    """A cancelled generation of which something had been sampled: `generation`, its finish reason "abort".
+
+    Whoever catches it goes on with a plain CancelledError: `asyncio.timeout` knows no other.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__()
+        self.generation = generation
+
+
 class Engine(Protocol):
     """What a conversation asks of an engine, and nothing else."""
 
@@ -45,7 +57,8 @@ class Engine(Protocol):
 
         `prompt_ids` is the conversation's own live sequence: read it before the call returns, never keep it.
         `request_id` is a fixed-length uuid4 hex, used once. When cancelled, aborts the request in the engine and
-        raises `CancelledError`. Raises `EngineError` when the engine failed.
+        raises `CancelledError`: `Interrupted`, with what was sampled by then, where the engine tells in time.
+        Raises `EngineError` when the engine failed.
         """
         ...
 

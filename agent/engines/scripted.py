@@ -95,6 +95,8 @@ class Playback:
             room = sampling["max_new_tokens"]
             raise EndConversation("cancelled", f"replay: turn {self._next} has {turn.end - turn.start} tokens, the budgets leave {room}")
         self._next += 1
+        if turn.finish_reason == "abort":
+            raise EndConversation(self._record.stop_reason, self._record.error, self._generation(turn))
         return self._generation(turn)
 
     def _generation(self, turn: Turn) -> Generation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import multiprocessing
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines import cpu_guards
-from agent.engines.engine import Generation, SamplingParams
+from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.processes import Children, explain
 from agent.engines.sglang_args import environment, start_variables
 from agent.errors import AgentError, ConfigError, EngineError, EngineStartError
@@ -33,6 +34,9 @@ REFUSED_SAMPLING = {
     "min_new_tokens": "min_new_tokens needs a tokenizer in the engine",
 }
 """Each of these kills SGLang's scheduler when it runs without a tokenizer."""
+
+ABORT_S = 2.0
+"""How long the tokens of an aborted request are waited for: a step of the model and the way back."""
 
 
 def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None = None) -> AgentRollout:
@@ -110,7 +114,7 @@ class SGLangEngine:
             if task.cancelled() and not _is_cancelled():  # by `abort`, before SGLang had the request
                 return Generation([], [], "abort")
             self._stop(request_id)
-            raise
+            raise await interruption(task) from None
 
     async def _ask(self, prompt_ids: list[int], sampling: dict[str, Any], request_id: str) -> dict[str, Any]:
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -149,6 +153,21 @@ class SGLangEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._children.stop()
+
+
+async def interruption(answer: asyncio.Future[dict[str, Any]]) -> asyncio.CancelledError:
+    """What to raise for a request that was aborted: `Interrupted` with what was sampled, once SGLang's answer has come.
+
+    Waits for that, ABORT_S at most.
+    """
+    await asyncio.wait((answer,), timeout=ABORT_S)
+    if not answer.done() or answer.cancelled() or answer.exception():
+        return asyncio.CancelledError()
+    try:
+        generation = read_answer(answer.result())
+    except EngineError:
+        return asyncio.CancelledError()
+    return Interrupted(dataclasses.replace(generation, finish_reason="abort")) if generation.token_ids else asyncio.CancelledError()
 
 
 def _is_cancelled() -> bool:

@@ -19,7 +19,7 @@ import httpx
 
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.server import Server, ServerFailedError, ServerLostError, reason
-from agent.engines.sglang import check_sampling, read_answer
+from agent.engines.sglang import check_sampling, interruption, read_answer
 from agent.errors import ConfigError, EngineError, EngineStartError
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
@@ -88,8 +88,10 @@ class SGLangServerEngine:
             server = await self._server()
             rid = request_id if attempt == 1 else uuid.uuid4().hex
             self._requests[request_id] = server, rid
+            answer = asyncio.ensure_future(server.generate({"rid": rid, **body}))
             try:
-                return await server.generate({"rid": rid, **body})
+                await asyncio.wait((answer,))
+                return answer.result()
             except ServerFailedError as error:
                 failure = str(error)
             except ServerLostError as error:
@@ -97,7 +99,9 @@ class SGLangServerEngine:
                 server.lost(failure)
             except asyncio.CancelledError:
                 self._abort_in_background(server, rid)
-                raise
+                cut_off = await interruption(answer)
+                answer.cancel()
+                raise cut_off from None
             self._abort_in_background(server, rid)
             if attempt < self._attempts:
                 await asyncio.sleep(_backoff_s(attempt))

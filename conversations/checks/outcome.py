@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from conversations.checks.facts import Facts
-from conversations.checks.finding import Finding, differs
+from conversations.checks.finding import Finding, differs, show
 from conversations.checks.ledger import response_tokens
 from conversations.checks.rounds import Rounds
 from conversations.tokens import USER
@@ -101,18 +101,27 @@ class _Ending:
         reason = self.trajectory.stop_reason
         if finished and reason == "cancelled" and self.trajectory.parent is None:
             yield Finding("a conversation that was cut off stands among the finished ones")
+        for turn, each in enumerate(self.trajectory.turns):
+            if each.finish_reason == "abort" and (turn < self.turn or reason not in ("cancelled", "deadline")):
+                yield Finding("the turn was aborted, and the conversation went on or ended otherwise", turn)
         cut = self._cut_turn()
         if cut is not None and (cut < self.turn or reason != "length"):
-            yield Finding("the engine cut the turn off, and the conversation went on" if cut < self.turn else self._not("length"), cut)
+            then = "the conversation went on" if cut < self.turn else f"the stop reason is {show(reason)}"
+            yield Finding(f"the engine cut the turn off, and {then}", cut)
         elif cut is not None and any(line.status not in ("malformed", "rejected") for line in self.lines):
             yield Finding("a call of a turn that was cut off was run", cut)
         elif self.last is None and reason in ("stop", "tool_stop", "length", "max_turns", "invalid_tool_calls"):
-            yield Finding(self._not("one that needs no turn"))
+            yield Finding(f"the stop reason {show(reason)} does not fit: there are no turns")
         elif self.last is not None and (needs := self._needs(reason, cut)):
-            yield Finding(f"{differs('the stop reason', reason, 'another')}: {needs}", self.turn)
+            yield Finding(f"the stop reason {show(reason)} does not fit: {needs}", self.turn)
+        elif reason == "prompt_too_long" and self._prompt_fits():
+            yield Finding(f"the stop reason {show(reason)} does not fit: {len(self.trajectory.prompt_ids)} tokens fit the prompt's budget")
 
-    def _not(self, expected: str) -> str:
-        return differs("the stop reason", self.trajectory.stop_reason, expected)
+    def _prompt_fits(self) -> bool:
+        facts = self.facts
+        if facts.prompt_length is None or facts.max_model_len is None:
+            return False
+        return len(self.trajectory.prompt_ids) <= min(facts.prompt_length, facts.max_model_len - 1)
 
     def _cut_turn(self) -> int | None:
         """The first turn that the engine cut off: it says so, and no end token is there."""
@@ -127,22 +136,29 @@ class _Ending:
 
     def _needs(self, reason: str, cut: int | None) -> str | None:
         """What the stop reason needs and the record has not."""
-        invalid = [line for line in self.lines if line.status in INVALID_STATUSES]
         if reason in ("tool_stop", "max_turns", "invalid_tool_calls") and (self.answered or not self.calls):
             return "it needs calls in the last turn that were not answered"
         if reason == "prompt_too_long":
             return "it needs a conversation without turns"
         if reason == "stop" and (self.calls or self.answered):
-            return "the last turn has calls"
+            return "the last turn has calls, or was answered"
         if reason == "tool_stop" and not any(line.status == "ok" for line in self.lines):
             return "it needs a call in the last turn that ended with ok"
-        if reason == "invalid_tool_calls" and not invalid:
-            return "it needs an invalid call in the last turn"
+        if reason == "invalid_tool_calls" and (found := self._invalid_in_a_row()) < (limit := self.facts.max_invalid_calls or 1):
+            return f"it needs {limit} invalid calls in a row up to the last turn, there are {found}"
         if reason == "max_turns" and self.facts.max_turns is not None and len(self.trajectory.turns) < self.facts.max_turns:
             return f"there are {len(self.trajectory.turns)} turns, and max_assistant_turns is {self.facts.max_turns}"
         if reason == "length" and cut is None:
             return self._length_needs()
         return None
+
+    def _invalid_in_a_row(self) -> int:
+        """The longest row of invalid calls that reaches into the last turn."""
+        row = longest = 0
+        for line in self.trajectory.tool_calls:
+            row = row + 1 if line.status in INVALID_STATUSES else 0
+            longest = max(longest, row) if line.turn == self.turn else 0
+        return longest
 
     def _length_needs(self) -> str | None:
         """`length` without a turn that was cut: no room for another turn, or for the last one's responses."""

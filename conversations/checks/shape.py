@@ -47,7 +47,7 @@ class Turn(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     start: Place
     end: Place
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
     prompt_tokens: Place
     cached_tokens: Place | None
     queue_s: Seconds | None

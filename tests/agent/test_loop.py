@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from agent.engines.engine import Generation
+from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.scripted import ScriptedEngine, recorded
 from agent.errors import EndConversation, EngineError
 from agent.loop import Conversation, converse
@@ -329,6 +330,53 @@ async def test_cancellation_is_passed_on_and_recorded(smollm2: ChatTemplate) -> 
     assert (record.stop_reason, record.num_turns, record.reward, record.infra_error) == ("cancelled", 2, None, False)
     assert [line.status for line in record.tool_calls] == ["ok", "cancelled"]
     assert toy.count("release") == 1
+
+
+class Slow(ScriptedEngine):
+    """Hangs in the last of its turns; cancelled, it tells the first tokens of it."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+        generation = await super().generate(prompt_ids, sampling, request_id=request_id)
+        if generation.finish_reason != "abort":
+            return generation
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise Interrupted(generation) from None
+        raise AssertionError
+
+
+def cut_off(template: ChatTemplate, text: str) -> Generation:
+    ids = template.encode(text)
+    return Generation(ids, logprobs(ids), "abort")
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "deadline"])
+async def test_the_tokens_of_a_turn_that_is_cut_off_are_kept(smollm2: ChatTemplate, reason: str) -> None:
+    """Its calls are not run, whole ones neither."""
+    toy = Toy()
+    begun = cut_off(smollm2, call("toy", do="say") + "\n<tool_call>{")
+    script = says(smollm2, call("toy", do="say"), begun)
+    engine = Slow(script._respond)
+    limits = {"deadline_s": 0.2} if reason == "deadline" else {}
+    conversation = Conversation(task(), 0, runtime(smollm2, engine, [toy], **limits))
+    running = asyncio.create_task(converse(conversation))
+    if reason == "cancelled":
+        while len(conversation.ledger) < 1 or conversation.ledger[0].status != "ok":  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    else:
+        await running
+    record = Trajectory.from_line(conversation.trajectory().to_line())
+    assert (record.stop_reason, record.num_turns, record.turns[-1].finish_reason) == (reason, 2, "abort")
+    assert record.response_ids[-len(begun.token_ids) :] == begun.token_ids
+    assert record.response_logprobs[-len(begun.token_ids) :] == begun.logprobs
+    assert [line.status for line in record.tool_calls][:2] == ["ok", "cancelled"]
+    assert record.messages[-1]["raw"].endswith("<tool_call>{")
+    assert toy.count("execute") == 1
 
 
 def test_the_first_stop_reason_stays(smollm2: ChatTemplate) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from agent.engines import sglang_server
-from agent.engines.engine import Generation
+from agent.engines import sglang, sglang_server
+from agent.engines.engine import Generation, Interrupted
 from agent.engines.sglang_server import SGLangServerEngine
 from agent.errors import ConfigError, EngineError, EngineStartError
 from agent.model.base import base_model_dir
@@ -172,10 +172,28 @@ async def test_cancelling_aborts_on_the_server() -> None:
         running = asyncio.create_task(sample(engine, [1], request_id))
         await server.got_one.wait()
         running.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(Interrupted) as raised:
             await running
+        assert raised.value.generation == Generation([5], [-0.25], "abort")
         await engine.close()
         assert server.aborted == [request_id]
+
+
+async def test_a_server_that_does_not_say_what_it_sampled_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "ABORT_S", 0.1)
+    async with serving(Server(hangs)) as server, engine_of(server) as engine:
+        running = asyncio.create_task(sample(engine, [1]))
+        await server.got_one.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await running
+        assert not isinstance(raised.value, Interrupted)
+
+
+async def hangs(server: Server, body: dict[str, Any]) -> Response:
+    """Hears no abort."""
+    await server.release.wait()
+    return Response(status_code=500)
 
 
 async def test_abort_returns_what_there_is_and_names_the_retried_request() -> None:
