@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
 
 from agent.engines import sglang, sglang_server
 from agent.engines.engine import Generation, Interrupted
