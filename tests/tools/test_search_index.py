@@ -261,17 +261,20 @@ def test_waiting_for_another_builder_can_be_ended(corpus: Path, tmp_path: Path) 
     command = [sys.executable, "-c", textwrap.dedent(code), str(corpus), str(go_on)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == b"building\n"
-
-        def give_up(_: float) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            index_of(corpus, give_up)
-        go_on.touch()
-        other.communicate()
+        first = other.stdout.readline()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                index_of(corpus, _give_up)
+        finally:
+            go_on.touch()
+            other.communicate()
+    assert first == b"building\n"
     assert other.returncode == 0
     assert read_manifest(index_of(corpus))["documents"] == 3000
+
+
+def _give_up(_: float) -> None:
+    raise KeyboardInterrupt
 
 
 # -- what cannot be searched ---------------------------------------------------------------------------------------------

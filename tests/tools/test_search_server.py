@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +31,23 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(*arguments: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tools.servers.search", "--port", "0", *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Starts a server; none of them outlives the tests, however these end."""
+    servers: list[subprocess.Popen[str]] = []
+
+    def start_one(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tools.servers.search", "--port", "0", *arguments]
+        pipe = subprocess.PIPE
+        servers.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.kill()
 
 
 def announced(server: subprocess.Popen[str]) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def ended(server: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def url(index: Path) -> Iterator[str]:
+def url(index: Path, start: Start) -> Iterator[str]:
     server = start("--index", str(index))
     yield f"http://127.0.0.1:{announced(server)['port']}"
     assert ended(server) == ("", "")
@@ -203,7 +217,7 @@ def test_a_client_that_hangs_up_or_dawdles_harms_nobody(url: str) -> None:
 # -- the process ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_is_indexed_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_is_indexed_and_served(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "cache"))
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": 1, "contents": "Cats\\nCats purr."}\n', encoding="utf-8")
@@ -216,7 +230,7 @@ def test_a_corpus_is_indexed_and_served(tmp_path: Path, monkeypatch: pytest.Monk
     assert server.returncode == 0
 
 
-def test_an_index_that_is_stale_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_is_stale_is_named(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.servers.search_index import index_of
 
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "cache"))
@@ -230,7 +244,9 @@ def test_an_index_that_is_stale_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_a_corpus_is_indexed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+def test_a_signal_while_a_corpus_is_indexed_leaves_nothing(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "cache"))
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)), encoding="utf-8")
@@ -244,7 +260,7 @@ def test_a_signal_while_a_corpus_is_indexed_leaves_nothing(tmp_path: Path, monke
     assert list(building.iterdir()) == []
 
 
-def test_what_cannot_be_served_is_one_line_and_code_1(index: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_one_line_and_code_1(start: Start, index: Path, tmp_path: Path) -> None:
     for arguments, says in (
         (["--corpus", str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read: No such file or directory"),
         (["--index", str(tmp_path)], "is not a search index; make one with"),
@@ -256,7 +272,7 @@ def test_what_cannot_be_served_is_one_line_and_code_1(index: Path, tmp_path: Pat
         assert says in json.loads(out)["error"]
 
 
-def test_it_ends_with_its_parent(index: Path) -> None:
+def test_it_ends_with_its_parent(start: Start, index: Path) -> None:
     server = start("--index", str(index), "--with-parent")
     announced(server)
     assert server.stdin is not None
@@ -264,7 +280,7 @@ def test_it_ends_with_its_parent(index: Path) -> None:
     assert server.wait(30) == 0
 
 
-def test_requests_leave_no_memory_behind(index: Path) -> None:
+def test_requests_leave_no_memory_behind(start: Start, index: Path) -> None:
     server = start("--index", str(index))
     url = f"http://127.0.0.1:{announced(server)['port']}"
     process = psutil.Process(server.pid)
