@@ -302,7 +302,7 @@ async def test_a_broken_sandbox_is_the_backends_fault(serve: Serve, status: int,
 async def test_a_server_that_keeps_no_sessions_is_told_of_once_at_the_start(serve: Serve, status: int, body: Any) -> None:
     url, _ = serve(status, body)
     tools = ToolSet.from_tools([SandboxFusionTool({"sandbox_fusion_url": url, "session": True}, schema())])
-    with pytest.raises(ToolConfigError, match=r"code_interpreter: config.session: the server at http://.* keeps no sessions; take one that"):
+    with pytest.raises(ToolConfigError, match=r"code_interpreter: config.session: the server at .* keeps no sessions; take"):
         await tools.start()
     await tools.close()
 

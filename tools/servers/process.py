@@ -34,7 +34,7 @@ def serve_until_ended(app: ASGIApp, host: str, port: int, says: dict[str, Any], 
     `says` follows the port in the line that announces it. Raises OSError (a port in use) before anything is served.
     """
     end_quietly_on_signals()
-    asyncio.run(_serve(app, host, port, says, with_parent))
+    asyncio.run(serve(app, host, port, says, with_parent=with_parent))
 
 
 def end_quietly_on_signals() -> None:
@@ -49,16 +49,29 @@ def announce(**says: Any) -> None:
     print(json.dumps(says), flush=True)
 
 
-async def _serve(app: ASGIApp, host: str, port: int, says: dict[str, Any], with_parent: bool) -> None:
+async def serve(
+    app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False, stopping: asyncio.Event | None = None
+) -> None:
+    """`serve_until_ended` as a coroutine. `stopping` is set when the server is about to wait for running requests."""
     with socket.create_server((host, port), backlog=1024) as listener:
         # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        server = uvicorn.Server(uvicorn.Config(app, **_UVICORN))
+        server = _Server(uvicorn.Config(app, **_UVICORN), stopping or asyncio.Event())
         watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
         announce(port=listener.getsockname()[1], **says)
         await server.serve([listener])
         if watch:
             watch.cancel()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping.set()
+        await super().shutdown(sockets)
 
 
 async def _end_with_parent(server: uvicorn.Server) -> None:

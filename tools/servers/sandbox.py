@@ -12,21 +12,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-import signal
-import socket
 import sys
 from dataclasses import dataclass
 
-import uvicorn
-
 from tools.base import ToolsError
 from tools.servers.probe import working_sandbox
+from tools.servers.process import announce, end_quietly_on_signals, serve
 from tools.servers.sandbox_app import make_app
 from tools.servers.sessions import Sessions
-
-_PARENT_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +40,7 @@ class Options:
     with_parent: bool = False
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, which tells the app that it is about to wait for running requests."""
-
-    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
-        super().__init__(config)
-        self._stopping = stopping
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._stopping.set()
-        await super().shutdown(sockets)
-
-
-async def serve(options: Options) -> None:
+async def serve_sandbox(options: Options) -> None:
     """Probes, announces the port, and serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent.
 
     Raises ToolsError and OSError (a port in use) before anything is served.
@@ -71,34 +53,14 @@ async def serve(options: Options) -> None:
             print(f"note: sandbox: {note}", file=sys.stderr, flush=True)
         sessions = Sessions(working.sandbox, options.sessions, options.session_idle_s)
         stack.push_async_callback(sessions.close)
-        listener = stack.enter_context(socket.create_server((options.host, options.port), backlog=1024))
-        # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         app = make_app(working, sessions, options.workers or os.cpu_count() or 1, stopping)
-        config = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", http="h11", timeout_graceful_shutdown=5)
-        server = _Server(config, stopping)
-        if options.with_parent:
-            stack.callback(asyncio.ensure_future(_end_with_parent(server)).cancel)
-        print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
-        await server.serve([listener])
-
-
-async def _end_with_parent(server: uvicorn.Server) -> None:
-    """Ends the server when stdin ends, or (another child of the parent may hold the pipe open) the parent is another."""
-    loop, parent, ended = asyncio.get_running_loop(), os.getppid(), asyncio.Event()
-    loop.add_reader(sys.stdin.fileno(), ended.set)
-    while not ended.is_set() and os.getppid() == parent:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended.wait(), _PARENT_CHECK_S)
-    server.should_exit = True
+        await serve(app, options.host, options.port, {}, with_parent=options.with_parent, stopping=stopping)
 
 
 def serve_until_ended(options: Options) -> None:
-    """`serve` as a whole process: SIGTERM and SIGINT end it in good order, with code 0."""
-    # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
-    asyncio.run(serve(options))
+    """`serve_sandbox` as a whole process: SIGTERM and SIGINT end it in good order, with code 0."""
+    end_quietly_on_signals()
+    asyncio.run(serve_sandbox(options))
 
 
 def names(listed: str) -> tuple[str, ...]:
@@ -121,7 +83,7 @@ def main() -> int:
     try:
         serve_until_ended(Options(**vars(parser.parse_args())))
     except (ToolsError, OSError) as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+        announce(error=str(error))
         return 1
     return 0
 
