@@ -2,6 +2,7 @@
 
 Invariant: a call ends. When the server dies, calls in flight fail at once; a cancelled call is told to the server; the
 contexts of the SDK, which anyio binds to the task that entered them, are entered and left in one task a connection owns.
+A server that was started here sees its stdin end when we do, by `kill -9` as well; one that ignores that then stays.
 """
 
 from __future__ import annotations

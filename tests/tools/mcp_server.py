@@ -18,12 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import mcp.types as types
-import uvicorn
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
-from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
-from starlette.applications import Starlette
-from starlette.routing import Mount
 
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -133,6 +129,11 @@ async def serve_stdio() -> None:
 
 
 def serve_http(json_response: bool) -> None:
+    import uvicorn  # takes a while that most tests need not wait
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
     manager = StreamableHTTPSessionManager(server, json_response=json_response)
 
     @contextlib.asynccontextmanager

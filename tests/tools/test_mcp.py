@@ -173,6 +173,19 @@ def test_verls_tool_selected_list_filters(tmp_path: Path) -> None:
     assert list(load_tools(tmp_path / "tools.yaml")) == ["convert"]
 
 
+async def test_a_subclass_shows_results_its_own_way(stdio: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_mcp.py").write_text(
+        "from tools.mcp import McpTool\nclass Loud(McpTool):\n    def shown(self, result): return super().shown(result).upper()\n"
+    )
+    (tmp_path / "tools.yaml").write_text(yaml.safe_dump([{"class_name": "my_mcp.Loud", "mcp": stdio.mcp}]))
+    tools = load_tools(tmp_path / "tools.yaml")
+    try:
+        assert await ask(tools, "echo", "quiet") == "QUIET"
+    finally:
+        await tools.close()
+
+
 def test_two_tools_of_one_name_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "tools.yaml").write_text(yaml.safe_dump([{"mcp": EXAMPLE}, {"mcp": {**EXAMPLE, "tools": ["clock"]}}]))
     with pytest.raises(ToolConfigError, match="two tools are named 'clock'"):
