@@ -75,6 +75,7 @@ def run(request: RunRequest, console: Console) -> int:
         if request.resume:
             _count_earlier(request.out, set(pairs), progress)
         if sum(pair in store.done for pair in pairs) >= target:
+            store.close(counts(progress))
             say(console, f"nothing to do: all {target} conversations are in {request.out}")
             return DONE
         return _run_missing(request, tools, store, progress, console)
@@ -197,10 +198,15 @@ def save_tokenizer(run: Path, tokenizer: Any) -> None:
 
 
 def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Session:
-    name, log = request.config.rollout.name, request.out / "engine.log"
-    starting = f"starting {name} with {request.config.model_path}"
-    say(console, f"{starting} (log: {log})" if name == "sglang" else starting)  # the others have no processes that write one
+    log = request.out / "engine.log"
+    say(console, starting(request.config, log))
     return Session(request.config, tools, validate=request.validate, log_path=log)
+
+
+def starting(config: Config, log: Path) -> str:
+    """What is being started, and where it writes: only an engine in process has processes that do."""
+    name = config.rollout.name
+    return f"starting {name} with {config.model_path}" + (f" (log: {log})" if name == "sglang" else "")
 
 
 @contextmanager

@@ -45,11 +45,17 @@ def replay(
 ) -> None:
     """Replay a run into a new one and say where each trajectory first differs.
 
-    Both recorded (the default) checks the record and this code: nothing is imported, no model runs. Recorded model, live
-    tools: each call is made again and its answer compared; a trajectory ends where its model would have seen something else.
-    Live model, recorded tools: answers are served while the calls are the recorded ones. Both live: run again.
+    Both recorded, the default, checks the record and this code: no model runs and nothing is imported.
 
-    Exit code 0: all identical (a fork: its tools are as they were). 3: some diverged. 1: some failed or are missing. 2: a mistake.
+    Recorded model, live tools: every call is made again and its answer compared. Where an answer changes what the
+    model would have seen, the new trajectory ends; the calls after that are compared all the same.
+
+    Live model, recorded tools: answers are served while the calls are the recorded ones.
+
+    Both live: run again.
+
+    Exit code 0: all identical (a fork: its tools are in the state they were in). 3: some diverged. 1: some failed or are
+    missing. 2: a mistake.
     """
     from rich.console import Console
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 from agent.replay.compare import Answers, Scope, answer_difference, compare, compared_answers, logprob_difference
 from agent.replay.conversation import ReplayedConversation
 from agent.replay.tools import LiveTools
+from conversations.errors import RunFolderError
 from conversations.store import RunFolder
 from conversations.trajectory import Trajectory
 
@@ -76,11 +77,17 @@ class ComparingStore:
         conversation = self._running[trajectory.id]
         tools = conversation.tools if isinstance(conversation.tools, LiveTools) else None
         line = outcome(conversation.record, trajectory, self._scope, tools)
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        self._note(line)
         self._folder.append(trajectory)
         del self._running[trajectory.id]
         self._tell(line)
+
+    def _note(self, line: Line) -> None:
+        try:
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise RunFolderError(f"{self._folder.path / REPLAY} cannot be written: {error.strerror}; make room and --resume") from error
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of a conversation that was cut off."""

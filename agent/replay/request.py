@@ -96,14 +96,12 @@ def choose(run: Run, request: ReplayRequest) -> Choice:
         else:
             chosen.append(trajectory_id)
     notes = [
-        f"note: {len(ids)} trajectories {what}: left out ({_some(ids)})"
+        f"{len(ids)} trajectories {what}: left out ({_some(ids)})"
         for ids, what in ((too_short, f"do not reach turn {request.from_turn}"), (empty, "failed before they had a message"))
         if ids
     ]
     if not chosen:
-        raise AgentError(
-            f"{run.path}: nothing to replay: {'; '.join(notes).removeprefix('note: ') or 'the run has no finished trajectories'}"
-        )
+        raise AgentError(f"{run.path}: nothing to replay: {'; '.join(notes) or 'the run has no finished trajectories'}")
     return Choice(chosen, len(chosen) == len(run), notes)
 
 

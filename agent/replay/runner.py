@@ -30,12 +30,13 @@ from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_tools, replay_config, started_config
 from agent.replay.user import RecordedUser, has_user
-from agent.run import DONE, INCOMPLETE, INTERRUPTED, TERMINATED, Terminated, fresh_seed, save_tokenizer, sigterm_as_interrupt
+from agent.run import DONE, INCOMPLETE, INTERRUPTED, TERMINATED, Terminated, fresh_seed, save_tokenizer, sigterm_as_interrupt, starting
 from agent.session import Session, load_template, make_dispatcher
+from conversations.errors import ConversationsError
 from conversations.open_run import Run, open_run
-from conversations.store import RUN, RunFolder
+from conversations.store import RUN, UNFINISHED, RunFolder
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory
+from conversations.trajectory import Trajectory, canonical_json
 from tools.toolset import ToolSet
 
 DIVERGED = 3
@@ -67,8 +68,8 @@ class Plan:
 def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any]]:
     """Replays a run into a new folder; returns the exit code and the report. Raises the packages' own errors for a user's mistake."""
     plan = make_plan(request)
-    for note in plan.choice.notes:
-        say(console, note)
+    for note in (*plan.choice.notes, *_notes(plan)):
+        say(console, f"note: {note}")
     tally, progress = Tally(), Progress(total=plan.total)
     with _open_store(plan) as folder:
         for line in earlier_lines(request.out, folder.done & plan.keys()):
@@ -94,10 +95,36 @@ def make_plan(request: ReplayRequest) -> Plan:
     if request.resume and request.live_model:
         config = fresh_seed(config, request.out)
     tools = live_tools(run, request, config) if request.live_tools else None
-    template = load_template(config, config.model_dir()) if request.live_model else run.template()
+    template = _live_template(config) if request.live_model else run.template()
     if request.from_turn is not None:
         _check_same_tokenizer(run, template)
     return Plan(request, run, choice, config, tools, template)
+
+
+def _live_template(config: Config) -> ChatTemplate:
+    folder = config.model_dir()
+    try:
+        return load_template(config, folder)
+    except ConversationsError:
+        raise
+    except Exception as error:  # transformers raises what it likes about a folder that holds no tokenizer, or code in its place
+        raise AgentError(f"model_path: no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    """What the user should hear before anything starts."""
+    request, unfinished = plan.request, plan.run.path / UNFINISHED
+    if unfinished.exists() and (count := unfinished.read_bytes().count(b"\n")):
+        yield f"{count} unfinished conversations of {plan.run.path} are not replayed"
+    if request.live_model:
+        yield from plan.config.notices()
+    if plan.tools and (not request.live_model or request.from_turn is not None):
+        for tool in plan.run[plan.choice.ids[0]].tools:
+            name = tool["function"]["name"]
+            if name not in plan.tools:
+                yield f"there is no tool {name} now: its calls cannot be answered as they were"
+            elif canonical_json(plan.tools[name].schema) != canonical_json(tool):
+                yield f"the schema of {name} is not the recorded one, which is what the model saw; calls are checked against today's"
 
 
 def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
@@ -169,9 +196,9 @@ def _started(plan: Plan, console: Console) -> Session:
     save_tokenizer(request.out, plan.template.tokenizer)
     if not request.live_model:
         return Session(config, plan.tools, start=lambda: recorded([]), template=plan.template)
-    say(console, f"starting {config.rollout.name} with {config.model_path} (log: {request.out / 'engine.log'})")
-    validate = bool(plan.run.manifest.get("validate"))
-    return Session(config, plan.tools, validate=validate, log_path=request.out / "engine.log", template=plan.template)
+    log, validate = request.out / "engine.log", bool(plan.run.manifest.get("validate"))
+    say(console, starting(config, log))
+    return Session(config, plan.tools, validate=validate, log_path=log, template=plan.template)
 
 
 async def _conversations(plan: Plan, session: Session, folder: RunFolder, tally: Tally, progress: Progress) -> None:

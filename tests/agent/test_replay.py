@@ -25,6 +25,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import AgentError
 from agent.loop import LoopSettings, Runtime
+from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import DIVERGED, replay
 from agent.run import DONE, INCOMPLETE, RunRequest, run
@@ -34,7 +35,7 @@ from conversations.open_run import Run, open_run
 from conversations.store import TRAJECTORIES, RunFolder, read_manifest
 from conversations.trajectory import Trajectory, record_hash
 from conversations.verify import verify_run
-from tests.helpers import call, hermes_template
+from tests.helpers import call, fresh_tokenizer, hermes_template
 from tools.base import ToolsError
 from tools.registry import load_tools
 
@@ -319,6 +320,16 @@ def test_answers_after_the_first_difference_are_compared_too(again: Again, desk:
     assert done.report["answers"]["look"]["different"] == 0
 
 
+def test_other_schemas_and_lost_tools_are_noted_and_the_prompt_stays(again: Again, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(TOOLS.replace("Adds to a count.", "Adds.").replace("  - function: desk:look\n", ""))
+    done = again(tools="live", tools_config=str(other))
+    assert "note: there is no tool look now: its calls cannot be answered as they were" in done.said
+    assert "note: the schema of count is not the recorded one, which is what the model saw" in done.said
+    assert (done.first("t0-0")["kind"], done.first("t0-0")["replayed"]["status"]) == ("answer", "unknown_tool")
+    assert "Adds to a count." in hermes_template().decode(done.run["t0-0"].prompt_ids)
+
+
 def test_a_tool_that_says_something_when_created_differs_in_the_prompt(again: Again, desk: Path) -> None:
     (desk / "talking").touch()
     first = again(**LIVE_TOOLS).first("t0-0")
@@ -409,6 +420,19 @@ def test_trajectories_that_do_not_reach_the_turn_are_left_out_and_named(again: A
     assert len(forked.run) == TASKS - 1
     with pytest.raises(AgentError, match="nothing to replay: 5 trajectories do not reach turn 3"):
         again(out="newer", model="live", from_turn=3, **LIVE_TOOLS)
+
+
+def test_a_fork_needs_the_parents_tokenizer(again: Again, tmp_path: Path) -> None:
+    tokenizer = fresh_tokenizer(base_model_dir())
+    tokenizer.add_tokens(["<|other|>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(AgentError, match="the model's tokenizer is not that of parent: a fork keeps the parent's tokens"):
+        again(model="live", from_turn=1, overrides=[f"model_path={tmp_path / 'model'}"], **LIVE_TOOLS)
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    with pytest.raises(AgentError, match=r"^model_path: no tokenizer could be loaded from [^\n]*$"):
+        again(model="live", overrides=[f"model_path={tmp_path / 'model'}"])
 
 
 def test_a_record_that_was_cut_off_before_a_turn_can_be_gone_on_with(again: Again, desk: Path, project: Path) -> None:
