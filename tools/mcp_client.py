@@ -60,6 +60,7 @@ class Link:
         self._opening = asyncio.Lock()
         self._retry_s = 0.0
         self._retry_at = 0.0
+        self._closed = False
 
     async def call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
         """The tool's answer. Raises McpError for an error that the server answered, BackendError without an answer."""
@@ -96,10 +97,14 @@ class Link:
             self._retry_at = time.monotonic() + self._retry_s
             raise
         self._retry_s = 0.0
+        if self._closed:
+            await opened.close()
+            raise NotSentError(f"{self._config.shown} was closed")
         return opened
 
     async def close(self) -> None:
-        """Ends the connection and the server's process. Safe to call twice."""
+        """Ends the connection and the server's process, for good. Safe to call twice."""
+        self._closed = True
         if self._connection:
             await self._forget(self._connection)
 

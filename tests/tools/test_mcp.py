@@ -454,6 +454,15 @@ async def test_closing_in_the_midst_of_a_call_leaves_nothing(either: Server, loa
     await tools.close()
 
 
+async def test_a_server_that_is_just_being_started_is_closed_too(stdio: Server, load: Any) -> None:
+    tools = load(stdio.mcp)
+    starting = asyncio.create_task(asked(tools, "echo", "x"))
+    await until(lambda: children() != [])
+    await tools.close()
+    assert await starting == "BackendError"
+    assert children() == []
+
+
 def test_a_loop_that_ends_takes_the_servers_with_it(stdio: Server, load: Any) -> None:
     tools = load(stdio.mcp)
 
