@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -49,10 +49,18 @@ FSYNC_INTERVAL_S = 1.0
 class RunFolder:
     """A run folder open for writing. Use `create` or `resume`, and close it (or `with`)."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], lock: IO[str], done: set[tuple[str, int]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        lock: IO[str],
+        done: set[tuple[str, int]],
+        unfinished: Mapping[tuple[str, int], Trajectory] | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.done = done
+        self.unfinished = unfinished or {}
         self._lock = lock
         self._files = _Files(path)
 
@@ -71,7 +79,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: str | Path, manifest: Mapping[str, Any], *, force: bool = False) -> RunFolder:
-        """An earlier run, to be gone on with: `done` holds the (task, sample) pairs that need not run again.
+        """An earlier run, to be gone on with: `done` holds the (task, sample) pairs that need not run again, `unfinished` those cut off.
 
         Raises RunFolderError where there is no run, another process writes to it, its file is damaged, or `manifest`
         differs in what makes the run (all differences are named; `force` accepts them).
@@ -86,8 +94,10 @@ class RunFolder:
                 raise RunFolderError(f"{path} was run differently: {'; '.join(differences)}; use --force to go on all the same")
             _cut_torn_line(path / UNFINISHED)
             _cut_torn_line(path / TRAJECTORIES)
-            done = _retire(path)
-            return cls(path, _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")}), lock, done)
+            done = _retire_failed(path)
+            unfinished = _retire_unfinished(path, done)
+            earlier.pop("counts", None)  # they are what a run says when it closes
+            return cls(path, _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")}), lock, done, unfinished)
         except OSError as error:
             lock.close()
             raise _unwritable(path, error) from error
@@ -113,6 +123,7 @@ class RunFolder:
             return
         try:
             self._files.close()
+            _retire_unfinished(self.path, self.done)
             if counts is not None:
                 self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts)})
         finally:
@@ -321,26 +332,48 @@ def _last_line_start(lines: IO[bytes]) -> int:
     return size - len(tail)
 
 
-def _retire(path: Path) -> set[tuple[str, int]]:
-    """Moves what is to run again to superseded.jsonl; returns the (task, sample) pairs that stay.
+def _retire_failed(path: Path) -> set[tuple[str, int]]:
+    """Moves what infrastructure failed to superseded.jsonl; returns the (task, sample) pairs that stay."""
+    done, failed = _sort_out(path / TRAJECTORIES)
+    _lay_aside(path, failed)
+    if failed:
+        _drop(path / TRAJECTORIES, set(failed))
+    return done
 
-    Superseded lines are on disk before the others are dropped, so a kill in between loses nothing; a line that such a
-    kill left in both places is not written to superseded.jsonl again.
-    """
-    kept, retired = _sort_out(path / TRAJECTORIES)
-    unfinished = list(_lines(path / UNFINISHED))
-    known = set(_lines(path / SUPERSEDED))
-    if fresh := [line for line in (*retired, *unfinished) if line not in known]:
+
+def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str, int], Trajectory]:
+    """Moves to superseded.jsonl what ended since, or was cut off again; returns the others by (task, sample)."""
+    unfinished: dict[tuple[str, int], tuple[bytes, Trajectory]] = {}
+    stale = []
+    for line in _lines(path / UNFINISHED):
+        try:
+            record = Trajectory.from_line(line.decode())
+        except (RecordError, ValueError):
+            stale.append(line)
+            continue
+        key = (record.task_id, record.sample)
+        if key in unfinished:
+            stale.append(unfinished.pop(key)[0])
+        if key in done:
+            stale.append(line)
+        else:
+            unfinished[key] = line, record
+    if stale:
+        _lay_aside(path, stale)
+        _replace_by_lines(path / UNFINISHED, (line for line, _ in unfinished.values()))
+    return {key: record for key, (_, record) in unfinished.items()}
+
+
+def _lay_aside(path: Path, lines: Sequence[bytes]) -> None:
+    """Puts lines into superseded.jsonl. They are on disk there before they are dropped elsewhere, so a kill in between loses
+    nothing; one that such a kill left in both places is not written again."""
+    known = set(_lines(path / SUPERSEDED)) if lines else set()
+    if fresh := [line for line in lines if line not in known]:
         _cut_torn_line(path / SUPERSEDED)
         with (path / SUPERSEDED).open("ab") as out:
             out.writelines(fresh)
             out.flush()
             os.fsync(out.fileno())
-    if retired:
-        _drop(path / TRAJECTORIES, set(retired))
-    if unfinished:
-        _replace(path / UNFINISHED, b"")
-    return kept
 
 
 def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:

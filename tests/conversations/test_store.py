@@ -160,6 +160,15 @@ def test_a_sync_that_fails_is_not_kept_quiet(tmp_path: Path) -> None:
         run.close()
 
 
+def test_counts_are_those_of_the_last_close(tmp_path: Path) -> None:
+    """While a run is gone on with, and after a kill, run.json does not say what an earlier stop counted."""
+    RunFolder.create(tmp_path, MANIFEST).close({"done": 3})
+    with RunFolder.resume(tmp_path, MANIFEST) as folder:
+        assert "counts" not in read_manifest(tmp_path)
+        folder.close({"done": 4})
+    assert read_manifest(tmp_path)["counts"] == {"done": 4}
+
+
 @pytest.mark.parametrize("counts", [None, {"done": 1}])
 def test_a_manifest_that_cannot_be_written_is_one_clear_line(tmp_path: Path, counts: dict[str, int] | None) -> None:
     run_with(tmp_path, record("a"))
