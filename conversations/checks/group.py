@@ -43,15 +43,16 @@ class Whole:
         if checked.key is None:
             self.unreadable += finished
             return
+        if not finished:
+            return  # it may have been cut off again, or have ended since: a run that was killed has not tidied up
         first = self.places.setdefault(checked.key, f"{file}:{line}")
         if first != f"{file}:{line}":
             yield Finding(f"sample {checked.key[1]} of this task stands already at {first}")
             return
-        if finished:
-            self.groups.setdefault(checked.key[0], []).append(Member(checked.key[1], line, checked.common))
-            self.tally += checked.tally
-            if checked.reward is not None:
-                self.rewards.append(checked.reward)
+        self.groups.setdefault(checked.key[0], []).append(Member(checked.key[1], line, checked.common))
+        self.tally += checked.tally
+        if checked.reward is not None:
+            self.rewards.append(checked.reward)
 
     def defects(self, file: str, manifest: dict[str, Any], n: int | None) -> Iterator[Defect]:
         """What is wrong with groups and counts, once every record was added."""

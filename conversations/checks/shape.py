@@ -53,6 +53,7 @@ class Turn(TypedDict):
     queue_s: Seconds | None
     engine_s: Seconds | None
     weight_version: str | None
+    resumed: NotRequired[list[Annotated[tuple[Place, str | None], Field(strict=False)]] | None]
 
 
 class Attempt(TypedDict):
