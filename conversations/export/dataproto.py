@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ExportError
-from conversations.export.formats import Format, Row, Source
+from conversations.export.formats import Format, Record, Row, Source
 from conversations.padding import padded_batch
 from conversations.trajectory import Trajectory
 
@@ -21,10 +21,16 @@ def _rows(source: Source) -> Iterator[Row]:
     """One row a batch: its arrays, and the non-tensors."""
     prompt_length, response_length = _lengths(source.run.manifest)
     pad_id = _pad_id(source.run.tokenizer())
-    trajectories = (Trajectory.from_record(record) for record in source.with_ids())
+    trajectories = map(_trainable, source.with_ids())
     while batch := list(islice(trajectories, source.batch_size)):
         arrays = padded_batch(batch, prompt_length=prompt_length, response_length=response_length, pad_id=pad_id)
         yield {"arrays": arrays, "messages": [{"messages": one.messages} for one in batch], **_columns(batch)}
+
+
+def _trainable(record: Record) -> Trajectory:
+    """What infrastructure failed is there where it was asked for, and nothing of it is trained on, as in a trainer."""
+    mask = [0] * len(record["response_ids"]) if record["infra_error"] else record["response_mask"]
+    return Trajectory.from_record({**record, "response_mask": mask})
 
 
 def _columns(batch: Sequence[Trajectory]) -> dict[str, list[Any]]:

@@ -25,6 +25,9 @@ VERDICTS = {
 }
 """What a check can find, the best first."""
 
+REMEMBERED = 1024
+"""System messages with tools in them; more are found anew."""
+
 _MARK = "a4b1turntrace"
 
 Tokens = tuple[list[int], list[int]]
@@ -41,7 +44,7 @@ class TextView:
     def __init__(self, template: ChatTemplate | None, kwargs: Mapping[str, Any]) -> None:
         self.template = template
         self._kwargs = dict(kwargs)
-        self._systems: dict[str, str | None] = {}
+        self._systems: dict[str, str] = {}
         self._defaults: dict[str, str] = {}
 
     def messages(self, record: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -99,10 +102,13 @@ class TextView:
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         rest = messages if system is None else messages[1:]
         key = json.dumps([system, record["tools"]])
-        if key not in self._systems:
-            self._systems[key] = self._system_with_tools(messages[: len(messages) - len(rest)], rest, record)
-        content = self._systems[key]
-        return messages if content is None else [{"role": "system", "content": content}, *rest]
+        content = self._systems.get(key) or self._system_with_tools(messages[: len(messages) - len(rest)], rest, record)
+        if content is None:
+            return messages
+        if len(self._systems) >= REMEMBERED:
+            self._systems.clear()
+        self._systems[key] = content
+        return [{"role": "system", "content": content}, *rest]
 
     def _system_with_tools(self, system: list[dict[str, str]], rest: list[dict[str, str]], record: Mapping[str, Any]) -> str | None:
         """The system message that renders to the prompt, tools and all; None where the template has no such place."""

@@ -92,6 +92,30 @@ def test_dataproto_is_the_batch_that_a_rollout_returns() -> None:
         assert batch.non_tensor_batch["reward_scores"][index] == record["reward_parts"]
 
 
+def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(tmp_path: Path) -> None:
+    """`AgentRollout.generate_sequences` returns `batch_arrays`; failures of the infrastructure are rows that nothing is learnt from."""
+    import torch
+    from verl import DataProto
+
+    from agent.verl_batch import Shape, batch_arrays
+    from conversations.export import job
+    from conversations.export.filters import Filters
+
+    run = small_run()
+    job.export(run, "dataproto", tmp_path / "out", Filters(include_infra_errors=True), batch_size=16)
+    trajectories = [one for one in run if one.turns]
+    assert any(one.infra_error for one in trajectories)
+    files = sorted((tmp_path / "out").glob("*.pkl"))
+    assert len(files) == -(-len(trajectories) // 16)
+    shape = Shape(prompt_length=1024, response_length=1024, pad_id=run.tokenizer().pad_token_id, logprobs=True)
+    for index, file in enumerate(files):
+        expected = batch_arrays(trajectories[16 * index : 16 * (index + 1)], shape)
+        found = DataProto.load_from_disk(file).batch
+        assert sorted(found.keys()) == sorted(expected.keys())
+        for name, array in expected.items():
+            assert torch.equal(found[name], torch.from_numpy(array)), name
+
+
 def test_batches_are_laid_out_as_verls_own_loop_lays_them_out() -> None:
     """verl's real rollout on a scripted engine; from what it returns the trajectories, and from those the batch again."""
     command = [sys.executable, "-m", "tests.conversations.verl_batches"]
