@@ -309,7 +309,19 @@ def test_a_conversations_deadline_ends_it_at_once_and_a_backend_that_failed_mean
 
 
 async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
-    toy = Toy(max_concurrency=1)
+    class Noticing(Toy):
+        cancelled = 0
+
+        async def execute(
+            self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+        ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
+            try:
+                return await super().execute(instance_id, parameters, **kwargs)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+
+    toy = Noticing(max_concurrency=1)
     dispatcher = Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, cut=cut)
     first, second = ConversationTools(dispatcher, {}, None), ConversationTools(dispatcher, {}, None)
     await first.create()
@@ -324,6 +336,7 @@ async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
     hanging.cancel()
     await asyncio.wait_for(waiting, 60)
     assert (lines[0].status, lines[0].response) == ("ok", "fine")
-    assert hanging.cancelled()
+    assert (hanging.cancelled(), toy.cancelled) == (True, 1)
     await first.release()
     await second.release()
+    assert asyncio.all_tasks() == {asyncio.current_task()}

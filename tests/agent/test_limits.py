@@ -191,6 +191,19 @@ def test_after_the_cooldown_one_at_a_time_probes(limits: dict[str, Any]) -> None
     virtual_time.run(run())
 
 
+def test_who_comes_while_a_probe_holds_the_only_slot_is_refused_at_once() -> None:
+    async def run() -> None:
+        one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=1.0), max_concurrency=1)
+        assert await tried(one, "timeout") == ["sent"]
+        await asyncio.sleep(1.0)
+        probe = asyncio.create_task(tried(one, "ok", takes_s=5.0))
+        await asyncio.sleep(1.0)
+        assert (await tried(one, "ok"), now()) == (["refused"], 2.0)
+        assert await probe == ["sent"]
+
+    virtual_time.run(run())
+
+
 def test_a_probe_that_is_cancelled_leaves_the_next_one_free_to_probe() -> None:
     async def run() -> None:
         one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=1.0), rate_limit=1.0, max_concurrency=1)

@@ -74,6 +74,21 @@ def test_what_is_kept_fits_and_fills_the_limit(template: ChatTemplate, side: str
 
 
 @pytest.mark.parametrize("side", SIDES)
+def test_what_is_cut_is_counted_in_tokens(template: ChatTemplate, side: str) -> None:
+    """To the token where little was cut; where much was, as if all of it were like its beginning."""
+    text = " ".join(f"row {number}: {number * 7919 % 10007}" for number in range(400))
+    for limit in (8, 300):
+        for length in (3000, len(text), 50_000):
+            whole = (text + "\n") * (length // len(text)) if length > len(text) else text[:length]
+            shown = cut_to_tokens(whole, limit, side, template)
+            assert shown is not None
+            head, tail = parts(whole, shown.text)
+            removed = whole[len(head) : len(whole) - len(tail)]
+            few = len(removed) <= max(256, 8 * limit)
+            assert shown.tokens_cut == pytest.approx(len(template.encode(removed)), rel=0 if few else 0.1)
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_characters_of_several_tokens_stay_whole(smollm2: ChatTemplate, side: str) -> None:
     """SmolLM2 spends several tokens on such characters: half of one would be shown as U+FFFD."""
     text = "漢🙂é\u2028" * 300
