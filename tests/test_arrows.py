@@ -27,6 +27,9 @@ MAY_BE_HEAVY = ("agent/rollout.py", "agent/model/recipe/", "agent/engines/cpu_gu
 
 ENGINES_AND_NETWORK = {"sglang", "verl", "ray", "httpx", "requests", "aiohttp", "socket", "http", "urllib3"}
 
+CONTAINERS = {("conversations/export/dataproto.py", "verl", False)}
+"""(file, module, at import): verl's `DataProto` is a container of tensors; only its own class writes the file that it reads."""
+
 
 @dataclass(frozen=True)
 class Import:
@@ -90,8 +93,8 @@ def test_arrows_point_one_way() -> None:
 
 
 def test_conversations_know_no_engine_and_no_network() -> None:
-    wrong = [str(found) for found in ALL if found.file.startswith("conversations/") and found.top in ENGINES_AND_NETWORK]
-    assert wrong == []
+    inside = [found for found in ALL if found.file.startswith("conversations/") and found.top in ENGINES_AND_NETWORK]
+    assert [str(found) for found in inside if (found.file, found.module, found.at_import) not in CONTAINERS] == []
 
 
 def test_packages_import_no_tests() -> None:
