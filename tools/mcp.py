@@ -7,6 +7,7 @@ stay the same, before it begins. A server that fails is a BackendError; what a t
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -21,7 +22,7 @@ from mcp import McpError, types
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
 from tools.mcp_client import Connection, Link
 from tools.mcp_config import McpServerConfig, read_servers
-from tools.toolset import nearest
+from tools.policy import nearest
 
 MAX_DEPTH = 64
 """How deep arguments may be nested. Some more, and the SDK's serializer would end the connection with an error."""
@@ -199,29 +200,24 @@ def _selected(offered: list[types.Tool], config: McpServerConfig) -> list[types.
 
 def _run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
     """The coroutine's result, from a thread with a loop of its own: a config may be loaded where a loop runs already."""
-    outcome: list[T | BaseException] = []
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     loop = asyncio.new_event_loop()
     task = loop.create_task(coroutine)
 
     def work() -> None:
         with contextlib.closing(loop):
             try:
-                outcome.append(loop.run_until_complete(task))
+                outcome.set_result(loop.run_until_complete(task))
             except BaseException as error:
-                outcome.append(error)
-            loop.run_until_complete(loop.shutdown_asyncgens())
+                outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, name="turntrace-mcp", daemon=True)
-    thread.start()
+    threading.Thread(target=work, name="turntrace-mcp", daemon=True).start()
     try:
-        thread.join()
-    except BaseException:  # Ctrl-C: what was started is ended first
+        return outcome.result()
+    except KeyboardInterrupt:  # what was started is ended first
         loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        concurrent.futures.wait((outcome,))
         raise
-    if isinstance(result := outcome[0], BaseException):
-        raise result
-    return result
 
 
 def _sendable(value: Any, depth: int = 0) -> Any:

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -171,3 +172,16 @@ def test_ctrl_c_ends_in_good_order(folder: Path) -> None:
     assert "Traceback" not in said
     assert running.returncode not in (0, 1, 2)
     assert log(folder)[-2:] == ["release", "close"]
+
+
+def test_ctrl_c_while_a_server_is_asked_what_it_offers_ends_the_server(folder: Path) -> None:
+    (folder / "mcp.yaml").write_text(yaml.safe_dump([{"mcp": {"command": "sleep", "args": ["601"]}}]))
+    command = [sys.executable, "-m", "agent", "tools", "check", "mcp.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment) as running:
+        while not (started := [child for child in psutil.Process(running.pid).children() if child.name() == "sleep"]):
+            assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert "Traceback" not in said
+    assert not started[0].is_running()
