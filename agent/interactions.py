@@ -25,8 +25,8 @@ from agent.errors import ConfigError, TaskError
 from conversations.encoding import without_lone_surrogates
 from conversations.messages import Message
 from tools.base import ToolConfigError
+from tools.policy import nearest
 from tools.registry import import_attribute
-from tools.toolset import nearest
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pydantic
 
 from tools.base import ToolConfigError
-from tools.toolset import nearest
+from tools.policy import nearest
 
 # What other clients' files say and nothing here depends on: the transport follows from `command` or `url`.
 _IGNORED = frozenset({"type", "transport", "description", "disabled"})

@@ -22,7 +22,8 @@ import yaml
 import tools
 from tools.base import BaseTool, ToolConfigError, ToolsError
 from tools.function import FunctionTool
-from tools.toolset import LoadedTool, Tool, ToolSet, check_config_keys, check_schema, is_verl, loaded_tool, nearest
+from tools.policy import check_config_keys, nearest
+from tools.toolset import LoadedTool, Tool, ToolSet, check_schema, is_verl, loaded_tool
 
 __all__ = ["LoadedTool", "ToolSet", "load_tools", "tool_entries", "tools_from_text"]
 

@@ -22,9 +22,7 @@ from referencing.jsonschema import DRAFT202012
 
 from tools.base import ToolConfigError, ToolsError
 from tools.function import FunctionTool
-from tools.policy import Policy, flag, read_policy
-from tools.policy import check_config_keys as check_config_keys
-from tools.policy import nearest as nearest
+from tools.policy import Policy, check_config_keys, flag, read_policy
 
 MAX_ERRORS = 8
 MAX_ERROR_CHARS = 300
