@@ -24,7 +24,7 @@ from typing import Any
 from conversations.checks.clock import OutOfTime, time_limit
 from conversations.checks.facts import Facts, facts_of
 from conversations.checks.finding import Defect, Finding, printable
-from conversations.checks.group import Whole
+from conversations.checks.group import Whole, partly
 from conversations.checks.record import Checked, check_line
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.open_run import TOKENIZER, template_kwargs
@@ -140,7 +140,7 @@ class _Verification:
         asked = counts.get("asked") if isinstance(counts, dict) else None
         if not self.whole.is_complete(manifest):
             of = f" of {asked}" if asked is not None else ""
-            limit = " (--limit)" if manifest.get("limit") is not None else ""
+            limit = f" ({why})" if (why := partly(manifest)) else ""
             here = f"{self.whole.tally['done']}{of} finished trajectories are here{f', {unfinished} unfinished' if unfinished else ''}"
             notes.append(f"the run does not say that all of its tasks are done{limit}: {here}; missing samples were not looked for")
         if self.whole.partial:

@@ -30,12 +30,11 @@ class Whole:
     """Every record's key and the sums over all of them; memory grows by some 400 bytes a trajectory."""
 
     groups: dict[str, list[Member]] = field(default_factory=dict)
-    places: dict[tuple[str, int], str] = field(default_factory=dict)
+    places: dict[tuple[str, int], int] = field(default_factory=dict)
     tally: Counter[str] = field(default_factory=Counter)
     rewards: list[float] = field(default_factory=list)
     unreadable: int = 0
     partial: int = 0
-    other: Counter[str] = field(default_factory=Counter)
 
     def add(self, file: str, line: int, checked: Checked, *, finished: bool) -> Iterator[Finding]:
         """Takes note of a record; yields what is wrong with it beside the others."""
@@ -45,9 +44,9 @@ class Whole:
             return
         if not finished:
             return  # it may have been cut off again, or have ended since: a run that was killed has not tidied up
-        first = self.places.setdefault(checked.key, f"{file}:{line}")
-        if first != f"{file}:{line}":
-            yield Finding(f"sample {checked.key[1]} of this task stands already at {first}")
+        first = self.places.setdefault(checked.key, line)
+        if first != line:
+            yield Finding(f"sample {checked.key[1]} of this task stands already at {file}:{first}")
             return
         self.groups.setdefault(checked.key[0], []).append(Member(checked.key[1], line, checked.common))
         self.tally += checked.tally
@@ -70,7 +69,7 @@ class Whole:
     def _count_findings(self, manifest: dict[str, Any]) -> Iterator[Finding]:
         counts, done = _counts(manifest), self.tally["done"] + self.unreadable
         asked = counts.get("asked")
-        if not counts or manifest.get("limit") is not None:
+        if not counts or partly(manifest):
             return
         if not _is_selective(manifest) and isinstance(asked, int) and (done > asked or (self.is_complete(manifest) and done < asked)):
             yield Finding(differs("the number of finished trajectories", done, asked) + ", all that were asked for")
@@ -98,6 +97,15 @@ def _is_selective(manifest: dict[str, Any]) -> bool:
     config = manifest.get("config")
     rollout = config.get("rollout") if isinstance(config, dict) else None
     return manifest.get("limit") is not None or bool(isinstance(rollout, dict) and rollout.get("over_sample_rate"))
+
+
+def partly(manifest: dict[str, Any]) -> str | None:
+    """Why a run may be over without all samples of all tasks; None where it may not."""
+    if manifest.get("limit") is not None:
+        return "--limit"
+    config = manifest.get("config")
+    rollout = config.get("rollout") if isinstance(config, dict) else None
+    return "over_sample_rate" if isinstance(rollout, dict) and rollout.get("over_sample_rate") else None
 
 
 def _counts(manifest: dict[str, Any]) -> dict[str, Any]:

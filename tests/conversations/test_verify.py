@@ -159,6 +159,11 @@ def test_a_run_that_was_stopped_is_verified_as_far_as_it_is(run: Path) -> None:
     assert "7 of 20 finished trajectories are here" in verified(run)[1].notes[0]
     edit_manifest(run, limit=2)
     assert "done (--limit): 7 of 20" in verified(run)[1].notes[0]
+    config = {**manifest["config"], "rollout": {**manifest["config"]["rollout"], "over_sample_rate": 0.7}}
+    edit_manifest(run, limit=None, config=config, counts={**manifest["counts"], "asked": 6, "done": 7})
+    defects, verdict = verified(run)
+    assert defects == []
+    assert "done (over_sample_rate): 7 of 6" in verdict.notes[0]
 
 
 def test_a_run_that_just_began_is_nothing_to_complain_of(run: Path) -> None:
@@ -189,15 +194,15 @@ def test_a_group_too_many_is_noticed(run: Path) -> None:
     assert "the number of finished trajectories, found 21, expected 20" in defects[1]
 
 
-def test_nothing_may_stand_twice(run: Path) -> None:
+def test_no_finished_sample_may_stand_twice(run: Path) -> None:
     lines = lines_of(run)
     name = json.loads(lines[3])["id"]
     (run / TRAJECTORIES).write_bytes(b"".join([*lines, lines[3]]))
-    (run / UNFINISHED).write_bytes(lines[3])
-    (run / SUPERSEDED).write_bytes(lines[3] * 2)  # what was replaced may stand there again
+    for other in (UNFINISHED, SUPERSEDED):  # there it may, until a run is closed, or for good
+        (run / other).write_bytes(lines[3] * 2)
     sample = json.loads(lines[3])["sample"]
     twice = f"trajectory {name}: sample {sample} of this task stands already at trajectories.jsonl:4"
-    assert verified(run)[0] == [f"trajectories.jsonl:21 {twice}", f"unfinished.jsonl:1 {twice}"]
+    assert verified(run)[0] == [f"trajectories.jsonl:21 {twice}"]
 
 
 def test_a_torn_line_is_named_and_the_rest_verified(run: Path) -> None:
