@@ -92,7 +92,7 @@ def _new_run(out: Path, manifest: dict[str, Any]) -> Iterator[RunFolder]:
 
 
 def _manifest(parent: Run, reward: str, function: Callable[..., Any], argv: Iterable[str]) -> dict[str, Any]:
-    source = inspect.getsourcefile(function)
+    source = _source_file(function)
     return {
         **{key: value for key, value in parent.manifest.items() if key not in ("schema", "counts", "replay")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -101,6 +101,13 @@ def _manifest(parent: Run, reward: str, function: Callable[..., Any], argv: Iter
         "parent": parent_entry(parent.path),
         "rescore": {"reward": reward, "sha256": task_file_hash(source) if source else None},
     }
+
+
+def _source_file(function: Callable[..., Any]) -> str | None:
+    try:
+        return inspect.getsourcefile(function)
+    except TypeError:  # a builtin, or an object that can be called
+        return None
 
 
 # ---------------------------------------------------------------------- scoring
@@ -179,7 +186,7 @@ def _number(value: Any) -> float:
 
 def as_score(function: Callable[..., Any], run: Run) -> Score:
     """The function as one of a trajectory; verl's signature is known by its parameters' names."""
-    if not inspect.signature(function).parameters.keys() >= VERL_PARAMETERS:
+    if not _parameters(function).keys() >= VERL_PARAMETERS:
         return function
     tokenizer = load_tokenizer(run.path / "tokenizer")
 
@@ -197,8 +204,15 @@ def as_score(function: Callable[..., Any], run: Run) -> Score:
     return compute_score
 
 
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # some builtins do not tell
+        return {}
+
+
 def _extra_info(function: Callable[..., Any], info: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {"extra_info": info} if "extra_info" in parameters or takes_any else {}
 

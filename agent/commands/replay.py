@@ -50,7 +50,8 @@ def replay(
     Recorded model, live tools: every call is made again and its answer compared. Where an answer changes what the
     model would have seen, the new trajectory ends; the calls after that are compared all the same.
 
-    Live model, recorded tools: answers are served while the calls are the recorded ones.
+    Live model, recorded tools: answers are served while the calls are the recorded ones. For the same tokens, ask a greedy
+    model one at a time (--set rollout.max_num_seqs=1): SGLang's arithmetic depends on what else is in the batch.
 
     Both live: run again.
 

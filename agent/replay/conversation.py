@@ -30,7 +30,7 @@ def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime
 class ReplayedConversation(Conversation):
     """`record` run again as sample `sample` of its task; `kept` turns stand already, None: not even the prompt does."""
 
-    def __init__(self, record: Trajectory, sample: int, runtime: Runtime, parent: dict[str, Any], *, kept: int | None) -> None:
+    def __init__(self, record: Trajectory, sample: int, runtime: Runtime, parent: dict[str, Any] | None, *, kept: int | None) -> None:
         super().__init__(recorded_task(record), sample, runtime)
         self.record = record
         self.kept = kept

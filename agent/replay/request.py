@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from agent.errors import AgentError
+from agent.errors import AgentError, TaskError
 from agent.manifest import command_line
+from agent.replay.tools import stand_ins
+from agent.tasks import recorded_task
 from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import RecordError
 from conversations.open_run import Run
 from conversations.trajectory import Trajectory
+from tools.base import ToolsError
 
 RECORDED, LIVE = "recorded", "live"
 
@@ -112,7 +115,13 @@ def checked(run: Run, trajectory_id: str) -> Trajectory:
     finding = finding or (next(token_findings(record), None) if record else None)
     if finding or record is None:
         raise RecordError(f"{run.path}: trajectory {trajectory_id} cannot be replayed: {finding.what if finding else 'it is damaged'}")
-    if problem := next(_contradictions(record), None):
+    problem = next(_contradictions(record), None)
+    try:
+        stand_ins(record)
+        recorded_task(record)
+    except (ToolsError, TaskError) as error:
+        problem = problem or str(error)
+    if problem:
         raise RecordError(f"{run.path}: trajectory {trajectory_id} cannot be replayed: {problem}")
     return record
 

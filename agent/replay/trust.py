@@ -15,7 +15,7 @@ from agent.config import Config, load_config
 from agent.errors import AgentError, ConfigError
 from agent.replay.request import ReplayRequest
 from conversations.open_run import Run
-from tools.registry import SHIPPED, load_tools, tool_entries, tools_from_text
+from tools.registry import load_tools, tool_entries, tools_from_text
 from tools.toolset import ToolSet
 
 HARMLESS = frozenset(
@@ -23,6 +23,8 @@ HARMLESS = frozenset(
     | {"chunked_prefill_size", "disable_cuda_graph", "disable_radix_cache", "disable_overlap_schedule", "log_level"}
 )
 """SGLang arguments that a run's config may set: others read files, open ports, run code."""
+OWN_TOOLS = frozenset({"tools.gsm8k.Gsm8kTool", "tools.geo3k.Geo3kTool", "tools.search.SearchTool", "tools.sandbox.SandboxFusionTool"})
+"""Shipped tools that do no more than they say, whatever their config is, but for addresses. MCP's starts any command."""
 LOAD_FORMATS = ("auto", "safetensors")
 _OWN_KEYS = frozenset({"class_name", "class_path", "config", "tool_schema"})
 
@@ -95,7 +97,7 @@ def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | No
 def _untrusted(text: str, file: Path) -> Iterator[str]:
     """What is wrong with taking the tools from there: imports that are not turntrace's own, addresses."""
     for entry in tool_entries(text, file):
-        own = isinstance(entry, Mapping) and set(entry) <= _OWN_KEYS and (entry.get("class_name") or entry.get("class_path")) in SHIPPED
+        own = isinstance(entry, Mapping) and set(entry) <= _OWN_KEYS and (entry.get("class_name") or entry.get("class_path")) in OWN_TOOLS
         if not own:
             yield f"names a tool that is not turntrace's own ({_target(entry):.200})"
         for address in _addresses(entry):

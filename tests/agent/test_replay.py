@@ -28,16 +28,17 @@ from agent.loop import LoopSettings, Runtime
 from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import DIVERGED, replay
+from agent.replay.trust import OWN_TOOLS
 from agent.run import DONE, INCOMPLETE, RunRequest, run
 from agent.tasks import read_tasks
-from conversations.errors import ConversationsError
+from conversations.errors import ConversationsError, RunFolderError
 from conversations.open_run import Run, open_run
 from conversations.store import TRAJECTORIES, RunFolder, read_manifest
 from conversations.trajectory import Trajectory, record_hash
 from conversations.verify import verify_run
 from tests.helpers import call, fresh_tokenizer, hermes_template
 from tools.base import ToolsError
-from tools.registry import load_tools
+from tools.registry import MCP_TOOL, SHIPPED, load_tools
 
 CONFIG = """
 model_path: smollm2-base
@@ -493,6 +494,8 @@ def changed_run(project: Path, tmp_path: Path, change: Callable[[dict[str, Any]]
         (lambda r: r.update(prompt_ids="x"), True, 'cannot be replayed: prompt_ids is "x", expected'),
         (lambda r: r["response_ids"].__setitem__(0, -5), True, "cannot be replayed: response_ids.0 is -5"),
         (lambda r: r["messages"].pop(), True, "cannot be replayed: 3 turns, 2 sampled messages"),
+        (lambda r: r["tools"][0]["function"].update(parameters=7), True, "cannot be replayed: tool_schema.function.parameters must be"),
+        (lambda r: r.update(extra={"tools_kwargs": 7}), True, "cannot be replayed: trajectory t0-0: extra: tools_kwargs must be"),
         (lambda r: r["tool_calls"][0].update(turn=99), True, "cannot be replayed: call_0_0 is of turn 99, there are 3"),
     ],
 )
@@ -545,6 +548,10 @@ def _shipped_tools(address: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _mcp_tools(manifest: dict[str, Any]) -> None:
+    manifest["tools"] = json.dumps({"tools": [{"class_name": MCP_TOOL, "config": {"command": "touch", "args": ["/tmp/owned"]}}]})
+
+
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
@@ -552,6 +559,7 @@ def _shipped_tools(address: str) -> Callable[[dict[str, Any]], None]:
         (_engine, {"model": "live"}, "sets rollout.engine_kwargs.sglang.trust_remote_code, which a run may not"),
         (_loader, {"model": "live"}, "sets rollout.load_format: remote, which a run may not"),
         (_shipped_tools("http://evil.example/run_code"), {"tools": "live"}, "has a tool that calls http://evil.example/run_code"),
+        (_mcp_tools, {"tools": "live"}, "names a tool that is not turntrace's own"),
         (lambda m: m.update(tools=[1]), {"tools": "live"}, "run.json does not hold the tools of the run"),
         (lambda m: m.update(tools="- x"), {"tools": "live"}, "names a tool that is not turntrace's own"),
         (lambda m: m.update(config=7), {}, "run.json holds no config; give the run's with --config FILE"),
@@ -564,6 +572,12 @@ def test_what_a_run_folder_names_is_neither_imported_nor_called(
     copy = manifest_changed(project, tmp_path, change)
     with pytest.raises((AgentError, ConversationsError, ToolsError), match=rf"^[^\n]*{says}[^\n]*$"):
         again(run=copy, **options)
+
+
+def test_a_new_shipped_tool_is_trusted_only_on_purpose() -> None:
+    """Whoever ships another one decides about it: what may a run folder of a stranger have it do?"""
+    assert set(SHIPPED) - OWN_TOOLS == {MCP_TOOL}
+    assert set(SHIPPED) > OWN_TOOLS
 
 
 def test_the_users_own_tools_take_the_place_of_the_runs(again: Again, project: Path) -> None:
@@ -607,11 +621,17 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(project: Path, tmp_pat
     assert resumed.returncode == DONE, resumed.stderr
     assert sorted(open_run(out).ids) == [f"t{i}-0" for i in range(TASKS)]
     assert sorted(json.loads(line)["id"] for line in (out / "replay.jsonl").read_text().splitlines()) == sorted(open_run(out).ids)
-    again = turntrace(*words, cwd=project, DESK=str(desk))
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
-    other = turntrace(*words[:4], "--resume", cwd=project, DESK=str(desk))
-    assert other.returncode == 2
-    assert 'replay.tools was "live", is "recorded"' in other.stderr
+
+
+def test_a_folder_that_holds_another_replay_is_refused(again: Again) -> None:
+    again(ids=["t4-0"])
+    with pytest.raises(RunFolderError, match="already holds a run; use --resume"):
+        again()
+    with pytest.raises(RunFolderError, match=r'replay\.tools was "recorded", is "live"'):
+        again(resume=True, **LIVE_TOOLS)
+    with pytest.raises(RunFolderError, match="n was null, is 1"):
+        again(resume=True)
+    assert len(again(resume=True, force=True).run) == TASKS
 
 
 def test_what_a_kill_tore_is_mended(again: Again, desk: Path, tmp_path: Path) -> None:

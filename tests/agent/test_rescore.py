@@ -152,6 +152,7 @@ def test_several_processes_give_the_same_in_the_same_order(score: Score, run: Pa
         ),
         ("scores:nan", "trajectory t-0: the reward function failed: TypeError: expected a finite number"),
         ("scores:huge", "trajectory t-0: the reward function failed: ValueError: the parts sum up to inf"),
+        ("os:getcwd", "trajectory t-0: the reward function failed: TypeError"),
         ("scores:later", "an async function is not called here"),
         ("scores:missing", "scores has no function 'missing'"),
         ("nobody:length", "importing nobody failed: ModuleNotFoundError"),
