@@ -124,11 +124,16 @@ class Tab:
 
 
 @contextlib.asynccontextmanager
-async def tab(browser: Any, target: str | Path, fragment: str = "", **options: Any) -> AsyncIterator[Tab]:
-    """A page opened from disk or from an address; nothing may have gone wrong by the end. `options` are those of a context."""
+async def tab(browser: Any, target: str | Path, fragment: str = "", *, script: str = "", **options: Any) -> AsyncIterator[Tab]:
+    """A page opened from disk or from an address; nothing may have gone wrong by the end.
+
+    `script` runs before the page's own; `options` are those of a context.
+    """
     address = target if isinstance(target, str) else Path.as_uri(target)
     async with await browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options}) as context:
         opened = Tab(await context.new_page(), address)
+        if script:
+            await opened.page.add_init_script(script)
         await opened.page.goto(address + fragment)
         await opened.ready()
         yield opened

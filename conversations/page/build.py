@@ -97,8 +97,8 @@ def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks,
         lines += [text_line(one), token_line(one)]
         _use(used, one["prompt_ids"] + one["response_ids"])
     block, line = blocks.add(lines)
-    differs = {} if other is None else first_difference(record, other)
-    summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs or None)
+    differs = None if other is None else first_difference(record, other)
+    summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs)
 
 
 def _use(used: set[int], ids: list[int]) -> None:
@@ -117,16 +117,17 @@ def _counterpart(record: Record, against: Run | None) -> Record | None:
     return None if found is None else against.record(found, check=False)
 
 
-def first_difference(record: Record, other: Record) -> dict[str, int] | None:
+def first_difference(record: Record, other: Record) -> dict[str, int | None] | None:
     """Where the token sequences of two records part: `token` (position) and `turn`, the record's generation it lies in or after.
 
-    None where they are the same. One that ends earlier parts there.
+    A `turn` of None is the prompt. None where they are the same. One that ends earlier parts there.
     """
     ours, theirs = (one["prompt_ids"] + one["response_ids"] for one in (record, other))
     if ours == theirs:
         return None
     token = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return {"token": token, "turn": max(sum(1 for turn in record["turns"] if turn["start"] <= token) - 1, 0)}
+    begun = sum(1 for turn in record["turns"] if turn["start"] <= token)
+    return {"token": token, "turn": begun - 1 if begun else None}
 
 
 def _summary(run: Run, against: Run | None, summary: Summary) -> bytes:

@@ -14,10 +14,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import chaos, loop_cpu, memory, sandbox, search, tool_turn
+from tests.bench import chaos, loop_cpu, memory, sandbox, search, tool_turn, view
 from tests.bench.row import Row, document
 from tests.bench.workload import workload
 from tools.base import SandboxUnavailable
@@ -41,6 +42,7 @@ def main() -> None:
         *chaos.rows(work, quick=quick),
         *_sandbox(console, quick=quick),
         *search.rows(quick=quick),
+        *_view(console, quick=quick),
         *loop_cpu.rows(work, quick=quick),
     ]
     console.print(_table(rows, work.tokenizer_name))
@@ -55,6 +57,14 @@ def _sandbox(console: Console, *, quick: bool) -> list[Row]:
         return []
     note = "print(1) through HTTP, a cold bubblewrap each"
     return [Row(name, [value], note=note) for name, value in figures.items()]
+
+
+def _view(console: Console, *, quick: bool) -> list[Row]:
+    try:
+        return view.rows(quick=quick)
+    except pytest.skip.Exception as error:
+        console.print(f"no view rows: {error}")
+        return []
 
 
 def _table(rows: list[Row], tokenizer_name: str) -> Table:

@@ -215,7 +215,7 @@ def test_the_first_difference_is_found_by_token_and_turn(run: Path) -> None:
     record = next(one for one in open_run(run).records() if len(one["turns"]) > 2)
     assert first_difference(record, record) is None
     start = record["turns"][1]["start"]
-    for position, turn in ((0, 0), (start - 1, 0), (start, 1), (start + 1, 1)):
+    for position, turn in ((0, None), (start - 1, 0), (start, 1), (start + 1, 1)):
         other = json.loads(json.dumps(record))
         ids, place = (
             (other["prompt_ids"], position)

@@ -277,7 +277,7 @@ async def test_the_record_tab_has_the_record(browser: Any, page: Path, records: 
     async with tab(browser, page, f"#/t/{records[3]['id']}/record") as opened:
         await opened.until("document.querySelector('#detail .text')")
         await opened.page.locator("#detail .more").click()
-        shown = json.loads(await opened.page.locator("#detail .text.code").inner_text())
+        shown = json.loads(await opened.page.locator("#detail .text.code").text_content())
         assert {key: shown[key] for key in shown if key != "response_logprobs"} == {
             key: value for key, value in records[3].items() if key != "response_logprobs"
         }

@@ -250,12 +250,12 @@ const IN_DETAIL = { c: tabKey('conversation'), t: tabKey('tokens'), g: tabKey('g
 
 // ------------------------------------------------------------------ light and dark
 
-const THEMES = { auto: 'Auto', light: 'Light', dark: 'Dark' };
+const THEMES = { auto: '◐ Auto', light: '○ Light', dark: '● Dark' };
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
   $('theme').textContent = THEMES[theme];
-  $('theme').setAttribute('aria-label', `Colours: ${THEMES[theme]}; press to change`);
+  $('theme').setAttribute('aria-label', `Colours: ${theme}; press to change`);
   try {
     localStorage.setItem('turntrace-theme', theme);
   } catch {

@@ -40,6 +40,8 @@ function groupFacts(members) {
 
 // ------------------------------------------------------------------ two runs
 
+const turnOf = (parting) => (parting.turn === null ? 'prompt' : `turn ${parting.turn + 1}`);
+
 async function differenceView(row) {
   const { record, tokens, other } = await trajectory(row);
   const [ours, theirs] = [tokens(), other.tokens()];
@@ -47,7 +49,7 @@ async function differenceView(row) {
   const against = summary.run.against;
   const table = differences(record, other.record, parting);
   const head = parting
-    ? h('p', { class: 'verdict', 'data-tone': 'warn' }, `The first token that differs is at position ${count(parting.token)}, turn ${parting.turn + 1}.`)
+    ? h('p', { class: 'verdict', 'data-tone': 'warn' }, `The first token that differs is at position ${count(parting.token)}, ${turnOf(parting)}.`)
     : h('p', { class: 'verdict', 'data-tone': 'ok' }, 'All tokens are the same.');
   const sides = h('div', { class: 'columns two' },
     side(summary.run.name, record, other.record), side(against, other.record, record));
@@ -59,7 +61,7 @@ async function strip(...sides) {
   const at = sides.pop();
   const table = await pieceOf();
   const lines = sides.map(([name, tokens]) => {
-    const view = { tokens, segment: 0, held: null, decoder: new TextDecoder() };
+    const view = { tokens, segment: 0, held: 0, decoder: newDecoder() };
     const from = Math.max(0, at - AROUND);
     const shown = [];
     for (let position = from; position < Math.min(tokens.ids.length, at + AROUND); position++) {

@@ -15,7 +15,7 @@ function conversation(record, options = {}) {
     const answers = own.map((call) => callCard(call, answerTo(record, call)));
     const at = sampled ? `turn-${turn}` : `message-${place}`;
     const parts_ = [h('header', {}, h('span', { class: 'role', text: visible(message.role) }), h('span', { class: 'meta', text: metaOf(record, message, sampled ? turn : -1) }))];
-    if (message.content || !answers.length) parts_.push(content(message));
+    if (String(message.content ?? '').trim() || !answers.length) parts_.push(content(message));
     if (!sampled && Array.isArray(message.tool_calls)) parts_.push(...message.tool_calls.map(givenCall));
     return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, parts_, answers);
   });
@@ -49,14 +49,14 @@ function metaOf(record, message, turn) {
 // ------------------------------------------------------------------ calls
 
 function callCard(call, answer) {
-  const times = [call.queue_s > 0.0005 ? `queued ${seconds(call.queue_s)}` : '', `ran ${seconds(call.run_s)}`, call.attempts.length > 1 ? `${call.attempts.length} attempts` : '', typeof call.reward === 'number' ? `step reward ${short(call.reward)}` : ''];
+  const times = [call.queue_s > 0.0005 ? `queued ${seconds(call.queue_s)}` : '', call.attempts.length ? `ran ${seconds(call.run_s)}` : 'not run', call.attempts.length > 1 ? `${call.attempts.length} attempts` : '', typeof call.reward === 'number' ? `step reward ${short(call.reward)}` : ''];
   return h('section', { class: 'call', 'data-status': call.status, 'aria-label': brief(`call of ${call.name}`, 100) },
     h('header', {}, h('span', { class: 'name', text: brief(call.name || '(no name)', 120) }), pill(call.status, tone(call.status)), h('span', { class: 'meta', text: times.filter(Boolean).join(' · ') })),
     h('div', { class: 'arguments' }, argumentsOf(call.arguments)),
     response(call, answer),
-    call.error ? h('div', { class: 'error' }, h('span', { class: 'tag', text: 'for the reader' }), textBlock(call.error)) : null,
+    call.error ? h('div', { class: 'error' }, h('span', { class: 'tag', text: 'error, for the reader of the record' }), textBlock(call.error)) : null,
     call.attempts.length > 1 ? attempts(call) : null,
-    Object.keys(call.metrics || {}).length ? h('p', { class: 'meta metrics', text: brief(JSON.stringify(call.metrics), 400) }) : null);
+    Object.keys(call.metrics || {}).length ? h('p', { class: 'meta metrics', text: pairs(call.metrics) }) : null);
 }
 
 function argumentsOf(value) {
@@ -64,6 +64,12 @@ function argumentsOf(value) {
   const entries = Object.entries(value || {});
   if (!entries.length) return h('p', { class: 'meta', text: 'no arguments' });
   return entries.map(([key, part]) => h('div', { class: 'argument' }, h('span', { class: 'key', text: brief(key, 120) }), textBlock(typeof part === 'string' ? part : pretty(part), 'code')));
+}
+
+/** A flat object on one line. */
+function pairs(value) {
+  const told = (part) => (typeof part === 'number' ? short(part) : typeof part === 'string' ? part : JSON.stringify(part));
+  return brief(Object.entries(value).filter(([, part]) => part !== null).map(([key, part]) => `${key} ${told(part)}`).join(' · '), 400);
 }
 
 const pretty = (value) => JSON.stringify(value, null, INDENT);
@@ -138,7 +144,7 @@ function facts(record, row) {
   const entries = [
     ['Reward', short(record.reward) + (parts.length > 1 ? ` = ${parts.map(([name, value]) => `${brief(name, 40)} ${short(value)}`).join(' + ')}` : '')],
     ['Turns', record.num_turns],
-    ['Tokens', `${count(column('prompt', row))} prompt + ${count(column('response', row))}, ${count(column('sampled', row))} sampled`],
+    ['Tokens', `${count(column('prompt', row))} prompt, ${count(column('response', row))} after it, ${count(column('sampled', row))} of them sampled`],
     ['Time', seconds(record.wall_s)],
     ['Ground truth', record.ground_truth === null ? '–' : brief(typeof record.ground_truth === 'string' ? record.ground_truth : JSON.stringify(record.ground_truth), 80)],
   ];
@@ -150,7 +156,7 @@ function remarks(record) {
   if (record.infra_error) found.push(['infra', 'Infrastructure failed: this trajectory has no reward and is left out of exports.']);
   if (record.error) found.push(['bad', record.error]);
   for (const warning of record.warnings || []) found.push(['warn', warning]);
-  if (record.parent) found.push(['note', `From ${JSON.stringify(record.parent)}`]);
+  if (record.parent) found.push(['note', `From ${pairs(record.parent)}`]);
   return found.map(([kind, text]) => h('div', { class: 'remark', 'data-tone': kind }, textBlock(text)));
 }
 

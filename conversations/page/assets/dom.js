@@ -73,6 +73,7 @@ const trajectories = (value) => `${count(value)} ${value === 1 ? 'trajectory' : 
 
 function seconds(value) {
   if (typeof value !== 'number') return '–';
+  if (value === 0) return '0 s';
   if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
   if (value < 1) return `${(value * 1000).toFixed(value < 0.01 ? 1 : 0)} ms`;
   if (value < 60) return `${value.toFixed(value < 10 ? 2 : 1)} s`;

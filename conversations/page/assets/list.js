@@ -325,7 +325,7 @@ const dot = (kind) => h('i', { class: 'dot', 'data-tone': kind, 'aria-hidden': '
 
 function callMarks(row) {
   const marks = statusesOf(row).filter((name) => name !== 'ok').map((name) => h('i', { class: 'dot', 'data-tone': tone(name), role: 'img', 'aria-label': visible(name), title: visible(name) }));
-  if (column('differs', row)) marks.unshift(h('span', { class: 'flag', text: `≠ turn ${column('differs', row).turn + 1}` }));
+  if (column('differs', row)) marks.unshift(h('span', { class: 'flag', text: `≠ ${turnOf(column('differs', row))}` }));
   return marks;
 }
 

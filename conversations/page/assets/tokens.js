@@ -6,6 +6,9 @@ const KINDS = ['prompt', 'sampled', 'tool', 'user', 'template'];
 const MODES = { author: 'Author', mask: 'Mask', logprob: 'Log-prob' };
 let tokenMode = 'author';
 
+const ENCODER = new TextEncoder();
+const newDecoder = () => new TextDecoder('utf-8', { ignoreBOM: true });
+
 function binOf(logprob) {
   const bin = BINS.findIndex((edge) => Math.exp(logprob) >= edge);
   return bin < 0 ? BINS.length : bin;
@@ -15,7 +18,7 @@ function binOf(logprob) {
 async function tokenView(record, tokens, start) {
   const table = await pieceOf();
   const body = h('div', { class: 'tokens', tabindex: '0', role: 'group', 'aria-label': 'Tokens; the arrow keys go from one to the next', 'data-mode': tokenMode });
-  const view = { record, tokens, body, table, made: 0, active: -1, decoder: new TextDecoder(), segment: 0, held: null };
+  const view = { record, tokens, body, table, made: 0, active: -1, decoder: newDecoder(), segment: 0, held: 0 };
   const sentinel = h('div', { class: 'sentinel' });
   const watch = new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && make(view, view.made + BATCH), { rootMargin: '1500px' });
   body.append(sentinel);
@@ -49,7 +52,7 @@ function turnButtons(view) {
   const shown = turns.slice(0, 24);
   if (!shown.length) return null;
   return h('div', { class: 'turns' }, 'Turn', shown.map((turn, place) =>
-    h('button', { class: 'quiet', type: 'button', text: String(place + 1), 'aria-label': `To turn ${place + 1}`, on: { click: () => activate(view, turn.start, 'start') } })));
+    h('button', { class: 'quiet', type: 'button', text: String(place + 1), 'aria-label': `To turn ${place + 1}`, on: { click: () => activate(view, turn.start, 'start', false) } })));
 }
 
 function legendOf(mode) {
@@ -91,17 +94,16 @@ function tokenElement(view, position, table) {
   return element;
 }
 
-/** A token's text; a character that several tokens make up appears in the last of them, bytes in those before. */
+/** A token's text; a character that several tokens make up appears in the last of them, its bytes in those before. */
 function shownText(view, id, table) {
   const piece = table.texts.get(id);
   if (piece === undefined) return `⟨${id}⟩`;
-  const pending = view.held !== null;
-  view.held = null;
-  if (typeof piece === 'string' && !pending) return printable(piece);
-  const bytes = typeof piece === 'string' ? new TextEncoder().encode(piece) : Uint8Array.from(piece);
-  const text = view.decoder.decode(bytes, { stream: true });
-  if (typeof piece !== 'string') view.held = true;
-  return text === '' ? `‹${hex(piece)}›` : printable(text);
+  if (typeof piece === 'string' && !view.held) return printable(piece);
+  const bytes = typeof piece === 'string' ? [...ENCODER.encode(piece)] : piece;
+  const text = view.decoder.decode(Uint8Array.from(bytes), { stream: true });
+  const over = text.includes('\uFFFD') ? 0 : view.held + bytes.length - ENCODER.encode(text).length;
+  view.held = Math.max(0, over);
+  return printable(text) + (view.held ? `‹${hex(bytes.slice(-view.held))}›` : '');
 }
 
 const hex = (bytes) => bytes.map((byte) => byte.toString(16).toUpperCase().padStart(2, '0')).join(' ');
@@ -133,14 +135,15 @@ function elementAt(view, position) {
   return null;
 }
 
-function activate(view, position, scroll) {
+function activate(view, position, scroll, tip = true) {
   const element = elementAt(view, position);
   if (!element) return;
   view.body.querySelector('.token.active')?.classList.remove('active');
   element.classList.add('active');
   view.active = position;
   if (scroll) element.scrollIntoView({ block: scroll });
-  showTip(element, tokenCard(view, position));
+  if (tip) showTip(element, tokenCard(view, position));
+  else hideTip();
 }
 
 function tokenCard(view, position) {
