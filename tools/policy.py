@@ -61,14 +61,17 @@ class BreakerPolicy:
 class Policy:
     """How a tool's calls are dispatched. Limits hold over all conversations of a run; None: no limit.
 
-    timeout_s            of each attempt, from the moment it begins; waiting for a slot or for the rate is not counted
+    timeout_s            of each attempt, from the moment it begins. A call takes at most `retries + 1` times as long and
+                         its pauses, beside its waits for a slot and the rate, which the conversation's deadline ends;
+                         a tool that ignores its cancellation is left behind a second later
     max_concurrency      attempts that run at a time
     rate_limit           attempts that begin in any one second; 0.5 is one in two seconds
     retries              further attempts after a backend failure or a time-out, after 0.25 to 0.5 s, then twice as long
                          each time and at most 8 s. Only for tools that are `idempotent`: a call that failed may have
                          taken effect. What the tool itself answers, a ToolError included, is final
-    max_response_tokens  what the model sees of an answer, and `response_side` what is cut away of a longer one; None: as
-    response_side        the run's `max_tool_response_length` and `tool_response_truncate_side` say
+    max_response_tokens  what the model sees of an answer; None: the run's `max_tool_response_length`
+    response_side        what is cut away of a longer one: left, middle, right; None: the run's
+                         `tool_response_truncate_side`
     circuit_breaker      when to stop asking a backend that keeps failing
     """
 
