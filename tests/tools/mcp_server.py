@@ -53,13 +53,12 @@ NAMES = (
 )
 
 server: Server[Any] = Server("misbehaving")
-log = Path(sys.argv[2]) if len(sys.argv) > 2 else None
 kept: list[str] = []
 
 
 def note(line: str) -> None:
-    if log:
-        with log.open("a") as file:
+    if len(sys.argv) > 2:
+        with Path(sys.argv[2]).open("a") as file:
             file.write(line + "\n")
 
 
