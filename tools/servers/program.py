@@ -17,6 +17,8 @@ MAX_FETCH_BYTES = 32 * MIB  # of one fetched file
 MAX_PROCESSES = 64
 MAX_OPEN_FILES = 256
 
+_LONGEST_S = 1e9
+
 
 class SandboxError(Exception):
     """The sandbox, not the program, failed: the program never ran, or how it ended is not known."""
@@ -43,7 +45,7 @@ class Program:
         """By the name of the kernel's resource, RLIMIT_ left out."""
         return {
             "CORE": 0,
-            "CPU": math.ceil(self.timeout_s) + 1,
+            "CPU": math.ceil(min(self.timeout_s, _LONGEST_S)) + 1,
             "DATA" if self.reserves_memory else "AS": self.memory_mib * MIB,
             "FSIZE": MAX_FILE_BYTES,
             "NOFILE": MAX_OPEN_FILES,

@@ -21,6 +21,8 @@ from tools.servers.program import MAX_FETCH_BYTES, Launcher, Program, Running, S
 from tools.servers.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
 
 DEFAULT_MEMORY_MIB = 2048  # where a request leaves it to the server
+MIN_MEMORY_MIB = 32  # less starts no interpreter
+MAX_MEMORY_MIB = 1 << 30  # more fits into no limit of the kernel's
 
 _KILLED = 137  # As a shell says it: 128 + SIGKILL.
 
@@ -96,7 +98,7 @@ def utf8(text: str) -> bytes:
 
 
 def memory_mib(asked: int) -> int:
-    return asked if asked > 0 else DEFAULT_MEMORY_MIB
+    return min(max(asked, MIN_MEMORY_MIB), MAX_MEMORY_MIB) if asked > 0 else DEFAULT_MEMORY_MIB
 
 
 def _missed(request: RunCodeRequest, outcome: Outcome) -> str:

@@ -46,7 +46,8 @@ _MISSING: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 _NEWEST = 456  # futex_requeue
 
-_CLONE, _SOCKETS = (56, 220), ((41, 198), (53, 199))  # clone; socket and socketpair
+# Looked at more closely: by a flag, by whether the process is another, by the address family.
+_CLONE, _PRLIMIT, _SOCKETS = (56, 220), (302, 261), ((41, 198), (53, 199))  # clone; prlimit64; socket and socketpair
 _NEW_NAMESPACES = 0x7E020000  # Every CLONE_NEW* that clone takes.
 _FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 
@@ -79,6 +80,10 @@ def _instructions(column: int, architecture: int) -> Iterator[tuple[int, int, in
     yield from _if(
         _EQUAL, _CLONE[column],
         (_LOAD, 0, 0, _FIRST_ARGUMENT), *_if(_ANY_BIT, _NEW_NAMESPACES, _refuse(errno.EPERM)), (_RETURN, 0, 0, _ALLOW),
+    )  # fmt: skip
+    yield from _if(
+        _EQUAL, _PRLIMIT[column],
+        (_LOAD, 0, 0, _FIRST_ARGUMENT), *_if(_EQUAL, 0, (_RETURN, 0, 0, _ALLOW)), _refuse(errno.EPERM),
     )  # fmt: skip
     allowed = [part for family in _FAMILIES for part in _if(_EQUAL, family, (_RETURN, 0, 0, _ALLOW))]
     for numbers in _SOCKETS:

@@ -37,7 +37,7 @@ _CLONE_NEWNS, _CLONE_NEWCGROUP, _CLONE_NEWIPC = 0x00020000, 0x02000000, 0x080000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
-_PR_CAPBSET_DROP, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 22, 38, 47, 4
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 4, 24, 22, 38, 47, 4
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _MAX_FDS = 16
@@ -84,6 +84,7 @@ def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
     control = socket.socket(fileno=fds["c"])
     try:
         os.setsid()
+        _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # Its files in /proc are root's, not those of its user, who the program is, too.
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Process 1 is deaf to what it has no handler for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         socket.send_fds(control, [b"started"], [os.pidfd_open(os.getpid())])
@@ -94,8 +95,10 @@ def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
         _fresh_world(settings)
         ended = _wait_for(_fork(_program, fds, settings))
         _end_all_others()
-        fetched = "f" not in fds or _wait_for(_fork(_fetch, fds, settings)) == 0
-        _tell(control, exit=ended, fetched=fetched)
+        if "f" in fds:
+            with contextlib.suppress(OSError):  # The program may have left no memory for it.
+                _wait_for(_fork(_fetch, fds, settings))
+        _tell(control, exit=ended)
     except Exception as error:
         _tell(control, error=f"{type(error).__name__}: {error}")
     finally:
@@ -219,6 +222,7 @@ def _write_file(path: str, content: bytes) -> None:
 
 def _enter_user_namespace() -> None:
     """One in which we own nothing, and in which no other can be made."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0))
     _check(_libc.unshare(_CLONE_NEWUSER))
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {NOBODY} 1"), ("gid_map", f"{NOBODY} {NOBODY} 1")):
         _write(f"/proc/self/{name}", text)
