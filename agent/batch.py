@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
+from agent.continuation import continued
 from agent.loop import Conversation, Runtime, converse
 from agent.tasks import Task
 from conversations.errors import RecordError
@@ -109,17 +111,18 @@ async def run_tasks(
     n: int = 1,
     max_concurrent: int = 64,
     target: int | None = None,
+    unfinished: Mapping[tuple[str, int], Trajectory] = MappingProxyType({}),
     store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
-    """Runs `n` samples of every task; what `store` already holds is skipped.
+    """Runs `n` samples of every task; what `store` already holds is skipped, what `unfinished` holds is gone on with.
 
     Once `target` conversations are done in all, the rest is cut off: aborted in the engine, and kept as unfinished.
     `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
     records written as unfinished, and CancelledError is raised. An error of the store ends the run.
     """
-    conversations = (Conversation(task, sample, runtime) for task in tasks for sample in range(n))
+    conversations = (continued(task, sample, unfinished.get((task.id, sample)), runtime) for task in tasks for sample in range(n))
     return await run_conversations(
         conversations, max_concurrent=max_concurrent, target=target, store=store, progress=progress, on_done=on_done
     )

@@ -65,6 +65,9 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="With --resume: although config, tools, model or tasks differ.")] = False,
     validate: Annotated[bool, typer.Option("--validate", help="Sample with val_kwargs.")] = False,
+    stop_after: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so many seconds; what is unfinished is kept, and --resume goes on with it.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Run every task to its end; trajectories are written as they finish."""
@@ -79,7 +82,7 @@ def run(
     from agent.run import RunRequest
     from agent.run import run as run_request
 
-    request = RunRequest(tasks, out, loaded, limit, resume, force, validate, sys.argv[1:])
+    request = RunRequest(tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after)
     raise typer.Exit(run_request(request, Console()))
 
 
@@ -172,11 +175,11 @@ def version() -> None:
 
 app.command()(index)
 serve_app.command("search")(serve_search)
-app.command()(verify)
-app.command()(replay)
-app.command()(rescore)
-app.command()(show)
-app.command()(view)
 app.command()(export)
 app.command()(stats)
 app.command("import")(import_)
+app.command()(replay)
+app.command()(rescore)
+app.command()(verify)
+app.command()(show)
+app.command()(view)

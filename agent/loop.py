@@ -90,26 +90,29 @@ async def converse(conversation: Conversation) -> None:
 async def _turns(conversation: Conversation) -> None:
     if not await conversation.open():
         return conversation.stop("prompt_too_long")
+    parsed = conversation.unanswered
     while True:
-        # 1. Budget: what this turn may sample.
-        room = conversation.room()
-        if room <= 0:
-            return conversation.stop("length")
-        # 2. Generate, and append what was sampled.
-        try:
-            generation = await conversation.generate(room)
-        except EngineError as error:
-            return conversation.fail("engine_error", str(error))
-        parsed = conversation.append_turn(generation)
+        if parsed is None:
+            # 1. Budget: what this turn may sample.
+            room = conversation.room()
+            if room <= 0:
+                return conversation.stop("length")
+            # 2. Generate, and append what was sampled.
+            try:
+                generation = await conversation.generate(room)
+            except EngineError as error:
+                return conversation.fail("engine_error", str(error))
+            parsed = conversation.append_turn(generation)
+        answered, parsed = parsed, None
         # 3. A turn that was cut has its calls never run; one without calls is the last, unless a user answers.
         if not conversation.turn_is_complete:
-            return conversation.reject_calls(parsed)
-        if not parsed.calls:
+            return conversation.reject_calls(answered)
+        if not answered.calls:
             if reason := await conversation.take_user_turn():
                 return conversation.stop(reason)
             continue
         # 4. Run the calls.
-        lines = await conversation.run_calls(parsed)
+        lines = await conversation.run_calls(answered)
         if reason := conversation.reason_to_stop(lines):
             return conversation.stop(reason)
         # 5. Append their responses, if they fit.
@@ -120,12 +123,13 @@ async def _turns(conversation: Conversation) -> None:
 class Conversation:
     """A task being run: its tokens, messages, turns and ledger, and what may be done to them.
 
+    One that goes on from a record has the turn that nobody answered as `unanswered`, or the one that was `cut` off.
     Engine calls and tools are awaited here, the order of things is `converse`'s.
     """
 
     __slots__ = (
-        "_invalid_in_a_row", "_opened", "_started_at", "error", "infra_error", "ledger", "messages", "parent", "rewards", "runtime",
-        "sample", "stop_reason", "task", "tokens", "tools", "turn_is_complete", "turns", "user", "wall_s", "warnings",
+        "_invalid_in_a_row", "_opened", "_started_at", "cut", "error", "infra_error", "ledger", "messages", "parent", "rewards", "runtime",
+        "sample", "stop_reason", "task", "tokens", "tools", "turn_is_complete", "turns", "unanswered", "user", "wall_s", "warnings",
     )  # fmt: skip
 
     def __init__(self, task: Task, sample: int, runtime: Runtime) -> None:
@@ -145,6 +149,8 @@ class Conversation:
         self.parent: dict[str, Any] | None = None
         self.infra_error = False
         self.turn_is_complete = False
+        self.unanswered: ParsedTurn | None = None
+        self.cut: Turn | None = None
         self.wall_s = 0.0
         self._invalid_in_a_row = 0
         self._opened = perf_counter()
@@ -224,7 +230,10 @@ class Conversation:
         """How many tokens the next turn may sample."""
         settings = self.runtime.settings
         room = min(settings.response_length - self.tokens.response_length, settings.max_model_len - len(self.tokens))
-        return room if settings.max_tokens is None else min(room, settings.max_tokens)
+        if settings.max_tokens is None:
+            return room
+        begun = self.cut.end - self.cut.start if self.cut else 0
+        return min(room, settings.max_tokens - begun)
 
     async def generate(self, room: int) -> Generation:
         """Samples one turn. Raises EngineError where the engine failed or its answer is not data."""
@@ -249,17 +258,29 @@ class Conversation:
                 self.append_turn(generation)
 
     def append_turn(self, generation: Generation) -> ParsedTurn:
-        """Appends a turn's tokens and its message; returns what it says."""
-        template, ids = self.runtime.template, generation.token_ids
+        """Appends a turn's tokens and its message; returns what it says. A turn that had been cut off is made whole."""
+        template, turn = self.runtime.template, _turn(len(self.tokens), generation)
+        if self.cut:
+            turn = _joined(self.cut, turn)
+        ids = self.tokens.ids[turn.start :] + generation.token_ids
         raw = template.raw(ids)  # first: an id that is none raises here, with nothing appended
-        self.turns.append(_turn(len(self.tokens), generation))
-        self.tokens.append_sampled(ids, generation.logprobs)
+        if self.cut:
+            self._take_back()
+        self.turns.append(turn)
+        self.tokens.append_sampled(generation.token_ids, generation.logprobs)
         self.turn_is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
         parsed = hermes.parse(raw, in_think=template.opens_think) if self.schemas else ParsedTurn(raw)
         lines = ledger_lines(parsed.calls, len(self.turns) - 1)
         self.ledger += lines
         self.messages.append(assistant_message(raw, parsed, [line.call_id for line in lines]))
         return parsed
+
+    def _take_back(self) -> None:
+        """Drops what was made of the beginning of a turn; its tokens stay."""
+        self.turns.pop()
+        self.messages.pop()
+        self.ledger = [line for line in self.ledger if line.turn < len(self.turns)]
+        self.cut = None
 
     async def run_calls(self, parsed: ParsedTurn) -> list[ToolCallRecord]:
         """Runs the calls of the last turn; returns their ledger lines."""
@@ -391,6 +412,25 @@ def _turn(start: int, generation: Generation) -> Turn:
         engine_s=generation.engine_s,
         weight_version=generation.weight_version,
     )
+
+
+def _joined(begun: Turn, rest: Turn) -> Turn:
+    """The two parts of a turn that was cut off as one."""
+    return Turn(
+        start=begun.start,
+        end=rest.end,
+        finish_reason=rest.finish_reason,
+        prompt_tokens=begun.prompt_tokens,
+        cached_tokens=begun.cached_tokens,
+        queue_s=_sum(begun.queue_s, rest.queue_s),
+        engine_s=_sum(begun.engine_s, rest.engine_s),
+        weight_version=begun.weight_version,
+        resumed=[*(begun.resumed or []), [begun.end, rest.weight_version]],
+    )
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
 
 
 def _check(generation: Generation, start: int, room: int, reasons: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ Invariant: exit code 0 means that every conversation asked for is on disk and no
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import signal
 from collections.abc import Collection, Iterator, Sequence
@@ -36,7 +37,10 @@ DONE, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 1, 130, 143
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What the command line asked for. `argv` is its own words, for run.json and for what to type next."""
+    """What the command line asked for. `argv` is its own words, for run.json and for what to type next.
+
+    After `stop_after_s` seconds of conversations the run is cut off as by Ctrl-C.
+    """
 
     tasks: Path
     out: Path
@@ -46,6 +50,7 @@ class RunRequest:
     force: bool
     validate: bool
     argv: Sequence[str]
+    stop_after_s: float | None = None
 
     @property
     def resume_command(self) -> str:
@@ -154,23 +159,39 @@ def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, p
                 wall_s = display.wall_s
     except KeyboardInterrupt as interrupt:
         store.close(counts(progress))
-        say(console, _interrupted(request, progress))
+        say(console, _interrupted(request, progress, "interrupted"))
         return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+    except _StoppedError:
+        store.close(counts(progress))
+        say(console, _interrupted(request, progress, f"stopped after {request.stop_after_s:g} s"))
+        return INCOMPLETE
     store.close(counts(progress))
     say(console, summary(progress, request.out, wall_s))
     return _verdict(request, progress, console)
 
 
+class _StoppedError(Exception):
+    """`stop_after_s` is over."""
+
+
 async def _conversations(request: RunRequest, session: Session, store: RunFolder, progress: Progress) -> None:
-    await run_tasks(
-        read_tasks(request.tasks, request.limit),
-        session.runtime,
-        n=request.config.n(request.validate),
-        max_concurrent=request.config.rollout.max_num_seqs,
-        target=progress.total,
-        store=store,
-        progress=progress,
-    )
+    until = asyncio.timeout(request.stop_after_s)
+    try:
+        async with until:
+            await run_tasks(
+                read_tasks(request.tasks, request.limit),
+                session.runtime,
+                n=request.config.n(request.validate),
+                max_concurrent=request.config.rollout.max_num_seqs,
+                target=progress.total,
+                unfinished=store.unfinished,
+                store=store,
+                progress=progress,
+            )
+    except TimeoutError as error:
+        if not until.expired():
+            raise
+        raise _StoppedError from error
 
 
 @contextmanager
@@ -223,11 +244,11 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupted(request: RunRequest, progress: Progress) -> str:
+def _interrupted(request: RunRequest, progress: Progress, how: str) -> str:
     cut_off = request.out / UNFINISHED
     unfinished = sum(1 for _ in cut_off.open("rb")) if cut_off.exists() else 0
     return (
-        f"interrupted: {progress.done} of {progress.total} conversations are in {request.out}, {unfinished} unfinished ones beside them; "
+        f"{how}: {progress.done} of {progress.total} conversations are in {request.out}, {unfinished} unfinished ones beside them; "
         f"go on with: {request.resume_command}"
     )
 

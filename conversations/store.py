@@ -396,7 +396,7 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    if file.exists():
+    if file.is_file():
         with file.open("rb") as lines:
             yield from lines
 

@@ -89,7 +89,11 @@ class ToolCallRecord:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One generation. `start` and `end` span its sampled tokens over `prompt_ids + response_ids`."""
+    """One generation. `start` and `end` span its sampled tokens over `prompt_ids + response_ids`.
+
+    Of a turn that was cut off and gone on with later, `resumed` says where, [token index, weight version from there on];
+    `weight_version` is that of its beginning, `finish_reason` that of its end. "abort": cut off, and not gone on with.
+    """
 
     start: int
     end: int
@@ -99,6 +103,7 @@ class Turn:
     queue_s: float | None = None
     engine_s: float | None = None
     weight_version: str | None = None
+    resumed: list[list[Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

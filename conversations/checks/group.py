@@ -1,18 +1,15 @@
-"""What only a run as a whole can tell: nothing twice, groups whole and alike, run.json's counts those of the records."""
+"""What only a run as a whole can tell: no sample twice, groups whole and alike."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from conversations.checks.finding import Defect, Finding, differs
+from conversations.checks.counts import Counts
+from conversations.checks.finding import Defect, Finding
 from conversations.checks.record import Checked, differing_fields
 
-COUNTED = ("done", "turns", "sampled_tokens", "tool_calls", "tool_errors", "invalid_calls", "infra_errors")
-"""What run.json counts, but for stop reasons and the mean reward."""
 _SHOWN = 8
 
 
@@ -53,64 +50,19 @@ class Whole:
         if checked.reward is not None:
             self.rewards.append(checked.reward)
 
-    def defects(self, file: str, manifest: dict[str, Any], n: int | None) -> Iterator[Defect]:
+    @property
+    def finished(self) -> int:
+        """Lines of finished trajectories, damaged ones included."""
+        return self.tally["done"] + self.unreadable
+
+    def defects(self, file: str, counts: Counts, n: int | None) -> Iterator[Defect]:
         """What is wrong with groups and counts, once every record was added."""
         for task_id, members in self.groups.items():
             yield from _unlike(file, task_id, members)
-            if n is not None and self.is_complete(manifest):
+            if n is not None and counts.is_complete(self.finished):
                 yield from _missing(file, task_id, members, n)
-        yield from (Defect("run.json", 0, None, finding) for finding in self._count_findings(manifest))
-
-    def is_complete(self, manifest: dict[str, Any]) -> bool:
-        """Whether the run says that it did all that was asked for."""
-        counts = _counts(manifest)
-        return not _is_selective(manifest) and counts.get("asked") is not None and counts.get("asked") == counts.get("done")
-
-    def _count_findings(self, manifest: dict[str, Any]) -> Iterator[Finding]:
-        counts, done = _counts(manifest), self.tally["done"] + self.unreadable
-        asked = counts.get("asked")
-        if not counts or partly(manifest):
-            return
-        if not _is_selective(manifest) and isinstance(asked, int) and (done > asked or (self.is_complete(manifest) and done < asked)):
-            yield Finding(differs("the number of finished trajectories", done, asked) + ", all that were asked for")
-        if counts.get("done") != done or self.unreadable:
-            return  # the counts are those of an earlier stop, or damaged lines are missing in ours
-        for name in COUNTED:
-            if name in counts and counts[name] != self.tally[name]:
-                yield Finding(differs(f"counts.{name}, against the records", counts[name], self.tally[name]))
-        yield from self._stop_reason_findings(counts.get("stop_reasons"))
-        yield from self._reward_findings(counts.get("mean_reward"))
-
-    def _stop_reason_findings(self, counted: object) -> Iterator[Finding]:
-        ours = {name.partition(".")[2]: count for name, count in self.tally.items() if name.startswith("stop_reasons.")}
-        if isinstance(counted, dict) and counted != ours:
-            yield Finding(differs("counts.stop_reasons, against the records", counted, ours))
-
-    def _reward_findings(self, mean: object) -> Iterator[Finding]:
-        ours = math.fsum(self.rewards) / len(self.rewards) if self.rewards else None
-        if isinstance(mean, (int, float)) and (ours is None or not math.isclose(mean, ours, rel_tol=1e-6, abs_tol=1e-6)):
-            yield Finding(differs("counts.mean_reward, against the records", mean, ours))
-
-
-def _is_selective(manifest: dict[str, Any]) -> bool:
-    """Whether the run did not ask for all of every group: the first tasks alone, or whoever of all was done first."""
-    config = manifest.get("config")
-    rollout = config.get("rollout") if isinstance(config, dict) else None
-    return manifest.get("limit") is not None or bool(isinstance(rollout, dict) and rollout.get("over_sample_rate"))
-
-
-def partly(manifest: dict[str, Any]) -> str | None:
-    """Why a run may be over without all samples of all tasks; None where it may not."""
-    if manifest.get("limit") is not None:
-        return "--limit"
-    config = manifest.get("config")
-    rollout = config.get("rollout") if isinstance(config, dict) else None
-    return "over_sample_rate" if isinstance(rollout, dict) and rollout.get("over_sample_rate") else None
-
-
-def _counts(manifest: dict[str, Any]) -> dict[str, Any]:
-    counts = manifest.get("counts")
-    return counts if isinstance(counts, dict) else {}
+        if not self.unreadable:
+            yield from (Defect("run.json", 0, None, finding) for finding in counts.findings(self.finished, self.tally, self.rewards))
 
 
 def _unlike(file: str, task_id: str, members: list[Member]) -> Iterator[Defect]:

@@ -242,16 +242,28 @@ def test_infra_errors_run_again_and_the_old_record_is_kept_aside(tmp_path: Path)
     assert lines(tmp_path, SUPERSEDED) == [failed]
 
 
-def test_unfinished_ones_run_again_and_are_kept_aside(tmp_path: Path) -> None:
+def test_unfinished_ones_are_handed_out_and_stay_until_they_have_ended(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, MANIFEST) as run:
         run.append(record("a"))
         run.append_unfinished(record("b", stop_reason="cancelled"))
-    (cut_off,) = lines(tmp_path, UNFINISHED)
+        run.append_unfinished(record("c", stop_reason="cancelled"))
+    first = lines(tmp_path, UNFINISHED)
     with RunFolder.resume(tmp_path, MANIFEST) as run:
         assert run.done == {("a", 0)}
+        assert {key: one.to_line() for key, one in run.unfinished.items()} == {("b", 0): first[0], ("c", 0): first[1]}
         run.append(record("b"))
-    assert lines(tmp_path, UNFINISHED) == []
-    assert lines(tmp_path, SUPERSEDED) == [cut_off]
+        run.append_unfinished(record("c", stop_reason="cancelled", wall_s=2.0))
+        assert lines(tmp_path, UNFINISHED)[:2] == first  # a kill now loses nothing
+    assert [json.loads(line)["wall_s"] for line in lines(tmp_path, UNFINISHED)] == [2.0]
+    assert sorted(lines(tmp_path, SUPERSEDED)) == sorted(first)
+
+
+def test_an_unfinished_line_that_is_damaged_is_set_aside(tmp_path: Path) -> None:
+    run_with(tmp_path, record("a"))
+    (tmp_path / UNFINISHED).write_text("{}\n")
+    with RunFolder.resume(tmp_path, MANIFEST) as run:
+        assert run.unfinished == {}
+    assert (lines(tmp_path, UNFINISHED), lines(tmp_path, SUPERSEDED)) == ([], ["{}"])
 
 
 def test_a_run_with_another_config_is_refused_with_all_its_differences(tmp_path: Path) -> None:
@@ -355,7 +367,7 @@ def test_torn_lines_elsewhere(tmp_path: Path, name: str) -> None:
         with RunFolder.resume(tmp_path, MANIFEST) as run:
             assert run.done == {("a", 0)}
             run.append(record("b", infra_error=True))
-        assert ids(tmp_path, SUPERSEDED).count("z-0") == 1
+        assert ids(tmp_path, name).count("z-0") == 1
         assert "b-0" in ids(tmp_path, SUPERSEDED)
         assert ids(tmp_path) == ["a-0", "b-0"]
         (tmp_path / SUPERSEDED).unlink()
@@ -370,6 +382,8 @@ def test_killed_between_setting_aside_and_dropping(tmp_path: Path) -> None:
     (tmp_path / SUPERSEDED).write_text(f"{lines(tmp_path)[1]}\n{lines(tmp_path, UNFINISHED)[0]}\n")
     with RunFolder.resume(tmp_path, MANIFEST) as run:
         assert run.done == {("a", 0)}
+        run.append(record("c"))
+    (tmp_path / TRAJECTORIES).write_text(lines(tmp_path)[0] + "\n")
     assert (ids(tmp_path), ids(tmp_path, UNFINISHED), ids(tmp_path, SUPERSEDED)) == (["a-0"], [], ["b-0", "c-0"])
 
 
