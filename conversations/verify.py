@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from conversations.checks.clock import OutOfTime, time_limit
+from conversations.checks.counts import Counts
 from conversations.checks.facts import Facts, facts_of
 from conversations.checks.finding import Defect, Finding, printable
-from conversations.checks.group import Whole, partly
+from conversations.checks.group import Whole
 from conversations.checks.record import Checked, check_line
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.open_run import TOKENIZER, template_kwargs
@@ -108,11 +109,12 @@ class _Verification:
             lines[chunk.name] += len(result)
             done += chunk.end - chunk.start
             self._on_progress(done, total)
-        for defect in self.whole.defects(TRAJECTORIES, manifest, facts.n):
+        counts = Counts.of(manifest)
+        for defect in self.whole.defects(TRAJECTORIES, counts, facts.n):
             self._report(defect)
         self.verdict.counts += self.whole.tally
         self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = lines[UNFINISHED], lines[SUPERSEDED]
-        self._note(manifest, facts, lines[UNFINISHED])
+        self.verdict.notes += self._notes(counts, facts, lines[UNFINISHED])
 
     # ------------------------------------------------------------------ what the run is
 
@@ -135,22 +137,17 @@ class _Verification:
         self._report(Defect(TOKENIZER, 0, None, Finding(f"{problem}; tokens could not be checked against messages")))
         return None
 
-    def _note(self, manifest: dict[str, Any], facts: Facts, unfinished: int) -> None:
-        notes, counts = self.verdict.notes, manifest.get("counts")
-        asked = counts.get("asked") if isinstance(counts, dict) else None
-        if not self.whole.is_complete(manifest):
-            of = f" of {asked}" if asked is not None else ""
-            limit = f" ({why})" if (why := partly(manifest)) else ""
-            here = f"{self.whole.tally['done']}{of} finished trajectories are here{f', {unfinished} unfinished' if unfinished else ''}"
-            notes.append(f"the run does not say that all of its tasks are done{limit}: {here}; missing samples were not looked for")
+    def _notes(self, counts: Counts, facts: Facts, unfinished: int) -> Iterator[str]:
+        if not counts.is_complete(self.whole.finished):
+            yield counts.note(self.whole.finished, unfinished)
         if self.whole.partial:
-            notes.append(f"{self.whole.partial} records of failures hold only the part that could be written: their text was not checked")
+            yield f"{self.whole.partial} records of failures hold only the part that could be written: their text was not checked"
         if not facts.cuts:
-            notes.append(f"{RUN} does not say how tool responses are cut: cuts were not checked")
+            yield f"{RUN} does not say how tool responses are cut: cuts were not checked"
         if facts.n is None:
-            notes.append(f"{RUN} does not say how many samples a group has: groups were not checked for missing ones")
+            yield f"{RUN} does not say how many samples a group has: groups were not checked for missing ones"
         if facts.reads_clock:
-            notes.append("the chat template reads the clock: prompts were taken as recorded")
+            yield "the chat template reads the clock: prompts were taken as recorded"
 
     # ------------------------------------------------------------------ records
 
