@@ -5,6 +5,7 @@ Invariant: a trajectory that is on disk has its line. The last line of an id cou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -94,20 +95,20 @@ class ComparingStore:
         self._folder.append_unfinished(trajectory)
 
 
-def earlier_lines(out: Path, done: set[tuple[str, int]]) -> list[Line]:
-    """The lines of the trajectories that stay when a replay is resumed; the others are dropped from the file."""
-    kept: dict[str, Line] = {}
-    names = {f"{task_id}-{sample}" for task_id, sample in done}
+def earlier_lines(out: Path, ids: Iterable[str], compared: Callable[[str], Line]) -> list[Line]:
+    """The lines of the trajectories that a resumed replay has already; the file holds these alone afterwards.
+
+    `compared` makes a line that is not there from the two records; what was found beside them is lost with it.
+    """
+    found: dict[str, Line] = {}
     if (out / REPLAY).exists():
-        for text in (out / REPLAY).read_text(encoding="utf-8").splitlines():
-            try:
+        for text in (out / REPLAY).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a kill: its trajectory was not written either
                 line = json.loads(text)
-            except ValueError:
-                continue  # torn by a kill: its trajectory was not written either
-            if isinstance(line, dict) and line.get("id") in names:
-                kept[line["id"]] = line
-    (out / REPLAY).write_text("".join(json.dumps(line) + "\n" for line in kept.values()), encoding="utf-8")
-    return list(kept.values())
+                found[line["id"]] = line
+    kept = [found.get(name) or compared(name) for name in ids]
+    (out / REPLAY).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return kept
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from agent.manifest import command_line, model_entry, parent_entry, versions
 from agent.progress import Display, counts, say
 from agent.replay.compare import Scope
 from agent.replay.conversation import ReplayedConversation, played_back
-from agent.replay.outcome import FAILED, IDENTICAL, REPLAY, ComparingStore, Tally, earlier_lines
+from agent.replay.outcome import FAILED, IDENTICAL, REPLAY, ComparingStore, Line, Tally, earlier_lines, outcome
 from agent.replay.report import as_json, show
 from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
@@ -58,6 +58,11 @@ class Plan:
     def total(self) -> int:
         return len(self.choice.ids) * self.request.n
 
+    @property
+    def scope(self) -> Scope:
+        """What counts as a difference."""
+        return Scope(self.request.live_model, self.request.live_tools, self.template.decode)
+
     def keys(self) -> set[tuple[str, int]]:
         """The (task, sample) pairs of the new run."""
         n = self.request.n
@@ -72,10 +77,10 @@ def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any
         say(console, f"note: {note}")
     tally, progress = Tally(), Progress(total=plan.total)
     with _open_store(plan) as folder:
-        for line in earlier_lines(request.out, folder.done & plan.keys()):
-            tally.add(line)
-        progress.done = sum(tally.outcomes.values())
+        if request.resume:
+            _count_earlier(plan, folder, tally, progress)
         code = DONE if plan.keys() <= folder.done else _run_missing(plan, folder, tally, progress, console)
+        folder.close(counts(progress))
     if code in (INTERRUPTED, TERMINATED):
         say(
             console, f"interrupted: {progress.done} of {plan.total} trajectories are in {request.out}; go on with: {request.resume_command}"
@@ -84,6 +89,21 @@ def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any
         show(tally, request, console)
         code = _verdict(plan, tally, console)
     return code, as_json(tally, request)
+
+
+def _count_earlier(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress) -> None:
+    """What is in the new run already counts like what is still to come."""
+    run = open_run(plan.request.out)
+    ids = [f"{task}-{sample}" for task, sample in sorted(folder.done & plan.keys())]
+
+    def compared(name: str) -> Line:
+        record = run[name]
+        return outcome(plan.run[(record.parent or {})["id"]], record, plan.scope, None)
+
+    for line in earlier_lines(plan.request.out, ids, compared):
+        tally.add(line)
+    for name in ids:
+        progress.count(run[name])
 
 
 def make_plan(request: ReplayRequest) -> Plan:
@@ -179,13 +199,11 @@ def _run_missing(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress
         with sigterm_as_interrupt(), _started(plan, console) as session, Display(progress, console) as display:
             session.run(_conversations(plan, session, folder, tally, progress), poll=display.refresh)
     except KeyboardInterrupt as interrupt:
-        folder.close(counts(progress))
         return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
     except BaseException:
         if not request.resume and progress.done == 0:
             (request.out / RUN).unlink(missing_ok=True)  # nothing was run: the folder holds no run
         raise
-    folder.close(counts(progress))
     return DONE
 
 
@@ -203,9 +221,8 @@ def _started(plan: Plan, console: Console) -> Session:
 
 async def _conversations(plan: Plan, session: Session, folder: RunFolder, tally: Tally, progress: Progress) -> None:
     request = plan.request
-    scope = Scope(request.live_model, request.live_tools, plan.template.decode)
-    with (request.out / REPLAY).open("a", encoding="utf-8") as lines:
-        store = ComparingStore(folder, scope, lines, tally.add)
+    with (request.out / REPLAY).open("a" if request.resume else "w", encoding="utf-8") as lines:
+        store = ComparingStore(folder, plan.scope, lines, tally.add)
         await run_conversations(
             store.watched(_made(plan, session, folder)),
             max_concurrent=plan.config.rollout.max_num_seqs,

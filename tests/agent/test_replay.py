@@ -646,6 +646,9 @@ def test_what_a_kill_tore_is_mended(again: Again, desk: Path, tmp_path: Path) ->
     assert mended.report["outcomes"] == whole.report["outcomes"]
     assert mended.report["answers"] == whole.report["answers"]
     assert again(resume=True, **LIVE_TOOLS).report["outcomes"] == whole.report["outcomes"]  # nothing is left to do
+    (whole.out / "replay.jsonl").unlink()
+    assert again(resume=True, **LIVE_TOOLS).report["outcomes"] == whole.report["outcomes"]  # the records say it, too
+    assert read_manifest(whole.out)["counts"]["done"] == TASKS
 
 
 def test_the_report_as_json_and_the_exit_code(project: Path, tmp_path: Path, desk: Path) -> None:
