@@ -480,4 +480,11 @@ def test_it_isolates_for_an_ordinary_user_too() -> None:
         assert psutil.Process(server.pid).uids().real == 1000
         answer = httpx.post(url, json={"code": "import os; print(os.getuid(), os.listdir('/'))", "language": "python"}, timeout=30).json()
         assert answer["run_result"]["stdout"].startswith("65534 ["), answer
+        info = httpx.get(url.replace("/run_code", "/v1/info")).json()
+        assert (info["start"], info["memory_in_sum"]) == ("warm", "watched"), info["notes"]
+        bomb = (
+            "import os, time\nfor _ in range(16):\n    if os.fork() == 0: x = bytearray(b'x') * (100 << 20); time.sleep(60)\ntime.sleep(60)"
+        )
+        answer = httpx.post(url, json={"code": bomb, "language": "python", "run_timeout": 30, "memory_limit_MB": 512}, timeout=60).json()
+        assert "reached the limit of 512 MiB" in answer["run_result"]["stderr"], answer
         server.terminate()
