@@ -67,7 +67,8 @@ def _checked(done: Export) -> str:
     ]
     return (
         "## Text or tokens\n\nThe format holds text. Each was tokenised again as its consumer does, and compared with the ids and the mask "
-        "of the record:\n\n" + _table(("finding", "how many", "the first", "meaning"), rows)
+        "of the record:\n\n" + _table(("finding", "how many", "the first", "meaning"), rows) + "\n\n"
+        "trl-sft, dataproto, atif and parquet hold the ids and the mask themselves."
     )
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from conversations.export import job
-from conversations.export.filters import Filters
 from conversations.export.job import Export
 from conversations.open_run import Run, open_run
 from tests.conversations.synthetic import make_run
+from tests.helpers import fresh_tokenizer, npm_models
 
 TRAJECTORIES = 60
 
@@ -29,10 +29,18 @@ def small_run() -> Run:
 
 
 @functools.cache
-def exported(to: str, filters: Filters | None = None) -> tuple[Path, Export]:
-    """The folder that an export of that run wrote, and what it said."""
+def qwen3_run() -> Run:
+    """24 trajectories with Qwen3's template, which drops thoughts of earlier turns and puts an empty one into the last."""
+    limits = ("rollout.prompt_length=2048", "rollout.max_model_len=4096")
+    tokenizer = fresh_tokenizer(npm_models("qwen3"))
+    return open_run(make_run(Path(_scratch().name) / "qwen3", 24, distinct=24, tokenizer=tokenizer, overrides=limits))
+
+
+@functools.cache
+def exported(to: str, run: Run | None = None) -> tuple[Path, Export]:
+    """The folder that an export of a run, else of `small_run`, wrote, and what it said."""
     out = Path(tempfile.mkdtemp(dir=_scratch().name)) / to
-    return out, job.export(small_run(), to, out, filters)
+    return out, job.export(run or small_run(), to, out)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.commands.export import FORMATS
 from conversations.errors import ExportError
 from conversations.export import job
 from conversations.export.dedupe import ExactDuplicates, NearDuplicates
@@ -218,6 +219,7 @@ def test_every_format_is_there_and_says_what_it_is() -> None:
         assert found.name == name
         assert found.fields
         assert found.usage
+    assert ", ".join(names()) == FORMATS, "what --help says"
     with pytest.raises(ExportError, match="there is no format 'openrlhf'; the formats are verl-rl, "):
         get_format("openrlhf")
 

@@ -13,7 +13,7 @@ from conversations.export.text import TextView, whole_ids, whole_mask
 from conversations.export.verl_rl import given
 from conversations.export.verl_sft import retokenised
 from conversations.padding import padded_batch
-from tests.conversations.exports import exported, small_run
+from tests.conversations.exports import exported, qwen3_run, small_run
 from tests.helpers import ROOT
 
 
@@ -69,6 +69,24 @@ def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
         more = {token for token, theirs, ours in zip(ids, mask, own, strict=True) if theirs != ours}
         found["scaffold" if more == set(newline) else "mask"] += 1
     assert {name: done.verdicts[name] for name in found} == found
+
+
+def test_a_template_that_rewrites_history_is_found_out() -> None:
+    """Qwen3: verl's dataset gets other tokens than the model sampled, which is what the export says of each trajectory."""
+    from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
+
+    run = qwen3_run()
+    folder, done = exported("verl-sft", run)
+    view = TextView(run.template(), {})
+    dataset = MultiTurnSFTDataset(str(folder / "train.parquet"), run.tokenizer(), {"pad_mode": "no_padding", "max_length": 8192})
+    assert len(dataset) == done.rows == done.verdicts["tokens"] > 5
+    for index in range(len(dataset)):
+        item = dataset[index]
+        ids = item["input_ids"].tolist()
+        assert (ids, item["loss_mask"].tolist()) == retokenised(dataset.messages[index], view)
+        record = run.record(dataset.dataframe["id"][index])
+        assert ids[: len(record["prompt_ids"])] == record["prompt_ids"], "the tools stand in the prompt as they did"
+        assert ids[: record["turns"][-1]["end"]] != whole_ids(record)[: record["turns"][-1]["end"]]
 
 
 def test_dataproto_is_the_batch_that_a_rollout_returns() -> None:
