@@ -4,7 +4,8 @@
     response_mask               list<int8>
     response_logprobs           list<float32>, null where nothing was sampled
     segments                    list<struct<kind: string, start: int32, end: int32>>
-    turns                       list<struct<start, end, finish_reason, prompt_tokens, cached_tokens, queue_s, engine_s, weight_version>>
+    turns                       list<struct<start, end, finish_reason, prompt_tokens, cached_tokens, queue_s, engine_s, weight_version,
+                                resumed: list<struct<token: int32, weight_version: string>>>>
     sample, num_turns           int32
     infra_error                 bool
     reward, wall_s              double
@@ -68,6 +69,10 @@ def _value(record: dict[str, Any], name: str) -> Any:
         return None if value is None else json.dumps(value, ensure_ascii=True)
     if name == "segments":
         return [{"kind": kind, "start": start, "end": end} for kind, start, end in value]
+    if name == "turns":
+        return [
+            {**turn, "resumed": [{"token": at, "weight_version": version} for at, version in turn.get("resumed") or ()]} for turn in value
+        ]
     return value
 
 
@@ -77,6 +82,7 @@ def _types(pa: Any) -> dict[str, Any]:
     turn = pa.struct([
         ("start", whole), ("end", whole), ("finish_reason", text), ("prompt_tokens", whole), ("cached_tokens", whole),
         ("queue_s", seconds), ("engine_s", seconds), ("weight_version", text),
+        ("resumed", pa.list_(pa.struct([("token", whole), ("weight_version", text)]))),
     ])  # fmt: skip
     return {
         "schema": text, "id": text, "task_id": text, "sample": whole, "prompt_ids": ids, "response_ids": ids,

@@ -54,7 +54,10 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """The verdict as one JSON object."""
-        return {"run": str(self.path), "ok": not self.defects, "defects": self.defects, "counts": dict(self.counts), "notes": self.notes}
+        plain = {name: count for name, count in self.counts.items() if "." not in name}
+        reasons = {name.partition(".")[2]: count for name, count in self.counts.items() if "." in name}
+        counts = {**plain, "stop_reasons": reasons}
+        return {"run": str(self.path), "ok": not self.defects, "defects": self.defects, "counts": counts, "notes": self.notes}
 
     def __str__(self) -> str:
         counts = self.counts

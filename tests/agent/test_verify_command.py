@@ -55,6 +55,7 @@ def test_a_changed_run(run: Path, tmp_path: Path) -> None:
         TRAJECTORIES, 5, changed["id"], None, 3,
     )  # fmt: skip
     assert (told[2]["ok"], told[2]["defects"], told[2]["counts"]["done"], told[2]["notes"]) == (False, 2, 12, [])
+    assert sum(told[2]["counts"]["stop_reasons"].values()) == 12
 
 
 def test_no_run(tmp_path: Path) -> None:

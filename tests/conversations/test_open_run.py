@@ -18,7 +18,7 @@ from conversations.errors import ConversationsError, RunFolderError
 from conversations.open_run import open_run
 from conversations.store import TRAJECTORIES, UNFINISHED, RunFolder
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory, record_hash
+from conversations.trajectory import Trajectory, Turn, record_hash
 from tests.conversations.test_trajectory import trajectory
 
 ORDER = [("b", 1), ("a-7", 0), ("b", 0), ("a-7", 2), ("é\u2028", 0)]
@@ -226,10 +226,16 @@ def test_a_table_has_every_field(path: Path) -> None:
     assert (row["id"], row["response_ids"], row["response_mask"], row["reward"]) == ("a-7-0", [3, 4, 5], [1, 1, 0], 1.0)
     assert row["response_logprobs"][2] is None
     assert row["segments"][2] == {"kind": "template", "start": 4, "end": 5}
-    assert row["turns"] == record["turns"]
+    assert row["turns"] == [{**turn, "resumed": []} for turn in record["turns"]]
     for name in ("messages", "tool_calls", "tools", "extra", "ground_truth", "reward_parts"):
         assert json.loads(row[name]) == record[name]
     assert row["parent"] is None
+
+
+def test_a_table_says_where_turns_were_gone_on_with(tmp_path: Path) -> None:
+    turn = Turn(2, 4, "stop", 2, resumed=[[3, "7"]])
+    table = open_run(written(tmp_path, [numbered("t", 0, turns=[turn])])).to_arrow(["turns"])
+    assert table.to_pylist()[0]["turns"][0]["resumed"] == [{"token": 3, "weight_version": "7"}]
 
 
 def test_a_table_of_some_columns(path: Path, tmp_path: Path) -> None:
