@@ -28,13 +28,16 @@ from starlette.routing import Route
 from agent.errors import AgentError
 from conversations.errors import ConversationsError
 from conversations.open_run import open_run
-from conversations.page import Page, build, listing, parent_of, policy
+from conversations.page import Page, build, listing, parent_of, policy, waiting
 from conversations.store import RUN, TRAJECTORIES, read_manifest
 from tools.servers.process import end_quietly_on_signals
 
 HOST = "127.0.0.1"
 KEPT = 3
 """Pages whose blocks can be asked for; one more drops the oldest."""
+
+PATIENCE_S = 2.0
+"""How long a request waits for a page to be made; after that, the browser is told to ask again."""
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -120,6 +123,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 def make_app(shelf: Shelf) -> Starlette:
     """The server's app: `/`, `/NAME/`, `/NAME/blocks/NUMBER?v=VERSION`."""
 
+    reading: dict[str, asyncio.Task[Ready | None]] = {}  # a page may take longer than a browser waits
+
     async def index(request: Request) -> Response:
         runs = await run_in_threadpool(shelf.runs)
         if shelf.single:
@@ -128,7 +133,14 @@ def make_app(shelf: Shelf) -> Starlette:
         return _html(listing(rows))
 
     async def show(request: Request) -> Response:
-        found = await run_in_threadpool(shelf.page, request.path_params["name"])
+        name = request.path_params["name"]
+        task = reading.get(name) or asyncio.create_task(run_in_threadpool(shelf.page, name))
+        done, _ = await asyncio.wait([task], timeout=PATIENCE_S)
+        if not done:
+            reading[name] = task
+            return _html(waiting(name))
+        reading.pop(name, None)
+        found = task.result()
         return _told(404, "there is no such run") if found is None else _html(found.page.served(found.version))
 
     async def block(request: Request) -> Response:

@@ -12,7 +12,7 @@ Invariant: no character of a record stands in the page but in base64; the page's
 """
 
 from conversations.page.build import LIMIT, MAX_BYTES, Page, build
-from conversations.page.html import listing, policy
+from conversations.page.html import listing, policy, waiting
 from conversations.page.parent import parent_of
 
-__all__ = ["LIMIT", "MAX_BYTES", "Page", "build", "listing", "parent_of", "policy"]
+__all__ = ["LIMIT", "MAX_BYTES", "Page", "build", "listing", "parent_of", "policy", "waiting"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,15 +78,16 @@ def build(run: Run, *, against: Run | None = None, limit: int | None = None, max
     blocks = Blocks()
     try:
         summary, used = Summary(), set[int]()
-        for number, record in enumerate(run.records(check=False)):
-            if number == limit or (max_bytes is not None and blocks.size >= max_bytes):
+        for record in run.records(check=False):
+            if len(summary) == limit or (max_bytes is not None and blocks.size >= max_bytes):
                 break
-            try:
-                _add(record, _counterpart(record, against), summary, blocks, used)
-            except (TypeError, LookupError, AttributeError, ValueError) as error:
-                raise RecordError(f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}") from error
+            _add(record, _counterpart(record, against), summary, blocks, used)
         blocks.finish()
         return Page(run.path.resolve().name, _summary(run, against, summary), _pieces(run, used), len(summary), len(run), blocks)
+    except OSError as error:
+        blocks.close()
+        where = f"{tempfile.gettempdir()}, where its parts wait"
+        raise RunFolderError(f"the page cannot be made in {where}: {error.strerror}; TMPDIR names another folder") from error
     except BaseException:
         blocks.close()
         raise
@@ -93,12 +95,15 @@ def build(run: Run, *, against: Run | None = None, limit: int | None = None, max
 
 def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks, used: set[int]) -> None:
     lines = []
-    for one in filter(None, (record, other)):
-        lines += [text_line(one), token_line(one)]
-        _use(used, one["prompt_ids"] + one["response_ids"])
-    block, line = blocks.add(lines)
-    differs = None if other is None else first_difference(record, other)
-    summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs)
+    try:
+        for one in filter(None, (record, other)):
+            lines += [text_line(one), token_line(one)]
+            _use(used, one["prompt_ids"] + one["response_ids"])
+        differs = None if other is None else first_difference(record, other)
+        block, line = blocks.add(lines)
+        summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs)
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        raise RecordError(f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _use(used: set[int], ids: list[int]) -> None:

@@ -35,6 +35,11 @@ def listing(runs: Sequence[Mapping[str, Any]]) -> str:
     return _render("runs.html.j2", runs=runs, policy=policy(served=True))
 
 
+def waiting(name: str) -> str:
+    """A page that says that a run is being read, and asks again in a second."""
+    return _render("waiting.html.j2", name=name, policy=policy(served=True))
+
+
 def policy(*, served: bool) -> str:
     """The Content-Security-Policy of a page."""
     rules = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from agent import viewer
 from conversations.open_run import open_run
 from conversations.store import RUN, TRAJECTORIES
 from tests.agent.test_cli import env, turntrace
@@ -115,6 +117,15 @@ def test_a_mistake_is_one_line(runs: Path, tmp_path: Path, arguments: list[str],
     assert (tmp_path / "run.html").read_text(encoding="utf-8") == "<p>my own notes"
 
 
+def test_a_full_disk_is_one_line_and_leaves_no_page(runs: Path, tmp_path: Path) -> None:
+    """Files of 4 KiB at most: the page's parts do not fit."""
+    command = ["sh", "-c", 'ulimit -f 4; exec "$0" -m agent view "$1" --out page.html', sys.executable, str(runs / "one")]
+    ran = subprocess.run(command, cwd=tmp_path, env=env({}), capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+    assert ran.stderr.startswith("error: the page cannot be made in ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_port_in_use_is_one_line(runs: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -212,6 +223,21 @@ def test_a_run_that_grows_is_shown_as_it_is_and_earlier_pages_go_on(runs: Path, 
         assert broken.status_code == 500
         assert "trajectories.jsonl:1" in broken.text
         assert len(broken.text.splitlines()) == 1
+
+
+async def test_a_browser_is_told_to_wait_while_a_large_run_is_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(viewer, "PATIENCE_S", 0.0)
+    shelf = viewer.Shelf(runs)
+    try:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(viewer.make_app(shelf)), base_url="http://127.0.0.1") as client:
+            answer = await client.get("/one/")
+            assert 'http-equiv="refresh"' in answer.text
+            async with asyncio.timeout(60):
+                while "data-version" not in answer.text:
+                    answer = await client.get("/one/")
+            assert parts_of(answer.text)[0]["columns"]["id"] == list(open_run(runs / "one").ids)
+    finally:
+        shelf.close()
 
 
 @pytest.mark.asyncio(loop_scope="session")

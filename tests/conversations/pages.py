@@ -54,8 +54,8 @@ def inflated(packed: str | bytes) -> str:
 def parts_of(html: str) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
     """A page's summary, its pieces, and the lines of its blocks."""
     found = dict(re.findall(r'<script type="text/plain" id="([a-z0-9-]+)">([A-Za-z0-9+/=]*)</script>', html))
-    blocks = [inflated(found[f"block-{number}"]).split("\n") for number in range(len(found) - 2)]
-    return json.loads(inflated(found["summary"])), json.loads(inflated(found["pieces"])), blocks
+    summary, known = (json.loads(inflated(found.pop(name))) for name in ("summary", "pieces"))
+    return summary, known, [inflated(found[f"block-{number}"]).split("\n") for number in range(len(found))]
 
 
 def records_of(html: str) -> list[Record]:

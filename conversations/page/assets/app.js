@@ -303,6 +303,7 @@ async function start() {
     if (filterParams().toString() !== before) refilter();
     show();
   });
+  addEventListener('beforeprint', () => document.querySelectorAll('.tokens .batch').forEach((batch) => batch.make()));
   $('list').hidden = false;
   drawBar();
   refilter();

@@ -1,6 +1,6 @@
 // The tokens one by one: who wrote each, whether it is trained on, and how likely it was.
 
-const BATCH = 4000; // tokens made at a time; the next ones when the end of these comes in sight
+const BATCH = 2000; // tokens made at a time
 const BINS = [0.99, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 0.01]; // probabilities; below the last is the ninth bin
 const KINDS = ['prompt', 'sampled', 'tool', 'user', 'template'];
 const MODES = { author: 'Author', mask: 'Mask', logprob: 'Log-prob' };
@@ -14,19 +14,24 @@ function binOf(logprob) {
   return bin < 0 ? BINS.length : bin;
 }
 
-/** All tokens of a trajectory; `start` is a position to show and mark. */
+/** All tokens of a trajectory, made batch by batch as they come near; `start` is a position to show and mark. */
 async function tokenView(record, tokens, start) {
   const table = await pieceOf();
   const body = h('div', { class: 'tokens', tabindex: '0', role: 'group', 'aria-label': 'Tokens; the arrow keys go from one to the next', 'data-mode': tokenMode });
-  const view = { record, tokens, body, table, made: 0, active: -1, decoder: newDecoder(), segment: 0, held: 0 };
-  const sentinel = h('div', { class: 'sentinel' });
-  const watch = new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && make(view, view.made + BATCH), { rootMargin: '1500px' });
-  body.append(sentinel);
-  make(view, Math.max(BATCH, (start || 0) + 500));
-  watch.observe(sentinel);
+  const view = { record, tokens, body, table, active: -1, decoder: newDecoder(), held: 0, segment: 0 };
+  const near = (seen) => seen.filter((one) => one.isIntersecting).forEach((one) => one.target.make());
+  const watch = new IntersectionObserver(near, { rootMargin: '1500px' });
+  for (let first = 0; first < tokens.ids.length; first += BATCH) {
+    const batch = h('div', { class: 'batch' });
+    batch.first = first;
+    batch.make = () => makeBatch(view, batch);
+    body.append(batch);
+    watch.observe(batch);
+  }
+  body.firstChild?.make();
   listen(view);
   const notes = table.texts.size ? null : h('p', { class: 'notice', text: 'This run has no tokenizer that could be read: the tokens are shown by their ids.' });
-  if (Number.isInteger(start)) queueMicrotask(() => requestAnimationFrame(() => activate(view, start, 'center')));
+  if (Number.isInteger(start)) requestAnimationFrame(() => activate(view, start, 'center'));
   return h('div', { class: 'token-view' }, tokenBar(view), notes, body);
 }
 
@@ -62,14 +67,15 @@ function legendOf(mode) {
   return [h('span', { class: 'meta', text: 'probability' }), h('span', { class: 'scale' }, labels.map((label, bin) => h('span', { 'data-bin': String(bin), text: label })))];
 }
 
-function make(view, until) {
-  const { tokens, body, table } = view;
-  const end = Math.min(until, tokens.ids.length);
+function makeBatch(view, batch) {
+  if (batch.firstChild) return;
+  const { tokens, table } = view;
+  const end = Math.min(batch.first + BATCH, tokens.ids.length);
+  Object.assign(view, { decoder: newDecoder(), held: 0 });
+  for (let before = Math.max(0, batch.first - 3); before < batch.first; before++) shownText(view, tokens.ids[before], table);
   const parts = [];
-  for (; view.made < end; view.made++) parts.push(tokenElement(view, view.made, table));
-  const batch = h('div', { class: 'batch' }, parts);
-  body.insertBefore(batch, body.lastChild);
-  if (view.made >= tokens.ids.length) body.lastChild.hidden = true;
+  for (let position = batch.first; position < end; position++) parts.push(tokenElement(view, position, table));
+  batch.append(...parts);
 }
 
 function segmentAt(view, position) {
@@ -127,12 +133,10 @@ function listen(view) {
 }
 
 function elementAt(view, position) {
-  if (position >= view.made) make(view, position + 500);
-  for (const batch of view.body.querySelectorAll('.batch')) {
-    const first = batch.firstChild;
-    if (first && position >= first.position && position < first.position + batch.childElementCount) return batch.children[position - first.position];
-  }
-  return null;
+  const batch = view.body.children[Math.floor(position / BATCH)];
+  if (!batch) return null;
+  batch.make();
+  return batch.children[position % BATCH] || null;
 }
 
 function activate(view, position, scroll, tip = true) {
