@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.errors import AgentError
+from agent.terminal import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -143,12 +144,12 @@ def _report(console: Console, done: Export, out: Path) -> None:
     lines["folder"] = str(out)
     _say(console, _lines(lines))
     for note in done.notes:
-        _say(console, f"note: {note}")
+        _say(console, f"note: {one_line(note)}")
 
 
 def _lines(table: dict[str, str]) -> str:
     width = max(map(len, table))
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in table.items())
+    return "\n".join(one_line(f"{name:<{width}}  {value}".rstrip()) for name, value in table.items())
 
 
 def _say(console: Console, text: str) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from agent.terminal import one_line
+
 MAX_SHOWN = 50
 
 
@@ -29,10 +31,10 @@ def import_(
         print(f"interrupted: nothing was written to {out}", file=sys.stderr)
         raise typer.Exit(130) from None
     for defect in done.defects[:MAX_SHOWN]:
-        print(defect, file=sys.stderr)
+        print(one_line(defect), file=sys.stderr)
     if len(done.defects) > MAX_SHOWN:
         print(f"... and {len(done.defects) - MAX_SHOWN} more", file=sys.stderr)
     print(f"{done.trajectories} trajectories in {out}, {done.with_ids} of them with token ids; {len(done.defects)} defects")
     for warning, count in done.warnings.most_common():
-        print(f"  {count}: {warning}")
+        print(f"  {count}: {one_line(warning)}")
     raise typer.Exit(1 if done.defects else 0)

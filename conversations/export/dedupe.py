@@ -37,7 +37,7 @@ class ExactDuplicates:
 
 
 class NearDuplicates:
-    """Remembers about 1 KB for each trajectory that is not like an earlier one."""
+    """Remembers about 2.5 KB for each trajectory that is not like an earlier one."""
 
     def __init__(self) -> None:
         try:

@@ -240,7 +240,8 @@ def test_a_tokenizer_is_refused_where_text_lacks_its_tokens(tmp_path: Path) -> N
 
 def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
-    file.write_text(json.dumps(foreign()) + "\nnonsense\n")
+    edited = {**foreign(), "trajectory_id": "t\x1b[31m"}
+    file.write_text(json.dumps(foreign()) + "\nnonsense\n" + 2 * (json.dumps(edited) + "\n"))
 
     def turntrace(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "agent", "import", *map(str, arguments)]
@@ -248,7 +249,8 @@ def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> 
 
     done = turntrace(file, "--from", "atif", "--out", tmp_path / "run")
     assert done.returncode == 1
-    assert "1 trajectories in" in done.stdout
+    assert "2 trajectories in" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
     assert done.stderr.startswith(f"{file}:2: is not a JSON document")
     for arguments, what in {
         (file, "--from", "atif", "--out", tmp_path / "run"): "is there already",
