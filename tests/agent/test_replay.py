@@ -574,6 +574,14 @@ def test_what_a_run_folder_names_is_neither_imported_nor_called(
         again(run=copy, **options)
 
 
+def test_turntraces_own_tools_are_taken_from_the_run(again: Again, project: Path, tmp_path: Path) -> None:
+    schema = {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}}
+    entry = {"class_name": "tools.gsm8k.Gsm8kTool", "config": {}, "tool_schema": schema}
+    done = again(run=manifest_changed(project, tmp_path, lambda m: m.update(tools=json.dumps([entry]))), tools="live")
+    assert done.first("t0-0")["replayed"]["status"] == "unknown_tool"
+    assert done.report["answers"]["count"]["different"] == 8
+
+
 def test_a_new_shipped_tool_is_trusted_only_on_purpose() -> None:
     """Whoever ships another one decides about it: what may a run folder of a stranger have it do?"""
     assert set(SHIPPED) - OWN_TOOLS == {MCP_TOOL}

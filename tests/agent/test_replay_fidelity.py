@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from agent.dispatch import Dispatcher
-from agent.engines.engine import Generation
-from agent.engines.scripted import ScriptedEngine
 from agent.loop import Runtime, converse
 from agent.replay.compare import NOT_COMPARED, Divergence, Scope, compare
 from agent.replay.conversation import ReplayedConversation, played_back
@@ -24,7 +22,7 @@ from conversations.trajectory import CALL_STATUSES, STOP_REASONS, Trajectory
 from tests import helpers
 from tests.agent.test_fidelity import World, writer_for
 from tests.agent.test_interactions import patient, talk
-from tests.helpers import call
+from tests.helpers import call, says
 
 WORLDS = 500
 
@@ -97,13 +95,37 @@ async def test_simulated_users_say_again_what_they_said(smollm2: ChatTemplate, b
     turns = ("It is 41.", call("toy", do="reward"), "Hm.", "It is 42.")
     record = await talk(smollm2, patient(breaks)[0], *turns, **settings)
     assert has_user(record) == (breaks is None or bool(settings))
-    runtime = played_back(Runtime(ScriptedEngine(lambda *_: Generation([], [], "")), smollm2, helpers.settings(**settings)), record)
-    made = ReplayedConversation(record, 0, runtime, {}, kept=None)
-    made.given_tools = RecordedTools(record, Dispatcher(stand_ins(record), max_parallel_calls=16, cut=lambda text: None), live_model=False)
-    made.given_user = RecordedUser(record, live_model=False)
+    made = with_user(record, played_back(helpers.runtime(smollm2, None, **settings), record), live_model=False)
     await converse(made)
     assert compare(record, made.trajectory(), Scope(live_model=False, live_tools=False, decode=smollm2.decode)) is None
     assert plain(record) == plain(made.trajectory())
+
+
+def with_user(record: Trajectory, runtime: Runtime, *, live_model: bool, kept: int | None = None) -> ReplayedConversation:
+    made = ReplayedConversation(record, 0, runtime, {}, kept=kept)
+    dispatcher = Dispatcher(stand_ins(record), max_parallel_calls=16, cut=lambda text: None)
+    made.given_tools = RecordedTools(record, dispatcher, live_model=live_model, kept=kept or 0)
+    made.given_user = RecordedUser(record, live_model=live_model)
+    return made
+
+
+async def test_a_recorded_user_answers_nobody_who_says_something_else(smollm2: ChatTemplate) -> None:
+    record = await talk(smollm2, patient()[0], "It is 41.", "Hm.", "It is 42.")
+    made = with_user(record, helpers.runtime(smollm2, says(smollm2, "It is 41.", "Well.")), live_model=True)
+    await converse(made)
+    assert (made.stop_reason, made.error, len(made.turns)) == ("cancelled", "replay: the user has no recorded answer to this", 2)
+    assert made.trajectory().reward is None
+    same = with_user(record, helpers.runtime(smollm2, says(smollm2, "It is 41.", "Hm.", "It is 42.")), live_model=True)
+    await converse(same)
+    assert (same.stop_reason, same.trajectory().reward_parts) == ("stop", record.reward_parts)
+
+
+async def test_a_fork_keeps_what_its_user_said(smollm2: ChatTemplate) -> None:
+    record = await talk(smollm2, patient()[0], "It is 41.", call("toy", do="say"), "Hm.", "It is 42.")
+    runtime = played_back(helpers.runtime(smollm2, None), record, 2)
+    made = with_user(record, runtime, live_model=False, kept=2)
+    await converse(made)
+    assert plain(made.trajectory()) == plain(record)
 
 
 # ---------------------------------------------------------------------- what is compared
