@@ -4,6 +4,7 @@
     trajectories.jsonl   one record a line, appended as each conversation ends
     unfinished.jsonl     what was cut off, in the same form
     superseded.jsonl     what a later attempt replaced: retried infrastructure failures, unfinished records run again
+    replay.jsonl         of a replay: what became of each trajectory, and where it first differs from its parent
     tokenizer/           the tokenizer and chat template, so that the run can be verified anywhere
 
 Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and flushed whole before

@@ -108,7 +108,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A finished conversation. The names are the record's; `to_line` and `from_line` are its only way to disk."""
+    """A finished conversation. The names are the record's; `to_line` and `from_line` are its only way to disk.
+
+    `parent` is {run, id, turn} of what a replay, a fork or a rescoring was made from, else None. In a fork `turn` is the
+    first turn of its own: everything before `turns[turn].start` is the parent's, sampled tokens and log-probs included.
+    """
 
     id: str
     task_id: str
