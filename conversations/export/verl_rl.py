@@ -30,6 +30,7 @@ def _row(record: Record, rewards: Mapping[str, Any], index: int) -> Row:
     info = _mapping(extra.get("extra_info"))
     source = record["data_source"]
     return {
+        "id": record["task_id"],
         **{key: value for key, value in extra.items() if key not in ("tools_kwargs", "interaction_kwargs")},
         "data_source": source if isinstance(source, str) else "unknown",
         "prompt": [_message(message) for message in given(record)],
@@ -68,6 +69,7 @@ VERL_RL = Format(
     write=write_shaped_parquet("train.parquet"),
     unit="task",
     fields={
+        "id": "the task's id in the run; `turntrace run` keeps it, verl does not read it",
         "prompt": "the task's messages",
         "data_source, reward_model.ground_truth": "as the task had them",
         "extra_info": "the task's own, tools_kwargs included; turntrace: its task_id, how many samples were exported, their mean reward",

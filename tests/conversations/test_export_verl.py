@@ -46,6 +46,19 @@ def test_the_rl_dataset_gives_the_tasks_back() -> None:
             assert row["tools_kwargs"]["lookup"] == kwargs["lookup"]
 
 
+def test_turntrace_runs_the_same_tasks_again() -> None:
+    from agent.tasks import read_tasks
+
+    folder, done = exported("verl-rl")
+    tasks = {task.id: task for task in read_tasks(folder / "train.parquet")}
+    assert len(tasks) == done.rows
+    for record in small_run().records():
+        if not record["infra_error"]:
+            task = tasks[record["task_id"]]
+            assert [(m["role"], m["content"]) for m in task.messages] == [(m["role"], m["content"]) for m in given(record)]
+            assert (task.ground_truth, task.data_source) == (record["ground_truth"], record["data_source"])
+
+
 def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
     """Its ids and loss mask are those that the export foresaw, and the record's but for what the verdicts name."""
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
