@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from agent.engines.sglang_args import start_variables
 from conversations.open_run import open_run
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
-from tests.helpers import call, respelled
+from tests.helpers import ROOT, call, respelled
 
 cpu_guards.install()
 pytestmark = pytest.mark.slow
@@ -287,3 +289,26 @@ def test_options_that_verl_does_not_know_are_checked(peers: Any) -> None:
     rollout = peers.ours(script(peers, echo), engine_kwargs={"turntrace": {"save_too": "x"}})
     with pytest.raises(ConfigError, match=r"rollout\.engine_kwargs\.turntrace\.save_too: .*the keys are .*save_to"):
         peers.run(rollout, batch(peers, "one"))
+
+
+# ---------------------------------------------------------------------- a trainer's steps on the real engine
+
+
+@pytest.mark.engine
+def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
+    """verl's data loading, rewards and advantages around the real engine and tools; a process of its own, as a worker is."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.agent.trainer_smoke", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith("SMOKE ")]
+    assert told, done.stderr[-2000:]
+    steps = json.loads(told[0].removeprefix("SMOKE "))["steps"]
+    assert [step["rows"] for step in steps] == [6, 6]
+    for step in steps:
+        assert step["sampled_tokens"] > 100
+        assert step["advantages_off_mask"] == step["logprobs_off_mask"] == 0
+        assert step["logprobs_finite"]
+        assert 1.0 in step["rewards"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["train-1-rank-0", "train-2-rank-0"]
+    for folder in (tmp_path / "kept").iterdir():
+        assert verify_run(folder).defects == 0
