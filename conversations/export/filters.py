@@ -6,6 +6,7 @@ reason add up to the run. Filters on groups look at the whole run's groups, befo
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Filters:
     def __post_init__(self) -> None:
         if unknown := self.stop_reasons.difference(STOP_REASONS):
             raise ExportError(f"there is no stop reason {', '.join(sorted(unknown))}; the stop reasons are {', '.join(STOP_REASONS)}")
+        if any(bound is not None and math.isnan(bound) for bound in (self.min_reward, self.max_reward, self.pass_reward)):
+            raise ExportError("a reward to compare with is a number, got nan")
         low, high = self.pass_rate or (0.0, 1.0)
         if not 0.0 <= low <= high <= 1.0:
             raise ExportError(f"a pass rate is LOW:HIGH with 0 <= LOW <= HIGH <= 1, got {low}:{high}")

@@ -126,6 +126,8 @@ def meets(record: dict[str, Any], filters: Filters) -> bool:
     [
         ({"stop_reasons": frozenset({"stopp"})}, "there is no stop reason stopp"),
         ({"pass_rate": (0.5, 0.2)}, "LOW <= HIGH"),
+        ({"pass_rate": (math.nan, 0.2)}, "LOW <= HIGH"),
+        ({"min_reward": math.nan}, "got nan"),
         ({"pass_rate": (0.0, 2.0)}, "HIGH <= 1"),
         ({"min_reward": 1.0, "max_reward": 0.0}, "is more than the most"),
     ],
