@@ -102,7 +102,7 @@ def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks,
         differs = None if other is None else first_difference(record, other)
         block, line = blocks.add(lines)
         summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs)
-    except (TypeError, LookupError, AttributeError, ValueError) as error:
+    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise RecordError(f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}") from error
 
 

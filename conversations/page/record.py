@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS
@@ -75,10 +76,10 @@ def _row(record: Record) -> dict[str, Any]:
     return {
         "id": str(record["id"]),
         "task": str(record["task_id"]),
-        "sample": record["sample"],
+        "sample": index(record["sample"]),
         "stop": str(record["stop_reason"]),
         "reward": _number(record["reward"]),
-        "turns": record["num_turns"],
+        "turns": index(record["num_turns"]),
         "prompt": len(record["prompt_ids"]),
         "response": len(record["response_ids"]),
         "sampled": record["response_mask"].count(1),

@@ -151,18 +151,30 @@ def _peak(run: Run, limit: int) -> tuple[int, int]:
         tracemalloc.stop()
 
 
-def test_a_damaged_record_is_named(run: Path, tmp_path: Path) -> None:
-    def forged(number: int, record: Record) -> None:
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"messages": "none"}, {"messages": [1]}, {"tool_calls": [{}]}, {"tool_calls": [7]}, {"prompt_ids": "text"}, {"response_ids": None},
+        {"response_mask": 5}, {"num_turns": "3"}, {"sample": [0]}, {"reward": 10**400}, {"wall_s": [1]}, {"warnings": 3},
+    ],
+)  # fmt: skip
+def test_a_forged_record_is_named(run: Path, tmp_path: Path, forged: Record) -> None:
+    def change(number: int, record: Record) -> None:
         if number == 7:
-            record["messages"] = "not a list"
+            record |= forged
 
-    with pytest.raises(RecordError, match=r"trajectory .* is damaged"):
-        write_page(changed_run(tmp_path / "forged", run, forged), tmp_path / "page.html")
+    name = list(open_run(run).ids)[7]
+    with pytest.raises(RecordError, match=f"trajectory {name} is damaged: "):
+        write_page(changed_run(tmp_path / "forged", run, change), tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
-    lines = (run / TRAJECTORIES).read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "forged" / TRAJECTORIES).write_text("".join([*lines[:3], "{}\n"]), encoding="utf-8")
+
+
+def test_a_damaged_line_is_named(run: Path, tmp_path: Path) -> None:
+    damaged = changed_run(tmp_path / "damaged", run, lambda number, record: None)
+    lines = (damaged / TRAJECTORIES).read_text(encoding="utf-8").splitlines(keepends=True)
+    (damaged / TRAJECTORIES).write_text("".join([*lines[:3], "{}\n"]), encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"trajectories.jsonl:4"):
-        write_page(tmp_path / "forged", tmp_path / "page.html")
+        write_page(damaged, tmp_path / "page.html")
 
 
 def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ function conversation(record, options = {}) {
     const own = sampled ? ownCalls(message, calls, turn, placed) : [];
     const answers = own.map((call) => callCard(call, answerTo(record, call)));
     const at = sampled ? `turn-${turn}` : `message-${place}`;
-    const parts_ = [h('header', {}, h('span', { class: 'role', text: visible(message.role) }), h('span', { class: 'meta', text: metaOf(record, message, sampled ? turn : -1) }))];
-    if (String(message.content ?? '').trim() || !answers.length) parts_.push(content(message));
-    if (!sampled && Array.isArray(message.tool_calls)) parts_.push(...message.tool_calls.map(givenCall));
-    return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, parts_, answers);
+    const shown = [h('header', {}, h('span', { class: 'role', text: visible(message.role) }), h('span', { class: 'meta', text: metaOf(record, message, sampled ? turn : -1) }))];
+    if (String(message.content ?? '').trim() || !answers.length) shown.push(content(message));
+    if (!sampled && Array.isArray(message.tool_calls)) shown.push(...message.tool_calls.map(givenCall));
+    return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, shown, answers);
   });
   const left = record.tool_calls.filter((call) => !placed.has(call.call_id));
   return h('div', { class: 'conversation' }, parts, left.map((call) => callCard(call, null)));
@@ -49,14 +49,25 @@ function metaOf(record, message, turn) {
 // ------------------------------------------------------------------ calls
 
 function callCard(call, answer) {
-  const times = [call.queue_s > 0.0005 ? `queued ${seconds(call.queue_s)}` : '', call.attempts.length ? `ran ${seconds(call.run_s)}` : 'not run', call.attempts.length > 1 ? `${call.attempts.length} attempts` : '', typeof call.reward === 'number' ? `step reward ${short(call.reward)}` : ''];
+  const reward = typeof call.reward === 'number' ? `step reward ${short(call.reward)}` : '';
   return h('section', { class: 'call', 'data-status': call.status, 'aria-label': brief(`call of ${call.name}`, 100) },
-    h('header', {}, h('span', { class: 'name', text: brief(call.name || '(no name)', 120) }), pill(call.status, tone(call.status)), h('span', { class: 'meta', text: times.filter(Boolean).join(' · ') })),
+    h('header', {}, h('span', { class: 'name', text: brief(call.name || '(no name)', 120) }), pill(call.status, tone(call.status)),
+      h('span', { class: 'meta', text: [tookOf(call), reward].filter(Boolean).join(' · ') })),
     h('div', { class: 'arguments' }, argumentsOf(call.arguments)),
     response(call, answer),
     call.error ? h('div', { class: 'error' }, h('span', { class: 'tag', text: 'error, for the reader of the record' }), textBlock(call.error)) : null,
     call.attempts.length > 1 ? attempts(call) : null,
     Object.keys(call.metrics || {}).length ? h('p', { class: 'meta metrics', text: pairs(call.metrics) }) : null);
+}
+
+/** What a call took: its times, its tries, what came back and how much of that the model does not see. */
+function tookOf({ attempts: tries, queue_s: queued, run_s: ran }) {
+  if (!tries.length) return 'not run';
+  const last = tries[tries.length - 1];
+  const parts = [queued > 0.0005 ? `queued ${seconds(queued)}` : '', `ran ${seconds(ran)}`, tries.length > 1 ? `${tries.length} attempts` : ''];
+  if (typeof last.bytes === 'number') parts.push(plural(last.bytes, 'byte'));
+  if (last.tokens_cut > 0) parts.push(`${plural(last.tokens_cut, 'token')} cut`);
+  return parts.filter(Boolean).join(' · ');
 }
 
 function argumentsOf(value) {
@@ -87,7 +98,8 @@ function response(call, answer) {
 }
 
 function attempts(call) {
-  return h('ol', { class: 'attempts' }, call.attempts.map((one) => h('li', {}, pill(one.status, tone(one.status)), ` queued ${seconds(one.queue_s)}, ran ${seconds(one.run_s)} `, one.error ? brief(one.error, 300) : '')));
+  const line = (one) => ` queued ${seconds(one.queue_s)}, ran ${seconds(one.run_s)} ${brief([one.error_class, one.error].filter(Boolean).join(': '), 300)}`;
+  return h('ol', { class: 'attempts' }, call.attempts.map((one) => h('li', {}, pill(one.status, tone(one.status)), line(one))));
 }
 
 function givenCall(call) {

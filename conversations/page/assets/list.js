@@ -266,9 +266,9 @@ function drawRows(fresh) {
   const head = grid.firstChild.offsetHeight;
   const first = Math.max(0, Math.floor((grid.scrollTop - head) / ROW) - OVERSCAN);
   const last = Math.min(list.order.length, first + Math.ceil(grid.clientHeight / ROW) + 2 * OVERSCAN);
-  const window_ = `${first}-${last}`;
-  if (!fresh && window_ === list.drawn) return;
-  list.drawn = window_;
+  const sight = `${first}-${last}`;
+  if (!fresh && sight === list.drawn) return;
+  list.drawn = sight;
   space.style.height = `${list.order.length * ROW}px`;
   grid.setAttribute('aria-rowcount', String(list.order.length + 1));
   while (list.pool.length < last - first) list.pool.push(newRow(space));
