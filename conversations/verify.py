@@ -113,7 +113,7 @@ class _Verification:
             done += chunk.end - chunk.start
             self._on_progress(done, total)
         counts = Counts.of(manifest)
-        for defect in self.whole.defects(TRAJECTORIES, counts, facts.n):
+        for defect in self.whole.defects(TRAJECTORIES, counts, facts):
             self._report(defect)
         self.verdict.counts += self.whole.tally
         self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = lines[UNFINISHED], lines[SUPERSEDED]
@@ -129,7 +129,9 @@ class _Verification:
             return {}
 
     def _template(self, manifest: dict[str, Any]) -> ChatTemplate | None:
-        """The saved chat template; None, and a defect, where tokens cannot be checked against messages."""
+        """The saved chat template; None, and a defect, where tokens cannot be checked against messages. An import may have none."""
+        if facts_of(manifest, None).imported is not None and not (self.folder / TOKENIZER).exists():
+            return None
         try:
             with time_limit(TIME_LIMIT_S):
                 return _load_template(self.folder / TOKENIZER, manifest)
@@ -147,6 +149,9 @@ class _Verification:
             yield f"{self.whole.partial} records of failures hold only the part that could be written: their text was not checked"
         if not facts.cuts:
             yield f"{RUN} does not say how tool responses are cut: cuts were not checked"
+        if facts.imported is not None:
+            unread = "" if facts.template else "; there is no tokenizer: tokens were not checked against messages"
+            yield f"the run was imported from {printable(facts.imported)}: how conversations ended was not checked{unread}"
         if facts.n is None:
             yield f"{RUN} does not say how many samples a group has: groups were not checked for missing ones"
         if facts.reads_clock:

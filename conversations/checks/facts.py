@@ -15,7 +15,8 @@ from conversations.truncate import SIDES
 @dataclass(frozen=True, slots=True)
 class Facts:
     """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
-    be cut to, the run's own first; `users` says that a program takes user turns; the others are the loop's limits, in tokens
+    be cut to, the run's own first; `users` says that a program takes user turns; `imported` is the
+    format that the run was imported from, which may not say all that a record holds; the others are the loop's limits, in tokens
     unless the name says otherwise.
     """
 
@@ -30,6 +31,7 @@ class Facts:
     max_invalid_calls: int | None = None
     cuts: tuple[tuple[int, str], ...] = ()
     users: bool = False
+    imported: str | None = None
 
     @property
     def reads_clock(self) -> bool:
@@ -53,6 +55,7 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
         max_turns=_max_turns(multi_turn, max_model_len),
         max_invalid_calls=_count(ours, "max_consecutive_invalid_calls"),
         cuts=tuple(_cuts(multi_turn, manifest.get("tools"))),
+        imported=str(_at(manifest, "imported").get("from")) if _at(manifest, "imported") else None,
         users=multi_turn.get("interaction_config_path") is not None,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from conversations.checks.counts import Counts
+from conversations.checks.facts import Facts
 from conversations.checks.finding import Defect, Finding
 from conversations.checks.record import Checked, differing_fields
 
@@ -55,10 +56,12 @@ class Whole:
         """Lines of finished trajectories, damaged ones included."""
         return self.tally["done"] + self.unreadable
 
-    def defects(self, file: str, counts: Counts, n: int | None) -> Iterator[Defect]:
+    def defects(self, file: str, counts: Counts, facts: Facts) -> Iterator[Defect]:
         """What is wrong with groups and counts, once every record was added."""
+        n = facts.n
         for task_id, members in self.groups.items():
-            yield from _unlike(file, task_id, members)
+            if facts.imported is None:
+                yield from _unlike(file, task_id, members)
             if n is not None and counts.is_complete(self.finished):
                 yield from _missing(file, task_id, members, n)
         if not self.unreadable:

@@ -20,7 +20,8 @@ def outcome_findings(trajectory: Trajectory, parts: Rounds, facts: Facts, *, fin
     yield from _reward(trajectory)
     yield from _failure(trajectory)
     yield from _budgets(trajectory, facts)
-    yield from _Ending(trajectory, parts, facts).findings(finished)
+    if facts.imported is None:  # an import may not know how a conversation ended
+        yield from _Ending(trajectory, parts, facts).findings(finished)
 
 
 def _identity(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:

@@ -296,6 +296,15 @@ def test_a_run_json_that_says_nothing_is_said_to(run: Path) -> None:
     assert [line.split(" cannot")[0] for line in verified(run)[0]] == [f"run.json: {run / RUN}"]
 
 
+def test_an_imported_run_is_checked_for_what_it_can_know(run: Path) -> None:
+    edit_manifest(run, imported={"from": "verl", "files": {}})
+    assert verified(run)[1].notes == ["the run was imported from verl: how conversations ended was not checked"]
+    shutil.rmtree(run / "tokenizer")
+    defects, verdict = verified(run)
+    assert defects == []
+    assert verdict.notes[0].endswith("there is no tokenizer: tokens were not checked against messages")
+
+
 def test_a_template_that_reads_the_clock_has_its_prompts_taken_as_recorded(run: Path) -> None:
     template = run / "tokenizer" / "chat_template.jinja"
     template.write_text("{%- set today = strftime_now('%Y') %}" + template.read_text())
