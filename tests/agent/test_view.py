@@ -253,4 +253,5 @@ async def test_a_served_page_works_in_a_browser(browser: Any, runs: Path) -> Non
             await opened.until("document.querySelector('#detail .message')")
             assert await opened.text("#detail h2") == next(iter(open_run(runs / "one").ids))
             await opened.page.fill("#search", "division by zero")
+            assert await opened.page.get_attribute("a.up", "href") == "../"
             await opened.until("document.getElementById('count').textContent.includes(' of ')")
