@@ -411,6 +411,7 @@ def _turn(start: int, generation: Generation) -> Turn:
         queue_s=generation.queue_s,
         engine_s=generation.engine_s,
         weight_version=generation.weight_version,
+        resumed=generation.resumed,
     )
 
 

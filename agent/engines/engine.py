@@ -22,6 +22,7 @@ class Generation:
     log-probs are those of the temperature-scaled distribution, as returned.
     `finish_reason` is the engine's: "stop", "length" or "abort".
     `prompt_tokens` and `cached_tokens` count tokens, times are seconds; None where the engine does not tell.
+    `resumed` is the record's (see `Turn`), of a turn played back.
     """
 
     token_ids: list[int]
@@ -32,6 +33,7 @@ class Generation:
     queue_s: float | None = None
     engine_s: float | None = None
     weight_version: str | None = None
+    resumed: list[list[Any]] | None = None
 
 
 class Interrupted(asyncio.CancelledError):

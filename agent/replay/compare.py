@@ -24,7 +24,7 @@ NOT_COMPARED = {
 
 LIVE_MODEL = {
     "trajectory": frozenset({"engine", "sampling", "response_logprobs", "warnings"}),
-    "turn": frozenset({"weight_version"}),
+    "turn": frozenset({"weight_version", "resumed"}),
     "call": frozenset[str](),
 }
 """What an engine of today may say otherwise while it samples the same tokens."""
@@ -217,6 +217,8 @@ def _fields(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterato
     done = ("turns", "tool_calls")
     for name in (each.name for each in dataclasses.fields(Trajectory) if each.name not in done):
         one, other = getattr(recorded, name), getattr(replayed, name)
+        if name == "warnings":  # their order says nothing
+            one, other = sorted(one), sorted(other)
         if scope.compares("trajectory", name) and _differ(one, other):
             yield Divergence("record", None, None, None, name, None, *_clipped_pair(one, other))
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent.dispatch import Dispatcher
-from agent.loop import Runtime, converse
+from agent.loop import Conversation, Runtime, converse
 from agent.replay.compare import NOT_COMPARED, Divergence, Scope, compare
 from agent.replay.conversation import ReplayedConversation, played_back
 from agent.replay.tools import RecordedTools, stand_ins
@@ -20,9 +20,10 @@ from agent.replay.user import RecordedUser, has_user
 from conversations.template import ChatTemplate
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS, Trajectory
 from tests import helpers
+from tests.agent.test_continuation import Model, cut_off, go_on, shared
 from tests.agent.test_fidelity import World, writer_for
 from tests.agent.test_interactions import patient, talk
-from tests.helpers import call, says
+from tests.helpers import Toy, call, says
 
 WORLDS = 500
 
@@ -128,6 +129,18 @@ async def test_a_fork_keeps_what_its_user_said(smollm2: ChatTemplate) -> None:
     assert plain(made.trajectory()) == plain(record)
 
 
+@pytest.mark.parametrize("cut", [(0, 3), (1, 7), (2, 0)])
+async def test_a_conversation_that_was_cut_off_and_gone_on_with_is_replayed_like_one(smollm2: ChatTemplate, cut: tuple[int, int]) -> None:
+    model = Model(smollm2, "v1", cut)
+    first = await cut_off(Conversation(helpers.task(), 0, shared(smollm2, model, Toy())), model.waiting.is_set)
+    record = await go_on(first, shared(smollm2, Model(smollm2, "v2"), Toy()))
+    assert any(turn.resumed for turn in record.turns) == (cut[1] > 0)
+    made = with_user(record, played_back(helpers.runtime(smollm2, None), record), live_model=False)
+    made.given_user = None
+    await converse(made)
+    assert compare(record, made.trajectory(), Scope(live_model=False, live_tools=False, decode=smollm2.decode)) is None
+
+
 # ---------------------------------------------------------------------- what is compared
 
 
@@ -172,7 +185,7 @@ def changed(record: Trajectory, rng: random.Random) -> tuple[Trajectory, str, di
     if what == "message" and ids:
         fields["messages"][-1]["content"] += " "
         return rebuilt(fields), "record", {"name": "messages"}
-    name = rng.choice(["reward_parts", "ground_truth", "extra", "warnings", "engine", "sampling", "error", "segments", "response_mask"])
+    name = rng.choice(["reward_parts", "ground_truth", "extra", "engine", "sampling", "error", "segments", "response_mask"])
     fields[name] = [["prompt", 0, 1]] if name == "segments" else [2] if name == "response_mask" else {"other": 1.5}
     return rebuilt(fields), "record", {"name": name}
 
