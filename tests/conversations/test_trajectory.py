@@ -89,7 +89,7 @@ def test_the_fields_are_the_documented_ones() -> None:
     record = json.loads(trajectory().to_line())
     assert record["schema"] == "turntrace/1"
     assert set(record["turns"][0]) == {
-        "start", "end", "finish_reason", "prompt_tokens", "cached_tokens", "queue_s", "engine_s", "weight_version",
+        "start", "end", "finish_reason", "prompt_tokens", "cached_tokens", "queue_s", "engine_s", "weight_version", "resumed",
     }  # fmt: skip
     assert set(record["tool_calls"][0]) == {
         "call_id", "turn", "name", "arguments", "status", "response", "full_response", "reward", "metrics", "attempts",
