@@ -50,7 +50,7 @@ QUESTIONS = (
     Question(
         "How many years after Luna 2 did Apollo 11 land on the Moon?",
         "Apollo 11 Moon landing",
-        r"Luna 2 in (\d{4}).*Apollo 11 in (\d{4})",
+        r"first human-made object.*? in (\d{4}).*Apollo 11 in (\d{4})",
         "10",
     ),
 )
