@@ -75,7 +75,7 @@ def model(template: ChatTemplate) -> ScriptedEngine:
 
     def respond(prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
         ids = [*template.encode(said(template.decode(prompt_ids))), template.end_id]
-        return Generation(ids, [-0.1] * len(ids), "stop")
+        return Generation(ids, [-0.125] * len(ids), "stop")
 
     return ScriptedEngine(respond)
 
