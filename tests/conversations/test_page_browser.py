@@ -242,6 +242,10 @@ async def test_tokens_by_keyboard_and_by_address(browser: Any, page: Path, recor
         await opened.page.locator(".tokens").focus()
         await opened.page.keyboard.press("ArrowRight")
         assert await opened.page.evaluate("document.querySelector('.token.active').position") == position + 1
+        await opened.page.keyboard.press("End")
+        last = len(record["prompt_ids"] + record["response_ids"]) - 1
+        assert await opened.page.evaluate("document.querySelector('.token.active').position") == last
+        assert await opened.text("#detail h2") == record["id"]
         for mode in ("Mask", "Log-prob", "Author"):
             await opened.page.get_by_role("button", name=mode).click()
             assert await opened.page.get_attribute(".tokens", "data-mode") == mode.lower().replace("-", "")

@@ -195,12 +195,12 @@ function say(text) {
 // ------------------------------------------------------------------ keys
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || $('help').open) return;
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || $('help').open) return;
   if (event.key === 'Escape') return escape(event);
   if (event.target.matches('input, textarea, select')) return enterList(event);
   const act = { ...MOVES, ...(place.view === 't' ? IN_DETAIL : {}) }[event.key];
   if (!act || (event.key === 'Enter' && event.target.matches('a, button, summary'))) return;
-  if (event.key.startsWith('Arrow') && event.target.id !== 'grid') return;
+  if (SCROLLS.test(event.key) && event.target.id !== 'grid' && (place.view !== 'list' || event.target !== document.body)) return;
   event.preventDefault();
   act();
 }
@@ -239,6 +239,7 @@ function moveTurn(by) {
   if (next?.id) jumpTo(next.id);
 }
 
+const SCROLLS = /^(Arrow|Page|Home|End)/; // these move in the list only where nothing else is to be scrolled
 const tabKey = (tab) => () => (tab !== 'diff' || summary.run.against ? openRow(place.row, tab) : null);
 const MOVES = {
   j: () => move(1), k: () => move(-1), ArrowDown: () => move(1), ArrowUp: () => move(-1), PageDown: () => move(15), PageUp: () => move(-15), Home: () => move(-rows), End: () => move(rows),
