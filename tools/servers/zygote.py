@@ -80,7 +80,7 @@ def main() -> None:
 
 def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
     """`fds` by role: c, the server's end of which hears from us; s, what to run; i, o, e, the program's stdio; and, where
-    they are wanted, m, a memory group to join; f, the file for what is fetched; r, a session's socket."""
+    they are wanted, m, a memory group to join; f, the file for what is fetched."""
     control = socket.socket(fileno=fds["c"])
     try:
         os.setsid()
@@ -285,14 +285,21 @@ def _end_python(code: int) -> NoReturn:
             if name == "__main__" or (getattr(module, "__file__", None) or "").startswith(WORK):
                 del sys.modules[name]
         del module
+        _flush_all()
         gc.collect()
-        for thing in gc.get_objects():
-            if isinstance(thing, io.IOBase) and not thing.closed:
-                thing.flush()
+        _flush_all()
     finally:
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
         os._exit(code)
+
+
+def _flush_all() -> None:
+    """Every file of the program's. Not left to the collector, which may close a buffer before the text that goes through it."""
+    for thing in gc.get_objects():
+        if isinstance(thing, io.IOBase):
+            with contextlib.suppress(OSError, ValueError):
+                thing.flush()
 
 
 # -- the kernel ----------------------------------------------------------------------------------------------------------
