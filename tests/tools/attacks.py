@@ -57,6 +57,7 @@ _USUAL: dict[str, Attack] = {
     "memory bomb": Attack("x = []\nwhile True: x.append(bytearray(1 << 20))"),
     "memory bomb of many": Attack("for _ in range(16):\n    if os.fork() == 0: x = bytearray(100 << 20); time.sleep(60)\ntime.sleep(60)", ANY),
     "scratch bomb": Attack("for i in range(99): open(f'/tmp/{i}', 'wb').write(bytes(20 << 20))"),
+    "shared memory bomb": Attack("open('/dev/shm/x', 'wb').write(bytes(100 << 20)); print('ESCAPED')"),
     "inode bomb": Attack("for i in range(10 ** 6): open(f'/tmp/{i}', 'w').close()", (ENDED, KILLED)),
     "endless stdout": Attack("while True: print('x' * 100000)", (STOPPED,)),
     "endless stderr": Attack("while True: sys.stderr.write('x' * 100000)", (STOPPED,)),

@@ -160,7 +160,7 @@ async def test_every_attack_is_contained_beside_honest_programs_and_nothing_of_i
 REQUESTS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "a zero byte": ({"code": "print(1)\0"}, "Failed", ""),
     "half of a pair": ({"code": "print('\\ud83d')"}, "Failed", ""),
-    "5 MB of code": ({"code": "x = 1\n" * 800_000, "run_timeout": 60}, "Success", ""),
+    "1 MB of code": ({"code": "x = 1\n" * 160_000, "run_timeout": 60}, "Success", ""),
     "nothing": ({"code": ""}, "Success", ""),
     "names that fight": ({"code": "print(1)", "files": {"a": "", "a/b": ""}}, "SandboxError", None),
     "many files": ({"code": "print(1)", "files": {f"{number}/x": "" for number in range(3000)}}, "Success", "1\n"),

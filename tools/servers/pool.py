@@ -64,7 +64,10 @@ class Pool:
                 fds["f"] = streams.fetched
             if group.join_fd is not None:
                 fds["m"] = group.join_fd
-            return _Warm(self._zygote, fds)
+            try:
+                return _Warm(self._zygote, fds)
+            except OSError as error:
+                raise SandboxError(await self._zygote.last_words()) from error
 
     async def close(self) -> None:
         """Ends the zygote. Safe to call twice."""
