@@ -113,12 +113,10 @@ class Screen:
             self._print(visible("".join(_texts(ids[start:end], texts))).replace("\n", "\u21b5\n"), AUTHORS.get(kind, ""))
 
     def _call(self, call: Record) -> None:
-        times = f"queued {call['queue_s']:.3f} s, ran {call['run_s']:.3f} s, {len(call['attempts'])} attempts"
-        reward = "" if call["reward"] is None else f", step reward {call['reward']:g}"
         style = STATUS.get(call["status"], "red")
-        self._line(("  ", one_line(str(call["name"])), "bold"), (" ", str(call["status"]), style), (f"  {times}{reward}", "", ""))
+        self._line(("  ", one_line(str(call["name"])), "bold"), (" ", str(call["status"]), style), (f"  {_took(call)}", "", ""))
         self._text(_arguments(call["arguments"]), indent="    ")
-        self._text(str(call["response"] or ""), indent="  > ")
+        self._text(str(call["response"] or "").removesuffix("\n"), indent="  > ")
         if call["error"]:
             self._text(str(call["error"]), indent="  ! ")
 
@@ -153,6 +151,21 @@ def _turn(record: Record, turn: int) -> str:
     found = record["turns"][turn]
     took = "" if found["engine_s"] is None else f", {found['engine_s']:.2f} s"
     return f"turn {turn + 1}: {found['end'] - found['start']} tokens after {found['prompt_tokens']}{took}, {found['finish_reason']}"
+
+
+def _took(call: Record) -> str:
+    """Times, tries, what the model does not see of the answer, and the step reward."""
+    tries = call["attempts"]
+    parts = [f"ran {call['run_s']:.3f} s" if tries else "not run"]
+    if call["queue_s"] >= 0.0005:
+        parts.insert(0, f"queued {call['queue_s']:.3f} s")
+    if len(tries) > 1:
+        parts.append(f"{len(tries)} attempts")
+    if tries and tries[-1].get("tokens_cut"):
+        parts.append(f"{tries[-1]['tokens_cut']} tokens cut")
+    if call["reward"] is not None:
+        parts.append(f"step reward {call['reward']:g}")
+    return ", ".join(parts)
 
 
 def _arguments(value: Any) -> str:

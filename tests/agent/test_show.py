@@ -42,7 +42,7 @@ def test_messages_calls_and_authors_are_shown(run: Path, record: Record) -> None
         for line in str(message["content"]).splitlines() if message["role"] != "tool" else ():
             assert line in lines
     for call in record["tool_calls"]:
-        assert any(line.startswith(f"  {call['name']} {call['status']}  queued") for line in lines)
+        assert any(line.startswith(f"  {call['name']} {call['status']}  ") for line in lines)
         assert all(f"  > {line}" in lines for line in (call["response"] or "").splitlines() if line)
     for kind in {kind for kind, _, _ in record["segments"]}:
         total = sum(end - start for name, start, end in record["segments"] if name == kind)
