@@ -253,6 +253,23 @@ def test_the_same_export_twice_is_the_same_bytes(tmp_path: Path) -> None:
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), name
 
 
+def test_plain_parquet_holds_the_whole_record() -> None:
+    import pandas as pd
+
+    folder, done = exported("parquet")
+    table = pd.read_parquet(folder / "trajectories.parquet")
+    kept = [record for record in records() if not record["infra_error"]]
+    assert len(table) == done.rows == len(kept)
+    assert set(table.columns) == set(kept[0])
+    for row, record in zip(table.to_dict("records"), kept, strict=True):
+        for name in ("prompt_ids", "response_ids", "response_mask"):
+            assert row[name].tolist() == record[name]
+        assert [None if math.isnan(value) else value for value in row["response_logprobs"]] == record["response_logprobs"]
+        for name in ("messages", "tool_calls", "tools", "extra", "ground_truth", "sampling", "reward_parts"):
+            assert json.loads(row[name]) == record[name]
+        assert (row["sha256"], row["stop_reason"], row["num_turns"]) == (record["sha256"], record["stop_reason"], record["num_turns"])
+
+
 def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
