@@ -52,8 +52,11 @@ def import_run(source: str | Path, kind: str, out: str | Path, *, tokenizer: str
         if template is not None:
             template.tokenizer.save_pretrained(folder / TOKENIZER)
         with RunFolder.create(folder, _manifest(source, kind, files, command)) as store:
+            asked = 0
             for document in documents(files):
+                asked += 1
                 _take(document, reader, store, done)
+            store.close({"asked": asked, "done": done.trajectories})
         (folder / ".lock").unlink(missing_ok=True)
         if not done.trajectories:
             first = f"; the first defect: {done.defects[0]}" if done.defects else ""
