@@ -161,7 +161,8 @@ def test_a_bad_document_is_one_line_and_the_others_come_in(tmp_path: Path, what:
     BAD[what](bad)
     done, found = take(tmp_path, foreign(), bad)
     assert len(found) == done.trajectories == 1
-    assert conversations.open_run(tmp_path / "run").manifest["counts"] == {"asked": 2, "done": 1}
+    counts = conversations.open_run(tmp_path / "run").manifest["counts"]
+    assert (counts["asked"], counts["done"]) == (2, 1)
     [line] = done.defects
     assert line.startswith(f"{tmp_path / 'in.jsonl'}:2: ")
     assert what in line
