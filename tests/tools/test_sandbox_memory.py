@@ -65,15 +65,21 @@ async def test_where_no_group_can_be_made_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK), reason="needs a writable cgroup tree")
-async def test_a_group_is_entered_bounded_and_removed() -> None:
+async def test_a_group_is_entered_bounded_used_again_and_removed() -> None:
     groups = await working_groups({})
     assert groups.parent is not None
-    async with groups.group(64) as group:
-        ended = await asyncio.to_thread(subprocess.run, HOLDS_100_MIB, preexec_fn=group.join, capture_output=True)
-        assert (ended.returncode, ended.stdout, group.kills()) == (-9, b"", 1)
-        assert group.folder is not None
-        assert group.folder.exists()
-    assert not group.folder.exists()
+    folders = set()
+    for limit_mib, ends in ((64, (-9, b"", 1)), (512, (0, b"held\n", 0)), (64, (-9, b"", 1))):
+        async with groups.group(limit_mib) as group:
+            assert group.events is not None
+            folders.add(group.events.parent)
+            command = [*HOLDS_100_MIB[:2], HOLDS_100_MIB[2].replace("sleep(60)", "sleep(0)")]
+            ended = await asyncio.to_thread(subprocess.run, command, preexec_fn=group.join, capture_output=True)
+            assert (ended.returncode, ended.stdout, group.kills()) == ends
+    (folder,) = folders
+    assert folder.exists()
+    await groups.close()
+    assert not folder.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK), reason="needs a writable cgroup tree")
@@ -84,7 +90,8 @@ async def test_what_a_killed_server_left_is_removed_and_what_lives_stays() -> No
     for folder in (left, alive):
         folder.mkdir()
     try:
-        await working_groups({})
+        await (await working_groups({})).close()
         assert (left.exists(), alive.exists()) == (False, True)
     finally:
         alive.rmdir()
+        await groups.close()

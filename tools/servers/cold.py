@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import signal
 
 from tools.servers.descriptors import Streams, memory_file, sealed_file
 from tools.servers.isolation import Isolation, standing_files
@@ -65,6 +66,7 @@ class Cold:
                 stderr=streams.stderr.write_fd,
                 pass_fds=[status, filter_fd, *([streams.fetched] if program.fetch else []), *files.values()],
                 preexec_fn=group.join,
+                start_new_session=True,
                 cwd="/",
                 env={},
                 **self._isolation.identity,
@@ -89,6 +91,20 @@ def _limited(program: Program, command: tuple[str, ...]) -> list[str]:
     return ["/bin/sh", "-c", _LIMITS, "sh", *map(str, values), *command]
 
 
+def kill_bubblewrap(pid: int, status: int) -> None:
+    """One that was started in a session of its own, and what it started, at whatever point it is.
+
+    The process inside asks to die with the one outside only when it is set up. Until its id stands in the status it
+    waits, in the same process group; from then on the id is there to be killed.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    for line in os.pread(status, 1 << 16, 0).splitlines():
+        with contextlib.suppress(ProcessLookupError, ValueError):  # It may have died in the middle of a line.
+            if inside := json.loads(line).get("child-pid"):
+                os.kill(int(inside), signal.SIGKILL)
+
+
 class _Cold:
     """See `Running`."""
 
@@ -104,8 +120,8 @@ class _Cold:
 
     def kill(self) -> None:
         self._is_killed = True
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            kill_bubblewrap(self._process.pid, self._status)
 
     def pause(self) -> None:
         """bubblewrap's init does not do that for us."""

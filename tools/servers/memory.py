@@ -4,7 +4,8 @@ The kernel bounds a group exactly: scratch files, page tables and what is shared
 killed. The watch looks ten times a second at how much the processes hold: what is faster than that, or held outside
 processes (scratch files), it does not see.
 
-A group's folder is gone with its program. A server that was killed leaves an empty one, which the next server removes.
+A group is used by one program after the other, for the kernel is slow to forget a removed one; its folder is gone with
+the server. A server that was killed leaves empty ones, which the next server removes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -23,26 +25,29 @@ MIB = 1 << 20
 OVERHEAD_MIB = 16  # What the sandbox's own process and the kernel's tables take of a program's group.
 
 _PREFIX = "turntrace-sandbox-"
-_NUMBERS = itertools.count()
 _WATCH_S = 0.1
 _TRIED_MIB, _TRY_S = 64, 10
-_REMOVE_TRIES = 100
-_REMOVE_S = 0.02
+_PATIENCE, _AGAIN_S = 100, 0.02
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What the files of a group are called: those that get the limit, those that get 0, and where kills are counted."""
+    """What the files of a group are called: those that get the limit and what to write there, in order; where kills are counted."""
 
     name: str
-    limits: tuple[str, ...]
-    zeros: tuple[str, ...]
+    limits: tuple[tuple[str, str], ...]
     events: str
 
 
-_V1 = _Version("cgroup v1", ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), (), "memory.oom_control")
-_V2 = _Version("cgroup v2", ("memory.max",), ("memory.swap.max",), "memory.events")
+# In v1 the limit with swap is never below the one without; a kernel that does not count swap has no file for it.
+_V1 = _Version(
+    "cgroup v1",
+    (("memory.memsw.limit_in_bytes", "-1"), ("memory.limit_in_bytes", "{}"), ("memory.memsw.limit_in_bytes", "{}")),
+    "memory.oom_control",
+)
+_V2 = _Version("cgroup v2", (("memory.max", "{}"), ("memory.swap.max", "0")), "memory.events")
+_NEEDED = ("memory.limit_in_bytes", "memory.max")
 
 
 @dataclass(slots=True)
@@ -50,8 +55,8 @@ class Group:
     """One program's. Who writes 0 to `join_fd` is in it, and so are the processes that it starts; None: there is no group."""
 
     join_fd: int | None = None
-    folder: Path | None = None
-    events: str = ""
+    events: Path | None = None
+    kills_before: int = 0
 
     def join(self) -> None:
         """Puts this process in, where there is a group. Raises OSError."""
@@ -59,19 +64,21 @@ class Group:
             os.write(self.join_fd, b"0")
 
     def kills(self) -> int:
-        """How many processes were killed so far because the limit was reached."""
-        return _field(self.folder / self.events, "oom_kill") if self.folder is not None else 0
+        """How many of the program's processes were killed so far because the limit was reached."""
+        return _field(self.events, "oom_kill") - self.kills_before if self.events is not None else 0
 
 
-@dataclass(frozen=True, slots=True)
 class Groups:
-    """Where a program's group can be made: in a folder of the cgroup tree; nowhere: None."""
+    """Groups below `parent`, a folder of the cgroup tree; None: there is nowhere to make one."""
 
-    parent: Path | None
-    version: _Version = _V1
+    def __init__(self, parent: Path | None, version: _Version = _V1) -> None:
+        self.parent = parent
+        self._version = version
+        self._free: list[Path] = []
+        self._numbers = itertools.count()
 
     def __str__(self) -> str:
-        return self.version.name if self.parent else "watched"
+        return self._version.name if self.parent else "watched"
 
     @contextlib.asynccontextmanager
     async def group(self, limit_mib: int) -> AsyncIterator[Group]:
@@ -79,24 +86,42 @@ class Groups:
         if self.parent is None:
             yield Group()
             return
-        folder = self.parent / f"{_PREFIX}{os.getpid()}-{next(_NUMBERS)}"
-        folder.mkdir()
+        folder = await self._limited(self.parent, (limit_mib + OVERHEAD_MIB) * MIB)
         try:
-            self._limit(folder, (limit_mib + OVERHEAD_MIB) * MIB)
             fd = os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                yield Group(fd, folder, self.version.events)
+                events = folder / self._version.events
+                yield Group(fd, events, _field(events, "oom_kill"))
             finally:
                 os.close(fd)
         finally:
-            await asyncio.shield(_remove(folder))
+            await asyncio.shield(_emptied(folder))
+            self._free.append(folder)
+
+    async def close(self) -> None:
+        """Removes them all; no program may be running."""
+        while self._free:
+            await _removed(self._free.pop())
+
+    async def _limited(self, parent: Path, limit_bytes: int) -> Path:
+        """A group that was used before, unless what its last program left to the kernel is still in the way of the limit."""
+        while self._free:
+            folder = self._free.pop()
+            try:
+                self._limit(folder, limit_bytes)
+                return folder
+            except OSError:
+                await _removed(folder)
+        folder = parent / f"{_PREFIX}{os.getpid()}-{next(self._numbers)}"
+        folder.mkdir()
+        self._free.append(folder)
+        self._limit(folder, limit_bytes)
+        return self._free.pop()
 
     def _limit(self, folder: Path, limit_bytes: int) -> None:
-        first, *others = self.version.limits
-        (folder / first).write_text(str(limit_bytes))
-        for name, value in [*((name, limit_bytes) for name in others), *((name, 0) for name in self.version.zeros)]:
-            with contextlib.suppress(FileNotFoundError):  # A kernel without swap accounting.
-                (folder / name).write_text(str(value))
+        for name, value in self._version.limits:
+            if name in _NEEDED or (folder / name).exists():
+                (folder / name).write_text(value.format(limit_bytes))
 
 
 async def working_groups(identity: dict[str, Any]) -> Groups:
@@ -109,7 +134,8 @@ async def working_groups(identity: dict[str, Any]) -> Groups:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             async with groups.group(_TRIED_MIB) as group:
                 _try(group, identity)
-                return groups
+            return groups
+        await groups.close()
     return Groups(None)
 
 
@@ -141,20 +167,36 @@ def _own_groups() -> Iterator[tuple[Path, Path, _Version]]:
 
 
 def _sweep(groups: Groups) -> None:
-    """Removes what a killed server left. A group with a process in it, or of a server that lives, stays."""
+    """Removes what a killed server left, with what may still be in it. A group of a server that lives stays."""
     for folder in groups.parent.glob(f"{_PREFIX}*") if groups.parent else ():
         if not os.path.exists(f"/proc/{folder.name.removeprefix(_PREFIX).split('-')[0]}"):
+            _kill_members(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-async def _remove(folder: Path) -> None:
-    """The last process may be dead and not yet out of its group. Raises OSError where one stays in it."""
-    for _ in range(_REMOVE_TRIES):
+def _kill_members(folder: Path) -> None:
+    for pid in _text(folder / "cgroup.procs").split():
+        with contextlib.suppress(OSError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+async def _emptied(folder: Path) -> None:
+    """The program is dead; what nevertheless is in its group, dies. Raises OSError where it does not."""
+    for _ in range(_PATIENCE):
+        if not (folder / "cgroup.procs").read_bytes():
+            return
+        _kill_members(folder)
+        await asyncio.sleep(_AGAIN_S)
+    raise OSError(f"a process stays in {folder}")
+
+
+async def _removed(folder: Path) -> None:
+    for _ in range(_PATIENCE):
         if _is_removed(folder):
             return
-        await asyncio.sleep(_REMOVE_S)
-    raise OSError(f"{folder} cannot be removed: a process stays in it")
+        await asyncio.sleep(_AGAIN_S)
+    raise OSError(f"{folder} cannot be removed")
 
 
 def _is_removed(folder: Path) -> bool:

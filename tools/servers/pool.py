@@ -21,7 +21,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from tools.servers.descriptors import Drain, Streams, sealed_file
+from tools.servers.cold import kill_bubblewrap
+from tools.servers.descriptors import Drain, Streams, memory_file, sealed_file
 from tools.servers.isolation import Isolation, standing_files
 from tools.servers.languages import python
 from tools.servers.memory import Group
@@ -92,8 +93,9 @@ def _settings() -> str:
 class _Zygote:
     """The process, and our end of its channel, which takes descriptors only. It says nothing but why it fails."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket, words: Drain) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, status: int, channel: socket.socket, words: Drain) -> None:
         self._process = process
+        self._status = status
         self._channel = channel
         self._words = words
 
@@ -105,19 +107,21 @@ class _Zygote:
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
             stack.callback(words.close_write_end)
+            status = memory_file(stack)
             files = {path: sealed_file(stack, content) for path, content in {**standing_files(), _INSIDE: _SOURCE.read_bytes()}.items()}
             command = [python(), _INSIDE, str(theirs.fileno()), _settings()]
             process = await asyncio.create_subprocess_exec(
-                *isolation.command(["--cap-add", "ALL"], files, command),
+                *isolation.command(["--cap-add", "ALL", "--json-status-fd", str(status)], files, command),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=words.write_fd,
                 stderr=words.write_fd,
-                pass_fds=[theirs.fileno(), *files.values()],
+                pass_fds=[theirs.fileno(), status, *files.values()],
+                start_new_session=True,
                 cwd="/",
                 env={},
                 **isolation.identity,
             )
-        return cls(process, ours, words)
+            return cls(process, os.dup(status), ours, words)
 
     @property
     def is_dead(self) -> bool:
@@ -128,8 +132,8 @@ class _Zygote:
         socket.send_fds(self._channel, ["".join(fds).encode()], list(fds.values()))
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if not self.is_dead:
+            kill_bubblewrap(self._process.pid, self._status)
 
     async def last_words(self) -> str:
         """Why it ended, where it did."""
@@ -144,6 +148,7 @@ class _Zygote:
         self.kill()
         await self._process.wait()
         self._words.close()
+        os.close(self._status)
 
 
 class _Warm:

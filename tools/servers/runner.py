@@ -172,9 +172,7 @@ def result(outcome: Outcome, memory_mib: int) -> CommandRunResult:
         stderr += f"\nThe program's processes reached the limit of {memory_mib} MiB of memory in sum and some were killed."
     status: Literal["Finished", "Error", "TimeLimitExceeded"]
     status = "TimeLimitExceeded" if outcome.cut == "timeout" else "Error" if outcome.cut == "output" else "Finished"
-    code = outcome.exit_code
+    code = None
     if status == "Finished":
-        code = _KILLED if code is None else code
-    elif status == "Error":
-        code = None
+        code = _KILLED if outcome.exit_code is None else outcome.exit_code
     return CommandRunResult(status=status, execution_time=outcome.wall_s, return_code=code, stdout=stdout, stderr=stderr)

@@ -48,6 +48,7 @@ async def serve_sandbox(options: Options) -> None:
     stopping = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         working = await working_sandbox(options.packages, cold=options.cold)
+        stack.push_async_callback(working.sandbox.groups.close)
         stack.push_async_callback(working.sandbox.launcher.close)
         for note in working.notes:
             print(f"note: sandbox: {note}", file=sys.stderr, flush=True)
