@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.tools.attacks import ATTACKS
@@ -130,3 +132,30 @@ def test_a_session_is_cold_too(server: EmbeddedServer) -> None:
         assert printed == ["", "1\n"]
         assert client.delete(path).status_code == 204
     eventually(lambda: not programs_of(server))
+
+
+@pytest.mark.parametrize("way", ["server", "warm"])
+async def test_who_hangs_up_at_any_moment_of_a_start_leaves_nothing(request: pytest.FixtureRequest, way: str) -> None:
+    server: EmbeddedServer = request.getfixturevalue(way)
+    body = {"code": "import time; time.sleep(60)", "language": "python", "run_timeout": 60}
+    before = orphans()
+    async with httpx.AsyncClient(base_url=server.url()) as client:
+        for milliseconds in range(1, 60, 2):
+            with contextlib.suppress(httpx.ReadTimeout):
+                await client.post("/run_code", json=body, timeout=httpx.Timeout(30, read=milliseconds / 1000))
+        answer = await client.post("/run_code", json={"code": "print('next')", "language": "python"}, timeout=60)
+    assert answer.json()["run_result"]["stdout"] == "next\n"
+    eventually(lambda: not programs_of(server))
+    assert orphans() <= before
+
+
+def orphans() -> set[int]:
+    """Every bubblewrap of a sandbox whose server is gone, or let go of it."""
+    return {process.pid for process in psutil.process_iter() if _is_orphan(process)}
+
+
+def _is_orphan(process: psutil.Process) -> bool:
+    try:
+        return process.ppid() == 1 and "/tmp/main.py" in process.cmdline() and "bwrap" in process.cmdline()[0]
+    except psutil.Error:
+        return False
