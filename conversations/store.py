@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from conversations.errors import RecordError, RunFolderError
-from conversations.trajectory import SCHEMA, Trajectory, read_record
+from conversations.trajectory import SCHEMA, Trajectory, added_digest, read_record
 
 RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = "run.json", "trajectories.jsonl", "unfinished.jsonl", "superseded.jsonl"
 
@@ -57,11 +57,13 @@ class RunFolder:
         lock: IO[str],
         done: set[tuple[str, int]],
         unfinished: Mapping[tuple[str, int], Trajectory] | None = None,
+        digest: int = 0,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.done = done
         self.unfinished = unfinished or {}
+        self._digest = digest
         self._lock = lock
         self._files = _Files(path)
 
@@ -95,10 +97,12 @@ class RunFolder:
                 raise RunFolderError(f"{path} was run differently: {'; '.join(differences)}; use --force to go on all the same")
             _cut_torn_line(path / UNFINISHED)
             _cut_torn_line(path / TRAJECTORIES)
-            done = _retire_failed(path)
+            done, digest = _retire_failed(path)
             unfinished = _retire_unfinished(path, done)
-            earlier.pop("counts", None)  # they are what a run says when it closes
-            return cls(path, _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")}), lock, done, unfinished)
+            for name in ("counts", "digest"):  # they are what a run says when it closes
+                earlier.pop(name, None)
+            manifest = _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")})
+            return cls(path, manifest, lock, done, unfinished, digest)
         except OSError as error:
             lock.close()
             raise _unwritable(path, error) from error
@@ -111,7 +115,9 @@ class RunFolder:
         key = (trajectory.task_id, trajectory.sample)
         if key in self.done:
             raise RunFolderError(f"{self.path}: trajectory {trajectory.id} is there already; task ids must be unique")
-        self._files.append(TRAJECTORIES, trajectory.to_line())
+        line = trajectory.to_line()
+        self._files.append(TRAJECTORIES, line)
+        self._digest = added_digest(self._digest, line[-66:-2])
         self.done.add(key)
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
@@ -119,14 +125,14 @@ class RunFolder:
         self._files.append(UNFINISHED, trajectory.to_line())
 
     def close(self, counts: Mapping[str, Any] | None = None) -> None:
-        """Syncs and unlocks; `counts` go into run.json. Safe to call twice."""
+        """Syncs and unlocks; `counts` go into run.json, and with them the digest of all finished records. Safe to call twice."""
         if self._lock.closed:
             return
         try:
             self._files.close()
             _retire_unfinished(self.path, self.done)
             if counts is not None:
-                self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts)})
+                self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts), "digest": f"{self._digest:064x}"})
         finally:
             self._lock.close()
 
@@ -333,13 +339,13 @@ def _last_line_start(lines: IO[bytes]) -> int:
     return size - len(tail)
 
 
-def _retire_failed(path: Path) -> set[tuple[str, int]]:
-    """Moves what infrastructure failed to superseded.jsonl; returns the (task, sample) pairs that stay."""
-    done, failed = _sort_out(path / TRAJECTORIES)
+def _retire_failed(path: Path) -> tuple[set[tuple[str, int]], int]:
+    """Moves what infrastructure failed to superseded.jsonl; returns the (task, sample) pairs that stay, and their digest."""
+    done, digest, failed = _sort_out(path / TRAJECTORIES)
     _lay_aside(path, failed)
     if failed:
         _drop(path / TRAJECTORIES, set(failed))
-    return done
+    return done, digest
 
 
 def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str, int], Trajectory]:
@@ -377,9 +383,10 @@ def _lay_aside(path: Path, lines: Sequence[bytes]) -> None:
             os.fsync(out.fileno())
 
 
-def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:
-    """The pairs that are done, and the lines of those that infrastructure failed."""
+def _sort_out(file: Path) -> tuple[set[tuple[str, int]], int, list[bytes]]:
+    """The pairs that are done, their digest, and the lines of those that infrastructure failed."""
     kept: set[tuple[str, int]] = set()
+    digest = 0
     retired: list[bytes] = []
     for number, line in enumerate(_lines(file), 1):
         try:
@@ -393,7 +400,8 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], list[bytes]]:
             raise RunFolderError(f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line")
         else:
             kept.add(key)
-    return kept, retired
+            digest = added_digest(digest, record["sha256"])
+    return kept, digest, retired
 
 
 def _lines(file: Path) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ from typing import Any
 from conversations.checks.clock import OutOfTime, time_limit
 from conversations.checks.counts import Counts
 from conversations.checks.facts import Facts, facts_of
-from conversations.checks.finding import Defect, Finding, printable
+from conversations.checks.finding import Defect, Finding, differs, printable
 from conversations.checks.group import Whole
 from conversations.checks.record import Checked, check_line
 from conversations.errors import ConversationsError, RunFolderError
@@ -45,10 +45,14 @@ MAX_FINDINGS = 40
 
 @dataclass(slots=True)
 class Verdict:
-    """What there is to say at the end. `counts` are trajectories, turns, tokens and the like; `notes` what was not checked, and why."""
+    """What there is to say at the end. `counts` are trajectories, turns, tokens and the like; `notes` what was not checked, and why.
+
+    `digest` stands for all finished records at once: whoever notes it down elsewhere can tell any later change of any of them.
+    """
 
     path: Path
     defects: int = 0
+    digest: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -57,7 +61,8 @@ class Verdict:
         plain = {name: count for name, count in self.counts.items() if "." not in name}
         reasons = {name.partition(".")[2]: count for name, count in self.counts.items() if "." in name}
         counts = {**plain, "stop_reasons": reasons}
-        return {"run": str(self.path), "ok": not self.defects, "defects": self.defects, "counts": counts, "notes": self.notes}
+        found = {"ok": not self.defects, "defects": self.defects, "digest": self.digest}
+        return {"run": str(self.path), **found, "counts": counts, "notes": self.notes}
 
     def __str__(self) -> str:
         counts = self.counts
@@ -115,6 +120,7 @@ class _Verification:
         counts = Counts.of(manifest)
         for defect in self.whole.defects(TRAJECTORIES, counts, facts):
             self._report(defect)
+        self._check_digest(manifest)
         self.verdict.counts += self.whole.tally
         self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = lines[UNFINISHED], lines[SUPERSEDED]
         self.verdict.notes += self._notes(counts, facts, lines[UNFINISHED])
@@ -141,6 +147,14 @@ class _Verification:
             problem = str(error)
         self._report(Defect(TOKENIZER, 0, None, Finding(f"{problem}; tokens could not be checked against messages")))
         return None
+
+    def _check_digest(self, manifest: dict[str, Any]) -> None:
+        """Whether the records are, all in all, those that were there when the run closed."""
+        self.verdict.digest = f"{self.whole.digest:064x}"
+        said = manifest.get("digest") if "counts" in manifest and not self.whole.unreadable else None
+        if said is not None and said != self.verdict.digest:
+            what = differs("the digest of all finished records", said, self.verdict.digest)
+            self._report(Defect(RUN, 0, None, Finding(f"{what}: one was changed, added or removed since the run closed")))
 
     def _notes(self, counts: Counts, facts: Facts, unfinished: int) -> Iterator[str]:
         if not counts.is_complete(self.whole.finished):

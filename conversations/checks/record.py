@@ -31,8 +31,9 @@ _DIGEST = 8
 
 @dataclass(slots=True)
 class Checked:
-    """`id` is the record's where it has one. `key` is its (task, sample), `common` the digests of `GROUP_FIELDS`, where it could be read;
-    `tally` counts what run.json counts. `partial` says that the record is of a failure and holds only a part of its conversation.
+    """`id` is the record's where it has one. `key` is its (task, sample), `common` the digests of `GROUP_FIELDS`, where it could be
+    read; `tally` counts what run.json counts, `sha256` is the hash that the record bears. `partial` says that the record is of a
+    failure and holds only a part of its conversation.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Checked:
     common: bytes = b""
     tally: Counter[str] = field(default_factory=Counter)
     reward: float | None = None
+    sha256: str = "0"
     partial: bool = False
 
 
@@ -58,7 +60,7 @@ def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
     except (RecordError, RecursionError) as error:
         checked.findings.append(Finding(str(error)))
         return checked
-    checked.key, checked.reward = (trajectory.task_id, trajectory.sample), trajectory.reward
+    checked.key, checked.reward, checked.sha256 = (trajectory.task_id, trajectory.sample), trajectory.reward, record["sha256"]
     checked.partial = _is_partial(trajectory)
     checked.findings += _trajectory_findings(trajectory, facts, finished=finished, partial=checked.partial)
     checked.common = b"" if checked.partial else _common(trajectory)

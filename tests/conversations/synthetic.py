@@ -30,9 +30,9 @@ from agent.model.base import base_model_dir
 from agent.progress import counts
 from agent.session import loop_settings, make_dispatcher
 from agent.tasks import read_tasks
-from conversations.store import TRAJECTORIES, RunFolder
+from conversations.store import RUN, TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory, canonical_json
+from conversations.trajectory import Trajectory, added_digest, canonical_json
 from tests.helpers import call, float32, tokenizer_at
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.registry import load_tools
@@ -62,7 +62,17 @@ def make_run(path: str | Path, n: int, *, tokenizer: Any = None, distinct: int =
             asyncio.run(run_tasks(read_tasks(tasks, -(-min(n, distinct) // GROUP)), runtime, n=GROUP, store=folder, progress=progress))
             _issue_again(path / TRAJECTORIES, n, progress)
             folder.close(counts(progress))
+        _note_digest(path)
     return path
+
+
+def _note_digest(path: Path) -> None:
+    """Into run.json, of the records that were issued again, too."""
+    manifest, digest = json.loads((path / RUN).read_text()), 0
+    with (path / TRAJECTORIES).open(encoding="ascii") as lines:
+        for line in lines:
+            digest = added_digest(digest, line.rstrip()[-66:-2])
+    (path / RUN).write_text(json.dumps({**manifest, "digest": f"{digest:064x}"}, indent=2))
 
 
 def _runtime(config: Config, template: ChatTemplate, seed: int) -> Runtime:

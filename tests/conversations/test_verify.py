@@ -147,6 +147,7 @@ def edit_manifest(run: Path, **changes: Any) -> None:
 
 def test_a_run_that_was_stopped_is_verified_as_far_as_it_is(run: Path) -> None:
     lines = lines_of(run)
+    edit_manifest(run, digest=...)
     manifest = json.loads((run / RUN).read_text())
     rollout = manifest["config"]["rollout"]
     (run / TRAJECTORIES).write_bytes(b"".join(lines[:7]))
@@ -176,6 +177,7 @@ def test_a_sample_that_is_missing_is_named(run: Path) -> None:
     gone = json.loads(lines.pop(6))
     (run / TRAJECTORIES).write_bytes(b"".join(lines))
     defects, _ = verified(run)
+    assert "the digest of all finished records" in defects.pop()
     assert defects == [
         f"trajectories.jsonl trajectory {gone['id']}: the group of task {gone['task_id']} has 3 of 4 samples, missing: {gone['sample']}",
         "run.json: the number of finished trajectories, found 19, expected 20, as the run counted",
@@ -271,6 +273,7 @@ def test_samples_of_a_task_share_what_the_task_gave(run: Path) -> None:
     record["data_source"], record["extra"] = "elsewhere", None
     lines[5] = json.dumps({**record, "sha256": record_hash(record)}).encode() + b"\n"
     (run / TRAJECTORIES).write_bytes(b"".join(lines))
+    edit_manifest(run, digest=...)
     defects, _ = verified(run)
     assert len(defects) == 1
     assert f"trajectories.jsonl:6 trajectory {record['id']}: data_source, extra: not as in the group's other samples" in defects[0]
@@ -476,3 +479,18 @@ def test_a_record_made_by_hand_is_no_run_of_ours(tmp_path: Path) -> None:
     """Without a tokenizer and with tokens nobody sampled: each contradiction is named."""
     defects, _ = verified(written(tmp_path / "run", [numbered("t", 0)]))
     assert any("the last turn has calls" in line for line in defects)
+
+
+def test_the_digest_reveals_a_change_that_no_record_does(run: Path) -> None:
+    """Another plausible log-prob under a forged hash."""
+    lines = lines_of(run)
+    record = json.loads(lines[0])
+    index = record["response_mask"].index(1)
+    record["response_logprobs"][index] = -0.125
+    record["sha256"] = record_hash(record)
+    lines[0] = json.dumps(record).encode() + b"\n"
+    (run / TRAJECTORIES).write_bytes(b"".join(lines))
+    before = json.loads((run / RUN).read_text())["digest"]
+    defects, verdict = verified(run)
+    assert verdict.digest != before
+    assert [defect.partition(",")[0] for defect in defects] == ["run.json: the digest of all finished records"]
