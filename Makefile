@@ -69,5 +69,5 @@ $(RUN): | $(BIN)/python
 
 $(DEV): $(RUN)
 	@echo "set-up: the tools for tests, lint and benchmarks"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev]' && $(PIP) --no-deps --requirement agent/setup/dev-no-deps.txt
 	@touch $@
