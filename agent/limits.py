@@ -66,10 +66,11 @@ class Gate:
 
 
 class Rate:
-    """At most `per_second` begin in any one second, in the order in which they came. Who holds `turn` is the next."""
+    """At most `per_second` (rounded up) begin in any one second, and no more than `per_second` of them on average, in the
+    order in which they came. Who holds `turn` is the next."""
 
     def __init__(self, per_second: float) -> None:
-        calls = max(1, int(per_second))
+        calls = math.ceil(per_second)
         self.turn = asyncio.Lock()
         self._window_s = calls / per_second
         self._begun: deque[float] = deque(maxlen=calls)
