@@ -91,7 +91,7 @@ def read_policy(config: Mapping[str, Any], tool: object, *, verl: bool = False) 
     Raises ToolConfigError.
     """
     return Policy(
-        timeout_s=_number(config, "timeout_s") or float(getattr(tool, "timeout_s", BaseTool.timeout_s)),
+        timeout_s=_number(config, "timeout_s") or _number(*_own(tool, "timeout_s")) or BaseTool.timeout_s,
         max_concurrency=_concurrency(config, tool),
         rate_limit=None if verl else _number(config, "rate_limit", at_most=MAX_RATE),
         retries=_retries(config, tool),
@@ -153,8 +153,13 @@ def _concurrency(config: Mapping[str, Any], tool: object) -> int | None:
     """`max_concurrency`, else the tool's own, else `num_workers`, which is what verl's tools call it."""
     if "max_concurrency" in config:
         return _whole(config, "max_concurrency")
-    own: int | None = getattr(tool, "max_concurrency", None)
+    own = _whole(*_own(tool, "max_concurrency"))
     return _whole(config, "num_workers") if own is None else own
+
+
+def _own(tool: object, key: str) -> tuple[dict[str, Any], str, str]:
+    """What the tool itself says of a key, as the readers of `config` take it."""
+    return {key: getattr(tool, key, None)}, key, type(tool).__name__
 
 
 def _retries(config: Mapping[str, Any], tool: object) -> int:

@@ -80,6 +80,25 @@ def test_a_class_may_have_defaults_of_its_own() -> None:
         policy_of({"retries": 1, "idempotent": False}, Slow)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("timeout_s", "10", "Own.timeout_s must be a number above 0, got '10'"),
+        ("timeout_s", 0, "Own.timeout_s must be a number above 0, got 0"),
+        ("max_concurrency", 0, "Own.max_concurrency must be a whole number above 0, got 0"),
+        ("max_concurrency", True, "Own.max_concurrency must be a whole number above 0, got True"),
+    ],
+)
+def test_the_defaults_of_a_class_are_checked_too(key: str, value: object, said: str) -> None:
+    with pytest.raises(ToolConfigError) as caught:
+        policy_of({}, type("Own", (Strict,), {key: value}))
+    assert str(caught.value) == said
+
+
+def test_a_class_that_says_none_has_the_default_time() -> None:
+    assert policy_of({}, type("Own", (Strict,), {"timeout_s": None})).timeout_s == 60.0
+
+
 def test_a_decorated_function_takes_them_as_keywords() -> None:
     @tool(rate_limit=2, retries=1, idempotent=True, circuit_breaker={"failures": 3})
     def look() -> str:
