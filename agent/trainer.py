@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 
@@ -31,6 +31,9 @@ from conversations.tokens import TOOL, USER
 from conversations.trajectory import Trajectory
 from conversations.truncate import cut_to_tokens
 from tools.registry import load_tools
+from tools.toolset import ToolSet
+
+Options = TypeVar("Options", bound=pydantic.BaseModel)
 
 NOT_SAMPLING = frozenset({"n", "max_new_tokens", "skip_special_tokens", "spaces_between_special_tokens"})
 """Of verl's sampling params, those that the loop sets or that only texts have."""
@@ -75,14 +78,9 @@ class TrainerBatches:
         self._tools = load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
         interactions = load_interactions(Path(multi_turn.interaction_config_path)) if multi_turn.interaction_config_path else None
         template = ChatTemplate(tokenizer, kwargs=self._options.apply_chat_template_kwargs)
-        for kind, is_needed in ((TOOL, self._tools), (USER, interactions)):
-            if is_needed:
-                template.require(kind)
-        dispatcher = None
-        if self._tools:
-            limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
-            cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
-            dispatcher = Dispatcher(self._tools, max_parallel_calls=multi_turn.max_parallel_calls or 16, cut=cut)
+        dispatcher = tool_dispatcher(self._tools, template, multi_turn)
+        if interactions:
+            template.require(USER)
         self._runtime = Runtime(engine, template, self._settings({}), dispatcher, interactions=interactions)
 
     async def run(self, prompts: Any, overrides: Mapping[str, Any]) -> list[Trajectory]:
@@ -114,20 +112,7 @@ class TrainerBatches:
         return {}
 
     def _settings(self, overrides: Mapping[str, Any]) -> LoopSettings:
-        config, options = self.config, self._options
-        longest = config.prompt_length + config.response_length
-        sampling = {key: value for key, value in {**self._sampling, **overrides}.items() if key not in NOT_SAMPLING}
-        return LoopSettings(
-            prompt_length=config.prompt_length,
-            response_length=config.response_length,
-            max_model_len=min(config.max_model_len or longest, longest),
-            max_tokens=options.max_tokens,
-            max_turns=config.multi_turn.max_assistant_turns,
-            max_user_turns=config.multi_turn.max_user_turns,
-            max_consecutive_invalid_calls=options.max_consecutive_invalid_calls,
-            deadline_s=options.conversation_deadline_s,
-            sampling=sampling,
-        )
+        return loop_settings(self.config, self._options, {**self._sampling, **overrides})
 
     def _store(self, validate: bool, step: int | None) -> AbstractContextManager[RunFolder | None]:
         """The run folder of one batch; a step that the trainer does again, after a restart, gets one of its own."""
@@ -148,14 +133,44 @@ class TrainerBatches:
         return {"config": config, "tools": tools, "validate": validate, "step": step, "versions": versions(), "parent": None}
 
 
+def tool_dispatcher(tools: ToolSet | None, template: ChatTemplate, multi_turn: Any) -> Dispatcher | None:
+    """The tools under the limits of verl's `multi_turn` config. Raises TemplateError where the template has no tool turns."""
+    if not tools:
+        return None
+    template.require(TOOL)
+    limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
+    cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
+    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls or 16, cut=cut)
+
+
+def loop_settings(config: Any, options: TrainerOptions, sampling: Mapping[str, Any]) -> LoopSettings:
+    """The budgets of verl's rollout config, and what of verl's sampling params is the engine's."""
+    longest = config.prompt_length + config.response_length
+    return LoopSettings(
+        prompt_length=config.prompt_length,
+        response_length=config.response_length,
+        max_model_len=min(config.max_model_len or longest, longest),
+        max_tokens=options.max_tokens,
+        max_turns=config.multi_turn.max_assistant_turns,
+        max_user_turns=config.multi_turn.max_user_turns,
+        max_consecutive_invalid_calls=options.max_consecutive_invalid_calls,
+        deadline_s=options.conversation_deadline_s,
+        sampling={key: value for key, value in sampling.items() if key not in NOT_SAMPLING},
+    )
+
+
 def _options(config: Any) -> TrainerOptions:
-    given = dict(config.engine_kwargs or {}).get("turntrace") or {}
+    return checked_options(TrainerOptions, dict(config.engine_kwargs or {}).get("turntrace") or {}, "rollout.engine_kwargs.turntrace")
+
+
+def checked_options(kind: type[Options], given: Mapping[str, Any], where: str) -> Options:
+    """The options as `kind`. Raises ConfigError, one line, naming the key that is wrong and those that there are."""
     try:
-        return TrainerOptions(**given)
+        return kind(**given)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(["rollout.engine_kwargs.turntrace", *map(str, first["loc"])])
-        raise ConfigError(f"{where}: {first['msg']}; the keys are {', '.join(TrainerOptions.model_fields)}") from error
+        key = ".".join([where, *map(str, first["loc"])])
+        raise ConfigError(f"{key}: {first['msg']}; the keys are {', '.join(kind.model_fields)}") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:
