@@ -192,8 +192,8 @@ def _construct(tool_class: type, config: dict[str, Any], schema: dict[str, Any] 
     """verl's classes get verl's own (lossy) schema object; what they print when made goes nowhere."""
     if schema is None and issubclass(tool_class, BaseTool):
         raise ToolConfigError("tool_schema is missing")
-    given = _verl_schema(schema) if is_verl(tool_class) else copy.deepcopy(schema)
     try:
+        given = _verl_schema(schema) if is_verl(tool_class) else copy.deepcopy(schema)
         with contextlib.redirect_stdout(io.StringIO()):
             made: Tool = tool_class(config=copy.deepcopy(config), tool_schema=given)
     except ToolsError:

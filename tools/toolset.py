@@ -141,18 +141,21 @@ class ToolSet(Mapping[str, LoadedTool]):
                     await start()
                 except ToolsError as error:
                     raise type(error)(f"tool {name}: {error}") from error
+                except Exception as error:
+                    raise ToolsError(f"tool {name} cannot be started: {type(error).__name__}: {error}") from error
 
     async def close(self) -> None:
-        """Closes every tool that can be closed, all of them even if one fails; then raises what the failed ones raised."""
-        failures: list[Exception] = []
-        for loaded in self._tools.values():
+        """Closes every tool that can be closed, all of them even if one fails; then raises ToolsError, which names the failed ones."""
+        failures: dict[str, Exception] = {}
+        for name, loaded in self._tools.items():
             if close := getattr(loaded.tool, "close", None):
                 try:
                     await close()
                 except Exception as error:
-                    failures.append(error)
+                    failures[name] = error
         if failures:
-            raise ExceptionGroup("closing the tools failed", failures)
+            said = "; ".join(f"tool {name}: {type(error).__name__}: {error}" for name, error in failures.items())
+            raise ToolsError(f"closing failed: {said}") from ExceptionGroup("close", list(failures.values()))
 
 
 def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
@@ -193,6 +196,8 @@ def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise ToolConfigError(f"tool_schema.function.name must be a non-empty string, got {name!r}")
+    if not isinstance(description := function.get("description"), (str, type(None))):
+        raise ToolConfigError(f"tool_schema.function.description must be a string, got {description!r}")
     parameters = function.get("parameters", {"type": "object", "properties": {}})
     where = "tool_schema.function.parameters"
     if not isinstance(parameters, Mapping):
@@ -202,6 +207,8 @@ def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
     except jsonschema.SchemaError as error:
         path = ".".join([where, *(str(part) for part in error.absolute_path)])
         raise ToolConfigError(f"{path} is not valid JSON schema: {_clip(error.message)}") from error
+    if "object" not in parameters.get("type", "object"):  # a list of types, or one
+        raise ToolConfigError(f"{where} must be a JSON schema of type object, got type {parameters['type']}")
     _check_references(parameters, where)
     return name, dict(parameters)
 

@@ -15,7 +15,7 @@ import yaml
 
 from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
 from conversations.messages import ToolCall
-from tools.base import BaseTool, ToolConfigError, ToolResponse
+from tools.base import BaseTool, ToolConfigError, ToolResponse, ToolsError
 from tools.function import tool
 from tools.gsm8k import Gsm8kTool
 from tools.registry import ToolSet, load_tools
@@ -229,6 +229,15 @@ def test_a_verl_subclass_may_bring_its_own_schema(write: Any, tmp_path: Path) ->
     assert load_tools(write([{"class_name": "my_schema_tools.Bringing"}])).schemas == [ANSWER]
 
 
+async def test_a_tool_that_cannot_be_started_is_one_line() -> None:
+    class Broken(BaseTool):
+        async def start(self) -> None:
+            raise OSError("no route")
+
+    with pytest.raises(ToolsError, match=r"^tool calculate_answer cannot be started: OSError: no route$"):
+        await ToolSet.from_tools([Broken({}, ANSWER)]).start()
+
+
 async def test_a_set_from_python_objects() -> None:
     closed: list[str] = []
 
@@ -248,7 +257,7 @@ async def test_a_set_from_python_objects() -> None:
     assert list(made) == ["double", "undecorated", "calculate_answer", "nested"]
     assert (made.source_text, made["double"].policy.max_concurrency) == ("", 2)
     assert (await made["double"].tool.execute("t", {"x": 2}))[0] == ToolResponse("4")
-    with pytest.raises(ExceptionGroup, match="closing the tools failed"):
+    with pytest.raises(ToolsError, match=r"^closing failed: tool calculate_answer: OSError: gone; tool nested: OSError: gone$"):
         await made.close()
     assert closed == ["calculate_answer", "nested"]
     with pytest.raises(ToolConfigError, match="instance of a tool class"):
@@ -286,6 +295,11 @@ REFUSED = [
     ([{"class_name": "tools.gsm8k.Gsm8kTool"}], "tool_schema is missing"),
     ([entry({"name": "x"})], "tool_schema must be {type: function, function: {name, description, parameters}}"),
     ([entry({"function": {"name": ""}})], "tool_schema.function.name must be a non-empty string, got ''"),
+    ([entry({"function": {"name": "f", "description": 5}})], "tool_schema.function.description must be a string, got 5"),
+    (
+        [entry({"function": {"name": "f", "parameters": {"type": "string"}}})],
+        "tool_schema.function.parameters must be a JSON schema of type object, got type string",
+    ),
     (
         [entry(schema_with(type="object", properties={"a": {"type": "strin"}}))],
         "tool_schema.function.parameters.properties.a.type is not valid JSON schema",
