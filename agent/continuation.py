@@ -6,6 +6,8 @@ goes on from its last token. Tools are brought into the state they were in by ma
 
 from __future__ import annotations
 
+import dataclasses
+
 from agent.dispatch import ConversationTools, ledger_lines
 from agent.loop import Conversation, Runtime
 from agent.replay.conversation import ReplayedConversation
@@ -15,16 +17,23 @@ from conversations import hermes
 from conversations.messages import ParsedTurn
 from conversations.trajectory import Trajectory
 
+WARNING = "gone on with"
+"""How a record says where it was cut off, and what was not as before when it went on."""
+
 
 def continued(task: Task, sample: int, record: Trajectory | None, runtime: Runtime) -> Conversation:
-    """The conversation that goes on with `record`, or a new one where that cannot be: without a turn, or of another prompt."""
+    """The conversation that goes on with `record`, or a new one where that cannot be.
+
+    It cannot without a turn, with another prompt, or where infrastructure failed already: that would only be run again afterwards.
+    """
     if record is None or not _can_go_on(record, runtime):
         return Conversation(task, sample, runtime)
     return ContinuedConversation(record, runtime)
 
 
 def _can_go_on(record: Trajectory, runtime: Runtime) -> bool:
-    if record.stop_reason != "cancelled" or record.infra_error or not record.turns:
+    failed = record.infra_error or any(line.status == "backend_error" for line in record.tool_calls)
+    if failed or not record.turns or record.stop_reason == "deadline":
         return False
     task = recorded_task(record)
     dispatcher = runtime.dispatcher
@@ -41,35 +50,56 @@ class ContinuedConversation(ReplayedConversation):
         super().__init__(record, record.sample, runtime, record.parent, kept=_answered(record))
         if runtime.dispatcher:
             self.given_tools = LiveTools(runtime.dispatcher, self.task, record, recorded_prompt=False)
+        self._stands = False
         self._started_at = record.started_at
         self._opened -= record.wall_s
 
     async def open(self) -> bool:
-        """Puts everything recorded in its place; a turn that was not answered is, one that was cut off goes on."""
+        """Puts everything recorded in its place; a turn that was not answered is, one that was cut off goes on.
+
+        False where that cannot be: the prompt is too long now, or a tool's backend failed (`infra_error`).
+        """
         fits = await super().open()
+        self.warnings += [warning for warning in self.record.warnings if warning.startswith(WARNING)]
         if isinstance(self.tools, LiveTools):
-            names = sorted({str(difference["name"]) for difference in self.tools.differences})
-            self.warnings += [f"gone on with: {name} answered otherwise when its calls were made again" for name in names]
-        self.warnings.append(f"gone on with from token {len(self.record.prompt_ids) + len(self.record.response_ids)}, where it was cut off")
+            self._note_differences(self.tools)
+        self.warnings.append(f"{WARNING} from token {len(self.record.prompt_ids) + len(self.record.response_ids)}, where it was cut off")
         if len(self.turns) < len(self.record.turns):
             self._put_back_last()
-        return fits
+        self._stands = True
+        return fits and not self.infra_error
+
+    def trajectory(self) -> Trajectory:
+        """The record of the conversation; the old one where it is cut off again before that stands here whole."""
+        cut_off = self.stop_reason in (None, "cancelled")
+        return self.record if cut_off and not self._stands else super().trajectory()
+
+    def _note_differences(self, tools: LiveTools) -> None:
+        """What the tools answered otherwise is a warning; where their backend failed they are not in the state they were in."""
+        names = sorted({difference["name"] or "what tools say when created" for difference in tools.differences})
+        self.warnings += [f"{WARNING}: {name} answered otherwise when its calls were made again" for name in names]
+        for _, line in tools.asked_again:
+            if line.status == "backend_error":
+                self.fail("engine_error", f"{line.call_id} could not be made again: {line.error}")
 
     def _put_back_last(self) -> None:
-        record, turn = self.record, self.record.turns[-1]
+        record, turn, template = self.record, self.record.turns[-1], self.runtime.template
         message = next(message for message in reversed(record.messages) if message.get("raw") is not None)
         shift = len(record.prompt_ids)
         logprobs: list[float] = record.response_logprobs[turn.start - shift : turn.end - shift]  # type: ignore[assignment]
         ids = record.response_ids[turn.start - shift : turn.end - shift]
         self.tokens.append_sampled(ids, logprobs)
-        self.turns.append(turn)
         self.messages.append(message)
+        self.turns.append(turn)
+        ended = ids[-1] in template.end_ids
         if turn.finish_reason == "abort":
             self.cut = turn
-            self.ledger += [line for line in record.tool_calls if line.turn == len(self.turns) - 1]
-            return
-        template = self.runtime.template
-        self.turn_is_complete = ids[-1] in template.end_ids or turn.finish_reason == "stop"
+            if not ended and self.room() > 0:
+                self.ledger += [line for line in record.tool_calls if line.turn == len(self.turns) - 1]
+                return
+            self.cut = None  # it had come to its end, or to that of its budget, when it was aborted
+            self.turns[-1] = turn = dataclasses.replace(turn, finish_reason="stop" if ended else "length")
+        self.turn_is_complete = ended or turn.finish_reason == "stop"
         self.unanswered = hermes.parse(message["raw"], in_think=template.opens_think) if self.schemas else ParsedTurn(message["raw"])
         self.ledger += ledger_lines(self.unanswered.calls, len(self.turns) - 1)
 

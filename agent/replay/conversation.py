@@ -91,8 +91,9 @@ class ReplayedConversation(Conversation):
         for turn in range(turns):
             said, *answers = record.messages[starts[turn] : ends[turn + 1]]
             self.messages.append(said)
-            if self.user and answers and answers[0]["role"] == "user":
-                await self.user.reply(self.messages)
+            is_user = answers and answers[0]["role"] == "user"
+            if self.user and is_user and await self.user.reply(self.messages) != answers[0]["content"]:
+                self.warnings.append(f"the user, asked again, answers turn {turn} otherwise than recorded; the recorded answer stands")
             self.messages += answers
             lines = [line for line in self.ledger if line.turn == turn]
             self.warn(said, lines)

@@ -103,7 +103,7 @@ class _Ending:
         if finished and reason == "cancelled" and self.trajectory.parent is None:
             yield Finding("a conversation that was cut off stands among the finished ones")
         for turn, each in enumerate(self.trajectory.turns):
-            if each.finish_reason == "abort" and (turn < self.turn or reason not in ("cancelled", "deadline")):
+            if each.finish_reason == "abort" and (turn < self.turn or reason not in ("cancelled", "deadline", "engine_error")):
                 yield Finding("the turn was aborted, and the conversation went on or ended otherwise", turn)
         cut = self._cut_turn()
         if cut is not None and (cut < self.turn or reason != "length"):

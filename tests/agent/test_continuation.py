@@ -14,14 +14,19 @@ import pytest
 from agent.batch import run_tasks
 from agent.continuation import ContinuedConversation, continued
 from agent.engines.engine import Generation, Interrupted, SamplingParams
+from agent.errors import EngineError
 from agent.interactions import Interactions
 from agent.loop import Conversation, Runtime, converse
 from agent.tasks import Task
+from conversations.checks.facts import Facts
+from conversations.checks.finding import Finding
+from conversations.checks.record import check_line
 from conversations.store import UNFINISHED, RunFolder, read_trajectories
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.agent.test_interactions import patient
 from tests.helpers import Toy, call, logprobs, runtime, task
+from tools.base import BackendError
 
 SCRIPT = call("toy", do="say", text="one"), call("toy", do="say", text="two") + call("toy", do="say", text="three"), "It is 42, I think."
 
@@ -190,6 +195,29 @@ async def test_a_user_is_asked_again_for_what_it_has_said(smollm2: ChatTemplate)
     assert [step for step, _ in user.log] == ["start", "asked", "asked", "finalize"]
 
 
+async def test_a_user_who_answers_otherwise_when_asked_again_is_noted(smollm2: ChatTemplate) -> None:
+    the_task = task(
+        "t", interaction_kwargs={"name": "patient", "who": "Ann"}, extra={"interaction_kwargs": {"name": "patient", "who": "Ann"}}
+    )
+    turns = ["It is 41.", "It is 40.", "It is 42."]
+    (first, one), (second, other) = patient(timeout_s=60), patient()
+    conversation = Conversation(the_task, 0, dataclasses.replace(shared(smollm2, says_all(smollm2, turns), Toy()), interactions=first))
+    answer = one.generate_response
+
+    async def answers_once(*args: Any, **kwargs: Any) -> tuple[bool, Any, Any, dict[str, Any]]:
+        if len(conversation.turns) == 2:
+            await asyncio.Event().wait()
+        return await answer(*args, **kwargs)
+
+    one.generate_response = answers_once  # type: ignore[method-assign]
+    record = await cut_off(conversation, lambda: len(conversation.turns) == 2)
+    ask = other.generate_response
+    other.generate_response = lambda *args, **kwargs: ask(*args, **{**kwargs, "who": "Eve"})  # type: ignore[method-assign]
+    whole = await go_on(record, dataclasses.replace(shared(smollm2, says_all(smollm2, turns), Toy()), interactions=second), the_task)
+    assert [message["content"] for message in whole.messages if message["role"] == "user"][1:] == ["again, Ann", "again, Eve"]
+    assert "the user, asked again, answers turn 0 otherwise than recorded; the recorded answer stands" in whole.warnings
+
+
 async def test_budgets_count_what_was_sampled_before(smollm2: ChatTemplate) -> None:
     model = Model(smollm2, "v1", (0, 5))
     limits = {"max_tokens": 12}
@@ -228,3 +256,95 @@ async def test_a_batch_stopped_and_gone_on_with(smollm2: ChatTemplate, tmp_path:
     assert all([turn.resumed is not None for turn in record.turns] == [False, True, False] for record in records)
     assert (tmp_path / UNFINISHED).read_bytes() == b""
     assert all(json.loads(line)["turns"][1]["resumed"][0][1] == "v2" for line in (tmp_path / "trajectories.jsonl").read_text().splitlines())
+
+
+# ---------------------------------------------------------------------- what may go wrong between the two halves
+
+
+async def test_cut_off_again_while_tools_are_brought_back_nothing_is_lost(smollm2: ChatTemplate) -> None:
+    model = Model(smollm2, "v1", (1, 4))
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy())), model.waiting.is_set)
+    slow = Toy(create="hang")
+    again = continued(task(), 0, record, shared(smollm2, Model(smollm2, "v2"), slow))
+    assert await cut_off(again, slow.hanging.is_set) == record
+
+
+async def test_cut_off_twice_says_so_twice(smollm2: ChatTemplate) -> None:
+    first, second = Model(smollm2, "v1", (0, 3)), Model(smollm2, "v2", (1, 2))
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, first, Toy())), first.waiting.is_set)
+    record = await cut_off(continued(task(), 0, record, shared(smollm2, second, Toy())), second.waiting.is_set)
+    whole = await go_on(record, shared(smollm2, Model(smollm2, "v3"), Toy()))
+    places = [turn.start + tokens for turn, tokens in zip(whole.turns, (3, 2), strict=False)]
+    assert whole.warnings == [f"gone on with from token {place}, where it was cut off" for place in places]
+    assert [turn.resumed for turn in whole.turns] == [[[places[0], "v2"]], [[places[1], "v3"]], None]
+    assert comparable(whole) == comparable(await undisturbed(smollm2))
+
+
+async def test_a_turn_that_was_whole_when_it_was_aborted_is_answered(template: ChatTemplate) -> None:
+    """An engine may have come to the end token before it hears of the abort."""
+    model = Model(template, "v1", (1, 10_000))
+    record = await cut_off(Conversation(task(), 0, shared(template, model, Toy())), model.waiting.is_set)
+    assert (record.turns[-1].finish_reason, record.response_ids[-1]) == ("abort", template.end_id)
+    later = Model(template, "v2")
+    assert comparable(await go_on(record, shared(template, later, Toy()))) == comparable(await undisturbed(template))
+    assert len(later.prompts) == 1
+
+
+async def test_a_turn_that_had_used_its_budget_when_it_was_aborted_ends_the_conversation(smollm2: ChatTemplate) -> None:
+    model, limits = Model(smollm2, "v1", (0, 9)), {"max_tokens": 9}
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy(), **limits)), model.waiting.is_set)
+    whole = await go_on(record, shared(smollm2, Model(smollm2, "v2"), Toy(), **limits))
+    assert (whole.stop_reason, whole.turns[0].finish_reason) == ("length", "length")
+    assert {line.status for line in whole.tool_calls} <= {"malformed", "rejected"}
+    assert whole.response_ids == record.response_ids
+    assert not defects(whole, smollm2)
+
+
+async def test_cut_off_while_the_reward_is_made_no_turn_is_sampled_again(smollm2: ChatTemplate) -> None:
+    judge = Toy(calc_reward="hang")
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, Model(smollm2, "v1"), judge)), judge.hanging.is_set)
+    later = Model(smollm2, "v2")
+    whole = await go_on(record, shared(smollm2, later, Toy()))
+    assert not later.prompts
+    assert comparable(whole) == comparable(await undisturbed(smollm2))
+
+
+async def test_a_tool_that_cannot_be_brought_back_is_a_failure_of_infrastructure(smollm2: ChatTemplate) -> None:
+    model = Model(smollm2, "v1", (1, 4))
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy())), model.waiting.is_set)
+    later = Model(smollm2, "v2")
+    whole = await go_on(record, shared(smollm2, later, Gone()))
+    assert (whole.infra_error, whole.reward, later.prompts) == (True, None, [])
+    assert "call_0_0 could not be made again" in str(whole.error)
+    assert not defects(whole, smollm2)
+
+
+async def test_an_engine_that_fails_in_the_second_half_leaves_a_record_in_order(smollm2: ChatTemplate) -> None:
+    model = Model(smollm2, "v1", (1, 4))
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy())), model.waiting.is_set)
+
+    async def generate(*args: Any, **kwargs: Any) -> Generation:
+        raise EngineError("it is gone")
+
+    model.generate = generate  # type: ignore[method-assign]
+    whole = await go_on(record, shared(smollm2, model, Toy()))
+    assert (whole.stop_reason, whole.infra_error, whole.response_ids) == ("engine_error", True, record.response_ids)
+    assert not defects(whole, smollm2)
+
+
+async def test_where_infrastructure_failed_already_it_begins_anew(smollm2: ChatTemplate) -> None:
+    model = Model(smollm2, "v1", (1, 4))
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Gone())), model.waiting.is_set)
+    assert [line.status for line in record.tool_calls][:1] == ["backend_error"]
+    assert not isinstance(continued(task(), 0, record, shared(smollm2, Model(smollm2, "v2"), Toy())), ContinuedConversation)
+
+
+class Gone(Toy):
+    """Its backend answers no call."""
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> Any:
+        raise BackendError("gone")
+
+
+def defects(record: Trajectory, template: ChatTemplate) -> list[Finding]:
+    return check_line(record.to_line().encode() + b"\n", Facts(template=template)).findings
