@@ -86,18 +86,27 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         return {}
 
     def _req_level_generate_sequences(self, prompts: Any, **kwargs: Any) -> Any:
-        """A trainer's multi_turn batch through turntrace's loop: the first tensor-parallel rank runs it, all return it."""
-        trajectories = None
+        """A trainer's multi_turn batch through turntrace's loop: the first tensor-parallel rank runs it, all return it.
+
+        What goes wrong there is raised on all of them: none waits for one that is gone.
+        """
+        outcome: tuple[list[Trajectory], Exception | None] = [], None
         if self._tp_rank == 0:
             loop = asyncio.get_event_loop()
-            trajectories = loop.run_until_complete(self._trainer.run(prompts, kwargs))
-            loop.run_until_complete(self._engine.flush_cache())  # as verl does: the KV cache is not needed again
+            try:
+                outcome = loop.run_until_complete(self._trainer.run(prompts, kwargs)), None
+                loop.run_until_complete(self._engine.flush_cache())  # as verl does: the KV cache is not needed again
+            except Exception as error:
+                outcome = [], error
         dist.barrier()
         group = self._device_mesh_cpu["tp"]
-        [trajectories] = sglang_rollout.broadcast_pyobj(
-            data=[trajectories], rank=self._rank, dist_group=group.get_group(), src=group.mesh[0].item(), force_cpu_device=False
+        [(trajectories, failure)] = sglang_rollout.broadcast_pyobj(
+            data=[outcome], rank=self._rank, dist_group=group.get_group(), src=group.mesh[0].item(), force_cpu_device=False
         )
-        return _batch(trajectories, self._trainer.shape, prompts.batch["input_ids"].device)
+        if failure is not None:
+            raise failure
+        shape = Shape(self.config.prompt_length, self.config.response_length, self.pad_token_id, self.config.calculate_log_probs)
+        return _batch(trajectories, shape, prompts.batch["input_ids"].device)
 
     @functools.cached_property
     def _trainer(self) -> TrainerBatches:

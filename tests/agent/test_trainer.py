@@ -312,3 +312,14 @@ def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["train-1-rank-0", "train-2-rank-0"]
     for folder in (tmp_path / "kept").iterdir():
         assert verify_run(folder).defects == 0
+
+
+def test_tensor_parallel_ranks_return_the_same_and_fail_together(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.agent.tp_ranks", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    told = {one["rank"]: one for line in done.stdout.splitlines() if line.startswith("RANK ") for one in [json.loads(line[5:])]}
+    assert set(told) == {0, 1}, done.stderr[-2000:]
+    assert told[0]["responses"] == told[1]["responses"]
+    assert told[0]["mask"] == told[1]["mask"] > 0
+    assert told[0]["error"] == told[1]["error"] == "TaskError: the batch has no raw_prompt: set data.return_raw_chat=True"

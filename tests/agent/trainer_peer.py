@@ -145,7 +145,7 @@ class _Ours(AgentRollout):
 class Peers:
     """Both rollouts on one script. `folder` gets their model and tool files."""
 
-    def __init__(self, folder: Path, template: ChatTemplate) -> None:
+    def __init__(self, folder: Path, template: ChatTemplate, ranks: int = 1) -> None:
         self.template = template
         self._folder = folder
         self._loop = asyncio.new_event_loop()
@@ -153,15 +153,15 @@ class Peers:
             logging.getLogger(module.__file__).setLevel(logging.ERROR)
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        self._mesh = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("dp", "infer_tp", "pp"))
+        self._mesh = init_device_mesh("cpu", (1, ranks, 1), mesh_dim_names=("dp", "infer_tp", "pp"))
         self._model = HFModelConfig(path=str(self._write_model()), override_config={"attn_implementation": "sdpa"})
 
     def verls(self, script: Script, **config: Any) -> Any:
         """verl's own `SGLangRollout`."""
         return self._made(_Verls, script, config)
 
-    def ours(self, script: Script, **config: Any) -> Any:
-        """`AgentRollout`."""
+    def ours(self, script: Script | None, **config: Any) -> Any:
+        """`AgentRollout`; on a rank that has no engine, without a script."""
         return self._made(_Ours, script, config)
 
     def run(self, rollout: Any, batch: DataProto, **overrides: Any) -> DataProto:
@@ -173,7 +173,7 @@ class Peers:
         self._loop.close()
         asyncio.set_event_loop(None)
 
-    def _made(self, kind: type, script: Script, config: dict[str, Any]) -> Any:
+    def _made(self, kind: type, script: Script | None, config: dict[str, Any]) -> Any:
         rollout = kind(self._config(**config), self._model, self._mesh)
         rollout._engine = script
         return rollout
@@ -183,12 +183,12 @@ class Peers:
         if tools:
             turns["tool_config_path"] = str(self._write_tools())
         shape = {"prompt_length": 256, "response_length": 512, "max_model_len": 768, "skip_tokenizer_init": True}
-        return RolloutConfig(
-            name="sglang", mode="sync", tensor_model_parallel_size=1, multi_turn=MultiTurnConfig(**turns), **{**shape, **config}
-        )
+        shape |= {"tensor_model_parallel_size": 1, **config}
+        return RolloutConfig(name="sglang", mode="sync", multi_turn=MultiTurnConfig(**turns), **shape)
 
     def _write_model(self) -> Path:
         folder = self._folder / "model"
+        folder.mkdir(parents=True, exist_ok=True)
         self.template.tokenizer.save_pretrained(folder)
         config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 1 << 16}
         (folder / "config.json").write_text(json.dumps(config))
