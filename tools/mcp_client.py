@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from typing import IO, Any, TypeVar
 
 import httpx
+import mcp
 from anyio import BrokenResourceError, ClosedResourceError
 from mcp import McpError, types
 from mcp.client.session import ClientSession
@@ -132,8 +133,9 @@ class Connection:
     @classmethod
     async def open(cls, config: McpServerConfig, log: IO[str], read_timeout_s: float) -> Connection:
         """Starts or reaches the server. Raises BackendError with one line that says why it cannot be had."""
-        # The SDK logs what servers do wrong; without a handler Python would print that over the progress display.
+        # The SDK logs what servers do wrong, some of it on the root logger; left alone that is printed over the progress display.
         logging.getLogger("mcp").addHandler(_SILENT)
+        logging.getLogger().addFilter(_not_the_sdks)
         connection = cls(config, log, read_timeout_s)
         try:
             await asyncio.wait((connection._ready, connection._lost), timeout=config.start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -295,10 +297,17 @@ def _leaf(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     said = str(error).splitlines()
+    if isinstance(error, (ClosedResourceError, BrokenResourceError)):
+        return "it ended"
     if isinstance(error, McpError):
         return said[0] if said else "it answered with an error"
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
+def _not_the_sdks(record: logging.LogRecord) -> bool:
+    return not record.pathname.startswith(_SDK)
+
+
+_SDK = os.path.dirname(mcp.__file__)
 _SILENT = logging.NullHandler()
 _CLIENT = types.Implementation(name="turntrace", version="0.1.0")

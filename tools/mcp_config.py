@@ -40,7 +40,7 @@ class McpServerConfig(pydantic.BaseModel):
     cwd: str | None = None
     url: str | None = None
     headers: dict[str, str] = {}
-    tools: list[str] | None = None
+    tools: list[str] | None = pydantic.Field(None, min_length=1)
     per_trajectory: bool = False
     start_timeout_s: float = pydantic.Field(60.0, gt=0)
     log: str | None = None
@@ -105,11 +105,19 @@ def _server(given: dict[str, Any], where: str) -> McpServerConfig:
         raise ToolConfigError(f"{where}.{place}: {first['msg']}, got {first['input']!r}") from error
     if (server.command is None) == (server.url is None):
         raise ToolConfigError(f"{where} needs either command (a server to start) or url (a server to reach)")
-    if server.url is not None and not server.url.startswith(("http://", "https://")):
+    if server.url is not None and not _is_http(server.url):
         raise ToolConfigError(f"{where}.url must be an http(s) address, got {server.url!r}")
     if server.cwd is not None and not Path(server.cwd).is_dir():
         raise ToolConfigError(f"{where}.cwd: there is no folder {server.cwd}")
     return server
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def _expanded(value: Any, where: str) -> Any:

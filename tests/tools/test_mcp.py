@@ -202,11 +202,16 @@ REFUSED: list[tuple[Any, str]] = [
     ({"command": "a", "url": "http://b"}, "mcp needs either command (a server to start) or url (a server to reach)"),
     ({"comand": "a"}, "mcp has no key 'comand'; did you mean 'command'?"),
     ({"url": "ftp://b"}, "mcp.url must be an http(s) address, got 'ftp://b'"),
+    ({"url": "http://[b"}, "mcp.url must be an http(s) address, got 'http://[b'"),
+    ({"url": "http://"}, "mcp.url must be an http(s) address, got 'http://'"),
+    ({"command": "a", "tools": []}, "mcp.tools: List should have at least 1 item"),
     ({"command": "a", "args": "b"}, "mcp.args: Input should be a valid list, got 'b'"),
     ({"command": "a", "start_timeout_s": 0}, "mcp.start_timeout_s: Input should be greater than 0, got 0"),
     ({"command": "a", "cwd": "/no/such"}, "mcp.cwd: there is no folder /no/such"),
     ({"command": "a", "env": {"KEY": "${NO_SUCH_KEY}"}}, "mcp.env.KEY: the environment has no variable NO_SUCH_KEY"),
     ({"mcp_servers_config_path": "no.json"}, "there is no no.json, neither here nor beside the tool config"),
+    ({"command": "true"}, "the MCP server `true` could not be reached: it ended"),
+    ({"command": "cat"}, "the MCP server `cat` could not be reached: Invalid request parameters"),
     ({"command": "no-such-command"}, "the MCP server `no-such-command` could not be reached: FileNotFoundError"),
     (
         {"command": "python", "args": ["-c", "import nothing_like_it"]},
@@ -218,9 +223,10 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("mcp", "says"), REFUSED, ids=[says[:45] for _, says in REFUSED])
-def test_a_mistake_is_one_line(load: Any, mcp: Any, says: str) -> None:
+def test_a_mistake_is_one_line(load: Any, mcp: Any, says: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ToolConfigError) as raised:
         load(mcp)
+    assert caplog.records == []  # the SDK has nothing to add
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
