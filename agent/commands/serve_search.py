@@ -29,4 +29,4 @@ def serve_search(
     try:
         serve(folder, host, port)
     except OSError as error:
-        raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host") from error

@@ -16,6 +16,8 @@ import httpx
 import pytest
 
 from tests.helpers import ROOT
+from tools.servers.search_corpus import JsonlCorpus
+from tools.servers.search_index import build_index
 
 CORPUS = '{"id": "1", "contents": "\\"Cats\\"\\nCats chase mice."}\n{"id": "2", "title": "Dogs", "text": "Dogs chase cats."}\n'
 
@@ -91,7 +93,12 @@ def test_ctrl_c_leaves_nothing_half_made(folder: Path) -> None:
     [
         (["index", "none.jsonl"], "error: none.jsonl: cannot be read: No such file or directory"),
         (["index", "bad.jsonl"], "error: bad.jsonl:1: contents must be a string, got nothing"),
-        (["index", "corpus.jsonl", "--out", "."], "error: . is there and is not a search index; choose another place"),
+        (["index", "corpus.jsonl", "--out", "."], "error: . is the working folder, which an index would replace; choose another place"),
+        (
+            ["index", "corpus.jsonl", "--out", "corpus.jsonl"],
+            "error: corpus.jsonl is there and is not a search index; choose another place",
+        ),
+        (["serve", "search", "--index", "made", "--host", "256.0.0.1"], "error: cannot listen on 256.0.0.1:8000: "),
         (["serve", "search", "--index", "corpus.jsonl"], "error: corpus.jsonl is not a search index; make one with"),
         (["serve", "search", "--corpus", "bad.jsonl"], "error: bad.jsonl:1: contents must be a string, got nothing"),
         (["serve", "search", "--corpus", "corpus.jsonl", "--index", "x"], "error: --corpus and --index both say what to search"),
@@ -99,6 +106,7 @@ def test_ctrl_c_leaves_nothing_half_made(folder: Path) -> None:
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(folder: Path, arguments: list[str], says: str) -> None:
     (folder / "bad.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
+    build_index(JsonlCorpus(folder / "corpus.jsonl"), folder / "made")
     code, out, err = turntrace(*arguments, cwd=folder)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(says)

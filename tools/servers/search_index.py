@@ -80,6 +80,8 @@ def default_folder(path: Path | None) -> Path:
 def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> bool:
     """Makes `folder` the index of `corpus`; returns whether there was anything to do. Raises SearchUnavailable."""
     origin = corpus.fingerprint()
+    if folder.resolve() == Path.cwd():
+        raise SearchUnavailable(f"{folder} is the working folder, which an index would replace; choose another place")
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise SearchUnavailable(f"{folder} is there and is not a search index; choose another place")
     try:
