@@ -114,10 +114,16 @@ class ConversationTools:
             return ""
 
     async def _created(self, tool: LoadedTool, kwargs: dict[str, Any]) -> object:
-        """Nothing is awaited between creation and the note of it: no cancellation leaves an instance unreleased."""
+        """Nothing is awaited between creation and the note of it: no cancellation leaves an instance unreleased.
+
+        One that was made although its creation was cancelled is nobody's any more, and may come after the last release.
+        """
         created = await tool.tool.create(self._id, **kwargs)
         instance_id, response = created if isinstance(created, tuple) else (created, None)
-        self._instances[tool.name] = instance_id
+        if (task := asyncio.current_task()) and task.cancelling():
+            await tool.tool.release(instance_id, **self._given(tool, "release_kwargs"))
+        else:
+            self._instances[tool.name] = instance_id
         return response
 
     async def rewards(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -420,6 +421,26 @@ async def test_a_tool_created_in_the_moment_of_cancellation_is_released() -> Non
         await running
     await tools.release()
     assert toy.count("create") == toy.count("release") == 1
+
+
+async def test_a_tool_created_long_after_its_time_is_released_too() -> None:
+    """It ignored its cancellation: the conversation has ended when there is an instance at last."""
+
+    class Late(Toy):
+        async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+            while not self.stuck.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self.stuck.wait()
+            return await super().create(instance_id, **create_kwargs)
+
+    toy = Late(timeout_s=0.05)
+    tools = tools_of(toy)
+    assert await tools.create() == []
+    assert tools.failure is not None
+    await tools.release()
+    assert toy.count("release") == 0
+    toy.stuck.set()
+    await until(lambda: toy.count("create") == toy.count("release") == 1)
 
 
 # ---------------------------------------------------------------------- exceptions as text
