@@ -1,0 +1,255 @@
+"""TurntraceAgentLoop: a verl 0.8 or 0.9 trainer's conversations through turntrace's own loop.
+
+Named in the file that `actor_rollout_ref.rollout.agent.agent_loop_config_path` names, where its options stand too:
+
+    - name: turntrace
+      _target_: agent.verl_agent_loop.TurntraceAgentLoop
+
+Invariant: what goes back to verl is the conversation's own token sequence, mask 1 exactly where the engine sampled, and
+at least one response token long. A conversation that cannot be trained on (infrastructure failed, or the trainer cut it
+off) has mask 0 throughout. What verl has no field for stands under `extras["turntrace"]`.
+
+Importing this imports verl and torch; nobody does but verl's own workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
+from verl.experimental.agent_loop.utils import resolve_config_path
+from verl.tools.function_tool import FunctionTool, normalize_function_tool_return
+from verl.utils.rollout_trace import rollout_trace_op
+
+from agent.batch import run_conversations
+from agent.dispatch import Dispatcher
+from agent.engines.verl_client import VerlClientEngine
+from agent.errors import ConfigError
+from agent.interactions import load_interactions
+from agent.loop import Conversation, LoopSettings, Runtime
+from agent.manifest import versions
+from agent.step_folders import StepFolders
+from agent.tasks import Task
+from agent.trainer import TrainerOptions, checked_options, loop_settings, tool_dispatcher
+from agent.verl_batch import batch_tasks
+from conversations.template import ChatTemplate
+from conversations.tokens import USER
+from conversations.trajectory import Trajectory
+from tools.registry import load_tools
+from tools.toolset import LoadedTool, ToolSet, loaded_tool
+
+logger = logging.getLogger(__name__)
+
+
+class AgentLoopOptions(TrainerOptions):
+    """The keys beside `name` and `_target_`.
+
+    `tool_config_path`: a tools.yaml that verl itself could not read, or a shipped one's name; without it the trainer's
+    `multi_turn.tool_config_path` counts. `interaction_config_path`: verl's own key for it went with 0.7.
+    `reward_from_tools`: the trajectory's reward (tools' and user's) is the score, and the trainer's reward function is not asked.
+    """
+
+    tool_config_path: str | None = None
+    interaction_config_path: Path | None = None
+    reward_from_tools: bool = False
+
+
+class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
+    """verl makes one for each conversation; what they share is made once for each worker."""
+
+    def __init__(self, *args: Any, tools: Any = None, name: str = "turntrace", **kwargs: Any) -> None:
+        """`AgentLoopBase`'s arguments, verl's tools, and the `AgentLoopOptions`. Raises ConfigError."""
+        theirs = {key: kwargs.pop(key) for key in VERLS if key in kwargs}
+        super().__init__(*args, **theirs)
+        given = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in kwargs.items()}
+        options = checked_options(AgentLoopOptions, given, f"agent loop {name}")
+        self._worker = _Worker.of(self, options, tools.tools if tools else [])
+
+    @rollout_trace_op  # type: ignore[untyped-decorator]
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        """One conversation. `kwargs` are the row's columns. Raises TaskError for a row that is no task (images, say)."""
+        worker = self._worker
+        await worker.start_tools()
+        (task, sample), *_ = batch_tasks({key: [value] for key, value in kwargs.items()})
+        engine = VerlClientEngine(self.server_manager, worker.description, self._request_id(kwargs))
+        conversation = Conversation(worker.offered(task), sample, worker.runtime(engine, sampling_params))
+        progress = await run_conversations([conversation], store=worker.store)
+        if conversation.infra_error:
+            logger.warning("conversation %s is not trained on: %s", task.id, conversation.error or "a tool's backend failed")
+        for lost in progress.lost:
+            logger.warning("a record is lost: %s", lost)
+        return worker.output(conversation, engine)
+
+    def _request_id(self, columns: Mapping[str, Any]) -> str | None:
+        """verl's own where runs must repeat; else None: a fresh one."""
+        deterministic = getattr(self.rollout_config, "full_determinism", False)
+        return f"det-{int(columns.get('priority', 0))}" if deterministic else None
+
+
+VERLS = ("trainer_config", "server_manager", "tokenizer", "processor", "dataset_cls", "data_config", "hf_model_type")
+"""What verl's worker gives to every agent loop beside the tools."""
+
+
+class _Worker:
+    """What the conversations of one worker process share: template, tools, interactions, run folders."""
+
+    _made: dict[tuple[int, str], _Worker] = {}  # noqa: RUF012 - one a process and set of options, for as long as it lives
+
+    @classmethod
+    def of(cls, loop: TurntraceAgentLoop, options: AgentLoopOptions, verls_tools: list[Any]) -> _Worker:
+        key = id(loop.tokenizer), options.model_dump_json()
+        if key not in cls._made:
+            cls._made[key] = cls(loop, options, verls_tools)
+        return cls._made[key]
+
+    def __init__(self, loop: TurntraceAgentLoop, options: AgentLoopOptions, verls_tools: list[Any]) -> None:
+        self.config, self.options = loop.rollout_config, options
+        self.tokenizer = loop.tokenizer  # held: its id is the key
+        if self.config.get("enable_rollout_routing_replay"):
+            raise ConfigError("rollout.enable_rollout_routing_replay is not supported by turntrace's agent loop")
+        self.tools = _tools(self.config.multi_turn, options, verls_tools)
+        self.template_kwargs = {**(loop.apply_chat_template_kwargs or {}), **options.apply_chat_template_kwargs}
+        self.template = ChatTemplate(loop.tokenizer, kwargs=self.template_kwargs)
+        self.dispatcher: Dispatcher | None = tool_dispatcher(self.tools, self.template, self.config.multi_turn)
+        path = options.interaction_config_path
+        self.interactions = load_interactions(Path(resolve_config_path(str(path)))) if path else None
+        if self.interactions:
+            self.template.require(USER)
+        model = loop.config.actor_rollout_ref.model.path
+        self.description = {"name": f"verl:{self.config.name}", "model": Path(str(model)).name, "verl": versions()["verl"]}
+        self.store = StepFolders(options.save_to, self._manifest, loop.tokenizer) if options.save_to else None
+        self._starting: asyncio.Future[None] | None = None
+
+    async def start_tools(self) -> None:
+        """Makes the tools ready, once; who comes meanwhile waits. Raises ToolsError, to everybody."""
+        if self.tools and self._starting is None:
+            self._starting = asyncio.ensure_future(self.tools.start())
+        if self._starting:
+            await asyncio.shield(self._starting)
+
+    def offered(self, task: Task) -> Task:
+        """The task as verl's own loop takes it: `extra_info.tool_selection` chooses the tools, `tools_kwargs` do not."""
+        if not self.tools:
+            return task
+        info = (task.extra or {}).get("extra_info") or {}
+        names = info.get("tool_selection") or [*self.tools, *task.tools_kwargs]
+        return dataclasses.replace(task, tools_kwargs={name: task.tools_kwargs.get(name, {}) for name in names})
+
+    def runtime(self, engine: VerlClientEngine, sampling: Mapping[str, Any]) -> Runtime:
+        return Runtime(engine, self.template, self._settings(sampling), self.dispatcher, interactions=self.interactions)
+
+    def _settings(self, sampling: Mapping[str, Any]) -> LoopSettings:
+        config, settings = self.config, loop_settings(self.config, self.options, sampling)
+        if config.max_model_len and config.name == "sglang":  # verl's server keeps one token of it free
+            settings = dataclasses.replace(settings, max_model_len=min(settings.max_model_len, config.max_model_len - 1))
+        if (rounds := config.multi_turn.max_user_turns) is not None:  # to verl a round of tool calls is a user's turn, too
+            settings = dataclasses.replace(settings, max_turns=min(settings.max_turns or rounds + 1, rounds + 1))
+        return settings
+
+    def output(self, conversation: Conversation, engine: VerlClientEngine) -> AgentLoopOutput:
+        """What verl pads and trains on. verl left-truncates prompts over the budget: so is one that was never sampled after."""
+        one = conversation.trajectory()
+        ids, mask, logprobs = one.response_ids, one.response_mask, [value or 0.0 for value in one.response_logprobs]
+        if one.infra_error or one.stop_reason == "cancelled":
+            mask = [0] * len(ids)
+        if not ids:  # verl's worker cannot pad nothing, nor put a score on it
+            ids, mask, logprobs = [self.template.end_id], [0], [0.0]
+        score = (one.reward or 0.0) if self.options.reward_from_tools else None
+        return AgentLoopOutput(
+            prompt_ids=one.prompt_ids[-self.config.prompt_length :],
+            response_ids=ids,
+            response_mask=mask,
+            response_logprobs=logprobs if self.config.calculate_log_probs else None,
+            multi_modal_data={},
+            reward_score=score,
+            num_turns=1 + one.num_turns + _answered(one),
+            metrics=AgentLoopMetrics(
+                generate_sequences=engine.generate_s,
+                tool_calls=_tool_seconds(one),
+                num_preempted=-1 if engine.num_preempted is None else engine.num_preempted,
+            ),
+            extra_fields={
+                **engine.fields,
+                "turn_scores": conversation.user.rewards if conversation.user else [],
+                "tool_rewards": [line.reward for line in one.tool_calls if line.reward is not None],
+                "extras": {"turntrace": _extras(one)},
+            },
+        )
+
+    def _manifest(self, step: str) -> dict[str, Any]:
+        """run.json, with the config as it took effect."""
+        rollout = json.loads(json.dumps(OmegaConf.to_container(self.config, resolve=True), default=str))
+        options = self.options.model_dump(mode="json", exclude={"save_to"})
+        settings = self._settings({})
+        rollout["max_model_len"] = settings.max_model_len
+        rollout["multi_turn"] |= {
+            "enable": True,
+            "max_assistant_turns": settings.max_turns,
+            "interaction_config_path": options["interaction_config_path"],
+        }
+        options["apply_chat_template_kwargs"] = json.loads(json.dumps(self.template_kwargs, default=str))
+        return {
+            "config": {"rollout": {**rollout, "turntrace": options}},
+            "tools": self.tools.source_text if self.tools else None,
+            "interactions": self.interactions.source_text if self.interactions else None,
+            "step": step,
+            "versions": versions(),
+            "parent": None,
+        }
+
+
+class _Function:
+    """One of verl's function tools in the shape of a tool: no state, nothing to create or release."""
+
+    def __init__(self, tool: Any) -> None:
+        self._tool = tool
+        self.tool_schema = tool.tool_schema
+
+    async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, Any]:
+        return instance_id or "", None
+
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float | None, dict[str, Any]]:
+        answer: tuple[Any, float, dict[str, Any]] = normalize_function_tool_return(await self._tool.call(parameters))
+        return answer
+
+    async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None:
+        return None
+
+    async def release(self, instance_id: str, **kwargs: Any) -> None:
+        return None
+
+
+def _tools(multi_turn: Any, options: AgentLoopOptions, verls_tools: list[Any]) -> ToolSet | None:
+    """Those of the YAML, loaded by turntrace, and verl's function tools. Raises ToolConfigError."""
+    path = options.tool_config_path or (multi_turn.tool_config_path and resolve_config_path(multi_turn.tool_config_path))
+    loaded = load_tools(path) if path else None
+    functions: list[LoadedTool] = [loaded_tool(_Function(tool)) for tool in verls_tools if isinstance(tool, FunctionTool)]
+    if not functions:
+        return loaded
+    return ToolSet([*(loaded.values() if loaded else ()), *functions], loaded.source_text if loaded else "")
+
+
+def _answered(one: Trajectory) -> int:
+    """Turns that tools or a user answered: all but a last one that nobody did."""
+    return one.num_turns - (one.num_turns > 0 and one.messages[-1].get("raw") is not None)
+
+
+def _tool_seconds(one: Trajectory) -> float:
+    """Time spent waiting for tools: of each turn, that of its slowest call."""
+    slowest: dict[int, float] = {}
+    for line in one.tool_calls:
+        slowest[line.turn] = max(slowest.get(line.turn, 0.0), (line.queue_s or 0.0) + (line.run_s or 0.0))
+    return sum(slowest.values())
+
+
+def _extras(one: Trajectory) -> dict[str, Any]:
+    names = ("task_id", "stop_reason", "infra_error", "error", "reward", "reward_parts", "num_turns", "warnings")
+    return {name: getattr(one, name) for name in names}

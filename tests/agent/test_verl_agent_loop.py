@@ -1,0 +1,20 @@
+"""TurntraceAgentLoop in the real verl 0.9.1 and 0.8.0, each in an environment of its own; the cases are `verl09/cases.py`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.agent.verl09 import environment
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("version", environment.VERSIONS)
+def test_every_case(version: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/agent/verl09/cases.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment.variables(version), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
