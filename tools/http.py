@@ -23,6 +23,7 @@ _CONNECT_RETRIES = 3
 # uvicorn drops a connection that was idle for 5 s; a call that goes out on it just then is lost.
 _KEEPALIVE_S = 2.0
 _SAID_CHARS = 200
+_MAX_ANSWER_MIB = 64
 _HEADERS = {"content-type": "application/json", "accept": "application/json"}
 
 
@@ -90,8 +91,8 @@ class Backend:
             raise BackendError(f"{self._name} cannot be started: {error}") from error
         url = url if path is None else url.join(path)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await here.client.request(method, url, content=content, headers=_HEADERS)
+            async with asyncio.timeout(self._timeout_s), here.client.stream(method, url, content=content, headers=_HEADERS) as answer:
+                return await self._whole(answer)
         except TimeoutError as error:
             raise BackendError(f"{self._at_address(url)} did not answer within {self._timeout_s:g} s") from error
         except httpx.HTTPError as error:
@@ -102,6 +103,15 @@ class Backend:
         if not answer.is_success:
             raise BackendError(f"{self._at_address(answer.url)} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}")
         return answer
+
+    async def _whole(self, answer: httpx.Response) -> httpx.Response:
+        """The answer with its body, which an untrusted server may make endless, or small only until it is unpacked."""
+        body = bytearray()
+        async for piece in answer.aiter_bytes():
+            body += piece
+            if len(body) > _MAX_ANSWER_MIB * 2**20:
+                raise BackendError(f"{self._at_address(answer.url)} answered more than {_MAX_ANSWER_MIB} MiB")
+        return httpx.Response(answer.status_code, content=bytes(body), request=answer.request)
 
     def _at_address(self, url: httpx.URL) -> str:
         return f"{self._name} at {url.copy_with(username=None, password=None, query=None)}"

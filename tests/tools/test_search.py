@@ -4,9 +4,11 @@ backend's fault, tried once; the embedded server starts when it is needed, again
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -380,6 +382,30 @@ async def test_an_answer_cut_short_is_a_backend_error(serve: Serve) -> None:
     with pytest.raises(BackendError):
         await ask(search, "x")
     await search.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_an_answer_without_an_end_is_a_backend_error(packed: bool) -> None:
+    """Read no further than some size, counted after unpacking."""
+    ended = asyncio.Event()
+
+    async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pack = zlib.compressobj(wbits=31)
+        writer.write(b"HTTP/1.1 200 OK\r\n" + b"content-encoding: gzip\r\n" * packed + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(pack.compress(bytes(2**20)) + pack.flush(zlib.Z_SYNC_FLUSH) if packed else bytes(2**20))
+                await writer.drain()
+                await asyncio.sleep(0)
+        ended.set()
+
+    server = await asyncio.start_server(endless, "127.0.0.1", 0)
+    search = tool(retrieval_service_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    with pytest.raises(BackendError, match=r"the search server at http://127\.0\.0\.1:\d+/retrieve answered more than 64 MiB"):
+        await ask(search, "x")
+    await asyncio.wait_for(ended.wait(), 10)  # the connection is not kept
+    await search.close()
+    server.close()
 
 
 async def test_no_server_is_a_backend_error_that_hides_passwords(serve: Serve) -> None:
