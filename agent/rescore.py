@@ -94,7 +94,7 @@ def _new_run(out: Path, manifest: dict[str, Any]) -> Iterator[RunFolder]:
 def _manifest(parent: Run, reward: str, function: Callable[..., Any], argv: Iterable[str]) -> dict[str, Any]:
     source = _source_file(function)
     return {
-        **{key: value for key, value in parent.manifest.items() if key not in ("schema", "counts", "replay")},
+        **{key: value for key, value in parent.manifest.items() if key not in ("schema", "counts", "digest", "replay")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(list(argv)),
         "versions": versions(),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import threading
@@ -26,7 +27,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from conversations.errors import RecordError, RunFolderError
-from conversations.trajectory import SCHEMA, Trajectory, added_digest, read_record
+from conversations.trajectory import SCHEMA, Trajectory, read_record
 
 RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = "run.json", "trajectories.jsonl", "unfinished.jsonl", "superseded.jsonl"
 
@@ -57,13 +58,13 @@ class RunFolder:
         lock: IO[str],
         done: set[tuple[str, int]],
         unfinished: Mapping[tuple[str, int], Trajectory] | None = None,
-        digest: int = 0,
+        digest: hashlib._Hash | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self.done = done
         self.unfinished = unfinished or {}
-        self._digest = digest
+        self._digest = digest or hashlib.sha256()
         self._lock = lock
         self._files = _Files(path)
 
@@ -117,7 +118,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: trajectory {trajectory.id} is there already; task ids must be unique")
         line = trajectory.to_line()
         self._files.append(TRAJECTORIES, line)
-        self._digest = added_digest(self._digest, line[-66:-2])
+        self._digest.update(line[-66:-2].encode())
         self.done.add(key)
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
@@ -125,14 +126,17 @@ class RunFolder:
         self._files.append(UNFINISHED, trajectory.to_line())
 
     def close(self, counts: Mapping[str, Any] | None = None) -> None:
-        """Syncs and unlocks; `counts` go into run.json, and with them the digest of all finished records. Safe to call twice."""
+        """Syncs and unlocks; `counts` go into run.json, and with them the digest of all finished records. Safe to call twice.
+
+        The digest is the SHA-256 of their `sha256`, one after the other: `jq -jr .sha256 trajectories.jsonl | sha256sum`.
+        """
         if self._lock.closed:
             return
         try:
             self._files.close()
             _retire_unfinished(self.path, self.done)
             if counts is not None:
-                self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts), "digest": f"{self._digest:064x}"})
+                self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts), "digest": self._digest.hexdigest()})
         finally:
             self._lock.close()
 
@@ -339,7 +343,7 @@ def _last_line_start(lines: IO[bytes]) -> int:
     return size - len(tail)
 
 
-def _retire_failed(path: Path) -> tuple[set[tuple[str, int]], int]:
+def _retire_failed(path: Path) -> tuple[set[tuple[str, int]], hashlib._Hash]:
     """Moves what infrastructure failed to superseded.jsonl; returns the (task, sample) pairs that stay, and their digest."""
     done, digest, failed = _sort_out(path / TRAJECTORIES)
     _lay_aside(path, failed)
@@ -383,10 +387,10 @@ def _lay_aside(path: Path, lines: Sequence[bytes]) -> None:
             os.fsync(out.fileno())
 
 
-def _sort_out(file: Path) -> tuple[set[tuple[str, int]], int, list[bytes]]:
+def _sort_out(file: Path) -> tuple[set[tuple[str, int]], hashlib._Hash, list[bytes]]:
     """The pairs that are done, their digest, and the lines of those that infrastructure failed."""
     kept: set[tuple[str, int]] = set()
-    digest = 0
+    digest = hashlib.sha256()
     retired: list[bytes] = []
     for number, line in enumerate(_lines(file), 1):
         try:
@@ -400,7 +404,7 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], int, list[bytes]]:
             raise RunFolderError(f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line")
         else:
             kept.add(key)
-            digest = added_digest(digest, record["sha256"])
+            digest.update(record["sha256"].encode())
     return kept, digest, retired
 
 

@@ -240,11 +240,6 @@ def parse_record(line: str) -> dict[str, Any]:
     return record
 
 
-def added_digest(digest: int, sha256: str) -> int:
-    """The digest of a set of records with one more in it: the sum of their hashes modulo 2**256, in whatever order they came."""
-    return (digest + int(sha256, 16)) % (1 << 256)
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 

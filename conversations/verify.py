@@ -47,7 +47,7 @@ MAX_FINDINGS = 40
 class Verdict:
     """What there is to say at the end. `counts` are trajectories, turns, tokens and the like; `notes` what was not checked, and why.
 
-    `digest` stands for all finished records at once: whoever notes it down elsewhere can tell any later change of any of them.
+    `digest` stands for all finished records and their order: whoever notes it down elsewhere can tell any later change.
     """
 
     path: Path
@@ -150,11 +150,11 @@ class _Verification:
 
     def _check_digest(self, manifest: dict[str, Any]) -> None:
         """Whether the records are, all in all, those that were there when the run closed."""
-        self.verdict.digest = f"{self.whole.digest:064x}"
+        self.verdict.digest = self.whole.digest.hexdigest()
         said = manifest.get("digest") if "counts" in manifest and not self.whole.unreadable else None
         if said is not None and said != self.verdict.digest:
             what = differs("the digest of all finished records", said, self.verdict.digest)
-            self._report(Defect(RUN, 0, None, Finding(f"{what}: one was changed, added or removed since the run closed")))
+            self._report(Defect(RUN, 0, None, Finding(f"{what}: one was changed, added, removed or moved since the run closed")))
 
     def _notes(self, counts: Counts, facts: Facts, unfinished: int) -> Iterator[str]:
         if not counts.is_complete(self.whole.finished):

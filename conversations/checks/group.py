@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from conversations.checks.counts import Counts
 from conversations.checks.facts import Facts
 from conversations.checks.finding import Defect, Finding
 from conversations.checks.record import Checked, differing_fields
-from conversations.trajectory import added_digest
 
 _SHOWN = 8
 
@@ -32,7 +32,7 @@ class Whole:
     places: dict[tuple[str, int], int] = field(default_factory=dict)
     tally: Counter[str] = field(default_factory=Counter)
     rewards: list[float] = field(default_factory=list)
-    digest: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     unreadable: int = 0
     partial: int = 0
 
@@ -50,7 +50,7 @@ class Whole:
             return
         self.groups.setdefault(checked.key[0], []).append(Member(checked.key[1], line, checked.common))
         self.tally += checked.tally
-        self.digest = added_digest(self.digest, checked.sha256)
+        self.digest.update(checked.sha256.encode())
         if checked.reward is not None:
             self.rewards.append(checked.reward)
 

@@ -42,7 +42,7 @@ class Checked:
     common: bytes = b""
     tally: Counter[str] = field(default_factory=Counter)
     reward: float | None = None
-    sha256: str = "0"
+    sha256: str = ""
     partial: bool = False
 
 

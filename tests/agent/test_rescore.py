@@ -58,6 +58,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert "<|im_end|>" not in solution_str
     return {"score": float("42" in solution_str) + float(ground_truth), "acc": True}
 
+def says_of_the_new_run(trajectory):
+    import json, os, pathlib
+    return {name: 1.0 for name in json.loads(pathlib.Path(os.environ["NEW"], "run.json").read_text())}
+
 def bare_score(data_source, solution_str, ground_truth):
     return 0.25
 """
@@ -82,6 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             store.append(
                 record(sample, infra_error=failed, reward=None if failed else 0.5, reward_parts={} if failed else {"old": 0.5}, parent=fork)
             )
+        store.close({"done": COUNT})
     hermes_template().tokenizer.save_pretrained(folder / "run" / "tokenizer")
     return folder / "run"
 
@@ -115,6 +120,17 @@ def test_only_the_reward_changes_and_the_parent_is_named(score: Score, run: Path
     assert manifest["rescore"]["reward"] == "scores:length"
     assert (manifest["n"], manifest["tools"], manifest["counts"]["done"]) == (COUNT, "- x", COUNT)
     assert open_run(tmp_path / "new").template().end_id == hermes_template().end_id
+
+
+def test_what_the_parent_said_when_it_closed_is_not_said_of_the_new_run(
+    score: Score, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it closes, too: a rescoring may be killed."""
+    monkeypatch.setenv("NEW", str(tmp_path / "new"))
+    said = score("scores:says_of_the_new_run")[0].reward_parts
+    assert "rescore" in said
+    assert not {"counts", "digest"} & said.keys()
+    assert {"counts", "digest"} <= open_run(run).manifest.keys()
 
 
 def test_what_infrastructure_failed_keeps_its_null(score: Score) -> None:

@@ -32,7 +32,7 @@ from agent.session import loop_settings, make_dispatcher
 from agent.tasks import read_tasks
 from conversations.store import RUN, TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory, added_digest, canonical_json
+from conversations.trajectory import Trajectory, canonical_json
 from tests.helpers import call, float32, tokenizer_at
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.registry import load_tools
@@ -68,11 +68,11 @@ def make_run(path: str | Path, n: int, *, tokenizer: Any = None, distinct: int =
 
 def _note_digest(path: Path) -> None:
     """Into run.json, of the records that were issued again, too."""
-    manifest, digest = json.loads((path / RUN).read_text()), 0
+    manifest, digest = json.loads((path / RUN).read_text()), hashlib.sha256()
     with (path / TRAJECTORIES).open(encoding="ascii") as lines:
         for line in lines:
-            digest = added_digest(digest, line.rstrip()[-66:-2])
-    (path / RUN).write_text(json.dumps({**manifest, "digest": f"{digest:064x}"}, indent=2))
+            digest.update(line.rstrip()[-66:-2].encode())
+    (path / RUN).write_text(json.dumps({**manifest, "digest": digest.hexdigest()}, indent=2))
 
 
 def _runtime(config: Config, template: ChatTemplate, seed: int) -> Runtime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -438,23 +439,22 @@ def digest_of(path: Path) -> object:
     return read_manifest(path).get("digest")
 
 
-def test_the_digest_is_of_all_records_in_whatever_order_and_however_often_resumed(tmp_path: Path) -> None:
+def test_the_digest_is_of_all_records_however_often_resumed(tmp_path: Path) -> None:
     records = [record(name) for name in "abcd"]
     one, two = tmp_path / "one", tmp_path / "two"
     with RunFolder.create(one, MANIFEST) as run:
         for each in records:
             run.append(each)
         run.close({"done": 4})
-    for part in (records[2:], records[:2]):
+    for part in (records[:2], records[2:]):
         make = RunFolder.resume if (two / "run.json").exists() else RunFolder.create
         with make(two, MANIFEST) as run:
             assert digest_of(two) is None
-            for each in reversed(part):
-                run.append(each)
             run.append(record(f"x{part[0].task_id}", infra_error=True))
+            for each in part:
+                run.append(each)
             run.close({"done": 3})
     with RunFolder.resume(two, MANIFEST) as run:
         run.close({"done": 4})
-    assert digest_of(one) == digest_of(two)
-    total = sum(int(json.loads(line)["sha256"], 16) for line in lines(one)) % 2**256
-    assert digest_of(one) == f"{total:064x}"
+    hashes = "".join(json.loads(line)["sha256"] for line in lines(one))
+    assert digest_of(one) == digest_of(two) == hashlib.sha256(hashes.encode()).hexdigest()
