@@ -160,11 +160,12 @@ class _Worker:
         ids, mask, logprobs = one.response_ids, one.response_mask, [value or 0.0 for value in one.response_logprobs]
         if one.infra_error or one.stop_reason == "cancelled":
             mask = [0] * len(ids)
-        if not ids:  # verl's worker cannot pad nothing, nor put a score on it
-            ids, mask, logprobs = [self.template.end_id], [0], [0.0]
+        nothing = [self.template.end_id]  # verl's worker cannot pad nothing, nor put a score on it
+        if not ids:
+            ids, mask, logprobs = nothing, [0], [0.0]
         score = (one.reward or 0.0) if self.options.reward_from_tools else None
         return AgentLoopOutput(
-            prompt_ids=one.prompt_ids[-self.config.prompt_length :],
+            prompt_ids=one.prompt_ids[-self.config.prompt_length :] or nothing,
             response_ids=ids,
             response_mask=mask,
             response_logprobs=logprobs if self.config.calculate_log_probs else None,

@@ -23,7 +23,7 @@ from conversations.open_run import open_run
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
 from tests.agent.verl09.peer import PROMPT, RESPONSE, VERSION, LookTool, Peers, batch, logprobs
-from tests.helpers import call, respelled
+from tests.helpers import call, respelled, until
 
 TENSORS = ("prompts", "responses", "response_mask", "input_ids", "attention_mask", "position_ids", "rollout_log_probs")
 
@@ -36,15 +36,6 @@ def peers(tmp_path_factory: pytest.TempPathFactory, smollm2: ChatTemplate) -> Pe
 @pytest.fixture(autouse=True)
 def no_events() -> None:
     LookTool.events.clear()
-
-
-async def events(event: tuple[str, str], count: int) -> None:
-    """Waits until so many of an event have been noted."""
-    for _ in range(1000):
-        if LookTool.events.count(event) == count:
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail(f"no {count} times {event}: {LookTool.events}")
 
 
 def echo(text: str) -> str:
@@ -312,11 +303,11 @@ async def test_a_deadline_ends_a_conversation_with_what_it_has(peers: Peers) -> 
 
 async def test_cancelling_the_worker_releases_its_tools(peers: Peers) -> None:
     running = asyncio.create_task(run(peers.worker(peers.server(looks("hang")), tools=True), "one", "two"))
-    await events(("execute", "hang"), 2)
+    await until(lambda: LookTool.events.count(("execute", "hang")) == 2)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    await events(("release", "1"), 2)
+    await until(lambda: LookTool.events.count(("release", "1")) == 2)
 
 
 async def test_rounds_are_counted_as_verl_counts_them(peers: Peers) -> None:
@@ -468,25 +459,50 @@ async def test_routing_replay_is_refused(peers: Peers) -> None:
         await run(peers.worker(peers.server(echo), enable_rollout_routing_replay=True), "one")
 
 
-@pytest.mark.parametrize("question", ["one", "long " * 900])
-async def test_the_v1_trainers_form_of_an_output(peers: Peers, question: str) -> None:
-    """Unpadded, one dict a conversation; the score stands on the last token."""
-    worker = peers.worker(peers.server(echo), options={"reward_from_tools": True})
-    outputs = []
+@pytest.mark.skipif(VERSION < (0, 9), reason="verl 0.8 has no v1 trainer")
+async def test_the_v1_trainers_worker_puts_each_sample_into_its_queue(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are not padded: one dict a sample, the score on the last token. The queue alone is not verl's."""
+    from verl.trainer.ppo.v1 import agent_loop_tq
 
-    async def keep(output: Any, validate: bool, **kwargs: Any) -> None:
-        outputs.append(output)
+    queue = Queue()
+    monkeypatch.setattr(agent_loop_tq, "tq", queue)
+    said = iter(["Fine.", ValueError("gone"), "Good."])
+    worker = peers.worker(peers.server(lambda text: next(said)), options={"reward_from_tools": True}, n=3)
+    worker.__class__ = agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class
+    raw_prompt = np.array([{"role": "user", "content": "one"}], dtype=object)
+    prompt = {"uid": "u", "raw_prompt": raw_prompt, "agent_name": "turntrace", "index": 0, "global_steps": 3}
+    trajectory = {"step": 3, "sample_index": 0, "rollout_n": 0, "validate": False}
+    await worker._run_prompt(prompt, {"temperature": 1.0, "logprobs": True}, trajectory)
+    assert queue.tags["u"] == {"status": "finished"}
+    assert sorted(queue.fields) == ["u_0_0", "u_1_0", "u_2_0"]
+    sampled = {key: int(fields["response_mask"].sum()) for key, fields in queue.fields.items()}
+    assert sampled == {"u_0_0": len(peers.template.encode("Fine.")) + 1, "u_1_0": 0, "u_2_0": len(peers.template.encode("Good.")) + 1}
+    for key, fields in queue.fields.items():
+        lengths = {name: fields[name].shape for name in ("responses", "response_mask", "rollout_log_probs", "rm_scores")}
+        assert len(set(lengths.values())) == 1, lengths
+        assert queue.tags[key]["min_global_steps"] == (7 if sampled[key] else None)
 
-    worker._agent_loop_postprocess = keep
-    await worker._run_agent_loop(
-        {"temperature": 1.0, "logprobs": True},
-        {"step": 1, "sample_index": 0, "rollout_n": 0, "validate": False},
-        agent_name="turntrace",
-        raw_prompt=np.array([{"role": "user", "content": question}], dtype=object),
-        session_id=0,
-        uid="u",
-        global_steps=1,
+
+class Queue:
+    """TransferQueue's two calls, kept in memory."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, Any] = {}
+        self.fields: dict[str, Any] = {}
+
+    async def async_kv_put(self, *, key: str, partition_id: str, tag: Any) -> None:
+        self.tags[key] = tag
+
+    async def async_kv_batch_put(self, *, keys: list[str], fields: Any, tags: list[Any], partition_id: str) -> None:
+        for index, key in enumerate(keys):
+            self.fields[key], self.tags[key] = fields[index], tags[index]
+
+
+async def test_messages_that_the_template_refuses_cost_one_row(peers: Peers) -> None:
+    worker = peers.worker(peers.server(echo))
+    worker.tokenizer.chat_template = (
+        "{% if 'refuse' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + worker.tokenizer.chat_template
     )
-    field = outputs[0].as_dict()
-    assert len(field["responses"]) == len(field["response_mask"]) == len(field["rollout_log_probs"]) == len(field["rm_scores"]) > 0
-    assert field["extra_fields"]["extras"]["turntrace"]["stop_reason"] in ("stop", "prompt_too_long")
+    done = await run(worker, "refuse", "two")
+    assert "refuses the messages" in extras(done)["error"]
+    assert done.batch["response_mask"].bool().any(-1).tolist() == [False, True]
