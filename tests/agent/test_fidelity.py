@@ -578,10 +578,10 @@ async def test_thousands_of_conversations_keep_the_contract(template: ChatTempla
     assert set(stops) == set(STOP_REASONS), stops
     assert set(statuses) >= set(CALL_STATUSES) - {"cancelled"}, statuses
 
-    logs = [entry for tools in sets for loaded in tools.values() for entry in toy_log(loaded)[before[id(loaded)] :]]
-    assert sum(step == "execute" for step, _ in logs) == executed  # a call of a cut turn is never run, no call twice
-    created = Counter(instance for step, instance in logs if step == "create")
-    released = Counter(instance for step, instance in logs if step == "released")
+    logs = [(id(loaded), *entry) for tools in sets for loaded in tools.values() for entry in toy_log(loaded)[before[id(loaded)] :]]
+    assert sum(step == "execute" for _, step, _ in logs) == executed  # a call of a cut turn is never run, no call twice
+    created = Counter((tool, instance) for tool, step, instance in logs if step == "create")
+    released = Counter((tool, instance) for tool, step, instance in logs if step == "released")
     assert created == released
     assert set(created.values()) == {1}
 
