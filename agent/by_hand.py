@@ -20,7 +20,7 @@ from agent.terminal import one_line, visible
 from conversations.messages import ToolCall
 from conversations.template import ChatTemplate
 from conversations.trajectory import ToolCallRecord
-from tools.base import ToolsError
+from tools.base import BaseTool, ToolsError
 from tools.policy import nearest
 from tools.registry import load_tools
 from tools.toolset import LoadedTool, ToolSet
@@ -59,7 +59,7 @@ async def _shown_and_started(tools: ToolSet, *, start: bool) -> int:
 
 
 async def _started(tool: LoadedTool) -> str:
-    if getattr(tool.tool, "start", None) is None:
+    if getattr(type(tool.tool), "start", BaseTool.start) is BaseTool.start:
         return "none to start"
     began = perf_counter()
     try:

@@ -75,8 +75,14 @@ class Backend:
         self._here: _OnLoop | None = None
 
     async def start(self) -> None:
-        """Starts an embedded backend. Raises ToolsError where it cannot be had."""
-        await self._url(self._on_loop())
+        """Starts an embedded backend, asks one at an address for any sign of life. Raises ToolsError where it cannot be had."""
+        if self._remote is None:
+            await self._url(self._on_loop())
+            return
+        try:
+            await self.send("GET")
+        except BackendError as error:
+            raise ToolsError(str(error)) from error
 
     async def post(self, content: bytes) -> bytes:
         """The answer to a JSON request. Raises BackendError for anything but a 2xx."""

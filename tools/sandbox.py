@@ -66,7 +66,7 @@ class SandboxFusionTool(BaseTool):
         self._sessions = Sessions(self._backend, self._default.memory_limit_MB) if _session(config, self._offered) else None
 
     async def start(self) -> None:
-        """Starts the embedded server where it is used. Raises SandboxUnavailable, or ToolConfigError for a server without sessions."""
+        """Starts the embedded server where it is used. Raises ToolsError, also where one at an address is away or keeps no sessions."""
         await self._backend.start()
         if self._sessions is not None:
             await self._sessions.check()

@@ -71,7 +71,7 @@ class SearchTool(BaseTool):
         self._backend = Backend("the search server", remote, self._embedded, PATH, connections=self.max_concurrency, timeout_s=timeout_s)
 
     async def start(self) -> None:
-        """Indexes the corpus and starts the embedded server where these are to do. Raises SearchUnavailable."""
+        """Indexes the corpus and starts the embedded server where these are to do. Raises ToolsError."""
         await self._backend.start()
 
     async def execute(

@@ -93,6 +93,16 @@ def test_check_without_start_starts_nothing(folder: Path) -> None:
     assert log(folder) == ["close"]
 
 
+def test_check_names_a_server_that_is_not_there_and_what_has_no_backend(folder: Path) -> None:
+    search = {"class_name": "tools.search.SearchTool", "config": {"retrieval_service_url": "http://127.0.0.1:1"}, "tool_schema": SCHEMA}
+    answer = {"class_name": "tools.gsm8k.Gsm8kTool", "tool_schema": {"type": "function", "function": {"name": "answer"}}}
+    (folder / "away.yaml").write_text(yaml.safe_dump([search, answer]))
+    ran = turntrace(folder, "check", "away.yaml")
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert "backend  failed: tool logged: the search server at http://127.0.0.1:1/retrieve: ConnectError" in ran.stdout
+    assert "backend  none to start" in ran.stdout
+
+
 def test_check_says_what_does_not_start(folder: Path) -> None:
     ran = turntrace(folder, "check", "broken.yaml")
     assert (ran.returncode, ran.stderr) == (1, "")

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tools.base import BackendError, SearchUnavailable, ToolConfigError, ToolError
+from tools.base import BackendError, SearchUnavailable, ToolConfigError, ToolError, ToolsError
 from tools.registry import ToolSet, load_tools
 from tools.search import MAX_QUERIES, MAX_TOPK, SearchTool
 from tools.servers import search_corpus
@@ -419,6 +419,8 @@ async def test_no_server_is_a_backend_error_that_hides_passwords(serve: Serve) -
     search = tool(retrieval_service_url="http://127.0.0.1:1")
     with pytest.raises(BackendError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "):
         await ask(search, "x")
+    with pytest.raises(ToolsError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "):
+        await search.start()  # said before the first conversation, not by each of them
     await search.close()
 
 
