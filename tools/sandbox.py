@@ -108,7 +108,7 @@ class SandboxFusionTool(BaseTool):
         if "language" in self._offered:
             update["language"] = parameters.get("language", self._default.language)
         if "timeout" in self._offered:
-            update["run_timeout"] = min(parameters.get("timeout", self._default.run_timeout), self._default.run_timeout)
+            update["run_timeout"] = _seconds(parameters.get("timeout"), self._default.run_timeout)
         return self._default.model_copy(update=update)
 
     def _succeeded(self, answer: httpx.Response) -> httpx.Response:
@@ -149,11 +149,20 @@ def _session(config: dict[str, Any], offered: Container[str]) -> bool:
 
 
 def _workers(given: Any, *, is_remote: bool) -> int:
-    if given is not None and (not isinstance(given, int) or given < 1):
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise ToolConfigError(f"config.num_workers must be a whole number above 0, got {given!r}")
     workers = given or 10
     # The embedded server runs as many at a time as there are cores; as many again keep it from waiting for the next.
     return workers if is_remote else min(workers, 2 * (os.cpu_count() or 1))
+
+
+def _seconds(given: Any, limit: float) -> float:
+    """The time limit that a model asked for, if it did; what no schema keeps it from writing must not look like the sandbox's fault."""
+    if given is None:
+        return limit
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+        raise ToolError(f"timeout must be a number of seconds above 0, got {given!r:.80}")
+    return min(given, limit)
 
 
 def _default_request(config: dict[str, Any]) -> RunCodeRequest:

@@ -102,6 +102,16 @@ async def test_parameters_count_only_where_the_schema_offers_them() -> None:
 
 
 @pytest.mark.usefixtures("running")
+async def test_a_timeout_that_is_none_is_the_models_mistake() -> None:
+    offering = schema(timeout={})
+    for wrong in (0, -1, float("nan"), True, "9", [], {}):
+        with pytest.raises(ToolError, match=r"^timeout must be a number of seconds above 0, got "):
+            await run({}, "print(1)", offering, timeout=wrong)
+    for right in (None, 1, 10**400, float("inf")):
+        assert (await run({}, "print(1)", offering, timeout=right))[0] == "1\n"
+
+
+@pytest.mark.usefixtures("running")
 async def test_half_a_surrogate_pair_does_no_harm() -> None:
     assert (await run({}, "print('\ud83d')"))[0] == "?\n"
 
@@ -332,6 +342,7 @@ async def test_nobody_there_is_the_backends_fault(serve: Serve) -> None:
         ({"packages": "numpy"}, "config.packages must be a list of names of installed packages, got 'numpy'"),
         ({"packages": ["numpy"], "sandbox_fusion_url": "http://sandbox"}, "config.packages is for the embedded server"),
         ({"num_workers": 0}, "config.num_workers must be a whole number above 0, got 0"),
+        ({"num_workers": True}, "config.num_workers must be a whole number above 0, got True"),
         ({"defualt_timeout": 3}, "no key 'defualt_timeout'; did you mean 'default_timeout'?"),
     ],
 )
