@@ -7,14 +7,12 @@ what the start costs, the memory of the larger whether it stays flat.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
+from tests.bench.process import measured
 from tests.bench.row import Row
 from tests.conversations.synthetic import make_run
 
@@ -44,18 +42,7 @@ def _of_size(run: Path, size: int, scratch: Path) -> list[Row]:
     found: list[Row] = []
     for name, arguments in COMMANDS.items():
         case = f"{name} {size}"
-        wall_s, peak_mib = _measured(arguments(run, scratch / case.replace(" ", "-")))
+        wall_s, peak_mib = measured(arguments(run, scratch / case.replace(" ", "-")))
         found.append(Row("record_s", [wall_s], case, note=f"{os.cpu_count()} cores"))
         found.append(Row("record_peak_mib", [peak_mib], case, note="of the largest process"))
     return found
-
-
-def _measured(arguments: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak MiB of one command. Raises RuntimeError where it does not end with 0."""
-    started = perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "agent", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"turntrace {' '.join(arguments)} ended with {process.returncode}")
-    return perf_counter() - started, usage.ru_maxrss / 1024

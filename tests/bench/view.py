@@ -10,26 +10,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.bench.process import measured
 from tests.bench.row import Row
 from tests.browser import chromium, tab
 from tests.conversations.synthetic import make_run
 
 TRAJECTORIES, QUICK = 10_000, 1_000
 BUDGET_INTERACTIVE_MS, BUDGET_FRAME_MS = 1000.0, 33.4
-PEAK = """
-import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True)
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
-"""Runs a command and prints its peak in KiB. A process of its own: a child's peak is never below that of the process it was forked from."""
 READY = """new MutationObserver((_, observer) => {
   if (document.documentElement?.dataset.ready === undefined) return;
   observer.disconnect();
@@ -94,10 +87,8 @@ def _p95(values: list[float]) -> float:
 
 
 def _write(run: Path, page: Path, n: int) -> Written:
-    command = [sys.executable, "-m", "agent", "view", str(run), "--out", str(page), "--limit", str(n)]
-    started = time.perf_counter()
-    ran = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True, check=True)
-    return Written(time.perf_counter() - started, int(ran.stdout.splitlines()[-1]) / 1024, page.stat().st_size / 1e6)
+    wall_s, peak_mib = measured(["view", str(run), "--out", str(page), "--limit", str(n)])
+    return Written(wall_s, peak_mib, page.stat().st_size / 1e6)
 
 
 async def _look(page: Path) -> dict[str, Any]:
