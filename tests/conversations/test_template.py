@@ -176,7 +176,9 @@ def test_the_prompt_is_what_apply_chat_template_gives(name: str) -> None:
     for before, new, tools in conversations(name, USER, 60):
         messages = [*before, *new]
         pieces = template.prompt(given_messages(messages), tools)
-        expected = template.tokenizer.apply_chat_template(messages, tools=tools or None, add_generation_prompt=True, **template._kwargs)
+        expected = template.tokenizer.apply_chat_template(
+            messages, tools=tools or None, add_generation_prompt=True, return_dict=False, **template._kwargs
+        )
         assert [kind for kind, _ in pieces] == [PROMPT]
         assert flat(pieces) == expected
 
@@ -190,7 +192,7 @@ def test_what_tools_say_when_created_is_theirs(name: str) -> None:
         created = [{"role": "tool", "content": odd_text(rng), "name": "f"} for _ in range(rng.randrange(1, 4))]
         pieces = template.prompt(messages, TOOLS, created)
         assert flat(pieces) == template.tokenizer.apply_chat_template(
-            [*messages, *created], tools=TOOLS, add_generation_prompt=True, **template._kwargs
+            [*messages, *created], tools=TOOLS, add_generation_prompt=True, return_dict=False, **template._kwargs
         )
         assert [kind for kind, _ in pieces] == [PROMPT, TOOL, PROMPT]
         block = template.decode(pieces[1][1])
