@@ -63,7 +63,8 @@ class ContinuedConversation(ReplayedConversation):
         self.warnings += [warning for warning in self.record.warnings if warning.startswith(WARNING)]
         if isinstance(self.tools, LiveTools):
             self._note_differences(self.tools)
-        self.warnings.append(f"{WARNING} from token {len(self.record.prompt_ids) + len(self.record.response_ids)}, where it was cut off")
+        place = f"{WARNING} from token {len(self.record.prompt_ids) + len(self.record.response_ids)}, where it was cut off"
+        self.warnings += [place] if place not in self.warnings else []
         if len(self.turns) < len(self.record.turns):
             self._put_back_last()
         self._stands = True

@@ -153,7 +153,7 @@ class _Verification:
         self.verdict.digest = self.whole.digest.hexdigest()
         said = manifest.get("digest") if "counts" in manifest and not self.whole.unreadable else None
         if said is not None and said != self.verdict.digest:
-            what = differs("the digest of all finished records", said, self.verdict.digest)
+            what = differs("the digest of all finished records", str(said)[:16], self.verdict.digest[:16])
             self._report(Defect(RUN, 0, None, Finding(f"{what}: one was changed, added, removed or moved since the run closed")))
 
     def _notes(self, counts: Counts, facts: Facts, unfinished: int) -> Iterator[str]:

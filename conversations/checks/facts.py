@@ -16,8 +16,8 @@ from conversations.truncate import SIDES
 class Facts:
     """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
     be cut to, the run's own first; `users` says that a program takes user turns; `imported` is the
-    format that the run was imported from, which may not say all that a record holds; the others are the loop's limits, in tokens
-    unless the name says otherwise.
+    format that the run was imported from, which may not say all that a record holds; `is_replay` says that its records have parents, None
+    where that is not known; the others are the loop's limits, in tokens unless the name says otherwise.
     """
 
     template: ChatTemplate | None = None
@@ -32,6 +32,7 @@ class Facts:
     cuts: tuple[tuple[int, str], ...] = ()
     users: bool = False
     imported: str | None = None
+    is_replay: bool | None = None
 
     @property
     def reads_clock(self) -> bool:
@@ -57,6 +58,7 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
         cuts=tuple(_cuts(multi_turn, manifest.get("tools"))),
         imported=str(_at(manifest, "imported").get("from")) if _at(manifest, "imported") else None,
         users=multi_turn.get("interaction_config_path") is not None,
+        is_replay=manifest["parent"] is not None if "parent" in manifest and "imported" not in manifest else None,
     )
 
 

@@ -30,6 +30,9 @@ def _identity(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
         yield Finding(differs("the id", trajectory.id, expected))
     if facts.n is not None and trajectory.sample >= facts.n:
         yield Finding(differs("the sample", trajectory.sample, f"below {facts.n}, the run's n"))
+    if facts.is_replay is not None and facts.is_replay != (trajectory.parent is not None):
+        expected = "one: the run was made from another" if facts.is_replay else "none: the run was not made from another"
+        yield Finding(f"the parent, found {show(trajectory.parent)}, expected {expected}")
     try:
         datetime.fromisoformat(trajectory.started_at)
     except ValueError:

@@ -116,6 +116,13 @@ class Tool(TypedDict):
     function: ToolName
 
 
+class Parent(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    run: str
+    id: str
+    turn: Place | None
+
+
 class Record(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     schema: Annotated[str, AfterValidator(_among(SCHEMA))]
@@ -143,7 +150,7 @@ class Record(TypedDict):
     extra: Any
     engine: dict[str, Any]
     sampling: dict[str, Any]
-    parent: dict[str, Any] | None
+    parent: Parent | None
     started_at: str
     wall_s: Seconds
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

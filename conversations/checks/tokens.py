@@ -101,8 +101,11 @@ def _turns(trajectory: Trajectory) -> Iterator[Finding]:
             spans = (turn.start, turn.end), sampled[k]
             first = min(a for a, b in zip(spans[0] + spans[1], spans[1] + spans[0], strict=True) if a != b)
             yield Finding(differs("the turn does not span its sampled segment", *spans), k, first)
-        for token in [place for place, _ in turn.resumed or () if not turn.start < place < turn.end]:
-            yield Finding(differs("the turn was gone on with at a token that is not its own", token, [turn.start, turn.end]), k, token)
+        places = [turn.start, *(place for place, _ in turn.resumed or ()), turn.end]
+        for before, token in pairwise(places[:-1]):
+            if not before < token < turn.end:
+                what = "the turn was gone on with at a token that is not its own, or not after the last such one"
+                yield Finding(differs(what, token, [before, turn.end]), k, token)
         if turn.cached_tokens is not None and turn.cached_tokens > turn.start:
             yield Finding(differs("cached_tokens", turn.cached_tokens, f"at most {turn.start}"), k)
     for k, (one, two) in enumerate(pairwise(turns)):

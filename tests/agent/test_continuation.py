@@ -273,6 +273,8 @@ async def test_cut_off_twice_says_so_twice(smollm2: ChatTemplate) -> None:
     first, second = Model(smollm2, "v1", (0, 3)), Model(smollm2, "v2", (1, 2))
     record = await cut_off(Conversation(task(), 0, shared(smollm2, first, Toy())), first.waiting.is_set)
     record = await cut_off(continued(task(), 0, record, shared(smollm2, second, Toy())), second.waiting.is_set)
+    idle = Model(smollm2, "v2", (1, 0))  # cut off before it said a word more
+    record = await cut_off(continued(task(), 0, record, shared(smollm2, idle, Toy())), idle.waiting.is_set)
     whole = await go_on(record, shared(smollm2, Model(smollm2, "v3"), Toy()))
     places = [turn.start + tokens for turn, tokens in zip(whole.turns, (3, 2), strict=False)]
     assert whole.warnings == [f"gone on with from token {place}, where it was cut off" for place in places]

@@ -494,3 +494,46 @@ def test_the_digest_reveals_a_change_that_no_record_does(run: Path) -> None:
     defects, verdict = verified(run)
     assert verdict.digest != before
     assert [defect.partition(",")[0] for defect in defects] == ["run.json: the digest of all finished records"]
+
+
+PARENT = {"run": "other", "id": "t-0", "turn": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"parent": PARENT},
+            'the parent, found {"run": "other", "id": "t-0", "turn": null}, expected none: the run was not made from another',
+        ),
+        ({"parent": {"run": "other"}}, "the field parent.id is missing"),
+        ({"resumed": [1]}, None),
+        ({"resumed": [1, 2]}, None),
+        ({"resumed": [2, 2]}, "not after the last such one"),
+        ({"resumed": [2, 1]}, "not after the last such one"),
+        ({"resumed": [0]}, "not its own"),
+    ],
+)
+def test_where_a_record_says_it_comes_from(run: Path, changes: dict[str, Any], told: str | None) -> None:
+    """A parent would allow what no conversation's first run may hold."""
+    lines = lines_of(run)
+    number, record = next((number, record) for number, line in enumerate(lines) if (record := json.loads(line))["turns"])
+    turn = record["turns"][0]
+    if resumed := changes.pop("resumed", None):
+        turn["resumed"] = [[turn["start"] + place, "2"] for place in resumed]
+    record |= changes
+    record["sha256"] = record_hash(record)
+    lines[number] = json.dumps(record).encode() + b"\n"
+    (run / TRAJECTORIES).write_bytes(b"".join(lines))
+    edit_manifest(run, digest=None)
+    defects, _ = verified(run)
+    if told is None:
+        assert defects == []
+    else:
+        assert told in defects[0]
+
+
+def test_a_run_made_from_another_names_the_parent_of_each_record(run: Path) -> None:
+    edit_manifest(run, parent={"run": "other"})
+    defects, _ = verified(run)
+    assert len([line for line in defects if "the parent, found null, expected one" in line]) == len(lines_of(run))
