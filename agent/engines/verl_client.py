@@ -52,7 +52,7 @@ class VerlClientEngine:
         try:
             output = await self._client.generate(self._request_id, prompt_ids=list(prompt_ids), sampling_params=params)
         except Exception as error:
-            raise EngineError(f"verl's server failed: {describe(error)}") from error
+            raise EngineError(f"verl's server failed: {_one_line(error)}") from error
         finally:
             self.generate_s += perf_counter() - started
         self._note(output)
@@ -79,6 +79,12 @@ class VerlClientEngine:
         for key in SUMMED:
             if key in told:
                 fields[key] = fields.get(key, 0) + int(told[key])
+
+
+def _one_line(error: Exception) -> str:
+    """What failed. Ray's errors bring what was raised on the other side as `cause`, and its whole traceback as their text."""
+    cause = getattr(error, "cause", None)
+    return " ".join(describe(cause if isinstance(cause, Exception) else error).split())
 
 
 def _generation(output: Any, limit: int, stop_token_ids: Sequence[int]) -> Generation:

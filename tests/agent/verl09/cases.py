@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import transformers
 import verl
+from ray.exceptions import RayTaskError
 from verl.workers.rollout.replica import TokenOutput
 
 from agent.errors import ConfigError, TaskError
@@ -24,8 +25,6 @@ from conversations.template import ChatTemplate
 from conversations.verify import verify_run
 from tests.agent.verl09.peer import PROMPT, RESPONSE, VERSION, LookTool, Peers, batch, logprobs
 from tests.helpers import call, respelled, until
-
-TENSORS = ("prompts", "responses", "response_mask", "input_ids", "attention_mask", "position_ids", "rollout_log_probs")
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +104,7 @@ async def test_single_turns_are_verls_tensor_for_tensor(peers: Peers) -> None:
     questions = ("What is 6 times 7?", "And 2?", "And 漢字 🙂?")
     ours, verls = await both(peers.worker(peers.server(echo)), *questions, agents=("turntrace", "single_turn_agent"))
     assert_equal(ours, verls)
-    assert set(TENSORS) <= set(ours.batch.keys())
-    assert set(ours.non_tensor_batch) - {"num_cached_tokens"} >= set(verls.non_tensor_batch) - {"global_steps", "num_cached_tokens"}
+    assert "rollout_log_probs" in ours.batch
     assert ours.non_tensor_batch["__num_turns__"].tolist() == verls.non_tensor_batch["__num_turns__"].tolist() == [2, 2, 2]
 
 
@@ -250,18 +248,20 @@ async def test_a_prompt_over_the_budget_is_not_sampled_after(peers: Peers) -> No
 
 
 async def test_a_server_that_fails_costs_one_row_where_verl_loses_the_batch(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+    gone = RayTaskError("generate", "a traceback\nof many\nlines", ValueError("gone")).as_instanceof_cause()
+
     def say(text: str) -> Any:
-        return ValueError("gone") if "two" in text and "</tool_response>" in text else looks("a", rounds=1)(text)
+        return gone if "two" in text and "</tool_response>" in text else looks("a", rounds=1)(text)
 
     worker = peers.worker(peers.server(say), tools=True)
     ours = await run(worker, "one", "two")
     assert ours.batch["response_mask"].bool().any(-1).tolist() == [True, False]
     assert ours.batch["attention_mask"][1][PROMPT:].any()
     assert (extras(ours, 1)["infra_error"], extras(ours, 1)["reward"]) == (True, None)
-    assert "gone" in extras(ours, 1)["error"]
+    assert extras(ours, 1)["error"] == "verl's server failed: ValueError: gone"
     assert "is not trained on: verl's server failed: ValueError: gone" in caplog.text
     assert len([event for event, _ in LookTool.events if event == "release"]) == 2
-    with pytest.raises(ValueError, match="gone"):
+    with pytest.raises(ValueError, match="of many"):
         await run(worker, "one", "two", agent="tool_agent")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from tests.helpers import ROOT
 
 HERE = Path(__file__).parent
-VERSIONS = ("0.9.1", "0.8.0")
 
 
 def variables(version: str) -> dict[str, str]:
