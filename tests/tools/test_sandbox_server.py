@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -445,3 +446,14 @@ def test_it_isolates_for_an_ordinary_user_too() -> None:
         answer = httpx.post(url, json={"code": bomb, "language": "python", "run_timeout": 30, "memory_limit_MB": 512}, timeout=60).json()
         assert "reached the limit of 512 MiB" in answer["run_result"]["stderr"], answer
         server.terminate()
+
+
+def test_a_client_that_leaves_in_the_midst_of_its_request_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
+    """The embedded server writes where its user looks: a cancelled call must not be a traceback there."""
+    for server in running_server():
+        url = httpx.URL(server.url())
+        for path in (b"/run_code", b"/v1/sessions"):
+            with socket.create_connection((url.host, url.port or 0)) as leaving:
+                leaving.sendall(b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        assert httpx.post(f"{url}/run_code", json={"code": "print(1)", "language": "python"}).json()["status"] == "Success"
+    assert capfd.readouterr().err == ""

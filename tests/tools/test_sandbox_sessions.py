@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,3 +186,14 @@ def test_the_end_of_the_server_is_theirs() -> None:
 
 def _is_of_a_dead_server(folder: Path) -> bool:
     return not psutil.pid_exists(int(folder.name.split("-")[2]))
+
+
+def test_a_session_that_nobody_waited_for_is_ended() -> None:
+    """Whoever asked for it was cancelled meanwhile: nobody knows its id, and it would hold a place until it is idle too long."""
+    for server in running_server():
+        url = httpx.URL(server.url())
+        for _ in range(5):
+            with socket.create_connection((url.host, url.port or 0)) as asking:
+                asking.sendall(b"POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        time.sleep(1)  # time enough for all of them to start
+        eventually(lambda: not programs_of(server))  # noqa: B023 - there is one server

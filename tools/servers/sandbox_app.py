@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import pydantic
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -66,11 +66,14 @@ def make_app(working: Working, sessions: Sessions, workers: int, stopping: async
         if isinstance(asked, Response):
             return asked
         try:
-            return JSONResponse({"id": await sessions.start(memory_mib(asked.memory_limit_MB))}, 201)
+            name = await sessions.start(memory_mib(asked.memory_limit_MB))
         except TooManySessions as error:
             return _refusal(429, "too_many", [], str(error))
         except (SandboxError, OSError) as error:
             return _refusal(500, "sandbox_error", [], str(error))
+        if await request.is_disconnected():  # nobody will ever know of it
+            await sessions.end(name)
+        return JSONResponse({"id": name}, 201)
 
     async def run_in_session(request: Request) -> Response:
         asked = await _asked(request, SessionCode)
@@ -131,7 +134,10 @@ def _unknown_session() -> Response:
 
 async def _asked(request: Request, model: type[_Model]) -> _Model | Response:
     """The request's body, or what to answer where it cannot be served."""
-    body = await _body(request)
+    try:
+        body = await _body(request)
+    except ClientDisconnect:
+        return Response(status_code=400)  # nobody reads it
     if body is None:
         return _refusal(413, "too_large", [], f"the request is over {MAX_REQUEST_BYTES // MIB} MiB")
     try:
