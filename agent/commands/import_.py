@@ -35,6 +35,8 @@ def import_(
     if len(done.defects) > MAX_SHOWN:
         print(f"... and {len(done.defects) - MAX_SHOWN} more", file=sys.stderr)
     print(f"{done.trajectories} trajectories in {out}, {done.with_ids} of them with token ids; {len(done.defects)} defects")
-    for warning, count in done.warnings.most_common():
+    for warning, count in done.warnings.most_common(MAX_SHOWN):
         print(f"  {count}: {one_line(warning)}")
+    if len(done.warnings) > MAX_SHOWN:
+        print(f"  ... and {len(done.warnings) - MAX_SHOWN} other warnings")
     raise typer.Exit(1 if done.defects else 0)

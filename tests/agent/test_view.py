@@ -95,8 +95,8 @@ def test_the_parent_is_found_and_another_run_may_be_named(runs: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["none"], "error: none/run.json cannot be read"),
-        (["run", "--out", "x", "--against", "none"], "error: none/run.json cannot be read"),
+        (["none"], "error: none holds no run: there is no run.json"),
+        (["run", "--out", "x", "--against", "none"], "error: none holds no run: there is no run.json"),
         (["run", "--out", "no/page.html"], "error: no/page.html cannot be written: No such file or directory"),
         (["run", "--out", "run"], "error: run cannot be written: Is a directory"),
         (["run"], "run.html is there and is no page of turntrace; choose another --out"),
