@@ -196,7 +196,7 @@ async def test_release_ends_the_session(session: Any) -> None:
     await session("x = 2", "two")
     await session.tool.release("one")
     await session.tool.release("never seen")
-    assert len([process for process in programs_of(embedded.sandbox) if process.status() == "stopped"]) == 1
+    eventually(lambda: [process.status() for process in programs_of(embedded.sandbox)].count("stopped") == 1)
     assert "NameError" in await session("print(x)", "one")
     assert await session("print(x)", "two") == "2\n"
 
