@@ -6,6 +6,7 @@ Run by `tests/agent/test_verl_agent_loop.py`, in an environment that has verl 0.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import sys
@@ -17,14 +18,19 @@ import pytest
 import transformers
 import verl
 from ray.exceptions import RayTaskError
+from verl.workers.config.rollout import MultiTurnConfig
+from verl.workers.rollout import llm_server
 from verl.workers.rollout.replica import TokenOutput
 
+from agent.engines.scripted import ScriptedEngine
 from agent.errors import ConfigError, TaskError
+from agent.trainer import tool_dispatcher
 from conversations.open_run import open_run
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
 from tests.agent.verl09.peer import PROMPT, RESPONSE, VERSION, LookTool, Peers, batch, logprobs
-from tests.helpers import call, respelled, until
+from tests.helpers import call, respelled, run_one, runtime, task, until
+from tools.registry import load_tools
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,12 @@ def extras(done: Any, row: int = 0) -> dict[str, Any]:
 def text(peers: Peers, done: Any, row: int = 0) -> str:
     filled = done.batch["attention_mask"][row][PROMPT:].bool()
     return peers.template.decode(done.batch["responses"][row][filled].tolist())
+
+
+def defects(folder: Path) -> list[Any]:
+    found: list[Any] = []
+    verify_run(folder, on_defect=found.append)
+    return found
 
 
 def assert_equal(ours: Any, verls: Any) -> None:
@@ -134,6 +146,25 @@ async def test_what_goes_back_is_what_was_sampled(peers: Peers) -> None:
     assert done.batch["rollout_log_probs"][0][~mask].abs().sum() == 0
     for (before, _), (after, _), turn in zip(server.seen, server.seen[1:], turns, strict=False):
         assert after[: len(before) + len(turn)] == before + turn
+
+
+async def test_a_row_is_what_turntrace_makes_of_it_without_a_trainer(peers: Peers) -> None:
+    """Whatever is in it: two calls at once, one of which breaks its tool, one that is malformed."""
+    turns = [looks("a", "break")(""), '<tool_call>\n{"name": "look"\n</tool_call>', "Done."]
+
+    def say(text: str) -> str:
+        return turns[text.count("<|im_start|>user\n<tool_response>")]
+
+    done = await run(peers.worker(peers.server(say), tools=True), "one")
+    dispatcher = tool_dispatcher(load_tools(peers.tools()), peers.template, MultiTurnConfig(max_parallel_calls=16))
+    alone = dataclasses.replace(runtime(peers.template, ScriptedEngine(peers.server(say).sample)), dispatcher=dispatcher)
+    record = await run_one(alone, task(messages=[{"role": "user", "content": "one"}]))
+    assert [line.status for line in record.tool_calls] == ["ok", "tool_error", "malformed"]
+    filled = done.batch["attention_mask"][0].bool()
+    assert done.batch["input_ids"][0][filled].tolist() == record.prompt_ids + record.response_ids
+    length = len(record.response_ids)
+    assert done.batch["response_mask"][0].tolist() == record.response_mask + [0] * (RESPONSE - length)
+    assert done.batch["rollout_log_probs"][0].tolist() == [value or 0.0 for value in record.response_logprobs] + [0.0] * (RESPONSE - length)
 
 
 async def test_the_servers_get_what_verl_would_send_and_the_turns_budget(peers: Peers) -> None:
@@ -274,6 +305,27 @@ async def test_what_the_trainer_aborts_is_not_trained_on(peers: Peers, ids: list
     assert done.batch["responses"][0][: len(ids)].tolist() == ids
 
 
+@pytest.mark.skipif(VERSION < (0, 9), reason="verl 0.8 has this client elsewhere")
+async def test_a_turn_that_is_resumed_under_new_weights_is_one_turn(peers: Peers) -> None:
+    """By verl's client for asynchronous trainers: the conversation notices nothing but the weights' steps."""
+    ids = [*peers.template.encode("It is forty-two."), peers.template.end_id]
+    parts = [
+        TokenOutput(token_ids=part, log_probs=logprobs(part), stop_reason=reason, extra_fields={"global_steps": step})
+        for part, reason, step in ((ids[:2], "aborted", 7), (ids[2:], "stop", 8))
+    ]
+    answers = iter(parts)
+    server = peers.server(lambda text: next(answers))
+    worker = peers.worker(server)
+    worker.llm_client = llm_server.FullyAsyncLLMServerClient(worker.config, worker.llm_client._load_balancer)
+    done = await run(worker, "one")
+    mask = done.batch["response_mask"][0].bool()
+    assert done.batch["responses"][0][mask].tolist() == ids
+    assert done.batch["rollout_log_probs"][0][mask].tolist() == parts[0].log_probs + parts[1].log_probs
+    assert server.seen[1][0] == server.seen[0][0] + ids[:2]
+    assert [done.non_tensor_batch[f"{which}_global_steps"][0] for which in ("min", "max")] == [7, 8]
+    assert extras(done)["stop_reason"] == "stop"
+
+
 @pytest.mark.parametrize("answer", [{"log_probs": None}, {"log_probs": [-1.0]}, {"log_probs": [-1.0, float("nan")]}, {"token_ids": []}])
 async def test_an_answer_that_is_no_data_is_a_failure_of_the_server(peers: Peers, answer: dict[str, Any]) -> None:
     output = TokenOutput(**{"token_ids": [5416, 20022], "log_probs": [-1.0, -1.0], "stop_reason": "stop", **answer})
@@ -412,11 +464,15 @@ class Teacher:
 async def test_interactions_answer_turns_and_give_turn_scores(peers: Peers, tmp_path: Path) -> None:
     path = tmp_path / "interactions.yaml"
     path.write_text(json.dumps({"interaction": [{"name": "teacher", "class_name": f"{__name__}.Teacher", "config": {}}]}))
-    worker = peers.worker(peers.server(lambda text: "42" if "Wrong." in text else "41"), options={"interaction_config_path": str(path)})
+    worker = peers.worker(
+        peers.server(lambda text: "42" if "Wrong." in text else "41"),
+        options={"interaction_config_path": str(path), "save_to": str(tmp_path / "kept")},
+    )
     done = await run(worker, "one", interaction_kwargs=[{"name": "teacher"}])
     assert text(peers, done) == "41<|im_end|>\n<|im_start|>user\nWrong.<|im_end|>\n<|im_start|>assistant\n42<|im_end|>"
     assert done.non_tensor_batch["turn_scores"].tolist() == [[0.0, 1.0]]
     assert done.non_tensor_batch["__num_turns__"].tolist() == [4]
+    assert defects(next((tmp_path / "kept").glob("step-*"))) == []
 
 
 # ---------------------------------------------------------------------- records, options, refusals
@@ -434,9 +490,7 @@ async def test_records_are_kept_by_the_weights_step(peers: Peers, tmp_path: Path
     assert {turn.weight_version for record in records for turn in record.turns} == {"8"}
     assert records[0].response_ids == done.batch["responses"][0][: len(records[0].response_ids)].tolist()
     for folder in folders:
-        defects: list[Any] = []
-        verify_run(folder, on_defect=defects.append)
-        assert defects == []
+        assert defects(folder) == []
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from verl.tools.schemas import ToolResponse
 from verl.workers.rollout import llm_server
 from verl.workers.rollout.replica import TokenOutput
 
+from agent.engines.engine import Generation, SamplingParams
 from conversations.template import ChatTemplate
 
 VERSION = tuple(int(part) for part in verl.__version__.split(".")[:2])
@@ -102,7 +103,7 @@ class Server:
             raise said
         if isinstance(said, TokenOutput):
             return said
-        ids = [*self._template.encode(said), self._template.end_id] if isinstance(said, str) else said
+        ids = self._ids(said)
         limit = sampling_params.get("max_tokens", RESPONSE)
         reason = "length" if len(ids) > limit else "stop"
         return TokenOutput(
@@ -112,6 +113,14 @@ class Server:
             num_preempted=1,
             extra_fields={"global_steps": self._step},
         )
+
+    def sample(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        """What it samples, for an engine of turntrace's own."""
+        ids = self._ids(self._say(self._template.decode(prompt_ids)))
+        return Generation(ids, logprobs(ids), "stop")
+
+    def _ids(self, said: str | list[int]) -> list[int]:
+        return [*self._template.encode(said), self._template.end_id] if isinstance(said, str) else said
 
 
 def logprobs(ids: Sequence[int]) -> list[float]:
@@ -141,7 +150,7 @@ class Peers:
     """Makes verl's workers on scripts. `folder` gets their model and config files."""
 
     def __init__(self, folder: Path, template: ChatTemplate) -> None:
-        self.template, self._folder = template, folder
+        self._folder = folder
         self._files = 0
         model = folder / "model"
         template.tokenizer.save_pretrained(model)
@@ -159,6 +168,7 @@ class Peers:
             overrides = [f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.rollout.name=sglang"]
             self._config = OmegaConf.create(OmegaConf.to_container(compose("ppo_trainer", overrides), resolve=False))
         self._tokenizer = AgentLoopWorker(self._config, None).tokenizer
+        self.template = ChatTemplate(self._tokenizer)  # which transformers 5 does not load just as it was saved
         self._config.actor_rollout_ref.model.load_tokenizer = False  # each worker would load it, twice
 
     def server(self, say: Say, **options: Any) -> Server:
