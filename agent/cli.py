@@ -134,7 +134,7 @@ def serve_sandbox(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs at a time; default: one a CPU.")] = None,
     packages: Annotated[str, typer.Option(metavar="NAMES", help="Installed packages that programs may import: numpy,sympy")] = "",
-    sessions: Annotated[int, typer.Option(min=0, help="Python sessions at a time, at most.")] = 256,
+    sessions: Annotated[int, typer.Option(min=0, help="Python sessions at a time, at most.")] = 1024,
     session_idle_s: Annotated[float, typer.Option(min=1, help="A session ends when nobody calls for so many seconds.")] = 900,
     cold: Annotated[bool, typer.Option("--cold", help="A bubblewrap of its own for each program: slower.")] = False,
 ) -> None:

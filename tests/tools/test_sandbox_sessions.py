@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.tools.sandboxes import eventually, programs_of, running_server
+from tests.tools.sandboxes import eventually, process_of, programs_of, running_server
 from tools.servers.embedded import EmbeddedServer
 
 
@@ -197,3 +198,14 @@ def test_a_session_that_nobody_waited_for_is_ended() -> None:
                 asking.sendall(b"POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
         time.sleep(1)  # time enough for all of them to start
         eventually(lambda: not programs_of(server))  # noqa: B023 - there is one server
+
+
+def test_sessions_do_not_end_at_the_open_files_that_a_shell_allows() -> None:
+    """Each costs the server seven descriptors: with the usual 1,024, 150 sessions were all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        for server in running_server():
+            assert process_of(server).rlimit(psutil.RLIMIT_NOFILE)[0] == (hard if 0 < hard < 65_536 else 65_536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

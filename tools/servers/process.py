@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 _PARENT_CHECK_S = 1.0
+_OPEN_FILES = 65_536
 _UVICORN: dict[str, Any] = {
     "lifespan": "off",
     "access_log": False,
@@ -53,6 +55,7 @@ async def serve(
     app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False, stopping: asyncio.Event | None = None
 ) -> None:
     """`serve_until_ended` as a coroutine. `stopping` is set when the server is about to wait for running requests."""
+    _allow_many_files()
     with socket.create_server((host, port), backlog=1024) as listener:
         # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -62,6 +65,13 @@ async def serve(
         await server.serve([listener])
         if watch:
             watch.cancel()
+
+
+def _allow_many_files() -> None:
+    """Connections, and a sandbox's sessions, are many; what a shell allows by default, 1,024, is for programs that use select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 class _Server(uvicorn.Server):

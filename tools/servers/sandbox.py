@@ -34,7 +34,7 @@ class Options:
     port: int = 8080
     workers: int | None = None
     packages: tuple[str, ...] = ()
-    sessions: int = 256
+    sessions: int = 1024
     session_idle_s: float = 900
     cold: bool = False
     with_parent: bool = False
