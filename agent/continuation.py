@@ -24,7 +24,7 @@ WARNING = "gone on with"
 def continued(task: Task, sample: int, record: Trajectory | None, runtime: Runtime) -> Conversation:
     """The conversation that goes on with `record`, or a new one where that cannot be.
 
-    It cannot without a turn, with another prompt, or where infrastructure failed already: that would only be run again afterwards.
+    It cannot without a turn, with another prompt, after its deadline, or where infrastructure failed: that would only be run again.
     """
     if record is None or not _can_go_on(record, runtime):
         return Conversation(task, sample, runtime)
@@ -55,10 +55,7 @@ class ContinuedConversation(ReplayedConversation):
         self._opened -= record.wall_s
 
     async def open(self) -> bool:
-        """Puts everything recorded in its place; a turn that was not answered is, one that was cut off goes on.
-
-        False where that cannot be: the prompt is too long now, or a tool's backend failed (`infra_error`).
-        """
+        """Puts everything recorded in its place; a turn that was not answered is, one that was cut off goes on."""
         fits = await super().open()
         self.warnings += [warning for warning in self.record.warnings if warning.startswith(WARNING)]
         if isinstance(self.tools, LiveTools):
@@ -68,7 +65,7 @@ class ContinuedConversation(ReplayedConversation):
         if len(self.turns) < len(self.record.turns):
             self._put_back_last()
         self._stands = True
-        return fits and not self.infra_error
+        return fits
 
     def trajectory(self) -> Trajectory:
         """The record of the conversation; the old one where it is cut off again before that stands here whole."""
@@ -76,12 +73,9 @@ class ContinuedConversation(ReplayedConversation):
         return self.record if cut_off and not self._stands else super().trajectory()
 
     def _note_differences(self, tools: LiveTools) -> None:
-        """What the tools answered otherwise is a warning; where their backend failed they are not in the state they were in."""
+        """What the tools answered otherwise is a warning."""
         names = sorted({difference["name"] or "what tools say when created" for difference in tools.differences})
         self.warnings += [f"{WARNING}: {name} answered otherwise when its calls were made again" for name in names]
-        for _, line in tools.asked_again:
-            if line.status == "backend_error":
-                self.fail("engine_error", f"{line.call_id} could not be made again: {line.error}")
 
     def _put_back_last(self) -> None:
         record, turn, template = self.record, self.record.turns[-1], self.runtime.template

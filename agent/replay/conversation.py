@@ -47,20 +47,30 @@ class ReplayedConversation(Conversation):
         return self.given_user or super().make_user()
 
     async def open(self) -> bool:
-        """Renders the prompt anew, or puts the kept turns in place and brings the tools into the state after them."""
+        """Renders the prompt anew, or puts the kept turns in place and brings the tools into the state after them.
+
+        False where nothing can go on from there: the prompt is too long, or a tool's backend failed.
+        """
         if self.kept is None:
             return await super().open()
         self.tools = self.make_tools()
         created = await self.tools.create() if self.tools else []
         if isinstance(self.tools, LiveTools):
             await self.tools.rebuild(self.kept, created)
+            self._check_state(self.tools)
         self._keep_tokens(self.kept)
         self.user = self.make_user()
         if self.user:
             await self.user.start()
         await self._keep_turns(self.kept)
         settings = self.runtime.settings
-        return len(self.record.prompt_ids) <= min(settings.prompt_length, settings.max_model_len - 1)
+        return not self.infra_error and len(self.record.prompt_ids) <= min(settings.prompt_length, settings.max_model_len - 1)
+
+    def _check_state(self, tools: LiveTools) -> None:
+        """Tools whose backend failed meanwhile are not in the state that the kept turns left them in: nothing goes on from there."""
+        for _, line in tools.asked_again:
+            if line.status == "backend_error":
+                self.fail("engine_error", f"{line.call_id} could not be made again: {line.error}")
 
     async def collect_rewards(self) -> None:
         """As ever; then the recorded calls that were not come to are compared as well."""

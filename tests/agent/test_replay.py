@@ -415,6 +415,20 @@ def test_a_fork_says_where_its_tools_did_not_come_into_the_state_they_were_in(ag
     assert "also call_0_1 count" in forked.said
 
 
+def test_a_fork_whose_tools_cannot_be_brought_back_has_failed(again: Again, desk: Path) -> None:
+    """A reward out of tools in another state would be no reward of this conversation."""
+    (desk / "down").touch()
+    recorded = ["rollout.turntrace.recorded=parent"]
+    forked = again(model="live", from_turn=1, ids=["t0-0"], overrides=recorded, **LIVE_TOOLS)
+    assert (forked.code, forked.report["outcomes"]["failed"]) == (INCOMPLETE, 1)
+    record = forked.run["t0-0"]
+    assert (record.infra_error, record.reward, record.num_turns) == (True, None, 1)
+    assert "call_0_0 could not be made again" in str(record.error)
+    assert "could not be made again" in forked.said
+    (desk / "down").unlink()
+    assert again(model="live", from_turn=1, ids=["t0-0"], overrides=recorded, resume=True, **LIVE_TOOLS).code == DONE
+
+
 def test_trajectories_that_do_not_reach_the_turn_are_left_out_and_named(again: Again) -> None:
     forked = again(model="live", from_turn=2, **LIVE_TOOLS)
     assert "note: 1 trajectories do not reach turn 2: left out (t4-0)" in forked.said
