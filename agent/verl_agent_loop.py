@@ -97,6 +97,11 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
 VERLS = ("trainer_config", "server_manager", "tokenizer", "processor", "dataset_cls", "data_config", "hf_model_type")
 """What verl's worker gives to every agent loop beside the tools."""
 
+ROLLOUT_KEYS = ("prompt_length", "response_length", "calculate_log_probs", "temperature", "top_p", "top_k", "n")
+TURN_KEYS = ("max_user_turns", "tool_config_path", "max_parallel_calls", "max_tool_response_length", "tool_response_truncate_side")
+OUR_KEYS = ("max_consecutive_invalid_calls", "conversation_deadline_s", "max_tokens")
+"""What of each a run.json's config holds."""
+
 
 class _Worker:
     """What the conversations of one worker process share: template, tools, interactions, run folders."""
@@ -123,8 +128,8 @@ class _Worker:
         self.interactions = load_interactions(Path(resolve_config_path(str(path)))) if path else None
         if self.interactions:
             self.template.require(USER)
-        model = loop.config.actor_rollout_ref.model.path
-        self.description = {"name": f"verl:{self.config.name}", "model": Path(str(model)).name, "verl": versions()["verl"]}
+        self.model = str(loop.config.actor_rollout_ref.model.path)
+        self.description = {"name": f"verl:{self.config.name}", "model": Path(self.model).name, "verl": versions()["verl"]}
         self.store = StepFolders(options.save_to, self._manifest, loop.tokenizer) if options.save_to else None
         self._starting: asyncio.Future[None] | None = None
 
@@ -186,25 +191,27 @@ class _Worker:
         )
 
     def _manifest(self, step: str) -> dict[str, Any]:
-        """run.json, with the config as it took effect."""
-        rollout = json.loads(json.dumps(OmegaConf.to_container(self.config, resolve=True), default=str))
-        options = self.options.model_dump(mode="json", exclude={"save_to"})
-        settings = self._settings({})
-        rollout["max_model_len"] = settings.max_model_len
-        rollout["multi_turn"] |= {
-            "enable": True,
-            "max_assistant_turns": settings.max_turns,
-            "interaction_config_path": options["interaction_config_path"],
+        """run.json: `config` says what took effect, in turntrace's own keys; `trainer` is verl's config and the options."""
+        settings, multi_turn = self._settings({}), self.config.multi_turn
+        turns = {key: multi_turn[key] for key in TURN_KEYS} | {"enable": True, "max_assistant_turns": settings.max_turns}
+        options = self.options.model_dump(mode="json")
+        rollout = {
+            **{key: self.config[key] for key in ROLLOUT_KEYS},
+            "max_model_len": settings.max_model_len,
+            "multi_turn": {**turns, "interaction_config_path": options["interaction_config_path"]},
+            "turntrace": {**{key: options[key] for key in OUR_KEYS}, "apply_chat_template_kwargs": self.template_kwargs},
         }
-        options["apply_chat_template_kwargs"] = json.loads(json.dumps(self.template_kwargs, default=str))
-        return {
-            "config": {"rollout": {**rollout, "turntrace": options}},
+        manifest = {
+            "config": {"model_path": self.model, "rollout": rollout},
             "tools": self.tools.source_text if self.tools else None,
             "interactions": self.interactions.source_text if self.interactions else None,
             "step": step,
+            "trainer": {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options},
             "versions": versions(),
             "parent": None,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
+        return plain
 
 
 class _Function:

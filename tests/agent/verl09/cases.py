@@ -22,10 +22,12 @@ from verl.workers.config.rollout import MultiTurnConfig
 from verl.workers.rollout import llm_server
 from verl.workers.rollout.replica import TokenOutput
 
+from agent.config import load_config
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import ConfigError, TaskError
 from agent.trainer import tool_dispatcher
 from conversations.open_run import open_run
+from conversations.store import read_manifest
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
 from tests.agent.verl09.peer import PROMPT, RESPONSE, VERSION, LookTool, Peers, batch, logprobs
@@ -491,6 +493,8 @@ async def test_records_are_kept_by_the_weights_step(peers: Peers, tmp_path: Path
     assert records[0].response_ids == done.batch["responses"][0][: len(records[0].response_ids)].tolist()
     for folder in folders:
         assert defects(folder) == []
+        config = load_config(None, recorded=read_manifest(folder)["config"])  # as a replay reads it
+        assert (config.rollout.response_length, config.rollout.multi_turn.max_parallel_calls) == (RESPONSE, 16)
 
 
 @pytest.mark.parametrize(
