@@ -174,7 +174,7 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
         schema=schema,
         ends_conversation=flag(config, "ends_conversation"),
         policy=read_policy(config, tool, verl=verl),
-        _validator=Draft202012Validator(parameters, registry=Registry()),
+        _validator=_Validator(parameters, registry=Registry()),
         _create=CreateSignature.of(tool.create, verl=verl),
     )
 
@@ -247,6 +247,28 @@ def _references(node: Any) -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from _references(value)
+
+
+def _unique_items(validator: Any, unique: bool, instance: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+    """jsonschema compares objects each with each: an array that a model can write in one turn would stop everybody for a minute."""
+    if unique and isinstance(instance, list) and len(set(map(_hashable, instance))) < len(instance):
+        yield jsonschema.ValidationError(f"{instance!r} has non-unique elements")
+
+
+def _hashable(value: Any) -> Any:
+    """Equal for what JSON schema holds to be equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, bool):
+        return bool, value
+    if isinstance(value, list):
+        return list, tuple(map(_hashable, value))
+    if isinstance(value, dict):
+        return dict, frozenset((key, _hashable(item)) for key, item in value.items())
+    return value
+
+
+_Validator: type[Draft202012Validator] = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator, {"uniqueItems": _unique_items}
+)
 
 
 def _as_tool(made: Callable[..., Any] | Tool) -> Tool:

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
 from conversations.messages import ToolCall
@@ -19,6 +22,7 @@ from tools.base import BaseTool, ToolConfigError, ToolResponse, ToolsError
 from tools.function import tool
 from tools.gsm8k import Gsm8kTool
 from tools.registry import ToolSet, load_tools
+from tools.toolset import loaded_tool
 
 ANSWER: dict[str, Any] = {
     "type": "function",
@@ -212,6 +216,31 @@ async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(write: Any, 
     )
     loaded = load_tools(write([entry(cls="my_verl_tools.Late")]))["calculate_answer"]
     assert (await loaded.tool.create("t", **loaded.create_kwargs({"ground_truth": "a"}, "b")))[1].text == "aa"
+
+
+UNIQUE: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}},
+}
+VALUES = st.recursive(
+    st.sampled_from([None, True, False, 0, 1, 1.0, -0.0, 0.5, "", "a", "1"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.lists(VALUES, max_size=4))
+def test_what_counts_as_twice_the_same_is_jsonschemas(values: list[Any]) -> None:
+    theirs = Draft202012Validator(UNIQUE["function"]["parameters"]).is_valid({"a": values})
+    assert (loaded_tool(BaseTool({}, UNIQUE)).validate({"a": values}) == []) == theirs
+
+
+def test_a_long_array_of_objects_is_checked_in_no_time() -> None:
+    """Each compared with each, these would take an hour, in which no conversation goes on."""
+    many = [{"x": number} for number in range(50_000)]
+    (checked,) = ToolSet.from_tools([BaseTool({}, UNIQUE)]).values()
+    assert checked.validate({"a": many}) == []
+    assert "has non-unique elements" in checked.validate({"a": [*many, {"x": 7}]})[0]
 
 
 def test_a_verl_subclass_may_bring_its_own_schema(write: Any, tmp_path: Path) -> None:
