@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -134,7 +135,7 @@ def _live_template(config: Config) -> ChatTemplate:
 def _notes(plan: Plan) -> Iterator[str]:
     """What the user should hear before anything starts."""
     request, unfinished = plan.request, plan.run.path / UNFINISHED
-    if unfinished.exists() and (count := unfinished.read_bytes().count(b"\n")):
+    if unfinished.exists() and (count := _lines_in(unfinished)):
         yield f"{count} unfinished conversations of {plan.run.path} are not replayed"
     if request.live_model:
         yield from plan.config.notices()
@@ -145,6 +146,11 @@ def _notes(plan: Plan) -> Iterator[str]:
                 yield f"there is no tool {name} now: its calls cannot be answered as they were"
             elif canonical_json(plan.tools[name].schema) != canonical_json(tool):
                 yield f"the schema of {name} is not the recorded one, which is what the model saw; calls are checked against today's"
+
+
+def _lines_in(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
