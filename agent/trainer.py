@@ -24,7 +24,7 @@ from agent.errors import ConfigError
 from agent.interactions import load_interactions
 from agent.loop import Conversation, LoopSettings, Runtime
 from agent.manifest import versions
-from agent.verl_batch import Shape, batch_tasks
+from agent.verl_batch import batch_tasks
 from conversations.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL, USER
@@ -68,20 +68,21 @@ class TrainerOptions(pydantic.BaseModel):
 class TrainerBatches:
     """Runs a trainer's batches. `config` is verl's `RolloutConfig`, `sampling` the params its rollout made of it."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], pad_id: int) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], model: str) -> None:
         self.config = config
-        self.shape = Shape(config.prompt_length, config.response_length, pad_id, config.calculate_log_probs)
+        self._model = model
         self._options = _options(config)
         self._sampling = sampling
         self._batches = 0
         multi_turn = config.multi_turn
         self._tools = load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
-        interactions = load_interactions(Path(multi_turn.interaction_config_path)) if multi_turn.interaction_config_path else None
+        path = multi_turn.interaction_config_path
+        self._interactions = load_interactions(Path(path)) if path else None
         template = ChatTemplate(tokenizer, kwargs=self._options.apply_chat_template_kwargs)
         dispatcher = tool_dispatcher(self._tools, template, multi_turn)
-        if interactions:
+        if self._interactions:
             template.require(USER)
-        self._runtime = Runtime(engine, template, self._settings({}), dispatcher, interactions=interactions)
+        self._runtime = Runtime(engine, template, self._settings({}), dispatcher, interactions=self._interactions)
 
     async def run(self, prompts: Any, overrides: Mapping[str, Any]) -> list[Trajectory]:
         """The trajectory of each row, in the batch's order. Those cut off by over-sampling have `cancelled`."""
@@ -98,11 +99,6 @@ class TrainerBatches:
         with self._store(validate, meta.get("global_steps")) as store:
             await run_conversations(conversations, max_concurrent=max(count, 1), target=target, store=store)
         return [conversation.trajectory() for conversation in conversations]
-
-    async def close(self) -> None:
-        """Frees what the tools hold."""
-        if self._tools:
-            await self._tools.close()
 
     def _mode(self, validate: bool, do_sample: bool) -> Mapping[str, Any]:
         if not do_sample:
@@ -128,9 +124,44 @@ class TrainerBatches:
         return store
 
     def _manifest(self, validate: bool, step: int | None) -> dict[str, Any]:
-        tools = self._tools.source_text if self._tools else None
-        config = {"rollout": {**_plain(self.config), "turntrace": self._options.model_dump(mode="json", exclude={"save_to"})}}
-        return {"config": config, "tools": tools, "validate": validate, "step": step, "versions": versions(), "parent": None}
+        config = run_config(self._model, self.config, self._settings({}), self._options)
+        texts = {"tools": self._tools, "interactions": self._interactions}
+        return {
+            "config": config,
+            **{name: loaded.source_text if loaded else None for name, loaded in texts.items()},
+            "validate": validate,
+            "step": step,
+            "trainer": {"rollout": _plain(dataclasses.asdict(self.config))},
+            "versions": versions(),
+            "parent": None,
+        }
+
+
+ROLLOUT_KEYS = ("prompt_length", "response_length", "calculate_log_probs", "temperature", "top_p", "top_k", "n", "over_sample_rate")
+TURN_KEYS = (
+    "max_user_turns",
+    "tool_config_path",
+    "interaction_config_path",
+    "max_parallel_calls",
+    "max_tool_response_length",
+    "tool_response_truncate_side",
+)
+OUR_KEYS = ("max_consecutive_invalid_calls", "conversation_deadline_s", "max_tokens", "apply_chat_template_kwargs")
+
+
+def run_config(model: str, config: Any, settings: LoopSettings, options: TrainerOptions) -> dict[str, Any]:
+    """A run.json's `config` in turntrace's own keys: what took effect, so that the run can be verified and replayed.
+
+    `config` is verl's rollout config, of any version: what it has no key for is left out.
+    """
+    turns = {key: config.multi_turn.get(key) for key in TURN_KEYS}
+    rollout = {
+        **{key: config.get(key) for key in ROLLOUT_KEYS if config.get(key) is not None},
+        "max_model_len": settings.max_model_len,
+        "multi_turn": {**turns, "enable": True, "max_assistant_turns": settings.max_turns},
+        "turntrace": {key: getattr(options, key) for key in OUR_KEYS},
+    }
+    return _plain({"model_path": model, "rollout": rollout})
 
 
 def tool_dispatcher(tools: ToolSet | None, template: ChatTemplate, multi_turn: Any) -> Dispatcher | None:
@@ -173,7 +204,7 @@ def checked_options(kind: type[Options], given: Mapping[str, Any], where: str) -
         raise ConfigError(f"{key}: {first['msg']}; the keys are {', '.join(kind.model_fields)}") from error
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """verl's dataclass as JSON values; what has no JSON form becomes its text."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON values; what has no JSON form becomes its text."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
     return plain

@@ -38,7 +38,7 @@ from agent.loop import Conversation, LoopSettings, Runtime
 from agent.manifest import versions
 from agent.step_folders import StepFolders
 from agent.tasks import Task
-from agent.trainer import TrainerOptions, checked_options, loop_settings, tool_dispatcher
+from agent.trainer import TrainerOptions, checked_options, loop_settings, run_config, tool_dispatcher
 from agent.verl_batch import batch_tasks
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
@@ -96,11 +96,6 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
 
 VERLS = ("trainer_config", "server_manager", "tokenizer", "processor", "dataset_cls", "data_config", "hf_model_type")
 """What verl's worker gives to every agent loop beside the tools."""
-
-ROLLOUT_KEYS = ("prompt_length", "response_length", "calculate_log_probs", "temperature", "top_p", "top_k", "n")
-TURN_KEYS = ("max_user_turns", "tool_config_path", "max_parallel_calls", "max_tool_response_length", "tool_response_truncate_side")
-OUR_KEYS = ("max_consecutive_invalid_calls", "conversation_deadline_s", "max_tokens")
-"""What of each a run.json's config holds."""
 
 
 class _Worker:
@@ -192,21 +187,15 @@ class _Worker:
 
     def _manifest(self, step: str) -> dict[str, Any]:
         """run.json: `config` says what took effect, in turntrace's own keys; `trainer` is verl's config and the options."""
-        settings, multi_turn = self._settings({}), self.config.multi_turn
-        turns = {key: multi_turn[key] for key in TURN_KEYS} | {"enable": True, "max_assistant_turns": settings.max_turns}
-        options = self.options.model_dump(mode="json")
-        rollout = {
-            **{key: self.config[key] for key in ROLLOUT_KEYS},
-            "max_model_len": settings.max_model_len,
-            "multi_turn": {**turns, "interaction_config_path": options["interaction_config_path"]},
-            "turntrace": {**{key: options[key] for key in OUR_KEYS}, "apply_chat_template_kwargs": self.template_kwargs},
-        }
+        options = self.options.model_copy(update={"apply_chat_template_kwargs": self.template_kwargs})
+        config = run_config(self.model, self.config, self._settings({}), options)
+        config["rollout"]["multi_turn"]["interaction_config_path"] = self.options.interaction_config_path
         manifest = {
-            "config": {"model_path": self.model, "rollout": rollout},
+            "config": config,
             "tools": self.tools.source_text if self.tools else None,
             "interactions": self.interactions.source_text if self.interactions else None,
             "step": step,
-            "trainer": {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options},
+            "trainer": {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options.model_dump(mode="json")},
             "versions": versions(),
             "parent": None,
         }

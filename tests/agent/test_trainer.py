@@ -281,6 +281,9 @@ def test_each_batch_is_kept_where_the_config_says_so(peers: Any, tmp_path: Path)
     defects: list[Any] = []
     verify_run(run.path, on_defect=defects.append)
     assert defects == []
+    again = [sys.executable, "-m", "agent", "replay", str(run.path), "--out", str(tmp_path / "again")]
+    replayed = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
 
 
 def test_options_that_verl_does_not_know_are_checked(peers: Any) -> None:
