@@ -12,6 +12,7 @@ import httpx
 import pytest
 from starlette.responses import Response
 
+from agent.engines import server as one_server
 from agent.engines import sglang, sglang_server
 from agent.engines.engine import Generation, Interrupted
 from agent.engines.sglang_server import SGLangServerEngine
@@ -219,6 +220,18 @@ async def test_aborts_do_not_queue_behind_generations() -> None:
             while len(server.bodies) < 2:  # noqa: ASYNC110 - the second gets the connection of the first
                 await asyncio.sleep(0.01)
             await engine.abort(second)
+            assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
+
+
+async def test_as_many_turns_run_at_once_as_there_are_connections() -> None:
+    count = 2 * one_server.POOL_SIZE + 1
+    async with serving(Server(waits)) as server, engine_of(server, max_connections=count) as engine:
+        ids = [uuid.uuid4().hex for _ in range(count)]
+        tasks = [asyncio.create_task(sample(engine, [1], request_id)) for request_id in ids]
+        async with asyncio.timeout(20):
+            while len(server.bodies) < count:  # noqa: ASYNC110 - they come in one by one
+                await asyncio.sleep(0.01)
+            await asyncio.gather(*map(engine.abort, ids))
             assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
 
 
