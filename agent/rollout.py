@@ -27,6 +27,8 @@ import sglang.srt.managers.tokenizer_manager as sglang_manager
 import sglang.srt.utils.patch_torch as sglang_sharing
 import torch
 import torch.distributed as dist
+from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.hf_transformers_utils import get_context_length, get_hf_text_config
 from tensordict import TensorDict
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,6 +38,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.schemas import Message
 from verl.workers.rollout.sglang_rollout import sglang_rollout
+from verl.workers.rollout.sglang_rollout.utils import get_named_tensor_buckets
 
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
@@ -100,9 +103,11 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
                 outcome = [], error
         dist.barrier()
         group = self._device_mesh_cpu["tp"]
-        [(trajectories, failure)] = sglang_rollout.broadcast_pyobj(
-            data=[outcome], rank=self._rank, dist_group=group.get_group(), src=group.mesh[0].item(), force_cpu_device=False
-        )
+        if group.size() > 1:
+            [outcome] = sglang_rollout.broadcast_pyobj(
+                data=[outcome], rank=self._rank, dist_group=group.get_group(), src=group.mesh[0].item(), force_cpu_device=False
+            )
+        trajectories, failure = outcome
         if failure is not None:
             raise failure
         shape = Shape(self.config.prompt_length, self.config.response_length, self.pad_token_id, self.config.calculate_log_probs)
@@ -110,7 +115,7 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 
     @functools.cached_property
     def _trainer(self) -> TrainerBatches:
-        return TrainerBatches(self.engine(), self.processing_class, self.config, self.sampling_params, self.pad_token_id)
+        return TrainerBatches(self.engine(), self.processing_class, self.config, self.sampling_params, str(self.model_config.path))
 
     def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
         """A process alone drives all of the engine's GPUs; several are verl's own case, one per tensor-parallel rank."""
@@ -150,12 +155,26 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 
     async def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], **kwargs: Any) -> None:
         """Sends new weights to the engine and empties its prefix cache; waits for requests that run."""
+        is_one_for_all = self._tp_size > self.device_mesh["infer_tp"].size()
+        send = self._update_all_ranks if is_one_for_all else super().update_weights
         if torch.cuda.is_available():
-            await super().update_weights(weights, **kwargs)
+            await send(weights, **kwargs)
             return
         # SGLang's own way of sharing tensors between processes knows CUDA tensors only; torch's serves here.
         with _replaced(sglang_sharing, monkey_patch_torch_reductions=_keep_sharing):
-            await super().update_weights(weights, **kwargs)
+            await send(weights, **kwargs)
+
+    async def _update_all_ranks(self, weights: Iterator[tuple[str, torch.Tensor]], **_kwargs: Any) -> None:
+        """From one process to the engine's several ranks; verl's own way has one process per rank to send from.
+
+        Each rank gets handles of its own: torch counts a shared tensor's receivers by its handles.
+        """
+        sglang_sharing.monkey_patch_torch_reductions()
+        for bucket in get_named_tensor_buckets(weights, int(self.config.update_weights_bucket_megabytes) << 20):
+            named = [(name, tensor.detach()) for name, tensor in bucket]
+            handles = [MultiprocessingSerializer.serialize(named) for _ in range(self._tp_size)]
+            await self._engine.update_weights_from_tensor(UpdateWeightsFromTensorReqInput(serialized_named_tensors=handles))
+        await self._engine.flush_cache()
 
     async def release(self) -> None:
         """Frees weights and KV cache on the GPU; without one there is nothing to free, and SGLang would end trying."""

@@ -334,6 +334,47 @@ def test_a_script_without_a_main_guard_is_told_when_its_engine_dies(tmp_path: Pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_one_process_updates_all_of_an_engines_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(f"LOG = {str(tmp_path / 'log')!r}\n{textwrap.dedent(RANKS)}")
+    cores = sorted(os.sched_getaffinity(0))
+    environment = {**_environment(), "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    before, changed, restored = json.loads(done.stdout)
+    assert changed != before
+    assert restored == before
+
+
+RANKS = """
+    import asyncio, json, pathlib, uuid
+    import torch
+    from safetensors.torch import load_file
+    from agent.engines.sglang import start
+    from agent.model.base import base_model_dir
+
+    config = {"prompt_length": 64, "response_length": 64, "tensor_model_parallel_size": 2}
+    rollout = start(config, base_model_dir(), log_path=pathlib.Path(LOG))
+    weights = {name: tensor for name, tensor in load_file(base_model_dir() / "model.safetensors").items() if ".3." in name}
+
+    async def said():
+        greedy = {"temperature": 0.0, "max_new_tokens": 12}
+        return (await rollout.engine().generate([1, 9690, 198, 504], greedy, request_id=uuid.uuid4().hex)).token_ids
+
+    async def main():
+        told = [await said()]
+        await rollout.update_weights((name, torch.zeros_like(tensor)) for name, tensor in weights.items())
+        told.append(await said())
+        await rollout.update_weights(iter(weights.items()))
+        told.append(await said())
+        await rollout.engine().close()
+        print(json.dumps(told))
+
+    asyncio.run(main())
+"""
+
+
 DYING = """
     import asyncio, json, os, pathlib, signal, uuid
     import psutil, torch
