@@ -207,9 +207,9 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
         raise EngineError(f"the engine's answer has finish reason {reason!r}")
     if reason.get("matched") == "NaN happened":
         raise EngineError("NaN happened: the model's logits are not numbers")
-    if logprob_ids != ids or not all(type(token) is int for token in ids):
+    if logprob_ids != ids or not set(map(type, ids)) <= {int}:
         raise EngineError(f"the engine returned {len(ids)} ids with {len(logprobs)} log-probs that do not belong to them")
-    if not all(math.isfinite(value) for value in logprobs):
+    if not all(map(math.isfinite, logprobs)):
         raise EngineError("the engine returned a log-prob that is not finite")
     return Generation(
         token_ids=ids,
