@@ -306,7 +306,7 @@ class Conversation:
             self._invalid_in_a_row = self._invalid_in_a_row + 1 if line.status in INVALID_STATUSES else 0
             if self._invalid_in_a_row == settings.max_consecutive_invalid_calls:
                 return "invalid_tool_calls"
-        return "max_turns" if len(self.turns) == settings.max_turns else None
+        return "max_turns" if _reached(len(self.turns), settings.max_turns) else None
 
     def append_responses(self, lines: list[ToolCallRecord]) -> bool:
         """Appends the tools' answers to the last turn; False where they do not fit."""
@@ -320,7 +320,7 @@ class Conversation:
     async def take_user_turn(self) -> str | None:
         """Lets the user answer the last turn; returns what ends the conversation where nobody answers, or it does not fit."""
         user, settings = self.user, self.runtime.settings
-        if user is None or user.turns == settings.max_user_turns or len(self.turns) == settings.max_turns:
+        if user is None or _reached(user.turns, settings.max_user_turns) or _reached(len(self.turns), settings.max_turns):
             return "stop"
         text = await user.reply(self.messages)
         if text is None:
@@ -399,6 +399,11 @@ def _failed_meanwhile(ledger: list[ToolCallRecord]) -> str | None:
         if line.status == "cancelled" and (failed := [attempt for attempt in line.attempts if attempt.status == "backend_error"]):
             return f"{line.call_id} was cut off while it was tried again: {failed[-1].error}"
     return None
+
+
+def _reached(count: int, limit: int | None) -> bool:
+    """A conversation that goes on under another config may be over its limit at once."""
+    return limit is not None and count >= limit
 
 
 def _turn(start: int, generation: Generation) -> Turn:
