@@ -89,35 +89,47 @@ async def converse(conversation: Conversation) -> None:
 
 async def _turns(conversation: Conversation) -> None:
     if not await conversation.open():
-        return conversation.stop("prompt_too_long")
-    parsed = conversation.unanswered
-    while True:
-        if parsed is None:
-            # 1. Budget: what this turn may sample.
-            room = conversation.room()
-            if room <= 0:
-                return conversation.stop("length")
-            # 2. Generate, and append what was sampled.
-            try:
-                generation = await conversation.generate(room)
-            except EngineError as error:
-                return conversation.fail("engine_error", str(error))
-            parsed = conversation.append_turn(generation)
-        answered, parsed = parsed, None
-        # 3. A turn that was cut has its calls never run; one without calls is the last, unless a user answers.
-        if not conversation.turn_is_complete:
-            return conversation.reject_calls(answered)
-        if not answered.calls:
-            if reason := await conversation.take_user_turn():
-                return conversation.stop(reason)
-            continue
+        conversation.stop("prompt_too_long")
+        return
+    turn = conversation.unanswered or await _sample(conversation)
+    while turn and await _answer(conversation, turn):
+        turn = await _sample(conversation)
+
+
+async def _sample(conversation: Conversation) -> ParsedTurn | None:
+    """The next turn, sampled and appended; None where the conversation has stopped."""
+    # 1. Budget: what this turn may sample.
+    room = conversation.room()
+    if room <= 0:
+        conversation.stop("length")
+        return None
+    # 2. Generate, and append what was sampled.
+    try:
+        generation = await conversation.generate(room)
+    except EngineError as error:
+        conversation.fail("engine_error", str(error))
+        return None
+    return conversation.append_turn(generation)
+
+
+async def _answer(conversation: Conversation, turn: ParsedTurn) -> bool:
+    """Answers a turn and appends the answer; False where the conversation has stopped."""
+    # 3. A turn that was cut has its calls never run; one without calls is the last, unless a user answers.
+    if not conversation.turn_is_complete:
+        conversation.reject_calls(turn)
+        return False
+    if not turn.calls:
+        reason = await conversation.take_user_turn()
+    else:
         # 4. Run the calls.
-        lines = await conversation.run_calls(answered)
-        if reason := conversation.reason_to_stop(lines):
-            return conversation.stop(reason)
+        lines = await conversation.run_calls(turn)
+        reason = conversation.reason_to_stop(lines)
         # 5. Append their responses, if they fit.
-        if not conversation.append_responses(lines):
-            return conversation.stop("length")
+        if not reason and not conversation.append_responses(lines):
+            reason = "length"
+    if reason:
+        conversation.stop(reason)
+    return not reason
 
 
 class Conversation:
