@@ -111,18 +111,25 @@ class Worker:
 
     async def ask(self, answer: str, ground_truth: str) -> bool:
         """Whether the answer is right. Raises WorkerEndedError; cancelled, or when that is raised, the process is gone."""
-        line = b""
         try:
             with contextlib.suppress(ConnectionError):
                 self._stdin.write(json.dumps([answer, ground_truth]).encode() + b"\n")
                 await self._stdin.drain()
             line = await self._line()
-        finally:
             if not line:
-                await self.end()
-        if not line:
-            raise WorkerEndedError(await self._process.wait())
+                raise WorkerEndedError(await self._code())
+        except BaseException:
+            await self.end()
+            raise
         return bool(json.loads(line))
+
+    async def _code(self) -> int:
+        """How the process ended, which its closed output says it is doing. A signal sent meanwhile could hide that."""
+        try:
+            async with asyncio.timeout(READY_S):
+                return await self._process.wait()
+        except TimeoutError:
+            return -1  # it closed its output and lives on
 
     async def end(self) -> None:
         """Ends the process, whatever it is doing."""
