@@ -142,6 +142,20 @@ def says(template: ChatTemplate, *turns: str | list[int] | Exception | Generatio
 
 # ---------------------------------------------------------------------- a tool that does what it is told
 
+LOOK_SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks something up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"question": {"type": "string", "description": "What to look up."}},
+            "required": ["question"],
+        },
+    },
+}
+"""The tool of the peers' conversations, in any version of verl."""
+
 
 class Unprintable(Exception):  # noqa: N818
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from agent.engines.sglang_args import start_variables
 from conversations.open_run import open_run
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
-from tests.helpers import ROOT, call, respelled
+from tests.helpers import LOOK_SCHEMA, ROOT, call, respelled
 
 cpu_guards.install()
 pytestmark = pytest.mark.slow
@@ -196,8 +196,6 @@ def test_a_call_that_is_wrong_is_answered_where_verl_drops_it(peers: Any, turn: 
 
 def test_prompts_show_the_schema_as_written(peers: Any) -> None:
     """verl's pydantic schema adds what nobody wrote."""
-    from tests.agent.trainer_peer import LOOK_SCHEMA
-
     given = batch(peers, "one", tools=True)
     ours, verls = (
         peers.template.decode(peers.run(make(script(peers, echo), tools=True), given).batch["prompts"][0].tolist())

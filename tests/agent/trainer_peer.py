@@ -27,22 +27,10 @@ from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
 from agent.rollout import AgentRollout
 from conversations.template import ChatTemplate
+from tests.helpers import LOOK_SCHEMA
 
 Say = Callable[[str], str | list[int] | Exception]
 """What the model says after the text of a prompt: a text, to which the end token is added, or ids."""
-
-LOOK_SCHEMA = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Looks something up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"question": {"type": "string", "description": "What to look up."}},
-            "required": ["question"],
-        },
-    },
-}
 
 
 class LookTool(BaseTool):  # type: ignore[misc]

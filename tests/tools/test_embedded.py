@@ -5,26 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from tests.tools.sandboxes import eventually
 from tools.base import SandboxUnavailable
 from tools.registry import load_tools
 from tools.servers.embedded import EmbeddedServer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def is_gone(process: psutil.Process) -> bool:

@@ -16,8 +16,6 @@ from tests.helpers import until
 from tools.geo3k import Geo3kTool
 from tools.servers.grader import grade
 
-pytest.importorskip("mathruler")
-
 SCHEMA: dict[str, Any] = {
     "type": "function",
     "function": {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import time
 import zlib
@@ -13,12 +12,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.tools.verl_search import verl_client
 from tools.base import BackendError, SearchUnavailable, ToolConfigError, ToolError, ToolsError
 from tools.registry import ToolSet, load_tools
 from tools.search import MAX_QUERIES, MAX_TOPK, SearchTool
@@ -330,20 +329,6 @@ async def test_the_text_is_verls_to_the_letter(serve: Serve, result: list[Any]) 
     await search.close()
     assert response.text == text
     assert metrics == {key: metadata[key] for key in ("query_count", "status", "total_results")}
-
-
-def verl_client() -> ModuleType:
-    """verl's own functions, from their file: importing the package that they lie in would take half a minute."""
-    verl = importlib.util.find_spec("verl")
-    assert verl is not None
-    assert verl.submodule_search_locations
-    file = Path(verl.submodule_search_locations[0]) / "tools" / "utils" / "search_r1_like_utils.py"
-    spec = importlib.util.spec_from_file_location("search_r1_like_utils", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(

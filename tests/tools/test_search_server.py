@@ -3,7 +3,6 @@ field, a query is always answered; the process announces itself and ends in good
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import socket
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -20,6 +18,7 @@ import psutil
 import pytest
 
 from tests.helpers import ROOT
+from tests.tools.verl_search import verl_client
 from tools.servers.search_corpus import WikipediaLeads
 from tools.servers.search_index import build_index
 
@@ -69,21 +68,6 @@ def url(index: Path, start: Start) -> Iterator[str]:
     assert server.returncode == 0
 
 
-@pytest.fixture(scope="module")
-def verl_client() -> ModuleType:
-    """verl's own functions, from their file: importing the package that they lie in would take half a minute."""
-    verl = importlib.util.find_spec("verl")
-    assert verl is not None
-    assert verl.submodule_search_locations
-    file = Path(verl.submodule_search_locations[0]) / "tools" / "utils" / "search_r1_like_utils.py"
-    spec = importlib.util.spec_from_file_location("search_r1_like_utils", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def post(url: str, body: Any) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return httpx.post(f"{url}/retrieve", content=content, timeout=60)
@@ -118,13 +102,13 @@ def test_a_whole_batch_is_answered_in_its_order(url: str) -> None:
     assert post(url, {"queries": []}).json() == {"result": []}
 
 
-def test_verls_own_client_gets_what_it_reads(url: str, verl_client: ModuleType) -> None:
-    answer, error = verl_client.call_search_api(f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2)
+def test_verls_own_client_gets_what_it_reads(url: str) -> None:
+    answer, error = verl_client().call_search_api(f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2)
     assert error is None
     assert answer["result"][0][0]["document"]["id"] == "Mona Lisa"
-    plain, error = verl_client.call_search_api(f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2, return_scores=False)
+    plain, error = verl_client().call_search_api(f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2, return_scores=False)
     assert plain["result"][0] == [hit["document"] for hit in answer["result"][0]]
-    text, metadata = verl_client.perform_single_search_batch(f"{url}/retrieve", ["Mona Lisa", "Jupiter"], topk=2)
+    text, metadata = verl_client().perform_single_search_batch(f"{url}/retrieve", ["Mona Lisa", "Jupiter"], topk=2)
     assert (metadata["status"], metadata["total_results"]) == ("success", 4)
     assert json.loads(text)["result"].startswith('Doc 1 (Title: "Mona Lisa")\nThe Mona Lisa is ')
     assert "\n---\nDoc 1 (Title: " in json.loads(text)["result"]

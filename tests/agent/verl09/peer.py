@@ -30,25 +30,13 @@ from verl.workers.rollout.replica import TokenOutput
 
 from agent.engines.engine import Generation, SamplingParams
 from conversations.template import ChatTemplate
+from tests.helpers import LOOK_SCHEMA
 
 VERSION = tuple(int(part) for part in verl.__version__.split(".")[:2])
 PROMPT, RESPONSE = 512, 512
 
 Say = Callable[[str], Any]
 """What the model says after the text of a prompt: a text (the end token is added), ids, a TokenOutput, or an exception."""
-
-LOOK_SCHEMA = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Looks something up.",
-        "parameters": {
-            "type": "object",
-            "properties": {"question": {"type": "string", "description": "What to look up."}},
-            "required": ["question"],
-        },
-    },
-}
 
 
 class LookTool(BaseTool):  # type: ignore[misc]
