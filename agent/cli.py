@@ -59,7 +59,9 @@ def run(
     tasks: Annotated[Path, typer.Argument(help="JSONL or Parquet, in verl's schema or plain prompts.")],
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
     config: ConfigOption = None,
-    tools: Annotated[str | None, typer.Option(help="tools.yaml, or the name of a shipped one: gsm8k.")] = None,
+    tools: Annotated[
+        str | None, typer.Option(help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.")
+    ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Run only the first so many tasks.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
