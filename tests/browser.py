@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import platform
-import shutil
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, npm_pack
+from tests.helpers import ROOT, made_whole, npm_pack
 
 PACKAGE, VERSION = "@sparticuz/chromium", "153.0.0"
 FONTS = """<?xml version="1.0"?>
@@ -39,14 +38,11 @@ def chromium_folder() -> Path:
         pytest.skip(f"{PACKAGE} is for Linux on x86_64; this is {platform.system()} on {platform.machine()}")
     folder = ROOT / ".cache" / "npm" / f"sparticuz-chromium-{VERSION}"
     if not folder.is_dir():
-        fresh = folder.with_name(f"{folder.name}.{os.getpid()}")  # another test run may be at the same
-        npm_pack(f"{PACKAGE}@{VERSION}", fresh)
-        _unpack(fresh)
-        fonts = FONTS.format(own=folder / "fonts", cache=folder / "font-cache")
-        (fresh / "fonts.conf").write_text(fonts, encoding="utf-8")
-        with contextlib.suppress(OSError):  # it was first
-            fresh.rename(folder)
-        shutil.rmtree(fresh, ignore_errors=True)
+        with made_whole(folder) as fresh:
+            npm_pack(f"{PACKAGE}@{VERSION}", fresh)
+            _unpack(fresh)
+            fonts = FONTS.format(own=folder / "fonts", cache=folder / "font-cache")
+            (fresh / "fonts.conf").write_text(fonts, encoding="utf-8")
     return folder
 
 

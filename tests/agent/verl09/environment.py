@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, made_whole
 
 HERE = Path(__file__).parent
 
@@ -29,16 +27,8 @@ def _packages(version: str) -> Path:
     content = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
     made = ROOT / ".cache" / "verl" / f"{version}-{content}-py{sys.version_info.major}.{sys.version_info.minor}"
     if not made.is_dir():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=made.parent))
-        try:
+        with made_whole(made) as fresh:
             _install(requirements, fresh)
-            fresh.rename(made)
-        except OSError:  # another process was faster
-            if not made.is_dir():
-                raise
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
     return made
 
 
