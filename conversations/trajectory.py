@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 from conversations.errors import RecordError
 from conversations.messages import Message
+from conversations.number_list import number_list_json
 
 SCHEMA = "turntrace/1"
 
@@ -176,18 +178,27 @@ _FIELDS = tuple(item.name for item in fields(Trajectory))
 _RENDERED = frozenset({"messages", "tools"})
 """Fields that a chat template sees. It may write a tool down as JSON, keys in their order: the line keeps that order, or the prompt
 could not be rendered from the record again. The hash is of sorted keys, as for all fields."""
+_NUMBERS = frozenset({"prompt_ids", "response_ids", "response_logprobs", "response_mask"})
+_KINDS = {**dict.fromkeys(_RENDERED, "rendered"), **dict.fromkeys(_NUMBERS, "numbers")}
+
+
+def _canonical_parts(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The fields by name, as many at once as are written alike, each time with their part of the canonical JSON."""
+    for kind, names in groupby(sorted(record), _KINDS.get):
+        part = {name: record[name] for name in names}
+        if kind == "numbers":
+            yield part, ",".join(f'"{name}":{number_list_json(values)}' for name, values in part.items())
+        else:
+            yield part, _encode(part)[1:-1]
 
 
 def _texts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The record's canonical JSON, and the same with the rendered fields' keys in their own order."""
-    canonical = {name: _encode(record[name]) for name in sorted(record)}
-    written = {name: _encode_in_order(record[name]) if name in _RENDERED else text for name, text in canonical.items()}
-    return _object(canonical), _object(written)
-
-
-def _object(texts: Mapping[str, str]) -> str:
-    """A JSON object of names that need no escapes and values that are JSON already."""
-    return "{" + ",".join(f'"{name}":{text}' for name, text in texts.items()) + "}"
+    canonical, written = [], []
+    for part, text in _canonical_parts(record):
+        canonical.append(text)
+        written.append(text if _RENDERED.isdisjoint(part) else _encode_in_order(part)[1:-1])
+    return f"{{{','.join(canonical)}}}", f"{{{','.join(written)}}}"
 
 
 def canonical_json(value: object) -> str:
@@ -209,7 +220,8 @@ def total_reward(parts: Mapping[str, Any]) -> float | None:
 
 def record_hash(record: Mapping[str, Any]) -> str:
     """The hash a record must carry: SHA-256 of the canonical JSON of all fields but `sha256`."""
-    return _sha256(canonical_json({key: value for key, value in record.items() if key != "sha256"}))
+    parts = _canonical_parts({key: value for key, value in record.items() if key != "sha256"})
+    return _sha256(f"{{{','.join(text for _, text in parts)}}}")
 
 
 def read_record(line: str) -> dict[str, Any]:
