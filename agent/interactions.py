@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import io
 import uuid
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -116,9 +116,9 @@ def _load(entry: Any, path: Path) -> LoadedInteraction:
 
 
 class SimulatedUser:
-    """One conversation's user. Nothing here raises but for cancellation: `failure` says what went wrong, and ends the user's part.
+    """One conversation's user. Nothing here raises but for cancellation; a failure ends the user's part.
 
-    `rewards` are those of its turns, in order, the one that ended the conversation included.
+    `rewards` are those of its turns, in order, the one that ended the conversation included. `failures` say what went wrong.
     """
 
     def __init__(self, loaded: LoadedInteraction, kwargs: Mapping[str, Any]) -> None:
@@ -127,23 +127,22 @@ class SimulatedUser:
         self._instance_id: str | None = None
         self.turns = 0
         self.rewards: list[float] = []
-        self.failure: str | None = None
+        self.failures: list[str] = []
 
     async def start(self) -> None:
         """Starts the instance."""
-        self._instance_id = uuid.uuid4().hex
-        await self._bounded("start_interaction", self._loaded.interaction.start_interaction(self._instance_id, **self._kwargs))
+        instance_id = self._instance_id = uuid.uuid4().hex
+        await self._bounded("start_interaction", lambda: self._loaded.interaction.start_interaction(instance_id, **self._kwargs))
 
     async def reply(self, messages: Sequence[Message]) -> str | None:
         """What the user says to the conversation so far; None where the user is done, or failed."""
-        if self.failure:
+        if self.failures:
             return None
         seen = [{"role": message["role"], "content": message["content"]} for message in messages]
-        generate = self._loaded.interaction.generate_response
-        return await self._bounded("generate_response", self._answer(generate(self._instance_id or "", seen, **self._kwargs)))
+        return await self._bounded("generate_response", lambda: self._answer(seen))
 
-    async def _answer(self, response: Awaitable[tuple[bool, str, float | None, dict[str, Any]]]) -> str | None:
-        ends, text, reward, _ = await response
+    async def _answer(self, seen: list[dict[str, Any]]) -> str | None:
+        ends, text, reward, _ = await self._loaded.interaction.generate_response(self._instance_id or "", seen, **self._kwargs)
         self.turns += 1
         if reward is not None:
             self.rewards.append(_reward(reward))
@@ -154,21 +153,31 @@ class SimulatedUser:
         return without_lone_surrogates(text)
 
     async def finalize(self) -> None:
-        """Ends the instance, once, whether or not it was started to the end."""
+        """Ends the instance, once, whether or not it was started to the end, and if the conversation is cancelled meanwhile."""
         instance_id, self._instance_id = self._instance_id, None
-        if instance_id is not None:
-            finalize = self._loaded.interaction.finalize_interaction
-            # verl's base class takes no argument, its own subclasses take the id.
-            await self._bounded("finalize_interaction", finalize(instance_id) if inspect.signature(finalize).parameters else finalize())
-
-    async def _bounded(self, step: str, answer: Awaitable[T]) -> T | None:
+        if instance_id is None:
+            return
+        ending = asyncio.ensure_future(self._bounded("finalize_interaction", lambda: self._finalized(instance_id)))
         try:
-            async with asyncio.timeout(self._loaded.timeout_s):
-                return await answer
-        except TimeoutError:
-            self.failure = f"interaction {self._loaded.name}: {step} took more than {self._loaded.timeout_s:g} s"
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await asyncio.wait((ending,))  # bounded by its time-out
+            raise
+
+    def _finalized(self, instance_id: str) -> Awaitable[Any]:
+        """verl's base class takes no argument, its own subclasses take the id."""
+        finalize = self._loaded.interaction.finalize_interaction
+        return finalize(instance_id) if inspect.signature(finalize).parameters else finalize()
+
+    async def _bounded(self, step: str, begin: Callable[[], Awaitable[T]]) -> T | None:
+        """What the coroutine that `begin` makes returns. That, too, may raise: a class may not take what a row gives it."""
+        deadline = asyncio.timeout(self._loaded.timeout_s)
+        try:
+            async with deadline:
+                return await begin()
         except Exception as error:
-            self.failure = f"interaction {self._loaded.name}: {step} failed: {describe(error)}"
+            took = f"took more than {self._loaded.timeout_s:g} s" if deadline.expired() else f"failed: {describe(error)}"
+            self.failures.append(f"interaction {self._loaded.name}: {step} {took}")
         return None
 
 

@@ -218,17 +218,20 @@ class Conversation:
             self.rewards = await self.tools.rewards()
         if self.user and self.user.rewards:
             self.rewards["user_turn_rewards"] = self.user.rewards
-        for failure in (self.tools and self.tools.failure, self.user and self.user.failure):
+        for failure in (self.tools and self.tools.failure, *(self.user.failures if self.user else ())):
             if failure:
                 self.infra_error, self.error = True, self.error or failure
 
     async def close(self) -> None:
-        """Releases the tools and stops the clock."""
-        if self.tools:
-            await self.tools.release()
-            self.warnings += self.tools.warnings
-        if self.user:
-            await self.user.finalize()
+        """Releases the tools, lets the user go and stops the clock."""
+        try:
+            if self.tools:
+                await self.tools.release()
+                self.warnings += self.tools.warnings
+        finally:
+            if self.user:
+                await self.user.finalize()
+                self.warnings += [failure for failure in self.user.failures if failure != self.error]
         self.wall_s = perf_counter() - self._opened
 
     @property

@@ -24,7 +24,7 @@ class RecordedUser(SimulatedUser):
         self._rewards = list(record.reward_parts.get(REWARDS, ()))
         self.turns = 0
         self.rewards = [] if live_model else self._rewards
-        self.failure = None
+        self.failures = []
 
     async def start(self) -> None:
         """Nothing is started."""
@@ -39,7 +39,7 @@ class RecordedUser(SimulatedUser):
             return str(record.messages[count]["content"])
         self.rewards = self._rewards
         if record.infra_error and record.stop_reason != "engine_error":
-            self.failure = record.error
+            self.failures = [record.error] if record.error else []
             return None
         raise EndConversation(record.stop_reason, record.error)
 

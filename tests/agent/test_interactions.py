@@ -51,6 +51,8 @@ class Patient:
             raise RuntimeError(f"broken {step}")
         if self.breaks == f"{step} hangs":
             await asyncio.Event().wait()
+        if self.breaks == f"{step} of its own":
+            raise TimeoutError("a server was slow")
 
 
 def patient(breaks: str | None = None, timeout_s: float = 5.0) -> tuple[Interactions, Patient]:
@@ -124,6 +126,7 @@ async def test_a_user_turn_that_does_not_fit_is_not_appended(smollm2: ChatTempla
         ("start", "start_interaction failed: RuntimeError: broken start"),
         ("generate", "generate_response failed: RuntimeError: broken generate"),
         ("generate hangs", "generate_response took more than 0.1 s"),
+        ("generate of its own", "generate_response failed: TimeoutError: a server was slow"),
         ("text", "expected the user's words as a string, got int"),
         ("reward", "expected a finite number as the user turn's reward, got nan"),
     ],
@@ -146,6 +149,46 @@ async def test_cancelling_finalizes_the_user(smollm2: ChatTemplate) -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert user.log[-1][0] == "finalize"
+
+
+async def test_cancelling_waits_for_a_user_who_is_being_finalized(smollm2: ChatTemplate) -> None:
+    interactions, user = patient()
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def finalize(instance_id: str) -> None:
+        begun.set()
+        await may_end.wait()
+        user.log.append(("finalized", instance_id))
+
+    setattr(user, "finalize_interaction", finalize)  # noqa: B010 - its class has another shape
+    running = asyncio.create_task(talk(smollm2, interactions, "It is 42."))
+    await begun.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert user.log[-1][0] == "finalized"
+
+
+async def test_a_user_who_cannot_be_finalized_is_a_warning(smollm2: ChatTemplate) -> None:
+    interactions, _ = patient("finalize")
+    record = await talk(smollm2, interactions, "It is 42.")
+    assert (record.infra_error, record.reward) == (False, 1.0)
+    assert "interaction patient: finalize_interaction failed: RuntimeError: broken finalize" in record.warnings[0]
+
+
+@pytest.mark.parametrize("step", ["start_interaction", "generate_response", "finalize_interaction"])
+async def test_a_class_that_does_not_take_what_it_is_given_costs_one_conversation(smollm2: ChatTemplate, step: str) -> None:
+    """What raises is the call itself, before there is anything to await."""
+    interactions, user = patient()
+
+    async def refuses(one: Any, two: Any, three: Any) -> None: ...
+
+    setattr(user, step, refuses)
+    record = await talk(smollm2, interactions, "It is 42.")
+    assert record.stop_reason == "stop"
+    assert any(f"{step} failed: TypeError" in said for said in (record.error or "", *record.warnings))
 
 
 # ---------------------------------------------------------------------- the YAML
