@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
-import jsonschema
-from jsonschema import Draft202012Validator
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
+from jsonschema_rs import Draft202012Validator, ValidationError, ValidationErrorKind
 
 from tools.base import ToolConfigError, ToolsError
 from tools.function import FunctionTool
@@ -55,13 +52,8 @@ class LoadedTool:
 
     def validate(self, arguments: object) -> list[str]:
         """What is wrong with a call's arguments, one line a field; empty when nothing is."""
-        try:
-            if self._validator.is_valid(arguments):
-                return []
-            errors = sorted(self._validator.iter_errors(arguments), key=lambda error: [str(part) for part in error.absolute_path])
-            return [_argument_error(error) for error in errors[:MAX_ERRORS]]
-        except RecursionError:
-            return ["arguments: nested too deeply"]
+        errors = sorted(self._validator.iter_errors(arguments), key=_path)
+        return [_argument_error(error) for error in errors[:MAX_ERRORS]]
 
     def create_kwargs(self, given: Mapping[str, Any], ground_truth: Any = None) -> dict[str, Any]:
         """The keywords for this tool's `create`: a row's `create_kwargs`, and the ground truth where it is taken.
@@ -164,7 +156,7 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
     Raises ToolConfigError: a schema or a limit that cannot be used.
     """
     schema = copy.deepcopy(schema if schema is not None else _own_schema(tool))
-    name, parameters = check_schema(schema)
+    name, validator = check_schema(schema)
     config: Mapping[str, Any] = getattr(tool, "config", None) or {}
     check_config_keys(config, getattr(tool, "config_keys", None))
     verl = is_verl(type(tool))
@@ -174,7 +166,7 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
         schema=schema,
         ends_conversation=flag(config, "ends_conversation"),
         policy=read_policy(config, tool, verl=verl),
-        _validator=_Validator(parameters, registry=Registry()),
+        _validator=validator,
         _create=CreateSignature.of(tool.create, verl=verl),
     )
 
@@ -184,8 +176,8 @@ def is_verl(tool_class: type) -> bool:
     return any(base.__name__ == "BaseTool" and base.__module__.split(".")[0] == "verl" for base in tool_class.__mro__)
 
 
-def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
-    """The name and the parameters' JSON schema of an OpenAI function schema. Raises ToolConfigError naming the path."""
+def check_schema(schema: object) -> tuple[str, Draft202012Validator]:
+    """The name of an OpenAI function schema, and the validator of its parameters. Raises ToolConfigError naming the path."""
     function = schema.get("function") if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping):
         raise ToolConfigError("tool_schema must be {type: function, function: {name, description, parameters}}")
@@ -203,14 +195,14 @@ def check_schema(schema: object) -> tuple[str, dict[str, Any]]:
     if not isinstance(parameters, Mapping):
         raise ToolConfigError(f"{where} must be a JSON schema of type object, got {type(parameters).__name__}")
     try:
-        Draft202012Validator.check_schema(parameters, format_checker=Draft202012Validator.FORMAT_CHECKER)
-    except jsonschema.SchemaError as error:
-        path = ".".join([where, *(str(part) for part in error.absolute_path)])
-        raise ToolConfigError(f"{path} is not valid JSON schema: {_clip(error.message)}") from error
+        validator = Draft202012Validator(dict(parameters), offline=True)  # nothing is fetched, whatever a $ref names
+    except ValidationError as error:
+        if error.kind.name == "$ref":
+            raise ToolConfigError(f"{where}: a $ref points nowhere ({_clip(error.message)}); put what it names under $defs") from error
+        raise ToolConfigError(f"{'.'.join([where, *_path(error)])} is not valid JSON schema: {_clip(error.message)}") from error
     if "object" not in parameters.get("type", "object"):  # a list of types, or one
         raise ToolConfigError(f"{where} must be a JSON schema of type object, got type {parameters['type']}")
-    _check_references(parameters, where)
-    return name, dict(parameters)
+    return name, validator
 
 
 def _check_json(value: Any, where: str) -> None:
@@ -229,48 +221,6 @@ def _check_json(value: Any, where: str) -> None:
         raise ToolConfigError(f"{where} is a {type(value).__name__} ({value}), which JSON does not have; put it in quotes if it is text")
 
 
-def _check_references(parameters: Mapping[str, Any], where: str) -> None:
-    resolver = Registry().resolver_with_root(DRAFT202012.create_resource(parameters))
-    for reference in _references(parameters):
-        try:
-            resolver.lookup(reference)
-        except Unresolvable as error:
-            raise ToolConfigError(f"{where}: $ref {reference!r} points nowhere; put what it names under $defs") from error
-
-
-def _references(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        if isinstance(node.get("$ref"), str):
-            yield node["$ref"]
-        for value in node.values():
-            yield from _references(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _references(value)
-
-
-def _unique_items(validator: Any, unique: bool, instance: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
-    """jsonschema compares objects each with each: an array that a model can write in one turn would stop everybody for a minute."""
-    if unique and isinstance(instance, list) and len(set(map(_hashable, instance))) < len(instance):
-        yield jsonschema.ValidationError(f"{instance!r} has non-unique elements")
-
-
-def _hashable(value: Any) -> Any:
-    """Equal for what JSON schema holds to be equal: 1 and 1.0 are, 1 and true are not."""
-    if isinstance(value, bool):
-        return bool, value
-    if isinstance(value, list):
-        return list, tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return dict, frozenset((key, _hashable(item)) for key, item in value.items())
-    return value
-
-
-_Validator: type[Draft202012Validator] = jsonschema.validators.extend(  # type: ignore[no-untyped-call]
-    Draft202012Validator, {"uniqueItems": _unique_items}
-)
-
-
 def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
     if not isinstance(made, type):
         if isinstance(made, Tool):
@@ -285,23 +235,40 @@ def _own_schema(tool: Tool) -> Any:
     return schema.model_dump(exclude_unset=True, exclude_none=True) if hasattr(schema, "model_dump") else schema
 
 
-def _argument_error(error: jsonschema.ValidationError) -> str:
+def _argument_error(error: ValidationError) -> str:
     """The field and what is wrong with it; where several schemas would do, what is wrong by each of them."""
-    path = [str(part) for part in error.absolute_path]
+    path = _path(error)
     alternatives = []
-    for leaf in islice(_leaves(error), MAX_ERRORS) if error.context else ():
-        inside = ".".join(str(part) for part in list(leaf.absolute_path)[len(path) :])
-        alternatives.append(f"{inside}: {_clip(leaf.message)}" if inside else _clip(leaf.message))
-    said = f"{'.'.join(path) or 'arguments'}: {_clip(error.message)}"
+    for leaf in islice(_leaves(error), MAX_ERRORS) if _inner(error) else ():
+        inside = ".".join(_path(leaf)[len(path) :])
+        alternatives.append(f"{inside}: {_said(leaf)}" if inside else _said(leaf))
+    said = f"{'.'.join(path) or 'arguments'}: {_said(error)}"
     return f"{said} ({'; '.join(alternatives)})" if alternatives else said
 
 
-def _leaves(error: jsonschema.ValidationError) -> Iterator[jsonschema.ValidationError]:
+def _said(error: ValidationError) -> str:
+    """What is wrong. The validator names two of an enum's values; the model needs them all."""
+    if isinstance(error.kind, ValidationErrorKind.Enum):
+        instance, options = (json.dumps(value, ensure_ascii=False) for value in (error.instance, error.kind.options))
+        return f"{_clip(instance)} is not one of {_clip(options)}"
+    return _clip(error.message)
+
+
+def _leaves(error: ValidationError) -> Iterator[ValidationError]:
     """The errors that an `anyOf` or a `oneOf` comes down to, however deep."""
-    if not error.context:
+    if not (inner := _inner(error)):
         yield error
-    for inner in error.context or ():
-        yield from _leaves(inner)
+    for one in inner:
+        yield from _leaves(one)
+
+
+def _inner(error: ValidationError) -> list[ValidationError]:
+    """What is wrong by each of the schemas that would do, one after the other."""
+    return [inner for branch in getattr(error.kind, "context", ()) for inner in branch]
+
+
+def _path(error: ValidationError) -> list[str]:
+    return [str(part) for part in error.instance_path]
 
 
 def _clip(text: str) -> str:

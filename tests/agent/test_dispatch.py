@@ -103,9 +103,9 @@ async def test_wrong_calls_are_told_what_is_wrong() -> None:
     assert (unknown.status, unknown.name) == ("unknown_tool", "typo")
     assert unknown.response == "Error: there is no tool named 'typo'; the tools are: toy, other"
     assert invalid.status == missing.status == extra.status == "invalid_arguments"
-    assert invalid.response == "Error: invalid arguments for toy: do: 7 is not of type 'string'"
+    assert invalid.response == 'Error: invalid arguments for toy: do: 7 is not of type "string"'
     assert missing.response is not None
-    assert "'do' is a required property" in missing.response
+    assert '"do" is a required property' in missing.response
     assert malformed.status == "malformed"
     assert malformed.response is not None
     assert malformed.response.startswith("Error: malformed tool call: not valid JSON")

@@ -37,7 +37,7 @@ async def test_what_was_found_is_read_and_kept(smollm2: ChatTemplate, searching:
     assert json.loads(found.response or "")["result"].startswith('Doc 1 (Title: "Penicillin")\n')
     assert found.metrics == {"query_count": 1, "status": "success", "total_results": 3}
     assert json.loads(both.response or "")["result"].startswith('Doc 1 (Title: "Mona Lisa")\n')
-    assert wrong.response == "Error: invalid arguments for search: query_list: 'penicillin' is not of type 'array'"
+    assert wrong.response == 'Error: invalid arguments for search: query_list: "penicillin" is not of type "array"'
     assert empty.response == "query_list must be a list of one or more strings"
     assert found.response in [message["content"] for message in record.messages]
 

@@ -110,27 +110,28 @@ FINE: list[dict[str, Any]] = [
     {"stops": [{"place": {"name": "x", "geo": "geo:1,2"}}], "budget": 0.5, "leader": {"name": "A", "knows": [{"name": "B", "knows": []}]}},
 ]
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({}, "arguments: 'stops' is a required property"),
-    ({"stops": []}, "stops: [] should be non-empty"),
-    ({"stops": [{"place": {"name": "x"}}, {"nights": 1}]}, "stops.1: 'place' is a required property"),
-    ({"stops": [{"place": {"name": 7}}]}, "stops.0.place.name: 7 is not of type 'string'"),
-    ({"stops": [{"place": {"name": ""}}]}, "stops.0.place.name: '' should be non-empty"),
+    ({}, 'arguments: "stops" is a required property'),
+    ({"stops": []}, "stops: [] has less than 1 item"),
+    ({"stops": [{"place": {"name": "x"}}, {"nights": 1}]}, 'stops.1: "place" is a required property'),
+    ({"stops": [{"place": {"name": 7}}]}, 'stops.0.place.name: 7 is not of type "string"'),
+    ({"stops": [{"place": {"name": ""}}]}, 'stops.0.place.name: "" is shorter than 1 character'),
     ({"stops": [{"place": {"name": "x"}, "nights": -1}]}, "stops.0.nights: -1 is less than the minimum of 0"),
     (
         {"stops": [{"place": {"name": "x", "geo": ["46", 7]}}]},
-        "stops.0.place.geo: ['46', 7] is not valid under any of the given schemas"
-        " (0: '46' is not of type 'number'; ['46', 7] is not of type 'string')",
+        "stops.0.place.geo: [\"46\",7] is not valid under any of the schemas listed in the 'oneOf' keyword"
+        ' (0: "46" is not of type "number"; ["46",7] is not of type "string")',
     ),
-    ({"stops": [{"place": {"name": "x"}}], "mode": "fly"}, "mode: 'fly' is not one of ['walk', 'train', 'ÖV', 'null']"),
+    ({"stops": [{"place": {"name": "x"}}], "mode": "fly"}, 'mode: "fly" is not one of ["walk", "train", "ÖV", "null"]'),
     (
         {"stops": [{"place": {"name": "x"}}], "budget": {"low": "1", "top": 2}},
-        "budget: {'low': '1', 'top': 2} is not valid under any of the given schemas ({'low': '1', 'top': 2} is not of type 'number';"
-        " low: '1' is not of type 'number'; Additional properties are not allowed ('top' was unexpected))",
+        'budget: {"low":"1","top":2} is not valid under any of the schemas listed in the \'anyOf\' keyword'
+        ' ({"low":"1","top":2} is not of type "number"; low: "1" is not of type "number";'
+        " Additional properties are not allowed ('top' was unexpected))",
     ),
-    ({"stops": [{"place": {"name": "x"}}], "matrix": [[1], [1, 2.5]]}, "matrix.1.1: 2.5 is not of type 'integer'"),
+    ({"stops": [{"place": {"name": "x"}}], "matrix": [[1], [1, 2.5]]}, 'matrix.1.1: 2.5 is not of type "integer"'),
     (
         {"stops": [{"place": {"name": "x"}}], "leader": {"name": "A", "knows": [{"name": "B"}, {"name": None}]}},
-        "leader.knows.1.name: None is not of type 'string'",
+        'leader.knows.1.name: null is not of type "string"',
     ),
     ({"stops": [{"place": {"name": "x"}}], "modes": "walk"}, "arguments: Additional properties are not allowed ('modes' was unexpected)"),
 ]
@@ -154,11 +155,11 @@ async def test_wrong_arguments_are_answered_with_the_field_and_the_reason(yaml_f
 async def test_all_that_is_wrong_is_said_at_once(yaml_file: Path) -> None:
     errors = load_tools(yaml_file)["plan_trip"].validate({"stops": [{"place": {}}, 3], "mode": 1, "matrix": 2})
     assert errors == [
-        "matrix: 2 is not of type 'array'",
-        "mode: 1 is not of type 'string'",
-        "mode: 1 is not one of ['walk', 'train', 'ÖV', 'null']",
-        "stops.0.place: 'name' is a required property",
-        "stops.1: 3 is not of type 'object'",
+        'matrix: 2 is not of type "array"',
+        'mode: 1 is not of type "string"',
+        'mode: 1 is not one of ["walk", "train", "ÖV", "null"]',
+        'stops.0.place: "name" is a required property',
+        'stops.1: 3 is not of type "object"',
     ]
 
 
@@ -167,6 +168,6 @@ async def test_the_model_reads_what_was_wrong(smollm2: ChatTemplate, yaml_file: 
     engine = says(smollm2, call("plan_trip", stops=[{"place": {"name": 7}}]), "Sorry.")
     record: Trajectory = await run_one(Runtime(engine, smollm2, settings(), dispatcher))
     shown = smollm2.decode(record.response_ids)
-    said = "Error: invalid arguments for plan_trip: stops.0.place.name: 7 is not of type 'string'"
+    said = 'Error: invalid arguments for plan_trip: stops.0.place.name: 7 is not of type "string"'
     assert f"<tool_response>\n{said}\n</tool_response>" in shown
     assert [line.status for line in record.tool_calls] == ["invalid_arguments"]

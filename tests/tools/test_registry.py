@@ -103,14 +103,17 @@ def test_limits_are_read_from_config(write: Any) -> None:
     ("arguments", "errors"),
     [
         ({"points": [[1, 2]], "mode": None, "either": "abc", "deep": {"name": "x"}}, []),
-        ({}, ["arguments: 'points' is a required property"]),
-        ({"points": [[1, "2"]], "mode": 2}, ["mode: 2 is not one of [1, 'two', None]", "points.0.1: '2' is not of type 'number'"]),
-        ({"points": [], "deep": {}}, ["deep: 'name' is a required property"]),
+        ({}, ['arguments: "points" is a required property']),
+        ({"points": [[1, "2"]], "mode": 2}, ['mode: 2 is not one of [1, "two", null]', 'points.0.1: "2" is not of type "number"']),
+        ({"points": [], "deep": {}}, ['deep: "name" is a required property']),
         (
             {"points": [], "either": "long"},
-            ["either: 'long' is not valid under any of the given schemas ('long' is too long; 'long' is not of type 'integer')"],
+            [
+                "either: \"long\" is not valid under any of the schemas listed in the 'anyOf' keyword"
+                ' ("long" is longer than 3 characters; "long" is not of type "integer")'
+            ],
         ),
-        ([], ["arguments: [] is not of type 'object'"]),
+        ([], ['arguments: [] is not of type "object"']),
     ],
 )
 def test_wrong_arguments_are_answered_with_field_and_reason(write: Any, arguments: Any, errors: list[str]) -> None:
@@ -120,16 +123,25 @@ def test_wrong_arguments_are_answered_with_field_and_reason(write: Any, argument
 def test_an_error_about_a_huge_argument_is_short(write: Any) -> None:
     (error,) = load_tools(write([entry(NESTED)]))["nested"].validate({"points": "x" * 1_000_000})
     assert len(error) < 400
-    assert error.startswith("points: 'xxx")
-    assert error.endswith("is not of type 'array'")
+    assert error.startswith('points: "xxx')
+    assert error.endswith('is not of type "array"')
 
 
-def test_arguments_without_bottom_are_an_answer_too(write: Any) -> None:
+def test_arguments_as_deep_as_a_json_parser_reads_them_are_checked(write: Any) -> None:
     loaded = load_tools(write([entry(schema_with(type="object", additionalProperties={"$ref": "#"}))]))["f"]
-    arguments: dict[str, Any] = {}
+    arguments: Any = 7
     for _ in range(5000):
         arguments = {"a": arguments}
-    assert loaded.validate(arguments) == ["arguments: nested too deeply"]
+    (said,) = loaded.validate(arguments)
+    assert said.endswith('a.a: 7 is not of type "object"')
+
+
+def test_no_pattern_takes_for_ever(write: Any) -> None:
+    """A regular expression that backtracks without end would stop everybody: there is a limit to it."""
+    slow = {"plain": {"pattern": "^(a+)+$"}, "back": {"pattern": "^(?:(a+)\\1?)+(?=c)$"}}
+    loaded = load_tools(write([entry(schema_with(type="object", properties=slow))]))["f"]
+    assert loaded.validate({"back": "a" * 5000 + "b"}) == ["back: Error executing regex: Max limit for backtracking count exceeded"]
+    assert loaded.validate({"plain": "a" * 100 + "b"}) == [f'plain: "{"a" * 100}b" does not match "^(a+)+$"']
 
 
 async def test_verls_own_tool_runs_unchanged(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,8 +346,14 @@ REFUSED = [
         "tool_schema.function.parameters.properties.a.type is not valid JSON schema",
     ),
     ([entry(schema_with(properties={"a": {"pattern": "("}}))], "parameters.properties.a.pattern is not valid JSON schema"),
-    ([entry(schema_with(properties={"a": {"$ref": "#/$defs/A"}}))], "$ref '#/$defs/A' points nowhere"),
-    ([entry(schema_with(properties={"a": {"$ref": "http://localhost/a"}}))], "$ref 'http://localhost/a' points nowhere"),
+    (
+        [entry(schema_with(properties={"a": {"$ref": "#/$defs/A"}}))],
+        "a $ref points nowhere (Pointer '/$defs/A' does not exist); put what it names under $defs",
+    ),
+    (
+        [entry(schema_with(properties={"a": {"$ref": "http://localhost/a"}}))],
+        "a $ref points nowhere (Resource 'http://localhost/a' is not present",
+    ),
     ([entry(), entry()], "two tools are named 'calculate_answer'"),
     ([{"function": "json.dumps"}], "function must be written module:name"),
     ([{"function": "json:dump"}], "json:dump: function dump: parameter **kw cannot be given by name"),

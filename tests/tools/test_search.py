@@ -228,8 +228,8 @@ async def test_the_most_that_a_call_may_ask_for_is_answered(tmp_path: Path) -> N
 def test_the_schema_tells_the_rest() -> None:
     search = load_tools("search")["search"]
     assert search.validate({"query_list": ["x"]}) == []
-    assert search.validate({"query_list": "x"}) == ["query_list: 'x' is not of type 'array'"]
-    assert search.validate({"query_list": [1]}) == ["query_list.0: 1 is not of type 'string'"]
+    assert search.validate({"query_list": "x"}) == ['query_list: "x" is not of type "array"']
+    assert search.validate({"query_list": [1]}) == ['query_list.0: 1 is not of type "string"']
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
 def _wrong_argument(setup: Setup, code: str, rng: Random) -> Fault | None:
     name, argument = setup.code_name, setup.code_argument
     wrong = rng.choice([word for word in ("code", "python", "script", "input", "text", "expression") if word != argument])
-    problem = f"arguments: '{argument}' is a required property"
+    problem = f'arguments: "{argument}" is a required property'
     shipped = f"Error: invalid arguments for {name}: {problem}"
     told = _told(setup, rng, shipped, f"Invalid arguments: {problem}", f"missing argument '{argument}'")
     return Fault(call_text(name, {wrong: code}), told)
