@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from agent.errors import ConfigError
 from agent.interactions import load_interactions
 from agent.loop import Conversation, LoopSettings, Runtime
 from agent.manifest import versions
-from agent.verl_batch import batch_tasks
+from agent.verl_batch import batch_tasks, why_not_trained
 from conversations.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL, USER
@@ -32,6 +33,8 @@ from conversations.trajectory import Trajectory
 from conversations.truncate import cut_to_tokens
 from tools.registry import load_tools
 from tools.toolset import ToolSet
+
+logger = logging.getLogger(__name__)
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
 
@@ -95,10 +98,19 @@ class TrainerBatches:
         runtime = dataclasses.replace(self._runtime, settings=settings)
         conversations = [Conversation(task, sample, runtime) for task, sample in batch_tasks(prompts.non_tensor_batch)]
         count = len(conversations)
-        target = None if validate else int(count * (1 - self.config.over_sample_rate))
+        target = None if validate else max(1, int(count * (1 - self.config.over_sample_rate)))  # as verl does: one at least
+        ended: set[tuple[str, int]] = set()
         with self._store(validate, meta.get("global_steps")) as store:
-            await run_conversations(conversations, max_concurrent=max(count, 1), target=target, store=store)
-        return [conversation.trajectory() for conversation in conversations]
+            progress = await run_conversations(
+                conversations,
+                max_concurrent=max(count, 1),
+                target=target,
+                store=store,
+                on_done=lambda one: ended.add((one.task_id, one.sample)),
+            )
+        trajectories = [_as_it_ended(conversation.trajectory(), ended) for conversation in conversations]
+        _warn(trajectories, progress.lost)
+        return trajectories
 
     def _mode(self, validate: bool, do_sample: bool) -> Mapping[str, Any]:
         if not do_sample:
@@ -135,6 +147,19 @@ class TrainerBatches:
             "versions": versions(),
             "parent": None,
         }
+
+
+def _as_it_ended(one: Trajectory, ended: Container[tuple[str, int]]) -> Trajectory:
+    """Cut off is also what had stopped by itself, but whose rewards were still being asked for."""
+    return one if (one.task_id, one.sample) in ended else dataclasses.replace(one, stop_reason="cancelled")
+
+
+def _warn(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> None:
+    reasons = [reason for one in trajectories if (reason := why_not_trained(one))]
+    if reasons:
+        logger.warning("%d of %d conversations are not trained on; the first: %s", len(reasons), len(trajectories), reasons[0])
+    for record in lost:
+        logger.warning("a record is lost: %s", record)
 
 
 ROLLOUT_KEYS = ("prompt_length", "response_length", "calculate_log_probs", "temperature", "top_p", "top_k", "n", "over_sample_rate")

@@ -39,7 +39,7 @@ from agent.manifest import versions
 from agent.step_folders import StepFolders
 from agent.tasks import Task
 from agent.trainer import TrainerOptions, checked_options, loop_settings, run_config, tool_dispatcher
-from agent.verl_batch import batch_tasks
+from agent.verl_batch import batch_tasks, why_not_trained
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
 from conversations.trajectory import Trajectory
@@ -82,11 +82,12 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         engine = VerlClientEngine(self.server_manager, worker.description, self._request_id(kwargs))
         conversation = Conversation(worker.offered(task), sample, worker.runtime(engine, sampling_params))
         progress = await run_conversations([conversation], store=worker.store)
-        if conversation.infra_error:
-            logger.warning("conversation %s is not trained on: %s", task.id, conversation.error or "a tool's backend failed")
+        record = conversation.trajectory()
+        if reason := why_not_trained(record):
+            logger.warning("conversation %s is not trained on: %s", record.task_id, reason)
         for lost in progress.lost:
             logger.warning("a record is lost: %s", lost)
-        return worker.output(conversation, engine)
+        return worker.output(record, engine, conversation.user.rewards if conversation.user else [])
 
     def _request_id(self, columns: Mapping[str, Any]) -> str | None:
         """verl's own where runs must repeat; else None: a fresh one."""
@@ -154,9 +155,8 @@ class _Worker:
             settings = dataclasses.replace(settings, max_turns=min(settings.max_turns or rounds + 1, rounds + 1))
         return settings
 
-    def output(self, conversation: Conversation, engine: VerlClientEngine) -> AgentLoopOutput:
+    def output(self, one: Trajectory, engine: VerlClientEngine, turn_scores: list[float]) -> AgentLoopOutput:
         """What verl pads and trains on. verl left-truncates prompts over the budget: so is one that was never sampled after."""
-        one = conversation.trajectory()
         ids, mask, logprobs = one.response_ids, one.response_mask, [value or 0.0 for value in one.response_logprobs]
         if one.infra_error or one.stop_reason == "cancelled":
             mask = [0] * len(ids)
@@ -179,7 +179,7 @@ class _Worker:
             ),
             extra_fields={
                 **engine.fields,
-                "turn_scores": conversation.user.rewards if conversation.user else [],
+                "turn_scores": turn_scores,
                 "tool_rewards": [line.reward for line in one.tool_calls if line.reward is not None],
                 "extras": {"turntrace": _extras(one)},
             },

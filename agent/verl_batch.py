@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.errors import TaskError
-from agent.tasks import Task, row_hash, row_task, without_nulls
+from agent.tasks import Task, row_hash, row_task
 from conversations.errors import MessageError
 from conversations.padding import padded_batch
 from conversations.trajectory import Trajectory
@@ -27,23 +27,40 @@ ROW_KEYS = ("tools_kwargs", "interaction_kwargs", "data_source", "reward_model",
 def batch_tasks(columns: Mapping[str, Any]) -> list[tuple[Task, int]]:
     """(task, sample) of each row of a `non_tensor_batch`. Rows with the same `raw_prompt` are samples of one task.
 
-    A task's id is the hash of that. Raises TaskError for a row that is no task.
+    A task's id is the hash of that. The rows that verl repeats to fill up a batch look like any others: they are samples, too.
+    Raises TaskError for a row that is no task.
     """
     if "raw_prompt" not in columns:
         raise TaskError("the batch has no raw_prompt: set data.return_raw_chat=True")
     samples: Counter[str] = Counter()
     pairs = []
     for index, raw_prompt in enumerate(columns["raw_prompt"]):
-        row = {key: without_nulls(columns[key][index]) for key in ROW_KEYS if key in columns and columns[key][index] is not None}
-        messages = without_nulls(list(raw_prompt))
         try:
-            name = row_hash(messages)
-            task = row_task({"prompt": messages, **row}, name)
+            messages = _plain(raw_prompt)
+            row = {key: value for key in ROW_KEYS if key in columns and (value := _plain(columns[key][index])) is not None}
+            task = row_task({"prompt": messages, **row}, row_hash(messages))
         except (TaskError, MessageError, TypeError, ValueError) as error:
             raise TaskError(f"row {index} of the batch: {error}") from error
-        pairs.append((task, samples[name]))
-        samples[name] += 1
+        pairs.append((task, samples[task.id]))
+        samples[task.id] += 1
     return pairs
+
+
+def _plain(value: Any) -> Any:
+    """The value without null keys; numpy's arrays and numbers, which pandas leaves in rows, as Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def why_not_trained(one: Trajectory) -> str | None:
+    """Why nothing can be learnt from a trajectory, where nobody meant it so; None where something can."""
+    if one.infra_error:
+        return one.error or "a tool's backend failed"
+    if one.stop_reason == "prompt_too_long":
+        return f"the prompt of task {one.task_id} has {len(one.prompt_ids)} tokens, more than rollout.prompt_length"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +76,7 @@ class Shape:
 def batch_arrays(trajectories: Sequence[Trajectory], shape: Shape) -> dict[str, Any]:
     """The trajectories, in order, as numpy arrays [B, ...] by name. What was cut off (`cancelled`) is padding, as verl has it."""
     arrays = padded_batch(
-        [_trainable(one) for one in trajectories],
+        [_trainable(one, shape.prompt_length) for one in trajectories],
         prompt_length=shape.prompt_length,
         response_length=shape.response_length,
         pad_id=shape.pad_id,
@@ -82,7 +99,9 @@ def batch_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
-def _trainable(one: Trajectory) -> Trajectory:
+def _trainable(one: Trajectory, prompt_length: int) -> Trajectory:
+    """Rows of all ranks must be equally long: of a prompt over the budget, which was never sampled after, the end stands there."""
+    one = replace(one, prompt_ids=one.prompt_ids[-prompt_length:])
     if one.stop_reason == "cancelled":
         return replace(one, response_ids=[], response_mask=[], response_logprobs=[])
     if one.infra_error:

@@ -206,7 +206,7 @@ def test_prompts_show_the_schema_as_written(peers: Any) -> None:
     assert '"enum": null' in verls
 
 
-def test_infrastructure_failure_is_not_trained_on(peers: Any) -> None:
+def test_infrastructure_failure_is_not_trained_on(peers: Any, caplog: pytest.LogCaptureFixture) -> None:
     from agent.errors import EngineError
 
     def say(text: str) -> str | Exception:
@@ -214,6 +214,20 @@ def test_infrastructure_failure_is_not_trained_on(peers: Any) -> None:
 
     ours = peers.run(peers.ours(script(peers, say)), batch(peers, "one", "two"))
     assert ours.batch["response_mask"].sum(-1).tolist() == [0, len(peers.template.encode("Fine.")) + 1]
+    assert "1 of 2 conversations are not trained on; the first: gone" in caplog.text
+
+
+def test_a_prompt_over_the_budget_leaves_all_ranks_rows_equally_long(peers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """verl's are as long as the longest prompt: another rank's rows cannot be put together with them."""
+    rows = [batch(peers, "long " * 300), batch(peers, "short")]
+    ours, verls = ([peers.run(make(script(peers, echo)), row) for row in rows] for make in (peers.ours, peers.verls))
+    both = type(ours[0]).concat(ours)
+    assert both.batch["prompts"].shape == (2, 256)
+    assert both.batch["prompts"][0].tolist() == rows[0].batch["input_ids"][0][-256:].tolist()
+    assert both.batch["response_mask"].bool().any(-1).tolist() == [False, True]
+    assert "more than rollout.prompt_length" in caplog.text
+    with pytest.raises(RuntimeError):
+        type(verls[0]).concat(verls)
 
 
 # ---------------------------------------------------------------------- interactions, over-sampling, what is kept
@@ -258,6 +272,24 @@ def test_over_sampling_cuts_off_the_slow_and_pads_as_verl_does(peers: Any) -> No
     assert ours.non_tensor_batch["reward_scores"][2] == verls.non_tensor_batch["reward_scores"][2] == {}
 
 
+def test_over_sampling_waits_for_one_at_least(peers: Any) -> None:
+    """A rank's share of a batch may be a single row."""
+    given = batch(peers, "one")
+    ours, verls = (peers.run(make(script(peers, echo), over_sample_rate=0.5), given) for make in (peers.ours, peers.verls))
+    assert_equal(ours, verls)
+    assert ours.batch["response_mask"].any()
+
+
+def test_a_row_cut_off_before_its_reward_was_known_is_padding(peers: Any) -> None:
+    """It had stopped by itself; what is trained on has a reward."""
+    kwargs = [{"look": {}}, {"look": {"calc_reward_kwargs": {"wait_s": 60.0}}}]
+    given = batch(peers, "one", "two", tools_kwargs=kwargs)
+    ours, verls = (peers.run(make(script(peers, echo), tools=True, over_sample_rate=0.5), given) for make in (peers.ours, peers.verls))
+    assert_equal(ours, verls, ["responses", "response_mask"])
+    assert ours.batch["attention_mask"].any(-1).tolist() == [True, False]
+    assert ours.non_tensor_batch["reward_scores"].tolist() == verls.non_tensor_batch["reward_scores"].tolist()
+
+
 def test_validation_waits_for_everybody(peers: Any) -> None:
     given = batch(peers, "one", "slow", meta={"validate": True})
     said = script(peers, echo, slow=lambda text: 0.3 if "slow" in text else 0.0)
@@ -282,6 +314,28 @@ def test_each_batch_is_kept_where_the_config_says_so(peers: Any, tmp_path: Path)
     again = [sys.executable, "-m", "agent", "replay", str(run.path), "--out", str(tmp_path / "again")]
     replayed = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+
+
+def test_rows_as_pandas_reads_them(peers: Any, tmp_path: Path) -> None:
+    """numpy's arrays and numbers, in them as well; the record is the one of the same rows in Python's types."""
+    import numpy as np
+
+    said = {"role": "user", "content": np.array([{"type": "text", "text": "one"}], dtype=object)}
+    kwargs = {"look": {"create_kwargs": {"seed": np.int64(3), "hints": np.array(["a", None], dtype=object)}, "execute_kwargs": None}}
+    plain = {"look": {"create_kwargs": {"seed": 3, "hints": ["a", None]}}}
+    for name, prompt, row in (("numpy", np.array([said], dtype=object), kwargs), ("plain", [{"role": "user", "content": "one"}], plain)):
+        rollout = peers.ours(script(peers, three_looks), tools=True, engine_kwargs={"turntrace": {"save_to": str(tmp_path / name)}})
+        peers.run(rollout, batch(peers, "one", raw_prompt=[prompt], tools_kwargs=[row]))
+    one, other = (next(iter(open_run(next((tmp_path / name).iterdir())))) for name in ("numpy", "plain"))
+    assert (one.stop_reason, one.response_ids, one.extra) == (other.stop_reason, other.response_ids, other.extra)
+
+
+@pytest.mark.parametrize("prompt", [None, [], [7], [{"role": "user", "content": [{"type": "image"}]}]])
+def test_a_row_that_is_no_task_is_named(peers: Any, prompt: Any) -> None:
+    from agent.errors import TaskError
+
+    with pytest.raises(TaskError, match=r"^row 1 of the batch: [^\n]+$"):
+        peers.run(peers.ours(script(peers, echo)), batch(peers, "one", "two", raw_prompt=[[{"role": "user", "content": "one"}], prompt]))
 
 
 def test_options_that_verl_does_not_know_are_checked(peers: Any) -> None:

@@ -34,7 +34,10 @@ Say = Callable[[str], str | list[int] | Exception]
 
 
 class LookTool(BaseTool):  # type: ignore[misc]
-    """A tool of verl's kind: answers, or breaks where the question says so; its reward is the number of its calls."""
+    """A tool of verl's kind: answers, or breaks where the question says so; its reward is the number of its calls.
+
+    A row's `calc_reward_kwargs` may say `wait_s`.
+    """
 
     def __init__(self, config: dict[str, Any], tool_schema: Any) -> None:
         super().__init__(config, tool_schema)
@@ -51,7 +54,8 @@ class LookTool(BaseTool):  # type: ignore[misc]
             raise RuntimeError("the tool is broken")
         return ToolResponse(text=f"about {parameters['question']}"), 0.0, {}
 
-    async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
+    async def calc_reward(self, instance_id: str, wait_s: float = 0.0, **kwargs: Any) -> float:
+        await asyncio.sleep(wait_s)
         return float(self.calls.get(instance_id, 0))
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
