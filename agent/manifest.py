@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.config import Config
 from agent.model.base import ADAPTER_DIR, TOOLS_NAME
-from agent.redact import hidden_in
+from agent.redact import hidden_in, hidden_in_yaml
 from agent.tasks import task_file_hash
 from conversations.store import RUN, TRAJECTORIES
 
@@ -47,8 +47,8 @@ def run_manifest(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(argv),
         "config": config.resolved(),
-        "tools": tools.source_text if tools else None,
-        "interactions": interactions.source_text if interactions else None,
+        "tools": source(tools),
+        "interactions": source(interactions),
         "model": model_entry(config, model_dir),
         "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
         "limit": limit,
@@ -58,6 +58,11 @@ def run_manifest(
         "versions": versions(),
         "parent": None,
     }
+
+
+def source(loaded: ToolSet | Interactions | None) -> str | None:
+    """The YAML that tools or interactions came from, without the secrets in it; None without any."""
+    return hidden_in_yaml(loaded.source_text) if loaded else None
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -1,18 +1,29 @@
-"""What no file and no message may show: keys of servers, and the user and password of an address.
+"""What no file and no message may show: keys, tokens and passwords, and the user and password of an address.
 
-Invariant: every value that leaves the process as part of a config, a command or a record has passed through here.
+Invariant: every value that leaves the process as part of a config, a command or a record has passed through here. What
+is no secret stays as it was, letter by letter: a text in which nothing was hidden is the text that was given.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 HIDDEN = "..."
 _USERINFO = re.compile(r"(?<=://)[^/\s@?#]*(?:@[^/\s@?#]*)*@")
+_NAMED = re.compile(r"(?P<name>[\w-]+)=(?P<value>[^\s&'\"#,}\]]+)")
+_COMMENT = re.compile(r"(?P<before>(?:^|\s)#.*?(?P<name>[\w-]+)[\"']?\s*:\s*)(?P<value>[^\s#][^\n]*)")
+_REFERENCE = re.compile(r"\$\{?\w+")
+"""`${NAME}`: where a secret is, not what it is."""
+_PROPERTIES = re.compile(r"(?:[&!]\S*\s+)*")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_SECRETS = frozenset(
+    {"token", "secret", "password", "passwd", "passphrase", "authorization", "credential", "credentials", "cookie", "apikey"}
+)
 
 
 def without_userinfo(text: str) -> str:
@@ -21,9 +32,9 @@ def without_userinfo(text: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """A config's value with every `*api_key` and every address's user and password taken out."""
+    """A config's value with every secret and every address's user and password taken out."""
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items() if not _is_secret(key)}
+        return {key: without_secrets(item) for key, item in value.items() if not is_secret(key)}
     if isinstance(value, list):
         return [without_secrets(item) for item in value]
     return without_userinfo(value) if isinstance(value, str) else value
@@ -36,7 +47,7 @@ def hidden_in(word: str) -> str:
         return without_userinfo(word)
     if key == "--set":
         return f"{key}={hidden_in(text)}"
-    if _is_secret(key):
+    if is_secret(key):
         return f"{key}={HIDDEN}"
     try:
         value = yaml.safe_load(text)
@@ -46,13 +57,71 @@ def hidden_in(word: str) -> str:
     return word if hidden == value else f"{key}={hidden if isinstance(hidden, str) else json.dumps(hidden, default=str)}"
 
 
+def hidden_in_yaml(text: str) -> str:
+    """A YAML text with dots for each secret: of keys and headers named like one, of options, of addresses, of comments."""
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return HIDDEN
+    pieces, at = [], 0
+    for node, whole in sorted(set(_scalars(root, frozenset())), key=lambda found: (found[0].start_mark.index, not found[1])):
+        start, end = node.start_mark.index, node.end_mark.index
+        if start >= at:  # an alias stands where its anchor does
+            pieces += [text[at:start], _hidden_scalar(text[start:end], whole=whole)]
+            at = end
+    return _COMMENT.sub(_hidden_comment, "".join([*pieces, text[at:]]))
+
+
+def _scalars(node: yaml.Node | None, above: frozenset[int], *, whole: bool = False) -> Iterator[tuple[yaml.ScalarNode, bool]]:
+    """The scalars of a document, and of each whether the whole of it is a secret."""
+    if node is None or id(node) in above:
+        return
+    above |= {id(node)}
+    if isinstance(node, yaml.ScalarNode):
+        yield node, whole
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            is_scalar = isinstance(value, yaml.ScalarNode)
+            yield from _scalars(value, above, whole=is_secret(key.value) and (is_scalar or isinstance(value, yaml.SequenceNode)))
+    elif isinstance(node, yaml.SequenceNode):
+        option = ""
+        for item in node.value:
+            yield from _scalars(item, above, whole=whole or is_secret(option))
+            option = item.value if isinstance(item, yaml.ScalarNode) and re.fullmatch(r"--?[\w-]+", item.value) else ""
+
+
+def _hidden_scalar(text: str, *, whole: bool) -> str:
+    """A scalar as it is written: its anchor and the line break after a block stay."""
+    if not whole or _REFERENCE.search(text):
+        return _hidden_text(text)
+    found = _PROPERTIES.match(text)
+    return f'{found[0] if found else ""}"{HIDDEN}"' + ("\n" if text.endswith("\n") else "") if text.strip("'\" ") else text
+
+
+def _hidden_comment(found: re.Match[str]) -> str:
+    is_kept = not is_secret(found["name"]) or _REFERENCE.search(found["value"])
+    return found["before"] + (_hidden_text(found["value"]) if is_kept else HIDDEN)
+
+
 def _hidden(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: HIDDEN if _is_secret(key) and item is not None else _hidden(item) for key, item in value.items()}
+        return {key: HIDDEN if is_secret(key) and item is not None else _hidden(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_hidden(item) for item in value]
-    return _USERINFO.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
+    return _hidden_text(value) if isinstance(value, str) else value
 
 
-def _is_secret(key: object) -> bool:
-    return isinstance(key, str) and key.endswith("api_key")
+def _hidden_text(text: str) -> str:
+    """A text without what addresses and `name=value` in it would tell."""
+    return _NAMED.sub(_hidden_value, _USERINFO.sub(f"{HIDDEN}@", text))
+
+
+def _hidden_value(found: re.Match[str]) -> str:
+    is_kept = not is_secret(found["name"]) or _REFERENCE.match(found["value"])
+    return found[0] if is_kept else f"{found['name']}={HIDDEN}"
+
+
+def is_secret(name: object) -> bool:
+    """Whether a key, a header, an option or a variable of this name holds a secret: `api_key`, `X-Auth-Token`, `tavilyApiKey`."""
+    words = [word.lower() for word in _WORD.findall(name)] if isinstance(name, str) else []
+    return bool(words) and (words[-1] in _SECRETS or (words[-1] == "key" and len(words) > 1))

@@ -24,7 +24,7 @@ from agent.engines.engine import Engine
 from agent.errors import ConfigError
 from agent.interactions import load_interactions
 from agent.loop import Conversation, LoopSettings, Runtime
-from agent.manifest import versions
+from agent.manifest import source, versions
 from agent.verl_batch import batch_tasks, why_not_trained
 from conversations.store import RunFolder
 from conversations.template import ChatTemplate
@@ -140,7 +140,7 @@ class TrainerBatches:
         texts = {"tools": self._tools, "interactions": self._interactions}
         return {
             "config": config,
-            **{name: loaded.source_text if loaded else None for name, loaded in texts.items()},
+            **{name: source(loaded) for name, loaded in texts.items()},
             "validate": validate,
             "step": step,
             "trainer": {"rollout": _plain(dataclasses.asdict(self.config))},

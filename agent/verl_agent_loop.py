@@ -35,7 +35,7 @@ from agent.engines.verl_client import VerlClientEngine
 from agent.errors import ConfigError
 from agent.interactions import load_interactions
 from agent.loop import Conversation, LoopSettings, Runtime
-from agent.manifest import versions
+from agent.manifest import source, versions
 from agent.step_folders import StepFolders
 from agent.tasks import Task
 from agent.trainer import TrainerOptions, checked_options, loop_settings, run_config, tool_dispatcher
@@ -192,8 +192,8 @@ class _Worker:
         config["rollout"]["multi_turn"]["interaction_config_path"] = self.options.interaction_config_path
         manifest = {
             "config": config,
-            "tools": self.tools.source_text if self.tools else None,
-            "interactions": self.interactions.source_text if self.interactions else None,
+            "tools": source(self.tools),
+            "interactions": source(self.interactions),
             "step": step,
             "trainer": {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options.model_dump(mode="json")},
             "versions": versions(),

@@ -21,7 +21,7 @@ from agent.engines.scripted import recorded
 from agent.errors import AgentError
 from agent.interactions import load_interactions
 from agent.loop import Runtime
-from agent.manifest import command_line, model_entry, parent_entry, versions
+from agent.manifest import command_line, model_entry, parent_entry, source, versions
 from agent.progress import Display, counts, say
 from agent.replay.compare import Scope
 from agent.replay.conversation import ReplayedConversation, played_back
@@ -178,7 +178,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(request.argv),
         "config": config.resolved(),
-        "tools": (plan.tools.source_text if plan.tools else None) if request.live_tools else earlier.get("tools"),
+        "tools": source(plan.tools) if request.live_tools else earlier.get("tools"),
         "interactions": _interactions(plan),
         "model": model_entry(config, config.model_dir()) if request.live_model else earlier.get("model"),
         "tasks": earlier.get("tasks"),
@@ -195,7 +195,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
 def _interactions(plan: Plan) -> str | None:
     """The text of the interactions: those that will run, else the parent's."""
     path = started_config(plan.config, plan.request).interaction_config_path
-    text: str | None = load_interactions(path).source_text if path else plan.run.manifest.get("interactions")
+    text: str | None = source(load_interactions(path)) if path else plan.run.manifest.get("interactions")
     return text
 
 
