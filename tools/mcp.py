@@ -28,6 +28,7 @@ MAX_DEPTH = 64
 """How deep arguments may be nested. Some more, and the SDK's serializer would end the connection with an error."""
 
 SLACK_S = 10.0
+HEAR_S = 0.5
 
 T = TypeVar("T")
 
@@ -213,6 +214,8 @@ def _run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
 
     threading.Thread(target=work, name="turntrace-mcp", daemon=True).start()
     try:
+        while not outcome.done():  # a Ctrl-C just before a wait is heard only after it
+            concurrent.futures.wait((outcome,), timeout=HEAR_S)
         return outcome.result()
     except KeyboardInterrupt:  # what was started is ended first
         loop.call_soon_threadsafe(task.cancel)
