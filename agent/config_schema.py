@@ -75,7 +75,8 @@ class Trace(Section):
 class Server(Section):
     """The SGLang servers of `name: sglang_server`. Times are seconds. `urls` and `api_key` are ours.
 
-    `max_attempts`: how often one turn is sent at most; `max_start_wait_time`: how long turns wait while no server is up.
+    `max_attempts`: how often one turn is sent at most; `max_start_wait_time`: how long turns wait while no server is up or
+    the queue is full.
     """
 
     timeout: PositiveFloat = 3600.0

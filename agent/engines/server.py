@@ -1,30 +1,37 @@
 """One SGLang server: its native HTTP API, and whether it is up.
 
-Invariant: `is_up` is false from the moment a request found the server gone until `/health` answers again and it still
-serves the model it served before; nobody but the watcher asks meanwhile.
+Invariant: `is_up` is false from the moment a request found the server gone, or a check found it unwell, until `/health`
+answers again and it still serves the model it served before; nobody but the watcher asks meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
+import time
 import weakref
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 
-from agent.errors import ConfigError, EngineError
+from agent.engines.address import CONNECT_TIMEOUT_S, authorization, client, proxied, server_url
+from agent.engines.health import NotReadyError, reason, refusal, what_it_serves
+from agent.errors import EngineError
 from agent.redact import without_userinfo
 
-CONNECT_TIMEOUT_S = 10.0
-KEEPALIVE_S = 2.0
-"""Idle connections are dropped before the server does it (after 5 s), which would break the turn that takes one up then."""
 HEALTH_EVERY_S = 1.0
+HEALTH_S = 30.0
+"""How long a check may take: SGLang's `/health` has the model sample a token, and waits 20 s for it."""
+SILENCE_S = 30.0
+"""While turns are waited for and none has come for so long, the server is asked whether it is well."""
 POOL_SIZE = 4
 """Connections in one httpx client: for each request it walks all that it has, which costs 10 ms of CPU with 256 of them."""
-
-INFO_KEYS = ("model_path", "version", "dtype")
+CONTROL_CONNECTIONS = 100
+BUSY = (408, 429, 502, 503)
+"""A queue that is full, the server's own or a router's, and a proxy whose server is not there just now."""
 
 
 class ServerLostError(Exception):
@@ -35,45 +42,50 @@ class ServerFailedError(Exception):
     """The server is there and answered with a 5xx."""
 
 
+class ServerBusyError(Exception):
+    """The server takes no request just now. `retry_after_s` is when it will, None where it does not say."""
+
+    def __init__(self, text: str, retry_after_s: float | None) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
 class Server:
-    """`conversations` are the tasks whose turns it serves. `changed` is called when `is_up` changes."""
+    """`conversations` are the tasks whose turns it serves. `changed` is called when `is_up` changes.
+
+    `info` is what it said of itself first. `outages` counts the times it was found to hang: what was asked before is lost.
+    Raises ConfigError for an address or a key that is none.
+    """
 
     def __init__(self, url: str, api_key: str | None, *, max_connections: int, read_timeout_s: float, changed: Callable[[], None]) -> None:
-        self.url = without_userinfo(url.rstrip("/"))
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"rollout.server.urls: {self.url!r} must start with http:// or https://")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        address, headers, context = server_url(url), authorization(api_key), httpx.create_ssl_context()
+        self.url = without_userinfo(str(address))
         # A turn that waits in the pool would wait in the server's queue otherwise: no limit on that time.
         timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
-        context = httpx.create_ssl_context()
-        self._clients = [
-            httpx.AsyncClient(
-                base_url=url,
-                headers=headers,
-                timeout=timeout,
-                verify=context,
-                limits=httpx.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=KEEPALIVE_S),
-            )
-            for size in _pool_sizes(max_connections)
-        ]
         self._free = _pool_sizes(max_connections)
+        self._clients = [client(address, headers, timeout, context, size) for size in self._free]
         # Aborts and health checks must not queue behind the generations that fill the pool.
-        self._control = httpx.AsyncClient(base_url=url, headers=headers, timeout=CONNECT_TIMEOUT_S)
+        timeout = httpx.Timeout(HEALTH_S, connect=CONNECT_TIMEOUT_S)
+        self._control = client(address, headers, timeout, context, CONTROL_CONNECTIONS)
+        self._proxied = proxied(address)
         self._changed = changed
         self._watcher: asyncio.Task[None] | None = None
+        self._heard = time.monotonic()
         self.info: dict[str, Any] = {}
         self.is_up = True
+        self.outages = 0
         self.trouble = ""
         self.conversations: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     async def ready(self) -> dict[str, Any]:
-        """What the server says of itself. Raises httpx.HTTPError or ValueError unless it is healthy."""
-        (await self._control.get("/health")).raise_for_status()
-        told = (await self._control.get("/get_server_info")).raise_for_status().json()
-        return {key: told[key] for key in INFO_KEYS if key in told} if isinstance(told, dict) else {}
+        """What the server says of itself; nothing, where it is a router that does not. Raises NotReadyError unless it is well."""
+        try:
+            return await what_it_serves(self._control)
+        except NotReadyError as error:
+            raise NotReadyError(f"{error}{self._proxied}") from error.__cause__
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`POST /generate`, once. Raises ServerLostError, ServerFailedError, and EngineError where asking again is no use."""
+        """`POST /generate`, once. Raises the errors above, and EngineError where asking again is no use."""
         try:
             response = await self._post(body)
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
@@ -81,8 +93,11 @@ class Server:
             raise EngineError(f"{self.url} did not answer within its timeout: {reason(error)}") from error
         except httpx.HTTPError as error:
             raise ServerLostError(reason(error)) from error
+        self._heard = time.monotonic()
+        if response.status_code in BUSY:
+            raise ServerBusyError(refusal(response), retry_after_s(response))
         if response.status_code >= 500:
-            raise ServerFailedError(f"status {response.status_code}: {_message(response)}")
+            raise ServerFailedError(refusal(response))
         return _answer(response)
 
     async def _post(self, body: dict[str, Any]) -> httpx.Response:
@@ -97,42 +112,52 @@ class Server:
     async def abort(self, rid: str) -> None:
         """Stops a request; one that the server does not know is ignored."""
         with contextlib.suppress(httpx.HTTPError):  # the server is gone, and the request with it
-            await self._control.post("/abort_request", json={"rid": rid})
+            await self._control.post("/abort_request", json={"rid": rid}, timeout=CONNECT_TIMEOUT_S)
 
     def lost(self, trouble: str) -> None:
-        """Takes the server out until it answers again."""
-        self.trouble = trouble
-        if self.is_up:
-            self.is_up = False
+        """Takes the server out until it is well again."""
+        self._set_up(False, trouble)
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Has the server checked, and taken out unless it is well."""
+        if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
-            self._changed()
+
+    def doubt_if_silent(self) -> None:
+        """The same where nothing has come from it for a while, as from one that hangs."""
+        if time.monotonic() - self._heard >= SILENCE_S:
+            self.doubt()
 
     async def _watch(self) -> None:
-        while True:
-            if await self._is_back():
-                break
+        while trouble := await self._unwell():
+            self._set_up(False, trouble)
             await asyncio.sleep(HEALTH_EVERY_S)
-        self.is_up = True
+        self._heard = time.monotonic()
+        self._set_up(True, "")
+
+    def _set_up(self, is_up: bool, trouble: str) -> None:
+        self.is_up, self.trouble = is_up, trouble
         self._changed()
 
-    async def _is_back(self) -> bool:
+    async def _unwell(self) -> str:
+        """What is wrong with the server; empty where nothing is."""
         try:
             found = await self.ready()
-        except (httpx.HTTPError, ValueError) as error:
-            self.trouble = reason(error)
-            return False
+        except NotReadyError as error:
+            self.outages += isinstance(error.__cause__, httpx.TimeoutException)
+            return str(error)
         served, serves = self.info.get("model_path"), found.get("model_path")
-        if self.info and serves != served:  # one conversation is never sampled by two models
-            self.trouble = f"it came back with {serves} where it had {served}"
-            return False
-        return True
+        if served and serves and serves != served:  # one conversation is never sampled by two models
+            return f"it came back with {serves} where it had {served}"
+        return ""
 
     async def close(self) -> None:
         """Closes the connections; the server goes on. Safe to call twice."""
         if self._watcher:
             self._watcher.cancel()
-        for client in (*self._clients, self._control):
-            await client.aclose()
+        for one in (*self._clients, self._control):
+            await one.aclose()
 
 
 def _pool_sizes(connections: int) -> list[int]:
@@ -140,29 +165,22 @@ def _pool_sizes(connections: int) -> list[int]:
     return [min(POOL_SIZE, connections - start) for start in range(0, connections, POOL_SIZE)]
 
 
-def reason(error: Exception) -> str:
-    """An httpx error for a message: without the password of an address, never empty."""
-    return without_userinfo(str(error)) or type(error).__name__
+def retry_after_s(response: httpx.Response) -> float | None:
+    """The header's seconds, or those until its date."""
+    given = response.headers.get("retry-after", "")
+    try:
+        return float(given) if given.isdigit() else (email.utils.parsedate_to_datetime(given) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return None
 
 
 def _answer(response: httpx.Response) -> dict[str, Any]:
     if response.status_code != 200:
-        raise EngineError(f"the server refused the request with status {response.status_code}: {_message(response)}")
+        raise EngineError(f"the server refused the request with {refusal(response)}")
     try:
         answer = response.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"the server's answer is not JSON: {response.text[:200]!r}") from error
     if not isinstance(answer, dict):
         raise EngineError(f"the server's answer is a {type(answer).__name__}, not an object")
     return answer
-
-
-def _message(response: httpx.Response) -> str:
-    """The server's own words, in one line."""
-    try:
-        body = response.json()
-        error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
-        text = response.text
-    return " ".join(str(text).split())[:500]

@@ -216,8 +216,13 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
         logprobs=logprobs,
         finish_reason=reason["type"],
         prompt_tokens=meta.get("prompt_tokens"),
-        cached_tokens=meta.get("cached_tokens"),
-        queue_s=meta.get("queue_time"),
-        engine_s=meta.get("e2e_latency"),
-        weight_version=meta.get("weight_version"),
+        cached_tokens=_number(meta.get("cached_tokens")),
+        queue_s=_number(meta.get("queue_time")),
+        engine_s=_number(meta.get("e2e_latency")),
+        weight_version=None if (version := meta.get("weight_version")) is None else str(version),
     )
+
+
+def _number(told: Any) -> Any:
+    """What is told beside the tokens, where it can stand in a record: a conversation is not lost for a latency of NaN."""
+    return told if type(told) in (int, float) and math.isfinite(told) else None

@@ -2,23 +2,23 @@
 
 Invariants: `/generate` is called for a conversation's turns only. A conversation stays with one server while that is
 up, where its prefix is cached. A turn is sent again only when its answer can no longer come (no connection, one that
-broke, a 5xx), each time under a request id of its own, the one before aborted; since a conversation owns its tokens it
-goes on from its last turn, on any server. A cancelled turn is aborted on its server. Answers are checked as those of
-the in-process engine are.
+broke, a server that hangs, a 5xx, a full queue), each time under a request id of its own, the one before aborted; since
+a conversation owns its tokens it goes on from its last turn, on any server. A cancelled turn is aborted on its server.
+Answers are checked as those of the in-process engine are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
-
 from agent.engines.engine import Generation, SamplingParams
-from agent.engines.server import Server, ServerFailedError, ServerLostError, reason
+from agent.engines.health import NotReadyError
+from agent.engines.server import SILENCE_S, Server, ServerBusyError, ServerFailedError, ServerLostError
 from agent.engines.sglang import check_sampling, interruption, read_answer
 from agent.errors import ConfigError, EngineError, EngineStartError
 
@@ -28,8 +28,8 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
 class SGLangServerEngine:
     """The servers at `urls`. `max_connections`, of each, should be the number of conversations that run at once.
 
-    A turn may take `read_timeout_s` and is sent `attempts` times at most; while no server is up it waits, `wait_s` at
-    most, which is what a restart may take. Raises ConfigError for an address that is none.
+    A turn may take `read_timeout_s` and is sent `attempts` times at most; while no server is up, or its server's queue
+    is full, it waits, `wait_s` at most, which is what a restart may take. Raises ConfigError for an address that is none.
     """
 
     def __init__(
@@ -55,22 +55,34 @@ class SGLangServerEngine:
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def connect(self) -> None:
-        """Checks that every server is up and that all serve the same model. Raises EngineStartError."""
-        await asyncio.gather(*(self._connect(server) for server in self._servers))
-        models = {str(server.info.get("model_path")): server.url for server in self._servers}
-        if len(models) > 1:
-            served = ", ".join(f"{url} {model}" for model, url in models.items())
-            raise EngineStartError(f"the servers of rollout.server.urls serve different models: {served}")
+        """Checks that every server is up and that all serve the same model. Raises EngineStartError, everything closed."""
+        try:
+            await asyncio.gather(*(self._connect(server) for server in self._servers))
+            models = {model: server.url for server in self._servers if (model := server.info.get("model_path"))}
+            if len(models) > 1:
+                served = ", ".join(f"{url} {model}" for model, url in models.items())
+                raise EngineStartError(f"the servers of rollout.server.urls serve different models: {served}")
+        except BaseException:
+            await self.close()
+            raise
 
     async def _connect(self, server: Server) -> None:
         try:
             server.info = await server.ready()
-        except (httpx.HTTPError, ValueError) as error:
-            raise EngineStartError(f"no SGLang server is ready at {server.url}: {reason(error)}; check rollout.server.urls") from error
+        except NotReadyError as error:
+            raise EngineStartError(f"no SGLang server is ready at {server.url}: {error}; check rollout.server.urls") from error
 
     def describe(self) -> dict[str, Any]:
-        """Name and addresses, and after `connect` what the servers say of themselves."""
-        return {"name": "sglang_server", "url": " ".join(server.url for server in self._servers), **self._servers[0].info}
+        """Name and addresses, and after `connect` what the servers say of themselves; a turn says with which weights it was sampled."""
+        told = {key: value for key, value in self._told().items() if key != "weight_version"}
+        return {"name": "sglang_server", "url": " ".join(server.url for server in self._servers), **told}
+
+    def served(self) -> dict[str, str]:
+        """The model and the version of its weights as `connect` found them; without what nobody tells."""
+        return {key: value for key, value in self._told().items() if key in ("model_path", "weight_version")}
+
+    def _told(self) -> dict[str, str]:
+        return next((server.info for server in self._servers if server.info), {})
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
         """Samples one turn. Raises EngineError when a server refuses, answers nonsense, or none can be reached."""
@@ -84,28 +96,40 @@ class SGLangServerEngine:
             self._requests.pop(request_id, None)
 
     async def _ask(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
-        for attempt in range(1, self._attempts + 1):
+        tries = Tries(self._attempts, self._wait_s)
+        rid = request_id
+        while True:
             server = await self._server()
-            rid = request_id if attempt == 1 else uuid.uuid4().hex
             self._requests[request_id] = server, rid
-            answer = asyncio.ensure_future(server.generate({"rid": rid, **body}))
             try:
-                await asyncio.wait((answer,))
-                return answer.result()
-            except ServerFailedError as error:
-                failure = str(error)
-            except ServerLostError as error:
-                failure = str(error)
-                server.lost(failure)
-            except asyncio.CancelledError:
+                return await self._answer(server, {"rid": rid, **body})
+            except ServerBusyError as error:
+                server.doubt()
+                pause_s = tries.after_busy_s(server.url, error)
+            except (ServerFailedError, ServerLostError) as error:
+                if isinstance(error, ServerLostError):
+                    server.lost(str(error))
                 self._abort_in_background(server, rid)
-                cut_off = await interruption(answer)
-                answer.cancel()
-                raise cut_off from None
-            self._abort_in_background(server, rid)
-            if attempt < self._attempts:
-                await asyncio.sleep(_backoff_s(attempt))
-        raise EngineError(f"{server.url} failed, the turn was tried {self._attempts} times, last with {failure}")
+                pause_s = tries.after_failure_s(server.url, error)
+            await asyncio.sleep(pause_s)
+            rid = uuid.uuid4().hex
+
+    async def _answer(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer, waited for while it is not found to hang."""
+        outages = server.outages
+        answer = asyncio.ensure_future(server.generate(body))
+        try:
+            while not (await asyncio.wait((answer,), timeout=SILENCE_S))[0]:
+                if server.outages > outages:
+                    answer.cancel()
+                    raise ServerLostError(f"it hangs: {server.trouble}")
+                server.doubt_if_silent()
+            return answer.result()
+        except asyncio.CancelledError:
+            self._abort_in_background(server, body["rid"])
+            cut_off = await interruption(answer)
+            answer.cancel()
+            raise cut_off from None
 
     async def _server(self) -> Server:
         """The server of the conversation that asks, which is the running task; where that is down, the least loaded one."""
@@ -150,6 +174,31 @@ class SGLangServerEngine:
         await asyncio.gather(*self._aborts)
         for server in self._servers:
             await server.close()
+
+
+class Tries:
+    """How often and how long one turn is tried: `attempts` times where servers fail, for `wait_s` where they are busy."""
+
+    def __init__(self, attempts: int, wait_s: float) -> None:
+        self._attempts, self._wait_s = attempts, wait_s
+        self._failed = self._busy = 0
+        self._until: float | None = None
+
+    def after_failure_s(self, url: str, error: Exception) -> float:
+        """How long to wait before the next try. Raises EngineError after the last one."""
+        self._failed, self._busy, self._until = self._failed + 1, 0, None
+        if self._failed == self._attempts:
+            raise EngineError(f"{url} failed, the turn was tried {self._attempts} times, last with {error}") from error
+        return _backoff_s(self._failed)
+
+    def after_busy_s(self, url: str, error: ServerBusyError) -> float:
+        """The same after an answer that the server takes none now: no sooner than it said, and not counted among the tries."""
+        now = time.monotonic()
+        self._until = self._until or now + self._wait_s
+        if now >= self._until:
+            raise EngineError(f"{url} took no request for {self._wait_s:g} s, last with {error}") from error
+        self._busy += 1
+        return min(max(0.0, error.retry_after_s or 0.0) + _backoff_s(self._busy), self._until - now)
 
 
 def _backoff_s(attempt: int) -> float:

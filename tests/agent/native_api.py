@@ -30,7 +30,10 @@ Behaviour = Callable[["Server", dict[str, Any]], Awaitable[Response]]
 
 
 class Server:
-    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the last one for ever."""
+    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the last one for ever.
+
+    `says` has answers to GET that are others than a server's own, by path. One that `hangs` takes connections, and no more.
+    """
 
     def __init__(self, *behaviours: Behaviour) -> None:
         self.behaviours = list(behaviours)
@@ -43,7 +46,10 @@ class Server:
         self.waiting: dict[str, asyncio.Event] = {}
         self.url = ""
         self.up = True
+        self.hangs = False
         self.model = "/models/m"
+        self.weights = "default"
+        self.says: dict[str, Response] = {}
 
     async def generate(self, request: Request) -> Response:
         self.bodies.append(await request.json())
@@ -59,11 +65,19 @@ class Server:
             waiting.set()
         return Response(status_code=200)
 
-    async def health(self, request: Request) -> Response:
-        return Response(status_code=200 if self.up else 503)
-
-    async def info(self, request: Request) -> Response:
-        return JSONResponse({"model_path": self.model, "version": "9.9", "dtype": "auto", "api_key": "secret"})
+    async def told(self, request: Request) -> Response:
+        """`/health`, `/get_server_info` and what else may be asked for."""
+        path = request.url.path
+        if self.hangs:
+            await self.release.wait()
+        if path in self.says:
+            return self.says[path]
+        if path == "/health":
+            return Response(status_code=200 if self.up else 503)
+        if path == "/get_server_info":
+            told = {"model_path": self.model, "version": "9.9", "dtype": "auto", "weight_version": self.weights, "api_key": "secret"}
+            return JSONResponse(told)
+        return Response(status_code=405 if path == "/generate" else 404)
 
 
 def app(server: Server) -> Starlette:
@@ -72,8 +86,7 @@ def app(server: Server) -> Starlette:
         routes=[
             Route("/generate", server.generate, methods=["POST"]),
             Route("/abort_request", server.abort, methods=["POST"]),
-            Route("/health", server.health),
-            Route("/get_server_info", server.info),
+            Route("/{path:path}", server.told),
         ]
     )
 
@@ -118,9 +131,9 @@ async def _cut_off() -> AsyncIterator[bytes]:
     raise ConnectionResetError
 
 
-def status(code: int, body: Any) -> Behaviour:
+def status(code: int, body: Any, **headers: str) -> Behaviour:
     async def behaviour(server: Server, request: dict[str, Any]) -> Response:
-        return PlainTextResponse(body, code) if isinstance(body, str) else JSONResponse(body, code)
+        return PlainTextResponse(body, code, headers) if isinstance(body, str) else JSONResponse(body, code, headers)
 
     return behaviour
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.responses import Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 
 from agent.engines import server as one_server
 from agent.engines import sglang, sglang_server
@@ -108,10 +108,34 @@ async def test_a_server_error_is_tried_again_under_a_fresh_request_id() -> None:
 
 
 async def test_retries_have_an_end() -> None:
-    async with serving(Server(status(502, "bad gateway"))) as server, engine_of(server, attempts=3) as engine:
-        with pytest.raises(EngineError, match="tried 3 times, last with status 502: bad gateway"):
+    async with serving(Server(status(504, "too late"))) as server, engine_of(server, attempts=3) as engine:
+        with pytest.raises(EngineError, match="tried 3 times, last with status 504: too late"):
             await sample(engine, [1])
         assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize("code", [408, 429, 502, 503])
+async def test_a_full_queue_is_waited_for_and_is_no_failure(code: int) -> None:
+    """A router's limit on requests, SGLang's on its queue, a proxy whose server starts again."""
+    busy = [status(code, "queue full")] * 4
+    async with serving(Server(*busy, answers)) as server, engine_of(server, attempts=2) as engine:
+        assert (await sample(engine, [1])).token_ids == [5, 2]
+        assert len(server.bodies) == 5
+
+
+async def test_a_full_queue_is_not_waited_for_without_end() -> None:
+    async with serving(Server(status(429, "queue full"))) as server, engine_of(server, wait_s=0.1) as engine:
+        with pytest.raises(EngineError, match=r"took no request for 0\.1 s, last with status 429: queue full"):
+            await sample(engine, [1])
+
+
+@pytest.mark.parametrize(
+    ("given", "least_s", "most_s"), [("7", 7, 8), ("0", 0, 1), ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 1), ("soon", 0, 1), (None, 0, 1)]
+)
+def test_no_sooner_than_the_server_says(given: str | None, least_s: float, most_s: float) -> None:
+    response = httpx.Response(429, headers={"Retry-After": given} if given else {})
+    busy = one_server.ServerBusyError("full", one_server.retry_after_s(response))
+    assert least_s <= sglang_server.Tries(8, 300.0).after_busy_s("http://h", busy) <= most_s
 
 
 async def test_a_refused_connection_is_waited_for() -> None:
@@ -163,6 +187,13 @@ async def test_an_answer_that_is_none_is_an_engine_error(body: str) -> None:
     async with serving(Server(status(200, body))) as server, engine_of(server) as engine:
         with pytest.raises(EngineError, match=r"^[^\n]+$"):
             await sample(engine, [1])
+
+
+@pytest.mark.parametrize("told", ["soon", float("nan"), [1], True, None])
+def test_a_figure_that_is_none_does_not_cost_the_turn(told: Any) -> None:
+    meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 5, None]], "weight_version": 3}
+    answer = {"output_ids": [5], "meta_info": {**meta, "cached_tokens": told, "queue_time": told, "e2e_latency": told}}
+    assert sglang.read_answer(answer) == Generation([5], [-0.5], "stop", weight_version="3")
 
 
 # ---------------------------------------------------------------------- stopping
@@ -246,10 +277,115 @@ async def test_a_request_id_in_flight_is_refused() -> None:
         await running
 
 
-@pytest.mark.parametrize("urls", [[], ["http://a", "http://a/"], ["localhost:30000"]])
+# ---------------------------------------------------------------------- at the start
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        [],
+        ["http://a", "http://a/"],
+        ["localhost:30000"],
+        ["http://"],
+        ["http:///x"],
+        ["http://h:port"],
+        ["http://h:99999"],
+        ["http://[::1"],
+        ["http://h/?key=1"],
+        ["http://h/#x"],
+        ["http://me:s3cret@h:port"],
+    ],
+)
 def test_different_http_addresses_are_asked_for(urls: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"^rollout\.server\.urls[^\n]+$"):
+    with pytest.raises(ConfigError, match=r"^rollout\.server\.urls[^\n]+$") as raised:
         SGLangServerEngine(urls)
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", ["http://h", "http://h:1/path/", "https://h//", "http://[::1]:30000", "http://me:x@h:1"])
+async def test_an_address_may_have_a_path_and_a_slash_at_its_end(url: str) -> None:
+    engine = SGLangServerEngine([url])
+    assert not engine.describe()["url"].endswith("/")
+    await engine.close()
+
+
+@pytest.mark.parametrize("key", ["k\u00fcy", "s3cret\nX-More: 1", "a\x00b"])
+def test_a_key_that_is_no_header_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"^rollout\.server\.api_key [^\n]+$") as raised:
+        SGLangServerEngine(["http://h"], key)
+    assert "s3cret" not in str(raised.value)
+
+
+async def test_the_newline_of_a_keys_file_is_no_part_of_it() -> None:
+    async with serving(Server(answers)) as server, engine_of(server, api_key="k\n") as engine:
+        await sample(engine, [1])
+        assert server.headers[0]["authorization"] == "Bearer k"
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "says"),
+    [
+        ("/get_server_info", JSONResponse({"error": "Unauthorized"}, 401), "status 401: Unauthorized; check rollout.server.api_key"),
+        ("/get_server_info", PlainTextResponse("<html>\nhello"), "was answered with no JSON but '<html>"),
+        ("/get_server_info", PlainTextResponse('{"model_path": '), "was answered with no JSON but"),
+        ("/health", RedirectResponse("https://me:s3cret@h/x"), "status 307: a redirect to https://h/x; redirects are not followed"),
+        ("/health", Response(status_code=503), "GET /health: status 503; check rollout.server.urls"),
+    ],
+)
+async def test_what_is_wrong_at_the_start_is_one_line(path: str, answer: Response, says: str) -> None:
+    async with serving(Server(answers)) as server:
+        server.says[path] = answer
+        engine = SGLangServerEngine([server.url], "k")
+        with pytest.raises(EngineStartError, match=r"^no SGLang server is ready at http://[^\n]+; check rollout\.server\.urls$") as raised:
+            await engine.connect()
+        assert says in str(raised.value)
+        assert "s3cret" not in str(raised.value)
+        assert server.bodies == []
+
+
+async def test_a_server_of_another_kind_is_refused() -> None:
+    """vLLM's has /health, and neither /get_server_info nor /generate."""
+    async with serving(Server(answers)) as server:
+        server.says = {path: Response(status_code=404) for path in ("/get_server_info", "/generate")}
+        with pytest.raises(EngineStartError, match="has no /generate, so it is no SGLang server"):
+            await SGLangServerEngine([server.url]).connect()
+
+
+async def test_a_router_need_not_say_what_it_serves() -> None:
+    async with serving(Server(answers)) as one, serving(Server(answers)) as two:
+        one.says["/get_server_info"] = Response(status_code=404)
+        engine = SGLangServerEngine([one.url, two.url])
+        await engine.connect()
+        assert engine.served() == {"model_path": "/models/m", "weight_version": "default"}
+        two.says["/get_server_info"] = Response(status_code=501)
+        two.says["/get_model_info"] = JSONResponse({"model_path": "/models/n", "is_generation": True})
+        await engine.connect()
+        assert engine.served() == {"model_path": "/models/n"}
+        await engine.close()
+
+
+async def test_a_server_that_never_answers_is_not_waited_for_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_server, "HEALTH_S", 0.2)
+    async with serving(Server(answers)) as server:
+        server.hangs = True
+        with pytest.raises(EngineStartError, match="GET /health: no answer within its timeout"):
+            await SGLangServerEngine([server.url]).connect()
+
+
+async def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://me:s3cret@127.0.0.1:{free_port()}")
+    with pytest.raises(EngineStartError, match=r"by way of the environment's proxy http://127\S+; NO_PROXY=h\.invalid goes") as raised:
+        await SGLangServerEngine(["http://h.invalid:1"]).connect()
+    assert "s3cret" not in str(raised.value)
+    monkeypatch.setenv("http_proxy", "gopher://127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"^rollout\.server\.urls: .*proxy"):
+        SGLangServerEngine(["http://h.invalid:1"])
+    async with serving(Server(answers)) as server:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        engine = SGLangServerEngine([server.url])
+        await engine.connect()
+        await engine.close()
 
 
 # ---------------------------------------------------------------------- SGLang's own server

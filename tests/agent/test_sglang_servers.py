@@ -122,6 +122,41 @@ async def test_nobody_asks_a_server_that_is_down_but_the_watcher() -> None:
         assert (await running).token_ids == [5, 2]
 
 
+async def test_a_server_that_hangs_loses_its_conversations_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and never answers, neither the turn nor whether it is well: a stopped process, a machine cut off."""
+    monkeypatch.setattr(one_server, "HEALTH_S", 0.2)
+    for module in (one_server, sglang_server):
+        monkeypatch.setattr(module, "SILENCE_S", 0.1)
+    async with serving(Server(answers)) as two, serving(Server(waits)) as one, engine_of(one, two) as engine:
+        running = asyncio.create_task(turns(engine, 7))
+        await one.got_one.wait()
+        one.hangs = True
+        await running
+        one.hangs = False
+    assert (served(one), served(two)) == ([7], [7, 7, 7])
+
+
+async def test_a_long_turn_of_a_server_that_is_well_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (one_server, sglang_server):
+        monkeypatch.setattr(module, "SILENCE_S", 0.05)
+    async with serving(Server(waits)) as server, engine_of(server) as engine:
+        running = asyncio.create_task(sample(engine, [1]))
+        await asyncio.sleep(0.4)
+        server.says["/health"] = Response(status_code=503)  # it says that it is not well: it may answer all the same
+        await asyncio.sleep(0.4)
+        server.release.set()
+        assert (await running).token_ids == [5]
+        assert len(server.bodies) == 1
+
+
+async def test_a_proxy_that_lost_its_server_loses_its_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(Server(answers)) as two, serving(Server(status(502, "bad gateway"))) as one, engine_of(one, two) as engine:
+        one.up = False
+        async with asyncio.timeout(20):
+            await turns(engine, 7)
+    assert served(two) == [7, 7, 7]
+
+
 async def test_waiting_has_an_end_that_says_what_is_wrong() -> None:
     async with serving(Server(answers)) as server, engine_of(server, wait_s=0.2) as engine:
         server.up = False

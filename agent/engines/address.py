@@ -1,0 +1,63 @@
+"""A server's address and key, checked before anything is sent, and the httpx client for them.
+
+Invariant: what cannot be an address or a header is a ConfigError here, in one line that shows neither key nor password.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import urllib.request
+
+import httpx
+
+from agent.errors import ConfigError
+from agent.redact import without_userinfo
+
+CONNECT_TIMEOUT_S = 10.0
+KEEPALIVE_S = 2.0
+"""Idle connections are dropped before the server does it (after 5 s), which would break the turn that takes one up then."""
+
+
+def server_url(given: str) -> httpx.URL:
+    """The address without a slash at its end. Raises ConfigError where it is none."""
+    shown = f"rollout.server.urls: {without_userinfo(given)!r}"
+    if not given.startswith(("http://", "https://")):
+        raise ConfigError(f"{shown} must start with http:// or https://")
+    try:
+        url = httpx.URL(given.strip().rstrip("/"))
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ConfigError(f"{shown} is no address: {error}") from error
+    if not url.host or not 0 < (url.port or 1) < 1 << 16 or url.query or url.fragment:
+        raise ConfigError(f"{shown} must be an address like http://HOST:30000, with nothing after its path")
+    return url
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries the key, blanks around it left out: a file's last newline is no part of it."""
+    if not api_key or not (key := api_key.strip()):
+        return {}
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            "rollout.server.api_key (or SGLANG_API_KEY) holds characters that no HTTP header can carry; was it cut out whole?"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def client(url: httpx.URL, headers: dict[str, str], timeout: httpx.Timeout, context: ssl.SSLContext, size: int) -> httpx.AsyncClient:
+    """A client of at most `size` connections; proxies are those of the environment. Raises ConfigError for one that cannot be used."""
+    limits = httpx.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=KEEPALIVE_S)
+    try:
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, verify=context, limits=limits)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"rollout.server.urls: {error}{proxied(url)}") from error
+
+
+def proxied(url: httpx.URL) -> str:
+    """What an error should add where a proxy of the environment stands before the server; else nothing."""
+    with contextlib.suppress(OSError):  # a name that cannot be looked up
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+        if proxy and not urllib.request.proxy_bypass(url.host):
+            return f" (by way of the environment's proxy {without_userinfo(proxy)}; NO_PROXY={url.host} goes past it)"
+    return ""

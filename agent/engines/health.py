@@ -1,0 +1,80 @@
+"""Whether an SGLang server is well and what it serves; where it is not, why, in one line.
+
+Invariant: `/generate` is asked for no tokens here. A router that does not say what it serves is well all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from agent.redact import without_userinfo
+
+INFO_PATHS = ("/get_server_info", "/get_model_info")
+"""Where a server says what it serves. A router may have one, the other or neither."""
+INFO_KEYS = ("model_path", "version", "dtype", "weight_version")
+_NOT_THERE = (404, 405, 501)
+
+
+class NotReadyError(Exception):
+    """The server is not there, not well, or none of SGLang's."""
+
+
+async def what_it_serves(client: httpx.AsyncClient) -> dict[str, Any]:
+    """Those of INFO_KEYS that the server tells, once it is well. Raises NotReadyError."""
+    await _get(client, "/health")
+    for path in INFO_PATHS:
+        answer = await _get(client, path, *_NOT_THERE)
+        if answer.is_success:
+            return _info(path, answer)
+    if (await _get(client, "/generate", *_NOT_THERE)).status_code == 404:  # it is for POST: 405 where it is there
+        raise NotReadyError("it has no /generate, so it is no SGLang server")
+    return {}
+
+
+async def _get(client: httpx.AsyncClient, path: str, *allowed: int) -> httpx.Response:
+    try:
+        answer = await client.get(path)
+    except httpx.HTTPError as error:
+        raise NotReadyError(f"GET {path}: {reason(error)}") from error
+    if answer.is_success or answer.status_code in allowed:
+        return answer
+    raise NotReadyError(f"GET {path}: {refusal(answer)}")
+
+
+def _info(path: str, answer: httpx.Response) -> dict[str, Any]:
+    try:
+        told = answer.json()
+    except (ValueError, RecursionError) as error:
+        raise NotReadyError(f"GET {path} was answered with no JSON but {answer.text[:200]!r}; is that an SGLang server?") from error
+    return {key: told[key] for key in INFO_KEYS if isinstance(told.get(key), str)} if isinstance(told, dict) else {}
+
+
+def reason(error: httpx.HTTPError) -> str:
+    """An httpx error for a message: without the password of an address, never empty."""
+    if isinstance(error, httpx.ConnectTimeout):
+        return "no connection within its timeout"
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer within its timeout"
+    return without_userinfo(str(error)) or type(error).__name__
+
+
+def refusal(response: httpx.Response) -> str:
+    """An answer that is not what was asked for, in one line and in the server's own words."""
+    said = _message(response)
+    if response.has_redirect_location:
+        said = f"a redirect to {without_userinfo(response.headers['location'])}; redirects are not followed"
+    elif response.status_code in (401, 403):
+        said += "; check rollout.server.api_key, or the environment's SGLANG_API_KEY"
+    return f"status {response.status_code}: {said}".removesuffix(": ")
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        body = response.json()
+        error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, RecursionError):
+        text = response.text
+    return " ".join(str(text).split())[:500]
