@@ -19,19 +19,28 @@ from agent.engines.sglang_args import start_variables
 WORLD = 2
 
 
-def rank_main(rank: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ |= {**start_variables(cuda=False), "CUDA_VISIBLE_DEVICES": str(rank), "ASCEND_RT_VISIBLE_DEVICES": str(rank)}
-    cpu_guards.install()
+def become_rank(rank: int, world: int, port: int) -> None:
+    """Makes this process one rank of `world`, on a GPU of its own where there is one, as a trainer starts its workers."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = listed.split(",")[rank] if listed else str(rank)  # before anything asks CUDA what is there
+    named = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {**{key: str(value) for key, value in named.items()}, "CUDA_VISIBLE_DEVICES": own, "ASCEND_RT_VISIBLE_DEVICES": own}
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    cuda = torch.cuda.is_available()
+    os.environ |= start_variables(cuda=cuda)
+    if cuda:
+        torch.zeros(1, device="cuda")  # holds on to the one GPU: verl names all of them to the engine's processes later
+    else:
+        cpu_guards.install()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def rank_main(rank: int, folder: str, port: int) -> None:
+    become_rank(rank, WORLD, port)
+    import torch.distributed as dist
+
     from tests.agent.trainer_peer import Peers, Script, batch
     from tests.helpers import qwen_template
 

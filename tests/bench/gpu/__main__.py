@@ -1,67 +1,113 @@
-"""The runtime on a GPU, measured: `python -m tests.bench.gpu [PART ...]` prints one table and writes benchmarks-gpu.json.
+"""The runtime on GPUs, measured: `python -m tests.bench.gpu [PART ...]` prints tables and writes benchmarks-gpu.json.
 
-Each part runs in a process of its own, so that one that fails costs the others nothing:
+Each part runs in a process of its own, so that one that fails costs the others nothing. Minutes are of an H100:
 
-engine    the runtime, a trainer's batches and verl's own loop against an ideal loop on one in-process engine; then
-          `update_weights` between and in the midst of batches, `release` and `resume`
-real      the embedded model with tools that really run; sampling log-probs against a prefill's
-server    `python -m sglang.launch_server` on the same GPU, and a kill and restart under load
+engine    7   the runtime, a trainer's batches and verl's own loop against an ideal loop on one in-process engine, for
+              `--conversations` and `--tool-ms`; then weight syncs, `release` and `resume`
+server    4   `python -m sglang.launch_server` on the same GPU, 64 and 256 conversations; a kill and restart under 64
+dp        5   a server for each of two or more GPUs behind one pool: scaling, spread, cache hits, one server killed
+tp        5   a trainer's batch over tensor-parallel ranks, one for each of two or more GPUs, and their weight sync
+real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
+
+Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are left out first.
+Without a GPU, `--dry` runs every part with a tiny model on CPU engines and servers: what it prints is no figure, but
+what fails there would fail on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from time import perf_counter
 
-from tests.bench.gpu import parts
-from tests.bench.gpu.report import table
+import psutil
 
-PARTS = tuple(parts.PARTS)
+from tests.bench.gpu.place import Figures, Place
+from tests.bench.gpu.report import errors, table
+
+PARTS = {"engine": "engine", "server": "server", "dp": "servers", "tp": "ranks", "real": "real"}
+"""Each part's module, which has a function of its own name."""
 FILE = Path("benchmarks-gpu.json")
+GRACE_S = 20.0
 
 
 def main() -> None:
     options = _options()
     if options.child:
-        parts.run(options)
+        _run(options)
         return
+    figures = Figures(options.json)
     for part in options.parts or PARTS:
-        began = perf_counter()
-        code = subprocess.run([sys.executable, "-m", "tests.bench.gpu", *_arguments(), "--child", part]).returncode
-        print(f"[{part}: {perf_counter() - began:.0f} s, exit code {code}]", flush=True)
-    print(table(json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}))
+        began, code = time.perf_counter(), _in_a_process(part, options.until)
+        if code:
+            figures.add(part, "ended", {"error": f"exit code {code}" if code > 0 else f"signal {-code}"})
+        print(f"[{part}: {time.perf_counter() - began:.0f} s, exit code {code}]", flush=True)
+    found = figures.read()
+    print(table(found))
+    sys.exit(errors(found) > 0)
 
 
-def _arguments() -> list[str]:
-    """This command's own, without the parts."""
-    return [argument for argument in sys.argv[1:] if argument not in PARTS]
+def _in_a_process(part: str, until: float) -> int:
+    """Its exit code. What has not ended some time after `--minutes` are over is killed with all that it started."""
+    given = [argument for argument in sys.argv[1:] if argument not in PARTS]
+    command = [sys.executable, "-m", "tests.bench.gpu", *given, "--until", str(until), "--child", part]
+    quiet = {"PYTHONWARNINGS": "ignore", **({"OMP_NUM_THREADS": "1"} if "--dry" in given else {})}
+    process = subprocess.Popen(command, env={**quiet, **os.environ})
+    try:
+        return process.wait(max(0.0, until + GRACE_S - time.time()))
+    except subprocess.TimeoutExpired:
+        for one in psutil.Process(process.pid).children(recursive=True):
+            one.kill()
+        process.kill()
+        return process.wait()
+
+
+def _run(options: argparse.Namespace) -> None:
+    """The one part that `options.parts` names."""
+    [part] = options.parts
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(options, Path(folder))
+        if not place.cuda and not place.dry:
+            sys.exit(f"{part}: there is no GPU here; --dry runs every part with a tiny model on CPU engines")
+        place.note_machine(part)
+        place.gpu.start()
+        try:
+            getattr(importlib.import_module(f"tests.bench.gpu.{PARTS[part]}"), PARTS[part])(place)
+        finally:
+            place.gpu.stop()
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description="Measures the runtime on a GPU.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
-    parser.add_argument("--quick", action="store_true", help="few conversations, one round: a look, not a figure to quote")
-    parser.add_argument("--json", type=Path, default=FILE, help="where the figures go")
-    parser.add_argument("--conversations", dest="sizes", type=_numbers, default=[64, 256, 1024])
-    parser.add_argument("--tool-ms", dest="naps", type=_numbers, default=[0, 50, 500])
-    parser.add_argument(
-        "--rounds", type=_numbers, default=[3], help="of each case, or of each number of conversations; the first is warm-up"
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
+    parser.add_argument("--dry", action="store_true", help="a tiny model, few conversations, one round; CPU engines where there is no GPU")
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long this call may take")
+    parser.add_argument("--conversations", dest="sizes", type=_numbers, default=[64, 256, 1024], help="of part engine")
+    parser.add_argument("--tool-ms", dest="naps", type=_numbers, default=[0, 50, 500], help="of part engine")
+    parser.add_argument("--rounds", type=int, default=3, help="of each case")
+    parser.add_argument("--repeat-up-to", type=int, default=256, help="cases of more conversations run in the first round only")
     parser.add_argument("--model", type=Path, help="a folder with the load's tokenizer and config (default: Qwen3-0.6B's shape)")
-    parser.add_argument("--tasks", type=Path, help="the tasks of `real` (default: generated grade-school problems)")
+    parser.add_argument("--tasks", type=Path, help="the tasks of part real (default: generated grade-school problems)")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the config, as for `turntrace run`"
     )
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--json", type=Path, default=FILE, help="where the figures go")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="where engines and servers write")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.quick:
-        options.sizes, options.naps, options.rounds = [8], [0], [1]
+    options.until = options.until or time.time() + 60 * options.minutes
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    if options.dry:
+        options.sizes, options.naps, options.rounds = [4], [0], 1
     return options
 
 

@@ -8,6 +8,7 @@ ours       `run_tasks`, records and all; `stored` with a run folder on disk besi
 trainer    ours through `generate_sequences(DataProto)`
 verl       verl 0.6.1's own loop through `generate_sequences(DataProto)`, without its tokenization check and without
            log-probs, its defaults but for the check. It drops the last turn's call, so it waits for one tool less.
+client     of a server: the bare loop through our HTTP client; its `ideal` speaks HTTP/1.1 itself
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
-from agent.batch import run_tasks
+from agent.batch import Progress, run_tasks
 from agent.dispatch import Dispatcher
 from agent.engines.engine import Engine, Generation, SamplingParams
 from agent.loop import LoopSettings, Runtime
@@ -32,14 +36,14 @@ from conversations.template import ChatTemplate
 from conversations.tokens import TOOL
 from conversations.trajectory import Trajectory
 from conversations.truncate import cut_to_tokens
-from tests.bench.gpu.machine import Gpu, Usage, measured
+from tests.bench.gpu.machine import Gpu, Requests, Usage, measured
 from tools.base import BaseTool, ToolResponse
 from tools.toolset import ToolSet
 
-TURNS, TURN_TOKENS, VARIANTS = 4, 128, 64
+TURNS, VARIANTS = 4, 64
 PROMPT_LENGTH, RESPONSE_LENGTH = 1024, 1024
-WORK: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": TURN_TOKENS, "ignore_eos": True}
-"""The sampling params of every turn of every contender."""
+CONVERSATION_TOKENS = 1024
+"""More than a conversation has at its end."""
 TOOL_NAME = "lookup"
 ANSWER = "The value is 48271.93 as of today; see section 4 for how it was measured."
 TOOL_SCHEMA: dict[str, Any] = {
@@ -50,6 +54,9 @@ TOOL_SCHEMA: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "Its name."}}, "required": ["key"]},
     },
 }
+
+Raw = Callable[[list[int], dict[str, Any]], Awaitable[Any]]
+"""What a bare loop awaits: prompt ids and sampling params to an object with `output_ids`, as SGLang answers."""
 
 
 class NapTool(BaseTool):
@@ -65,14 +72,14 @@ class NapTool(BaseTool):
         return 1.0
 
 
-def scripted_turns(template: ChatTemplate) -> list[list[int]]:
-    """The variants of the one turn, each of TURN_TOKENS ids with its end token."""
+def scripted_turns(template: ChatTemplate, tokens: int) -> list[list[int]]:
+    """The variants of the one turn, each of `tokens` ids with its end token; the last 48 at most are the call."""
     turns = []
     for index in range(VARIANTS):
         call = json.dumps({"name": TOOL_NAME, "arguments": {"key": f"item {1000 + index}"}})
         block = template.encode(f"\n<tool_call>\n{call}\n</tool_call>")
-        words = template.encode("The value is needed and will be looked up. " * TURN_TOKENS)
-        turns.append([*words[: TURN_TOKENS - 1 - len(block)], *block, template.end_id])
+        words = template.encode("The value is needed and will be looked up. " * tokens)
+        turns.append([*words[: tokens - 1 - len(block)], *block, template.end_id])
     return turns
 
 
@@ -81,18 +88,19 @@ def tasks(count: int) -> list[Task]:
 
 
 class ScriptedTurns:
-    """The engine, whose sampled tokens a scripted turn replaces; log-probs, times and cache figures are the engine's."""
+    """The load's engine, whose sampled tokens but the first `kept` a scripted turn replaces; all else is the engine's."""
 
-    def __init__(self, engine: Engine, turns: list[list[int]]) -> None:
-        self._engine = engine
-        self._turns = turns
+    def __init__(self, load: Load, work: Mapping[str, Any], kept: int) -> None:
+        self._load, self._engine, self._work, self._kept = load, load.engine, work, kept
 
     def describe(self) -> dict[str, Any]:
         return self._engine.describe()
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
-        sampled = await self._engine.generate(prompt_ids, WORK, request_id=request_id)
-        return dataclasses.replace(sampled, token_ids=self._turns[len(prompt_ids) % VARIANTS], finish_reason="stop")
+        with self._load.requests.one():
+            sampled = await self._engine.generate(prompt_ids, self._work, request_id=request_id)
+        ids = sampled.token_ids[: self._kept] + self._load.turns[len(prompt_ids) % VARIANTS][self._kept :]
+        return dataclasses.replace(sampled, token_ids=ids, finish_reason="stop")
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
@@ -101,62 +109,93 @@ class ScriptedTurns:
         """The engine is closed by whoever started it."""
 
 
+class _TimedStore:
+    """A run folder, and the seconds that writing to it took."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = RunFolder.create(folder, {})
+        self.done = self.folder.done
+        self.append_unfinished = self.folder.append_unfinished
+        self.took_s = 0.0
+
+    def append(self, trajectory: Trajectory) -> None:
+        started = perf_counter()
+        self.folder.append(trajectory)
+        self.took_s += perf_counter() - started
+
+    def close(self) -> None:
+        started = perf_counter()
+        self.folder.close({})
+        self.took_s += perf_counter() - started
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One run of one contender."""
 
     conversations: int
+    tokens: int
     usage: Usage
     trajectories: Sequence[Trajectory] = ()
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.conversations * TURNS * TURN_TOKENS / self.usage.wall_s
-
-    @property
-    def cached_share(self) -> float | None:
-        """Of all prompt tokens, those that came out of the engine's prefix cache."""
+    def figures(self) -> dict[str, Any]:
+        """All of it, as JSON values. Shares are of the conversations' wall time but for `cached_share`, of prompt tokens."""
         turns = [turn for one in self.trajectories for turn in one.turns]
-        prompts = sum(turn.prompt_tokens or 0 for turn in turns)
-        return sum(turn.cached_tokens or 0 for turn in turns) / prompts if prompts else None
+        wall_s = sum(one.wall_s for one in self.trajectories)
+        tools_s = sum(call.run_s or 0.0 for one in self.trajectories for call in one.tool_calls)
+        found = {
+            **dataclasses.asdict(self.usage),
+            "loop_ms_per_turn": 1e3 * self.usage.loop_cpu_s / (self.conversations * TURNS),
+            "cached_share": _share(sum(turn.cached_tokens or 0 for turn in turns), sum(turn.prompt_tokens or 0 for turn in turns)),
+            "engine_share": _share(sum(turn.engine_s or 0.0 for turn in turns), wall_s),
+            "tool_share": _share(tools_s, wall_s),
+        }
+        speed = round(self.tokens / self.usage.wall_s)
+        return {"tokens_per_s": speed, **{name: None if value is None else round(value, 3) for name, value in found.items()}}
 
-    @property
-    def engine_share(self) -> float | None:
-        """Of the conversations' wall time, that in which they waited for the engine."""
-        wall = sum(one.wall_s for one in self.trajectories)
-        return sum(turn.engine_s or 0.0 for one in self.trajectories for turn in one.turns) / wall if wall else None
 
-    @property
-    def tool_share(self) -> float | None:
-        """Of the conversations' wall time, that in which they waited for tools."""
-        wall = sum(one.wall_s for one in self.trajectories)
-        return sum(call.run_s or 0.0 for one in self.trajectories for call in one.tool_calls) / wall if wall else None
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
 
 
 class Load:
-    """The contenders over one engine. `raw` is SGLang's own `async_generate`, what the ideal loop awaits."""
+    """The contenders over one engine, whose event loop is `loop`. `raw` is what the ideal loop awaits.
 
-    def __init__(self, engine: Engine, raw: Any, template: ChatTemplate, gpu: Gpu) -> None:
-        self.turns = scripted_turns(template)
-        self.scripted = ScriptedTurns(engine, self.turns)
-        self._raw = raw
-        self._template = template
-        self._gpu = gpu
+    `work` are the sampling params of every turn of every contender, `turn_tokens` its length.
+    """
 
-    async def ideal(self, conversations: int, nap_s: float) -> Outcome:
+    def __init__(
+        self, engine: Engine, raw: Raw, template: ChatTemplate, gpu: Gpu, loop: asyncio.AbstractEventLoop, turn_tokens: int = 128
+    ) -> None:
+        self.turns = scripted_turns(template, turn_tokens)
+        self.turn_tokens = turn_tokens
+        self.work: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": turn_tokens, "ignore_eos": True}
+        self.requests = Requests()
+        self.engine, self.gpu, self.loop = engine, gpu, loop
+        self._raw, self._template = raw, template
+
+    def ideal(self, conversations: int, nap_s: float) -> Outcome:
+        return self.bare(self._raw, conversations, nap_s)
+
+    def bare(self, raw: Raw, conversations: int, nap_s: float) -> Outcome:
+        """The bare loop over `raw`; prompts and what follows a turn are made before the clock starts."""
         prompts = [self._prompt(task) for task in tasks(conversations)]
         delta = self._delta()
-        gc.collect()
-        with measured(self._gpu) as usage:
-            await asyncio.gather(*(self._bare(ids, delta, nap_s) for ids in prompts))
-        return Outcome(conversations, usage)
 
-    async def _bare(self, ids: list[int], delta: list[int], nap_s: float) -> None:
+        async def all_of_them() -> None:
+            await asyncio.gather(*(self._bare(raw, ids, delta, nap_s) for ids in prompts))
+
+        gc.collect()
+        with measured(self.gpu, self.requests, self.loop) as usage:
+            self.loop.run_until_complete(all_of_them())
+        return self.outcome(conversations, usage)
+
+    async def _bare(self, raw: Raw, ids: list[int], delta: list[int], nap_s: float) -> None:
         for _ in range(TURNS):
-            answer = await self._raw(ids, WORK)
-            sampled = answer["output_ids"]
-            if len(sampled) != TURN_TOKENS:
-                raise RuntimeError(f"the engine sampled {len(sampled)} tokens instead of {TURN_TOKENS}")
+            with self.requests.one():
+                answer = await raw(ids, self.work)
+            if len(answer["output_ids"]) != self.turn_tokens:
+                raise RuntimeError(f"the engine sampled {len(answer['output_ids'])} tokens instead of {self.turn_tokens}")
             ids = ids + self.turns[len(ids) % VARIANTS] + delta
             await asyncio.sleep(nap_s)
 
@@ -167,23 +206,57 @@ class Load:
         delta = self._template.delta([{"role": "tool", "content": ANSWER, "tool_call_id": "call_0_0", "name": TOOL_NAME}], TOOL)
         return [token for _, ids in delta.pieces for token in ids]
 
-    async def ours(self, conversations: int, nap_s: float, folder: Path | None = None) -> Outcome:
+    def ours(self, conversations: int, nap_s: float, folder: Path | None = None) -> Outcome:
         """With a run folder at `folder`, made and removed here."""
-        runtime = self._runtime(nap_s)
+        store = _TimedStore(folder) if folder else None
         ended: list[Trajectory] = []
-        store = RunFolder.create(folder, {}) if folder else None
+        runtime = self.runtime(self.scripted(), nap_s)
         gc.collect()
-        with measured(self._gpu) as usage:
-            progress = await run_tasks(tasks(conversations), runtime, max_concurrent=conversations, store=store, on_done=ended.append)
+        with measured(self.gpu, self.requests, self.loop) as usage:
+            running = run_tasks(tasks(conversations), runtime, max_concurrent=conversations, store=store, on_done=ended.append)
+            progress = self.loop.run_until_complete(running)
             if store:
-                store.close({})
-        if folder:
-            shutil.rmtree(folder)
+                store.close()
+        if store:
+            usage.writing_s = store.took_s
+            shutil.rmtree(store.folder.path)
         if (progress.turns, progress.tool_calls, progress.tool_errors) != (TURNS * conversations, TURNS * conversations, 0):
             raise RuntimeError(f"the conversations did not make the scripted turns and calls: {progress}; {ended[:1]}")
-        return Outcome(conversations, usage, ended)
+        return self.outcome(conversations, usage, ended)
 
-    def _runtime(self, nap_s: float) -> Runtime:
+    async def interrupted(
+        self, conversations: int, interrupt: Callable[[], Awaitable[Any]], runtime: Runtime | None = None
+    ) -> Interruption:
+        """A run of ours, and what `interrupt` does once the conversations have, on average, made a turn and a half."""
+        progress, ended = Progress(), dict[str, Trajectory]()
+        shared = runtime or self.runtime(self.scripted(), 0.05)
+        given = tasks(conversations)
+        batch = asyncio.create_task(
+            run_tasks(given, shared, max_concurrent=conversations, progress=progress, on_done=lambda one: ended.update({one.task_id: one}))
+        )
+        while progress.turns_so_far < 3 * conversations // 2 and not batch.done():  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.005)
+        before, started = progress.turns_so_far, perf_counter()
+        await interrupt()
+        took_s, after = perf_counter() - started, progress.turns_so_far
+        await batch
+        figures: dict[str, Any] = {"conversations": conversations, "turns_before": before, "turns_meanwhile": after - before}
+        figures |= {
+            "took_s": round(took_s, 2),
+            "turns": progress.turns,
+            "ended": dict(progress.stop_reasons),
+            "infra_errors": progress.infra_errors,
+        }
+        return Interruption(figures, ended)
+
+    def scripted(self, kept: int = 0, **work: Any) -> ScriptedTurns:
+        """The engine as ours asks it; `work` changes the sampling params."""
+        return ScriptedTurns(self, {**self.work, **work}, kept)
+
+    def outcome(self, conversations: int, usage: Usage, trajectories: Sequence[Trajectory] = ()) -> Outcome:
+        return Outcome(conversations, conversations * TURNS * self.turn_tokens, usage, trajectories)
+
+    def runtime(self, engine: Engine, nap_s: float) -> Runtime:
         settings = LoopSettings(
             prompt_length=PROMPT_LENGTH,
             response_length=RESPONSE_LENGTH,
@@ -196,4 +269,25 @@ class Load:
             return cut_to_tokens(text, 256, "middle", self._template)
 
         tools = ToolSet.from_tools([NapTool({"nap_s": nap_s}, TOOL_SCHEMA)])
-        return Runtime(self.scripted, self._template, settings, Dispatcher(tools, max_parallel_calls=16, cut=cut))
+        return Runtime(engine, self._template, settings, Dispatcher(tools, max_parallel_calls=16, cut=cut))
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """What became of a run that something happened to; `ended` by task id."""
+
+    figures: dict[str, Any]
+    ended: dict[str, Trajectory]
+
+
+def in_turn(raws: Sequence[Raw]) -> Raw:
+    """Conversations over several engines: each stays with one, as prefix caches want it, and all have as many."""
+    turns, chosen = itertools.cycle(raws), weakref.WeakKeyDictionary[Any, Raw]()
+
+    async def ask(ids: list[int], sampling: dict[str, Any]) -> Any:
+        conversation = asyncio.current_task()
+        if conversation not in chosen:
+            chosen[conversation] = next(turns)
+        return await chosen[conversation](ids, sampling)
+
+    return ask

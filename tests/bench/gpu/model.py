@@ -1,4 +1,4 @@
-"""The model under load: the shape of Qwen3-0.6B with random weights, and weights to send to an engine.
+"""The models under load: the shape of Qwen3-0.6B, a tiny one with weights on disk, and weights to send to an engine.
 
 A runtime's cost per token does not depend on what the weights are, so nothing has to be downloaded; only the tokenizer
 must be a real one.
@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from agent.model.base import BASE_NAME, resolve_tokenizer
 from tests.helpers import npm_models
 
 QWEN3_06B: dict[str, Any] = {
@@ -37,13 +40,63 @@ QWEN3_06B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
+TINY: dict[str, Any] = {
+    **QWEN3_06B,
+    "head_dim": 32,
+    "hidden_size": 128,
+    "initializer_range": 0.2,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "vocab_size": 49152,
+}
+"""Its weights are drawn so wide that in float32 the best token is far ahead: greedy tokens do not hang on the batch."""
+
+
+def tokenizer_folder() -> Path:
+    """Qwen3's tokenizer out of the npm index, or SmolLM2's where that cannot be had."""
+    try:
+        return npm_models("qwen3")
+    except pytest.skip.Exception:
+        return resolve_tokenizer(BASE_NAME)
 
 
 def qwen3_shape(target: Path) -> Path:
-    """A model folder without weights, for `load_format: dummy`."""
-    shutil.copytree(npm_models("qwen3"), target)
-    (target / "config.json").write_text(json.dumps(QWEN3_06B))
+    """A model folder without weights, for `load_format: dummy`; made once."""
+    if not target.exists():
+        shutil.copytree(tokenizer_folder(), target)
+        (target / "config.json").write_text(json.dumps(QWEN3_06B))
     return target
+
+
+def tiny_model(target: Path) -> Path:
+    """A model folder with float32 weights and SmolLM2's vocabulary, so that each id has a text. Made once."""
+    if target.exists():
+        return target
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shutil.copytree(resolve_tokenizer(BASE_NAME), target)
+    torch.manual_seed(0)
+    shape = {key: value for key, value in TINY.items() if key != "torch_dtype"}
+    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(target)
+    return target
+
+
+def conversations_held(model: Path, gpu_share: float, tokens_each: int) -> int:
+    """How many conversations of `tokens_each` the first GPU's KV cache takes in bf16, in steps of 32."""
+    import torch
+
+    config = json.loads((model / "config.json").read_text())
+    token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    weights = 2 * 12 * config["num_hidden_layers"] * config["hidden_size"] ** 2  # about
+    room = gpu_share * torch.cuda.get_device_properties(0).total_memory - weights
+    return max(32, int(room / token / tokens_each) // 32 * 32)
 
 
 def random_weights(model: Path, seed: int, device: str) -> Iterator[tuple[str, Any]]:

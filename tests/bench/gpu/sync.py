@@ -11,9 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from agent.batch import Progress, run_tasks
 from agent.rollout import AgentRollout
-from tests.bench.gpu.load import Load, tasks
 from tests.bench.gpu.machine import gpu_used_mib, process_mib
 from tests.bench.gpu.model import random_weights
 
@@ -22,12 +20,18 @@ PROMPTS = [[1000 + 7 * index, 2000, 3000 + index] for index in range(16)]
 
 
 class Sync:
-    """Weight syncs and memory releases of one rollout, from the engine's event loop."""
+    """Weight syncs and memory releases of one rollout, from the engine's event loop; on all ranks at once where there are several."""
 
-    def __init__(self, rollout: AgentRollout, model: Path, device: str) -> None:
-        self._rollout, self._model, self._device = rollout, model, device
+    def __init__(self, rollout: AgentRollout, model: Path) -> None:
+        import torch
+
+        self._rollout, self._model = rollout, model
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     async def said(self) -> list[list[int]]:
+        """What the engine says now; nothing on a rank that has none."""
+        if self._rollout._engine is None:
+            return []
         answers = await asyncio.gather(*(self._rollout._engine.async_generate(input_ids=ids, sampling_params=GREEDY) for ids in PROMPTS))
         return [answer["output_ids"] for answer in answers]
 
@@ -63,27 +67,6 @@ class Sync:
             "syncs": times,
             "processes_grew_mib": round(after[0] - before[0], 1),
             "gpu_grew_mib": None if after[1] is None or before[1] is None else round(after[1] - before[1], 1),
-        }
-
-    async def in_flight(self, load: Load, conversations: int) -> dict[str, Any]:
-        """A sync in the midst of a batch: how long it waited, and how the conversations ended."""
-        progress = Progress()
-        batch = asyncio.create_task(run_tasks(tasks(conversations), load._runtime(0.05), max_concurrent=conversations, progress=progress))
-        while progress.turns_so_far < conversations:  # noqa: ASYNC110 - about one turn each
-            await asyncio.sleep(0.01)
-        at = progress.turns_so_far
-        started = perf_counter()
-        await self.send(3)
-        waited_s = perf_counter() - started
-        meanwhile = progress.turns_so_far - at
-        await batch
-        return {
-            "conversations": conversations,
-            "turns_before": at,
-            "turns_while_it_waited": meanwhile,
-            "sync_s": round(waited_s, 3),
-            "ended": dict(progress.stop_reasons),
-            "infra_errors": progress.infra_errors,
         }
 
     async def release(self) -> dict[str, Any]:

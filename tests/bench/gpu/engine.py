@@ -1,0 +1,95 @@
+"""Part `engine`: every contender on one in-process engine; weights and memory as a trainer handles them.
+
+Importing this imports nothing heavy; what it runs imports torch, sglang and verl.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tests.bench.gpu.load import Load
+from tests.bench.gpu.place import Contender, Place
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def engine(place: Place) -> None:
+    with _rollout(place) as (rollout, load):
+        _load(place, rollout, load)
+        _sync(place, rollout, load)
+
+
+@contextmanager
+def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
+    """An AgentRollout in this process and the load on it; both live on the main thread's event loop, as in a trainer."""
+    from agent.engines.sglang import start
+
+    config, began = place.config(), perf_counter()
+    rollout = start(config.verl_rollout(), place.model, log_path=place.options.logs / "engine.log")
+    place.figures.add("machine", "engine's start", start_figures(rollout, config.rollout.max_num_seqs, perf_counter() - began))
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    gc.collect()
+    gc.freeze()  # as a run does
+    try:
+        yield rollout, place.load(rollout.engine(), raw(rollout), loop)
+    finally:
+        with suppress(Exception):
+            loop.run_until_complete(rollout.engine().close())
+        rollout.shutdown()
+
+
+def start_figures(rollout: Any, seats: int, took_s: float) -> dict[str, Any]:
+    """How long an engine took to start, and how much it holds."""
+    told = getattr(rollout._engine, "scheduler_info", None)
+    kv_tokens = told.get("max_total_num_tokens") if isinstance(told, dict) else None
+    return {"start_s": round(took_s, 1), "max_num_seqs": seats, "kv_tokens": kv_tokens}
+
+
+def raw(rollout: Any) -> Any:
+    """What the ideal loop awaits of an engine in this process."""
+
+    async def ask(ids: list[int], sampling: dict[str, Any]) -> Any:
+        return await rollout._engine.async_generate(input_ids=ids, sampling_params=sampling, return_logprob=True)
+
+    return ask
+
+
+def _load(place: Place, rollout: Any, load: Load) -> None:
+    """The two that take a trainer's batches run in the first round only."""
+    from tests.bench.gpu.batches import Batches
+
+    batches = Batches(rollout, load, place.model, place.folder)
+    contenders: dict[str, Contender] = {
+        "ideal": load.ideal,
+        "ours": load.ours,
+        "stored": functools.partial(load.ours, folder=SHARED_MEMORY / f"turntrace-{os.getpid()}"),
+        "trainer": batches.ours,
+        "verl": batches.verl,
+    }
+
+    def empty_the_cache() -> None:
+        load.loop.run_until_complete(rollout._engine.flush_cache())
+
+    place.measure("load", contenders, place.options.sizes, reset=empty_the_cache, once=("trainer", "verl"))
+
+
+def _sync(place: Place, rollout: Any, load: Load) -> None:
+    """Weights and memory."""
+    from tests.bench.gpu.sync import Sync
+
+    weights, run = Sync(rollout, place.model), load.loop.run_until_complete
+    with place.noting("sync", "update_weights") as figures:
+        figures |= run(weights.rows(2 if place.dry else 10))
+    with place.noting("sync", "in flight") as figures:
+        figures |= run(load.interrupted(min(place.options.sizes), functools.partial(weights.send, 3))).figures
+    with place.noting("sync", "release and resume") as figures:
+        figures |= run(weights.release())
