@@ -125,7 +125,7 @@ class Turntrace(Section):
     max_consecutive_invalid_calls: PositiveInt | None = 8
     """So many invalid tool calls in a row end a conversation with `invalid_tool_calls`; None: never."""
     conversation_deadline_s: PositiveFloat | None = None
-    """Seconds from a conversation's start after which it ends with `deadline`; None: never."""
+    """Seconds that a conversation may run before it ends with `deadline`, those before `--resume` included; None: never."""
     max_tokens: PositiveInt | None = None
     """Tokens one turn may sample; None: whatever the other budgets leave."""
     recorded: str | None = None

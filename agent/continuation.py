@@ -7,6 +7,7 @@ goes on from its last token. Tools are brought into the state they were in by ma
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from agent.dispatch import ConversationTools, ledger_lines
 from agent.loop import Conversation, Runtime
@@ -44,10 +45,10 @@ def _can_go_on(record: Trajectory, runtime: Runtime) -> bool:
 
 
 class ContinuedConversation(ReplayedConversation):
-    """The conversation of `record`, with all that it was; its time goes on too."""
+    """The conversation of `record`, with all that it was; its time goes on too, and its deadline is of all that it ran."""
 
     def __init__(self, record: Trajectory, runtime: Runtime) -> None:
-        super().__init__(record, record.sample, runtime, record.parent, kept=_answered(record))
+        super().__init__(record, record.sample, _with_the_time_left(runtime, record), record.parent, kept=_answered(record))
         if runtime.dispatcher:
             self.given_tools = LiveTools(runtime.dispatcher, self.task, record, recorded_prompt=False)
         self._stands = False
@@ -68,9 +69,14 @@ class ContinuedConversation(ReplayedConversation):
         return fits
 
     def trajectory(self) -> Trajectory:
-        """The record of the conversation; the old one where it is cut off again before that stands here whole."""
-        cut_off = self.stop_reason in (None, "cancelled")
-        return self.record if cut_off and not self._stands else super().trajectory()
+        """The record of the conversation; the old one where it is cut off again, or fails, before that stands here whole."""
+        if self._stands:
+            return super().trajectory()
+        if self.stop_reason in (None, "cancelled"):
+            return self.record
+        error = self.error or "its tools were not brought back before its deadline"
+        failed: dict[str, Any] = {"stop_reason": self.stop_reason, "infra_error": True, "error": error, "reward": None, "reward_parts": {}}
+        return dataclasses.replace(self.record, wall_s=self.wall_s, **failed)
 
     def _note_differences(self, tools: LiveTools) -> None:
         """What the tools answered otherwise is a warning."""
@@ -97,6 +103,14 @@ class ContinuedConversation(ReplayedConversation):
         self.turn_is_complete = ended or turn.finish_reason == "stop"
         self.unanswered = hermes.parse(message["raw"], in_think=template.opens_think) if self.schemas else ParsedTurn(message["raw"])
         self.ledger += ledger_lines(self.unanswered.calls, len(self.turns) - 1)
+
+
+def _with_the_time_left(runtime: Runtime, record: Trajectory) -> Runtime:
+    deadline_s = runtime.settings.deadline_s
+    if deadline_s is None:
+        return runtime
+    settings = dataclasses.replace(runtime.settings, deadline_s=max(0.0, deadline_s - record.wall_s))
+    return dataclasses.replace(runtime, settings=settings)
 
 
 def _answered(record: Trajectory) -> int:

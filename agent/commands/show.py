@@ -150,7 +150,12 @@ def _turn(record: Record, turn: int) -> str:
         return ""
     found = record["turns"][turn]
     took = "" if found["engine_s"] is None else f", {found['engine_s']:.2f} s"
-    return f"turn {turn + 1}: {found['end'] - found['start']} tokens after {found['prompt_tokens']}{took}, {found['finish_reason']}"
+    said = f"turn {turn + 1}: {found['end'] - found['start']} tokens after {found['prompt_tokens']}{took}, {found['finish_reason']}"
+    return f"{said}{''.join(f', gone on with at token {at}{_weights(version)}' for at, version in found.get('resumed') or ())}"
+
+
+def _weights(version: str | None) -> str:
+    return "" if version is None else f" (weights {version})"
 
 
 def _took(call: Record) -> str:

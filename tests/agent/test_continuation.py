@@ -321,6 +321,28 @@ async def test_a_tool_that_cannot_be_brought_back_is_a_failure_of_infrastructure
     assert not defects(whole, smollm2)
 
 
+async def test_the_deadline_is_of_all_that_it_ran(smollm2: ChatTemplate) -> None:
+    model, limits = Model(smollm2, "v1", (1, 4)), {"deadline_s": 60.0}
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy(), **limits)), model.waiting.is_set)
+    record = dataclasses.replace(record, wall_s=59.9)
+    stuck = Model(smollm2, "v2", (2, 3))
+    whole = await go_on(record, shared(smollm2, stuck, Toy(), **limits))
+    assert (whole.stop_reason, whole.infra_error, whole.num_turns) == ("deadline", False, 3)
+    assert whole.wall_s >= 60
+    assert not defects(whole, smollm2)
+
+
+async def test_a_deadline_while_tools_are_brought_back_keeps_what_was_sampled(smollm2: ChatTemplate) -> None:
+    model, limits = Model(smollm2, "v1", (1, 4)), {"deadline_s": 60.0}
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy(), **limits)), model.waiting.is_set)
+    late = dataclasses.replace(record, wall_s=59.9)
+    whole = await go_on(late, shared(smollm2, Model(smollm2, "v2"), Toy(create="hang"), **limits))
+    assert (whole.stop_reason, whole.infra_error, whole.reward) == ("deadline", True, None)
+    assert whole.error == "its tools were not brought back before its deadline"
+    assert (whole.response_ids, whole.turns, whole.messages) == (record.response_ids, record.turns, record.messages)
+    assert not defects(whole, smollm2)
+
+
 async def test_an_engine_that_fails_in_the_second_half_leaves_a_record_in_order(smollm2: ChatTemplate) -> None:
     model = Model(smollm2, "v1", (1, 4))
     record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy())), model.waiting.is_set)

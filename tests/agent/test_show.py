@@ -62,6 +62,15 @@ def test_tokens_are_shown_by_author_and_put_together_to_the_text(run: Path, reco
     ).replace("\n", "")
 
 
+def test_where_a_turn_was_gone_on_with_is_shown(run: Path, tmp_path: Path) -> None:
+    def resumed(number: int, record: Record) -> None:
+        record["turns"][0]["resumed"] = [[700, "step-3"], [710, None]]
+
+    other = changed_run(tmp_path / "run", run, resumed)
+    shown = turntrace("show", "run", next(iter(open_run(other).ids)), cwd=tmp_path).stdout
+    assert ", gone on with at token 700 (weights step-3), gone on with at token 710\n" in shown
+
+
 def test_long_texts_are_cut_until_asked_for(run: Path, tmp_path: Path) -> None:
     def long(number: int, record: Record) -> None:
         record["messages"][0]["content"] = "x" * 5000

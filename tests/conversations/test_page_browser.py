@@ -199,6 +199,17 @@ async def test_a_conversation_shows_its_messages_and_each_call_with_its_answer(b
             assert " ".join(call["response"].split()) in " ".join(shown.split())
 
 
+async def test_where_a_turn_was_gone_on_with_is_shown(browser: Any, run: Path, tmp_path: Path) -> None:
+    def resumed(number: int, record: Record) -> None:
+        record["turns"][0]["resumed"] = [[700, "step-3"], [710, None]]
+
+    page = write_page(changed_run(tmp_path / "resumed", run, resumed), tmp_path / "page.html", limit=1)
+    async with tab(browser, page, f"#/t/{next(iter(open_run(run).ids))}") as opened:
+        await opened.until("document.querySelector('#detail .message')")
+        shown = "gone on with at token 700 (weights step-3) · gone on with at token 710"
+        assert any(shown in text for text in await opened.texts("#detail .message > header"))
+
+
 async def test_what_was_cut_for_the_model_is_there_in_full(browser: Any, page: Path, records: list[Record]) -> None:
     record = next(one for one in records if any(call["full_response"] for call in one["tool_calls"]))
     full = next(call["full_response"] for call in record["tool_calls"] if call["full_response"])
