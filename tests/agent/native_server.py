@@ -1,5 +1,6 @@
-"""A server process that samples what a test says, so that it can be killed: `python -m tests.agent.native_server PORT`.
+"""Servers that sample what a test says, each a process that can be killed: `python -m tests.agent.native_server`.
 
+Imports once, then forks one server for each port on its stdin and prints the server's pid, and once it is gone "gone".
 Three calls of `look` a conversation, then a sentence; ids are a function of the prompt alone, with spellings that do
 not survive decode and encode.
 """
@@ -7,6 +8,7 @@ not survive decode and encode.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sys
 import zlib
@@ -42,5 +44,17 @@ def behaviour(template: ChatTemplate, delay_s: float) -> Any:
     return answer
 
 
+def main() -> None:
+    template = hermes_template()
+    for port in sys.stdin:
+        if child := os.fork():
+            print(child, flush=True)
+            os.waitpid(child, 0)
+            print("gone", flush=True)
+        else:
+            uvicorn.run(app(Server(behaviour(template, DELAY_S))), port=int(port), log_level="critical")
+            os._exit(0)
+
+
 if __name__ == "__main__":
-    uvicorn.run(app(Server(behaviour(hermes_template(), DELAY_S))), port=int(sys.argv[1]), log_level="critical")
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -204,8 +205,28 @@ async def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
 # ---------------------------------------------------------------------- restarts under load
 
 
-def start_native(port: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tests.agent.native_server", str(port)], cwd=ROOT)
+class Native:
+    """A server on the same port again and again, as a process for us to kill."""
+
+    def __init__(self, port: int) -> None:
+        command = [sys.executable, "-m", "tests.agent.native_server"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.port = port
+        self.start()
+
+    def start(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{self.port}\n")
+        self.process.stdin.flush()
+        self.pid = int(self._line())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        assert self._line() == "gone\n"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
 
 
 async def healthy(url: str) -> None:
@@ -228,7 +249,7 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     engine = SGLangServerEngine([url])
-    process = start_native(port)
+    native = Native(port)
     records: dict[str, Trajectory] = {}
     try:
         await healthy(url)
@@ -239,14 +260,13 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
         for _ in range(KILLS):
             await asyncio.sleep(native_server.DELAY_S / 2)  # in the midst of a turn of each conversation
             assert not running.done()
-            process.kill()
-            process.wait()
-            process = start_native(port)
+            native.kill()
+            native.start()
             await healthy(url)
         await running
     finally:
-        process.kill()
-        process.wait()
+        native.kill()
+        native.process.communicate()
         await engine.close()
     assert len(records) == CONVERSATIONS
     for record in records.values():
