@@ -14,6 +14,7 @@ import httpx
 
 from tools.base import BackendError, ToolConfigError, ToolsError
 from tools.servers.embedded import EmbeddedServer
+from tools.transport import AiohttpTransport
 
 EMBEDDED = "embedded"
 """What a config says in place of an address; saying nothing says the same."""
@@ -152,9 +153,7 @@ class Backend:
     def _on_loop(self) -> _OnLoop:
         loop = asyncio.get_running_loop()
         if self._here is None or self._here.loop is not loop:
-            many = self._connections
-            limits = httpx.Limits(max_connections=many, max_keepalive_connections=many, keepalive_expiry=_KEEPALIVE_S)
-            transport = httpx.AsyncHTTPTransport(retries=_CONNECT_RETRIES, limits=limits)
+            transport = AiohttpTransport(connections=self._connections, keepalive_s=_KEEPALIVE_S, connect_retries=_CONNECT_RETRIES)
             timeout = httpx.Timeout(None, connect=_CONNECT_S)
             self._here = _OnLoop(loop, httpx.AsyncClient(transport=transport, timeout=timeout), asyncio.Lock())
         return self._here
