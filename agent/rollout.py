@@ -18,7 +18,7 @@ import importlib.metadata
 import os
 import socket
 import types
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.hf_transformers_utils import get_context_length, get_hf_text_config
 from tensordict import TensorDict
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import ProcessorMixin
 from verl import DataProto
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import HFModelConfig, RolloutConfig
@@ -40,14 +41,17 @@ from verl.workers.rollout.schemas import Message
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 from verl.workers.rollout.sglang_rollout.utils import get_named_tensor_buckets
 
+from agent.answers import describe
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
-from agent.engines.sglang_args import server_args
-from agent.errors import ConfigError
+from agent.engines.sglang_args import environment, longer_context, server_args
+from agent.errors import AgentError, ConfigError, EngineError
 from agent.model.base import model_name
 from agent.trainer import TrainerBatches
 from agent.verl_batch import Shape, batch_arrays, batch_columns
-from conversations.trajectory import Trajectory
+
+_Made = tuple[dict[str, Any], dict[str, Any]]
+"""A batch's arrays and columns."""
 
 MESH_DIMS = ("dp", "infer_tp", "pp")
 ALONE_DEFAULTS = {
@@ -89,32 +93,44 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         return {}
 
     def _req_level_generate_sequences(self, prompts: Any, **kwargs: Any) -> Any:
-        """A trainer's multi_turn batch through turntrace's loop: the first tensor-parallel rank runs it, all return it.
+        """A trainer's multi_turn batch through turntrace's loop: the first tensor-parallel rank runs it, all return the same.
 
         What goes wrong there is raised on all of them: none waits for one that is gone.
         """
-        outcome: tuple[list[Trajectory], Exception | None] = [], None
+        made: _Made | None = None
+        failure: Exception | None = None
         if self._tp_rank == 0:
-            loop = asyncio.get_event_loop()
             try:
-                outcome = loop.run_until_complete(self._trainer.run(prompts, kwargs)), None
-                loop.run_until_complete(self._engine.flush_cache())  # as verl does: the KV cache is not needed again
+                made = self._run_batch(prompts, kwargs)
             except Exception as error:
-                outcome = [], error
+                failure = error
         dist.barrier()
-        group = self._device_mesh_cpu["tp"]
-        if group.size() > 1:
-            [outcome] = sglang_rollout.broadcast_pyobj(
-                data=[outcome], rank=self._rank, dist_group=group.get_group(), src=group.mesh[0].item(), force_cpu_device=False
-            )
-        trajectories, failure = outcome
-        if failure is not None:
+        made, told = self._from_first_rank((made, describe(failure) if failure else None))
+        if failure:
             raise failure
+        if made is None:
+            raise AgentError(f"the first tensor-parallel rank failed: {told}")
+        return _batch(*made, prompts.batch["input_ids"].device)
+
+    def _run_batch(self, prompts: Any, overrides: Mapping[str, Any]) -> _Made:
+        loop = asyncio.get_event_loop()
+        trajectories = loop.run_until_complete(self._trainer.run(prompts, overrides))
+        loop.run_until_complete(self._engine.flush_cache())  # as verl does: the KV cache is not needed again
         shape = Shape(self.config.prompt_length, self.config.response_length, self.pad_token_id, self.config.calculate_log_probs)
-        return _batch(trajectories, shape, prompts.batch["input_ids"].device)
+        return batch_arrays(trajectories, shape), batch_columns(trajectories)
+
+    def _from_first_rank(self, outcome: tuple[_Made | None, str | None]) -> tuple[_Made | None, str | None]:
+        group = self._device_mesh_cpu["tp"]
+        if group.size() == 1:
+            return outcome
+        first = group.mesh[0].item()
+        received = sglang_rollout.broadcast_pyobj([outcome], rank=self._rank, dist_group=group.get_group(), src=first)
+        return received[0]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def _trainer(self) -> TrainerBatches:
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise ConfigError(f"{self.model_config.path} has a processor for images or sound; turntrace's multi_turn batches are text only")
         return TrainerBatches(self.engine(), self.processing_class, self.config, self.sampling_params, str(self.model_config.path))
 
     def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
@@ -143,6 +159,7 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         factory = functools.partial(_start_engine, self._children, args)
         get_socket = functools.partial(_open_socket, sglang_engine.get_zmq_socket, self._children.sockets)
         with (
+            environment(longer_context()),
             _replaced(sglang_rollout, AsyncEngine=factory),
             _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging, get_zmq_socket=get_socket),
             _replaced(sglang_manager, get_zmq_socket=get_socket),
@@ -154,7 +171,13 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         return self._turntrace_engine
 
     async def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], **kwargs: Any) -> None:
-        """Sends new weights to the engine and empties its prefix cache; waits for requests that run."""
+        """Sends new weights to the engine and empties its prefix cache; waits for requests that run.
+
+        What is sampled from then on has the number of this sync, from 1, as `weight_version`. A turn that begins
+        meanwhile may be sampled by both: weights go in buckets.
+        """
+        if self._engine is not None:  # None on ranks beside the first
+            self._engine.weight_syncs += 1
         is_one_for_all = self._tp_size > self.device_mesh["infer_tp"].size()
         send = self._update_all_ranks if is_one_for_all else super().update_weights
         if torch.cuda.is_available():
@@ -207,11 +230,20 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 _ROLLOUT_REGISTRY["sglang", "sync"] = f"{__name__}.{AgentRollout.__name__}"
 
 
+def refuse_async(**_arguments: Any) -> None:
+    """In the place of verl's class for `mode: async`. Raises ConfigError: that mode would run verl's own loop without a word."""
+    raise ConfigError("actor_rollout_ref.rollout.mode: with external_lib agent.rollout only sync works; async runs verl's own agent loop")
+
+
+_ROLLOUT_REGISTRY["sglang", "async"] = f"{__name__}.{refuse_async.__name__}"
+
+
 class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
     """SGLang's engine that ends its own children only, not every child of the process, and that fails when they end."""
 
     def __init__(self, children: Children, **kwargs: Any) -> None:
         self._children = children
+        self.weight_syncs = 0
         super().__init__(**kwargs)
         if self.tokenizer_manager is not None:  # None on the further nodes of an engine that spans several
             create = self.tokenizer_manager.auto_create_handle_loop
@@ -226,7 +258,11 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         return await self._answer(super().flush_cache())
 
     async def update_weights_from_tensor(self, update_weights_request: Any) -> Any:
-        return await self._answer(super().update_weights_from_tensor(update_weights_request))
+        success, message = await self._answer(super().update_weights_from_tensor(update_weights_request))
+        if not success:  # verl would not look
+            raise EngineError(f"SGLang did not take the weights: {message}")
+        self.tokenizer_manager.server_args.weight_version = str(self.weight_syncs)  # SGLang's answers tell it
+        return success, message
 
     async def release_memory_occupation(self, tags: list[str] | None = None) -> Any:
         return await self._answer(super().release_memory_occupation(tags))
@@ -238,13 +274,12 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         return await self._children.answer(asyncio.create_task(request))
 
 
-def _batch(trajectories: Sequence[Trajectory], shape: Shape, device: torch.device) -> DataProto:
+def _batch(arrays: Mapping[str, Any], columns: dict[str, Any], device: torch.device) -> DataProto:
     """The batch that verl's trainer expects back, its messages in verl's own class."""
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in batch_arrays(trajectories, shape).items()}
-    columns = batch_columns(trajectories)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     for index, messages in enumerate(columns["messages"]):
         columns["messages"][index] = {"messages": [Message(role=said["role"], content=said["content"] or "") for said in messages]}
-    return DataProto(batch=TensorDict(tensors, batch_size=len(trajectories)), non_tensor_batch=columns)
+    return DataProto(batch=TensorDict(tensors, batch_size=len(columns["messages"])), non_tensor_batch=columns)
 
 
 def _rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:

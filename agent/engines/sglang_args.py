@@ -53,18 +53,17 @@ def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
 
 def start_variables(*, cuda: bool) -> dict[str, str]:
     """What the engine's processes need in their environment; a value the user has set stays."""
-    # SGLang refuses a context longer than the model's; ours is longer by the slack only, which is never filled.
-    wanted = {
-        "PYTHONWARNINGS": "ignore",
-        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
+    wanted = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if not cuda:
         # torch.compile would spend half a minute on the first call; threads that spin while they wait for each other
         # make a busy machine ten times slower.
         wanted |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return {key: value for key, value in wanted.items() if key not in os.environ}
+
+
+def longer_context() -> dict[str, str]:
+    """Without it SGLang refuses a context longer than the model's; ours is longer by the slack only, which is never filled."""
+    return {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 
 
 @contextlib.contextmanager

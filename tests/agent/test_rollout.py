@@ -296,6 +296,10 @@ async def test_weights_are_synced_through_the_inherited_method(engine: SGLangEng
     after = await sample(engine, prompt())
     assert changed.logprobs == pytest.approx([-10.8027] * 16, abs=1e-3)  # -log of the vocabulary's size: all tokens alike
     assert changed.cached_tokens == 0
+    assert [int(one.weight_version or "") for one in (changed, after)] == [
+        sglang_rollout._engine.weight_syncs - 1,
+        sglang_rollout._engine.weight_syncs,
+    ]
     assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
 
 
@@ -342,7 +346,8 @@ def test_one_process_updates_all_of_an_engines_ranks(tmp_path: Path) -> None:
     environment = {**_environment(), "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     done = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    before, changed, restored = json.loads(done.stdout)
+    (before, changed, restored), versions = zip(*json.loads(done.stdout), strict=True)
+    assert versions == ("default", "1", "2")
     assert changed != before
     assert restored == before
 
@@ -360,7 +365,8 @@ RANKS = """
 
     async def said():
         greedy = {"temperature": 0.0, "max_new_tokens": 12}
-        return (await rollout.engine().generate([1, 9690, 198, 504], greedy, request_id=uuid.uuid4().hex)).token_ids
+        generation = await rollout.engine().generate([1, 9690, 198, 504], greedy, request_id=uuid.uuid4().hex)
+        return generation.token_ids, generation.weight_version
 
     async def main():
         told = [await said()]

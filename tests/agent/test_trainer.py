@@ -346,6 +346,28 @@ def test_options_that_verl_does_not_know_are_checked(peers: Any) -> None:
         peers.run(rollout, batch(peers, "one"))
 
 
+def test_async_mode_is_refused_where_it_would_run_verls_own_loop() -> None:
+    from verl.workers.rollout import get_rollout_class
+
+    from agent.errors import ConfigError
+    from agent.rollout import AgentRollout
+
+    assert get_rollout_class("sglang", "sync") is AgentRollout
+    with pytest.raises(ConfigError, match=r"rollout\.mode: .* only sync works"):
+        get_rollout_class("sglang", "async")(config=None, model_config=None, device_mesh=None)
+
+
+def test_a_model_with_a_processor_is_refused(peers: Any) -> None:
+    from transformers import ProcessorMixin
+
+    from agent.errors import ConfigError
+
+    rollout = peers.ours(script(peers, echo))
+    rollout.processing_class = ProcessorMixin.__new__(ProcessorMixin)
+    with pytest.raises(ConfigError, match="has a processor for images"):
+        peers.run(rollout, batch(peers, "one"))
+
+
 # ---------------------------------------------------------------------- a trainer's steps on the real engine
 
 
@@ -365,8 +387,10 @@ def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
         assert step["logprobs_finite"]
         assert 1.0 in step["rewards"]
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["train-1-rank-0", "train-2-rank-0"]
-    for folder in (tmp_path / "kept").iterdir():
+    for step in (1, 2):  # of the first and the second sync
+        folder = tmp_path / "kept" / f"train-{step}-rank-0"
         assert verify_run(folder).defects == 0
+        assert {turn.weight_version for record in open_run(folder) for turn in record.turns} == {str(step)}
 
 
 def test_tensor_parallel_ranks_return_the_same_and_fail_together(tmp_path: Path) -> None:
@@ -377,4 +401,5 @@ def test_tensor_parallel_ranks_return_the_same_and_fail_together(tmp_path: Path)
     assert set(told) == {0, 1}, done.stderr[-2000:]
     assert told[0]["responses"] == told[1]["responses"]
     assert told[0]["mask"] == told[1]["mask"] > 0
-    assert told[0]["error"] == told[1]["error"] == "TaskError: the batch has no raw_prompt: set data.return_raw_chat=True"
+    assert told[0]["error"] == "TaskError: the batch has no raw_prompt: set data.return_raw_chat=True"
+    assert told[1]["error"].startswith(f"AgentError: the first tensor-parallel rank failed: {told[0]['error']}")

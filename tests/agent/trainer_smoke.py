@@ -1,7 +1,8 @@
 """Two steps of a verl 0.6.1 trainer on CPU, up to the advantages: `python -m tests.agent.trainer_smoke FOLDER`.
 
-verl's own data loading, batch handling, reward manager and advantages around AgentRollout on the embedded model, with
-a weight sync between the steps. What needs a GPU or Ray (the workers, the policy update) is left out. Prints one JSON line.
+verl's own data loading, batch handling, reward manager and advantages around AgentRollout on the embedded model, made
+as its workers make it, with a weight sync before each step. What needs a GPU or Ray (the workers, the policy update) is
+left out. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from agent.engines.sglang import start
+from agent.engines import cpu_guards
+from agent.engines.sglang_args import environment, start_variables
 from agent.model.base import TOOLS_NAME, resolve_model
 from agent.task_sources import write_gsm_symbolic
 
@@ -43,19 +45,24 @@ def write_data(folder: Path) -> Path:
 
 def main(folder: Path) -> dict[str, Any]:
     model = resolve_model(TOOLS_NAME)
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
     config = {
         "mode": "sync",
         "prompt_length": 768,
         "response_length": 512,
+        "max_model_len": 8192,  # all of the model's positions
         "temperature": 0.7,
         "max_num_seqs": 8,
         "calculate_log_probs": True,
         "multi_turn": {"enable": True, "max_assistant_turns": 6, "tool_config_path": TOOLS, "max_parallel_calls": 4},
         "engine_kwargs": {"sglang": {"max_total_tokens": 16384}, "turntrace": {"save_to": str(folder / "kept")}},
     }
-    rollout = start(config, model, log_path=folder / "engine.log")
+    cpu_guards.install()
+    with environment(start_variables(cuda=False)):
+        from agent.rollout import AgentRollout
+
+        rollout = AgentRollout.alone(config, model, folder / "engine.log")
+    loop = asyncio.new_event_loop()  # importing SGLang has changed its kind, in verl's workers too
+    asyncio.set_event_loop(loop)
     try:
         return run(rollout, model, write_data(folder), loop)
     finally:
@@ -84,16 +91,24 @@ def run(rollout: Any, model: Path, data: Path, loop: asyncio.AbstractEventLoop) 
         keep = {"data_source", "reward_model", "extra_info", "uid"} & batch.non_tensor_batch.keys()
         gen_batch = batch.pop(["input_ids", "attention_mask", "position_ids"], list(batch.non_tensor_batch.keys() - keep))
         gen_batch.meta_info["global_steps"] = step
+        weights = load_file(next(model.glob("*.safetensors")))
+        loop.run_until_complete(rollout_mode(rollout, {name: tensor * (0.99 + step / 100) for name, tensor in weights.items()}))
         made = rollout.generate_sequences(gen_batch.repeat(SAMPLES, interleave=True))
+        loop.run_until_complete(rollout.release())
         batch = batch.repeat(SAMPLES, interleave=True).union(made)
         assert compute_response_mask(batch).shape == batch.batch["response_mask"].shape
         batch.batch["token_level_scores"] = NaiveRewardManager(tokenizer, num_examine=0)(batch)
         batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
         batch = compute_advantage(batch, AdvantageEstimator.GRPO, num_repeat=SAMPLES)
         steps.append(summary(batch))
-        weights = load_file(next(model.glob("*.safetensors")))
-        loop.run_until_complete(rollout.update_weights((name, tensor * 1.01) for name, tensor in weights.items()))
     return {"steps": steps}
+
+
+async def rollout_mode(rollout: Any, weights: dict[str, Any]) -> None:
+    """What verl's workers do before a batch, in their order."""
+    await rollout.resume(tags=["weights"])
+    await rollout.update_weights(iter(weights.items()), peft_config=None, base_sync_done=True)
+    await rollout.resume(tags=["kv_cache"])
 
 
 def summary(batch: Any) -> dict[str, Any]:
