@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import chaos, loop_cpu, memory, record, sandbox, search, tool_turn, view
+from tests.bench import chaos, http_call, loop_cpu, memory, record, sandbox, search, tool_turn, view
 from tests.bench.row import Row, document
 from tests.bench.workload import workload
 from tools.base import SandboxUnavailable
@@ -41,6 +41,7 @@ def main() -> None:
         *chaos.rows(work, quick=quick),
         *_sandbox(console, quick=quick),
         *search.rows(quick=quick),
+        *http_call.rows(quick=quick),
         *record.rows(quick=quick),
         *_view(console, quick=quick),
         *loop_cpu.rows(work, quick=quick),
