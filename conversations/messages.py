@@ -75,8 +75,8 @@ def tool_message(content: str, *, call_id: str | None, name: str | None) -> Mess
 def given_messages(messages: object) -> list[Message]:
     """Checks a task's messages and returns them as the record keeps them.
 
-    Text parts (`[{"type": "text", "text": ...}]`) become one string, a missing content the empty string, and given
-    assistant messages get `raw: None`. Raises MessageError on anything that is not in the OpenAI chat schema.
+    Text parts (`[{"type": "text", "text": ...}]`) become one string, an assistant's missing content the empty string, and
+    given assistant messages get `raw: None`. Raises MessageError on anything that is not in the OpenAI chat schema.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise MessageError(f"messages must be a non-empty list of {{role, content}} objects, got {_shape(messages)}")
@@ -91,6 +91,8 @@ def _given(message: object, index: int) -> Message:
     role = kept.get("role")
     if role not in ROLES:
         raise MessageError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
+    if role != "assistant" and "content" not in kept:
+        raise MessageError(f"message {index} ({role}) has no content; its keys: {', '.join(sorted(map(str, kept)))}")
     kept["content"] = _text(kept.get("content", ""), index)
     if "tool_calls" in kept:
         kept["tool_calls"] = _given_calls(kept["tool_calls"], index)

@@ -44,6 +44,8 @@ def test_given_calls_hold_their_arguments_as_text(arguments: object) -> None:
         ([{"content": "x"}], "message 0 has role None; allowed are system, developer, user, assistant, tool"),
         ([{"role": "user", "content": "x"}, {"role": "bot", "content": "x"}], "message 1 has role 'bot'"),
         ([{"role": "user", "content": 7}], "message 0 has content of int; only text"),
+        ([{"role": "user", "text": "x"}], "message 0 (user) has no content; its keys: role, text"),
+        ([{"role": "system", "content": None}], "message 0 (system) has no content; its keys: role"),
         ([{"role": "user", "content": b"x"}], "message 0 has content of bytes"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "message 0 has content of list"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "message 0 has content of list"),
