@@ -46,8 +46,6 @@ _REFUSED: tuple[_Refusal, ...] = (
         lambda r: r.name == "sglang" and r.mode == "async" and not r.skip_tokenizer_init,
         "mode async needs skip_tokenizer_init: true, because token ids go in and out; set it to true or leave it out",
     ),
-    ("top_k", lambda r: r.top_k == 0, "0 is verl's word for its HF rollout; write -1 to switch top_k off"),
-    ("val_kwargs.top_k", lambda r: r.val_kwargs.top_k == 0, "0 is verl's word for its HF rollout; write -1 to switch top_k off"),
     (
         "max_model_len",
         lambda r: r.max_model_len is not None and r.max_model_len < r.prompt_length + r.response_length,

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
+
+
+def _not_zero(top_k: int) -> int:
+    if top_k == 0:
+        raise PydanticCustomError("top_k", "0 is verl's word for its HF rollout; write -1 to switch top_k off")
+    return top_k
+
 
 Temperature = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
-TopK = Annotated[int, Field(ge=-1)]
+TopK = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_not_zero)]
+"""SGLang's scheduler keeps it in 32 bits, and ends where it does not fit."""
 Count = Annotated[int, Field(ge=0)]
 
 

@@ -19,6 +19,7 @@ from agent.tasks import Task
 from conversations.errors import MessageError
 from conversations.messages import given_messages
 from conversations.trajectory import Trajectory
+from tools.base import ToolConfigError
 from tools.registry import load_tools
 from tools.toolset import ToolSet
 
@@ -127,6 +128,8 @@ def tool_set(config: Config, tools: str | Path | ToolSet | Iterable[Callable[...
         return chosen
     if isinstance(chosen, (str, Path)):
         return load_tools(chosen)
+    if not isinstance(chosen, Iterable):
+        raise ToolConfigError(f"tools is a list of functions and tools, or a config's name, got {chosen!r:.80}; write tools=[...]")
     return ToolSet.from_tools(chosen)
 
 
@@ -156,6 +159,8 @@ def _tasks(prompts: Prompts) -> list[Task]:
     many: Sequence[Any] = [prompts] if alone else prompts
     tasks = []
     for index, prompt in enumerate(many):
+        if isinstance(prompt, str) and not prompt.strip():
+            raise TaskError(f"prompt {index} is empty")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
             tasks.append(Task(str(index), given_messages(messages)))

@@ -208,6 +208,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["rollout.max_model_len=2047"], "smaller than prompt_length + response_length"),
         (["rollout.load_format=hf"], "no such loader"),
         (["rollout.top_k=0"], "write -1"),
+        (["rollout.val_kwargs.top_k=0"], "write -1"),
+        (["rollout.top_k=2147483648"], "less than or equal to 2147483647"),
         (["rollout.name=sglang_server"], "at least one address"),
         (["rollout.name=scripted"], "needs the run folder"),
         (["rollout.engine_kwargs.sglang.tp_size=2"], "is set by rollout.tensor_model_parallel_size"),

@@ -22,6 +22,7 @@ from agent.inference import InferenceEngine
 from conversations.store import RunFolder
 from conversations.template import ChatTemplate
 from tests.helpers import ROOT, call, run_one, runtime, says, task
+from tools.base import ToolConfigError
 from tools.function import tool
 
 QUESTIONS = ("Double 2.", "Double 21.")
@@ -115,6 +116,11 @@ def test_tools_without_multi_turn_are_refused(recording: Path) -> None:
         InferenceEngine(config(recording, "rollout.multi_turn.enable=false"), tools=[double])
 
 
+def test_one_tool_is_given_in_a_list(recording: Path) -> None:
+    with pytest.raises(ToolConfigError, match=r"write tools=\[\.\.\.\]"):
+        InferenceEngine(config(recording), tools=double)  # type: ignore[arg-type]
+
+
 def test_validate_uses_val_kwargs(recording: Path) -> None:
     overrides = (
         "rollout.temperature=0.7",
@@ -152,6 +158,8 @@ def test_max_tokens_caps_a_turn(engine: InferenceEngine) -> None:
         {"temperature": "x"},
         {"top_p": 7.0},
         {"top_k": -2},
+        {"top_k": 0},
+        {"top_k": 2**31},
     ],
     ids=str,
 )
@@ -160,7 +168,9 @@ def test_an_option_out_of_range_is_refused_by_name(engine: InferenceEngine, opti
         engine.generate(QUESTIONS[0], **option)
 
 
-@pytest.mark.parametrize("prompts", [3, {"role": "user", "content": "x"}, [3], [[]], [{"role": "nobody", "content": "x"}]], ids=str)
+@pytest.mark.parametrize(
+    "prompts", [3, {"role": "user", "content": "x"}, [3], [[]], [{"role": "nobody", "content": "x"}], "", ["x", " \n"]], ids=str
+)
 def test_what_is_no_prompt_is_refused(engine: InferenceEngine, prompts: Any) -> None:
     with pytest.raises(TaskError, match="prompt"):
         engine.generate(prompts)
