@@ -22,9 +22,11 @@ from agent.batch import run_conversations
 from agent.dispatch import Dispatcher
 from agent.engines.engine import Engine
 from agent.errors import ConfigError
-from agent.interactions import load_interactions
+from agent.interactions import Interactions, load_interactions
 from agent.loop import Conversation, LoopSettings, Runtime
 from agent.manifest import source, versions
+from agent.redact import without_secrets
+from agent.step_folders import NewFolders
 from agent.verl_batch import batch_tasks, why_not_trained
 from conversations.store import RunFolder
 from conversations.template import ChatTemplate
@@ -85,6 +87,8 @@ class TrainerBatches:
         dispatcher = tool_dispatcher(self._tools, template, multi_turn)
         if self._interactions:
             template.require(USER)
+        save_to = self._options.save_to
+        self._folders = NewFolders(save_to, tokenizer) if save_to else None
         self._runtime = Runtime(engine, template, self._settings({}), dispatcher, interactions=self._interactions)
 
     async def run(self, prompts: Any, overrides: Mapping[str, Any]) -> list[Trajectory]:
@@ -124,29 +128,13 @@ class TrainerBatches:
 
     def _store(self, validate: bool, step: int | None) -> AbstractContextManager[RunFolder | None]:
         """The run folder of one batch; a step that the trainer does again, after a restart, gets one of its own."""
-        if self._options.save_to is None:
+        if self._folders is None:
             return nullcontext()
-        name = f"{'val' if validate else 'train'}-{self._batches - 1 if step is None else step}-rank-{os.environ.get('RANK', '0')}"
-        folder, again = self._options.save_to / name, 0
-        while folder.exists():
-            again += 1
-            folder = self._options.save_to / f"{name}-{again}"
-        store = RunFolder.create(folder, self._manifest(validate, step))
-        self._runtime.template.tokenizer.save_pretrained(folder / "tokenizer")
-        return store
-
-    def _manifest(self, validate: bool, step: int | None) -> dict[str, Any]:
+        number = self._batches - 1 if step is None else step
+        name = f"{'val' if validate else 'train'}-{number}-rank-{os.environ.get('RANK', '0')}"
         config = run_config(self._model, self.config, self._settings({}), self._options)
-        texts = {"tools": self._tools, "interactions": self._interactions}
-        return {
-            "config": config,
-            **{name: source(loaded) for name, loaded in texts.items()},
-            "validate": validate,
-            "step": step,
-            "trainer": {"rollout": _plain(dataclasses.asdict(self.config))},
-            "versions": versions(),
-            "parent": None,
-        }
+        trainer = {"rollout": dataclasses.asdict(self.config)}
+        return self._folders.create(name, manifest(config, self._tools, self._interactions, trainer, validate=validate, step=step))
 
 
 def _as_it_ended(one: Trajectory, ended: Container[tuple[str, int]]) -> Trajectory:
@@ -174,12 +162,12 @@ TURN_KEYS = (
 OUR_KEYS = ("max_consecutive_invalid_calls", "conversation_deadline_s", "max_tokens", "apply_chat_template_kwargs")
 
 
-def run_config(model: str, config: Any, settings: LoopSettings, options: TrainerOptions) -> dict[str, Any]:
+def run_config(model: str, config: Any, settings: LoopSettings, options: TrainerOptions, **paths: Any) -> dict[str, Any]:
     """A run.json's `config` in turntrace's own keys: what took effect, so that the run can be verified and replayed.
 
-    `config` is verl's rollout config, of any version: what it has no key for is left out.
+    `config` is verl's rollout config, of any version: what it has no key for is left out. `paths` count for its own.
     """
-    turns = {key: config.multi_turn.get(key) for key in TURN_KEYS}
+    turns = {**{key: config.multi_turn.get(key) for key in TURN_KEYS}, **paths}
     rollout = {
         **{key: config.get(key) for key in ROLLOUT_KEYS if config.get(key) is not None},
         "max_model_len": settings.max_model_len,
@@ -187,6 +175,14 @@ def run_config(model: str, config: Any, settings: LoopSettings, options: Trainer
         "turntrace": {key: getattr(options, key) for key in OUR_KEYS},
     }
     return _plain({"model_path": model, "rollout": rollout})
+
+
+def manifest(
+    config: Mapping[str, Any], tools: ToolSet | None, interactions: Interactions | None, trainer: Mapping[str, Any], **which: Any
+) -> dict[str, Any]:
+    """A run.json: `config` as `run_config` makes it, `trainer` what the trainer was told, `which` names the batch."""
+    texts = {"tools": source(tools), "interactions": source(interactions)}
+    return {"config": config, **texts, **which, "trainer": _plain(trainer), "versions": versions(), "parent": None}
 
 
 def tool_dispatcher(tools: ToolSet | None, template: ChatTemplate, multi_turn: Any) -> Dispatcher | None:
@@ -229,7 +225,7 @@ def checked_options(kind: type[Options], given: Mapping[str, Any], where: str) -
         raise ConfigError(f"{key}: {first['msg']}; the keys are {', '.join(kind.model_fields)}") from error
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As JSON values; what has no JSON form becomes its text."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON values, without secrets; what has no JSON form becomes its text."""
+    plain: dict[str, Any] = without_secrets(json.loads(json.dumps(value, default=str)))
     return plain

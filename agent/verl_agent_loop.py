@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,10 +34,10 @@ from agent.engines.verl_client import VerlClientEngine
 from agent.errors import ConfigError
 from agent.interactions import load_interactions
 from agent.loop import Conversation, LoopSettings, Runtime
-from agent.manifest import source, versions
+from agent.manifest import versions
 from agent.step_folders import StepFolders
 from agent.tasks import Task
-from agent.trainer import TrainerOptions, checked_options, loop_settings, run_config, tool_dispatcher
+from agent.trainer import TrainerOptions, checked_options, loop_settings, manifest, run_config, tool_dispatcher
 from agent.verl_batch import batch_tasks, why_not_trained
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
@@ -188,19 +187,11 @@ class _Worker:
     def _manifest(self, step: str) -> dict[str, Any]:
         """run.json: `config` says what took effect, in turntrace's own keys; `trainer` is verl's config and the options."""
         options = self.options.model_copy(update={"apply_chat_template_kwargs": self.template_kwargs})
-        config = run_config(self.model, self.config, self._settings({}), options)
-        config["rollout"]["multi_turn"]["interaction_config_path"] = self.options.interaction_config_path
-        manifest = {
-            "config": config,
-            "tools": source(self.tools),
-            "interactions": source(self.interactions),
-            "step": step,
-            "trainer": {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options.model_dump(mode="json")},
-            "versions": versions(),
-            "parent": None,
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(manifest, default=str))
-        return plain
+        tools = options.tool_config_path or self.config.multi_turn.tool_config_path
+        paths = {"tool_config_path": tools, "interaction_config_path": options.interaction_config_path}
+        config = run_config(self.model, self.config, self._settings({}), options, **paths)
+        trainer = {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options.model_dump(mode="json")}
+        return manifest(config, self.tools, self.interactions, trainer, step=step)
 
 
 class _Function:

@@ -11,7 +11,7 @@ client of its asynchronous modes goes on with them under the new weights, and th
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -71,11 +71,11 @@ class VerlClientEngine:
         if output.num_preempted is not None:
             self.num_preempted = (self.num_preempted or 0) + output.num_preempted
         told, fields = output.extra_fields, self.fields
-        steps = [told.get(key, told.get("global_steps")) for key in ("min_global_steps", "max_global_steps")]
+        first, last = _steps(told)
         if fields["min_global_steps"] is None:
-            fields["min_global_steps"] = steps[0]
-        if steps[1] is not None:
-            fields["max_global_steps"] = steps[1]
+            fields["min_global_steps"] = first
+        if last is not None:
+            fields["max_global_steps"] = last
         for key in SUMMED:
             if key in told:
                 fields[key] = fields.get(key, 0) + int(told[key])
@@ -87,15 +87,24 @@ def _one_line(error: Exception) -> str:
     return " ".join(describe(cause if isinstance(cause, Exception) else error).split())
 
 
+def _steps(told: Mapping[str, Any]) -> list[int | None]:
+    """The first and the last weights' step of a turn; None where the server does not tell."""
+    return [told.get(key, told.get("global_steps")) for key in ("min_global_steps", "max_global_steps")]
+
+
+def _weight_version(told: Mapping[str, Any]) -> str | None:
+    """The weights' step, of a turn that was gone on with under new ones `FIRST-LAST`: verl's client does not say where."""
+    return "-".join(dict.fromkeys(str(step) for step in _steps(told) if step is not None)) or None
+
+
 def _generation(output: Any, limit: int, stop_token_ids: Sequence[int]) -> Generation:
     """verl's `TokenOutput`. vLLM says `completed` whether a turn ended or was cut; TensorRT-LLM knows no limit of a turn."""
     ids, logprobs = list(output.token_ids)[:limit], list(output.log_probs or [])[:limit]
     ended = output.stop_reason == "stop" or (bool(ids) and ids[-1] in stop_token_ids)
-    step = output.extra_fields.get("global_steps")
     return Generation(
         ids,
         logprobs,
         "abort" if output.stop_reason in ABORTED else "stop" if ended and len(output.token_ids) <= limit else "length",
         cached_tokens=output.extra_fields.get("num_cached_tokens"),
-        weight_version=None if step is None else str(step),
+        weight_version=_weight_version(output.extra_fields),
     )

@@ -298,11 +298,13 @@ def test_validation_waits_for_everybody(peers: Any) -> None:
 
 
 def test_each_batch_is_kept_where_the_config_says_so(peers: Any, tmp_path: Path) -> None:
-    rollout = peers.ours(script(peers, three_looks), tools=True, engine_kwargs={"turntrace": {"save_to": str(tmp_path / "kept")}})
+    kwargs = {"turntrace": {"save_to": str(tmp_path / "kept")}, "sglang": {"api_key": "a secret"}}
+    rollout = peers.ours(script(peers, three_looks), tools=True, engine_kwargs=kwargs)
     done = peers.run(rollout, batch(peers, "one", "one", "two", tools=True, meta={"global_steps": 7}))
     peers.run(rollout, batch(peers, "one", tools=True, meta={"global_steps": 7}))
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["train-7-rank-0", "train-7-rank-0-1"]
     run = open_run(tmp_path / "kept" / "train-7-rank-0")
+    assert "a secret" not in (run.path / "run.json").read_text()
     records = list(run)
     assert sorted(record.sample for record in records) == [0, 0, 1]
     assert len({record.task_id for record in records}) == 2

@@ -308,7 +308,7 @@ async def test_what_the_trainer_aborts_is_not_trained_on(peers: Peers, ids: list
 
 
 @pytest.mark.skipif(VERSION < (0, 9), reason="verl 0.8 has this client elsewhere")
-async def test_a_turn_that_is_resumed_under_new_weights_is_one_turn(peers: Peers) -> None:
+async def test_a_turn_that_is_resumed_under_new_weights_is_one_turn(peers: Peers, tmp_path: Path) -> None:
     """By verl's client for asynchronous trainers: the conversation notices nothing but the weights' steps."""
     ids = [*peers.template.encode("It is forty-two."), peers.template.end_id]
     parts = [
@@ -317,7 +317,7 @@ async def test_a_turn_that_is_resumed_under_new_weights_is_one_turn(peers: Peers
     ]
     answers = iter(parts)
     server = peers.server(lambda text: next(answers))
-    worker = peers.worker(server)
+    worker = peers.worker(server, options={"save_to": str(tmp_path / "kept")})
     worker.llm_client = llm_server.FullyAsyncLLMServerClient(worker.config, worker.llm_client._load_balancer)
     done = await run(worker, "one")
     mask = done.batch["response_mask"][0].bool()
@@ -325,6 +325,8 @@ async def test_a_turn_that_is_resumed_under_new_weights_is_one_turn(peers: Peers
     assert done.batch["rollout_log_probs"][0][mask].tolist() == parts[0].log_probs + parts[1].log_probs
     assert server.seen[1][0] == server.seen[0][0] + ids[:2]
     assert [done.non_tensor_batch[f"{which}_global_steps"][0] for which in ("min", "max")] == [7, 8]
+    (record,) = open_run(next((tmp_path / "kept").glob("step-8-*")))
+    assert [turn.weight_version for turn in record.turns] == ["7-8"]
     assert extras(done)["stop_reason"] == "stop"
 
 
@@ -484,7 +486,7 @@ async def test_records_are_kept_by_the_weights_step(peers: Peers, tmp_path: Path
     for step in (7, 8):
         worker = peers.worker(peers.server(looks("a"), step=step), tools=True, options={"save_to": str(tmp_path / "kept")})
         done = await run(worker, "one", "one", "two", reward_model=[{"ground_truth": "42"}] * 3, data_source=["sums"] * 3)
-    folders = sorted(path for path in (tmp_path / "kept").iterdir() if path.name.startswith("step-"))
+    folders = sorted((tmp_path / "kept").iterdir())
     assert [folder.name.split("-")[1] for folder in folders] == ["7", "8"]
     records = list(open_run(folders[1]))
     assert sorted(record.sample for record in records) == [0, 0, 1]
