@@ -297,7 +297,8 @@ def _leaf(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     said = str(error).splitlines()
-    if isinstance(error, (ClosedResourceError, BrokenResourceError)):
+    closed = isinstance(error, McpError) and error.error.code == types.CONNECTION_CLOSED
+    if closed or isinstance(error, (ClosedResourceError, BrokenResourceError)):
         return "it ended"
     if isinstance(error, McpError):
         return said[0] if said else "it answered with an error"
