@@ -176,7 +176,7 @@ def test_ctrl_c_ends_in_good_order(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment) as running:
         while not (folder / "hanging").exists() and running.poll() is None:
-            pass
+            time.sleep(0.01)
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)
     assert "Traceback" not in said

@@ -146,7 +146,7 @@ async def test_who_hangs_up_at_any_moment_of_a_start_leaves_nothing(request: pyt
         answer = await client.post("/run_code", json={"code": "print('next')", "language": "python"}, timeout=60)
     assert answer.json()["run_result"]["stdout"] == "next\n"
     eventually(lambda: not programs_of(server))
-    assert orphans() <= before
+    eventually(lambda: orphans() <= before)  # what stays would stay for a minute; other tests' come and go
 
 
 def orphans() -> set[int]:
