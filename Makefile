@@ -32,8 +32,8 @@ demo: $(RUN) ## Run generated math problems through the embedded model with real
 	@$(BIN)/turntrace tasks gsm_symbolic --size $(SIZE) --seed $(SEED) --out runs/demo-tasks.jsonl
 	@$(BIN)/turntrace run runs/demo-tasks.jsonl --tools gsm8k --out runs/demo
 
-test: $(DEV) ## Run all tests, real engine and real sandbox included (ARGS="-k loop" passes arguments to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## Run all tests, real engine and real sandbox included, two files at a time (ARGS="-k loop" passes arguments to pytest)
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 bench: $(DEV) ## Print the budgets, ours beside verl's own loop, and write benchmarks.json
 	@$(BIN)/python -m tests.bench $(ARGS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from xdist.scheduler import LoadFileScheduling
 
 from conversations.template import ChatTemplate
 from tests.browser import chromium
@@ -16,6 +17,37 @@ from tests.helpers import hermes_template, qwen_template
 # Tests that run as a background job inherit that these are ignored, and would pass that on to every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+# ---------------------------------------------------------------------- side by side (make test: pytest -n 2)
+
+ENGINE_FILES = {
+    "tests/agent/model/test_adapter.py",
+    "tests/agent/test_replay_engine.py",
+    "tests/agent/test_rollout.py",
+    "tests/agent/test_sglang_server.py",
+    "tests/agent/test_sglang_servers.py",
+    "tests/agent/test_trainer.py",
+    "tests/conversations/test_verify_engine.py",
+}
+"""One worker runs these, one after the other: no two engines at once, and the tests that share one are in one process."""
+
+
+class Lanes(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "engine" if file in ENGINE_FILES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    return Lanes(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker is left with it alone."""
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in ENGINE_FILES)
+
+
+# ---------------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(scope="session")
