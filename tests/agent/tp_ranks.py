@@ -34,6 +34,8 @@ def become_rank(rank: int, world: int, port: int) -> None:
         torch.zeros(1, device="cuda")  # holds on to the one GPU: verl names all of them to the engine's processes later
     else:
         cpu_guards.install()
+        cores = sorted(os.sched_getaffinity(0))  # SGLang's CPU engine wants its ranks on cores of their own
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(cores[index % len(cores)]) for index in range(world)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 

@@ -33,6 +33,7 @@ from tests.bench.gpu.report import errors, table
 PARTS = {"engine": "engine", "server": "server", "dp": "servers", "tp": "ranks", "real": "real"}
 """Each part's module, which has a function of its own name."""
 FILE = Path("benchmarks-gpu.json")
+DRY_FILE = Path(tempfile.gettempdir(), f"benchmarks-gpu-dry-{os.getuid()}.json")
 GRACE_S = 20.0
 
 
@@ -41,12 +42,16 @@ def main() -> None:
     if options.child:
         _run(options)
         return
+    if options.dry:
+        DRY_FILE.unlink(missing_ok=True)
     figures = Figures(options.json)
     for part in options.parts or PARTS:
+        if time.time() > options.until:
+            print(f"{part}: left out, the {options.minutes:g} minutes are over", flush=True)
+            continue
         began, code = time.perf_counter(), _in_a_process(part, options.until)
-        if code:
-            figures.add(part, "ended", {"error": f"exit code {code}" if code > 0 else f"signal {-code}"})
-        print(f"[{part}: {time.perf_counter() - began:.0f} s, exit code {code}]", flush=True)
+        ended = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+        figures.add("ended", part, {"error" if code else "with": ended, "took_s": round(time.perf_counter() - began)})
     found = figures.read()
     print(table(found))
     sys.exit(errors(found) > 0)
@@ -91,14 +96,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="how long this call may take")
     parser.add_argument("--conversations", dest="sizes", type=_numbers, default=[64, 256, 1024], help="of part engine")
     parser.add_argument("--tool-ms", dest="naps", type=_numbers, default=[0, 50, 500], help="of part engine")
-    parser.add_argument("--rounds", type=int, default=3, help="of each case")
-    parser.add_argument("--repeat-up-to", type=int, default=256, help="cases of more conversations run in the first round only")
+    parser.add_argument("--rounds", type=int, default=3, help="of each case of up to 256 conversations")
     parser.add_argument("--model", type=Path, help="a folder with the load's tokenizer and config (default: Qwen3-0.6B's shape)")
     parser.add_argument("--tasks", type=Path, help="the tasks of part real (default: generated grade-school problems)")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the config, as for `turntrace run`"
     )
-    parser.add_argument("--json", type=Path, default=FILE, help="where the figures go")
+    parser.add_argument("--json", type=Path, help=f"where the figures go (default: {FILE}; where dry, a file that is thrown away)")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="where engines and servers write")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -106,6 +110,7 @@ def _options() -> argparse.Namespace:
     options.until = options.until or time.time() + 60 * options.minutes
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    options.json = options.json or (DRY_FILE if options.dry else FILE)
     if options.dry:
         options.sizes, options.naps, options.rounds = [4], [0], 1
     return options

@@ -19,6 +19,8 @@ from tests.bench.gpu.load import Load
 from tests.bench.gpu.place import Contender, Place
 
 SHARED_MEMORY = Path("/dev/shm")
+SYNC_S = 30.0
+"""What weights and memory take."""
 
 
 def engine(place: Place) -> None:
@@ -48,10 +50,11 @@ def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
 
 
 def start_figures(rollout: Any, seats: int, took_s: float) -> dict[str, Any]:
-    """How long an engine took to start, and how much it holds."""
+    """How long an engine took to start, and how much it holds where this SGLang tells."""
     told = getattr(rollout._engine, "scheduler_info", None)
-    kv_tokens = told.get("max_total_num_tokens") if isinstance(told, dict) else None
-    return {"start_s": round(took_s, 1), "max_num_seqs": seats, "kv_tokens": kv_tokens}
+    with suppress(AttributeError, IndexError):
+        told = told or rollout._engine._scheduler_init_result.scheduler_infos[0]  # as SGLang 0.5.12 has it
+    return {"start_s": round(took_s, 1), "max_num_seqs": seats, "kv_tokens": (told or {}).get("max_total_num_tokens")}
 
 
 def raw(rollout: Any) -> Any:
@@ -86,6 +89,9 @@ def _sync(place: Place, rollout: Any, load: Load) -> None:
     """Weights and memory."""
     from tests.bench.gpu.sync import Sync
 
+    if place.left_s < SYNC_S:
+        print(f"sync: left out, {place.left_s:.0f} s are left", flush=True)
+        return
     weights, run = Sync(rollout, place.model), load.loop.run_until_complete
     with place.noting("sync", "update_weights") as figures:
         figures |= run(weights.rows(2 if place.dry else 10))

@@ -41,19 +41,14 @@ QWEN3_06B: dict[str, Any] = {
 }
 """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
 TINY: dict[str, Any] = {
-    **QWEN3_06B,
-    "head_dim": 32,
+    **{key: value for key, value in QWEN3_06B.items() if key not in ("vocab_size", "torch_dtype", "bos_token_id", "eos_token_id")},
+    "head_dim": 64,
     "hidden_size": 128,
     "initializer_range": 0.2,
     "intermediate_size": 256,
-    "num_attention_heads": 4,
+    "num_attention_heads": 8,
     "num_hidden_layers": 2,
-    "num_key_value_heads": 4,
     "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "vocab_size": 49152,
 }
 """Its weights are drawn so wide that in float32 the best token is far ahead: greedy tokens do not hang on the batch."""
 
@@ -74,17 +69,16 @@ def qwen3_shape(target: Path) -> Path:
     return target
 
 
-def tiny_model(target: Path) -> Path:
-    """A model folder with float32 weights and SmolLM2's vocabulary, so that each id has a text. Made once."""
+def tiny_model(target: Path, tokenizer: Path | None = None) -> Path:
+    """A model folder with float32 weights and the vocabulary of `tokenizer` (default: SmolLM2's): each id has a text. Made once."""
     if target.exists():
         return target
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    shutil.copytree(resolve_tokenizer(BASE_NAME), target)
+    shutil.copytree(tokenizer or resolve_tokenizer(BASE_NAME), target, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
     torch.manual_seed(0)
-    shape = {key: value for key, value in TINY.items() if key != "torch_dtype"}
-    Qwen3ForCausalLM(Qwen3Config(**shape)).save_pretrained(target)
+    Qwen3ForCausalLM(Qwen3Config(**TINY, vocab_size=len(AutoTokenizer.from_pretrained(target)))).save_pretrained(target)
     return target
 
 

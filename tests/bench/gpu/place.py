@@ -29,6 +29,10 @@ from tests.bench.gpu.model import conversations_held, qwen3_shape, tiny_model
 
 MAX_MODEL_LEN = 8192
 GPU_SHARE = 0.8
+WARM_UP = 64
+"""Conversations with which everything is run once, before it counts."""
+REPEATED = 256
+"""Cases of more conversations run in the first round only: they take long, and long runs vary little."""
 
 Contender = Callable[[int, float], Outcome]
 """A run of so many conversations with tools that take so many seconds."""
@@ -77,7 +81,7 @@ class Place:
 
     @functools.cached_property
     def tiny(self) -> Path:
-        return tiny_model(self.folder / "tiny")
+        return tiny_model(self.folder / "tiny", self.options.model)
 
     def load(self, engine: Engine, raw: Raw, loop: asyncio.AbstractEventLoop, model: Path | None = None) -> Load:
         """The contenders on an engine (of `model`, not the one under load); where dry, of shorter turns."""
@@ -112,7 +116,8 @@ class Place:
             yield figures
         except Exception as error:
             traceback.print_exc()
-            figures["error"] = f"{type(error).__name__}: {error}"[:500]
+            said = str(error).strip().splitlines() or [""]
+            figures["error"] = f"{type(error).__name__}: {said[-1]}"[:500]  # the last line: another process' error comes with its traceback
         self.figures.add(part, case, figures)
 
     def note_machine(self, part: str) -> None:
@@ -129,28 +134,29 @@ class Place:
     ) -> None:
         """Each contender in each case, after `reset`; round by round, so that what ends it early costs repeats first.
 
-        Before, every contender runs at the smallest size and the first one at each, which loads and compiles (not where dry).
-        Those of `once` run in the first round only. A run that would not end in the time that is left is left out, and said so.
+        Before, every contender runs at a small size and the first one at each, which loads and compiles (not where dry). Those
+        of `once` run in the first round only. A run that would not end in the time that is left is left out, and said so.
         """
-        options, took_s = self.options, dict[tuple[int, str], float]()
+        options, longest_s = self.options, dict[int, float]()
 
         def run(name: str, size: int, nap_ms: int, round_: int) -> None:
             case, started = f"{size} conversations, {nap_ms} ms, {name}, round {round_}", time.perf_counter()
-            if took_s.get((size, name), 0.0) > self.left_s:
+            if longest_s.get(size, 0.0) > self.left_s:
                 print(f"{part} · {case}: left out, {self.left_s:.0f} s are left", flush=True)
                 return
-            reset()
-            with self.noting(part if round_ else "warm-up", case) as figures:
+            with self.noting(part if round_ else "warm-up", f"{part}: {case}" if not round_ else case) as figures:
+                reset()
                 figures |= contenders[name](size, nap_ms / 1000).figures()
-            took_s[size, name] = max(took_s.get((size, name), 0.0), time.perf_counter() - started)
+            longest_s[size] = max(longest_s.get(size, 0.0), time.perf_counter() - started)
 
         for name in contenders if not self.dry else ():
-            run(name, min(sizes), 0, 0)
-        for size in sorted(sizes)[1:]:
-            run(next(iter(contenders)), size, 0, 0)
+            run(name, min(WARM_UP, *sizes), 0, 0)
+        for size in sizes:
+            if size > WARM_UP:
+                run(next(iter(contenders)), size, 0, 0)
         for round_ in range(1, options.rounds + 1):
             for size in sizes:
                 for nap_ms in options.naps if part == "load" else [0]:
                     for name in contenders:
-                        if round_ == 1 or (name not in once and size <= options.repeat_up_to):
+                        if round_ == 1 or (name not in once and size <= REPEATED):
                             run(name, size, nap_ms, round_)

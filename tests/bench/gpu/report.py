@@ -27,7 +27,7 @@ def table(found: dict[str, Any]) -> str:
             lines += [f"## {part}", *_shares(medians, in_process if part == "server" else {}), "", *_beyond(medians), ""]
         plain = {case: value for case, value in cases.items() if not CASE.fullmatch(case)}
         if plain:
-            lines += [f"## {part}, further", *(f"- {case}: {_pairs(value)}" for case, value in plain.items()), ""]
+            lines += [f"## {part}{', further' if medians else ''}", *(f"- {case}: {_pairs(value)}" for case, value in plain.items()), ""]
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ class ServerProcess:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         given = {"model_path": model, "port": port, "skip_tokenizer_init": True, "log_level": "warning", **flags}
-        self._command = [sys.executable, "-m", "sglang.launch_server", *_arguments(given)]
+        self._command = [sys.executable, "-m", "sglang.launch_server", *arguments(given)]
         paths = [str(ROOT), *guard_paths(), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environment = {**os.environ, **start_variables(cuda=cuda), "PYTHONPATH": os.pathsep.join(paths)}
         if cuda:
@@ -79,7 +79,7 @@ def _visible(gpu: int) -> str:
     return listed.split(",")[gpu] if listed else str(gpu)
 
 
-def _arguments(flags: Mapping[str, Any]) -> list[str]:
+def arguments(flags: Mapping[str, Any]) -> list[str]:
     """A command line of them; what is None or False is left out."""
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None and value is not False}
     return [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
@@ -158,8 +158,14 @@ def contenders(load: Load, engine: SGLangServerEngine) -> dict[str, Contender]:
 
 
 def empty_caches(servers: Sequence[ServerProcess]) -> None:
+    """Raises HTTPError where one does not empty it: it refuses while it still clears up after a request."""
     for one in servers:
-        httpx.post(f"{one.url}/flush_cache", timeout=30.0).raise_for_status()
+        for _ in range(50):
+            answer = httpx.post(f"{one.url}/flush_cache", timeout=30.0)
+            if answer.status_code != 400:
+                break
+            time.sleep(0.1)
+        answer.raise_for_status()
 
 
 @contextlib.contextmanager

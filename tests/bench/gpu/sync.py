@@ -36,11 +36,15 @@ class Sync:
         return [answer["output_ids"] for answer in answers]
 
     async def send(self, seed: int) -> float:
-        """Seconds that a sync of all weights took."""
+        """Seconds that a sync of all weights took. Ranks go on together: what one sent must be there until it is read."""
+        import torch.distributed as dist
+
         weights = list(random_weights(self._model, seed, self._device))
         _synchronize()
         started = perf_counter()
         await self._rollout.update_weights(iter(weights))
+        if dist.get_world_size() > 1:
+            dist.barrier()
         took_s = perf_counter() - started
         del weights
         _free()

@@ -8,6 +8,7 @@ import pytest
 
 from tests.bench.gpu.machine import flight, percentile
 from tests.bench.gpu.report import errors, table
+from tests.bench.gpu.server import arguments
 
 
 def figures(tokens_per_s: int, **more: Any) -> dict[str, Any]:
@@ -61,3 +62,10 @@ def test_time_without_a_request_is_head_tail_and_gaps() -> None:
 def test_a_percentile_is_one_of_the_values() -> None:
     values = [float(number) for number in range(100, 0, -1)]
     assert (percentile(values, 0.5), percentile(values, 0.99), percentile([7.0], 0.5)) == (50.0, 99.0, 7.0)
+
+
+def test_a_servers_flags_leave_out_what_is_not_given() -> None:
+    assert arguments({"dp_size": 1, "skip_tokenizer_init": True, "disable_radix_cache": False, "mm_attention_backend": None}) == [
+        *("--dp-size", "1"),
+        "--skip-tokenizer-init",
+    ]
