@@ -52,7 +52,7 @@ class SGLangServerEngine:
         self._any_up = asyncio.Event()
         self._any_up.set()
         self._requests: dict[str, tuple[Server, str]] = {}
-        self._aborts: set[asyncio.Task[None]] = set()
+        self._aborts: dict[asyncio.Task[None], tuple[Server, str]] = {}
 
     async def connect(self) -> None:
         """Checks that every server is up and that all serve the same model. Raises EngineStartError, everything closed."""
@@ -166,12 +166,18 @@ class SGLangServerEngine:
 
     def _abort_in_background(self, server: Server, rid: str) -> None:
         task = asyncio.create_task(server.abort(rid))
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
+        self._aborts[task] = server, rid
+        task.add_done_callback(lambda done: None if done.cancelled() else self._aborts.pop(done, None))
 
     async def close(self) -> None:
-        """Closes the connections, after the aborts that are on their way; the servers go on. Safe to call twice."""
-        await asyncio.gather(*self._aborts)
+        """Closes the connections, after the aborts that are on their way; the servers go on. Safe to call twice.
+
+        Whoever ends a loop cancels all that runs on it, those aborts as well: they are sent from here then.
+        """
+        aborts, self._aborts = self._aborts, {}
+        for task in aborts:
+            task.cancel()
+        await asyncio.gather(*(server.abort(rid) for server, rid in aborts.values()))
         for server in self._servers:
             await server.close()
 

@@ -212,6 +212,18 @@ async def test_cancelling_aborts_on_the_server() -> None:
         assert server.aborted == [request_id]
 
 
+async def test_an_abort_that_was_cancelled_is_sent_when_the_engine_is_closed() -> None:
+    """As at the end of a run, which cancels whatever still runs."""
+    async with serving(Server(answers)) as server, engine_of(server) as engine:
+        for rid in ("a" * 32, "b" * 32):
+            engine._abort_in_background(engine._servers[0], rid)
+        for task in engine._aborts:
+            task.cancel()
+        await asyncio.sleep(0)
+        await engine.close()
+        assert sorted(server.aborted) == ["a" * 32, "b" * 32]
+
+
 async def test_a_server_that_does_not_say_what_it_sampled_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "ABORT_S", 0.1)
     async with serving(Server(hangs)) as server, engine_of(server) as engine:
