@@ -9,7 +9,7 @@ import asyncio
 import gc
 import signal
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from agent.batch import Progress, run_tasks
 from agent.config import Config
+from agent.engines.sglang_server import SGLangServerEngine
 from agent.errors import TaskError
 from agent.interactions import Interactions, load_interactions
 from agent.manifest import command_line, run_manifest
@@ -150,7 +151,7 @@ def _open_store(request: RunRequest, tools: ToolSet | None, interactions: Intera
 
 def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> int:
     try:
-        with sigterm_as_interrupt(), _started(request, tools, store, console) as session, Display(progress, console) as display:
+        with sigterm_as_interrupt(), _started(request, tools, store, progress, console) as session, Display(progress, console) as display:
             gc.collect()
             gc.freeze()  # what is loaded now stays: the collector need not walk it at every step of the loop
             try:
@@ -195,17 +196,38 @@ async def _conversations(request: RunRequest, session: Session, store: RunFolder
 
 
 @contextmanager
-def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, console: Console) -> Iterator[Session]:
-    """The session; a new run folder whose engine never started holds no run afterwards."""
-    try:
-        save_tokenizer(request.out, load_template(request.config, request.config.model_dir()).tokenizer)
-        session = _start(request, tools, console)
-    except BaseException:
-        if not request.resume:
-            (request.out / RUN).unlink(missing_ok=True)
-        raise
-    with session:
+def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> Iterator[Session]:
+    """The session; a new run folder whose engine never started holds no run afterwards, an earlier one what it held."""
+    with ExitStack() as stack:
+        try:
+            save_tokenizer(request.out, load_template(request.config, request.config.model_dir()).tokenizer)
+            session = stack.enter_context(_start(request, tools, console))
+            _note_served(request, session, store, console)
+        except BaseException:
+            if request.resume:
+                store.close(counts(progress))
+            else:
+                (request.out / RUN).unlink(missing_ok=True)
+            raise
         yield session
+
+
+def _note_served(request: RunRequest, session: Session, store: RunFolder, console: Console) -> None:
+    """Notes in run.json what the servers serve. Raises RunFolderError where a resume finds another model, or other weights."""
+    if not isinstance(session.engine, SGLangServerEngine):
+        return
+    served, earlier = session.engine.served(), store.manifest.get("served") or {}
+    if "model_path" not in served:
+        say(
+            console,
+            "note: the server does not say which model it serves: nobody checks that it is that of model_path, or an earlier start's",
+        )
+    differences = [f"{key} was {earlier[key]}, is {served[key]}" for key in served if key in earlier and earlier[key] != served[key]]
+    if differences and not request.force:
+        raise RunFolderError(
+            f"{request.out} was run on another model: the server's {'; '.join(differences)}; use --force to go on all the same"
+        )
+    store.note("served", {**earlier, **served})
 
 
 def save_tokenizer(run: Path, tokenizer: Any) -> None:

@@ -111,6 +111,10 @@ class RunFolder:
             lock.close()
             raise
 
+    def note(self, name: str, value: Any) -> None:
+        """Writes a field into run.json that is known only once the run has begun."""
+        self.manifest = _write_manifest(self.path, {**self.manifest, name: value})
+
     def append(self, trajectory: Trajectory) -> None:
         """Writes a finished conversation. Raises RunFolderError where its (task, sample) is there, RecordError where it has no JSON."""
         key = (trajectory.task_id, trajectory.sample)
