@@ -118,7 +118,7 @@ async def run_tasks(
 ) -> Progress:
     """Runs `n` samples of every task; what `store` already holds is skipped, what `unfinished` holds is gone on with.
 
-    Once `target` conversations are done in all, the rest is cut off: aborted in the engine, and kept as unfinished.
+    Once `target` conversations are done that did not fail, the rest is cut off: aborted in the engine, and kept as unfinished.
     `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
     records written as unfinished, and CancelledError is raised. An error of the store ends the run.
     """
@@ -163,8 +163,9 @@ class _Batch:
 
     @property
     def has_enough(self) -> bool:
-        """Whether what has not ended by now is not waited for."""
-        return self.target is not None and self.progress.done >= self.target
+        """Whether what has not ended by now is not waited for: failures, which come fast, do not crowd out the rest."""
+        failed = self.progress.infra_errors + self.progress.stop_reasons["prompt_too_long"]
+        return self.target is not None and self.progress.done - failed >= self.target
 
     def is_missing(self, conversation: Conversation) -> bool:
         """False, and counted as skipped, where the store has it already."""

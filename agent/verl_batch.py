@@ -95,7 +95,7 @@ def batch_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     return {
         "messages": _column(one.messages for one in trajectories),
         "reward_scores": _column(_reward_scores(one) for one in trajectories),
-        "request_id": np.array([str(uuid.uuid4()) for _ in trajectories]),
+        "request_id": np.array([str(uuid.uuid4()) for _ in trajectories], dtype=str),
     }
 
 

@@ -194,6 +194,21 @@ def test_a_call_that_is_wrong_is_answered_where_verl_drops_it(peers: Any, turn: 
     assert len(verls.non_tensor_batch["messages"][0]["messages"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("question", "limit", "shown"),
+    [("b", {"max_parallel_calls": 1}, "at most 1 tool calls"), ("long", {"max_tool_response_length": 100}, "characters cut]")],
+)
+def test_limits_in_the_config_are_kept_where_verl_passes_over_them(peers: Any, question: str, limit: dict[str, int], shown: str) -> None:
+    """Both are in verl's config, with low defaults, and only its agent loop keeps them."""
+    given = batch(peers, "one", tools=True)
+    said = script(peers, once(call("look", question="a") + "\n" + call("look", question=question)))
+    turns = {"multi_turn": {"max_parallel_calls": 16, **limit}}
+    ours, verls = (peers.run(make(said, tools=True, **turns), given) for make in (peers.ours, peers.verls))
+    answers = [one.non_tensor_batch["messages"][0]["messages"][3].content for one in (ours, verls)]
+    assert shown in answers[0]
+    assert shown not in answers[1]
+
+
 def test_prompts_show_the_schema_as_written(peers: Any) -> None:
     """verl's pydantic schema adds what nobody wrote."""
     given = batch(peers, "one", tools=True)
@@ -278,6 +293,18 @@ def test_over_sampling_waits_for_one_at_least(peers: Any) -> None:
     ours, verls = (peers.run(make(script(peers, echo), over_sample_rate=0.5), given) for make in (peers.ours, peers.verls))
     assert_equal(ours, verls)
     assert ours.batch["response_mask"].any()
+
+
+def test_over_sampling_has_enough_of_what_can_be_trained_on(peers: Any) -> None:
+    """A row that fails ends first: it would take the place of one that only takes its time."""
+    from agent.errors import EngineError
+
+    def say(text: str) -> str | Exception:
+        return EngineError("gone") if "fails<|im_end|>" in text else "Fine."
+
+    said = script(peers, say, slow=lambda text: {True: 60.0}.get("slow" in text, 0.2 if "late" in text else 0.0))
+    ours = peers.run(peers.ours(said, over_sample_rate=0.5), batch(peers, "fails", "one", "late", "slow"))
+    assert ours.batch["response_mask"].bool().any(-1).tolist() == [False, True, True, False]
 
 
 def test_a_row_cut_off_before_its_reward_was_known_is_padding(peers: Any) -> None:

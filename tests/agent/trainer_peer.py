@@ -52,7 +52,7 @@ class LookTool(BaseTool):  # type: ignore[misc]
         self.calls[instance_id] = self.calls.get(instance_id, 0) + 1
         if parameters["question"] == "break":
             raise RuntimeError("the tool is broken")
-        return ToolResponse(text=f"about {parameters['question']}"), 0.0, {}
+        return ToolResponse(text="word " * 300 if parameters["question"] == "long" else f"about {parameters['question']}"), 0.0, {}
 
     async def calc_reward(self, instance_id: str, wait_s: float = 0.0, **kwargs: Any) -> float:
         await asyncio.sleep(wait_s)
