@@ -6,6 +6,7 @@ Invariant: the work is bounded by the limit, not by the length of the text: a 10
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from conversations.template import ChatTemplate
 
 SIDES = ("left", "middle", "right")
 """The side that is cut away, as in a tokenizer's `truncation_side`: "right" keeps the beginning."""
+
+_MARKER = re.compile(r"\n\.\.\. \[(\d{1,18}) characters cut\] \.\.\.\n", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,16 @@ def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> S
     end = len(text) - len(tail)
     marked = f"{head}\n... [{end - len(head)} characters cut] ...\n{tail}"
     return Shortened(marked, _tokens(text, len(head), end, limit, template))
+
+
+def is_cut_of(shown: str, text: str) -> bool:
+    """Whether `shown` is `text` cut to some number of tokens, on any side: its beginning, a true marker, its end."""
+    for marker in _MARKER.finditer(shown):
+        head, tail = shown[: marker.start()], shown[marker.end() :]
+        cut = int(marker[1])
+        if text.startswith(head) and text.endswith(tail) and cut > 0 and len(head) + cut + len(tail) == len(text):
+            return True
+    return False
 
 
 def _tokens(text: str, start: int, end: int, limit: int, template: ChatTemplate) -> int:

@@ -15,9 +15,10 @@ from conversations.truncate import SIDES
 @dataclass(frozen=True, slots=True)
 class Facts:
     """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
-    be cut to, the run's own first; `users` says that a program takes user turns; `imported` is the
-    format that the run was imported from, which may not say all that a record holds; `is_replay` says that its records have parents, None
-    where that is not known; the others are the loop's limits, in tokens unless the name says otherwise.
+    be cut to, the run's own first; `cuts_in_code` says that functions are among the tools, whose decorators may say others; `users`
+    says that a program takes user turns; `imported` is the format that the run was imported from, which may not say all that a record
+    holds; `is_replay` says that its records have parents, None where that is not known; the others are the loop's limits, in tokens
+    unless the name says otherwise.
     """
 
     template: ChatTemplate | None = None
@@ -30,6 +31,7 @@ class Facts:
     max_turns: int | None = None
     max_invalid_calls: int | None = None
     cuts: tuple[tuple[int, str], ...] = ()
+    cuts_in_code: bool = False
     users: bool = False
     imported: str | None = None
     is_replay: bool | None = None
@@ -44,7 +46,7 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
     """The facts in a run.json, whatever else it holds."""
     rollout = _at(manifest, "config", "rollout")
     multi_turn, ours = _at(rollout, "multi_turn"), _at(rollout, "turntrace")
-    max_model_len = _count(rollout, "max_model_len")
+    max_model_len, entries = _count(rollout, "max_model_len"), _entries(manifest.get("tools"))
     return Facts(
         template=template,
         ids=max(template.tokenizer.get_vocab().values(), default=-1) + 1 if template is not None else None,
@@ -55,7 +57,8 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
         max_tokens=_count(ours, "max_tokens"),
         max_turns=_max_turns(multi_turn, max_model_len),
         max_invalid_calls=_count(ours, "max_consecutive_invalid_calls"),
-        cuts=tuple(_cuts(multi_turn, manifest.get("tools"))),
+        cuts=tuple(_cuts(multi_turn, entries)),
+        cuts_in_code=any("function" in entry for entry in entries),  # @tool(max_response_tokens=...)
         imported=str(_at(manifest, "imported").get("from")) if _at(manifest, "imported") else None,
         users=multi_turn.get("interaction_config_path") is not None,
         is_replay=manifest["parent"] is not None if "parent" in manifest and "imported" not in manifest else None,
@@ -70,26 +73,26 @@ def _max_turns(multi_turn: dict[str, Any], max_model_len: int | None) -> int | N
     return _count(multi_turn, "max_assistant_turns") or third
 
 
-def _cuts(multi_turn: dict[str, Any], tools: object) -> Iterator[tuple[int, str]]:
+def _cuts(multi_turn: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
     """The run's, and those that tools have of their own in tools.yaml; nothing where the run's is not known."""
     tokens, side = _count(multi_turn, "max_tool_response_length"), multi_turn.get("tool_response_truncate_side")
     if tokens is None or side not in SIDES:
         return
     yield tokens, side
-    for entry in _entries(tools):
-        own, own_side = _count(entry, "max_response_tokens") or tokens, entry.get("response_side")
+    for entry in entries:
+        config = _at(entry, "config")
+        own, own_side = _count(config, "max_response_tokens") or tokens, config.get("response_side")
         yield own, own_side if own_side in SIDES else side
 
 
 def _entries(tools: object) -> list[dict[str, Any]]:
-    """The `config` of each entry of a tools.yaml that has one."""
+    """The entries of a tools.yaml."""
     try:
         document = yaml.safe_load(tools) if isinstance(tools, str) else None
     except (yaml.YAMLError, ValueError, RecursionError):
         return []
     entries = document.get("tools") if isinstance(document, dict) else document
-    configs = [entry.get("config") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-    return [config for config in configs if isinstance(config, dict)]
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def _at(value: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from conversations.messages import Message, tool_message
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
 from conversations.trajectory import ToolCallRecord, Trajectory, canonical_json
-from conversations.truncate import cut_to_tokens
+from conversations.truncate import cut_to_tokens, is_cut_of
 
 _NEVER_RUN = frozenset({"malformed", "unknown_tool", "invalid_arguments", "rejected"})
 """Statuses of calls that no tool saw."""
@@ -102,6 +102,8 @@ def _cut_findings(line: ToolCallRecord, facts: Facts) -> Iterator[str]:
     allowed = [(None, 0) if cut is None else (cut.text, cut.tokens_cut) for cut in cuts]
     found = None if line.full_response is None else line.response
     tokens_cut = [tokens for text, tokens in allowed if text == found]
+    if not tokens_cut and facts.cuts_in_code and (found is None or is_cut_of(found, whole)):
+        return
     if not tokens_cut:
         expected = allowed[0][0] or "no cut at all"
         yield f"the response is not the whole text or its cut as the config asks for, {show_difference(line.response, expected)}"

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from conversations.template import ChatTemplate
-from conversations.truncate import SIDES, cut_to_tokens
+from conversations.truncate import SIDES, cut_to_tokens, is_cut_of
 from tests.helpers import odd_text
 
 MARKER = re.compile(r"\n\.\.\. \[(\d+) characters cut\] \.\.\.\n")
@@ -71,6 +71,18 @@ def test_what_is_kept_fits_and_fills_the_limit(template: ChatTemplate, side: str
         assert kept <= limit, (text, head, tail)
         assert kept >= limit - 16  # a character of several tokens is dropped whole, on either side of a cut
     assert longer > 150
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_cut_is_known_without_its_limit(smollm2: ChatTemplate, side: str) -> None:
+    text = "one\n... [7 characters cut] ...\ntwo " * 9
+    for limit in range(1, 60, 7):
+        shown = cut(text, limit, side, smollm2)
+        assert is_cut_of(shown, text)
+        assert not is_cut_of(shown, text + "x")
+        assert not is_cut_of(shown + "x", text)
+        assert not is_cut_of(re.sub(r"\[\d+ ", "[8 ", shown), text)
+    assert not is_cut_of(text, text)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -35,7 +35,8 @@ from conversations.truncate import cut_to_tokens
 from conversations.verify import Verdict, check_chunk, verify_run
 from tests.conversations.synthetic import make_run
 from tests.conversations.test_open_run import numbered, written
-from tests.helpers import BEHAVIOURS, Toy, call, float32, odd_text, respelled, runtime, task
+from tests.helpers import BEHAVIOURS, Toy, call, float32, odd_text, respelled, runtime, says, task
+from tools.function import tool
 
 
 def verified(path: Path, jobs: int = 1) -> tuple[list[str], Verdict]:
@@ -68,23 +69,23 @@ def test_a_clean_run_has_no_defects(tmp_path: Path, name: str, overrides: list[s
     assert {each.stop_reason for each in open_run(tmp_path / "run")} >= {"stop", "length"}
 
 
-def manifest(shared: Runtime, *, n: int, limit: int = 50) -> dict[str, Any]:
-    """A run.json as a run with these settings has it."""
+def manifest(shared: Runtime, *, n: int, limit: int = 50, tools: str | None = None) -> dict[str, Any]:
+    """A run.json as a run with these settings, and tools of this YAML, has it."""
     s: LoopSettings = shared.settings
     ours = {"max_tokens": s.max_tokens, "max_consecutive_invalid_calls": s.max_consecutive_invalid_calls, "apply_chat_template_kwargs": {}}
     multi_turn = {
         "enable": True, "max_assistant_turns": s.max_turns, "max_tool_response_length": limit, "tool_response_truncate_side": "middle",
     }  # fmt: skip
     rollout = {"prompt_length": s.prompt_length, "response_length": s.response_length, "max_model_len": s.max_model_len}
-    return {"n": n, "limit": None, "config": {"rollout": {**rollout, "multi_turn": multi_turn, "turntrace": ours}}}
+    return {"n": n, "limit": None, "tools": tools, "config": {"rollout": {**rollout, "multi_turn": multi_turn, "turntrace": ours}}}
 
 
-def ran(path: Path, shared: Runtime, *, tasks: int = 1, n: int = 1) -> Path:
+def ran(path: Path, shared: Runtime, *, tasks: int = 1, n: int = 1, tools: str | None = None) -> Path:
     """A run of `tasks` odd questions through the real loop."""
     progress = Progress(total=tasks * n)
     rng = random.Random(5)
     given = [task(f"t{index}", messages=[{"role": "user", "content": odd_text(rng)}], extra={"index": index}) for index in range(tasks)]
-    with RunFolder.create(path, manifest(shared, n=n)) as folder:
+    with RunFolder.create(path, manifest(shared, n=n, tools=tools)) as folder:
         shared.template.tokenizer.save_pretrained(path / "tokenizer")
         asyncio.run(run_tasks(given, shared, n=n, store=folder, progress=progress))
         folder.close(counts(progress))
@@ -121,6 +122,22 @@ def test_whatever_tools_and_models_do_the_record_holds(tmp_path: Path, template:
     assert verdict.counts["done"] == 40
 
 
+@pytest.mark.parametrize("tokens", [5, 500])
+def test_a_functions_decorator_may_say_how_long_its_answers_are(tmp_path: Path, smollm2: ChatTemplate, tokens: int) -> None:
+    """Less or more than the run's 50: tools.yaml names the function, and what stands in its code is not in run.json."""
+
+    @tool(max_response_tokens=tokens)
+    def count() -> str:
+        """Counts."""
+        return " ".join(map(str, range(100)))
+
+    cut = lambda text, limit=50, side="middle": cut_to_tokens(text, limit, side, smollm2)  # noqa: E731
+    for entry, wrong in (("function: my_tools:count", []), ("class_name: my_tools.Count", [True])):
+        shared = runtime(smollm2, says(smollm2, call("count"), "Done."), [count], cut=cut)
+        defects, _ = verified(ran(tmp_path / entry[:5], shared, tools=f"- {entry}\n"))
+        assert ["its cut as the config asks for" in defect for defect in defects] == wrong
+
+
 # ---------------------------------------------------------------------- runs that are not over, or not whole
 
 
@@ -151,7 +168,7 @@ def test_a_run_that_was_stopped_is_verified_as_far_as_it_is(run: Path) -> None:
     manifest = json.loads((run / RUN).read_text())
     rollout = manifest["config"]["rollout"]
     (run / TRAJECTORIES).write_bytes(b"".join(lines[:7]))
-    for changes, says in (
+    for changes, note in (
         ({"counts": ...}, "the run is going on, or was killed: 7 finished trajectories are here; missing samples were not looked for"),
         ({"counts": {"asked": 20, "done": 7}}, "the run stopped at 7 of 20 conversations: 7 finished trajectories are here; missing"),
         ({"counts": {"asked": 5, "done": 5}, "limit": 2}, "a larger run was gone on with for 5 conversations (--limit): 7 finished"),
@@ -161,7 +178,7 @@ def test_a_run_that_was_stopped_is_verified_as_far_as_it_is(run: Path) -> None:
         defects, verdict = verified(run)
         assert defects == []
         assert len(verdict.notes) == 1
-        assert says in verdict.notes[0]
+        assert note in verdict.notes[0]
 
 
 def test_a_run_that_just_began_is_nothing_to_complain_of(run: Path) -> None:
