@@ -29,8 +29,8 @@ _Outcome = tuple[Any, BaseException | None]
 class FunctionTool(BaseTool):
     """A function as a tool. It can still be called as the function it is.
 
-    The function returns text, any other JSON value (shown as JSON text), a ToolResponse, or verl's triple of
-    (ToolResponse, step reward, metrics). It raises ToolError to tell the model why it could not serve the call.
+    The function returns text, any other JSON value (shown as JSON text, numpy's numbers and arrays as well), a ToolResponse,
+    or verl's triple of (ToolResponse, step reward, metrics). It raises ToolError to tell the model why it could not serve the call.
     """
 
     config_keys = frozenset()
@@ -168,8 +168,22 @@ def _as_answer(result: Any) -> tuple[ToolResponse, float | None, dict[str, Any]]
         return result, None, {}
     if isinstance(result, tuple) and len(result) == 3 and isinstance(result[0], ToolResponse):
         return result
-    text = result if isinstance(result, str) else pydantic_core.to_json(result).decode()
-    return ToolResponse(text=text), None, {}
+    return ToolResponse(text=result if isinstance(result, str) else _json_text(result)), None, {}
+
+
+def _json_text(result: Any) -> str:
+    try:
+        return pydantic_core.to_json(result, fallback=_plain_values).decode()
+    except pydantic_core.PydanticSerializationError as error:
+        kind = type(result).__name__
+        raise TypeError(f"the function returned {kind}, not text or a JSON value: {error}; return str(...) of it, say") from None
+
+
+def _plain_values(value: Any) -> Any:
+    """The numbers in numpy's and torch's scalars and arrays."""
+    if not callable(tolist := getattr(value, "tolist", None)):
+        raise TypeError(f"{type(value).__name__} has no JSON form")
+    return tolist()
 
 
 def _plain(problem: Any) -> str:

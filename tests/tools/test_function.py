@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any, Literal, NotRequired
 
+import numpy as np
 import pydantic
 import pytest
 from typing_extensions import TypedDict  # pydantic reads typing's from Python 3.12 on
@@ -87,6 +88,17 @@ async def test_results_become_text() -> None:
     assert await text(tool(lambda: None)) == "null"
     assert await tool(lambda: (ToolResponse("x"), 0.5, {"n": 1})).execute("t", {}) == (ToolResponse("x"), 0.5, {"n": 1})
     assert await tool(lambda: ToolResponse("x")).execute("t", {}) == (ToolResponse("x"), None, {})
+
+
+async def test_numbers_and_arrays_become_json() -> None:
+    assert await text(tool(lambda: np.float32(0.5))) == "0.5"
+    assert await text(tool(lambda: {"ids": np.arange(3), "n": np.int64(7)})) == '{"ids":[0,1,2],"n":7}'
+
+
+@pytest.mark.parametrize(("result", "kind"), [(object(), "object"), ([object()], "list"), (b"\xff", "bytes")])
+async def test_what_has_no_json_form_is_named(result: object, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"the function returned {kind}, not text or a JSON value"):
+        await text(tool(lambda: result))
 
 
 async def test_async_functions_run_in_the_loop() -> None:
