@@ -7,8 +7,9 @@ its line in the ledger, cancelled ones too. Cancellation alone passes through, a
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -103,7 +104,7 @@ async def _outcome(tool: LoadedTool, execute: Execution) -> Outcome:
     """One run of the tool. What it may raise is told apart here: `tools.base` says what each means."""
     name = tool.name
     try:
-        response, reward, metrics = await bounded(execute(), tool.policy.timeout_s)
+        response, reward, metrics = _triple(await bounded(execute(), tool.policy.timeout_s))
         text = text_of(response)
         reward = None if reward is None else finite(reward)
         return Outcome("ok", text, size=utf8_size(text), reward=reward, metrics=json_metrics(metrics))
@@ -116,6 +117,12 @@ async def _outcome(tool: LoadedTool, execute: Execution) -> Outcome:
         return _refusal(name, error)
     except Exception as error:
         return _bug(name, error)
+
+
+def _triple(answer: Any) -> Sequence[Any]:
+    if isinstance(answer, (tuple, list)) and len(answer) == 3:
+        return answer
+    raise TypeError(f"execute must return (ToolResponse, step reward or None, metrics), got {type(answer).__name__}")
 
 
 def _refusal(name: str, error: ToolError) -> Outcome:
@@ -162,6 +169,8 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """What a tool raises stays in its task: a SystemExit would end the event loop, a Rust panic is no Exception."""
+    if not inspect.isawaitable(coroutine):
+        raise TypeError(f"a tool's methods must be `async def`; this one returned {type(coroutine).__name__} at once")
     try:
         return await coroutine
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):

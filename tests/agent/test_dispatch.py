@@ -70,6 +70,32 @@ async def test_tool_error_is_text_for_the_model_and_a_bug_is_for_the_record() ->
     assert bug.error.startswith("ZeroDivisionError: secret internals (helpers.py:")
 
 
+class NoCoroutine(BaseTool):
+    """The two slips of whoever writes a first tool class."""
+
+    def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> Any:
+        return ToolResponse("x"), None, {}
+
+
+class NoTriple(BaseTool):
+    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> Any:
+        return "only a text"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (NoCoroutine, "a tool's methods must be `async def`; this one returned tuple at once"),
+        (NoTriple, "execute must return (ToolResponse, step reward or None, metrics), got str"),
+    ],
+)
+async def test_what_a_class_does_wrong_is_named_in_the_ledger(kind: type[BaseTool], said: str) -> None:
+    made = kind({}, {"type": "function", "function": {"name": "first", "parameters": {"type": "object"}}})
+    (line,) = await run(tools_of(made), call("first"))
+    assert (line.status, line.response) == ("tool_error", "Error: first failed")
+    assert said in str(line.error)
+
+
 async def test_a_backend_that_cannot_be_reached() -> None:
     (line,) = await run(tools_of(Toy()), call("toy", do="backend"))
     assert (line.status, line.response) == ("backend_error", "Error: toy is not available")
