@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -195,8 +196,9 @@ def wait_for_health(server: Launched, log: Path) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody has just now; one that a server is started on again and again cannot be 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has, and that nobody gets who asks for any; one that a server is started on again and again cannot be 0."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)  # Linux gives out those from 32768 on
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
