@@ -80,6 +80,10 @@ class TrainerBatches:
         self._sampling = sampling
         self._batches = 0
         multi_turn = config.multi_turn
+        if multi_turn.use_inference_chat_template:
+            raise ConfigError(
+                "rollout.multi_turn.use_inference_chat_template: the engine sees what was sampled, never a re-rendered history"
+            )
         self._tools = load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
         path = multi_turn.interaction_config_path
         self._interactions = load_interactions(Path(path)) if path else None
@@ -186,10 +190,15 @@ def manifest(
 
 
 def tool_dispatcher(tools: ToolSet | None, template: ChatTemplate, multi_turn: Any) -> Dispatcher | None:
-    """The tools under the limits of verl's `multi_turn` config. Raises TemplateError where the template has no tool turns."""
+    """The tools under the limits of verl's `multi_turn` config.
+
+    Raises TemplateError where the template has no tool turns, ConfigError where calls are to be written in another form.
+    """
     if not tools:
         return None
     template.require(TOOL)
+    if (form := multi_turn.get("format", "hermes")) != "hermes":
+        raise ConfigError(f"rollout.multi_turn.format: {form}: only hermes tool calls (<tool_call>{{...}}</tool_call>) are read")
     limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
     cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
     return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls or 16, cut=cut)

@@ -367,11 +367,19 @@ def test_a_row_that_is_no_task_is_named(peers: Any, prompt: Any) -> None:
         peers.run(peers.ours(script(peers, echo)), batch(peers, "one", "two", raw_prompt=[[{"role": "user", "content": "one"}], prompt]))
 
 
-def test_options_that_verl_does_not_know_are_checked(peers: Any) -> None:
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"engine_kwargs": {"turntrace": {"save_too": "x"}}}, r"engine_kwargs\.turntrace\.save_too: .*the keys are .*save_to"),
+        ({"multi_turn": {"format": "qwen3_coder"}}, r"multi_turn\.format: qwen3_coder: only hermes"),
+        ({"multi_turn": {"use_inference_chat_template": True}}, r"multi_turn\.use_inference_chat_template: "),
+    ],
+)
+def test_a_config_that_cannot_take_effect_is_refused(peers: Any, config: dict[str, Any], said: str) -> None:
     from agent.errors import ConfigError
 
-    rollout = peers.ours(script(peers, echo), engine_kwargs={"turntrace": {"save_too": "x"}})
-    with pytest.raises(ConfigError, match=r"rollout\.engine_kwargs\.turntrace\.save_too: .*the keys are .*save_to"):
+    rollout = peers.ours(script(peers, echo), tools=True, **config)
+    with pytest.raises(ConfigError, match=rf"^rollout\.{said}[^\n]*$"):
         peers.run(rollout, batch(peers, "one"))
 
 

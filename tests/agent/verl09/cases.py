@@ -558,6 +558,11 @@ class Queue:
             self.fields[key], self.tags[key] = fields[index], tags[index]
 
 
+async def test_calls_in_another_form_are_refused(peers: Peers) -> None:
+    with pytest.raises(Exception, match=r"multi_turn\.format: qwen3_coder: only hermes"):
+        await run(peers.worker(peers.server(echo), tools=True, multi_turn={"format": "qwen3_coder"}), "one")
+
+
 async def test_messages_that_the_template_refuses_cost_one_row(peers: Peers) -> None:
     worker = peers.worker(peers.server(echo))
     worker.tokenizer.chat_template = (
