@@ -13,6 +13,7 @@ import importlib
 import io
 import sys
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -245,7 +246,7 @@ def import_attribute(module_name: str, name: str, path: Path) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ToolConfigError(f"importing {module_name} failed: {error}") from error
-        hint = _shadowed(module_name, path) or nearest(f"{module_name}.{name}", SHIPPED)
+        hint = _shadowed(module_name, path) or _looked_for(f"{module_name}.{name}", path)
         raise ToolConfigError(f"there is no module {error.name!r}{hint}") from error
     except Exception as error:
         raise ToolConfigError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
@@ -266,6 +267,14 @@ def _module(name: str, path: Path) -> ModuleType:
     sys.path += [folder for folder in (str(Path.cwd()), str(path.resolve().parent)) if folder not in sys.path]
     importlib.invalidate_caches()
     return importlib.import_module(name)
+
+
+def _looked_for(target: str, path: Path) -> str:
+    """One of ours that may have been meant, or where a module was looked for."""
+    if close := get_close_matches(target, SHIPPED, n=1):
+        return f"; did you mean {close[0]!r}?"
+    folders = dict.fromkeys((str(Path.cwd()), str(path.resolve().parent)))
+    return f"; it is not installed, and not in {' or '.join(folders)}"
 
 
 def _shadowed(name: str, path: Path) -> str:

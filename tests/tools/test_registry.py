@@ -314,6 +314,7 @@ REFUSED = [
     ([{**entry(), "function": "a:b"}], "expected one of class_name, class_path, function; got class_name, function"),
     ([entry(cls="tools.gsm8k.Gsm8kTol")], "module tools.gsm8k has no 'Gsm8kTol'; did you mean 'Gsm8kTool'?"),
     ([entry(cls="tools.gsm8.Gsm8kTool")], "there is no module 'tools.gsm8'; did you mean 'tools.gsm8k.Gsm8kTool'?"),
+    ([{"function": "nowhere:f"}], f"there is no module 'nowhere'; it is not installed, and not in {Path.cwd()} or "),
     ([entry(cls="Gsm8kTool")], "Gsm8kTool: a class is written package.module.Class"),
     ([entry(cls="tools.gsm8k.grade")], "expected a class, got function"),
     ([entry(cls="fractions.Fraction")], "cannot be made: TypeError"),
