@@ -21,6 +21,7 @@ from conversations.messages import ToolCall
 from conversations.template import ChatTemplate
 from conversations.trajectory import ToolCallRecord
 from tools.base import BaseTool, ToolsError
+from tools.function import FunctionTool
 from tools.policy import nearest
 from tools.registry import load_tools
 from tools.toolset import LoadedTool, ToolSet
@@ -48,14 +49,19 @@ async def _shown_and_started(tools: ToolSet, *, start: bool) -> int:
     failures = 0
     try:
         for tool in tools.values():
-            kind = type(tool.tool)
-            print(f"\n{one_line(tool.name)}\n  class    {kind.__module__}.{kind.__qualname__}\n  policy   {_policy(tool)}")
+            print(f"\n{one_line(tool.name)}\n  {_origin(tool)}\n  policy   {_policy(tool)}")
             started = await _started(tool) if start else "not started"
             failures += started.startswith("failed")
             print(f"  backend  {one_line(started)}", flush=True)
     finally:
         await tools.close()
     return failures
+
+
+def _origin(tool: LoadedTool) -> str:
+    is_function = isinstance(tool.tool, FunctionTool)
+    named: Any = tool.tool if is_function else type(tool.tool)  # a FunctionTool is named as its function is
+    return f"{'function' if is_function else 'class   '} {named.__module__}.{named.__qualname__}"
 
 
 async def _started(tool: LoadedTool) -> str:

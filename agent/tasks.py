@@ -111,6 +111,8 @@ def task_file_hash(path: str | Path) -> str:
 def _rows(file: Path) -> Iterator[tuple[str, Row]]:
     """(place, row) of each row; a place is `file:line`, for Parquet `file: row 1` and so on."""
     readers = {".jsonl": _json_rows, ".json": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows}
+    if file.is_dir():
+        raise TaskError(f"{file}: is a folder; name a task file in it")
     reader = readers.get(file.suffix)
     if reader is None:
         raise TaskError(f"{file}: a task file ends in .jsonl (one JSON object a line) or .parquet, not {file.suffix or 'without a suffix'}")
@@ -232,7 +234,8 @@ def _prompt(row: Row) -> object:
     if len(given) != 1:
         keys = ", ".join(sorted(row)) or "none"
         problem = "both prompt and messages" if given else "neither prompt nor messages"
-        raise TaskError(f"the row has {problem}; it needs one of them, a text or a list of messages (its keys: {keys})")
+        gsm8k = "; turntrace tasks gsm8k makes tasks of GSM8K's own file" if {"question", "answer"} <= row.keys() else ""
+        raise TaskError(f"the row has {problem}; it needs one of them, a text or a list of messages (its keys: {keys}){gsm8k}")
     prompt = row[given[0]]
     if isinstance(prompt, str):
         if not prompt.strip():

@@ -130,6 +130,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         ('["prompt"]\n', ':1: a task is a JSON object such as {"prompt": "..."}, got list'),
         ({"question": "a"}, "neither prompt nor messages"),
         ({"question": "a"}, "its keys: question"),
+        ({"question": "a", "answer": "#### 4"}, "turntrace tasks gsm8k makes tasks of GSM8K's own file"),
         ({"prompt": "a", "messages": []}, "both prompt and messages"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": 3}, "prompt must be a text or a list of messages, got int 3"),
@@ -191,6 +192,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | 
     text = error_of(path)
     assert text.startswith(str(path))
     assert says in text
+
+
+@pytest.mark.parametrize("name", ["tasks", "tasks.jsonl"])
+def test_a_folder_is_said_to_be_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert error_of(tmp_path / name) == f"{tmp_path / name}: is a folder; name a task file in it"
 
 
 def test_an_empty_parquet_file_is_an_error(tmp_path: Path) -> None:

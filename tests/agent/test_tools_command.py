@@ -88,6 +88,14 @@ def test_check_shows_class_policy_and_schema_and_starts_what_it_must(folder: Pat
     assert log(folder) == ["start", "close"]
 
 
+def test_check_names_a_function_by_its_own_name(folder: Path) -> None:
+    (folder / "my_tools.py").write_text("def twice(x: int) -> int:\n    return 2 * x\n")
+    (folder / "own.yaml").write_text("- function: my_tools:twice\n")
+    ran = turntrace(folder, "check", "own.yaml")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "  function my_tools.twice\n  policy   timeout_s 60.0\n" in ran.stdout
+
+
 def test_check_without_start_starts_nothing(folder: Path) -> None:
     ran = turntrace(folder, "check", "broken.yaml", "--no-start")
     assert (ran.returncode, ran.stderr) == (0, "")
