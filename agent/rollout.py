@@ -53,6 +53,9 @@ from agent.verl_batch import Shape, batch_arrays, batch_columns
 _Made = tuple[dict[str, Any], dict[str, Any]]
 """A batch's arrays and columns."""
 
+IDLE_S = 60.0
+"""How long an engine may take to end what was aborted: a step of the model, in fact."""
+
 MESH_DIMS = ("dp", "infer_tp", "pp")
 ALONE_DEFAULTS = {
     "name": "sglang",
@@ -115,9 +118,21 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
     def _run_batch(self, prompts: Any, overrides: Mapping[str, Any]) -> _Made:
         loop = asyncio.get_event_loop()
         trajectories = loop.run_until_complete(self._trainer.run(prompts, overrides))
-        loop.run_until_complete(self._engine.flush_cache())  # as verl does: the KV cache is not needed again
+        loop.run_until_complete(self._empty_cache())
         shape = Shape(self.config.prompt_length, self.config.response_length, self.pad_token_id, self.config.calculate_log_probs)
         return batch_arrays(trajectories, shape), batch_columns(trajectories)
+
+    async def _empty_cache(self) -> None:
+        """As verl does: the KV cache is not needed again. Waits for what was aborted to end in the engine.
+
+        Busy, SGLang empties nothing, and its scheduler ends when it is told to release its memory.
+        """
+        try:
+            async with asyncio.timeout(IDLE_S):
+                while not (await self._engine.flush_cache()).success:  # noqa: ASYNC110 - it is another process that changes
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            raise EngineError(f"SGLang is still busy {IDLE_S:g} s after the last conversation ended") from error
 
     def _from_first_rank(self, outcome: tuple[_Made | None, str | None]) -> tuple[_Made | None, str | None]:
         group = self._device_mesh_cpu["tp"]

@@ -317,6 +317,14 @@ def test_a_row_cut_off_before_its_reward_was_known_is_padding(peers: Any) -> Non
     assert ours.non_tensor_batch["reward_scores"].tolist() == verls.non_tensor_batch["reward_scores"].tolist()
 
 
+def test_a_batch_is_over_when_the_engine_is_idle(peers: Any) -> None:
+    """A trainer releases its memory next; verl takes a cache that was not emptied for an empty one."""
+    said = script(peers, echo)
+    said.busy = 2
+    peers.run(peers.ours(said), batch(peers, "one"))
+    assert said.flushed == 3
+
+
 def test_validation_waits_for_everybody(peers: Any) -> None:
     given = batch(peers, "one", "slow", meta={"validate": True})
     said = script(peers, echo, slow=lambda text: 0.3 if "slow" in text else 0.0)

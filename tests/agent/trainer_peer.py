@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,8 @@ class LookTool(BaseTool):  # type: ignore[misc]
 class Script:
     """One scripted engine in both shapes: SGLang's `async_generate`, as verl asks it, and turntrace's protocol.
 
-    `seen` holds each request: (prompt ids, sampling params). `slow` is asked how many seconds a prompt takes.
+    `seen` holds each request: (prompt ids, sampling params). `slow` is asked how many seconds a prompt takes. The cache
+    cannot be flushed the first `busy` times.
     """
 
     def __init__(self, template: ChatTemplate, say: Say, slow: Callable[[str], float] = lambda text: 0.0) -> None:
@@ -73,7 +75,7 @@ class Script:
         self.say = say
         self.slow = slow
         self.seen: list[tuple[list[int], dict[str, Any]]] = []
-        self.flushed = 0
+        self.flushed = self.busy = 0
         self.engine = _Native(self)
 
     def sample(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
@@ -95,8 +97,9 @@ class Script:
     async def abort_request(self, **request: Any) -> None:
         """Nothing runs that could be aborted."""
 
-    async def flush_cache(self) -> None:
+    async def flush_cache(self) -> Any:
         self.flushed += 1
+        return SimpleNamespace(success=self.flushed > self.busy)
 
 
 class _Native(ScriptedEngine):
