@@ -13,6 +13,7 @@ import httpx
 
 from agent.errors import ConfigError
 from agent.redact import without_userinfo
+from tools.transport import AiohttpTransport
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
@@ -45,19 +46,28 @@ def authorization(api_key: str | None) -> dict[str, str]:
 
 
 def client(url: httpx.URL, headers: dict[str, str], timeout: httpx.Timeout, context: ssl.SSLContext, size: int) -> httpx.AsyncClient:
-    """A client of at most `size` connections; proxies are those of the environment. Raises ConfigError for one that cannot be used."""
-    limits = httpx.Limits(max_connections=size, max_keepalive_connections=size, keepalive_expiry=KEEPALIVE_S)
-    try:
-        return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, verify=context, limits=limits)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"rollout.server.urls: {error}{proxied(url)}") from error
+    """A client of at most `size` connections, by the environment's proxy. Raises ConfigError for one that cannot be used."""
+    transport = AiohttpTransport(connections=size, keepalive_s=KEEPALIVE_S, context=context, proxy=_proxy(url))
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
 
 
 def proxied(url: httpx.URL) -> str:
     """What an error should add where a proxy of the environment stands before the server; else nothing."""
+    proxy = _proxy(url)
+    return f" (by way of the environment's proxy {without_userinfo(proxy)}; NO_PROXY={url.host} goes past it)" if proxy else ""
+
+
+def _proxy(url: httpx.URL) -> str | None:
+    """The proxy that the environment names for the address. Raises ConfigError for one that is no HTTP proxy."""
     with contextlib.suppress(OSError):  # a name that cannot be looked up
         proxies = urllib.request.getproxies()
         proxy = proxies.get(url.scheme) or proxies.get("all")
         if proxy and not urllib.request.proxy_bypass(url.host):
-            return f" (by way of the environment's proxy {without_userinfo(proxy)}; NO_PROXY={url.host} goes past it)"
-    return ""
+            proxy = proxy if "://" in proxy else f"http://{proxy}"
+            if not proxy.startswith(("http://", "https://")):
+                shown = without_userinfo(proxy)
+                raise ConfigError(
+                    f"rollout.server.urls: the environment's proxy {shown} is no HTTP proxy; NO_PROXY={url.host} goes past it"
+                )
+            return proxy
+    return None

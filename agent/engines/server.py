@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import orjson
 
 from agent.engines.address import CONNECT_TIMEOUT_S, authorization, client, proxied, server_url
 from agent.engines.health import NotReadyError, reason, refusal, what_it_serves
@@ -27,9 +28,8 @@ HEALTH_S = 30.0
 """How long a check may take: SGLang's `/health` has the model sample a token, and waits 20 s for it."""
 SILENCE_S = 30.0
 """While turns are waited for and none has come for so long, the server is asked whether it is well."""
-POOL_SIZE = 4
-"""Connections in one httpx client: for each request it walks all that it has, which costs 10 ms of CPU with 256 of them."""
 CONTROL_CONNECTIONS = 100
+JSON = {"content-type": "application/json"}
 BUSY = (408, 429, 502, 503)
 """A queue that is full, the server's own or a router's, and a proxy whose server is not there just now."""
 
@@ -62,8 +62,7 @@ class Server:
         self.url = without_userinfo(str(address))
         # A turn that waits in the pool would wait in the server's queue otherwise: no limit on that time.
         timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
-        self._free = _pool_sizes(max_connections)
-        self._clients = [client(address, headers, timeout, context, size) for size in self._free]
+        self._client = client(address, headers, timeout, context, max_connections)
         # Aborts and health checks must not queue behind the generations that fill the pool.
         timeout = httpx.Timeout(HEALTH_S, connect=CONNECT_TIMEOUT_S)
         self._control = client(address, headers, timeout, context, CONTROL_CONNECTIONS)
@@ -87,7 +86,7 @@ class Server:
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /generate`, once. Raises the errors above, and EngineError where asking again is no use."""
         try:
-            response = await self._post(body)
+            response = await self._client.post("/generate", content=orjson.dumps(body), headers=JSON)
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             await self.abort(body["rid"])  # it may still be generating an answer that nobody will read
             raise EngineError(f"{self.url} did not answer within its timeout: {reason(error)}") from error
@@ -99,15 +98,6 @@ class Server:
         if response.status_code >= 500:
             raise ServerFailedError(refusal(response))
         return _answer(response)
-
-    async def _post(self, body: dict[str, Any]) -> httpx.Response:
-        """Through the pool with the most free connections."""
-        index = max(range(len(self._free)), key=self._free.__getitem__)
-        self._free[index] -= 1
-        try:
-            return await self._clients[index].post("/generate", json=body)
-        finally:
-            self._free[index] += 1
 
     async def abort(self, rid: str) -> None:
         """Stops a request; one that the server does not know is ignored."""
@@ -156,13 +146,8 @@ class Server:
         """Closes the connections; the server goes on. Safe to call twice."""
         if self._watcher:
             self._watcher.cancel()
-        for one in (*self._clients, self._control):
-            await one.aclose()
-
-
-def _pool_sizes(connections: int) -> list[int]:
-    """`connections` in pools of POOL_SIZE at most."""
-    return [min(POOL_SIZE, connections - start) for start in range(0, connections, POOL_SIZE)]
+        await self._client.aclose()
+        await self._control.aclose()
 
 
 def retry_after_s(response: httpx.Response) -> float | None:
@@ -178,8 +163,8 @@ def _answer(response: httpx.Response) -> dict[str, Any]:
     if response.status_code != 200:
         raise EngineError(f"the server refused the request with {refusal(response)}")
     try:
-        answer = response.json()
-    except (ValueError, RecursionError) as error:
+        answer = orjson.loads(response.content)
+    except ValueError as error:
         raise EngineError(f"the server's answer is not JSON: {response.text[:200]!r}") from error
     if not isinstance(answer, dict):
         raise EngineError(f"the server's answer is a {type(answer).__name__}, not an object")

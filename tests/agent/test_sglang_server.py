@@ -267,7 +267,7 @@ async def test_aborts_do_not_queue_behind_generations() -> None:
 
 
 async def test_as_many_turns_run_at_once_as_there_are_connections() -> None:
-    count = 2 * one_server.POOL_SIZE + 1
+    count = 9
     async with serving(Server(waits)) as server, engine_of(server, max_connections=count) as engine:
         ids = [uuid.uuid4().hex for _ in range(count)]
         tasks = [asyncio.create_task(sample(engine, [1], request_id)) for request_id in ids]

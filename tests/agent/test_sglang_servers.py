@@ -97,8 +97,7 @@ async def test_a_server_that_is_gone_loses_its_conversations_to_the_other() -> N
         await one.got_one.wait()
         one.up = False
         engine._servers[0].lost("gone")
-        for client in engine._servers[0]._clients:
-            await client.aclose()  # every connection breaks
+        await engine._servers[0]._client.aclose()  # every connection breaks
         await running
     assert served(one) == [7]
     assert served(two) == [7, 7, 7]
