@@ -66,10 +66,23 @@ class SandboxFusionTool(BaseTool):
         self._sessions = Sessions(self._backend, self._default.memory_limit_MB) if _session(config, self._offered) else None
 
     async def start(self) -> None:
-        """Starts the embedded server where it is used. Raises ToolsError, also where one at an address is away or keeps no sessions."""
+        """Starts the embedded server where it is used. Raises ToolsError, also where one is away or lacks what the config asks for."""
         await self._backend.start()
+        if "default_language" in self.config:
+            await self._check_language()
         if self._sessions is not None:
             await self._sessions.check()
+
+    async def _check_language(self) -> None:
+        """Raises ToolConfigError where the server says that it does not run the language; SandboxFusion's own says nothing."""
+        try:
+            languages = (await self._backend.send("GET", path="v1/info")).json()["languages"]
+        except (BackendError, ValueError, LookupError, TypeError):
+            return
+        language = self._default.language
+        if isinstance(languages, list) and language not in languages:
+            offered = ", ".join(map(str, languages))
+            raise ToolConfigError(f"config.default_language: the sandbox does not run {language!r}; it runs {offered}")
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any

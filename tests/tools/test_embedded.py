@@ -14,6 +14,7 @@ import pytest
 from tests.tools.sandboxes import eventually
 from tools.base import SandboxUnavailable
 from tools.registry import load_tools
+from tools.servers import embedded
 from tools.servers.embedded import EmbeddedServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,16 @@ async def test_a_tool_set_starts_it_once_and_stops_it() -> None:
     await second.close()
     await second.close()
     assert not server.is_running()
+
+
+def test_one_that_never_says_where_it_is_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "silent.py").write_text("import time\ntime.sleep(600)\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(embedded, "START_S", 0.5)
+    before = children()
+    with pytest.raises(SandboxUnavailable, match=r"^silent did not start within 0\.5 s$"):
+        EmbeddedServer("silent").check()
+    assert children() == before
 
 
 async def test_nobody_needs_to_start_it() -> None:

@@ -93,6 +93,17 @@ async def test_config_reaches_the_sandbox() -> None:
 
 
 @pytest.mark.usefixtures("running")
+async def test_a_language_that_the_server_lacks_is_told_at_the_start() -> None:
+    tool = SandboxFusionTool({"default_language": "cobol"}, schema())
+    with pytest.raises(ToolConfigError, match=r"config\.default_language: the sandbox does not run 'cobol'; it runs python, bash"):
+        await tool.start()
+    await tool.close()
+    tool = SandboxFusionTool({"default_language": "bash"}, schema())
+    await tool.start()
+    await tool.close()
+
+
+@pytest.mark.usefixtures("running")
 async def test_parameters_count_only_where_the_schema_offers_them() -> None:
     assert (await run({}, "print(1)", language="bash", timeout=1e-9))[0] == "1\n"
     offering = schema(language={"type": "string"}, timeout={"type": "number"})
@@ -272,6 +283,14 @@ def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
 
 
 Serve = Callable[..., tuple[str, list[Any]]]
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, {"status": "Success"}), (404, {"detail": "Not Found"}), (404, b"<html>"), (200, [1])])
+async def test_a_server_that_does_not_say_what_it_runs_is_taken_at_the_configs_word(serve: Serve, status: int, body: Any) -> None:
+    url, _ = serve(status, body)
+    tool = SandboxFusionTool({"sandbox_fusion_url": url, "default_language": "verilog"}, schema())
+    await tool.start()
+    await tool.close()
 
 
 async def test_what_goes_over_the_wire(serve: Serve) -> None:

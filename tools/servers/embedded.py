@@ -12,11 +12,15 @@ import os
 import subprocess
 import sys
 import threading
+from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 from tools.base import SandboxUnavailable, SearchUnavailable, ToolsError
 
 _ROOT = Path(__file__).resolve().parents[2]
+START_S = 120.0
+"""How long a child may take to say where it is: it tries every language first."""
 _STOP_S = 5.0
 
 
@@ -74,8 +78,7 @@ class EmbeddedServer:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
         )
-        line = child.stdout.readline() if child.stdout else b""
-        told = json.loads(line) if line else {"error": f"{self._module} ended at its start with code {child.wait()}"}
+        told = _told(child, self._module)
         if "error" in told:
             _end(child)
             raise self._unavailable(told["error"])
@@ -91,6 +94,15 @@ class EmbeddedServer:
     def _stop_at_exit(self, owner: int) -> None:
         if os.getpid() == owner:  # A fork of ours has no child of its own to stop.
             self._stop()
+
+
+def _told(child: subprocess.Popen[bytes], module: str) -> dict[str, Any]:
+    """The child's first line: its port, or what is wrong."""
+    if child.stdout is None or not connection.wait([child.stdout.fileno()], START_S):
+        return {"error": f"{module} did not start within {START_S:g} s"}
+    line = child.stdout.readline()
+    told: dict[str, Any] = json.loads(line) if line else {"error": f"{module} ended at its start with code {child.wait()}"}
+    return told
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
