@@ -60,6 +60,7 @@ class Server:
     def __init__(self, url: str, api_key: str | None, *, max_connections: int, read_timeout_s: float, changed: Callable[[], None]) -> None:
         address, headers, context = server_url(url), authorization(api_key), httpx.create_ssl_context()
         self.url = without_userinfo(str(address))
+        self._generate_url = httpx.URL(f"{address}/generate")  # made once: it is parsed for each request else
         # A turn that waits in the pool would wait in the server's queue otherwise: no limit on that time.
         timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
         self._client = client(address, headers, timeout, context, max_connections)
@@ -86,7 +87,7 @@ class Server:
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /generate`, once. Raises the errors above, and EngineError where asking again is no use."""
         try:
-            response = await self._client.post("/generate", content=orjson.dumps(body), headers=JSON)
+            response = await self._client.post(self._generate_url, content=orjson.dumps(body), headers=JSON)
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             await self.abort(body["rid"])  # it may still be generating an answer that nobody will read
             raise EngineError(f"{self.url} did not answer within its timeout: {reason(error)}") from error
