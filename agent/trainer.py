@@ -81,9 +81,7 @@ class TrainerBatches:
         self._batches = 0
         multi_turn = config.multi_turn
         if multi_turn.use_inference_chat_template:
-            raise ConfigError(
-                "rollout.multi_turn.use_inference_chat_template: the engine sees what was sampled, never a re-rendered history"
-            )
+            raise ConfigError("rollout.multi_turn.use_inference_chat_template: the engine sees what was sampled, nothing rendered anew")
         self._tools = load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
         path = multi_turn.interaction_config_path
         self._interactions = load_interactions(Path(path)) if path else None
