@@ -362,20 +362,22 @@ def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str
     """Moves to superseded.jsonl what ended since, or was cut off again; returns the others by (task, sample)."""
     unfinished: dict[tuple[str, int], tuple[bytes, Trajectory]] = {}
     stale = []
+    count = 0
     for line in _lines(path / UNFINISHED):
+        count += 1
         try:
             record = Trajectory.from_line(line.decode())
         except (RecordError, ValueError):
             stale.append(line)
             continue
         key = (record.task_id, record.sample)
-        if key in unfinished:
-            stale.append(unfinished.pop(key)[0])
+        if key in unfinished and (earlier := unfinished.pop(key)[0]) != line:  # the same again: it was cut off before it had gone on
+            stale.append(earlier)
         if key in done:
             stale.append(line)
         else:
             unfinished[key] = line, record
-    if stale:
+    if count > len(unfinished):
         _lay_aside(path, stale)
         _replace_by_lines(path / UNFINISHED, (line for line, _ in unfinished.values()))
     return {key: record for key, (_, record) in unfinished.items()}

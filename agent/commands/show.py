@@ -72,6 +72,8 @@ class Screen:
             self._line((f"{name:<14}", one_line(str(value))[:200], ""))
         if record["infra_error"]:
             self._line(("", "infrastructure failed: no reward, left out of exports", "magenta"))
+        if not _matches_its_hash(record):
+            self._line(("", "does not match its hash: it was changed after it was written; turntrace verify says more", "red"))
         for text in filter(None, (record["error"], *record["warnings"])):
             self._line(("", one_line(str(text)), "yellow"))
 
@@ -143,6 +145,15 @@ class Screen:
         from rich.text import Text
 
         self._console.print(Text(text, style))
+
+
+def _matches_its_hash(record: Record) -> bool:
+    from conversations.trajectory import record_hash
+
+    try:
+        return bool(record["sha256"] == record_hash(record))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _turn(record: Record, turn: int) -> str:

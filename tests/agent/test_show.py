@@ -71,6 +71,15 @@ def test_where_a_turn_was_gone_on_with_is_shown(run: Path, tmp_path: Path) -> No
     assert ", gone on with at token 700 (weights step-3), gone on with at token 710\n" in shown
 
 
+def test_a_record_that_was_changed_is_named(run: Path, record: Record, tmp_path: Path) -> None:
+    says = "does not match its hash: it was changed after it was written; turntrace verify says more\n"
+    assert says not in turntrace("show", str(run), record["id"], cwd=run).stdout
+    other = changed_run(tmp_path / "run", run, lambda number, record: None)
+    file = other / "trajectories.jsonl"
+    file.write_text(re.sub(r'"wall_s":[^,]+', '"wall_s":77.5', file.read_text(encoding="utf-8")), encoding="utf-8")
+    assert says in turntrace("show", "run", record["id"], cwd=tmp_path).stdout
+
+
 def test_long_texts_are_cut_until_asked_for(run: Path, tmp_path: Path) -> None:
     def long(number: int, record: Record) -> None:
         record["messages"][0]["content"] = "x" * 5000

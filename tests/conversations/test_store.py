@@ -259,6 +259,14 @@ def test_unfinished_ones_are_handed_out_and_stay_until_they_have_ended(tmp_path:
     assert sorted(lines(tmp_path, SUPERSEDED)) == sorted(first)
 
 
+def test_an_unfinished_record_written_again_as_it_was_replaces_nothing(tmp_path: Path) -> None:
+    """As where a conversation is cut off before it stood again."""
+    for make in (RunFolder.create, RunFolder.resume, RunFolder.resume):
+        with make(tmp_path, MANIFEST) as run:
+            run.append_unfinished(record("a"))
+    assert (ids(tmp_path, UNFINISHED), lines(tmp_path, SUPERSEDED)) == (["a-0"], [])
+
+
 def test_an_unfinished_line_that_is_damaged_is_set_aside(tmp_path: Path) -> None:
     run_with(tmp_path, record("a"))
     (tmp_path / UNFINISHED).write_text("{}\n")
