@@ -68,6 +68,8 @@ def train(
     from agent.model.base import base_model_dir
     from agent.model.recipe import train as recipe
 
+    if not tokens.is_file():
+        raise AgentError(f"{tokens} is not there; make it with: python -m agent.model.recipe data train.jsonl")
     settings = recipe.FULL if preset is Preset.full else recipe.SMALL
     settings = replace(settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds)
     result = recipe.train(base_model_dir(), recipe.Tokens.read(tokens), settings, out, _show)

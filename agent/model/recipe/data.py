@@ -73,8 +73,12 @@ def held_out(question: str) -> bool:
 
 def read_gsm8k(path: Path) -> list[dict[str, str]]:
     """The rows of a JSONL file in GSM8K's format (`question`, `answer`). Raises TaskError naming the line that is not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} cannot be read: {error}; it is to be GSM8K's train.jsonl") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"question": str(row["question"]), "answer": str(row["answer"])})

@@ -116,6 +116,8 @@ def test_a_row_that_is_not_gsm8k_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{"prompt": "q"}\n')
     with pytest.raises(TaskError, match=r"x\.jsonl:2 is no GSM8K row"):
         read_gsm8k(tmp_path / "x.jsonl")
+    with pytest.raises(TaskError, match=r"none\.jsonl cannot be read"):
+        read_gsm8k(tmp_path / "none.jsonl")
 
 
 def test_the_small_mix_is_small() -> None:
