@@ -82,15 +82,12 @@ def tiny_model(target: Path, tokenizer: Path | None = None) -> Path:
     return target
 
 
-def conversations_held(model: Path, gpu_share: float, tokens_each: int) -> int:
-    """How many conversations of `tokens_each` the first GPU's KV cache takes in bf16, in steps of 32."""
-    import torch
-
+def conversations_held(model: Path, gpu_bytes: float, tokens_each: int) -> int:
+    """How many conversations of `tokens_each` fit a GPU's share beside the weights, all in bf16, in steps of 32."""
     config = json.loads((model / "config.json").read_text())
     token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    weights = 2 * 12 * config["num_hidden_layers"] * config["hidden_size"] ** 2  # about
-    room = gpu_share * torch.cuda.get_device_properties(0).total_memory - weights
-    return max(32, int(room / token / tokens_each) // 32 * 32)
+    weights = 2 * (12 * config["num_hidden_layers"] * config["hidden_size"] + config["vocab_size"]) * config["hidden_size"]  # about
+    return max(32, int((gpu_bytes - weights) / token / tokens_each) // 32 * 32)
 
 
 def random_weights(model: Path, seed: int, device: str) -> Iterator[tuple[str, Any]]:

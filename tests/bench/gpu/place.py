@@ -39,11 +39,11 @@ Contender = Callable[[int, float], Outcome]
 
 
 class Figures:
-    """The figures so far: a line on the terminal for each, the file written anew."""
+    """The figures so far: a line on the terminal for each, the file written anew. `began` is when the call did."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, began: float) -> None:
         self.path = path
-        self._began = time.perf_counter()
+        self._began = began
 
     def read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
@@ -53,7 +53,7 @@ class Figures:
         found = self.read()
         found.setdefault(part, {})[case] = value
         self.path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"[{time.perf_counter() - self._began:4.0f} s] {part} · {case}: {json.dumps(value)}", flush=True)
+        print(f"[{time.time() - self._began:4.0f} s] {part} · {case}: {json.dumps(value)}", flush=True)
 
 
 class Place:
@@ -66,7 +66,7 @@ class Place:
         self.cuda: bool = torch.cuda.is_available()
         self.devices: int = torch.cuda.device_count() if self.cuda else 2
         self.gpu = Gpu()
-        self.figures = Figures(options.json)
+        self.figures = Figures(options.json, options.until - 60 * options.minutes)
 
     @property
     def left_s(self) -> float:
@@ -93,7 +93,10 @@ class Place:
         """The product's defaults, in the load's sizes: as many conversations at once as `conversations`, or as fit."""
         seats = conversations or max(self.options.sizes)
         if self.cuda:
-            seats = min(seats, conversations_held(self.model, GPU_SHARE, CONVERSATION_TOKENS))
+            import torch
+
+            memory = torch.cuda.get_device_properties(0).total_memory
+            seats = min(seats, conversations_held(self.model, GPU_SHARE * memory, CONVERSATION_TOKENS))
         rollout: dict[str, Any] = {
             "prompt_length": PROMPT_LENGTH,
             "response_length": RESPONSE_LENGTH,

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import os
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -56,6 +57,8 @@ def _rank(rank: int, world: int, port: int, options: argparse.Namespace, folder:
     finally:
         rollout.shutdown()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # no waiting for SGLang's idle threads; what went wrong has been raised by now
 
 
 def _start(place: Place, world: int) -> tuple[Any, int]:
