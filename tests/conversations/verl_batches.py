@@ -20,9 +20,13 @@ from tests.conversations.exports import small_run
 def main() -> None:
     work = workload()
     with _peer(work) as peer:
+        from tests.bench import verl_peer
+
         asyncio.set_event_loop(peer._loop)
-        rollout = peer._rollout(3, "disable")
-        done = rollout.generate_sequences(peer._batch(5))
+        length = 3 * verl_peer.TOKENS_PER_TURN
+        config = verl_peer.rollout_config(peer._tools, 3, verl_peer.PROMPT_LENGTH, length, "disable")
+        rollout = verl_peer.rollout(config, peer._model, peer._engine)
+        done = rollout.generate_sequences(verl_peer.batch(verl_peer.tasks(5), verl_peer.TOOL_NAME))
         tensors = {name: tensor.numpy() for name, tensor in done.batch.items()}
         ours = padded_batch(
             list(map(_trajectory, *(tensors[name] for name in ("prompts", "responses", "response_mask", "attention_mask")))),
