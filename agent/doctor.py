@@ -5,6 +5,7 @@ Invariant: looking changes nothing, and a check that itself breaks is a finding,
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -19,7 +20,6 @@ from agent.config import Config, load_config
 from agent.errors import AgentError
 from agent.model.base import ADAPTER_DIR, BASE_NAME, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, resolve_model
 from agent.packages import local_folders
-from agent.redact import without_userinfo
 from tools.base import ToolsError
 from tools.cache import cache_dir
 from tools.registry import load_tools
@@ -28,7 +28,6 @@ PINS = {"sglang": "0.5.5", "verl": "0.6.1", "transformers": "4.57.1"}
 """The versions that are tested together."""
 _SET_UP = "`make demo` sets a CPU machine up, `pip install 'turntrace[cuda]'` a GPU one"
 GIB = 1 << 30
-SERVER_TIMEOUT_S = 5.0
 MIN_DISK, MIN_MEMORY = 2 * GIB, 4 * GIB
 
 
@@ -215,20 +214,26 @@ def check_tools(config: Config) -> Iterator[Finding]:
 
 
 def check_server(config: Config) -> Iterator[Finding]:
-    """Whether the server of `name: sglang_server` is up."""
+    """Whether each server of `name: sglang_server` is ready, asked as a run asks it."""
     if config.rollout.name != "sglang_server":
         return
-    import httpx
-
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     for url in config.rollout.server.urls:
-        shown = without_userinfo(url)
         try:
-            httpx.get(f"{url.rstrip('/')}/health", headers=headers, timeout=SERVER_TIMEOUT_S).raise_for_status()
-            yield Finding("ok", f"{shown} is up")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            reason = without_userinfo(str(error)).splitlines() or [type(error).__name__]
-            yield Finding("fail", f"{shown} does not answer: {reason[0]}; start it, or mend rollout.server.urls")
+            yield Finding("ok", asyncio.run(_ready(url, config.api_key)))
+        except AgentError as error:
+            yield Finding("fail", str(error))
+
+
+async def _ready(url: str, api_key: str | None) -> str:
+    from agent.engines.sglang_server import SGLangServerEngine
+
+    engine = SGLangServerEngine([url], api_key, max_connections=1)
+    try:
+        await engine.connect()
+        told = engine.describe()
+        return f"{told['url']} is up and serves {told.get('model_path', 'it does not say what')}"
+    finally:
+        await engine.close()
 
 
 def check_memory(_: Config) -> Iterator[Finding]:

@@ -66,7 +66,7 @@ def refusal(response: httpx.Response) -> str:
     if response.has_redirect_location:
         said = f"a redirect to {without_userinfo(response.headers['location'])}; redirects are not followed"
     elif response.status_code in (401, 403):
-        said += "; check rollout.server.api_key, or the environment's SGLANG_API_KEY"
+        said = "; ".join(filter(None, (said, "check rollout.server.api_key, or the environment's SGLANG_API_KEY")))
     return f"status {response.status_code}: {said}".removesuffix(": ")
 
 

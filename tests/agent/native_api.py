@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,27 @@ async def serving(server: Server, **options: Any) -> AsyncIterator[Server]:
         server.release.set()
         uvicorn_server.should_exit = True
         await running
+
+
+@contextlib.contextmanager
+def in_a_thread(server: Server) -> Iterator[Server]:
+    """The server on a loop of its own: a run takes the main thread, for its signals."""
+    loop, ended, started = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with serving(server):
+            started.set()
+            await ended.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        assert started.wait(20)
+        yield server
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()
+        loop.close()
 
 
 async def answers(server: Server, body: dict[str, Any]) -> Response:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import io
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,32 +17,11 @@ from agent.errors import EngineStartError
 from agent.run import DONE, INCOMPLETE, RunRequest, run
 from conversations.errors import RunFolderError
 from conversations.store import UNFINISHED, read_manifest, read_trajectories
-from tests.agent.native_api import Server, serving, status
+from tests.agent.native_api import Server, in_a_thread, status
 from tests.agent.native_server import behaviour
 from tests.helpers import hermes_template
 
 TASKS = 6
-
-
-@contextlib.contextmanager
-def in_a_thread(server: Server) -> Iterator[Server]:
-    """The server on a loop of its own: a run takes the main thread, for its signals."""
-    loop, ended, started = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
-
-    async def serve() -> None:
-        async with serving(server):
-            started.set()
-            await ended.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    try:
-        assert started.wait(20)
-        yield server
-    finally:
-        loop.call_soon_threadsafe(ended.set)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture
