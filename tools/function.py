@@ -30,7 +30,7 @@ class FunctionTool(BaseTool):
     """A function as a tool. It can still be called as the function it is.
 
     The function returns text, any other JSON value (shown as JSON text, numpy's numbers and arrays as well), a ToolResponse,
-    or verl's triple of (ToolResponse, step reward, metrics). It raises ToolError to tell the model why it could not serve the call.
+    or verl's triple of (ToolResponse or text, step reward, metrics). It raises ToolError to tell the model why it could not serve the call.
     """
 
     config_keys = frozenset()
@@ -163,11 +163,17 @@ def _settle(done: asyncio.Future[_Outcome], outcome: _Outcome) -> None:
         done.set_result(outcome)
 
 
+# A text, a step reward and metrics: as JSON text the reward would be shown to the model, and be nobody's.
+_TEXT_TRIPLES = [[str, kind, dict] for kind in (float, int, type(None))]
+
+
 def _as_answer(result: Any) -> tuple[ToolResponse, float | None, dict[str, Any]]:
     if isinstance(result, ToolResponse):
         return result, None, {}
     if isinstance(result, tuple) and len(result) == 3 and isinstance(result[0], ToolResponse):
         return result
+    if isinstance(result, tuple) and list(map(type, result)) in _TEXT_TRIPLES:
+        return ToolResponse(text=result[0]), *result[1:]
     return ToolResponse(text=result if isinstance(result, str) else _json_text(result)), None, {}
 
 

@@ -88,6 +88,9 @@ async def test_results_become_text() -> None:
     assert await text(tool(lambda: None)) == "null"
     assert await tool(lambda: (ToolResponse("x"), 0.5, {"n": 1})).execute("t", {}) == (ToolResponse("x"), 0.5, {"n": 1})
     assert await tool(lambda: ToolResponse("x")).execute("t", {}) == (ToolResponse("x"), None, {})
+    assert await tool(lambda: ("x", 0.5, {"n": 1})).execute("t", {}) == (ToolResponse("x"), 0.5, {"n": 1})
+    assert await tool(lambda: ("x", None, {})).execute("t", {}) == (ToolResponse("x"), None, {})
+    assert await text(tool(lambda: ("x", 0.5, [1]))) == '["x",0.5,[1]]'
 
 
 async def test_numbers_and_arrays_become_json() -> None:
