@@ -44,6 +44,8 @@ def main() -> None:
         return
     if options.dry:
         DRY_FILE.unlink(missing_ok=True)
+    elif not _has_gpu():
+        sys.exit("there is no GPU here; --dry runs every part with a tiny model on CPU engines")
     figures = Figures(options.json, options.until - 60 * options.minutes)
     for part in options.parts or PARTS:
         if time.time() > options.until:
@@ -55,6 +57,13 @@ def main() -> None:
     found = figures.read()
     print(table(found))
     sys.exit(errors(found) > 0)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    found: bool = torch.cuda.is_available()
+    return found
 
 
 def _in_a_process(part: str, until: float) -> int:
@@ -77,8 +86,6 @@ def _run(options: argparse.Namespace) -> None:
     [part] = options.parts
     with tempfile.TemporaryDirectory() as folder:
         place = Place(options, Path(folder))
-        if not place.cuda and not place.dry:
-            sys.exit(f"{part}: there is no GPU here; --dry runs every part with a tiny model on CPU engines")
         place.note_machine(part)
         place.gpu.start()
         try:
