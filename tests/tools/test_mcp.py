@@ -226,7 +226,7 @@ REFUSED: list[tuple[Any, str]] = [
 def test_a_mistake_is_one_line(load: Any, mcp: Any, says: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ToolConfigError) as raised:
         load(mcp)
-    assert caplog.records == []  # the SDK has nothing to add
+    assert [each for each in caplog.records if each.name != "asyncio"] == []  # the SDK has nothing to add
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
