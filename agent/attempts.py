@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.answers import describe, finite, json_metrics, text_of, utf8_size
 from agent.limits import CircuitOpenError, Gate
@@ -30,6 +30,8 @@ MAX_PAUSE_S = 8.0
 _random = random.Random()  # its own: nobody's seed decides when calls are retried, nor is moved on by it
 
 Execution = Callable[[], Coroutine[Any, Any, Any]]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -169,14 +171,19 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """What a tool raises stays in its task: a SystemExit would end the event loop, a Rust panic is no Exception."""
-    if not inspect.isawaitable(coroutine):
-        raise TypeError(f"a tool's methods must be `async def`; this one returned {type(coroutine).__name__} at once")
     try:
-        return await coroutine
+        return await awaitable(coroutine)
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
         raise RuntimeError(f"the tool raised {type(error).__name__}") from error
+
+
+def awaitable(made: T) -> T:
+    """What a tool's method gave. Raises TypeError where nobody can await it."""
+    if not inspect.isawaitable(made):
+        raise TypeError(f"a tool's methods must be `async def`; this one returned {type(made).__name__} at once")
+    return made
 
 
 async def _stop(task: asyncio.Future[Any]) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from agent.answers import describe, finite, text_of
-from agent.attempts import bounded, serve
+from agent.attempts import awaitable, bounded, serve
 from agent.limits import Gate
 from conversations.encoding import without_lone_surrogates
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
@@ -118,7 +118,7 @@ class ConversationTools:
 
         One that was made although its creation was cancelled is nobody's any more, and may come after the last release.
         """
-        created = await tool.tool.create(self._id, **kwargs)
+        created = await awaitable(tool.tool.create(self._id, **kwargs))
         instance_id, response = created if isinstance(created, tuple) else (created, None)
         if (task := asyncio.current_task()) and task.cancelling():
             await tool.tool.release(instance_id, **self._given(tool, "release_kwargs"))

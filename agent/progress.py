@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -16,8 +17,9 @@ PLAIN_INTERVAL_S = 10.0
 
 
 def say(console: Console, text: str) -> None:
-    """Prints text as it is: not wrapped, not coloured, brackets no markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Prints text as it is: not wrapped, not coloured, brackets no markup. Where its reader has gone, nobody is told: a run goes on."""
+    with contextlib.suppress(SystemExit):  # rich would end the program; it prints no more from here on
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Display:

@@ -125,6 +125,7 @@ class Session:
         except asyncio.CancelledError:
             self._call(work.cancel, coroutine)
             await asyncio.wait((outcome,))
+            outcome.cancelled() or outcome.exception()  # seen: asyncio prints what nobody asked for
             raise
 
     def _call(self, callback: Callable[[], object], coroutine: Coroutine[Any, Any, Any]) -> None:

@@ -51,8 +51,8 @@ class ChatTemplate:
     """Renders prompts and deltas with a Hugging Face fast tokenizer and its chat template.
 
     `end_ids` are the token ids with which the template ends an assistant turn, `end_id` the one it appends itself;
-    `stop_token_ids` is what an engine must be told to stop at. `opens_think` is true where the generation prompt leaves
-    a `<think>` block open. Raises TemplateError where the tokenizer or template cannot be used.
+    `stop_token_ids` is what an engine must be told to stop at. Ids from `vocabulary_size` on have no text. `opens_think` is
+    true where the generation prompt leaves a `<think>` block open. Raises TemplateError where the tokenizer or template cannot be used.
     """
 
     def __init__(self, tokenizer: Any, *, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -63,6 +63,7 @@ class ChatTemplate:
             raise TemplateError(f"{self.name}: the tokenizer has no chat template; set `chat_template` in tokenizer_config.json")
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self.vocabulary_size = int(self._backend.get_vocab_size(with_added_tokens=True))
         self._segments = SegmentEncoder(tokenizer)
         self._kwargs = dict(kwargs or {})
         self._compiled = _compiled(self.name, tokenizer)

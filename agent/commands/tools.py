@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 tools_app = typer.Typer(help="Look at a tool config, call a tool by hand.", no_args_is_help=True)
 
-FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.")]
+FileArgument = Annotated[
+    str, typer.Argument(metavar="FILE", help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="A model whose chat template and tokens count: smollm2-tools, a folder.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="config.yaml, for its model and its limits.")]
 

@@ -82,6 +82,18 @@ class NoTriple(BaseTool):
         return "only a text"
 
 
+class NoCoroutineAtFirst(BaseTool):
+    def create(self, instance_id: str | None = None, **kwargs: Any) -> Any:
+        return instance_id, ToolResponse()
+
+
+async def test_what_create_does_wrong_is_named_too() -> None:
+    made = NoCoroutineAtFirst({}, {"type": "function", "function": {"name": "first", "parameters": {"type": "object"}}})
+    tools = tools_of(made)
+    await tools.create()
+    assert "a tool's methods must be `async def`; this one returned tuple at once" in str(tools.failure)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [

@@ -436,6 +436,8 @@ async def test_an_id_beyond_the_tokenizer_is_data(smollm2: ChatTemplate) -> None
     """Models pad their vocabulary: such an id can be sampled; it decodes to nothing and stays."""
     record = await run_one(runtime(smollm2, says(smollm2, generation([60_000, smollm2.end_id]))))
     assert (record.stop_reason, record.response_ids, record.messages[-1]["raw"]) == ("stop", [60_000, smollm2.end_id], "")
+    (warning,) = record.warnings
+    assert warning.startswith("the model sampled ids that the tokenizer does not have")
 
 
 async def test_a_backend_that_fails_is_never_a_reward(smollm2: ChatTemplate) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,7 @@ from agent.loop import Conversation, Runtime
 from agent.progress import Display, counts, say, shortfall, summary
 from agent.tasks import Task
 from conversations.trajectory import Turn
+from tests.helpers import ROOT
 
 
 def conversation(turns: int = 0) -> Conversation:
@@ -140,3 +143,25 @@ def test_paths_with_brackets_and_long_lines_are_printed_as_they_are() -> None:
 )
 def test_a_run_that_is_not_whole_says_what_it_lacks(fields: dict[str, Any], says: str) -> None:
     assert shortfall(Progress(**fields)) == says
+
+
+PIPED = """
+import sys
+from rich.console import Console
+from agent.progress import say
+
+console = Console()
+for number in range(3):
+    say(console, f"line {number}" + "." * 100_000)
+print("the run went on", file=sys.stderr)
+"""
+
+
+def test_a_run_goes_on_when_the_reader_of_its_lines_goes_away() -> None:
+    with subprocess.Popen([sys.executable, "-c", PIPED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout
+        assert process.stdout.read(6) == "line 0"
+        process.stdout.close()
+        assert process.stderr
+        assert process.stderr.read() == "the run went on\n"
+        assert process.wait(60) == 0
