@@ -51,6 +51,12 @@ def main() -> int:
     except (AgentError, ConversationsError, ToolsError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("agent", "conversations", "tools"):
+            raise
+        again = "set this environment up again: `make demo` in a checkout, or pip install turntrace"
+        print(f"error: the Python package {error.name!r} is not installed; {again}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -103,6 +103,15 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_package_that_is_missing_since_an_update_is_one_line() -> None:
+    arguments = ["turntrace", "tools", "check", "gsm8k"]
+    code = f"import sys; sys.modules['jsonschema_rs'] = None; sys.argv = {arguments}; from agent.cli import main; sys.exit(main())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: the Python package 'jsonschema_rs' is not installed; set this environment up again: ")
+    assert ran.stderr.count("\n") == 1
+
+
 def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
     assert turntrace("run", cwd=tmp_path).returncode == 2
 
