@@ -31,7 +31,7 @@ demo: $(RUN) ## Run generated math problems through the embedded model with real
 	@echo "demo: $(SIZE) generated problems, the embedded model, the tools of tool_configs/gsm8k.yaml"
 	@$(BIN)/turntrace tasks gsm_symbolic --size $(SIZE) --seed $(SEED) --out runs/demo-tasks.jsonl
 	@$(BIN)/turntrace run runs/demo-tasks.jsonl --tools gsm8k --out runs/demo
-	@echo "look at it: $(BIN)/turntrace view runs/demo    or: $(BIN)/turntrace show runs/demo"
+	@echo "look at it: $(BIN)/turntrace view runs/demo    prove it: $(BIN)/turntrace verify runs/demo"
 
 test: $(DEV) ## Run all tests, real engine and real sandbox included, two files at a time (ARGS="-k loop" passes arguments to pytest)
 	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
