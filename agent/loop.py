@@ -232,6 +232,8 @@ class Conversation:
             if self.user:
                 await self.user.finalize()
                 self.warnings += [failure for failure in self.user.failures if failure != self.error]
+        if max(self.tokens.ids, default=0) >= self.runtime.template.vocabulary_size:
+            self.warnings.append("the model sampled ids that the tokenizer does not have: does the engine run the model of model_path?")
         self.wall_s = perf_counter() - self._opened
 
     @property
@@ -279,8 +281,6 @@ class Conversation:
             turn = _joined(self.cut, turn)
         ids = self.tokens.ids[turn.start :] + generation.token_ids
         raw = template.raw(ids)  # first: an id that is none raises here, with nothing appended
-        if max(ids) >= template.vocabulary_size:
-            self.warn_once("the model sampled ids that the tokenizer does not have: does the engine run the model of model_path?")
         if self.cut:
             self._take_back()
         self.turns.append(turn)
@@ -369,12 +369,9 @@ class Conversation:
             if found := template.control_tokens(line.response or ""):
                 self.warnings.append(f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}")
         if template.rewrites_history and "</think>" in turn["raw"]:
-            self.warn_once("the chat template drops earlier <think> blocks; the sampled tokens were kept")
-
-    def warn_once(self, warning: str) -> None:
-        """Notes what is odd, unless it is noted already."""
-        if warning not in self.warnings:
-            self.warnings.append(warning)
+            warning = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
 
     # ------------------------------------------------------------------ the record
 

@@ -22,7 +22,7 @@ from conversations.trajectory import ToolCallRecord, Trajectory
 from tools.base import BaseTool, ToolResponse
 from tools.toolset import LoadedTool, ToolSet, loaded_tool
 
-LOOP_WARNINGS = ("the response of ", "the chat template ")
+LOOP_WARNINGS = ("the response of ", "the chat template ", "the model sampled ")
 """How the loop's own warnings begin; the others of a record came from its tools."""
 
 _ANSWER_FIELDS = ("status", "response", "full_response", "reward", "metrics", "attempts", "queue_s", "run_s", "error")

@@ -177,16 +177,10 @@ def test_the_end_of_the_server_is_theirs() -> None:
     for server in running_server():
         with httpx.Client(base_url=server.url(), timeout=60) as client:
             Session(client).run("x = 1")
-        left = programs_of(server)
+        left, pid = programs_of(server), process_of(server).pid
         assert left
     eventually(lambda: not any(psutil.pid_exists(process.pid) for process in left))
-    assert not [
-        folder for root in ("/sys/fs/cgroup",) for folder in Path(root).glob("**/turntrace-sandbox-*") if _is_of_a_dead_server(folder)
-    ]
-
-
-def _is_of_a_dead_server(folder: Path) -> bool:
-    return not psutil.pid_exists(int(folder.name.split("-")[2]))
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/turntrace-sandbox-{pid}-*"))
 
 
 def test_a_session_that_nobody_waited_for_is_ended() -> None:
