@@ -63,7 +63,7 @@ class ChatTemplate:
             raise TemplateError(f"{self.name}: the tokenizer has no chat template; set `chat_template` in tokenizer_config.json")
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self.vocabulary_size = int(self._backend.get_vocab_size(with_added_tokens=True))
+        self.vocabulary_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
         self._segments = SegmentEncoder(tokenizer)
         self._kwargs = dict(kwargs or {})
         self._compiled = _compiled(self.name, tokenizer)

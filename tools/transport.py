@@ -1,7 +1,7 @@
 """httpx over aiohttp's connections: what a request costs does not grow with the number of those beside it.
 
-httpx's own pool walks all of its connections for each request. Measured with 256 calls at once on one core: 6 ms of CPU a
-call there, 0.4 ms here.
+httpx's own pool walks all of its connections for each request: with 256 calls at once that takes 20 times the CPU of this
+(`make bench`, http_call_cpu_ms).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import httpx
 from yarl import URL
 
 PAUSE_S = 0.5
+"""Before the second retry, twice that before the third, and so on; the first comes at once."""
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):

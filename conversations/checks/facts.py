@@ -49,7 +49,7 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
     max_model_len, entries = _count(rollout, "max_model_len"), _entries(manifest.get("tools"))
     return Facts(
         template=template,
-        ids=max(template.tokenizer.get_vocab().values(), default=-1) + 1 if template is not None else None,
+        ids=template.vocabulary_size if template is not None else None,
         n=_count(manifest, "n"),
         prompt_length=_count(rollout, "prompt_length"),
         response_length=_count(rollout, "response_length"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from conversations.template import ChatTemplate
 from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER
 from tests.conversations import templates as families
 from tests.conversations.templates import family, on_smollm2
-from tests.helpers import hermes_template, odd_text, qwen_template
+from tests.helpers import hermes_template, odd_text, qwen_template, tokenizer_at
 
 MARK = "M4RK"
 TOOLS = [
@@ -350,3 +352,13 @@ def test_no_template_and_no_fast_tokenizer_are_named() -> None:
 def test_a_template_with_a_mistake_in_it_is_named() -> None:
     with pytest.raises(TemplateError, match=r"the chat template of .* cannot be read: unexpected end of template"):
         ChatTemplate(on_smollm2("{% for m in messages %}{{ m.role"))
+
+
+def test_ids_of_a_vocabulary_may_have_gaps(smollm2: ChatTemplate, tmp_path: Path) -> None:
+    smollm2.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"]["far away"] = 60_000
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert smollm2.vocabulary_size == len(smollm2.tokenizer)
+    assert ChatTemplate(tokenizer_at(tmp_path)).vocabulary_size == 60_001
