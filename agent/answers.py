@@ -59,7 +59,11 @@ def describe(error: BaseException) -> str:
     """An exception for the record: its class, message and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    cause = f" from {type(error.__cause__).__name__}: {_say(error.__cause__)}" if error.__cause__ else ""
+    cause = (
+        f" from {type(error.__cause__).__name__}: {_say(error.__cause__)}"
+        if error.__cause__
+        else ""
+    )
     return f"{type(error).__name__}: {_say(error)}{where}{cause}"[:2000]
 
 

@@ -27,7 +27,9 @@ GRACE_S = 1.0
 FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 8.0
 
-_random = random.Random()  # its own: nobody's seed decides when calls are retried, nor is moved on by it
+_random = (
+    random.Random()
+)  # its own: nobody's seed decides when calls are retried, nor is moved on by it
 
 Execution = Callable[[], Coroutine[Any, Any, Any]]
 
@@ -58,7 +60,9 @@ class CallTimeoutError(Exception):
     """The tool took too long; its own TimeoutErrors are something else."""
 
 
-async def serve(tool: LoadedTool, execute: Execution, gate: Gate | None, line: ToolCallRecord) -> Outcome:
+async def serve(
+    tool: LoadedTool, execute: Execution, gate: Gate | None, line: ToolCallRecord
+) -> Outcome:
     """Runs a call until an attempt is final; returns how that ended. Each attempt is added to `line`, with its seconds.
 
     Between attempts nothing is held: others use the slot during a pause.
@@ -76,7 +80,13 @@ def pause_s(retry: int) -> float:
     return min(FIRST_PAUSE_S * 2.0**retry, MAX_PAUSE_S) * _random.uniform(0.5, 1.0)
 
 
-async def _attempt(tool: LoadedTool, execute: Execution, gate: Gate | None, line: ToolCallRecord, pause_s: float = 0.0) -> Outcome:
+async def _attempt(
+    tool: LoadedTool,
+    execute: Execution,
+    gate: Gate | None,
+    line: ToolCallRecord,
+    pause_s: float = 0.0,
+) -> Outcome:
     outcome, probe, queued, begun = _CANCELLED, False, perf_counter(), 0.0
     try:
         if pause_s:
@@ -97,7 +107,9 @@ async def _attempt(tool: LoadedTool, execute: Execution, gate: Gate | None, line
 
 
 def _note(line: ToolCallRecord, outcome: Outcome, queue_s: float, run_s: float) -> None:
-    line.attempts.append(Attempt(outcome.status, queue_s, run_s, outcome.error, outcome.error_class, outcome.size))
+    line.attempts.append(
+        Attempt(outcome.status, queue_s, run_s, outcome.error, outcome.error_class, outcome.size)
+    )
     line.queue_s += queue_s
     line.run_s += run_s
 
@@ -109,12 +121,20 @@ async def _outcome(tool: LoadedTool, execute: Execution) -> Outcome:
         response, reward, metrics = _triple(await bounded(execute(), tool.policy.timeout_s))
         text = text_of(response)
         reward = None if reward is None else finite(reward)
-        return Outcome("ok", text, size=utf8_size(text), reward=reward, metrics=json_metrics(metrics))
+        return Outcome(
+            "ok", text, size=utf8_size(text), reward=reward, metrics=json_metrics(metrics)
+        )
     except CallTimeoutError as error:
         text = f"Error: {name} did not answer within {tool.policy.timeout_s:g} s"
         return Outcome("timeout", text, error_class=type(error).__name__, may_pass=True)
     except BackendError as error:
-        return Outcome("backend_error", f"Error: {name} is not available", describe(error), type(error).__name__, may_pass=True)
+        return Outcome(
+            "backend_error",
+            f"Error: {name} is not available",
+            describe(error),
+            type(error).__name__,
+            may_pass=True,
+        )
     except ToolError as error:
         return _refusal(name, error)
     except Exception as error:
@@ -124,13 +144,22 @@ async def _outcome(tool: LoadedTool, execute: Execution) -> Outcome:
 def _triple(answer: Any) -> Sequence[Any]:
     if isinstance(answer, (tuple, list)) and len(answer) == 3:
         return answer
-    raise TypeError(f"execute must return (ToolResponse, step reward or None, metrics), got {type(answer).__name__}")
+    raise TypeError(
+        f"execute must return (ToolResponse, step reward or None, metrics), got {type(answer).__name__}"
+    )
 
 
 def _refusal(name: str, error: ToolError) -> Outcome:
     try:
         text = without_lone_surrogates(str(error))
-        return Outcome("tool_error", text, None, type(error).__name__, utf8_size(text), metrics=json_metrics(error.metrics))
+        return Outcome(
+            "tool_error",
+            text,
+            None,
+            type(error).__name__,
+            utf8_size(text),
+            metrics=json_metrics(error.metrics),
+        )
     except Exception as unreadable:  # a ToolError of the tool's own making
         return _bug(name, unreadable)
 
@@ -182,11 +211,15 @@ async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def awaitable(made: T) -> T:
     """What a tool's method gave. Raises TypeError where nobody can await it."""
     if not inspect.isawaitable(made):
-        raise TypeError(f"a tool's methods must be `async def`; this one returned {type(made).__name__} at once")
+        raise TypeError(
+            f"a tool's methods must be `async def`; this one returned {type(made).__name__} at once"
+        )
     return made
 
 
 async def _stop(task: asyncio.Future[Any]) -> None:
     task.cancel()
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # left behind or not, it is not our error
+    task.add_done_callback(
+        lambda done: done.cancelled() or done.exception()
+    )  # left behind or not, it is not our error
     await asyncio.wait((task,), timeout=GRACE_S)

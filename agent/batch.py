@@ -81,7 +81,11 @@ class Progress:
     @property
     def sampled_tokens_so_far(self) -> int:
         """`sampled_tokens`, and those of the conversations that are being run."""
-        return self.sampled_tokens + sum(turn.end - turn.start for conversation in tuple(self.live) for turn in conversation.turns)
+        return self.sampled_tokens + sum(
+            turn.end - turn.start
+            for conversation in tuple(self.live)
+            for turn in conversation.turns
+        )
 
     @property
     def mean_reward(self) -> float | None:
@@ -122,9 +126,18 @@ async def run_tasks(
     `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
     records written as unfinished, and CancelledError is raised. An error of the store ends the run.
     """
-    conversations = (continued(task, sample, unfinished.get((task.id, sample)), runtime) for task in tasks for sample in range(n))
+    conversations = (
+        continued(task, sample, unfinished.get((task.id, sample)), runtime)
+        for task in tasks
+        for sample in range(n)
+    )
     return await run_conversations(
-        conversations, max_concurrent=max_concurrent, target=target, store=store, progress=progress, on_done=on_done
+        conversations,
+        max_concurrent=max_concurrent,
+        target=target,
+        store=store,
+        progress=progress,
+        on_done=on_done,
     )
 
 
@@ -143,7 +156,11 @@ async def run_conversations(
     slots = asyncio.Semaphore(max_concurrent)
     try:
         async with asyncio.TaskGroup() as group:
-            while await slots.acquire() and not batch.has_enough and (conversation := next(missing, None)):
+            while (
+                await slots.acquire()
+                and not batch.has_enough
+                and (conversation := next(missing, None))
+            ):
                 running = group.create_task(batch.run(conversation))
                 batch.running.add(running)
                 running.add_done_callback(batch.running.discard)
@@ -169,7 +186,10 @@ class _Batch:
 
     def is_missing(self, conversation: Conversation) -> bool:
         """False, and counted as skipped, where the store has it already."""
-        is_there = self.store is not None and (conversation.task.id, conversation.sample) in self.store.done
+        is_there = (
+            self.store is not None
+            and (conversation.task.id, conversation.sample) in self.store.done
+        )
         self.progress.skipped += is_there
         return not is_there
 
@@ -181,7 +201,9 @@ class _Batch:
                 await converse(conversation)
         except asyncio.CancelledError:
             if self.has_enough:
-                conversation.warnings.append(f"cut off when {self.target} conversations were done (over_sample_rate)")
+                conversation.warnings.append(
+                    f"cut off when {self.target} conversations were done (over_sample_rate)"
+                )
             if self.store:
                 self._keep(self.store.append_unfinished, conversation.trajectory())
             raise
@@ -198,7 +220,9 @@ class _Batch:
             for other in self.running - {asyncio.current_task()}:
                 other.cancel()
 
-    def _keep(self, append: Callable[[Trajectory], None], trajectory: Trajectory) -> Trajectory | None:
+    def _keep(
+        self, append: Callable[[Trajectory], None], trajectory: Trajectory
+    ) -> Trajectory | None:
         """What `append` took: the trajectory, or what of it has a JSON form; None where that cannot be written either."""
         try:
             append(trajectory)
@@ -215,7 +239,13 @@ class _Batch:
 
 def _bare(trajectory: Trajectory, error: str) -> Trajectory:
     """A record of a failure, with those open parts of the trajectory that have a JSON form."""
-    failed: dict[str, Any] = {"stop_reason": "engine_error", "infra_error": True, "error": error, "reward": None, "reward_parts": {}}
+    failed: dict[str, Any] = {
+        "stop_reason": "engine_error",
+        "infra_error": True,
+        "error": error,
+        "reward": None,
+        "reward_parts": {},
+    }
     bare = dataclasses.replace(trajectory, **failed, **_OPEN_PARTS)
     for name in _OPEN_PARTS:
         fuller = dataclasses.replace(bare, **{name: getattr(trajectory, name)})

@@ -36,7 +36,9 @@ QUESTION = "..."
 def check(file: str, config: Config | None, *, start: bool) -> int:
     """Prints each tool of a config, and what the model sees of them; 1 where a tool does not start, else 0."""
     tools = load_tools(file)
-    print(f"{file} offers {len(tools)} tool{'s' * (len(tools) != 1)}: {', '.join(map(one_line, tools))}")
+    print(
+        f"{file} offers {len(tools)} tool{'s' * (len(tools) != 1)}: {', '.join(map(one_line, tools))}"
+    )
     failures = asyncio.run(_shown_and_started(tools, start=start))
     template = load_template(config, config.model_dir()) if config else None
     print("\nWhat the model sees:")
@@ -60,7 +62,9 @@ async def _shown_and_started(tools: ToolSet, *, start: bool) -> int:
 
 def _origin(tool: LoadedTool) -> str:
     is_function = isinstance(tool.tool, FunctionTool)
-    named: Any = tool.tool if is_function else type(tool.tool)  # a FunctionTool is named as its function is
+    named: Any = (
+        tool.tool if is_function else type(tool.tool)
+    )  # a FunctionTool is named as its function is
     return f"{'function' if is_function else 'class   '} {named.__module__}.{named.__qualname__}"
 
 
@@ -77,7 +81,11 @@ async def _started(tool: LoadedTool) -> str:
 
 def _policy(tool: LoadedTool) -> str:
     """What its config, its class and the defaults make of it; limits that are not set are left out."""
-    limits = {name: value for name, value in dataclasses.asdict(tool.policy).items() if value not in (None, 0)}
+    limits = {
+        name: value
+        for name, value in dataclasses.asdict(tool.policy).items()
+        if value not in (None, 0)
+    }
     limits |= {"ends_conversation": True} if tool.ends_conversation else {}
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in limits.items())
 
@@ -93,13 +101,19 @@ def _offered(tools: ToolSet, template: ChatTemplate | None) -> Iterator[str]:
 
 
 def _prompt_ids(template: ChatTemplate, schemas: list[dict[str, Any]]) -> list[int]:
-    return [token for _, ids in template.prompt([{"role": "user", "content": QUESTION}], schemas) for token in ids]
+    return [
+        token
+        for _, ids in template.prompt([{"role": "user", "content": QUESTION}], schemas)
+        for token in ids
+    ]
 
 
 # ---------------------------------------------------------------------- turntrace tools call
 
 
-def call(file: str, name: str, arguments: str, ground_truth: str | None, config: Config | None) -> int:
+def call(
+    file: str, name: str, arguments: str, ground_truth: str | None, config: Config | None
+) -> int:
     """Prints what came of one call; 0 where its status is ok, else 1."""
     parsed = ToolCall(name, _arguments(arguments), raw="")
     tools = load_tools(file)
@@ -113,13 +127,19 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AgentError(f"the arguments are not JSON: {error}; write them as a shell takes them: {example}") from error
+        raise AgentError(
+            f"the arguments are not JSON: {error}; write them as a shell takes them: {example}"
+        ) from error
     if not isinstance(parsed, dict):
-        raise AgentError(f"the arguments must be a JSON object, got {text[:80]}; write them as a shell takes them: {example}")
+        raise AgentError(
+            f"the arguments must be a JSON object, got {text[:80]}; write them as a shell takes them: {example}"
+        )
     return parsed
 
 
-async def _called(tools: ToolSet, call: ToolCall, ground_truth: str | None, config: Config | None) -> int:
+async def _called(
+    tools: ToolSet, call: ToolCall, ground_truth: str | None, config: Config | None
+) -> int:
     conversation = ConversationTools(_dispatcher(tools, config), {}, ground_truth)
     (line,) = ledger_lines([call], turn=0)
     clock = _Clock()
@@ -138,9 +158,16 @@ async def _called(tools: ToolSet, call: ToolCall, ground_truth: str | None, conf
         finally:
             await tools.close()
     clock.note("release")
-    for text in (*_about(line, rewards, clock.noted), *conversation.warnings, *filter(None, (conversation.failure,))):
+    for text in (
+        *_about(line, rewards, clock.noted),
+        *conversation.warnings,
+        *filter(None, (conversation.failure,)),
+    ):
         print(one_line(text))
-    for title, content in (*(("created", str(message["content"])) for message in said), ("response", line.response or "")):
+    for title, content in (
+        *(("created", str(message["content"])) for message in said),
+        ("response", line.response or ""),
+    ):
         print(f"\n--- {title}\n{visible(content)}")
     return int(line.status != "ok")
 
@@ -152,7 +179,9 @@ def _dispatcher(tools: ToolSet, config: Config | None) -> Dispatcher:
     return make_dispatcher(config, tools, load_template(config, config.model_dir()))
 
 
-def _about(line: ToolCallRecord, rewards: dict[str, float], clock: dict[str, float]) -> Iterator[str]:
+def _about(
+    line: ToolCallRecord, rewards: dict[str, float], clock: dict[str, float]
+) -> Iterator[str]:
     yield f"status       {line.status}"
     if line.error:
         yield f"error        {line.error}"

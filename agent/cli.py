@@ -40,8 +40,15 @@ app.add_typer(tasks_app, name="tasks")
 app.add_typer(serve_app, name="serve")
 app.add_typer(tools_app, name="tools")
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="config.yaml; without it the embedded model runs.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key: rollout.temperature=0.7")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="config.yaml; without it the embedded model runs.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a config key: rollout.temperature=0.7"
+    ),
+]
 
 
 def main() -> int:
@@ -55,26 +62,44 @@ def main() -> int:
         if error.name is None or error.name.split(".")[0] in ("agent", "conversations", "tools"):
             raise
         again = "set this environment up again: `make demo` in a checkout, or pip install turntrace"
-        print(f"error: the Python package {error.name!r} is not installed; {again}", file=sys.stderr)
+        print(
+            f"error: the Python package {error.name!r} is not installed; {again}", file=sys.stderr
+        )
         return 2
     return 0
 
 
 @app.command()
 def run(
-    tasks: Annotated[Path, typer.Argument(help="JSONL or Parquet, in verl's schema or plain prompts.")],
+    tasks: Annotated[
+        Path, typer.Argument(help="JSONL or Parquet, in verl's schema or plain prompts.")
+    ],
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
     config: ConfigOption = None,
     tools: Annotated[
-        str | None, typer.Option(help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.")
+        str | None,
+        typer.Option(
+            help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all."
+        ),
     ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Run only the first so many tasks.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Run only the first so many tasks.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="With --resume: although config, tools, model or tasks differ.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="With --resume: although config, tools, model or tasks differ."
+        ),
+    ] = False,
     validate: Annotated[bool, typer.Option("--validate", help="Sample with val_kwargs.")] = False,
     stop_after: Annotated[
-        float | None, typer.Option(min=0, help="Stop after so many seconds; what is unfinished is kept, and --resume goes on with it.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Stop after so many seconds; what is unfinished is kept, and --resume goes on with it.",
+        ),
     ] = None,
     set_: SetOption = None,
 ) -> None:
@@ -90,7 +115,9 @@ def run(
     from agent.run import RunRequest
     from agent.run import run as run_request
 
-    request = RunRequest(tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after)
+    request = RunRequest(
+        tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after
+    )
     raise typer.Exit(run_request(request, Console()))
 
 
@@ -101,9 +128,14 @@ def _tools_override(tools: str | None) -> list[str]:
     path = Path(tools)
     is_file = bool(path.suffix) or path.name != tools  # a bare name is a shipped config's
     if is_file and not path.is_file():
-        raise AgentError(f"--tools {tools}: there is no such file; a shipped config goes by its bare name (gsm8k)")
+        raise AgentError(
+            f"--tools {tools}: there is no such file; a shipped config goes by its bare name (gsm8k)"
+        )
     value = str(path.resolve()) if is_file else tools
-    return [f"rollout.multi_turn.tool_config_path={json.dumps(value)}", "rollout.multi_turn.enable=true"]
+    return [
+        f"rollout.multi_turn.tool_config_path={json.dumps(value)}",
+        "rollout.multi_turn.enable=true",
+    ]
 
 
 def _n_override(n: int | None, validate: bool) -> list[str]:
@@ -116,7 +148,9 @@ def _n_override(n: int | None, validate: bool) -> list[str]:
 def gsm_symbolic(
     size: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 64,
     seed: Annotated[int, typer.Option(help="The same seed gives the same problems.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File to write; default gsm_symbolic-SIZE-SEED.jsonl")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default gsm_symbolic-SIZE-SEED.jsonl")
+    ] = None,
 ) -> None:
     """Generated grade-school problems with answers (reasoning-gym)."""
     from agent.task_sources import write_gsm_symbolic
@@ -127,7 +161,9 @@ def gsm_symbolic(
 
 @tasks_app.command("gsm8k")
 def gsm8k(
-    source: Annotated[Path, typer.Argument(help="GSM8K's own JSONL: question, and an answer ending in #### 42.")],
+    source: Annotated[
+        Path, typer.Argument(help="GSM8K's own JSONL: question, and an answer ending in #### 42.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
     """GSM8K's problems as tasks."""
@@ -140,11 +176,24 @@ def gsm8k(
 def serve_sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
-    workers: Annotated[int | None, typer.Option(min=1, help="Programs at a time; default: one a CPU.")] = None,
-    packages: Annotated[str, typer.Option(metavar="NAMES", help="Installed packages that programs may import: numpy,sympy")] = "",
-    sessions: Annotated[int, typer.Option(min=0, help="Python sessions at a time, at most.")] = 1024,
-    session_idle_s: Annotated[float, typer.Option(min=1, help="A session ends when nobody calls for so many seconds.")] = 900,
-    cold: Annotated[bool, typer.Option("--cold", help="A bubblewrap of its own for each program: slower.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Programs at a time; default: one a CPU.")
+    ] = None,
+    packages: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Installed packages that programs may import: numpy,sympy"
+        ),
+    ] = "",
+    sessions: Annotated[
+        int, typer.Option(min=0, help="Python sessions at a time, at most.")
+    ] = 1024,
+    session_idle_s: Annotated[
+        float, typer.Option(min=1, help="A session ends when nobody calls for so many seconds.")
+    ] = 900,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="A bubblewrap of its own for each program: slower.")
+    ] = False,
 ) -> None:
     """SandboxFusion's /run_code, isolated by bubblewrap. Prints its port, ends on Ctrl-C or SIGTERM."""
     from tools.servers.sandbox import Options, names, serve_until_ended
@@ -153,7 +202,9 @@ def serve_sandbox(
     try:
         serve_until_ended(options)
     except OSError as error:
-        raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        raise AgentError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
+        ) from error
 
 
 @app.command()
@@ -165,7 +216,11 @@ def doctor(config: ConfigOption = None, set_: SetOption = None) -> None:
 
 
 @app.command()
-def model(name: Annotated[str, typer.Argument(help="smollm2-tools, smollm2-base, or a cached Hugging Face id.")] = "smollm2-tools") -> None:
+def model(
+    name: Annotated[
+        str, typer.Argument(help="smollm2-tools, smollm2-base, or a cached Hugging Face id.")
+    ] = "smollm2-tools",
+) -> None:
     """Print a model's local folder, built first where it is an embedded one."""
     from agent.model.base import resolve_model
 

@@ -81,7 +81,11 @@ class Config:
     def interaction_config_path(self) -> Path | None:
         """The interactions that may take user turns; None without multi_turn."""
         multi_turn = self.rollout.multi_turn
-        return Path(multi_turn.interaction_config_path) if multi_turn.enable and multi_turn.interaction_config_path else None
+        return (
+            Path(multi_turn.interaction_config_path)
+            if multi_turn.enable and multi_turn.interaction_config_path
+            else None
+        )
 
     @property
     def api_key(self) -> str | None:
@@ -93,7 +97,11 @@ class Config:
 
         Raises ConfigError where there is none. The embedded model is built on first use.
         """
-        return resolve_model(self.model_path) if self.rollout.name == "sglang" else resolve_tokenizer(self.model_path)
+        return (
+            resolve_model(self.model_path)
+            if self.rollout.name == "sglang"
+            else resolve_tokenizer(self.model_path)
+        )
 
     def n(self, validate: bool = False) -> int:
         """Samples of each task."""
@@ -102,7 +110,11 @@ class Config:
     def sampling(self, validate: bool = False) -> dict[str, Any]:
         """SGLang's sampling params that hold for a whole run; budgets and stop ids are the loop's. Greedy is temperature 0."""
         source = self.rollout.val_kwargs if validate else self.rollout
-        params: dict[str, Any] = {"temperature": source.temperature, "top_p": source.top_p, "top_k": source.top_k}
+        params: dict[str, Any] = {
+            "temperature": source.temperature,
+            "top_p": source.top_p,
+            "top_k": source.top_k,
+        }
         if not source.do_sample or source.temperature == 0:
             params = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
         return {**params, "ignore_eos": self.rollout.ignore_eos}
@@ -110,16 +122,29 @@ class Config:
     def notices(self) -> list[str]:
         """What the user should hear before a run: warnings, and each key they wrote that has no effect, with the reason."""
         prefix = "rollout."
-        return notices(self.rollout, [path.removeprefix(prefix) for path in self.given if path.startswith(prefix)])
+        return notices(
+            self.rollout,
+            [path.removeprefix(prefix) for path in self.given if path.startswith(prefix)],
+        )
 
     def verl_rollout(self) -> dict[str, Any]:
         """Plain values for the fields of verl's `RolloutConfig`, nested ones as dicts, all given."""
-        values = self.rollout.model_dump(exclude={"turntrace": True, "server": {"urls", "api_key"}, "engine_kwargs": {"vllm"}})
-        values |= {"name": "sglang", "max_model_len": self.max_model_len, "skip_tokenizer_init": True}
+        values = self.rollout.model_dump(
+            exclude={"turntrace": True, "server": {"urls", "api_key"}, "engine_kwargs": {"vllm"}}
+        )
+        values |= {
+            "name": "sglang",
+            "max_model_len": self.max_model_len,
+            "skip_tokenizer_init": True,
+        }
         values["multi_turn"]["max_assistant_turns"] = self.max_assistant_turns
         values["engine_kwargs"]["sglang"]["random_seed"] = self.seed
-        if self.rollout.cudagraph_capture_sizes:  # SGLangRollout drops it, SGLang has it by another name
-            values["engine_kwargs"]["sglang"].setdefault("cuda_graph_bs", self.rollout.cudagraph_capture_sizes)
+        if (
+            self.rollout.cudagraph_capture_sizes
+        ):  # SGLangRollout drops it, SGLang has it by another name
+            values["engine_kwargs"]["sglang"].setdefault(
+                "cuda_graph_bs", self.rollout.cudagraph_capture_sizes
+            )
         return values
 
     def resolved(self) -> dict[str, Any]:
@@ -129,7 +154,12 @@ class Config:
         return {"model_path": self.model_path, "rollout": values}
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, recorded: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    recorded: Mapping[str, Any] | None = None,
+) -> Config:
     """Reads and checks a config file (None: the embedded default) with `key.path=value` overrides, values in YAML.
 
     `recorded` is a run's config as `resolved` wrote it, to be used where there is no file: the paths in it are taken as
@@ -145,7 +175,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, recor
         _put(values, key, value)
         given += _leaves({key: value})
     _refuse_odd_values(values, origin)
-    paths = PATH_KEYS if recorded is None or file else [key for key in PATH_KEYS if key in origin.overridden]
+    paths = (
+        PATH_KEYS
+        if recorded is None or file
+        else [key for key in PATH_KEYS if key in origin.overridden]
+    )
     _resolve_paths(values, paths, file, origin)
     return replace(_validated(values, dict.fromkeys(given), origin), path=file)
 
@@ -158,7 +192,11 @@ class _Origin:
     overridden: tuple[str, ...]
 
     def where(self, key: str = "") -> str:
-        if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in self.overridden if key):
+        if any(
+            f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.")
+            for name in self.overridden
+            if key
+        ):
             return f"--set {key}"
         return f"{self.source}: {key}".removesuffix(": ")
 
@@ -172,13 +210,17 @@ def _validated(values: dict[str, Any], given: Iterable[str], origin: _Origin) ->
         _check_sglang_argument(key, origin)
     for key, text in refusals(checked.rollout):
         raise ConfigError(f"{origin.where(f'rollout.{key}')}: {text}")
-    return Config(checked.model_path, checked.rollout, None, tuple(given), _seed(checked.rollout, origin))
+    return Config(
+        checked.model_path, checked.rollout, None, tuple(given), _seed(checked.rollout, origin)
+    )
 
 
 def _seed(rollout: Rollout, origin: _Origin) -> int:
     seed = rollout.engine_kwargs.sglang.get("random_seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ConfigError(f"{origin.where('rollout.engine_kwargs.sglang.random_seed')}: must be a whole number, got {seed!r:.80}")
+        raise ConfigError(
+            f"{origin.where('rollout.engine_kwargs.sglang.random_seed')}: must be a whole number, got {seed!r:.80}"
+        )
     return seed or 0
 
 
@@ -191,7 +233,10 @@ def _check_sglang_argument(name: str, origin: _Origin) -> None:
 
 def _describe(error: ValidationError, origin: _Origin) -> str:
     """The first of pydantic's findings as one line, unknown keys before wrong values."""
-    found = sorted(error.errors(include_url=False, include_context=False), key=lambda item: item["type"] != "extra_forbidden")
+    found = sorted(
+        error.errors(include_url=False, include_context=False),
+        key=lambda item: item["type"] != "extra_forbidden",
+    )
     first, more = found[0], len(found) - 1
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -224,7 +269,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands there twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -233,7 +280,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such config file; check the path given with --config") from None
+        raise ConfigError(
+            f"{file}: no such config file; check the path given with --config"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as a UTF-8 text file: {error}") from error
     try:
@@ -256,7 +305,9 @@ def _yaml_problem(file: Path, error: yaml.YAMLError) -> str:
 def _split(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {override}: write it as key.path=value, such as --set rollout.temperature=0.7")
+        raise ConfigError(
+            f"--set {override}: write it as key.path=value, such as --set rollout.temperature=0.7"
+        )
     try:
         return key, yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -292,26 +343,44 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _refuse_odd_values(value: Any, origin: _Origin, key: str = "") -> None:
     """Interpolation would reach the engine as text, and a number that JSON has not could not be kept in run.json."""
     if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{origin.where(key)}: {value!r:.80}: OmegaConf interpolation is not resolved here; write the value itself")
+        raise ConfigError(
+            f"{origin.where(key)}: {value!r:.80}: OmegaConf interpolation is not resolved here; write the value itself"
+        )
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{origin.where(key)}: {value} is not a finite number; leave the key out for its default")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        raise ConfigError(
+            f"{origin.where(key)}: {value} is not a finite number; leave the key out for its default"
+        )
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, item in items:
         _refuse_odd_values(item, origin, f"{key}.{name}".removeprefix("."))
 
 
-def _resolve_paths(values: dict[str, Any], keys: Iterable[str], file: Path | None, origin: _Origin) -> None:
+def _resolve_paths(
+    values: dict[str, Any], keys: Iterable[str], file: Path | None, origin: _Origin
+) -> None:
     """Makes file names absolute. A bare name that is no file stays: a shipped tool config, an embedded model, a hub id."""
     for key in keys:
         parent, _, last = key.rpartition(".")
         section = _section(values, parent)
         text = section.get(last)
-        if not isinstance(text, str) or text in (BASE_NAME, TOOLS_NAME) or (last == "tool_config_path" and _is_bare(text)):
+        if (
+            not isinstance(text, str)
+            or text in (BASE_NAME, TOOLS_NAME)
+            or (last == "tool_config_path" and _is_bare(text))
+        ):
             continue
         if found := _find(text, file):
             section[last] = str(found)
         elif last != "model_path":
-            raise ConfigError(f"{origin.where(key)}: there is no {text}, neither beside the config file nor in {Path.cwd()}")
+            raise ConfigError(
+                f"{origin.where(key)}: there is no {text}, neither beside the config file nor in {Path.cwd()}"
+            )
 
 
 def _section(values: dict[str, Any], path: str) -> dict[str, Any]:

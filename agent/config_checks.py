@@ -37,7 +37,9 @@ ROLLOUT_OWNED = {
 }
 """SGLang arguments that a rollout key sets, so that `engine_kwargs.sglang` must not: two places would contradict."""
 
-_APPEND_ONLY = "the engine always sees the very tokens that were sampled, never a re-rendered history"
+_APPEND_ONLY = (
+    "the engine always sees the very tokens that were sampled, never a re-rendered history"
+)
 
 _Refusal = tuple[str, Callable[[Rollout], bool], str]
 _REFUSED: tuple[_Refusal, ...] = (
@@ -48,12 +50,14 @@ _REFUSED: tuple[_Refusal, ...] = (
     ),
     (
         "max_model_len",
-        lambda r: r.max_model_len is not None and r.max_model_len < r.prompt_length + r.response_length,
+        lambda r: r.max_model_len is not None
+        and r.max_model_len < r.prompt_length + r.response_length,
         "is smaller than prompt_length + response_length; raise it, or lower one of the two",
     ),
     (
         "expert_parallel_size",
-        lambda r: r.expert_parallel_size not in (1, r.tensor_model_parallel_size * r.data_parallel_size),
+        lambda r: r.expert_parallel_size
+        not in (1, r.tensor_model_parallel_size * r.data_parallel_size),
         "must be 1 or tensor_model_parallel_size * data_parallel_size",
     ),
     (
@@ -63,7 +67,8 @@ _REFUSED: tuple[_Refusal, ...] = (
     ),
     (
         "load_format",
-        lambda r: not r.load_format.startswith("dummy") and r.load_format not in SGLANG_LOAD_FORMATS,
+        lambda r: not r.load_format.startswith("dummy")
+        and r.load_format not in SGLANG_LOAD_FORMATS,
         f"SGLang has no such loader; allowed are {', '.join(SGLANG_LOAD_FORMATS)}",
     ),
     (
@@ -76,7 +81,11 @@ _REFUSED: tuple[_Refusal, ...] = (
         lambda r: r.multi_turn.use_inference_chat_template,
         f"{_APPEND_ONLY}; set it to false or leave it out",
     ),
-    ("skip_rollout", lambda r: r.skip_rollout, "recorded rollouts are never served instead of new ones; set it to false"),
+    (
+        "skip_rollout",
+        lambda r: r.skip_rollout,
+        "recorded rollouts are never served instead of new ones; set it to false",
+    ),
     (
         "sglang_engine_mode",
         lambda r: r.sglang_engine_mode != "local",
@@ -113,7 +122,9 @@ def refusals(rollout: Rollout) -> Iterator[tuple[str, str]]:
 _TRAINER = "belongs to verl's trainer; outside one there is nothing it could change"
 _AGENT_LOOP = "verl's agent loop workers are not used; one loop of ours runs every conversation"
 _SERVER_DECIDES = "the server was started with its own settings; from here only the tokenizer of model_path is read"
-_NOT_SAMPLED = "the scripted engine plays recorded ids back: nothing is loaded and nothing is sampled"
+_NOT_SAMPLED = (
+    "the scripted engine plays recorded ids back: nothing is loaded and nothing is sampled"
+)
 
 _NO_EFFECT = {
     "calculate_log_probs": "log-probs are always recorded; it only decides about rollout_log_probs inside a verl trainer",

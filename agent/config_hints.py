@@ -15,7 +15,16 @@ _STOP = (
     "stop strings and stop ids are not taken: without a tokenizer in the engine stop strings crash its scheduler, "
     "and a turn ends at the chat template's own end token"
 )
-_TRAINER_BLOCKS = ("actor_rollout_ref", "data", "trainer", "algorithm", "critic", "reward_model", "defaults", "hydra")
+_TRAINER_BLOCKS = (
+    "actor_rollout_ref",
+    "data",
+    "trainer",
+    "algorithm",
+    "critic",
+    "reward_model",
+    "defaults",
+    "hydra",
+)
 
 
 def hint(path: str) -> str:
@@ -38,7 +47,9 @@ def _misplaced(path: str, name: str) -> str | None:
     flat = path.replace(".", "_")
     for known in sorted(known_paths(), key=lambda known: known.count(".")):
         same_key = known.rpartition(".")[2] == name
-        written_flat = known.count(".") and flat.endswith(known.removeprefix("rollout.").replace(".", "_"))
+        written_flat = known.count(".") and flat.endswith(
+            known.removeprefix("rollout.").replace(".", "_")
+        )
         if same_key or (written_flat and "." in known.removeprefix("rollout.")):
             return known
     return None
@@ -46,7 +57,11 @@ def _misplaced(path: str, name: str) -> str | None:
 
 def _children(parent: str) -> list[str]:
     prefix = f"{parent}." if parent else ""
-    return [path.removeprefix(prefix) for path in known_paths() if path.startswith(prefix) and "." not in path.removeprefix(prefix)]
+    return [
+        path.removeprefix(prefix)
+        for path in known_paths()
+        if path.startswith(prefix) and "." not in path.removeprefix(prefix)
+    ]
 
 
 def _spelling(name: str, siblings: Iterable[str], *, prefix: str) -> str:
@@ -58,7 +73,11 @@ def _spelling(name: str, siblings: Iterable[str], *, prefix: str) -> str:
     elsewhere = difflib.get_close_matches(name, by_leaf, n=1, cutoff=0.8)
     if elsewhere:
         return f"did you mean {by_leaf[elsewhere[0]]}?"
-    shown = ", ".join(allowed) if len(allowed) <= 20 else "verl's RolloutConfig keys, turntrace and server"
+    shown = (
+        ", ".join(allowed)
+        if len(allowed) <= 20
+        else "verl's RolloutConfig keys, turntrace and server"
+    )
     return f"allowed there: {shown}" if shown else "nothing by that name exists"
 
 
@@ -70,9 +89,22 @@ def sglang_arguments() -> frozenset[str] | None:
     """
     spec = importlib.util.find_spec("sglang")
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    sources = [source for folder in folders if (source := Path(folder, "srt", "server_args.py")).is_file()]
+    sources = [
+        source for folder in folders if (source := Path(folder, "srt", "server_args.py")).is_file()
+    ]
     if not sources:
         return None
     tree = ast.parse(sources[0].read_text(encoding="utf-8"))
-    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ServerArgs"), [])
-    return frozenset(node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+    body = next(
+        (
+            node.body
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and node.name == "ServerArgs"
+        ),
+        [],
+    )
+    return frozenset(
+        node.target.id
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    )

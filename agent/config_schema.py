@@ -14,7 +14,9 @@ from pydantic_core import PydanticCustomError
 
 def _not_zero(top_k: int) -> int:
     if top_k == 0:
-        raise PydanticCustomError("top_k", "0 is verl's word for its HF rollout; write -1 to switch top_k off")
+        raise PydanticCustomError(
+            "top_k", "0 is verl's word for its HF rollout; write -1 to switch top_k off"
+        )
     return top_k
 
 
@@ -28,7 +30,9 @@ Count = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """One mapping of the file. Unknown keys and wrong types are errors; `"0.7"` is not a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Sampling(Section):
@@ -227,7 +231,9 @@ def known_paths(section: type[Section] = ConfigFile, prefix: str = "") -> dict[s
     paths: dict[str, Any] = {}
     for name, info in section.model_fields.items():
         path = f"{prefix}{name}"
-        paths[path] = info.get_default(call_default_factory=True) if not info.is_required() else None
+        paths[path] = (
+            info.get_default(call_default_factory=True) if not info.is_required() else None
+        )
         nested = Profiler if name == "profiler" else info.annotation
         if isinstance(nested, type) and issubclass(nested, Section):
             paths |= known_paths(nested, f"{path}.")

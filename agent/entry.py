@@ -18,7 +18,11 @@ def main() -> None:
     origin = Path(spec.origin) if spec and spec.origin else None
     if origin is None or not (origin.parent / "packages.py").is_file():
         what = f"{origin} hides turntrace's own package 'agent': rename yours (my_agent, say), or keep its folder out of PYTHONPATH"
-        _refuse(what if origin else "turntrace's package 'agent' is not installed; install turntrace again")
+        _refuse(
+            what
+            if origin
+            else "turntrace's package 'agent' is not installed; install turntrace again"
+        )
     try:
         from agent.packages import local_folders
     except ImportError as error:

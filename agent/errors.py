@@ -43,7 +43,9 @@ class EndConversation(Exception):  # noqa: N818 - no failure: the end, and why
     From an engine it may bring the `generation` that was cut off by that end.
     """
 
-    def __init__(self, reason: str, error: str | None, generation: Generation | None = None) -> None:
+    def __init__(
+        self, reason: str, error: str | None, generation: Generation | None = None
+    ) -> None:
         super().__init__(error or reason)
         self.reason = reason
         self.error = error

@@ -77,7 +77,9 @@ class InferenceEngine:
         an event loop runs. Raises TaskError for what is not a prompt and ConfigError for an option out of range.
         A failed generation is data: see `stop_reason` and `error`.
         """
-        options = _options(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+        options = _options(
+            temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n
+        )
         return self._session.run(self._generate(_tasks(prompts), options, validate))
 
     async def generate_async(
@@ -92,21 +94,30 @@ class InferenceEngine:
         validate: bool = False,
     ) -> Generations:
         """`generate` for async code: the caller's event loop goes on meanwhile, and cancelling it ends the conversations."""
-        options = _options(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n)
+        options = _options(
+            temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n
+        )
         return await self._session.arun(self._generate(_tasks(prompts), options, validate))
 
     async def _generate(self, tasks: list[Task], options: _Options, validate: bool) -> Generations:
-        sampling = {**self.config.sampling(validate), **options.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True)}
+        sampling = {
+            **self.config.sampling(validate),
+            **options.model_dump(include={"temperature", "top_p", "top_k"}, exclude_none=True),
+        }
         finished: dict[tuple[str, int], Trajectory] = {}
         await run_tasks(
             tasks,
             self._session.runtime_with(sampling, options.max_tokens),
             n=options.n or self.config.n(validate),
             max_concurrent=self.config.rollout.max_num_seqs,
-            on_done=lambda trajectory: finished.__setitem__((trajectory.task_id, trajectory.sample), trajectory),
+            on_done=lambda trajectory: finished.__setitem__(
+                (trajectory.task_id, trajectory.sample), trajectory
+            ),
         )
         position = {task.id: index for index, task in enumerate(tasks)}
-        return _generations(finished[key] for key in sorted(finished, key=lambda key: (position[key[0]], key[1])))
+        return _generations(
+            finished[key] for key in sorted(finished, key=lambda key: (position[key[0]], key[1]))
+        )
 
     def close(self) -> None:
         """Ends the engine, its tools and their backends. Safe to call twice."""
@@ -115,21 +126,32 @@ class InferenceEngine:
     def __enter__(self) -> InferenceEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
-def tool_set(config: Config, tools: str | Path | ToolSet | Iterable[Callable[..., Any]] | None) -> ToolSet | None:
+def tool_set(
+    config: Config, tools: str | Path | ToolSet | Iterable[Callable[..., Any]] | None
+) -> ToolSet | None:
     """The tools to offer: the ones given, else the config's, else none. Raises ToolConfigError or ConfigError."""
     chosen = tools if tools is not None else config.tool_config_path
     if tools is not None and not config.rollout.multi_turn.enable:
-        raise ConfigError("tools are given, but rollout.multi_turn.enable is false: one turn cannot use them; set it to true")
+        raise ConfigError(
+            "tools are given, but rollout.multi_turn.enable is false: one turn cannot use them; set it to true"
+        )
     if chosen is None or isinstance(chosen, ToolSet):
         return chosen
     if isinstance(chosen, (str, Path)):
         return load_tools(chosen)
     if not isinstance(chosen, Iterable):
-        raise ToolConfigError(f"tools is a list of functions and tools, or a config's name, got {chosen!r:.80}; write tools=[...]")
+        raise ToolConfigError(
+            f"tools is a list of functions and tools, or a config's name, got {chosen!r:.80}; write tools=[...]"
+        )
     return ToolSet.from_tools(chosen)
 
 
@@ -148,13 +170,17 @@ def _options(**given: Any) -> _Options:
         return _Options.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"generate: {first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
+        raise ConfigError(
+            f"generate: {first['loc'][0]}: {first['msg']}, got {first['input']!r}"
+        ) from None
 
 
 def _tasks(prompts: Prompts) -> list[Task]:
     """One task a prompt; their ids are the prompts' positions."""
     if not isinstance(prompts, Sequence):
-        raise TaskError(f"a prompt is a text, a list of messages, or a list of either; got {type(prompts).__name__}")
+        raise TaskError(
+            f"a prompt is a text, a list of messages, or a list of either; got {type(prompts).__name__}"
+        )
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
     many: Sequence[Any] = [prompts] if alone else prompts
     tasks = []
@@ -172,7 +198,14 @@ def _tasks(prompts: Prompts) -> list[Task]:
 def _generations(trajectories: Iterable[Trajectory]) -> Generations:
     result = Generations([], [], [])
     for trajectory in trajectories:
-        last = next((message for message in reversed(trajectory.messages) if message.get("raw") is not None), None)
+        last = next(
+            (
+                message
+                for message in reversed(trajectory.messages)
+                if message.get("raw") is not None
+            ),
+            None,
+        )
         result.completions.append(last["raw"] if last else "")
         result.token_ids.append(trajectory.response_ids)
         result.metadata.append(_metadata(trajectory))
@@ -180,5 +213,15 @@ def _generations(trajectories: Iterable[Trajectory]) -> Generations:
 
 
 def _metadata(trajectory: Trajectory) -> dict[str, Any]:
-    names = ("prompt_ids", "response_ids", "response_mask", "response_logprobs", "stop_reason", "num_turns", "reward", "messages", "error")
+    names = (
+        "prompt_ids",
+        "response_ids",
+        "response_mask",
+        "response_logprobs",
+        "stop_reason",
+        "num_turns",
+        "reward",
+        "messages",
+        "error",
+    )
     return {**{name: getattr(trajectory, name) for name in names}, "trajectory": trajectory}

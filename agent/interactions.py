@@ -80,7 +80,9 @@ def load_interactions(path: Path) -> Interactions:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     entries = document.get("interaction") if isinstance(document, Mapping) else None
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path}: expected `interaction:` over a list of class_name, name and config")
+        raise ConfigError(
+            f"{path}: expected `interaction:` over a list of class_name, name and config"
+        )
     loaded: list[LoadedInteraction] = []
     for index, entry in enumerate(entries):
         try:
@@ -88,13 +90,17 @@ def load_interactions(path: Path) -> Interactions:
         except (ConfigError, ToolConfigError) as error:
             raise ConfigError(f"{path}: entry {index}: {error}") from error
     if len({item.name for item in loaded}) < len(loaded):
-        raise ConfigError(f"{path}: each interaction needs a name of its own, got {', '.join(item.name for item in loaded)}")
+        raise ConfigError(
+            f"{path}: each interaction needs a name of its own, got {', '.join(item.name for item in loaded)}"
+        )
     return Interactions(loaded, text)
 
 
 def _load(entry: Any, path: Path) -> LoadedInteraction:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("class_name"), str):
-        raise ConfigError("expected class_name (package.module.Class), and name and config where needed")
+        raise ConfigError(
+            "expected class_name (package.module.Class), and name and config where needed"
+        )
     config = entry.get("config") or {}
     if not isinstance(config, Mapping):
         raise ConfigError(f"config must be a mapping, got {type(config).__name__}")
@@ -108,10 +114,18 @@ def _load(entry: Any, path: Path) -> LoadedInteraction:
         with contextlib.redirect_stdout(io.StringIO()):
             made = interaction_class(config={**config, "name": name})
     except Exception as error:
-        raise ConfigError(f"{entry['class_name']} cannot be made: {type(error).__name__}: {error}") from error
-    missing = [step for step in ("start_interaction", "generate_response", "finalize_interaction") if not hasattr(made, step)]
+        raise ConfigError(
+            f"{entry['class_name']} cannot be made: {type(error).__name__}: {error}"
+        ) from error
+    missing = [
+        step
+        for step in ("start_interaction", "generate_response", "finalize_interaction")
+        if not hasattr(made, step)
+    ]
     if missing:
-        raise ConfigError(f"{entry['class_name']} is no interaction: it has no {', '.join(missing)}")
+        raise ConfigError(
+            f"{entry['class_name']} is no interaction: it has no {', '.join(missing)}"
+        )
     return LoadedInteraction(str(name), made, float(timeout_s))
 
 
@@ -132,7 +146,10 @@ class SimulatedUser:
     async def start(self) -> None:
         """Starts the instance."""
         instance_id = self._instance_id = uuid.uuid4().hex
-        await self._bounded("start_interaction", lambda: self._loaded.interaction.start_interaction(instance_id, **self._kwargs))
+        await self._bounded(
+            "start_interaction",
+            lambda: self._loaded.interaction.start_interaction(instance_id, **self._kwargs),
+        )
 
     async def reply(self, messages: Sequence[Message]) -> str | None:
         """What the user says to the conversation so far; None where the user is done, or failed."""
@@ -142,7 +159,9 @@ class SimulatedUser:
         return await self._bounded("generate_response", lambda: self._answer(seen))
 
     async def _answer(self, seen: list[dict[str, Any]]) -> str | None:
-        ends, text, reward, _ = await self._loaded.interaction.generate_response(self._instance_id or "", seen, **self._kwargs)
+        ends, text, reward, _ = await self._loaded.interaction.generate_response(
+            self._instance_id or "", seen, **self._kwargs
+        )
         self.turns += 1
         if reward is not None:
             self.rewards.append(_reward(reward))
@@ -157,7 +176,9 @@ class SimulatedUser:
         instance_id, self._instance_id = self._instance_id, None
         if instance_id is None:
             return
-        ending = asyncio.ensure_future(self._bounded("finalize_interaction", lambda: self._finalized(instance_id)))
+        ending = asyncio.ensure_future(
+            self._bounded("finalize_interaction", lambda: self._finalized(instance_id))
+        )
         try:
             await asyncio.shield(ending)
         except asyncio.CancelledError:
@@ -176,7 +197,11 @@ class SimulatedUser:
             async with deadline:
                 return await begin()
         except Exception as error:
-            took = f"took more than {self._loaded.timeout_s:g} s" if deadline.expired() else f"failed: {describe(error)}"
+            took = (
+                f"took more than {self._loaded.timeout_s:g} s"
+                if deadline.expired()
+                else f"failed: {describe(error)}"
+            )
             self.failures.append(f"interaction {self._loaded.name}: {step} {took}")
         return None
 

@@ -32,7 +32,11 @@ class Gate:
     @classmethod
     def of(cls, policy: Policy) -> Gate | None:
         """None where there is nothing to wait for, the common case."""
-        return cls(policy) if policy.max_concurrency or policy.rate_limit or policy.circuit_breaker else None
+        return (
+            cls(policy)
+            if policy.max_concurrency or policy.rate_limit or policy.circuit_breaker
+            else None
+        )
 
     async def enter(self) -> bool:
         """Waits until an attempt may begin; returns whether it probes the backend, for `leave`.
@@ -99,7 +103,9 @@ class Breaker:
 
     def check(self) -> None:
         """Raises CircuitOpenError where an attempt would be refused."""
-        if self._failures >= self._limit and (self._probing or asyncio.get_running_loop().time() < self._refuses_until):
+        if self._failures >= self._limit and (
+            self._probing or asyncio.get_running_loop().time() < self._refuses_until
+        ):
             raise CircuitOpenError(f"not sent: the backend failed {self._failures} times in a row")
 
     def begin(self) -> bool:
@@ -115,7 +121,9 @@ class Breaker:
             self._probing = False
         if status in BACKEND_FAILURES:
             self._failures += 1
-            if probe or self._failures == self._limit:  # one that began before the breaker opened prolongs nothing
+            if (
+                probe or self._failures == self._limit
+            ):  # one that began before the breaker opened prolongs nothing
                 self._refuses_until = asyncio.get_running_loop().time() + self._cooldown_s
         elif status != "cancelled":
             self._failures = 0

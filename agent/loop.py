@@ -28,7 +28,13 @@ from conversations import hermes
 from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
 from conversations.template import ChatTemplate
 from conversations.tokens import TEMPLATE, TOOL, USER, TokenSequence
-from conversations.trajectory import INVALID_STATUSES, ToolCallRecord, Trajectory, Turn, total_reward
+from conversations.trajectory import (
+    INVALID_STATUSES,
+    ToolCallRecord,
+    Trajectory,
+    Turn,
+    total_reward,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +194,18 @@ class Conversation:
     def make_user(self) -> SimulatedUser | None:
         """The user of this conversation, not yet started; None where nobody answers."""
         interactions, kwargs = self.runtime.interactions, self.task.interaction_kwargs
-        return SimulatedUser(interactions.chosen(kwargs), kwargs) if interactions and kwargs else None
+        return (
+            SimulatedUser(interactions.chosen(kwargs), kwargs) if interactions and kwargs else None
+        )
 
     def make_tools(self) -> ConversationTools | None:
         """The tools of this conversation, not yet created; None without any."""
         dispatcher = self.runtime.dispatcher
-        return ConversationTools(dispatcher, self.task.tools_kwargs, self.task.ground_truth) if dispatcher else None
+        return (
+            ConversationTools(dispatcher, self.task.tools_kwargs, self.task.ground_truth)
+            if dispatcher
+            else None
+        )
 
     def stop(self, reason: str) -> None:
         """Sets the stop reason, once: the first that happens stays."""
@@ -211,14 +223,19 @@ class Conversation:
 
     async def collect_rewards(self) -> None:
         """Asks tools and user for the trajectory's reward, unless nothing was sampled, infrastructure failed, or it was cut off."""
-        self.infra_error = self.infra_error or any(line.status == "backend_error" for line in self.ledger)
+        self.infra_error = self.infra_error or any(
+            line.status == "backend_error" for line in self.ledger
+        )
         if self.stop_reason == "deadline" and (failed := _failed_meanwhile(self.ledger)):
             self.infra_error, self.error = True, failed
         if self.tools and self.turns and not self.infra_error and self.stop_reason != "cancelled":
             self.rewards = await self.tools.rewards()
         if self.user and self.user.rewards:
             self.rewards["user_turn_rewards"] = self.user.rewards
-        for failure in (self.tools and self.tools.failure, *(self.user.failures if self.user else ())):
+        for failure in (
+            self.tools and self.tools.failure,
+            *(self.user.failures if self.user else ()),
+        ):
             if failure:
                 self.infra_error, self.error = True, self.error or failure
 
@@ -231,9 +248,13 @@ class Conversation:
         finally:
             if self.user:
                 await self.user.finalize()
-                self.warnings += [failure for failure in self.user.failures if failure != self.error]
+                self.warnings += [
+                    failure for failure in self.user.failures if failure != self.error
+                ]
         if max(self.tokens.ids, default=0) >= self.runtime.template.vocabulary_size:
-            self.warnings.append("the model sampled ids that the tokenizer does not have: does the engine run the model of model_path?")
+            self.warnings.append(
+                "the model sampled ids that the tokenizer does not have: does the engine run the model of model_path?"
+            )
         self.wall_s = perf_counter() - self._opened
 
     @property
@@ -246,7 +267,10 @@ class Conversation:
     def room(self) -> int:
         """How many tokens the next turn may sample."""
         settings = self.runtime.settings
-        room = min(settings.response_length - self.tokens.response_length, settings.max_model_len - len(self.tokens))
+        room = min(
+            settings.response_length - self.tokens.response_length,
+            settings.max_model_len - len(self.tokens),
+        )
         if settings.max_tokens is None:
             return room
         begun = self.cut.end - self.cut.start if self.cut else 0
@@ -255,9 +279,15 @@ class Conversation:
     async def generate(self, room: int) -> Generation:
         """Samples one turn. Raises EngineError where the engine failed or its answer is not data."""
         runtime = self.runtime
-        sampling = {**runtime.settings.sampling, "max_new_tokens": room, "stop_token_ids": runtime.template.stop_token_ids}
+        sampling = {
+            **runtime.settings.sampling,
+            "max_new_tokens": room,
+            "stop_token_ids": runtime.template.stop_token_ids,
+        }
         try:
-            generation = await runtime.engine.generate(self.tokens.ids, sampling, request_id=uuid.uuid4().hex)
+            generation = await runtime.engine.generate(
+                self.tokens.ids, sampling, request_id=uuid.uuid4().hex
+            )
         except Interrupted as cut:
             self._append_cut(cut.generation, room)
             raise asyncio.CancelledError from cut
@@ -286,7 +316,9 @@ class Conversation:
         self.turns.append(turn)
         self.tokens.append_sampled(generation.token_ids, generation.logprobs)
         self.turn_is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
-        parsed = hermes.parse(raw, in_think=template.opens_think) if self.schemas else ParsedTurn(raw)
+        parsed = (
+            hermes.parse(raw, in_think=template.opens_think) if self.schemas else ParsedTurn(raw)
+        )
         lines = ledger_lines(parsed.calls, len(self.turns) - 1)
         self.ledger += lines
         self.messages.append(assistant_message(raw, parsed, [line.call_id for line in lines]))
@@ -310,7 +342,10 @@ class Conversation:
         """Ends a conversation whose turn was cut by its budget: the calls in it were never run."""
         for line in self.ledger[len(self.ledger) - len(parsed.calls) :]:
             if line.status != "malformed":
-                line.status, line.error = "rejected", "the turn was cut by its token budget, so its calls were not run"
+                line.status, line.error = (
+                    "rejected",
+                    "the turn was cut by its token budget, so its calls were not run",
+                )
         self.stop("length")
 
     def reason_to_stop(self, lines: list[ToolCallRecord]) -> str | None:
@@ -320,14 +355,19 @@ class Conversation:
         if any(line.status == "ok" and offered[line.name].ends_conversation for line in lines):
             return "tool_stop"
         for line in lines:
-            self._invalid_in_a_row = self._invalid_in_a_row + 1 if line.status in INVALID_STATUSES else 0
+            self._invalid_in_a_row = (
+                self._invalid_in_a_row + 1 if line.status in INVALID_STATUSES else 0
+            )
             if self._invalid_in_a_row == settings.max_consecutive_invalid_calls:
                 return "invalid_tool_calls"
         return "max_turns" if _reached(len(self.turns), settings.max_turns) else None
 
     def append_responses(self, lines: list[ToolCallRecord]) -> bool:
         """Appends the tools' answers to the last turn; False where they do not fit."""
-        messages = [tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]
+        messages = [
+            tool_message(line.response or "", call_id=line.call_id, name=line.name)
+            for line in lines
+        ]
         turn = self.messages[-1]
         if not self._append_messages(messages, TOOL):
             return False
@@ -337,7 +377,11 @@ class Conversation:
     async def take_user_turn(self) -> str | None:
         """Lets the user answer the last turn; returns what ends the conversation where nobody answers, or it does not fit."""
         user, settings = self.user, self.runtime.settings
-        if user is None or _reached(user.turns, settings.max_user_turns) or _reached(len(self.turns), settings.max_turns):
+        if (
+            user is None
+            or _reached(user.turns, settings.max_user_turns)
+            or _reached(len(self.turns), settings.max_turns)
+        ):
             return "stop"
         text = await user.reply(self.messages)
         if text is None:
@@ -354,7 +398,10 @@ class Conversation:
         delta = template.delta(messages, kind)
         missing_end = [] if self.tokens.ids[-1] in template.end_ids else [template.end_id]
         added = len(missing_end) + len(delta)
-        if self.tokens.response_length + added > settings.response_length or len(self.tokens) + added > settings.max_model_len:
+        if (
+            self.tokens.response_length + added > settings.response_length
+            or len(self.tokens) + added > settings.max_model_len
+        ):
             return False
         self.tokens.append(TEMPLATE, missing_end)
         for piece, ids in delta.pieces:
@@ -367,7 +414,9 @@ class Conversation:
         template = self.runtime.template
         for line in lines:
             if found := template.control_tokens(line.response or ""):
-                self.warnings.append(f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}")
+                self.warnings.append(
+                    f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}"
+                )
         if template.rewrites_history and "</think>" in turn["raw"]:
             warning = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
             if warning not in self.warnings:
@@ -413,7 +462,9 @@ class Conversation:
 def _failed_meanwhile(ledger: list[ToolCallRecord]) -> str | None:
     """How the backend failed of a call that was cut off while it was tried again; None where there is no such call."""
     for line in ledger:
-        if line.status == "cancelled" and (failed := [attempt for attempt in line.attempts if attempt.status == "backend_error"]):
+        if line.status == "cancelled" and (
+            failed := [attempt for attempt in line.attempts if attempt.status == "backend_error"]
+        ):
             return f"{line.call_id} was cut off while it was tried again: {failed[-1].error}"
     return None
 
@@ -460,7 +511,9 @@ def _check(generation: Generation, start: int, room: int, reasons: tuple[str, ..
     """What an engine answers is data only when it saw our tokens, and ids and log-probs belong together and are numbers."""
     ids, logprobs = generation.token_ids, generation.logprobs
     if generation.prompt_tokens not in (None, start):
-        raise EngineError(f"the engine saw {generation.prompt_tokens} prompt tokens where {start} were sent")
+        raise EngineError(
+            f"the engine saw {generation.prompt_tokens} prompt tokens where {start} were sent"
+        )
     if generation.finish_reason not in reasons:
         raise EngineError(f"the engine ended the generation with {generation.finish_reason!r}")
     if not ids or len(ids) > room:

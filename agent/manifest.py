@@ -28,7 +28,15 @@ PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers"
 WHOLE_FILE = 1 << 30
 """Bytes up to which a model file is hashed whole; of a longer one the size and both ends count."""
 _END = 1 << 20
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map*",
+    "added_tokens*",
+    "chat_template*",
+    "*.tiktoken",
+)
 
 
 def run_manifest(
@@ -84,7 +92,10 @@ def _version(name: str) -> str | None:
 
 def parent_entry(run: Path) -> dict[str, Any]:
     """`parent` of a run made from another: its name, where it lay, and the hashes of what it was."""
-    hashes = {f"{name}_sha256": task_file_hash(run / file) for name, file in (("run", RUN), ("trajectories", TRAJECTORIES))}
+    hashes = {
+        f"{name}_sha256": task_file_hash(run / file)
+        for name, file in (("run", RUN), ("trajectories", TRAJECTORIES))
+    }
     return {"run": run.resolve().name, "path": str(run.resolve()), **hashes}
 
 
@@ -105,11 +116,18 @@ def model_hash(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, Any]:
 
     Only files that match one of `names` count.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and any(map(path.match, names)))
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name[0] != "." and any(map(path.match, names))
+    )
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}:{path.stat().st_size}:{_file_hash(path)}\n".encode())
-    return {"sha256": digest.hexdigest(), "hashed_in_part": [path.name for path in files if path.stat().st_size > WHOLE_FILE]}
+    return {
+        "sha256": digest.hexdigest(),
+        "hashed_in_part": [path.name for path in files if path.stat().st_size > WHOLE_FILE],
+    }
 
 
 def _file_hash(path: Path) -> str:
@@ -123,4 +141,8 @@ def _file_hash(path: Path) -> str:
 
 def _adapter(config: Config) -> dict[str, str]:
     weights = ADAPTER_DIR / "adapter_model.safetensors"
-    return {"adapter_sha256": _file_hash(weights)} if config.model_path == TOOLS_NAME and weights.is_file() else {}
+    return (
+        {"adapter_sha256": _file_hash(weights)}
+        if config.model_path == TOOLS_NAME and weights.is_file()
+        else {}
+    )

@@ -18,7 +18,9 @@ PLAIN_INTERVAL_S = 10.0
 
 def say(console: Console, text: str) -> None:
     """Prints text as it is: not wrapped, not coloured, brackets no markup. Where its reader has gone, nobody is told: a run goes on."""
-    with contextlib.suppress(SystemExit):  # rich would end the program; it prints no more from here on
+    with contextlib.suppress(
+        SystemExit
+    ):  # rich would end the program; it prints no more from here on
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -28,7 +30,11 @@ class Display:
     def __init__(self, progress: Progress, console: Console) -> None:
         self._progress = progress
         self._console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True)
+            if console.is_terminal
+            else None
+        )
         self._started = self._printed = perf_counter()
         self._turns, self._tokens = progress.turns_so_far, progress.sampled_tokens_so_far
 
@@ -37,7 +43,12 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -89,7 +100,9 @@ def shortfall(progress: Progress) -> str:
     """Why a run is not whole: conversations that infrastructure failed, and those that are not on disk; "" where it is."""
     problems = []
     if progress.infra_errors:
-        problems.append(f"{progress.infra_errors} conversations failed by infrastructure (see `error` in their records)")
+        problems.append(
+            f"{progress.infra_errors} conversations failed by infrastructure (see `error` in their records)"
+        )
     if (missing := (progress.total or 0) - progress.done) > 0:
         first = f" ({progress.lost[0]})" if progress.lost else ""
         problems.append(f"{missing} conversations are missing{first}")

@@ -16,13 +16,26 @@ import yaml
 HIDDEN = "..."
 _USERINFO = re.compile(r"(?<=://)[^/\s@?#]*(?:@[^/\s@?#]*)*@")
 _NAMED = re.compile(r"(?P<name>[\w-]+)=(?P<value>[^\s&'\"#,}\]]+)")
-_COMMENT = re.compile(r"(?P<before>(?:^|\s)#.*?(?P<name>[\w-]+)[\"']?\s*:\s*)(?P<value>[^\s#][^\n]*)")
+_COMMENT = re.compile(
+    r"(?P<before>(?:^|\s)#.*?(?P<name>[\w-]+)[\"']?\s*:\s*)(?P<value>[^\s#][^\n]*)"
+)
 _REFERENCE = re.compile(r"\$\{?\w+")
 """`${NAME}`: where a secret is, not what it is."""
 _PROPERTIES = re.compile(r"(?:[&!]\S*\s+)*")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _SECRETS = frozenset(
-    {"token", "secret", "password", "passwd", "passphrase", "authorization", "credential", "credentials", "cookie", "apikey"}
+    {
+        "token",
+        "secret",
+        "password",
+        "passwd",
+        "passphrase",
+        "authorization",
+        "credential",
+        "credentials",
+        "cookie",
+        "apikey",
+    }
 )
 
 
@@ -54,7 +67,11 @@ def hidden_in(word: str) -> str:
     except yaml.YAMLError:
         value = None
     hidden = _hidden(value)
-    return word if hidden == value else f"{key}={hidden if isinstance(hidden, str) else json.dumps(hidden, default=str)}"
+    return (
+        word
+        if hidden == value
+        else f"{key}={hidden if isinstance(hidden, str) else json.dumps(hidden, default=str)}"
+    )
 
 
 def hidden_in_yaml(text: str) -> str:
@@ -64,7 +81,10 @@ def hidden_in_yaml(text: str) -> str:
     except yaml.YAMLError:
         return HIDDEN
     pieces, at = [], 0
-    for node, whole in sorted(set(_scalars(root, frozenset())), key=lambda found: (found[0].start_mark.index, not found[1])):
+    for node, whole in sorted(
+        set(_scalars(root, frozenset())),
+        key=lambda found: (found[0].start_mark.index, not found[1]),
+    ):
         start, end = node.start_mark.index, node.end_mark.index
         if start >= at:  # an alias stands where its anchor does
             pieces += [text[at:start], _hidden_scalar(text[start:end], whole=whole)]
@@ -72,7 +92,9 @@ def hidden_in_yaml(text: str) -> str:
     return _COMMENT.sub(_hidden_comment, "".join([*pieces, text[at:]]))
 
 
-def _scalars(node: yaml.Node | None, above: frozenset[int], *, whole: bool = False) -> Iterator[tuple[yaml.ScalarNode, bool]]:
+def _scalars(
+    node: yaml.Node | None, above: frozenset[int], *, whole: bool = False
+) -> Iterator[tuple[yaml.ScalarNode, bool]]:
     """The scalars of a document, and of each whether the whole of it is a secret."""
     if node is None or id(node) in above:
         return
@@ -82,12 +104,20 @@ def _scalars(node: yaml.Node | None, above: frozenset[int], *, whole: bool = Fal
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             is_scalar = isinstance(value, yaml.ScalarNode)
-            yield from _scalars(value, above, whole=is_secret(key.value) and (is_scalar or isinstance(value, yaml.SequenceNode)))
+            yield from _scalars(
+                value,
+                above,
+                whole=is_secret(key.value) and (is_scalar or isinstance(value, yaml.SequenceNode)),
+            )
     elif isinstance(node, yaml.SequenceNode):
         option = ""
         for item in node.value:
             yield from _scalars(item, above, whole=whole or is_secret(option))
-            option = item.value if isinstance(item, yaml.ScalarNode) and re.fullmatch(r"--?[\w-]+", item.value) else ""
+            option = (
+                item.value
+                if isinstance(item, yaml.ScalarNode) and re.fullmatch(r"--?[\w-]+", item.value)
+                else ""
+            )
 
 
 def _hidden_scalar(text: str, *, whole: bool) -> str:
@@ -95,7 +125,11 @@ def _hidden_scalar(text: str, *, whole: bool) -> str:
     if not whole or _REFERENCE.search(text):
         return _hidden_text(text)
     found = _PROPERTIES.match(text)
-    return f'{found[0] if found else ""}"{HIDDEN}"' + ("\n" if text.endswith("\n") else "") if text.strip("'\" ") else text
+    return (
+        f'{found[0] if found else ""}"{HIDDEN}"' + ("\n" if text.endswith("\n") else "")
+        if text.strip("'\" ")
+        else text
+    )
 
 
 def _hidden_comment(found: re.Match[str]) -> str:
@@ -105,7 +139,10 @@ def _hidden_comment(found: re.Match[str]) -> str:
 
 def _hidden(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: HIDDEN if is_secret(key) and item is not None else _hidden(item) for key, item in value.items()}
+        return {
+            key: HIDDEN if is_secret(key) and item is not None else _hidden(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_hidden(item) for item in value]
     return _hidden_text(value) if isinstance(value, str) else value

@@ -53,7 +53,9 @@ class Rescored:
     unscored: int
 
 
-def rescore(run: Path, reward: str, out: Path, *, jobs: int = 1, argv: Iterable[str] = ()) -> Rescored:
+def rescore(
+    run: Path, reward: str, out: Path, *, jobs: int = 1, argv: Iterable[str] = ()
+) -> Rescored:
     """A new run in `out`: that of `run` with the rewards that `reward` gives.
 
     `reward` is `module:function` or `file.py:function`. The function takes a Trajectory and returns a number, a dict of
@@ -91,10 +93,16 @@ def _new_run(out: Path, manifest: dict[str, Any]) -> Iterator[RunFolder]:
             raise
 
 
-def _manifest(parent: Run, reward: str, function: Callable[..., Any], argv: Iterable[str]) -> dict[str, Any]:
+def _manifest(
+    parent: Run, reward: str, function: Callable[..., Any], argv: Iterable[str]
+) -> dict[str, Any]:
     source = _source_file(function)
     return {
-        **{key: value for key, value in parent.manifest.items() if key not in ("schema", "counts", "digest", "replay")},
+        **{
+            key: value
+            for key, value in parent.manifest.items()
+            if key not in ("schema", "counts", "digest", "replay")
+        },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(list(argv)),
         "versions": versions(),
@@ -139,9 +147,13 @@ def _chunks(ids: Iterable[str]) -> Iterator[list[str]]:
     return (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
 
 
-def _score_ids(path: str, reward: str, search: list[str], ids: list[str]) -> list[tuple[float | None, Trajectory]]:
+def _score_ids(
+    path: str, reward: str, search: list[str], ids: list[str]
+) -> list[tuple[float | None, Trajectory]]:
     run, score = _scorer(path, reward, tuple(search))
-    return [(record.reward, scored(record, score, run.path)) for record in map(run.__getitem__, ids)]
+    return [
+        (record.reward, scored(record, score, run.path)) for record in map(run.__getitem__, ids)
+    ]
 
 
 @functools.lru_cache(1)
@@ -162,7 +174,9 @@ def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
         if reward is not None and not math.isfinite(reward):
             raise ValueError(f"the parts sum up to {reward}")
     except Exception as error:
-        raise AgentError(f"trajectory {record.id}: the reward function failed: {_one_line(error)}") from error
+        raise AgentError(
+            f"trajectory {record.id}: the reward function failed: {_one_line(error)}"
+        ) from error
     return dataclasses.replace(record, reward=reward, reward_parts=parts, parent=parent)
 
 
@@ -197,9 +211,13 @@ def as_score(function: Callable[..., Any], run: Run) -> Score:
             data_source=record.data_source,
             solution_str=tokenizer.decode(record.response_ids, skip_special_tokens=True),
             ground_truth=record.ground_truth,
-            **_extra_info(function, {**(extra.get("extra_info") or {}), "num_turns": record.num_turns}),
+            **_extra_info(
+                function, {**(extra.get("extra_info") or {}), "num_turns": record.num_turns}
+            ),
         )
-        return found["score"] if isinstance(found, Mapping) else found  # its other keys are for verl's logs
+        return (
+            found["score"] if isinstance(found, Mapping) else found
+        )  # its other keys are for verl's logs
 
     return compute_score
 
@@ -228,7 +246,9 @@ def load_function(name: str) -> Callable[..., Any]:
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
     except Exception as error:  # whatever the user's module raises
-        raise AgentError(f"--reward {name}: importing {place} failed: {_one_line(error)}") from error
+        raise AgentError(
+            f"--reward {name}: importing {place} failed: {_one_line(error)}"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise AgentError(f"--reward {name}: {place} has no function {attribute!r}")

@@ -71,13 +71,17 @@ ALONE_DEFAULTS = {
 class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
     """verl's rollout worker whose engine turntrace's own loop drives, through `engine()`."""
 
-    def __init__(self, config: Any, model_config: Any, device_mesh: Any, log_path: Path | None = None) -> None:
+    def __init__(
+        self, config: Any, model_config: Any, device_mesh: Any, log_path: Path | None = None
+    ) -> None:
         """verl's own three arguments, and where the engine's processes write (None: this process's output)."""
         self.log_path = log_path
         super().__init__(config, model_config, device_mesh)
 
     @classmethod
-    def alone(cls, rollout: Mapping[str, Any], model_path: Path, log_path: Path | None = None) -> AgentRollout:
+    def alone(
+        cls, rollout: Mapping[str, Any], model_path: Path, log_path: Path | None = None
+    ) -> AgentRollout:
         """One outside of verl's workers: `rollout` holds `RolloutConfig` keys, `model_path` is a local directory."""
         config = _rollout_config(rollout)
         if not dist.is_initialized():
@@ -87,7 +91,9 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         model = HFModelConfig(path=str(model_path), override_config={"attn_implementation": "sdpa"})
         return cls(config, model, mesh, log_path)
 
-    def _initialize_tools(self, config: Any, processing_class: Any) -> tuple[list[Any], dict[str, Any], None, list[Any], None]:
+    def _initialize_tools(
+        self, config: Any, processing_class: Any
+    ) -> tuple[list[Any], dict[str, Any], None, list[Any], None]:
         """No tools in the engine: turntrace parses and dispatches calls itself."""
         return [], {}, None, [], None
 
@@ -119,7 +125,12 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         loop = asyncio.get_event_loop()
         trajectories = loop.run_until_complete(self._trainer.run(prompts, overrides))
         loop.run_until_complete(self._empty_cache())
-        shape = Shape(self.config.prompt_length, self.config.response_length, self.pad_token_id, self.config.calculate_log_probs)
+        shape = Shape(
+            self.config.prompt_length,
+            self.config.response_length,
+            self.pad_token_id,
+            self.config.calculate_log_probs,
+        )
         return batch_arrays(trajectories, shape), batch_columns(trajectories)
 
     async def _empty_cache(self) -> None:
@@ -132,51 +143,80 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
                 while not (await self._engine.flush_cache()).success:  # noqa: ASYNC110 - it is another process that changes
                     await asyncio.sleep(0.05)
         except TimeoutError as error:
-            raise EngineError(f"SGLang is still busy {IDLE_S:g} s after the last conversation ended") from error
+            raise EngineError(
+                f"SGLang is still busy {IDLE_S:g} s after the last conversation ended"
+            ) from error
 
-    def _from_first_rank(self, outcome: tuple[_Made | None, str | None]) -> tuple[_Made | None, str | None]:
+    def _from_first_rank(
+        self, outcome: tuple[_Made | None, str | None]
+    ) -> tuple[_Made | None, str | None]:
         group = self._device_mesh_cpu["tp"]
         if group.size() == 1:
             return outcome
         first = group.mesh[0].item()
-        received = sglang_rollout.broadcast_pyobj([outcome], rank=self._rank, dist_group=group.get_group(), src=first)
+        received = sglang_rollout.broadcast_pyobj(
+            [outcome], rank=self._rank, dist_group=group.get_group(), src=first
+        )
         return received[0]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def _trainer(self) -> TrainerBatches:
         if isinstance(self.processing_class, ProcessorMixin):
-            raise ConfigError(f"{self.model_config.path} has a processor for images or sound; turntrace's multi_turn batches are text only")
-        return TrainerBatches(self.engine(), self.processing_class, self.config, self.sampling_params, str(self.model_config.path))
+            raise ConfigError(
+                f"{self.model_config.path} has a processor for images or sound; turntrace's multi_turn batches are text only"
+            )
+        return TrainerBatches(
+            self.engine(),
+            self.processing_class,
+            self.config,
+            self.sampling_params,
+            str(self.model_config.path),
+        )
 
     def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
         """A process alone drives all of the engine's GPUs; several are verl's own case, one per tensor-parallel rank."""
         if dist.get_world_size() > 1:
             super()._init_distributed_env(device_mesh_cpu, **kwargs)
             return
-        self._device_mesh_cpu = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "pp"))
+        self._device_mesh_cpu = init_device_mesh(
+            "cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "pp")
+        )
         self._rank = self._tp_rank = 0
         self._tp_size = self.tensor_parallel_size = self.config.tensor_model_parallel_size
         self.train_tp = None
         self.visible_devices_set = set(_visible_devices(self._tp_size))
         if self._tp_size > len(self.visible_devices_set):
-            raise ConfigError(f"rollout.tensor_model_parallel_size: {self._tp_size} GPUs wanted, {len(self.visible_devices_set)} visible")
+            raise ConfigError(
+                f"rollout.tensor_model_parallel_size: {self._tp_size} GPUs wanted, {len(self.visible_devices_set)} visible"
+            )
 
     def _verify_config(self, model_hf_config: Any) -> None:
         """verl's checks, and that `max_model_len` itself fits the model: the engine is not asked to check it."""
         super()._verify_config(model_hf_config)
         longest = get_context_length(get_hf_text_config(model_hf_config))
         if self.config.max_model_len > longest:
-            raise ConfigError(f"rollout.max_model_len: {self.config.max_model_len} is more than the model's {longest} positions")
+            raise ConfigError(
+                f"rollout.max_model_len: {self.config.max_model_len} is more than the model's {longest} positions"
+            )
 
-    def _init_inference_engine(self, trust_remote_code: bool, actor_module: str, port: int | None) -> None:
+    def _init_inference_engine(
+        self, trust_remote_code: bool, actor_module: str, port: int | None
+    ) -> None:
         self._children = Children(self.log_path)
         args = {**_ports(), **server_args(self.config, cuda=torch.cuda.is_available())}
         factory = functools.partial(_start_engine, self._children, args)
-        get_socket = functools.partial(_open_socket, sglang_engine.get_zmq_socket, self._children.sockets)
+        get_socket = functools.partial(
+            _open_socket, sglang_engine.get_zmq_socket, self._children.sockets
+        )
         with (
             environment(longer_context()),
             _replaced(sglang_rollout, AsyncEngine=factory),
-            _replaced(sglang_engine, mp=self._children, configure_logger=_keep_logging, get_zmq_socket=get_socket),
+            _replaced(
+                sglang_engine,
+                mp=self._children,
+                configure_logger=_keep_logging,
+                get_zmq_socket=get_socket,
+            ),
             _replaced(sglang_manager, get_zmq_socket=get_socket),
         ):
             super()._init_inference_engine(trust_remote_code, actor_module, port)
@@ -185,7 +225,9 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         """The engine for turntrace's loop: the same object on every call."""
         return self._turntrace_engine
 
-    async def update_weights(self, weights: Iterator[tuple[str, torch.Tensor]], **kwargs: Any) -> None:
+    async def update_weights(
+        self, weights: Iterator[tuple[str, torch.Tensor]], **kwargs: Any
+    ) -> None:
         """Sends new weights to the engine and empties its prefix cache; waits for requests that run.
 
         What is sampled from then on has the number of this sync, from 1, as `weight_version`. A turn that begins
@@ -202,16 +244,22 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         with _replaced(sglang_sharing, monkey_patch_torch_reductions=_keep_sharing):
             await send(weights, **kwargs)
 
-    async def _update_all_ranks(self, weights: Iterator[tuple[str, torch.Tensor]], **_kwargs: Any) -> None:
+    async def _update_all_ranks(
+        self, weights: Iterator[tuple[str, torch.Tensor]], **_kwargs: Any
+    ) -> None:
         """From one process to the engine's several ranks; verl's own way has one process per rank to send from.
 
         Each rank gets handles of its own: torch counts a shared tensor's receivers by its handles.
         """
         sglang_sharing.monkey_patch_torch_reductions()
-        for bucket in get_named_tensor_buckets(weights, int(self.config.update_weights_bucket_megabytes) << 20):
+        for bucket in get_named_tensor_buckets(
+            weights, int(self.config.update_weights_bucket_megabytes) << 20
+        ):
             named = [(name, tensor.detach()) for name, tensor in bucket]
             handles = [MultiprocessingSerializer.serialize(named) for _ in range(self._tp_size)]
-            await self._engine.update_weights_from_tensor(UpdateWeightsFromTensorReqInput(serialized_named_tensors=handles))
+            await self._engine.update_weights_from_tensor(
+                UpdateWeightsFromTensorReqInput(serialized_named_tensors=handles)
+            )
         await self._engine.flush_cache()
 
     async def release(self) -> None:
@@ -237,7 +285,13 @@ class AgentRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         args = self._engine.server_args
         versions = {name: importlib.metadata.version(name) for name in ("sglang", "verl", "torch")}
         model = model_name(Path(self.model_config.path))
-        return {"name": "sglang", "model": model, "device": args.device, "dtype": args.dtype, **versions}
+        return {
+            "name": "sglang",
+            "model": model,
+            "device": args.device,
+            "dtype": args.dtype,
+            **versions,
+        }
 
 
 # A trainer's workers import the module that `actor_rollout_ref.model.external_lib` names before they look up their rollout
@@ -247,7 +301,9 @@ _ROLLOUT_REGISTRY["sglang", "sync"] = f"{__name__}.{AgentRollout.__name__}"
 
 def refuse_async(**_arguments: Any) -> None:
     """In the place of verl's class for `mode: async`. Raises ConfigError: that mode would run verl's own loop without a word."""
-    raise ConfigError("actor_rollout_ref.rollout.mode: with external_lib agent.rollout only sync works; async runs verl's own agent loop")
+    raise ConfigError(
+        "actor_rollout_ref.rollout.mode: with external_lib agent.rollout only sync works; async runs verl's own agent loop"
+    )
 
 
 _ROLLOUT_REGISTRY["sglang", "async"] = f"{__name__}.{refuse_async.__name__}"
@@ -260,9 +316,13 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         self._children = children
         self.weight_syncs = 0
         super().__init__(**kwargs)
-        if self.tokenizer_manager is not None:  # None on the further nodes of an engine that spans several
+        if (
+            self.tokenizer_manager is not None
+        ):  # None on the further nodes of an engine that spans several
             create = self.tokenizer_manager.auto_create_handle_loop
-            self.tokenizer_manager.auto_create_handle_loop = functools.partial(_keep_signals, create)
+            self.tokenizer_manager.auto_create_handle_loop = functools.partial(
+                _keep_signals, create
+            )
 
     def shutdown(self) -> None:
         self._children.stop()
@@ -273,10 +333,14 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         return await self._answer(super().flush_cache())
 
     async def update_weights_from_tensor(self, update_weights_request: Any) -> Any:
-        success, message = await self._answer(super().update_weights_from_tensor(update_weights_request))
+        success, message = await self._answer(
+            super().update_weights_from_tensor(update_weights_request)
+        )
         if not success:  # verl would not look
             raise EngineError(f"SGLang did not take the weights: {message}")
-        self.tokenizer_manager.server_args.weight_version = str(self.weight_syncs)  # SGLang's answers tell it
+        self.tokenizer_manager.server_args.weight_version = str(
+            self.weight_syncs
+        )  # SGLang's answers tell it
         return success, message
 
     async def release_memory_occupation(self, tags: list[str] | None = None) -> Any:
@@ -293,8 +357,14 @@ def _batch(arrays: Mapping[str, Any], columns: dict[str, Any], device: torch.dev
     """The batch that verl's trainer expects back, its messages in verl's own class."""
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     for index, messages in enumerate(columns["messages"]):
-        columns["messages"][index] = {"messages": [Message(role=said["role"], content=said["content"] or "") for said in messages]}
-    return DataProto(batch=TensorDict(tensors, batch_size=len(columns["messages"])), non_tensor_batch=columns)
+        columns["messages"][index] = {
+            "messages": [
+                Message(role=said["role"], content=said["content"] or "") for said in messages
+            ]
+        }
+    return DataProto(
+        batch=TensorDict(tensors, batch_size=len(columns["messages"])), non_tensor_batch=columns
+    )
 
 
 def _rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:
@@ -339,13 +409,20 @@ def _ports() -> dict[str, Any]:
         return {}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return {"port": probe.getsockname()[1], "nccl_port": None}  # None: SGLang looks for a free one
+        return {
+            "port": probe.getsockname()[1],
+            "nccl_port": None,
+        }  # None: SGLang looks for a free one
 
 
 def _visible_devices(count: int) -> list[str]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if torch.cuda.is_available():
-        return listed.split(",") if listed else [str(index) for index in range(torch.cuda.device_count())]
+        return (
+            listed.split(",")
+            if listed
+            else [str(index) for index in range(torch.cuda.device_count())]
+        )
     return [str(index) for index in range(count)]
 
 

@@ -28,7 +28,14 @@ from agent.session import Session, load_template
 from agent.tasks import Task, read_tasks
 from conversations.errors import RunFolderError
 from conversations.open_run import TOKENIZER
-from conversations.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_manifest, read_trajectories
+from conversations.store import (
+    RUN,
+    TRAJECTORIES,
+    UNFINISHED,
+    RunFolder,
+    read_manifest,
+    read_trajectories,
+)
 from tools.registry import load_tools
 from tools.toolset import ToolSet
 
@@ -68,13 +75,20 @@ def run(request: RunRequest, console: Console) -> int:
     request = with_fresh_seed(request)
     config = request.config
     tools = load_tools(config.tool_config_path) if config.tool_config_path else None
-    interactions = load_interactions(config.interaction_config_path) if config.interaction_config_path else None
+    interactions = (
+        load_interactions(config.interaction_config_path)
+        if config.interaction_config_path
+        else None
+    )
     chosen = _RowChoice(tools or {}, interactions)
     # The whole file once: a bad row is found now, not after hours.
     tasks = read_tasks(request.tasks, request.limit, chosen.check)
     pairs = [(task.id, sample) for task in tasks for sample in range(config.n(request.validate))]
     if chosen.unknown:
-        say(console, f"note: tools_kwargs of some rows name {', '.join(chosen.unknown)}, which the tool config lacks: not offered there")
+        say(
+            console,
+            f"note: tools_kwargs of some rows name {', '.join(chosen.unknown)}, which the tool config lacks: not offered there",
+        )
     target = enough_of(len(pairs), config)
     progress = Progress(total=target)
     with _open_store(request, tools, interactions) as store:
@@ -94,7 +108,11 @@ def enough_of(conversations: int, config: Config) -> int:
 
 def with_fresh_seed(request: RunRequest) -> RunRequest:
     """The request with a seed of its own for each start of a run: the same one would sample the same conversations again."""
-    return replace(request, config=fresh_seed(request.config, request.out)) if request.resume else request
+    return (
+        replace(request, config=fresh_seed(request.config, request.out))
+        if request.resume
+        else request
+    )
 
 
 def fresh_seed(config: Config, folder: Path) -> Config:
@@ -117,7 +135,11 @@ class _RowChoice:
             self._interactions.chosen(task.interaction_kwargs)
         unknown = [name for name in task.tools_kwargs if name not in self._offered]
         if unknown and len(unknown) == len(task.tools_kwargs):
-            lack = f"the tool config offers {', '.join(self._offered)}" if self._offered else "this run has no tools"
+            lack = (
+                f"the tool config offers {', '.join(self._offered)}"
+                if self._offered
+                else "this run has no tools"
+            )
             raise TaskError(
                 f"tools_kwargs choose {', '.join(unknown)}, but {lack}; give a tool config that has them (--tools FILE), "
                 "or take tools_kwargs out of the row"
@@ -133,7 +155,9 @@ def _count_earlier(folder: Path, asked: set[tuple[str, int]], progress: Progress
                 progress.count(trajectory)
 
 
-def _open_store(request: RunRequest, tools: ToolSet | None, interactions: Interactions | None) -> RunFolder:
+def _open_store(
+    request: RunRequest, tools: ToolSet | None, interactions: Interactions | None
+) -> RunFolder:
     manifest = run_manifest(
         request.config,
         tools,
@@ -149,9 +173,19 @@ def _open_store(request: RunRequest, tools: ToolSet | None, interactions: Intera
     return RunFolder.create(request.out, manifest)
 
 
-def _run_missing(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> int:
+def _run_missing(
+    request: RunRequest,
+    tools: ToolSet | None,
+    store: RunFolder,
+    progress: Progress,
+    console: Console,
+) -> int:
     try:
-        with sigterm_as_interrupt(), _started(request, tools, store, progress, console) as session, Display(progress, console) as display:
+        with (
+            sigterm_as_interrupt(),
+            _started(request, tools, store, progress, console) as session,
+            Display(progress, console) as display,
+        ):
             gc.collect()
             gc.freeze()  # what is loaded now stays: the collector need not walk it at every step of the loop
             try:
@@ -175,7 +209,9 @@ class _StoppedError(Exception):
     """`stop_after_s` is over."""
 
 
-async def _conversations(request: RunRequest, session: Session, store: RunFolder, progress: Progress) -> None:
+async def _conversations(
+    request: RunRequest, session: Session, store: RunFolder, progress: Progress
+) -> None:
     until = asyncio.timeout(request.stop_after_s)
     try:
         async with until:
@@ -196,11 +232,19 @@ async def _conversations(request: RunRequest, session: Session, store: RunFolder
 
 
 @contextmanager
-def _started(request: RunRequest, tools: ToolSet | None, store: RunFolder, progress: Progress, console: Console) -> Iterator[Session]:
+def _started(
+    request: RunRequest,
+    tools: ToolSet | None,
+    store: RunFolder,
+    progress: Progress,
+    console: Console,
+) -> Iterator[Session]:
     """The session; a new run folder whose engine never started holds no run afterwards, an earlier one what it held."""
     with ExitStack() as stack:
         try:
-            save_tokenizer(request.out, load_template(request.config, request.config.model_dir()).tokenizer)
+            save_tokenizer(
+                request.out, load_template(request.config, request.config.model_dir()).tokenizer
+            )
             session = stack.enter_context(_start(request, tools, console))
             _note_served(request, session, store, console)
         except BaseException:
@@ -222,7 +266,11 @@ def _note_served(request: RunRequest, session: Session, store: RunFolder, consol
             console,
             "note: the server does not say which model it serves: nobody checks that it is that of model_path, or an earlier start's",
         )
-    differences = [f"{key} was {earlier[key]}, is {served[key]}" for key in served if key in earlier and earlier[key] != served[key]]
+    differences = [
+        f"{key} was {earlier[key]}, is {served[key]}"
+        for key in served
+        if key in earlier and earlier[key] != served[key]
+    ]
     if differences and not request.force:
         raise RunFolderError(
             f"{request.out} was run on another model: the server's {'; '.join(differences)}; use --force to go on all the same"
@@ -237,7 +285,9 @@ def save_tokenizer(run: Path, tokenizer: Any) -> None:
         folder.mkdir(exist_ok=True)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises a plain Exception for a full disk
-        raise RunFolderError(f"{folder} cannot be written: {error}; make room there, or choose another --out") from error
+        raise RunFolderError(
+            f"{folder} cannot be written: {error}; make room there, or choose another --out"
+        ) from error
 
 
 def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Session:
@@ -249,7 +299,9 @@ def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Sess
 def starting(config: Config, log: Path) -> str:
     """What is being started, and where it writes: only an engine in process has processes that do."""
     name = config.rollout.name
-    return f"starting {name} with {config.model_path}" + (f" (log: {log})" if name == "sglang" else "")
+    return f"starting {name} with {config.model_path}" + (
+        f" (log: {log})" if name == "sglang" else ""
+    )
 
 
 @contextmanager

@@ -68,7 +68,9 @@ class Session:
             self.engine = self._started.result()
             dispatcher = make_dispatcher(config, tools, self.template) if tools else None
             settings = loop_settings(config, config.sampling(validate))
-            runtime = Runtime(self.engine, self.template, settings, dispatcher, interactions=interactions)
+            runtime = Runtime(
+                self.engine, self.template, settings, dispatcher, interactions=interactions
+            )
             self.runtime = self._tracing.traced(runtime) if self._tracing else runtime
         except BaseException:
             self.close()
@@ -76,7 +78,9 @@ class Session:
 
     def runtime_with(self, sampling: dict[str, Any], max_tokens: int | None = None) -> Runtime:
         """`runtime` with other sampling params and another cap on a turn's tokens."""
-        return dataclasses.replace(self.runtime, settings=loop_settings(self.config, sampling, max_tokens))
+        return dataclasses.replace(
+            self.runtime, settings=loop_settings(self.config, sampling, max_tokens)
+        )
 
     def _serve(self) -> None:
         """The loop thread. SGLang's children end with the thread that started them, so it starts them here.
@@ -97,7 +101,13 @@ class Session:
 
     # ------------------------------------------------------------------ handing work to the loop
 
-    def run(self, coroutine: Coroutine[Any, Any, T], *, poll: Callable[[], None] | None = None, every_s: float = 0.2) -> T:
+    def run(
+        self,
+        coroutine: Coroutine[Any, Any, T],
+        *,
+        poll: Callable[[], None] | None = None,
+        every_s: float = 0.2,
+    ) -> T:
         """The coroutine's result, waited for here. `poll` is called meanwhile, every `every_s` seconds.
 
         Ctrl-C cancels the coroutine and waits for its clean-up before KeyboardInterrupt goes on.
@@ -164,7 +174,12 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -222,7 +237,9 @@ def load_template(config: Config, model_dir: Path) -> ChatTemplate:
     return ChatTemplate(tokenizer, kwargs=config.rollout.turntrace.apply_chat_template_kwargs)
 
 
-def loop_settings(config: Config, sampling: dict[str, Any], max_tokens: int | None = None) -> LoopSettings:
+def loop_settings(
+    config: Config, sampling: dict[str, Any], max_tokens: int | None = None
+) -> LoopSettings:
     """The loop's limits as the config has them; `max_tokens` overrides the config's."""
     rollout, ours = config.rollout, config.rollout.turntrace
     return LoopSettings(

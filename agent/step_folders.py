@@ -42,7 +42,9 @@ class NewFolders:
             else:
                 self._tokenizer.save_pretrained(path / "tokenizer")
         except OSError as error:
-            raise ConfigError(f"save_to: nothing can be written to {self._root}: {error.strerror or error}") from error
+            raise ConfigError(
+                f"save_to: nothing can be written to {self._root}: {error.strerror or error}"
+            ) from error
         self._saved = path / "tokenizer"
         return RunFolder.create(path, manifest)
 
@@ -74,7 +76,9 @@ class StepFolders:
     `manifest` makes the run.json of a step.
     """
 
-    def __init__(self, root: Path, manifest: Callable[[str], dict[str, Any]], tokenizer: Any) -> None:
+    def __init__(
+        self, root: Path, manifest: Callable[[str], dict[str, Any]], tokenizer: Any
+    ) -> None:
         self.done: set[tuple[str, int]] = set()  # nothing is run again: see `agent.batch.Store`
         self._new = NewFolders(root, tokenizer)
         self._manifest = manifest
@@ -103,7 +107,9 @@ class StepFolders:
         if self._step not in self._open:
             if len(self._open) == MAX_OPEN:
                 self._close_oldest()
-            self._open[self._step] = _Open(self._new.create(f"step-{self._step}-{self._worker}", self._manifest(self._step)))
+            self._open[self._step] = _Open(
+                self._new.create(f"step-{self._step}-{self._worker}", self._manifest(self._step))
+            )
         return self._open[self._step]
 
     def _close_oldest(self) -> None:

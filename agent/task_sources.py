@@ -22,7 +22,14 @@ def write_gsm_symbolic(path: str | Path, size: int, seed: int) -> int:
 
     problems = create_dataset("gsm_symbolic", size=size, seed=seed)
     rows = (
-        _row("reasoning_gym/gsm_symbolic", problem["question"], whole_number(problem["answer"]), index, split="test", seed=seed)
+        _row(
+            "reasoning_gym/gsm_symbolic",
+            problem["question"],
+            whole_number(problem["answer"]),
+            index,
+            split="test",
+            seed=seed,
+        )
         for index, problem in enumerate(problems)
     )
     return write_rows(path, rows)
@@ -49,10 +56,19 @@ def _gsm8k_row(line: str, index: int, source: Path) -> Row:
         question, answer = row["question"], row["answer"]
         _, mark, final = answer.rpartition("####")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TaskError(f"{source}:{index + 1}: not a GSM8K row with the texts question and answer") from error
+        raise TaskError(
+            f"{source}:{index + 1}: not a GSM8K row with the texts question and answer"
+        ) from error
     if not mark or not isinstance(question, str):
         raise TaskError(f"{source}:{index + 1}: the answer does not end in `#### NUMBER`")
-    return _row("openai/gsm8k", question, final.strip().replace(",", ""), index, split=source.stem, answer=answer)
+    return _row(
+        "openai/gsm8k",
+        question,
+        final.strip().replace(",", ""),
+        index,
+        split=source.stem,
+        answer=answer,
+    )
 
 
 def _row(data_source: str, question: str, ground_truth: str, index: int, **info: Any) -> Row:
@@ -81,7 +97,9 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
             count = sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
         draft.replace(target)
     except OSError as error:
-        raise TaskError(f"{target}: cannot be written: {error.strerror}; choose another --out") from error
+        raise TaskError(
+            f"{target}: cannot be written: {error.strerror}; choose another --out"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)

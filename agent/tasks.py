@@ -45,7 +45,9 @@ class Task:
     interaction_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def read_tasks(path: str | Path, limit: int | None = None, check: Callable[[Task], None] | None = None) -> Iterator[Task]:
+def read_tasks(
+    path: str | Path, limit: int | None = None, check: Callable[[Task], None] | None = None
+) -> Iterator[Task]:
     """Yields the first `limit` tasks of a .jsonl, .json or .parquet file, one row in memory at a time (Parquet: 256).
 
     Raises TaskError naming file and line for a row that is not a task, or that `check` raises TaskError for, and for a
@@ -74,24 +76,40 @@ def recorded_task(trajectory: Trajectory) -> Task:
     extra = trajectory.extra if isinstance(trajectory.extra, dict) else {}
     try:
         info = _mapping(extra, "extra_info")
-        tools_kwargs, interaction_kwargs = _tools_kwargs(extra, info), _interaction_kwargs(extra, info)
+        tools_kwargs, interaction_kwargs = (
+            _tools_kwargs(extra, info),
+            _interaction_kwargs(extra, info),
+        )
     except TaskError as error:
         raise TaskError(f"trajectory {trajectory.id}: extra: {error}") from error
     messages = trajectory.messages[: given_length(trajectory)]
     return Task(
-        trajectory.task_id, messages, tools_kwargs, trajectory.ground_truth, trajectory.data_source, trajectory.extra, interaction_kwargs
+        trajectory.task_id,
+        messages,
+        tools_kwargs,
+        trajectory.ground_truth,
+        trajectory.data_source,
+        trajectory.extra,
+        interaction_kwargs,
     )
 
 
 def given_length(trajectory: Trajectory) -> int:
     """How many of a trajectory's messages were the task's own: those before what tools said when created, and the first turn."""
     messages = trajectory.messages
-    end = next((i for i, message in enumerate(messages) if message.get("raw") is not None), len(messages))
+    end = next(
+        (i for i, message in enumerate(messages) if message.get("raw") is not None), len(messages)
+    )
     first_turn = trajectory.turns[0].start if trajectory.turns else len(trajectory.prompt_ids)
     if not any(kind == TOOL and start < first_turn for kind, start, _ in trajectory.segments):
         return end
     names = [tool["function"]["name"] for tool in trajectory.tools]
-    while end and names and (message := messages[end - 1])["role"] == "tool" and "tool_call_id" not in message:
+    while (
+        end
+        and names
+        and (message := messages[end - 1])["role"] == "tool"
+        and "tool_call_id" not in message
+    ):
         if message.get("name") not in names:
             break
         names = names[: names.index(message["name"])]  # each tool once, in the order offered
@@ -110,12 +128,19 @@ def task_file_hash(path: str | Path) -> str:
 
 def _rows(file: Path) -> Iterator[tuple[str, Row]]:
     """(place, row) of each row; a place is `file:line`, for Parquet `file: row 1` and so on."""
-    readers = {".jsonl": _json_rows, ".json": _json_rows, ".ndjson": _json_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".jsonl": _json_rows,
+        ".json": _json_rows,
+        ".ndjson": _json_rows,
+        ".parquet": _parquet_rows,
+    }
     if file.is_dir():
         raise TaskError(f"{file}: is a folder; name a task file in it")
     reader = readers.get(file.suffix)
     if reader is None:
-        raise TaskError(f"{file}: a task file ends in .jsonl (one JSON object a line) or .parquet, not {file.suffix or 'without a suffix'}")
+        raise TaskError(
+            f"{file}: a task file ends in .jsonl (one JSON object a line) or .parquet, not {file.suffix or 'without a suffix'}"
+        )
     if not file.is_file():
         raise TaskError(f"{file}: no such task file; `turntrace tasks gsm_symbolic` writes one")
     yield from reader(file)
@@ -137,10 +162,16 @@ def _json_row(line: str, place: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        whole = "; this looks like one JSON array: write one object a line instead" if line.lstrip().startswith("[") else ""
+        whole = (
+            "; this looks like one JSON array: write one object a line instead"
+            if line.lstrip().startswith("[")
+            else ""
+        )
         raise TaskError(f"{place}: not a JSON object on one line: {error}{whole}") from error
     if not isinstance(row, dict):
-        raise TaskError(f'{place}: a task is a JSON object such as {{"prompt": "..."}}, got {type(row).__name__}')
+        raise TaskError(
+            f'{place}: a task is a JSON object such as {{"prompt": "..."}}, got {type(row).__name__}'
+        )
     return row
 
 
@@ -156,7 +187,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
                     number += 1
                     yield f"{file}: row {number}", without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
-        raise TaskError(f"{file}: cannot be read as Parquet after row {number}: {str(error).splitlines()[0]}") from error
+        raise TaskError(
+            f"{file}: cannot be read as Parquet after row {number}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def without_nulls(value: Any) -> Any:
@@ -189,7 +222,9 @@ class _Ids:
             raise TaskError(f"id must be a string or an integer, got {_got(own)}")
         first = self._places.setdefault(str(own), place)
         if first != place:
-            raise TaskError(f"the id {own!r} stands already at {first}; ids must differ (leave them out to have rows hashed)")
+            raise TaskError(
+                f"the id {own!r} stands already at {first}; ids must differ (leave them out to have rows hashed)"
+            )
         return str(own)
 
     def _hash(self, row: Row) -> str:
@@ -226,7 +261,9 @@ def _check_json(row: Row) -> None:
         try:
             canonical_json(value)
         except (TypeError, ValueError, RecursionError) as error:
-            raise TaskError(f"{key} holds what JSON cannot ({error}); drop the column, or write it as text") from error
+            raise TaskError(
+                f"{key} holds what JSON cannot ({error}); drop the column, or write it as text"
+            ) from error
 
 
 def _prompt(row: Row) -> object:
@@ -234,8 +271,14 @@ def _prompt(row: Row) -> object:
     if len(given) != 1:
         keys = ", ".join(sorted(row)) or "none"
         problem = "both prompt and messages" if given else "neither prompt nor messages"
-        gsm8k = "; turntrace tasks gsm8k makes tasks of GSM8K's own file" if {"question", "answer"} <= row.keys() else ""
-        raise TaskError(f"the row has {problem}; it needs one of them, a text or a list of messages (its keys: {keys}){gsm8k}")
+        gsm8k = (
+            "; turntrace tasks gsm8k makes tasks of GSM8K's own file"
+            if {"question", "answer"} <= row.keys()
+            else ""
+        )
+        raise TaskError(
+            f"the row has {problem}; it needs one of them, a text or a list of messages (its keys: {keys}){gsm8k}"
+        )
     prompt = row[given[0]]
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -247,22 +290,36 @@ def _prompt(row: Row) -> object:
 
 
 def _tools_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    holder, where = (row, "tools_kwargs") if row.get("tools_kwargs") is not None else (info, "extra_info.tools_kwargs")
+    holder, where = (
+        (row, "tools_kwargs")
+        if row.get("tools_kwargs") is not None
+        else (info, "extra_info.tools_kwargs")
+    )
     given = _mapping(holder, "tools_kwargs", where)
     if info.get("need_tools_kwargs") and not given:
-        raise TaskError("extra_info.need_tools_kwargs is true but there are no tools_kwargs; give them, or set it to false")
+        raise TaskError(
+            "extra_info.need_tools_kwargs is true but there are no tools_kwargs; give them, or set it to false"
+        )
     tools_kwargs: dict[str, dict[str, Any]] = {}
     for tool in given:
         kinds = _mapping(given, tool, f"{where}.{tool}")
         for kind in kinds:
             if kind not in TOOL_KWARGS:
-                raise TaskError(f"{where}.{tool}.{kind} is not known; allowed are {', '.join(TOOL_KWARGS)}")
-        tools_kwargs[tool] = {kind: dict(_mapping(kinds, kind, f"{where}.{tool}.{kind}")) for kind in kinds}
+                raise TaskError(
+                    f"{where}.{tool}.{kind} is not known; allowed are {', '.join(TOOL_KWARGS)}"
+                )
+        tools_kwargs[tool] = {
+            kind: dict(_mapping(kinds, kind, f"{where}.{tool}.{kind}")) for kind in kinds
+        }
     return tools_kwargs
 
 
 def _interaction_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, Any]:
-    holder, where = (row, "interaction_kwargs") if row.get("interaction_kwargs") is not None else (info, "extra_info.interaction_kwargs")
+    holder, where = (
+        (row, "interaction_kwargs")
+        if row.get("interaction_kwargs") is not None
+        else (info, "extra_info.interaction_kwargs")
+    )
     return dict(_mapping(holder, "interaction_kwargs", where))
 
 

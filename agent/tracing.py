@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
-_REQUEST = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_new_tokens": "max_tokens"}
+_REQUEST = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "max_new_tokens": "max_tokens",
+}
 """SGLang's sampling params as the conventions name them, under `gen_ai.request.`"""
 
 _LOGGER = logging.getLogger("opentelemetry")
@@ -42,7 +47,9 @@ def start_tracing() -> Tracing | None:
         return None
     protocol = next(filter(None, map(os.environ.get, PROTOCOLS)), "http/protobuf")
     if protocol != "http/protobuf":
-        raise ConfigError(f"{PROTOCOLS[1]} is {protocol!r}; traces are sent as http/protobuf only (port 4318 by convention)")
+        raise ConfigError(
+            f"{PROTOCOLS[1]} is {protocol!r}; traces are sent as http/protobuf only (port 4318 by convention)"
+        )
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -77,7 +84,9 @@ class Tracing:
         _LOGGER.addHandler(self._warning)
 
     @contextmanager
-    def span(self, operation: str, subject: str, attributes: dict[str, Any], *, client: bool = False) -> Iterator[Span]:
+    def span(
+        self, operation: str, subject: str, attributes: dict[str, Any], *, client: bool = False
+    ) -> Iterator[Span]:
         """A span that is current inside the block; what is raised there is its `error.type`."""
         from opentelemetry.trace import SpanKind
 
@@ -116,12 +125,23 @@ class Tracing:
             runtime.dispatcher.around = self.tool_call
         return replace(runtime, engine=_TracedEngine(runtime.engine, self), tracing=self)
 
-    async def tool_call(self, answer: Callable[[], Coroutine[Any, Any, None]], line: ToolCallRecord) -> None:
+    async def tool_call(
+        self, answer: Callable[[], Coroutine[Any, Any, None]], line: ToolCallRecord
+    ) -> None:
         """`execute_tool` around the answering of one call; `line` is its line in the ledger."""
-        attributes = {"gen_ai.tool.name": line.name, "gen_ai.tool.call.id": line.call_id, "gen_ai.tool.type": "function"}
+        attributes = {
+            "gen_ai.tool.name": line.name,
+            "gen_ai.tool.call.id": line.call_id,
+            "gen_ai.tool.type": "function",
+        }
         with self.span("execute_tool", line.name, attributes) as span:
             await answer()
-            span.set_attributes({"turntrace.tool.status": line.status, "turntrace.tool.attempts": len(line.attempts)})
+            span.set_attributes(
+                {
+                    "turntrace.tool.status": line.status,
+                    "turntrace.tool.attempts": len(line.attempts),
+                }
+            )
             if line.status != "ok":
                 fail(span, line.status)
 
@@ -146,7 +166,9 @@ def _outcome(conversation: Conversation) -> dict[str, Any]:
         "turntrace.num_turns": len(conversation.turns),
         "gen_ai.usage.output_tokens": sampled,
     }
-    return outcome | ({"turntrace.reward": sum(conversation.rewards.values())} if conversation.rewards else {})
+    return outcome | (
+        {"turntrace.reward": sum(conversation.rewards.values())} if conversation.rewards else {}
+    )
 
 
 class _TracedEngine:
@@ -160,11 +182,25 @@ class _TracedEngine:
         self.close = engine.close
         said = engine.describe()
         self._model = str(said.get("model") or said.get("name"))
-        self._attributes = {"gen_ai.provider.name": str(said.get("name")), "gen_ai.request.model": self._model}
+        self._attributes = {
+            "gen_ai.provider.name": str(said.get("name")),
+            "gen_ai.request.model": self._model,
+        }
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
-        asked = {f"gen_ai.request.{name}": sampling[key] for key, name in _REQUEST.items() if key in sampling}
-        attributes = {**self._attributes, **asked, "gen_ai.response.id": request_id, "gen_ai.usage.input_tokens": len(prompt_ids)}
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
+        asked = {
+            f"gen_ai.request.{name}": sampling[key]
+            for key, name in _REQUEST.items()
+            if key in sampling
+        }
+        attributes = {
+            **self._attributes,
+            **asked,
+            "gen_ai.response.id": request_id,
+            "gen_ai.usage.input_tokens": len(prompt_ids),
+        }
         with self._tracing.span("chat", self._model, attributes, client=True) as span:
             generation = await self._engine.generate(prompt_ids, sampling, request_id=request_id)
             span.set_attribute("gen_ai.response.finish_reasons", [generation.finish_reason])

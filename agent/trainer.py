@@ -40,7 +40,9 @@ logger = logging.getLogger(__name__)
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
 
-NOT_SAMPLING = frozenset({"n", "max_new_tokens", "skip_special_tokens", "spaces_between_special_tokens"})
+NOT_SAMPLING = frozenset(
+    {"n", "max_new_tokens", "skip_special_tokens", "spaces_between_special_tokens"}
+)
 """Of verl's sampling params, those that the loop sets or that only texts have."""
 GREEDY = {
     "presence_penalty": 0.0,
@@ -73,7 +75,9 @@ class TrainerOptions(pydantic.BaseModel):
 class TrainerBatches:
     """Runs a trainer's batches. `config` is verl's `RolloutConfig`, `sampling` the params its rollout made of it."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], model: str) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], model: str
+    ) -> None:
         self.config = config
         self._model = model
         self._options = _options(config)
@@ -81,8 +85,12 @@ class TrainerBatches:
         self._batches = 0
         multi_turn = config.multi_turn
         if multi_turn.use_inference_chat_template:
-            raise ConfigError("rollout.multi_turn.use_inference_chat_template: the engine sees what was sampled, nothing rendered anew")
-        self._tools = load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
+            raise ConfigError(
+                "rollout.multi_turn.use_inference_chat_template: the engine sees what was sampled, nothing rendered anew"
+            )
+        self._tools = (
+            load_tools(multi_turn.tool_config_path) if multi_turn.tool_config_path else None
+        )
         path = multi_turn.interaction_config_path
         self._interactions = load_interactions(Path(path)) if path else None
         template = ChatTemplate(tokenizer, kwargs=self._options.apply_chat_template_kwargs)
@@ -91,7 +99,9 @@ class TrainerBatches:
             template.require(USER)
         save_to = self._options.save_to
         self._folders = NewFolders(save_to, tokenizer) if save_to else None
-        self._runtime = Runtime(engine, template, self._settings({}), dispatcher, interactions=self._interactions)
+        self._runtime = Runtime(
+            engine, template, self._settings({}), dispatcher, interactions=self._interactions
+        )
 
     async def run(self, prompts: Any, overrides: Mapping[str, Any]) -> list[Trajectory]:
         """The trajectory of each row, in the batch's order. Those cut off by over-sampling have `cancelled`."""
@@ -100,11 +110,18 @@ class TrainerBatches:
         self._batches += 1
         meta = prompts.meta_info
         validate = bool(meta.get("validate", False))
-        settings = self._settings({**self._mode(validate, meta.get("do_sample", True)), **overrides})
+        settings = self._settings(
+            {**self._mode(validate, meta.get("do_sample", True)), **overrides}
+        )
         runtime = dataclasses.replace(self._runtime, settings=settings)
-        conversations = [Conversation(task, sample, runtime) for task, sample in batch_tasks(prompts.non_tensor_batch)]
+        conversations = [
+            Conversation(task, sample, runtime)
+            for task, sample in batch_tasks(prompts.non_tensor_batch)
+        ]
         count = len(conversations)
-        target = None if validate else max(1, int(count * (1 - self.config.over_sample_rate)))  # as verl does: one at least
+        target = (
+            None if validate else max(1, int(count * (1 - self.config.over_sample_rate)))
+        )  # as verl does: one at least
         ended: set[tuple[str, int]] = set()
         with self._store(validate, meta.get("global_steps")) as store:
             progress = await run_conversations(
@@ -114,7 +131,9 @@ class TrainerBatches:
                 store=store,
                 on_done=lambda one: ended.add((one.task_id, one.sample)),
             )
-        trajectories = [_as_it_ended(conversation.trajectory(), ended) for conversation in conversations]
+        trajectories = [
+            _as_it_ended(conversation.trajectory(), ended) for conversation in conversations
+        ]
         _warn(trajectories, progress.lost)
         return trajectories
 
@@ -122,7 +141,10 @@ class TrainerBatches:
         if not do_sample:
             return GREEDY
         if validate:
-            return {key: getattr(self.config.val_kwargs, key) for key in ("top_k", "top_p", "temperature")}
+            return {
+                key: getattr(self.config.val_kwargs, key)
+                for key in ("top_k", "top_p", "temperature")
+            }
         return {}
 
     def _settings(self, overrides: Mapping[str, Any]) -> LoopSettings:
@@ -136,23 +158,46 @@ class TrainerBatches:
         name = f"{'val' if validate else 'train'}-{number}-rank-{os.environ.get('RANK', '0')}"
         config = run_config(self._model, self.config, self._settings({}), self._options)
         trainer = {"rollout": dataclasses.asdict(self.config)}
-        return self._folders.create(name, manifest(config, self._tools, self._interactions, trainer, validate=validate, step=step))
+        return self._folders.create(
+            name,
+            manifest(
+                config, self._tools, self._interactions, trainer, validate=validate, step=step
+            ),
+        )
 
 
 def _as_it_ended(one: Trajectory, ended: Container[tuple[str, int]]) -> Trajectory:
     """Cut off is also what had stopped by itself, but whose rewards were still being asked for."""
-    return one if (one.task_id, one.sample) in ended else dataclasses.replace(one, stop_reason="cancelled")
+    return (
+        one
+        if (one.task_id, one.sample) in ended
+        else dataclasses.replace(one, stop_reason="cancelled")
+    )
 
 
 def _warn(trajectories: Sequence[Trajectory], lost: Sequence[str]) -> None:
     reasons = [reason for one in trajectories if (reason := why_not_trained(one))]
     if reasons:
-        logger.warning("%d of %d conversations are not trained on; the first: %s", len(reasons), len(trajectories), reasons[0])
+        logger.warning(
+            "%d of %d conversations are not trained on; the first: %s",
+            len(reasons),
+            len(trajectories),
+            reasons[0],
+        )
     for record in lost:
         logger.warning("a record is lost: %s", record)
 
 
-ROLLOUT_KEYS = ("prompt_length", "response_length", "calculate_log_probs", "temperature", "top_p", "top_k", "n", "over_sample_rate")
+ROLLOUT_KEYS = (
+    "prompt_length",
+    "response_length",
+    "calculate_log_probs",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "over_sample_rate",
+)
 TURN_KEYS = (
     "max_user_turns",
     "tool_config_path",
@@ -161,10 +206,17 @@ TURN_KEYS = (
     "max_tool_response_length",
     "tool_response_truncate_side",
 )
-OUR_KEYS = ("max_consecutive_invalid_calls", "conversation_deadline_s", "max_tokens", "apply_chat_template_kwargs")
+OUR_KEYS = (
+    "max_consecutive_invalid_calls",
+    "conversation_deadline_s",
+    "max_tokens",
+    "apply_chat_template_kwargs",
+)
 
 
-def run_config(model: str, config: Any, settings: LoopSettings, options: TrainerOptions, **paths: Any) -> dict[str, Any]:
+def run_config(
+    model: str, config: Any, settings: LoopSettings, options: TrainerOptions, **paths: Any
+) -> dict[str, Any]:
     """A run.json's `config` in turntrace's own keys: what took effect, so that the run can be verified and replayed.
 
     `config` is verl's rollout config, of any version: what it has no key for is left out. `paths` count for its own.
@@ -180,14 +232,27 @@ def run_config(model: str, config: Any, settings: LoopSettings, options: Trainer
 
 
 def manifest(
-    config: Mapping[str, Any], tools: ToolSet | None, interactions: Interactions | None, trainer: Mapping[str, Any], **which: Any
+    config: Mapping[str, Any],
+    tools: ToolSet | None,
+    interactions: Interactions | None,
+    trainer: Mapping[str, Any],
+    **which: Any,
 ) -> dict[str, Any]:
     """A run.json: `config` as `run_config` makes it, `trainer` what the trainer was told, `which` names the batch."""
     texts = {"tools": source(tools), "interactions": source(interactions)}
-    return {"config": config, **texts, **which, "trainer": _plain(trainer), "versions": versions(), "parent": None}
+    return {
+        "config": config,
+        **texts,
+        **which,
+        "trainer": _plain(trainer),
+        "versions": versions(),
+        "parent": None,
+    }
 
 
-def tool_dispatcher(tools: ToolSet | None, template: ChatTemplate, multi_turn: Any) -> Dispatcher | None:
+def tool_dispatcher(
+    tools: ToolSet | None, template: ChatTemplate, multi_turn: Any
+) -> Dispatcher | None:
     """The tools under the limits of verl's `multi_turn` config.
 
     Raises TemplateError where the template has no tool turns, ConfigError where calls are to be written in another form.
@@ -196,13 +261,17 @@ def tool_dispatcher(tools: ToolSet | None, template: ChatTemplate, multi_turn: A
         return None
     template.require(TOOL)
     if (form := multi_turn.get("format", "hermes")) != "hermes":
-        raise ConfigError(f"rollout.multi_turn.format: {form}: only hermes tool calls (<tool_call>{{...}}</tool_call>) are read")
+        raise ConfigError(
+            f"rollout.multi_turn.format: {form}: only hermes tool calls (<tool_call>{{...}}</tool_call>) are read"
+        )
     limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
     cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
     return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls or 16, cut=cut)
 
 
-def loop_settings(config: Any, options: TrainerOptions, sampling: Mapping[str, Any]) -> LoopSettings:
+def loop_settings(
+    config: Any, options: TrainerOptions, sampling: Mapping[str, Any]
+) -> LoopSettings:
     """The budgets of verl's rollout config, and what of verl's sampling params is the engine's."""
     longest = config.prompt_length + config.response_length
     return LoopSettings(
@@ -219,7 +288,11 @@ def loop_settings(config: Any, options: TrainerOptions, sampling: Mapping[str, A
 
 
 def _options(config: Any) -> TrainerOptions:
-    return checked_options(TrainerOptions, dict(config.engine_kwargs or {}).get("turntrace") or {}, "rollout.engine_kwargs.turntrace")
+    return checked_options(
+        TrainerOptions,
+        dict(config.engine_kwargs or {}).get("turntrace") or {},
+        "rollout.engine_kwargs.turntrace",
+    )
 
 
 def checked_options(kind: type[Options], given: Mapping[str, Any], where: str) -> Options:
@@ -229,7 +302,9 @@ def checked_options(kind: type[Options], given: Mapping[str, Any], where: str) -
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join([where, *map(str, first["loc"])])
-        raise ConfigError(f"{key}: {first['msg']}; the keys are {', '.join(kind.model_fields)}") from error
+        raise ConfigError(
+            f"{key}: {first['msg']}; the keys are {', '.join(kind.model_fields)}"
+        ) from error
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,14 @@ from agent.loop import Conversation, LoopSettings, Runtime
 from agent.manifest import versions
 from agent.step_folders import StepFolders
 from agent.tasks import Task
-from agent.trainer import TrainerOptions, checked_options, loop_settings, manifest, run_config, tool_dispatcher
+from agent.trainer import (
+    TrainerOptions,
+    checked_options,
+    loop_settings,
+    manifest,
+    run_config,
+    tool_dispatcher,
+)
 from agent.verl_batch import batch_tasks, why_not_trained
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
@@ -64,11 +71,16 @@ class AgentLoopOptions(TrainerOptions):
 class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
     """verl makes one for each conversation; what they share is made once for each worker."""
 
-    def __init__(self, *args: Any, tools: Any = None, name: str = "turntrace", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, tools: Any = None, name: str = "turntrace", **kwargs: Any
+    ) -> None:
         """`AgentLoopBase`'s arguments, verl's tools, and the `AgentLoopOptions`. Raises ConfigError."""
         theirs = {key: kwargs.pop(key) for key in VERLS if key in kwargs}
         super().__init__(*args, **theirs)
-        given = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in kwargs.items()}
+        given = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for key, value in kwargs.items()
+        }
         options = checked_options(AgentLoopOptions, given, f"agent loop {name}")
         self._worker = _Worker.of(self, options, tools.tools if tools else [])
 
@@ -79,7 +91,9 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         await worker.start_tools()
         (task, sample), *_ = batch_tasks({key: [value] for key, value in kwargs.items()})
         engine = VerlClientEngine(self.server_manager, worker.description, self._request_id(kwargs))
-        conversation = Conversation(worker.offered(task), sample, worker.runtime(engine, sampling_params))
+        conversation = Conversation(
+            worker.offered(task), sample, worker.runtime(engine, sampling_params)
+        )
         progress = await run_conversations([conversation], store=worker.store)
         record = conversation.trajectory()
         if reason := why_not_trained(record):
@@ -94,7 +108,15 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         return f"det-{int(columns.get('priority', 0))}" if deterministic else None
 
 
-VERLS = ("trainer_config", "server_manager", "tokenizer", "processor", "dataset_cls", "data_config", "hf_model_type")
+VERLS = (
+    "trainer_config",
+    "server_manager",
+    "tokenizer",
+    "processor",
+    "dataset_cls",
+    "data_config",
+    "hf_model_type",
+)
 """What verl's worker gives to every agent loop beside the tools."""
 
 
@@ -104,28 +126,49 @@ class _Worker:
     _made: dict[tuple[int, str], _Worker] = {}  # noqa: RUF012 - one a process and set of options, for as long as it lives
 
     @classmethod
-    def of(cls, loop: TurntraceAgentLoop, options: AgentLoopOptions, verls_tools: list[Any]) -> _Worker:
+    def of(
+        cls, loop: TurntraceAgentLoop, options: AgentLoopOptions, verls_tools: list[Any]
+    ) -> _Worker:
         key = id(loop.tokenizer), options.model_dump_json()
         if key not in cls._made:
             cls._made[key] = cls(loop, options, verls_tools)
         return cls._made[key]
 
-    def __init__(self, loop: TurntraceAgentLoop, options: AgentLoopOptions, verls_tools: list[Any]) -> None:
+    def __init__(
+        self, loop: TurntraceAgentLoop, options: AgentLoopOptions, verls_tools: list[Any]
+    ) -> None:
         self.config, self.options = loop.rollout_config, options
         self.tokenizer = loop.tokenizer  # held: its id is the key
         if self.config.get("enable_rollout_routing_replay"):
-            raise ConfigError("rollout.enable_rollout_routing_replay is not supported by turntrace's agent loop")
+            raise ConfigError(
+                "rollout.enable_rollout_routing_replay is not supported by turntrace's agent loop"
+            )
         self.tools = _tools(self.config.multi_turn, options, verls_tools)
-        self.template_kwargs = {**(loop.apply_chat_template_kwargs or {}), **options.apply_chat_template_kwargs}
+        self.template_kwargs = {
+            **(loop.apply_chat_template_kwargs or {}),
+            **options.apply_chat_template_kwargs,
+        }
         self.template = ChatTemplate(loop.tokenizer, kwargs=self.template_kwargs)
-        self.dispatcher: Dispatcher | None = tool_dispatcher(self.tools, self.template, self.config.multi_turn)
+        self.dispatcher: Dispatcher | None = tool_dispatcher(
+            self.tools, self.template, self.config.multi_turn
+        )
         path = options.interaction_config_path
-        self.interactions = load_interactions(Path(resolve_config_path(str(path)))) if path else None
+        self.interactions = (
+            load_interactions(Path(resolve_config_path(str(path)))) if path else None
+        )
         if self.interactions:
             self.template.require(USER)
         self.model = str(loop.config.actor_rollout_ref.model.path)
-        self.description = {"name": f"verl:{self.config.name}", "model": Path(self.model).name, "verl": versions()["verl"]}
-        self.store = StepFolders(options.save_to, self._manifest, loop.tokenizer) if options.save_to else None
+        self.description = {
+            "name": f"verl:{self.config.name}",
+            "model": Path(self.model).name,
+            "verl": versions()["verl"],
+        }
+        self.store = (
+            StepFolders(options.save_to, self._manifest, loop.tokenizer)
+            if options.save_to
+            else None
+        )
         self._starting: asyncio.Future[None] | None = None
 
     async def start_tools(self) -> None:
@@ -141,22 +184,44 @@ class _Worker:
             return task
         info = (task.extra or {}).get("extra_info") or {}
         names = info.get("tool_selection") or [*self.tools, *task.tools_kwargs]
-        return dataclasses.replace(task, tools_kwargs={name: task.tools_kwargs.get(name, {}) for name in names})
+        return dataclasses.replace(
+            task, tools_kwargs={name: task.tools_kwargs.get(name, {}) for name in names}
+        )
 
     def runtime(self, engine: VerlClientEngine, sampling: Mapping[str, Any]) -> Runtime:
-        return Runtime(engine, self.template, self._settings(sampling), self.dispatcher, interactions=self.interactions)
+        return Runtime(
+            engine,
+            self.template,
+            self._settings(sampling),
+            self.dispatcher,
+            interactions=self.interactions,
+        )
 
     def _settings(self, sampling: Mapping[str, Any]) -> LoopSettings:
         config, settings = self.config, loop_settings(self.config, self.options, sampling)
-        if config.max_model_len and config.name == "sglang":  # verl's server keeps one token of it free
-            settings = dataclasses.replace(settings, max_model_len=min(settings.max_model_len, config.max_model_len - 1))
-        if (rounds := config.multi_turn.max_user_turns) is not None:  # to verl a round of tool calls is a user's turn, too
-            settings = dataclasses.replace(settings, max_turns=min(settings.max_turns or rounds + 1, rounds + 1))
+        if (
+            config.max_model_len and config.name == "sglang"
+        ):  # verl's server keeps one token of it free
+            settings = dataclasses.replace(
+                settings, max_model_len=min(settings.max_model_len, config.max_model_len - 1)
+            )
+        if (
+            rounds := config.multi_turn.max_user_turns
+        ) is not None:  # to verl a round of tool calls is a user's turn, too
+            settings = dataclasses.replace(
+                settings, max_turns=min(settings.max_turns or rounds + 1, rounds + 1)
+            )
         return settings
 
-    def output(self, one: Trajectory, engine: VerlClientEngine, turn_scores: list[float]) -> AgentLoopOutput:
+    def output(
+        self, one: Trajectory, engine: VerlClientEngine, turn_scores: list[float]
+    ) -> AgentLoopOutput:
         """What verl pads and trains on. verl left-truncates prompts over the budget: so is one that was never sampled after."""
-        ids, mask, logprobs = one.response_ids, one.response_mask, [value or 0.0 for value in one.response_logprobs]
+        ids, mask, logprobs = (
+            one.response_ids,
+            one.response_mask,
+            [value or 0.0 for value in one.response_logprobs],
+        )
         if one.infra_error or one.stop_reason == "cancelled":
             mask = [0] * len(ids)
         nothing = [self.template.end_id]  # verl's worker cannot pad nothing, nor put a score on it
@@ -186,11 +251,19 @@ class _Worker:
 
     def _manifest(self, step: str) -> dict[str, Any]:
         """run.json: `config` says what took effect, in turntrace's own keys; `trainer` is verl's config and the options."""
-        options = self.options.model_copy(update={"apply_chat_template_kwargs": self.template_kwargs})
+        options = self.options.model_copy(
+            update={"apply_chat_template_kwargs": self.template_kwargs}
+        )
         tools = options.tool_config_path or self.config.multi_turn.tool_config_path
-        paths = {"tool_config_path": tools, "interaction_config_path": options.interaction_config_path}
+        paths = {
+            "tool_config_path": tools,
+            "interaction_config_path": options.interaction_config_path,
+        }
         config = run_config(self.model, self.config, self._settings({}), options, **paths)
-        trainer = {"rollout": OmegaConf.to_container(self.config, resolve=True), "agent_loop": options.model_dump(mode="json")}
+        trainer = {
+            "rollout": OmegaConf.to_container(self.config, resolve=True),
+            "agent_loop": options.model_dump(mode="json"),
+        }
         return manifest(config, self.tools, self.interactions, trainer, step=step)
 
 
@@ -204,8 +277,12 @@ class _Function:
     async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, Any]:
         return instance_id or "", None
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float | None, dict[str, Any]]:
-        answer: tuple[Any, float, dict[str, Any]] = normalize_function_tool_return(await self._tool.call(parameters))
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[Any, float | None, dict[str, Any]]:
+        answer: tuple[Any, float, dict[str, Any]] = normalize_function_tool_return(
+            await self._tool.call(parameters)
+        )
         return answer
 
     async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None:
@@ -217,12 +294,18 @@ class _Function:
 
 def _tools(multi_turn: Any, options: AgentLoopOptions, verls_tools: list[Any]) -> ToolSet | None:
     """Those of the YAML, loaded by turntrace, and verl's function tools. Raises ToolConfigError."""
-    path = options.tool_config_path or (multi_turn.tool_config_path and resolve_config_path(multi_turn.tool_config_path))
+    path = options.tool_config_path or (
+        multi_turn.tool_config_path and resolve_config_path(multi_turn.tool_config_path)
+    )
     loaded = load_tools(path) if path else None
-    functions: list[LoadedTool] = [loaded_tool(_Function(tool)) for tool in verls_tools if isinstance(tool, FunctionTool)]
+    functions: list[LoadedTool] = [
+        loaded_tool(_Function(tool)) for tool in verls_tools if isinstance(tool, FunctionTool)
+    ]
     if not functions:
         return loaded
-    return ToolSet([*(loaded.values() if loaded else ()), *functions], loaded.source_text if loaded else "")
+    return ToolSet(
+        [*(loaded.values() if loaded else ()), *functions], loaded.source_text if loaded else ""
+    )
 
 
 def _answered(one: Trajectory) -> int:
@@ -234,10 +317,21 @@ def _tool_seconds(one: Trajectory) -> float:
     """Time spent waiting for tools: of each turn, that of its slowest call."""
     slowest: dict[int, float] = {}
     for line in one.tool_calls:
-        slowest[line.turn] = max(slowest.get(line.turn, 0.0), (line.queue_s or 0.0) + (line.run_s or 0.0))
+        slowest[line.turn] = max(
+            slowest.get(line.turn, 0.0), (line.queue_s or 0.0) + (line.run_s or 0.0)
+        )
     return sum(slowest.values())
 
 
 def _extras(one: Trajectory) -> dict[str, Any]:
-    names = ("task_id", "stop_reason", "infra_error", "error", "reward", "reward_parts", "num_turns", "warnings")
+    names = (
+        "task_id",
+        "stop_reason",
+        "infra_error",
+        "error",
+        "reward",
+        "reward_parts",
+        "num_turns",
+        "warnings",
+    )
     return {name: getattr(one, name) for name in names}

@@ -37,7 +37,11 @@ def batch_tasks(columns: Mapping[str, Any]) -> list[tuple[Task, int]]:
     for index, raw_prompt in enumerate(columns["raw_prompt"]):
         try:
             messages = _plain(raw_prompt)
-            row = {key: value for key in ROW_KEYS if key in columns and (value := _plain(columns[key][index])) is not None}
+            row = {
+                key: value
+                for key in ROW_KEYS
+                if key in columns and (value := _plain(columns[key][index])) is not None
+            }
             task = row_task({"prompt": messages, **row}, row_hash(messages))
         except (TaskError, MessageError, TypeError, ValueError) as error:
             raise TaskError(f"row {index} of the batch: {error}") from error

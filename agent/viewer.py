@@ -79,7 +79,9 @@ class Shelf:
         if self.single:
             return {self._folder.resolve().name: self._folder}
         try:
-            return {path.name: path for path in sorted(self._folder.iterdir()) if (path / RUN).is_file()}
+            return {
+                path.name: path for path in sorted(self._folder.iterdir()) if (path / RUN).is_file()
+            }
         except OSError as error:
             raise AgentError(f"{self._folder} cannot be read: {error.strerror}") from error
 
@@ -90,10 +92,17 @@ class Shelf:
             return None
         with self._building:
             stamp = _stamp(path)
-            found = next((one for one in self._ready if (one.name, one.stamp) == (name, stamp)), None)
+            found = next(
+                (one for one in self._ready if (one.name, one.stamp) == (name, stamp)), None
+            )
             if found is None:
                 run = open_run(path)
-                found = Ready(name, stamp, uuid.uuid4().hex, build(run, against=self._against or parent_of(run)))
+                found = Ready(
+                    name,
+                    stamp,
+                    uuid.uuid4().hex,
+                    build(run, against=self._against or parent_of(run)),
+                )
                 self._ready.append(found)
                 for old in self._ready[:-KEPT]:
                     old.page.blocks.close()
@@ -102,7 +111,9 @@ class Shelf:
 
     def block(self, name: str, number: int, version: str) -> bytes | None:
         """A block of a page made earlier, whatever became of the run since; None where that is no longer kept."""
-        found = next((one for one in self._ready if (one.name, one.version) == (name, version)), None)
+        found = next(
+            (one for one in self._ready if (one.name, one.version) == (name, version)), None
+        )
         with contextlib.suppress(IndexError, ValueError):  # ValueError: dropped in between
             return None if found is None else found.page.blocks.read(number)
         return None
@@ -123,13 +134,17 @@ def _stamp(path: Path) -> tuple[int, int]:
 def make_app(shelf: Shelf) -> Starlette:
     """The server's app: `/`, `/NAME/`, `/NAME/blocks/NUMBER?v=VERSION`."""
 
-    reading: dict[str, asyncio.Task[Ready | None]] = {}  # a page may take longer than a browser waits
+    reading: dict[
+        str, asyncio.Task[Ready | None]
+    ] = {}  # a page may take longer than a browser waits
 
     async def index(request: Request) -> Response:
         runs = await run_in_threadpool(shelf.runs)
         if shelf.single:
             return RedirectResponse(_address(next(iter(runs))))
-        rows = [{"name": name, "address": _address(name), **_about(path)} for name, path in runs.items()]
+        rows = [
+            {"name": name, "address": _address(name), **_about(path)} for name, path in runs.items()
+        ]
         return _html(listing(rows))
 
     async def show(request: Request) -> Response:
@@ -141,18 +156,30 @@ def make_app(shelf: Shelf) -> Starlette:
             return _html(waiting(name))
         reading.pop(name, None)
         found = task.result()
-        return _told(404, "there is no such run") if found is None else _html(found.page.served(found.version))
+        return (
+            _told(404, "there is no such run")
+            if found is None
+            else _html(found.page.served(found.version))
+        )
 
     async def block(request: Request) -> Response:
         params = request.path_params
-        found = await run_in_threadpool(shelf.block, params["name"], params["number"], request.query_params.get("v", ""))
+        found = await run_in_threadpool(
+            shelf.block, params["name"], params["number"], request.query_params.get("v", "")
+        )
         if found is None:
             return _told(409, "this page is no longer kept: load it again")
         return Response(found, media_type="text/plain", headers=HEADERS)
 
     return Starlette(
-        routes=[Route("/", index), Route("/{name}/", show), Route("/{name}/blocks/{number:int}", block)],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)],
+        routes=[
+            Route("/", index),
+            Route("/{name}/", show),
+            Route("/{name}/blocks/{number:int}", block),
+        ],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
+        ],
         exception_handlers={ConversationsError: _refused, AgentError: _refused},
     )
 
@@ -162,7 +189,13 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 def _html(text: str) -> Response:
-    return HTMLResponse(text, headers={**HEADERS, "Content-Security-Policy": f"{policy(served=True)}; frame-ancestors 'none'"})
+    return HTMLResponse(
+        text,
+        headers={
+            **HEADERS,
+            "Content-Security-Policy": f"{policy(served=True)}; frame-ancestors 'none'",
+        },
+    )
 
 
 def _told(status: int, text: str) -> Response:
@@ -180,8 +213,15 @@ def _about(path: Path) -> dict[str, Any]:
     except ConversationsError:
         return {}
     counts, model = manifest.get("counts"), manifest.get("model")
-    said = {"created": manifest.get("created"), "model": model.get("path") if isinstance(model, dict) else None}
-    done = {"done": counts.get("done"), "reward": counts.get("mean_reward")} if isinstance(counts, dict) else {}
+    said = {
+        "created": manifest.get("created"),
+        "model": model.get("path") if isinstance(model, dict) else None,
+    }
+    done = (
+        {"done": counts.get("done"), "reward": counts.get("mean_reward")}
+        if isinstance(counts, dict)
+        else {}
+    )
     return {key: str(value or "") for key, value in said.items()} | done
 
 
@@ -198,4 +238,6 @@ def serve_until_ended(folder: Path, against: Path | None, port: int) -> None:
 async def _serve(app: Starlette, port: int) -> None:
     with socket.create_server((HOST, port)) as listener:
         print(f"http://{HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
-        await uvicorn.Server(uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")).serve([listener])
+        await uvicorn.Server(
+            uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")
+        ).serve([listener])

@@ -37,11 +37,15 @@ def schema(columns: Collection[str] | None = None) -> Any:
 
     known = _types(pa)
     if unknown := [name for name in columns or () if name not in known]:
-        raise RunFolderError(f"there is no column {', '.join(map(repr, unknown))}; the columns are {', '.join(known)}")
+        raise RunFolderError(
+            f"there is no column {', '.join(map(repr, unknown))}; the columns are {', '.join(known)}"
+        )
     return pa.schema([(name, known[name]) for name in (known if columns is None else columns)])
 
 
-def batches(records: Iterable[dict[str, Any]], columns: Collection[str] | None = None, *, size: int = BATCH) -> Iterator[Any]:
+def batches(
+    records: Iterable[dict[str, Any]], columns: Collection[str] | None = None, *, size: int = BATCH
+) -> Iterator[Any]:
     """`pyarrow.RecordBatch`es of `size` records each, made as they are asked for."""
     import pyarrow as pa
 
@@ -50,10 +54,16 @@ def batches(records: Iterable[dict[str, Any]], columns: Collection[str] | None =
     while chunk := list(islice(rest, size)):
         try:
             yield pa.RecordBatch.from_arrays(
-                [pa.array([_value(record, name) for record in chunk], form.field(name).type) for name in form.names], schema=form
+                [
+                    pa.array([_value(record, name) for record in chunk], form.field(name).type)
+                    for name in form.names
+                ],
+                schema=form,
             )
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise RunFolderError(f"trajectories {chunk[0]['id']} to {chunk[-1]['id']} do not fit a table: {error}") from error
+            raise RunFolderError(
+                f"trajectories {chunk[0]['id']} to {chunk[-1]['id']} do not fit a table: {error}"
+            ) from error
 
 
 def table(records: Iterable[dict[str, Any]], columns: Collection[str] | None = None) -> Any:
@@ -71,7 +81,14 @@ def _value(record: dict[str, Any], name: str) -> Any:
         return [{"kind": kind, "start": start, "end": end} for kind, start, end in value]
     if name == "turns":
         return [
-            {**turn, "resumed": [{"token": at, "weight_version": version} for at, version in turn.get("resumed") or ()]} for turn in value
+            {
+                **turn,
+                "resumed": [
+                    {"token": at, "weight_version": version}
+                    for at, version in turn.get("resumed") or ()
+                ],
+            }
+            for turn in value
         ]
     return value
 

@@ -22,7 +22,18 @@ OWN = "turntrace"
 Document = dict[str, Any]
 Record = dict[str, Any]
 
-_CARRIED = frozenset({"id", "prompt_ids", "response_ids", "response_logprobs", "messages", "tool_calls", "tools", "turns"})
+_CARRIED = frozenset(
+    {
+        "id",
+        "prompt_ids",
+        "response_ids",
+        "response_logprobs",
+        "messages",
+        "tool_calls",
+        "tools",
+        "turns",
+    }
+)
 """Fields of the record that ATIF's own fields hold, or parts of steps."""
 
 
@@ -35,15 +46,27 @@ def document(record: Mapping[str, Any]) -> Document:
     own = {key: value for key, value in record.items() if key not in _CARRIED}
     ids = record["prompt_ids"] + record["response_ids"]
     end = record["turns"][-1]["end"] if record["turns"] else 0
-    own |= {"tail_ids": ids[end:], "prompt_length": len(record["prompt_ids"]), "ledger": steps.rest()}
+    own |= {
+        "tail_ids": ids[end:],
+        "prompt_length": len(record["prompt_ids"]),
+        "ledger": steps.rest(),
+    }
     agent: dict[str, Any] = {"name": OWN, "version": SCHEMA}
     if model := record["engine"].get("model"):
         agent["model_name"] = str(model)
     if record["tools"]:
         agent["tool_definitions"] = record["tools"]
     totals = {"total_prompt_tokens": sum(turn["prompt_tokens"] for turn in record["turns"])}
-    totals |= {"total_completion_tokens": sum(record["response_mask"]), "total_steps": len(steps.done)}
-    head = {"schema_version": VERSION, "session_id": record["task_id"], "trajectory_id": record["id"], "agent": agent}
+    totals |= {
+        "total_completion_tokens": sum(record["response_mask"]),
+        "total_steps": len(steps.done),
+    }
+    head = {
+        "schema_version": VERSION,
+        "session_id": record["task_id"],
+        "trajectory_id": record["id"],
+        "agent": agent,
+    }
     return {**head, "steps": steps.done, "final_metrics": totals, "extra": {OWN: own}}
 
 
@@ -51,13 +74,17 @@ def check_tokens(record: Mapping[str, Any]) -> None:
     """Raises RecordError where ids, mask, log-probs and turns do not line up, which ATIF's own models would let pass."""
     count = len(record["response_ids"])
     if not len(record["response_mask"]) == len(record["response_logprobs"]) == count:
-        raise RecordError(f"trajectory {record['id']}: {count} response ids, and other numbers of mask bits or log-probs")
+        raise RecordError(
+            f"trajectory {record['id']}: {count} response ids, and other numbers of mask bits or log-probs"
+        )
     values = [value for value in record["response_logprobs"] if value is not None]
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise RecordError(f"trajectory {record['id']}: a log-prob is not a finite number")
     sampled = sum(message.get("raw") is not None for message in record["messages"])
     if sampled != len(record["turns"]):
-        raise RecordError(f"trajectory {record['id']}: {len(record['turns'])} turns, but {sampled} sampled messages")
+        raise RecordError(
+            f"trajectory {record['id']}: {len(record['turns'])} turns, but {sampled} sampled messages"
+        )
 
 
 class _Steps:
@@ -84,13 +111,25 @@ class _Steps:
         return list(self._ledger.values())
 
     def _append(self, source: str, message: Mapping[str, Any], more: dict[str, Any]) -> None:
-        own = {key: None if key in ("content", "tool_calls") else value for key, value in message.items()}
-        step = {"step_id": len(self.done) + 1, "source": source, "message": message.get("content", ""), **more}
+        own = {
+            key: None if key in ("content", "tool_calls") else value
+            for key, value in message.items()
+        }
+        step = {
+            "step_id": len(self.done) + 1,
+            "source": source,
+            "message": message.get("content", ""),
+            **more,
+        }
         self.done.append({**step, "extra": {OWN: {"message": own}}})
 
     def _agent(self, message: Mapping[str, Any]) -> dict[str, Any]:
         calls = message.get("tool_calls")
-        found: dict[str, Any] = {} if calls is None else {"tool_calls": [self._call(call, place) for place, call in enumerate(calls)]}
+        found: dict[str, Any] = (
+            {}
+            if calls is None
+            else {"tool_calls": [self._call(call, place) for place, call in enumerate(calls)]}
+        )
         if message.get("raw") is None:
             return {**found, "is_copied_context": True}
         return {**found, "metrics": self._metrics(next(self._turns)), "llm_call_count": 1}
@@ -98,10 +137,16 @@ class _Steps:
     def _metrics(self, turn: Mapping[str, Any]) -> dict[str, Any]:
         start, end = turn["start"], turn["end"]
         shift = len(self._record["prompt_ids"])
-        metrics: dict[str, Any] = {"prompt_tokens": turn["prompt_tokens"], "completion_tokens": end - start}
+        metrics: dict[str, Any] = {
+            "prompt_tokens": turn["prompt_tokens"],
+            "completion_tokens": end - start,
+        }
         if turn["cached_tokens"] is not None:
             metrics["cached_tokens"] = turn["cached_tokens"]
-        metrics |= {"prompt_token_ids": self._ids[:start], "completion_token_ids": self._ids[start:end]}
+        metrics |= {
+            "prompt_token_ids": self._ids[:start],
+            "completion_token_ids": self._ids[start:end],
+        }
         logprobs = self._record["response_logprobs"][start - shift : end - shift]
         if None not in logprobs:
             metrics["logprobs"] = logprobs
@@ -110,13 +155,26 @@ class _Steps:
     def _call(self, call: Mapping[str, Any], place: int) -> dict[str, Any]:
         function = call["function"]
         arguments = _object(function["arguments"])
-        own: dict[str, Any] = {"call": {**call, "function": {key: value for key, value in function.items() if key != "name"}}}
-        if arguments is not None and json.dumps(arguments, ensure_ascii=False) == function["arguments"]:
+        own: dict[str, Any] = {
+            "call": {
+                **call,
+                "function": {key: value for key, value in function.items() if key != "name"},
+            }
+        }
+        if (
+            arguments is not None
+            and json.dumps(arguments, ensure_ascii=False) == function["arguments"]
+        ):
             own["call"]["function"].pop("arguments")
         if (entry := self._ledger.pop(call.get("id"), None)) is not None:
             own["ledger"] = entry
         name = str(call.get("id") or f"given_{len(self.done) + 1}_{place}")
-        return {"tool_call_id": name, "function_name": function["name"], "arguments": arguments or {}, "extra": {OWN: own}}
+        return {
+            "tool_call_id": name,
+            "function_name": function["name"],
+            "arguments": arguments or {},
+            "extra": {OWN: own},
+        }
 
     def _observe(self, message: Mapping[str, Any]) -> None:
         """A tool message is an observation of the step whose call it answers; what a tool said unasked is a step of its own."""
@@ -147,7 +205,11 @@ def _object(text: Any) -> dict[str, Any] | None:
 def record_of(found: Mapping[str, Any]) -> Record:
     """The record that `document` wrote. Raises RecordError or KeyError, TypeError, ... where the document was changed since."""
     own = dict(found["extra"][OWN])
-    tail, prompt_length, ledger = own.pop("tail_ids"), own.pop("prompt_length"), list(own.pop("ledger"))
+    tail, prompt_length, ledger = (
+        own.pop("tail_ids"),
+        own.pop("prompt_length"),
+        list(own.pop("ledger")),
+    )
     messages: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
     ids: list[int] = []
@@ -155,12 +217,18 @@ def record_of(found: Mapping[str, Any]) -> Record:
     calls: list[dict[str, Any]] = []
     for step in found["steps"]:
         messages += _messages(step)
-        calls += [call["extra"][OWN]["ledger"] for call in step.get("tool_calls") or [] if "ledger" in call["extra"][OWN]]
+        calls += [
+            call["extra"][OWN]["ledger"]
+            for call in step.get("tool_calls") or []
+            if "ledger" in call["extra"][OWN]
+        ]
         if (metrics := step.get("metrics")) is not None:
             ids = grown(ids, metrics, len(turns))
             turns.append(metrics["extra"][OWN])
             start = len(metrics["prompt_token_ids"])
-            logprobs |= {start + place: value for place, value in enumerate(metrics.get("logprobs") or [])}
+            logprobs |= {
+                start + place: value for place, value in enumerate(metrics.get("logprobs") or [])
+            }
     ids += tail
     places = range(prompt_length, len(ids))
     tokens = {"prompt_ids": ids[:prompt_length], "response_ids": ids[prompt_length:]}
@@ -181,7 +249,9 @@ def grown(ids: Sequence[int], metrics: Mapping[str, Any], turn: int) -> list[int
     """The sequence with a generation added. Raises RecordError where its prompt does not start with all that was there before."""
     prompt = metrics["prompt_token_ids"]
     if list(prompt[: len(ids)]) != list(ids):
-        raise RecordError(f"the prompt of generation {turn + 1} does not start with the tokens of generation {turn}")
+        raise RecordError(
+            f"the prompt of generation {turn + 1} does not start with the tokens of generation {turn}"
+        )
     return [*prompt, *metrics["completion_token_ids"]]
 
 
@@ -194,10 +264,15 @@ def _messages(step: Mapping[str, Any]) -> list[dict[str, Any]]:
             message["tool_calls"] = [_given_back(call) for call in step["tool_calls"]]
         messages.append(message)
     results = (step.get("observation") or {}).get("results", [])
-    return messages + [{**result["extra"][OWN]["message"], "content": result["content"]} for result in results]
+    return messages + [
+        {**result["extra"][OWN]["message"], "content": result["content"]} for result in results
+    ]
 
 
 def _given_back(call: Mapping[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = call["extra"][OWN]["call"]
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    return {**own, "function": {"name": call["function_name"], "arguments": arguments, **own["function"]}}
+    return {
+        **own,
+        "function": {"name": call["function_name"], "arguments": arguments, **own["function"]},
+    }

@@ -17,7 +17,24 @@ REMEMBERED_SEGMENTS = 256
 REMEMBERED_CHARACTERS = 20_000
 """Longer segments are encoded each time: what is remembered stays below some 60 MB."""
 
-_EDGES = ("x", " x", "x ", "", " ", "  ", "\n", "\n\nx", "x\n", "é\u2028", "42", "<|", "|>", "Ⅷ", "e\u0301", "\u0301")
+_EDGES = (
+    "x",
+    " x",
+    "x ",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\nx",
+    "x\n",
+    "é\u2028",
+    "42",
+    "<|",
+    "|>",
+    "Ⅷ",
+    "e\u0301",
+    "\u0301",
+)
 """What a tokenizer may treat differently at the edge of a segment."""
 
 
@@ -28,9 +45,15 @@ class SegmentEncoder:
         self._backend = tokenizer.backend_tokenizer
         self._remember = functools.lru_cache(REMEMBERED_SEGMENTS)(self.whole)
         added = list(tokenizer.added_tokens_decoder.values())
-        names = sorted((token.content for token in added), key=len, reverse=True)  # as there, the longest match wins
-        self._cuts = re.compile(f"({'|'.join(map(re.escape, names))})") if names else re.compile(r"(?!)")
-        takes_surroundings = any(token.normalized or token.lstrip or token.rstrip or token.single_word for token in added)
+        names = sorted(
+            (token.content for token in added), key=len, reverse=True
+        )  # as there, the longest match wins
+        self._cuts = (
+            re.compile(f"({'|'.join(map(re.escape, names))})") if names else re.compile(r"(?!)")
+        )
+        takes_surroundings = any(
+            token.normalized or token.lstrip or token.rstrip or token.single_word for token in added
+        )
         self.by_segment = not takes_surroundings and self._proven(names)
 
     def encode(self, text: str) -> list[int]:
@@ -53,11 +76,20 @@ class SegmentEncoder:
         ids: list[int] = []
         for segment in self._cuts.split(text):
             if segment:
-                ids += self._remember(segment) if len(segment) <= REMEMBERED_CHARACTERS else self.whole(segment)
+                ids += (
+                    self._remember(segment)
+                    if len(segment) <= REMEMBERED_CHARACTERS
+                    else self.whole(segment)
+                )
         return ids
 
     def _proven(self, names: Sequence[str]) -> bool:
-        texts = [f"{before}{name}{after}{name}{before}" for name in names[:4] for before in _EDGES for after in _EDGES]
+        texts = [
+            f"{before}{name}{after}{name}{before}"
+            for name in names[:4]
+            for before in _EDGES
+            for after in _EDGES
+        ]
         return all(self._segments_of(text) == list(self.whole(text)) for text in texts)
 
 

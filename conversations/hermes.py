@@ -116,7 +116,11 @@ class _Scan:
         if not closed:
             reason = f"{reason}; {CLOSE} is missing" if "followed by" not in reason else reason
         found = _NAME.search(block)
-        self.calls.append(MalformedToolCall(block, f"{reason}; {_HINT}", name or (found.group(1) if found else None)))
+        self.calls.append(
+            MalformedToolCall(
+                block, f"{reason}; {_HINT}", name or (found.group(1) if found else None)
+            )
+        )
         return end
 
     def _next_close(self, position: int) -> int:
@@ -128,14 +132,22 @@ class _Scan:
 def _call(value: object, block: str) -> ToolCall | MalformedToolCall:
     name = _name_of(value)
     if not isinstance(value, dict):
-        return MalformedToolCall(block, f"a call must be a JSON object, not {_kind(value)}; {_HINT}")
+        return MalformedToolCall(
+            block, f"a call must be a JSON object, not {_kind(value)}; {_HINT}"
+        )
     if not name:
         return MalformedToolCall(block, f'"name" must be a non-empty string; {_HINT}')
     if "arguments" not in value and (others := [key for key in value if key != "name"]):
-        return MalformedToolCall(block, f'the key is "arguments", not {", ".join(map(repr, others))[:200]}; {_HINT}', name)
+        return MalformedToolCall(
+            block,
+            f'the key is "arguments", not {", ".join(map(repr, others))[:200]}; {_HINT}',
+            name,
+        )
     arguments = _arguments(value.get("arguments", {}))
     if not isinstance(arguments, dict):
-        return MalformedToolCall(block, f'"arguments" must be a JSON object, not {_kind(arguments)}; {_HINT}', name)
+        return MalformedToolCall(
+            block, f'"arguments" must be a JSON object, not {_kind(arguments)}; {_HINT}', name
+        )
     if block.count("{") + block.count("[") > _MAX_DEPTH and _depth(arguments) > _MAX_DEPTH:
         return MalformedToolCall(block, f"nested more than {_MAX_DEPTH} deep; {_HINT}", name)
     if "\\u" in block and not _encodable([name, arguments]):
@@ -159,14 +171,21 @@ def _name_of(value: object) -> str | None:
 
 
 def _kind(value: object) -> str:
-    return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
+    return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(
+        type(value), "a number"
+    )
 
 
 def _depth(value: object) -> int:
     depth, level = 0, [value]
     while level:
         depth += 1
-        level = [item for part in level if isinstance(part, (dict, list)) for item in (part.values() if isinstance(part, dict) else part)]
+        level = [
+            item
+            for part in level
+            if isinstance(part, (dict, list))
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
     return depth
 
 
@@ -186,12 +205,16 @@ def _skip_space(text: str, position: int) -> int:
 
 def _ends_in_string(error: json.JSONDecodeError) -> bool:
     """Whether a string was still open where the text ended; a \\uXXXX at the very end is reported as a bad one."""
-    return error.msg.startswith("Unterminated string") or (error.msg.startswith("Invalid \\u") and error.pos >= len(error.doc) - 5)
+    return error.msg.startswith("Unterminated string") or (
+        error.msg.startswith("Invalid \\u") and error.pos >= len(error.doc) - 5
+    )
 
 
 def _json_error(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos} of the call"
+        return (
+            f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos} of the call"
+        )
     if isinstance(error, RecursionError):
         return "not valid JSON: nested too deeply"
     return f"not valid JSON: {error}"

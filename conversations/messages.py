@@ -51,7 +51,9 @@ def assistant_message(raw: str, parsed: ParsedTurn, call_ids: Sequence[str]) -> 
     """
     message: Message = {"role": "assistant", "content": parsed.content, "raw": raw}
     if parsed.calls:
-        message["tool_calls"] = [_tool_call(call, call_id) for call, call_id in zip(parsed.calls, call_ids, strict=True)]
+        message["tool_calls"] = [
+            _tool_call(call, call_id) for call, call_id in zip(parsed.calls, call_ids, strict=True)
+        ]
     return message
 
 
@@ -59,7 +61,12 @@ def _tool_call(call: ToolCall | MalformedToolCall, call_id: str) -> dict[str, An
     if isinstance(call, ToolCall):
         function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
         return {"id": call_id, "type": "function", "function": function}
-    return {"id": call_id, "type": "function", "function": {"name": call.name or "", "arguments": call.raw}, "malformed": True}
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": call.name or "", "arguments": call.raw},
+        "malformed": True,
+    }
 
 
 def tool_message(content: str, *, call_id: str | None, name: str | None) -> Message:
@@ -79,20 +86,26 @@ def given_messages(messages: object) -> list[Message]:
     given assistant messages get `raw: None`. Raises MessageError on anything that is not in the OpenAI chat schema.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise MessageError(f"messages must be a non-empty list of {{role, content}} objects, got {_shape(messages)}")
+        raise MessageError(
+            f"messages must be a non-empty list of {{role, content}} objects, got {_shape(messages)}"
+        )
     return [_given(message, index) for index, message in enumerate(messages)]
 
 
 def _given(message: object, index: int) -> Message:
     if not isinstance(message, Mapping):
-        raise MessageError(f"message {index} must be an object with role and content, got {_shape(message)}")
+        raise MessageError(
+            f"message {index} must be an object with role and content, got {_shape(message)}"
+        )
     # Parquet gives every row of a struct column every key: a null stands for a missing one.
     kept: Message = {key: value for key, value in message.items() if value is not None}
     role = kept.get("role")
     if role not in ROLES:
         raise MessageError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
     if role != "assistant" and "content" not in kept:
-        raise MessageError(f"message {index} ({role}) has no content; its keys: {', '.join(sorted(map(str, kept)))}")
+        raise MessageError(
+            f"message {index} ({role}) has no content; its keys: {', '.join(sorted(map(str, kept)))}"
+        )
     kept["content"] = _text(kept.get("content", ""), index)
     if "tool_calls" in kept:
         kept["tool_calls"] = _given_calls(kept["tool_calls"], index)
@@ -105,22 +118,36 @@ def _text(content: object, index: int) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence) and not isinstance(content, bytes):
-        texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+        texts = [
+            part.get("text")
+            for part in content
+            if isinstance(part, Mapping) and part.get("type") == "text"
+        ]
         if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
             return "".join(str(text) for text in texts)
-    raise MessageError(f"message {index} has content of {_shape(content)}; only text (a string or text parts) is supported")
+    raise MessageError(
+        f"message {index} has content of {_shape(content)}; only text (a string or text parts) is supported"
+    )
 
 
 def _given_calls(calls: object, index: int) -> list[dict[str, Any]]:
     if not isinstance(calls, (list, tuple)):
-        raise MessageError(f"message {index} has tool_calls of {_shape(calls)}; expected a list of {{id, type, function}} objects")
+        raise MessageError(
+            f"message {index} has tool_calls of {_shape(calls)}; expected a list of {{id, type, function}} objects"
+        )
     return [_given_call(call, index) for call in calls]
 
 
 def _given_call(call: object, index: int) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise MessageError(f"message {index} has a tool call without function.name; expected {{id, type, function: {{name, arguments}}}}")
+    if (
+        not isinstance(call, Mapping)
+        or not isinstance(function, Mapping)
+        or not isinstance(function.get("name"), str)
+    ):
+        raise MessageError(
+            f"message {index} has a tool call without function.name; expected {{id, type, function: {{name, arguments}}}}"
+        )
     arguments = function.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": text}}
@@ -144,4 +171,6 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shape(value: object) -> str:
-    return f"an empty {type(value).__name__}" if value in ([], "", ()) else f"{type(value).__name__}"
+    return (
+        f"an empty {type(value).__name__}" if value in ([], "", ()) else f"{type(value).__name__}"
+    )

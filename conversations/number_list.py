@@ -11,7 +11,9 @@ import re
 
 import orjson
 
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_encode = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), allow_nan=False, check_circular=False
+).encode
 _OF_NUMBERS = b"[],-.0123456789e" + b"null"
 _NOT_ONE_DIGIT = re.compile(r"e(?!-0\d[,\]])")
 _BELOW_1E_4 = re.compile(r"(?<![0-9])0\.0000\d+")
@@ -28,7 +30,9 @@ def number_list_json(values: object) -> str:
         written = orjson.dumps(values)
     except TypeError:  # more than 64 bits, or no number
         return _encode(values)
-    if written.translate(None, _OF_NUMBERS) or written.count(b"null") != values.count(None):  # orjson writes NaN as null
+    if written.translate(None, _OF_NUMBERS) or written.count(b"null") != values.count(
+        None
+    ):  # orjson writes NaN as null
         return _encode(values)
     text = written.decode("ascii")
     if "e" in text:

@@ -110,22 +110,32 @@ class Run:
             trajectory_id = self._finished.id(row)
             first = index.setdefault(trajectory_id, row)
             if first != row:
-                raise self._finished.error(row, f"trajectory {trajectory_id} stands already on line {first + 1}")
+                raise self._finished.error(
+                    row, f"trajectory {trajectory_id} stands already on line {first + 1}"
+                )
         return index
 
     def _row(self, trajectory_id: str) -> int:
         row = self._index.get(trajectory_id)
         if row is None:
-            raise RunFolderError(f"{self.path} has no trajectory {trajectory_id!r}; {self._near(trajectory_id)}")
+            raise RunFolderError(
+                f"{self.path} has no trajectory {trajectory_id!r}; {self._near(trajectory_id)}"
+            )
         return row
 
     def _near(self, name: str) -> str:
         """What may have been meant: the task's samples, ids that look alike, or simply the first ones."""
         from difflib import get_close_matches
 
-        alike = [known for known in self._index if known.startswith(str(name))][:3] or get_close_matches(str(name), self._index)
+        alike = [known for known in self._index if known.startswith(str(name))][
+            :3
+        ] or get_close_matches(str(name), self._index)
         shown = alike or list(self._index)[:3]
-        return f"{'there is' if alike else 'its first are'} {', '.join(shown)}" if shown else "it has none yet"
+        return (
+            f"{'there is' if alike else 'its first are'} {', '.join(shown)}"
+            if shown
+            else "it has none yet"
+        )
 
     # ------------------------------------------------------------------ the tokenizer
 
@@ -172,7 +182,9 @@ class _Lines:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for its writer
+            self._descriptor = os.open(
+                file, os.O_RDONLY | os.O_NONBLOCK
+            )  # a named pipe would wait for its writer
             weakref.finalize(self, os.close, self._descriptor)
             self._size = os.fstat(self._descriptor).st_size
             os.pread(self._descriptor, 1, 0)  # a directory opens, and cannot be read

@@ -20,7 +20,12 @@ from conversations.trajectory import Trajectory
 
 
 def padded_batch(
-    trajectories: Sequence[Trajectory], *, prompt_length: int, response_length: int, pad_id: int, logprobs: bool = True
+    trajectories: Sequence[Trajectory],
+    *,
+    prompt_length: int,
+    response_length: int,
+    pad_id: int,
+    logprobs: bool = True,
 ) -> dict[str, Any]:
     """The numpy arrays above, by name; `rollout_log_probs` only with `logprobs`."""
     import numpy as np
@@ -38,7 +43,9 @@ def padded_batch(
         attention_mask[row, start:end] = 1
         position_ids[row, start:end] = np.arange(end - start)
         mask[row, : len(one.response_mask)] = one.response_mask
-        values[row, : len(one.response_logprobs)] = [value or 0.0 for value in one.response_logprobs]
+        values[row, : len(one.response_logprobs)] = [
+            value or 0.0 for value in one.response_logprobs
+        ]
     return {
         "prompts": input_ids[:, :prompt_length].copy(),
         "responses": input_ids[:, prompt_length:].copy(),

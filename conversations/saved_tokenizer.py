@@ -18,15 +18,21 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers.utils import logging
 
     if not (folder / "tokenizer.json").is_file():
-        raise RunFolderError(f"{folder} holds no tokenizer.json; the run was copied without its tokenizer, or it was never written")
+        raise RunFolderError(
+            f"{folder} holds no tokenizer.json; the run was copied without its tokenizer, or it was never written"
+        )
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of the class that the folder names
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise RunFolderError(f"{folder} holds no tokenizer that can be read: {one_line(error)}") from error
+        raise RunFolderError(
+            f"{folder} holds no tokenizer that can be read: {one_line(error)}"
+        ) from error
     finally:
         logging.set_verbosity(before)
 

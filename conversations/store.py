@@ -29,9 +29,24 @@ from typing import IO, Any
 from conversations.errors import RecordError, RunFolderError
 from conversations.trajectory import SCHEMA, Trajectory, read_record
 
-RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = "run.json", "trajectories.jsonl", "unfinished.jsonl", "superseded.jsonl"
+RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = (
+    "run.json",
+    "trajectories.jsonl",
+    "unfinished.jsonl",
+    "superseded.jsonl",
+)
 
-IDENTITY = ("config", "tools", "interactions", "model", "tasks", "n", "validate", "parent", "replay")
+IDENTITY = (
+    "config",
+    "tools",
+    "interactions",
+    "model",
+    "tasks",
+    "n",
+    "validate",
+    "parent",
+    "replay",
+)
 """The fields of run.json that a resumed run must share with the first."""
 
 WHEREABOUTS = frozenset(
@@ -75,14 +90,18 @@ class RunFolder:
         lock = _locked(path)
         try:
             if (path / RUN).exists() or (path / TRAJECTORIES).exists():
-                raise RunFolderError(f"{path} already holds a run; use --resume to go on with it, or another --out")
+                raise RunFolderError(
+                    f"{path} already holds a run; use --resume to go on with it, or another --out"
+                )
             return cls(path, _write_manifest(path, {"schema": SCHEMA, **manifest}), lock, set())
         except BaseException:
             lock.close()
             raise
 
     @classmethod
-    def resume(cls, path: str | Path, manifest: Mapping[str, Any], *, force: bool = False) -> RunFolder:
+    def resume(
+        cls, path: str | Path, manifest: Mapping[str, Any], *, force: bool = False
+    ) -> RunFolder:
         """An earlier run, to be gone on with: `done` holds the (task, sample) pairs that need not run again, `unfinished` those cut off.
 
         Raises RunFolderError where there is no run, another process writes to it, its file is damaged, or `manifest`
@@ -90,19 +109,25 @@ class RunFolder:
         """
         path = Path(path)
         if not (path / RUN).exists():
-            raise RunFolderError(f"{path} holds no run to resume: {RUN} is not there; leave --resume out to start one")
+            raise RunFolderError(
+                f"{path} holds no run to resume: {RUN} is not there; leave --resume out to start one"
+            )
         lock = _locked(path)
         try:
             earlier = read_manifest(path)
             if (differences := _differences(earlier, manifest)) and not force:
-                raise RunFolderError(f"{path} was run differently: {'; '.join(differences)}; use --force to go on all the same")
+                raise RunFolderError(
+                    f"{path} was run differently: {'; '.join(differences)}; use --force to go on all the same"
+                )
             _cut_torn_line(path / UNFINISHED)
             _cut_torn_line(path / TRAJECTORIES)
             done, digest = _retire_failed(path)
             unfinished = _retire_unfinished(path, done)
             for name in ("counts", "digest"):  # they are what a run says when it closes
                 earlier.pop(name, None)
-            manifest = _write_manifest(path, {**earlier, **manifest, "created": earlier.get("created")})
+            manifest = _write_manifest(
+                path, {**earlier, **manifest, "created": earlier.get("created")}
+            )
             return cls(path, manifest, lock, done, unfinished, digest)
         except OSError as error:
             lock.close()
@@ -119,7 +144,9 @@ class RunFolder:
         """Writes a finished conversation. Raises RunFolderError where its (task, sample) is there, RecordError where it has no JSON."""
         key = (trajectory.task_id, trajectory.sample)
         if key in self.done:
-            raise RunFolderError(f"{self.path}: trajectory {trajectory.id} is there already; task ids must be unique")
+            raise RunFolderError(
+                f"{self.path}: trajectory {trajectory.id} is there already; task ids must be unique"
+            )
         line = trajectory.to_line()
         self._files.append(TRAJECTORIES, line)
         self._digest.update(line[-66:-2].encode())
@@ -140,14 +167,22 @@ class RunFolder:
             self._files.close()
             _retire_unfinished(self.path, self.done)
             if counts is not None:
-                self.manifest = _write_manifest(self.path, {**self.manifest, "counts": dict(counts), "digest": self._digest.hexdigest()})
+                self.manifest = _write_manifest(
+                    self.path,
+                    {**self.manifest, "counts": dict(counts), "digest": self._digest.hexdigest()},
+                )
         finally:
             self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -194,7 +229,9 @@ class _Files:
         self._sync_error: OSError | None = None
         self._guard = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sync_forever, name="turntrace-fsync", daemon=True)
+        self._thread = threading.Thread(
+            target=self._sync_forever, name="turntrace-fsync", daemon=True
+        )
         self._thread.start()
 
     def append(self, name: str, line: str) -> None:
@@ -265,12 +302,19 @@ def _locked(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise RunFolderError(f"another process is writing to {path}; wait for it to end, or use another --out") from error
+        raise RunFolderError(
+            f"another process is writing to {path}; wait for it to end, or use another --out"
+        ) from error
     return lock
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    _replace(path / RUN, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+    _replace(
+        path / RUN,
+        (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(
+            errors="backslashreplace"
+        ),
+    )
     return manifest
 
 
@@ -303,10 +347,19 @@ def _sync_folder(path: Path) -> None:
 def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """What makes two runs different, one phrase a key."""
     old, new = (
-        {key: value for name in IDENTITY for key, value in _flat(name, source.get(name)) if key not in WHEREABOUTS}
+        {
+            key: value
+            for name in IDENTITY
+            for key, value in _flat(name, source.get(name))
+            if key not in WHEREABOUTS
+        }
         for source in (earlier, manifest)
     )
-    return [f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [
+        f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -371,7 +424,9 @@ def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str
             stale.append(line)
             continue
         key = (record.task_id, record.sample)
-        if key in unfinished and (earlier := unfinished.pop(key)[0]) != line:  # the same again: it was cut off before it had gone on
+        if (
+            key in unfinished and (earlier := unfinished.pop(key)[0]) != line
+        ):  # the same again: it was cut off before it had gone on
             stale.append(earlier)
         if key in done:
             stale.append(line)
@@ -405,11 +460,15 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], hashlib._Hash, list[byt
             record = read_record(line.decode())
             key = (str(record["task_id"]), int(record["sample"]))
         except (RecordError, ValueError, TypeError) as error:
-            raise RunFolderError(f"{file}:{number} is damaged: {error}; mend that line, or drop it to have it run again") from error
+            raise RunFolderError(
+                f"{file}:{number} is damaged: {error}; mend that line, or drop it to have it run again"
+            ) from error
         if record["infra_error"]:
             retired.append(line)
         elif key in kept:
-            raise RunFolderError(f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line")
+            raise RunFolderError(
+                f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line"
+            )
         else:
             kept.add(key)
             digest.update(record["sha256"].encode())

@@ -29,9 +29,16 @@ Piece = tuple[str, list[int]]
 _MARK = "a4b1turntrace"
 """Stands in the stub's assistant turn; the delta starts after the first end token behind it."""
 
-_CALL = {"id": "callstub0", "type": "function", "function": {"name": "f", "arguments": f'{{"x": "{_MARK}"}}'}}
+_CALL = {
+    "id": "callstub0",
+    "type": "function",
+    "function": {"name": "f", "arguments": f'{{"x": "{_MARK}"}}'},
+}
 _STUBS: dict[str, list[Message]] = {
-    TOOL: [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a", "tool_calls": [_CALL]}],
+    TOOL: [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a", "tool_calls": [_CALL]},
+    ],
     USER: [{"role": "user", "content": "u"}, {"role": "assistant", "content": _MARK}],
 }
 _STUB_VIEWS = {kind: [template_view(message) for message in stub] for kind, stub in _STUBS.items()}
@@ -58,16 +65,24 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, *, kwargs: Mapping[str, Any] | None = None) -> None:
         self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
         if not getattr(tokenizer, "is_fast", False):
-            raise TemplateError(f"{self.name}: turntrace needs a fast tokenizer (tokenizer.json); this one is slow")
+            raise TemplateError(
+                f"{self.name}: turntrace needs a fast tokenizer (tokenizer.json); this one is slow"
+            )
         if not tokenizer.chat_template:
-            raise TemplateError(f"{self.name}: the tokenizer has no chat template; set `chat_template` in tokenizer_config.json")
+            raise TemplateError(
+                f"{self.name}: the tokenizer has no chat template; set `chat_template` in tokenizer_config.json"
+            )
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self.vocabulary_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
+        self.vocabulary_size = (
+            max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        )  # ids may have gaps
         self._segments = SegmentEncoder(tokenizer)
         self._kwargs = dict(kwargs or {})
         self._compiled = _compiled(self.name, tokenizer)
-        self._control = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)) or r"(?!)")
+        self._control = re.compile(
+            "|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens)) or r"(?!)"
+        )
         self.end_id, self._end_text = self._find_end(USER)
         self.end_ids = frozenset({self.end_id, *self._call_end()})
         self.stop_token_ids = sorted(self.end_ids | ({tokenizer.eos_token_id} - {None}))
@@ -76,12 +91,21 @@ class ChatTemplate:
         self._frames: dict[str, _Frame] = {}
         self._edges = {kind: self._try(kind, self._find_edges) for kind in (TOOL, USER)}
         self._unproven = {kind: self._try(kind, self._prove) or "" for kind in (TOOL, USER)}
-        self._frames = {kind: frame for kind in (TOOL, USER) if not self._unproven[kind] and (frame := self._find_frame(kind))}
+        self._frames = {
+            kind: frame
+            for kind in (TOOL, USER)
+            if not self._unproven[kind] and (frame := self._find_frame(kind))
+        }
         self.rewrites_history = self._rewrites_history()
 
     # ------------------------------------------------------------------ what a conversation asks
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], created: Sequence[Message] = ()) -> list[Piece]:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        created: Sequence[Message] = (),
+    ) -> list[Piece]:
         """The token ids before the first turn, the generation prompt included.
 
         `created` are the tool messages that tools gave when they were created: kind `tool`, after the prompt.
@@ -93,7 +117,11 @@ class ChatTemplate:
         start = _common_length(self._apply(messages, tools, generation=False), whole)
         end = len(whole) - len(self._generation) if whole.endswith(self._generation) else len(whole)
         ids, cuts = self._encode_cut(whole, [start, end])
-        return [(kind, part) for kind, part in zip((PROMPT, TOOL, PROMPT), _split(ids, cuts), strict=True) if part]
+        return [
+            (kind, part)
+            for kind, part in zip((PROMPT, TOOL, PROMPT), _split(ids, cuts), strict=True)
+            if part
+        ]
 
     def delta(self, messages: Sequence[Message], kind: str = TOOL) -> Delta:
         """What the template puts between a complete assistant turn and the next: all of a turn's `messages` together.
@@ -112,7 +140,13 @@ class ChatTemplate:
             parts = [ids[: len(head)], ids[len(head) : stop], ids[stop:]]
         else:  # a token spans an edge: it goes to the block
             parts = self._parts_by_offset(text, edges)
-        return Delta(tuple((name, part) for name, part in zip((TEMPLATE, kind, TEMPLATE), parts, strict=True) if part))
+        return Delta(
+            tuple(
+                (name, part)
+                for name, part in zip((TEMPLATE, kind, TEMPLATE), parts, strict=True)
+                if part
+            )
+        )
 
     def require(self, kind: str) -> None:
         """Raises TemplateError, naming the template and the cause, where deltas of `kind` are not proven exact."""
@@ -145,14 +179,24 @@ class ChatTemplate:
 
     # ------------------------------------------------------------------ rendering
 
-    def _apply(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, generation: bool) -> str:
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, generation: bool
+    ) -> str:
         views = [template_view(message) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                views, tools=list(tools) or None, add_generation_prompt=generation, tokenize=False, **self._kwargs
+                views,
+                tools=list(tools) or None,
+                add_generation_prompt=generation,
+                tokenize=False,
+                **self._kwargs,
             )
-        except Exception as error:  # templates raise through jinja2, and anything else through bad messages
-            raise TemplateError(f"the chat template of {self.name} refuses the messages: {error}") from error
+        except (
+            Exception
+        ) as error:  # templates raise through jinja2, and anything else through bad messages
+            raise TemplateError(
+                f"the chat template of {self.name} refuses the messages: {error}"
+            ) from error
         return str(text)
 
     def _delta_text(self, messages: Sequence[Message], kind: str) -> str:
@@ -165,7 +209,9 @@ class ChatTemplate:
         try:
             text = self._compiled([*_STUB_VIEWS[kind], *messages], self._kwargs)
         except Exception as error:
-            raise TemplateError(f"the chat template of {self.name} refuses {kind} messages: {error}") from error
+            raise TemplateError(
+                f"the chat template of {self.name} refuses {kind} messages: {error}"
+            ) from error
         return self._behind_stub(text, kind)
 
     def _behind_stub(self, text: str, kind: str) -> str:
@@ -174,21 +220,27 @@ class ChatTemplate:
         end = text.find(self._end_text, mark)
         if mark < 0 or end < 0:
             what = "tool calls" if kind == TOOL else "assistant messages"
-            raise TemplateError(f"the chat template of {self.name} renders {what} without {'their text' if mark < 0 else self._end_text}")
+            raise TemplateError(
+                f"the chat template of {self.name} renders {what} without {'their text' if mark < 0 else self._end_text}"
+            )
         return text[end + len(self._end_text) :]
 
     def _after_end(self, text: str) -> list[int]:
         """Ids of text that follows an end token: some tokenizers treat the start of a text differently."""
         ids = self.encode(self._end_text + text)
         if not ids or ids[0] != self.end_id:
-            raise TemplateError(f"{self.name}: the end token {self._end_text!r} merges with the text after it")
+            raise TemplateError(
+                f"{self.name}: the end token {self._end_text!r} merges with the text after it"
+            )
         return ids[1:]
 
     def _encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
         """Ids of `text` and, for each character position, the first token that starts at or after it."""
         encoding = self.encoding(text)
         starts = [start for start, _ in encoding.offsets]
-        return list(encoding.ids), [next((i for i, start in enumerate(starts) if start >= cut), len(starts)) for cut in cuts]
+        return list(encoding.ids), [
+            next((i for i, start in enumerate(starts) if start >= cut), len(starts)) for cut in cuts
+        ]
 
     def _parts_by_offset(self, text: str, edges: _Edges) -> list[list[int]]:
         shift = len(self._end_text)
@@ -206,7 +258,9 @@ class ChatTemplate:
         ids = self.encode(text.rpartition(_MARK)[2])
         known = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         specials = [token for token in ids if token in known]
-        end = (specials[0] if kind == USER else specials[-1]) if specials else None  # `</tool_call>` may be a token too
+        end = (
+            (specials[0] if kind == USER else specials[-1]) if specials else None
+        )  # `</tool_call>` may be a token too
         if end is None or _MARK not in text or (kind == USER and ids[0] != end):
             raise TemplateError(
                 f"the chat template of {self.name} ends an assistant turn without a special token: no engine can stop there"
@@ -224,7 +278,9 @@ class ChatTemplate:
         with_prompt = self._apply(_STUBS[USER][:1], [], generation=True)
         without = self._apply(_STUBS[USER][:1], [], generation=False)
         if not with_prompt.startswith(without):
-            raise TemplateError(f"the chat template of {self.name} rewrites the prompt when add_generation_prompt is set")
+            raise TemplateError(
+                f"the chat template of {self.name} rewrites the prompt when add_generation_prompt is set"
+            )
         return with_prompt[len(without) :]
 
     def _find_edges(self, kind: str) -> _Edges:
@@ -233,7 +289,9 @@ class ChatTemplate:
         scaffold = self._behind_stub(bare, kind)
         text = self._delta_text(_messages(kind, ["x"]), kind)
         if not (text.startswith(scaffold) and text.endswith(self._generation)):
-            raise TemplateError(f"the chat template of {self.name} changes the text around {kind} messages")
+            raise TemplateError(
+                f"the chat template of {self.name} changes the text around {kind} messages"
+            )
         generation_ids = self.encode(self._generation) if self._generation else []
         return _Edges(scaffold, self._after_end(scaffold) if scaffold else [], generation_ids)
 
@@ -259,13 +317,22 @@ class ChatTemplate:
         except TemplateError:
             return False
 
-    def _difference(self, history: list[Message], messages: list[Message], tools: list[dict[str, Any]], kind: str) -> str:
+    def _difference(
+        self,
+        history: list[Message],
+        messages: list[Message],
+        tools: list[dict[str, Any]],
+        kind: str,
+    ) -> str:
         whole = self._apply([*history, *messages], tools, generation=True)
         text = self._delta_text(messages, kind)
         if not whole.endswith(self._end_text + text):
             return f"after {len(history)} messages{' with tools' if tools else ''} it renders other text than after two"
         delta = [token for _, ids in self.delta(messages, kind).pieces for token in ids]
-        if list(self.encoding(whole).ids) != list(self.encoding(whole[: len(whole) - len(text)]).ids) + delta:
+        if (
+            list(self.encoding(whole).ids)
+            != list(self.encoding(whole[: len(whole) - len(text)]).ids) + delta
+        ):
             return "its tokens merge across the end of a turn"
         return ""
 
@@ -279,20 +346,28 @@ class ChatTemplate:
             frame = _Frame(head, two.partition(first)[2].partition(second)[0], tail)
             for contents in ([text] for text in _ODD_CONTENTS):
                 if any(
-                    self._rendered_delta(_messages(kind, contents * count, f"call_{count}_0"), kind) != frame.around(contents * count)
+                    self._rendered_delta(_messages(kind, contents * count, f"call_{count}_0"), kind)
+                    != frame.around(contents * count)
                     for count in (1, 2, 3)
                 ):
                     return None
-        except TemplateError:  # several at once, or odd ones, are refused: rendering them will say so
+        except (
+            TemplateError
+        ):  # several at once, or odd ones, are refused: rendering them will say so
             return None
         return frame
 
     def _rewrites_history(self) -> bool:
         """True where a later message changes how an earlier assistant turn is rendered."""
         turn = "<think>\nt\n</think>\n\nanswer"
-        messages: list[Message] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": turn}]
+        messages: list[Message] = [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": turn},
+        ]
         try:
-            return turn not in self._apply([*messages, {"role": "user", "content": "v"}], [], generation=True)
+            return turn not in self._apply(
+                [*messages, {"role": "user", "content": "v"}], [], generation=True
+            )
         except TemplateError:
             return False
 
@@ -338,7 +413,15 @@ def _compiled(name: str, tokenizer: Any) -> Callable[[list[Message], Mapping[str
     special = dict(tokenizer.special_tokens_map)
 
     def render(messages: list[Message], kwargs: Mapping[str, Any]) -> str:
-        return str(template.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **{**special, **kwargs}))
+        return str(
+            template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **{**special, **kwargs},
+            )
+        )
 
     return render
 
@@ -348,7 +431,11 @@ _PROBE_TOOL = {
     "function": {
         "name": "f",
         "description": "d",
-        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "string", "description": "x"}},
+            "required": ["x"],
+        },
     },
 }
 
@@ -356,7 +443,10 @@ _PROBE_TOOL = {
 def _messages(kind: str, contents: Sequence[str], call_id: str = "call_0_0") -> list[Message]:
     if kind == USER:
         return [{"role": "user", "content": content} for content in contents]
-    return [{"role": "tool", "content": content, "tool_call_id": call_id, "name": f"f{call_id}"} for content in contents]
+    return [
+        {"role": "tool", "content": content, "tool_call_id": call_id, "name": f"f{call_id}"}
+        for content in contents
+    ]
 
 
 def _histories(kind: str) -> list[list[Message]]:
@@ -366,12 +456,22 @@ def _histories(kind: str) -> list[list[Message]]:
     """
     ask: Message = {"role": "user", "content": "Question?"}
     answer: Message = {"role": "assistant", "content": "Answer."}
-    other_call = {"id": "call_0_0", "type": "function", "function": {"name": "other", "arguments": '{"y": 1}'}}
+    other_call = {
+        "id": "call_0_0",
+        "type": "function",
+        "function": {"name": "other", "arguments": '{"y": 1}'},
+    }
     call: Message = {"role": "assistant", "content": "Let me see.", "tool_calls": [other_call]}
-    thought: Message = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nSo.", "tool_calls": [other_call]}
+    thought: Message = {
+        "role": "assistant",
+        "content": "<think>\nhm\n</think>\n\nSo.",
+        "tool_calls": [other_call],
+    }
     last = [call] if kind == TOOL else [answer]
     round_trip = [call, *_messages(TOOL, ["1"])]
-    try_thought = [thought] if kind == TOOL else [{**answer, "content": "<think>\nhm\n</think>\n\nSo."}]
+    try_thought = (
+        [thought] if kind == TOOL else [{**answer, "content": "<think>\nhm\n</think>\n\nSo."}]
+    )
     return [
         [ask, *last],
         [{"role": "system", "content": "Rules."}, ask, answer, ask, *last],
@@ -382,7 +482,10 @@ def _histories(kind: str) -> list[list[Message]]:
 
 def _common_length(first: str, second: str) -> int:
     """How many characters two texts have in common at their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
 
 
 def _split(ids: list[int], cuts: Sequence[int]) -> list[list[int]]:

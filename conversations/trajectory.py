@@ -187,7 +187,10 @@ def _canonical_parts(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any]
     for kind, names in groupby(sorted(record), _KINDS.get):
         part = {name: record[name] for name in names}
         if kind == "numbers":
-            yield part, ",".join(f'"{name}":{number_list_json(values)}' for name, values in part.items())
+            yield (
+                part,
+                ",".join(f'"{name}":{number_list_json(values)}' for name, values in part.items()),
+            )
         else:
             yield part, _encode(part)[1:-1]
 
@@ -207,8 +210,12 @@ def canonical_json(value: object) -> str:
 
 
 # A circular value ends in a RecursionError; looking out for it costs every list and object of every record.
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False).encode
-_encode_in_order = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False).encode
+_encode = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False
+).encode
+_encode_in_order = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False
+).encode
 
 
 def total_reward(parts: Mapping[str, Any]) -> float | None:
@@ -232,7 +239,9 @@ def read_record(line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RecordError(f"trajectory {record['id']} has no canonical JSON: {error}") from error
     if record["sha256"] != expected:
-        raise RecordError(f"trajectory {record['id']} does not match its hash: it was changed after it was written")
+        raise RecordError(
+            f"trajectory {record['id']} does not match its hash: it was changed after it was written"
+        )
     return record
 
 
@@ -257,7 +266,9 @@ def _sha256(text: str) -> str:
 
 
 def _read_call(call: dict[str, Any]) -> ToolCallRecord:
-    return ToolCallRecord(**{**call, "attempts": [Attempt(**attempt) for attempt in call["attempts"]]})
+    return ToolCallRecord(
+        **{**call, "attempts": [Attempt(**attempt) for attempt in call["attempts"]]}
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,12 @@ def is_cut_of(shown: str, text: str) -> bool:
     for marker in _MARKER.finditer(shown):
         head, tail = shown[: marker.start()], shown[marker.end() :]
         cut = int(marker[1])
-        if text.startswith(head) and text.endswith(tail) and cut > 0 and len(head) + cut + len(tail) == len(text):
+        if (
+            text.startswith(head)
+            and text.endswith(tail)
+            and cut > 0
+            and len(head) + cut + len(tail) == len(text)
+        ):
             return True
     return False
 
@@ -85,7 +90,9 @@ def _tail(text: str, count: int, template: ChatTemplate) -> str:
         piece = text[-window:]
         encoding = template.encoding(piece)
         if len(encoding.ids) > count:
-            start = encoding.offsets[-count - 1][1]  # where the last dropped token ends: no half character stays
+            start = encoding.offsets[-count - 1][
+                1
+            ]  # where the last dropped token ends: no half character stays
             while start < len(piece) and unicodedata.combining(piece[start]):
                 start += 1
             return piece[start:]

@@ -59,7 +59,9 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """The verdict as one JSON object."""
         plain = {name: count for name, count in self.counts.items() if "." not in name}
-        reasons = {name.partition(".")[2]: count for name, count in self.counts.items() if "." in name}
+        reasons = {
+            name.partition(".")[2]: count for name, count in self.counts.items() if "." in name
+        }
         counts = {**plain, "stop_reasons": reasons}
         found = {"ok": not self.defects, "defects": self.defects, "digest": self.digest}
         return {"run": str(self.path), **found, "counts": counts, "notes": self.notes}
@@ -73,7 +75,11 @@ class Verdict:
             f"{counts['tool_calls']} tool calls",
         ]
         parts += [f"{counts[name]} {name}" for name in ("unfinished", "superseded") if counts[name]]
-        found = f"{self.defects} defect{'s' if self.defects != 1 else ''}" if self.defects else "no defects"
+        found = (
+            f"{self.defects} defect{'s' if self.defects != 1 else ''}"
+            if self.defects
+            else "no defects"
+        )
         return f"{printable(str(self.path))}: {', '.join(parts)}: {found}"
 
 
@@ -92,7 +98,9 @@ def verify_run(
     folder = Path(path)
     if not (folder / RUN).exists() and not (folder / TRAJECTORIES).exists():
         raise RunFolderError(f"{folder} holds no run: there is no {RUN}")
-    verification = _Verification(folder, jobs, on_defect or (lambda defect: None), on_progress or (lambda done, total: None))
+    verification = _Verification(
+        folder, jobs, on_defect or (lambda defect: None), on_progress or (lambda done, total: None)
+    )
     verification.run()
     return verification.verdict
 
@@ -100,7 +108,13 @@ def verify_run(
 class _Verification:
     """One pass over a folder; `verdict` is complete when `run` has returned."""
 
-    def __init__(self, folder: Path, jobs: int, on_defect: Callable[[Defect], None], on_progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int,
+        on_defect: Callable[[Defect], None],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
         self.folder, self.jobs = folder, jobs
         self.verdict = Verdict(folder)
         self.whole = Whole()
@@ -109,7 +123,9 @@ class _Verification:
     def run(self) -> None:
         manifest = self._manifest()
         facts = facts_of(manifest, self._template(manifest))
-        chunks = [chunk for name in (TRAJECTORIES, UNFINISHED, SUPERSEDED) for chunk in self._chunks(name)]
+        chunks = [
+            chunk for name in (TRAJECTORIES, UNFINISHED, SUPERSEDED) for chunk in self._chunks(name)
+        ]
         total, done, lines = sum(chunk.end - chunk.start for chunk in chunks), 0, Counter[str]()
         for chunk, result in self._results(chunks, facts):
             for number, checked in enumerate(result, lines[chunk.name] + 1):
@@ -122,7 +138,10 @@ class _Verification:
             self._report(defect)
         self._check_digest(manifest)
         self.verdict.counts += self.whole.tally
-        self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = lines[UNFINISHED], lines[SUPERSEDED]
+        self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = (
+            lines[UNFINISHED],
+            lines[SUPERSEDED],
+        )
         self.verdict.notes += self._notes(counts, facts, lines[UNFINISHED])
 
     # ------------------------------------------------------------------ what the run is
@@ -145,16 +164,36 @@ class _Verification:
             problem = f"the chat template does not come to an end within {TIME_LIMIT_S:g} s"
         except ConversationsError as error:
             problem = str(error)
-        self._report(Defect(TOKENIZER, 0, None, Finding(f"{problem}; tokens could not be checked against messages")))
+        self._report(
+            Defect(
+                TOKENIZER,
+                0,
+                None,
+                Finding(f"{problem}; tokens could not be checked against messages"),
+            )
+        )
         return None
 
     def _check_digest(self, manifest: dict[str, Any]) -> None:
         """Whether the records are, all in all, those that were there when the run closed."""
         self.verdict.digest = self.whole.digest.hexdigest()
-        said = manifest.get("digest") if "counts" in manifest and not self.whole.unreadable else None
+        said = (
+            manifest.get("digest") if "counts" in manifest and not self.whole.unreadable else None
+        )
         if said is not None and said != self.verdict.digest:
-            what = differs("the digest of all finished records", str(said)[:16], self.verdict.digest[:16])
-            self._report(Defect(RUN, 0, None, Finding(f"{what}: one was changed, added, removed or moved since the run closed")))
+            what = differs(
+                "the digest of all finished records", str(said)[:16], self.verdict.digest[:16]
+            )
+            self._report(
+                Defect(
+                    RUN,
+                    0,
+                    None,
+                    Finding(
+                        f"{what}: one was changed, added, removed or moved since the run closed"
+                    ),
+                )
+            )
 
     def _notes(self, counts: Counts, facts: Facts, unfinished: int) -> Iterator[str]:
         if not counts.is_complete(self.whole.finished):
@@ -164,7 +203,11 @@ class _Verification:
         if not facts.cuts:
             yield f"{RUN} does not say how tool responses are cut: cuts were not checked"
         if facts.imported is not None:
-            unread = "" if facts.template else "; there is no tokenizer: tokens were not checked against messages"
+            unread = (
+                ""
+                if facts.template
+                else "; there is no tokenizer: tokens were not checked against messages"
+            )
             yield f"the run was imported from {printable(facts.imported)}: how conversations ended was not checked{unread}"
         if facts.n is None:
             yield f"{RUN} does not say how many samples a group has: groups were not checked for missing ones"
@@ -176,11 +219,18 @@ class _Verification:
     def _take(self, name: str, line: int, checked: Checked) -> None:
         findings = checked.findings
         if name != SUPERSEDED:
-            findings = [*findings, *self.whole.add(name, line, checked, finished=name == TRAJECTORIES)]
+            findings = [
+                *findings,
+                *self.whole.add(name, line, checked, finished=name == TRAJECTORIES),
+            ]
         for finding in findings[:MAX_FINDINGS]:
             self._report(Defect(name, line, checked.id, finding))
         if len(findings) > MAX_FINDINGS:
-            self._report(Defect(name, line, checked.id, Finding(f"{len(findings) - MAX_FINDINGS} more defects")))
+            self._report(
+                Defect(
+                    name, line, checked.id, Finding(f"{len(findings) - MAX_FINDINGS} more defects")
+                )
+            )
 
     def _report(self, defect: Defect) -> None:
         self.verdict.defects += 1
@@ -204,7 +254,9 @@ class _Verification:
             yield from ((chunk, check_chunk(chunk, facts)) for chunk in chunks)
             return
         waiting, under_way = deque(chunks), deque[tuple[Chunk, Future[list[Checked]]]]()
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _start_worker, (facts,)) as pool:
+        with ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("fork"), _start_worker, (facts,)
+        ) as pool:
             try:
                 while waiting or under_way:
                     while waiting and len(under_way) < 2 * jobs:
@@ -283,7 +335,13 @@ def _checked(line: bytes, name: str, facts: Facts) -> Checked:
     if len(line) == MAX_LINE:
         return Checked([Finding(f"the line is longer than {MAX_LINE} bytes")])
     if not line.endswith(b"\n"):
-        return Checked([Finding("the line is torn: no newline ends it; `turntrace run --resume` cuts it and runs its conversation again")])
+        return Checked(
+            [
+                Finding(
+                    "the line is torn: no newline ends it; `turntrace run --resume` cuts it and runs its conversation again"
+                )
+            ]
+        )
     try:
         with time_limit(TIME_LIMIT_S):
             return check_line(line, facts, finished=name == TRAJECTORIES)

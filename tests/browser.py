@@ -35,7 +35,9 @@ fs.writeFileSync(target, zlib.brotliDecompressSync(fs.readFileSync(packed)));
 def chromium_folder() -> Path:
     """Where Chromium lies unpacked. Skips the test where it cannot be had."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        pytest.skip(f"{PACKAGE} is for Linux on x86_64; this is {platform.system()} on {platform.machine()}")
+        pytest.skip(
+            f"{PACKAGE} is for Linux on x86_64; this is {platform.system()} on {platform.machine()}"
+        )
     folder = ROOT / ".cache" / "npm" / f"sparticuz-chromium-{VERSION}"
     if not folder.is_dir():
         with made_whole(folder) as fresh:
@@ -68,12 +70,22 @@ def _unbrotli(packed: Path, target: Path) -> None:
 @contextlib.asynccontextmanager
 async def chromium() -> AsyncIterator[Any]:
     """A running browser (playwright's), on the running event loop."""
-    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed: pip install -e '.[dev]'")
+    playwright = pytest.importorskip(
+        "playwright.async_api", reason="playwright is not installed: pip install -e '.[dev]'"
+    )
     folder = chromium_folder()
-    env = {**os.environ, "LD_LIBRARY_PATH": str(folder / "al2023" / "lib"), "FONTCONFIG_FILE": str(folder / "fonts.conf")}
+    env = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(folder / "al2023" / "lib"),
+        "FONTCONFIG_FILE": str(folder / "fonts.conf"),
+    }
     async with playwright.async_playwright() as driver:
         # Its own sandbox needs namespaces that containers often lack; what it opens here is ours.
-        browser = await driver.chromium.launch(executable_path=folder / "bin" / "chromium", args=["--no-sandbox", "--disable-gpu"], env=env)
+        browser = await driver.chromium.launch(
+            executable_path=folder / "bin" / "chromium",
+            args=["--no-sandbox", "--disable-gpu"],
+            env=env,
+        )
         yield browser
         await browser.close()
 
@@ -86,7 +98,11 @@ class Tab:
         self.address = address
         self.trouble: list[str] = []
         page.on("dialog", self._dialog)
-        page.on("console", lambda message: message.type in ("error", "warning") and self.trouble.append(f"console: {message.text}"))
+        page.on(
+            "console",
+            lambda message: message.type in ("error", "warning")
+            and self.trouble.append(f"console: {message.text}"),
+        )
         page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
         page.on("crash", lambda _: self.trouble.append("crashed"))
         page.on("popup", lambda other: self.trouble.append(f"popup: {other.url}"))
@@ -111,7 +127,9 @@ class Tab:
 
     async def ready(self) -> None:
         """Returns when the page shows its data."""
-        await self.until("document.documentElement.dataset.ready !== undefined || !document.getElementById('notice').hidden")
+        await self.until(
+            "document.documentElement.dataset.ready !== undefined || !document.getElementById('notice').hidden"
+        )
 
     async def text(self, selector: str) -> str:
         """What stands in the first element that matches."""
@@ -119,17 +137,23 @@ class Tab:
 
     async def texts(self, selector: str) -> list[str]:
         """What stands in each element in sight that matches."""
-        return [str(text) for text in await self.page.locator(f"{selector}:visible").all_inner_texts()]
+        return [
+            str(text) for text in await self.page.locator(f"{selector}:visible").all_inner_texts()
+        ]
 
 
 @contextlib.asynccontextmanager
-async def tab(browser: Any, target: str | Path, fragment: str = "", *, script: str = "", **options: Any) -> AsyncIterator[Tab]:
+async def tab(
+    browser: Any, target: str | Path, fragment: str = "", *, script: str = "", **options: Any
+) -> AsyncIterator[Tab]:
     """A page opened from disk or from an address; nothing may have gone wrong by the end.
 
     `script` runs before the page's own; `options` are those of a context.
     """
     address = target if isinstance(target, str) else Path.as_uri(target)
-    async with await browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options}) as context:
+    async with await browser.new_context(
+        **{"viewport": {"width": 1440, "height": 900}, **options}
+    ) as context:
         opened = Tab(await context.new_page(), address)
         if script:
             await opened.page.add_init_script(script)

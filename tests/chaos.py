@@ -75,7 +75,9 @@ class Kind:
 WHO = "c????"
 """Stands in a call for the id of the conversation that makes it."""
 
-CALM = Turn((call("toy", do="nap", text=str(NAP_S)), call("web", do="ok", who=WHO)), ("ok", "ok"), NAP_S)
+CALM = Turn(
+    (call("toy", do="nap", text=str(NAP_S)), call("web", do="ok", who=WHO)), ("ok", "ok"), NAP_S
+)
 
 REST = Turn((call("toy", do="nap", text=str(NAP_S)),), ("ok",), NAP_S)
 
@@ -117,7 +119,11 @@ KINDS = (
 
 def tasks(kinds: Sequence[Kind]) -> list[Task]:
     return [
-        Task(f"c{index:04}", [{"role": "user", "content": f"{index:04} {kind.name}"}], tools_kwargs=kind.tools_kwargs)
+        Task(
+            f"c{index:04}",
+            [{"role": "user", "content": f"{index:04} {kind.name}"}],
+            tools_kwargs=kind.tools_kwargs,
+        )
         for index, kind in enumerate(kinds)
     ]
 
@@ -153,14 +159,22 @@ class Scripts:
     def describe(self) -> dict[str, Any]:
         return {"name": "scripts"}
 
-    async def generate(self, prompt_ids: Any, sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Any, sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         await asyncio.sleep(ENGINE_S)
         system = prompt_ids.index(self._start)
         user = prompt_ids.index(self._start, system + 1)
         number = self._template.decode(prompt_ids[user + 1 : user + 8]).split("\n")[1][:4]
         kind = self._kinds[int(number)]
-        done = (prompt_ids.count(self._start) - 3) // 2  # a turn adds the start of its answers and of the next turn
-        text = "".join(kind.turns[done].calls).replace(WHO, f"c{number}") if done < len(kind.turns) else "42"
+        done = (
+            prompt_ids.count(self._start) - 3
+        ) // 2  # a turn adds the start of its answers and of the next turn
+        text = (
+            "".join(kind.turns[done].calls).replace(WHO, f"c{number}")
+            if done < len(kind.turns)
+            else "42"
+        )
         ids = [*self._template.encode(text), self._template.end_id]
         return Generation(ids, logprobs(ids), "stop")
 
@@ -173,10 +187,22 @@ class WebTool(BaseTool):
     """Asks a server to misbehave. `seen` is what became of each conversation's attempts, by the tool's own account."""
 
     def __init__(self, name: str, port: int, **policy: Any) -> None:
-        parameters = {"type": "object", "properties": {"do": {"type": "string"}, "who": {"type": "string"}}}
-        super().__init__({"timeout_s": PATIENCE_S, **policy}, {"type": "function", "function": {"name": name, "parameters": parameters}})
+        parameters = {
+            "type": "object",
+            "properties": {"do": {"type": "string"}, "who": {"type": "string"}},
+        }
+        super().__init__(
+            {"timeout_s": PATIENCE_S, **policy},
+            {"type": "function", "function": {"name": name, "parameters": parameters}},
+        )
         limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=16)
-        self._client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None, limits=limits, verify=False, trust_env=False)
+        self._client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=None,
+            limits=limits,
+            verify=False,
+            trust_env=False,
+        )
         self.seen: dict[str, list[str]] = {}
 
     async def execute(
@@ -201,7 +227,9 @@ class HugeTool(BaseTool):
     """Answers 10 MB."""
 
     def __init__(self) -> None:
-        super().__init__({}, {"type": "function", "function": {"name": "huge", "parameters": {"type": "object"}}})
+        super().__init__(
+            {}, {"type": "function", "function": {"name": "huge", "parameters": {"type": "object"}}}
+        )
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
@@ -219,7 +247,9 @@ class Server:
     async def start(self) -> None:
         while True:  # the port may be somebody else's for a moment
             command = (sys.executable, str(ROOT / "tests" / "chaos_server.py"), str(self.port))
-            self._process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdout=asyncio.subprocess.PIPE
+            )
             assert self._process.stdout
             if line := await self._process.stdout.readline():
                 self.port = int(line)
@@ -269,7 +299,11 @@ async def run(template: ChatTemplate, folder: Path, conversations: int = CONVERS
     toolset = ToolSet.from_tools(tools.values())
     reviving = asyncio.create_task(mortal.revive(lambda: _noticed(tools["patient"])))
     try:
-        dispatcher = Dispatcher(toolset, max_parallel_calls=4, cut=lambda text, **own: cut_to_tokens(text, 256, "middle", template))
+        dispatcher = Dispatcher(
+            toolset,
+            max_parallel_calls=4,
+            cut=lambda text, **own: cut_to_tokens(text, 256, "middle", template),
+        )
         runtime = Runtime(Scripts(template, kinds), template, settings(max_turns=8), dispatcher)
         started = perf_counter()
         with RunFolder.create(folder, {}) as store:
@@ -290,7 +324,13 @@ def _tools(steady: int, mortal: int) -> dict[str, Any]:
         Toy("stuck", timeout_s=TIMEOUT_S),
         Toy("weak"),
         HugeTool(),
-        WebTool("web", steady, rate_limit=10_000, max_concurrency=10 * AT_ONCE, circuit_breaker={"failures": 10_000}),
+        WebTool(
+            "web",
+            steady,
+            rate_limit=10_000,
+            max_concurrency=10 * AT_ONCE,
+            circuit_breaker={"failures": 10_000},
+        ),
         WebTool("stuck_web", steady, timeout_s=TIMEOUT_S),
         WebTool("patient", mortal, idempotent=True, retries=8),
         WebTool("brittle", mortal, circuit_breaker={"failures": 3, "cooldown_s": 0.2}),

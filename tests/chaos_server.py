@@ -41,9 +41,14 @@ async def answer(do: str, writer: asyncio.StreamWriter) -> bool:
         await asyncio.sleep(3600)
     if do == "close":
         return False
-    body = {"ok": b'{"text": "fine"}', "huge": b'{"text": "%s"}' % (b"x" * HUGE_BYTES)}.get(do, b"<html>no JSON</html>")
+    body = {"ok": b'{"text": "fine"}', "huge": b'{"text": "%s"}' % (b"x" * HUGE_BYTES)}.get(
+        do, b"<html>no JSON</html>"
+    )
     status = b"500 Internal Server Error" if do == "500" else b"200 OK"
-    writer.write(b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body)))
+    writer.write(
+        b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        % (status, len(body))
+    )
     writer.write(body[: len(body) // 2] if do == "half" else body)
     return do != "half"
 

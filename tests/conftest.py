@@ -92,7 +92,9 @@ def sglang_rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         "max_num_seqs": ENGINE_SLOTS,
         "engine_kwargs": {"sglang": {"max_total_tokens": 8 * ENGINE_CONTEXT}},
     }
-    rollout = start(config, base_model_dir(), log_path=tmp_path_factory.mktemp("engine") / "sglang.log")
+    rollout = start(
+        config, base_model_dir(), log_path=tmp_path_factory.mktemp("engine") / "sglang.log"
+    )
     yield rollout
     rollout.shutdown()
 

@@ -16,16 +16,35 @@ import pytest
 from tests.helpers import ROOT
 
 PACKAGES = ("agent", "conversations", "tools")
-MAY_IMPORT = {"agent": {"agent", "conversations", "tools"}, "conversations": {"conversations"}, "tools": {"tools"}}
+MAY_IMPORT = {
+    "agent": {"agent", "conversations", "tools"},
+    "conversations": {"conversations"},
+    "tools": {"tools"},
+}
 
 HEAVY = {
     "torch", "ray", "sglang", "verl", "transformers", "tensordict", "datasets", "pandas", "numpy", "pyarrow", "safetensors", "gguf",
     "peft", "accelerate", "reasoning_gym", "sgl_kernel", "vllm", "triton",
 }  # fmt: skip
-MAY_BE_HEAVY = ("agent/rollout.py", "agent/verl_agent_loop.py", "agent/model/recipe/", "agent/engines/cpu_guards/")
+MAY_BE_HEAVY = (
+    "agent/rollout.py",
+    "agent/verl_agent_loop.py",
+    "agent/model/recipe/",
+    "agent/engines/cpu_guards/",
+)
 """Files that exist for such an import; nobody imports them before it is needed."""
 
-ENGINES_AND_NETWORK = {"sglang", "verl", "ray", "httpx", "requests", "aiohttp", "socket", "http", "urllib3"}
+ENGINES_AND_NETWORK = {
+    "sglang",
+    "verl",
+    "ray",
+    "httpx",
+    "requests",
+    "aiohttp",
+    "socket",
+    "http",
+    "urllib3",
+}
 
 CONTAINERS = {("conversations/export/dataproto.py", "verl", False)}
 """(file, module, at import): verl's `DataProto` is a container of tensors; only its own class writes the file that it reads."""
@@ -64,7 +83,12 @@ def _walk(node: ast.AST, file: str, *, at_import: bool) -> Iterator[Import]:
             yield from (Import(file, child.lineno, alias.name, at_import) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             package = ".".join(Path(file).parts[: -child.level]) if child.level else ""
-            yield Import(file, child.lineno, ".".join(part for part in (package, child.module) if part), at_import)
+            yield Import(
+                file,
+                child.lineno,
+                ".".join(part for part in (package, child.module) if part),
+                at_import,
+            )
         elif isinstance(child, ast.Call) and _is_import_call(child):
             yield Import(file, child.lineno, str(child.args[0].value), at_import)  # type: ignore[attr-defined]
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
@@ -74,8 +98,14 @@ def _walk(node: ast.AST, file: str, *, at_import: bool) -> Iterator[Import]:
 
 
 def _is_import_call(call: ast.Call) -> bool:
-    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    return called in ("import_module", "__import__") and bool(call.args) and isinstance(call.args[0], ast.Constant)
+    called = (
+        call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    )
+    return (
+        called in ("import_module", "__import__")
+        and bool(call.args)
+        and isinstance(call.args[0], ast.Constant)
+    )
 
 
 ALL = [found for file in files() for found in imports_of(file)]
@@ -88,13 +118,25 @@ def test_there_is_something_to_walk() -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    wrong = [str(found) for found in ALL if found.top in PACKAGES and found.top not in MAY_IMPORT[found.file.split("/")[0]]]
+    wrong = [
+        str(found)
+        for found in ALL
+        if found.top in PACKAGES and found.top not in MAY_IMPORT[found.file.split("/")[0]]
+    ]
     assert wrong == []
 
 
 def test_conversations_know_no_engine_and_no_network() -> None:
-    inside = [found for found in ALL if found.file.startswith("conversations/") and found.top in ENGINES_AND_NETWORK]
-    assert [str(found) for found in inside if (found.file, found.module, found.at_import) not in CONTAINERS] == []
+    inside = [
+        found
+        for found in ALL
+        if found.file.startswith("conversations/") and found.top in ENGINES_AND_NETWORK
+    ]
+    assert [
+        str(found)
+        for found in inside
+        if (found.file, found.module, found.at_import) not in CONTAINERS
+    ] == []
 
 
 def test_packages_import_no_tests() -> None:
@@ -102,7 +144,11 @@ def test_packages_import_no_tests() -> None:
 
 
 def test_heavy_modules_are_imported_where_they_are_needed() -> None:
-    wrong = [str(found) for found in ALL if found.at_import and found.top in HEAVY and not found.file.startswith(MAY_BE_HEAVY)]
+    wrong = [
+        str(found)
+        for found in ALL
+        if found.at_import and found.top in HEAVY and not found.file.startswith(MAY_BE_HEAVY)
+    ]
     assert wrong == []
 
 
@@ -114,11 +160,15 @@ def test_one_file_imports_verls_rollout() -> None:
 def test_who_imports_that_file_does_so_when_it_is_needed() -> None:
     heavy = ("agent.rollout", "agent.verl_agent_loop", "agent.model.recipe")
     outside = [found for found in ALL if not found.file.startswith(MAY_BE_HEAVY)]
-    assert [str(found) for found in outside if found.at_import and found.module.startswith(heavy)] == []
+    assert [
+        str(found) for found in outside if found.at_import and found.module.startswith(heavy)
+    ] == []
 
 
 LIGHT = [
-    str(file.relative_to(ROOT)) for file in files() if not str(file.relative_to(ROOT)).startswith(MAY_BE_HEAVY) and file.stem != "__main__"
+    str(file.relative_to(ROOT))
+    for file in files()
+    if not str(file.relative_to(ROOT)).startswith(MAY_BE_HEAVY) and file.stem != "__main__"
 ]
 
 PROBE = """
@@ -132,11 +182,24 @@ print(json.dumps({"heavy": sorted(set(json.loads(sys.argv[2])) & set(sys.modules
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_importing_loads_nothing_heavy_prints_nothing_and_changes_no_environment(package: str) -> None:
+def test_importing_loads_nothing_heavy_prints_nothing_and_changes_no_environment(
+    package: str,
+) -> None:
     """For real: what our imports import counts too."""
-    modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in LIGHT if path.startswith(f"{package}/")]
+    modules = [
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for path in LIGHT
+        if path.startswith(f"{package}/")
+    ]
     command = [sys.executable, "-c", PROBE, json.dumps(modules), json.dumps(sorted(HEAVY))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert json.loads(done.stdout) == {"heavy": [], "environment": True}

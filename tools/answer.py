@@ -43,7 +43,9 @@ class AnswerTool(BaseTool):
         if ground_truth is None:
             ground_truth = (create_kwargs or {}).get("ground_truth")
         instance_id = instance_id or uuid.uuid4().hex
-        self._submissions[instance_id] = _Submission(None if ground_truth is None else str(ground_truth))
+        self._submissions[instance_id] = _Submission(
+            None if ground_truth is None else str(ground_truth)
+        )
         return instance_id, ToolResponse()
 
     async def execute(
@@ -69,4 +71,6 @@ class AnswerTool(BaseTool):
         try:
             return self._submissions[instance_id]
         except KeyError:
-            raise LookupError(f"{self.name} knows no trajectory {instance_id!r}: create() was not called, or release() was") from None
+            raise LookupError(
+                f"{self.name} knows no trajectory {instance_id!r}: create() was not called, or release() was"
+            ) from None

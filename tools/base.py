@@ -82,7 +82,9 @@ class BaseTool:
     async def start(self) -> None:
         """Makes ready what all trajectories share. Called before the first of them; raises ToolsError where it cannot be had."""
 
-    async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+    async def create(
+        self, instance_id: str | None = None, **create_kwargs: Any
+    ) -> tuple[str, ToolResponse]:
         """Starts the state of one trajectory; returns its id and what to show the model after the prompt, if anything.
 
         All tools of a trajectory are given the same `instance_id`.

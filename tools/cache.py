@@ -23,7 +23,10 @@ def cache_dir() -> Path:
 
 
 def build_folder(
-    target: Path, is_good: Callable[[Path], bool], write: Callable[[Path], None], while_waiting: Callable[[], None] = lambda: None
+    target: Path,
+    is_good: Callable[[Path], bool],
+    write: Callable[[Path], None],
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> bool:
     """Has `write` make the folder `target` unless it is there and good; returns whether it was written.
 
@@ -56,7 +59,9 @@ def _locked(target: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
     """One builder of a folder at a time. The lock lies in the cache: where the folder goes, only the folder should appear."""
     locks = cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with (locks / hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]).open("w") as file:
+    with (locks / hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]).open(
+        "w"
+    ) as file:
         while not _try_lock(file):
             while_waiting()
             time.sleep(_POLL_S)

@@ -36,7 +36,10 @@ class FunctionTool(BaseTool):
     config_keys = frozenset()
 
     def __init__(
-        self, function: Callable[..., Any], config: dict[str, Any] | None = None, tool_schema: dict[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        config: dict[str, Any] | None = None,
+        tool_schema: dict[str, Any] | None = None,
     ) -> None:
         self._function = function
         self._arguments = _arguments_model(function)
@@ -46,23 +49,36 @@ class FunctionTool(BaseTool):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
-    def with_config(self, config: dict[str, Any], tool_schema: dict[str, Any] | None = None) -> FunctionTool:
+    def with_config(
+        self, config: dict[str, Any], tool_schema: dict[str, Any] | None = None
+    ) -> FunctionTool:
         """The same function under another config, as tools.yaml may give it."""
-        return FunctionTool(self._function, {**self.config, **config}, tool_schema or self.tool_schema)
+        return FunctionTool(
+            self._function, {**self.config, **config}, tool_schema or self.tool_schema
+        )
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
         call = functools.partial(self._function, **self._checked(parameters))
-        result = await call() if inspect.iscoroutinefunction(self._function) else await _in_own_thread(call, self.name)
+        result = (
+            await call()
+            if inspect.iscoroutinefunction(self._function)
+            else await _in_own_thread(call, self.name)
+        )
         return _as_answer(result)
 
     def _checked(self, parameters: dict[str, Any]) -> dict[str, Any]:
         try:
             model = self._arguments.model_validate(parameters)
         except pydantic.ValidationError as error:
-            raise ToolError("; ".join(_plain(problem) for problem in error.errors(include_url=False))) from error
-        return {info.alias or "": getattr(model, field) for field, info in self._arguments.model_fields.items()}
+            raise ToolError(
+                "; ".join(_plain(problem) for problem in error.errors(include_url=False))
+            ) from error
+        return {
+            info.alias or "": getattr(model, field)
+            for field, info in self._arguments.model_fields.items()
+        }
 
 
 @overload
@@ -73,7 +89,9 @@ def tool(function: Callable[..., Any], /) -> FunctionTool: ...
 def tool(**config: Unpack[PolicyConfig]) -> Callable[[Callable[..., Any]], FunctionTool]: ...
 
 
-def tool(function: Callable[..., Any] | None = None, /, **config: Any) -> FunctionTool | Callable[[Callable[..., Any]], FunctionTool]:
+def tool(
+    function: Callable[..., Any] | None = None, /, **config: Any
+) -> FunctionTool | Callable[[Callable[..., Any]], FunctionTool]:
     """`@tool` or `@tool(timeout_s=5)`: makes a function a tool, named and described as the function is.
 
     The keywords are those of `tools.policy.Policy`.
@@ -94,35 +112,57 @@ def _arguments_model(function: Callable[..., Any]) -> type[pydantic.BaseModel]:
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
-        raise ToolConfigError(f"function {name}: a type hint cannot be resolved: {error}") from error
+        raise ToolConfigError(
+            f"function {name}: a type hint cannot be resolved: {error}"
+        ) from error
     except TypeError as error:  # a functools.partial, an object with __call__
-        raise ToolConfigError(f"{name}: only a function or a method can become a tool; wrap it in one") from error
+        raise ToolConfigError(
+            f"{name}: only a function or a method can become a tool; wrap it in one"
+        ) from error
     fields: dict[str, Any] = {}
     for index, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ToolConfigError(f"function {name}: parameter {parameter} cannot be given by name; a tool's arguments are named")
+            raise ToolConfigError(
+                f"function {name}: parameter {parameter} cannot be given by name; a tool's arguments are named"
+            )
         default = ... if parameter.default is parameter.empty else parameter.default
-        fields[f"field_{index}"] = (hints.get(parameter.name, Any), pydantic.Field(default, alias=parameter.name))
+        fields[f"field_{index}"] = (
+            hints.get(parameter.name, Any),
+            pydantic.Field(default, alias=parameter.name),
+        )
     try:
         return pydantic.create_model(name, __config__=pydantic.ConfigDict(extra="forbid"), **fields)
     except pydantic.PydanticUserError as error:
         raise ToolConfigError(f"function {name}: {error.message.splitlines()[0]}") from error
 
 
-def _function_schema(function: Callable[..., Any], arguments: type[pydantic.BaseModel]) -> dict[str, Any]:
+def _function_schema(
+    function: Callable[..., Any], arguments: type[pydantic.BaseModel]
+) -> dict[str, Any]:
     try:
         parameters = arguments.model_json_schema(schema_generator=_Untitled)
     except pydantic.PydanticUserError as error:
-        raise ToolConfigError(f"function {arguments.__name__}: {error.message.splitlines()[0]}") from error
-    for titled in (parameters, *parameters.get("$defs", {}).values()):  # the class's name, which only costs tokens
+        raise ToolConfigError(
+            f"function {arguments.__name__}: {error.message.splitlines()[0]}"
+        ) from error
+    for titled in (
+        parameters,
+        *parameters.get("$defs", {}).values(),
+    ):  # the class's name, which only costs tokens
         titled.pop("title", None)
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     for param in doc.params:
         if param.description and param.arg_name in parameters["properties"]:
-            parameters["properties"][param.arg_name].setdefault("description", " ".join(param.description.split()))
+            parameters["properties"][param.arg_name].setdefault(
+                "description", " ".join(param.description.split())
+            )
     return {
         "type": "function",
-        "function": {"name": arguments.__name__, "description": (doc.description or "").strip(), "parameters": parameters},
+        "function": {
+            "name": arguments.__name__,
+            "description": (doc.description or "").strip(),
+            "parameters": parameters,
+        },
     }
 
 
@@ -182,7 +222,9 @@ def _json_text(result: Any) -> str:
         return pydantic_core.to_json(result, fallback=_plain_values).decode()
     except pydantic_core.PydanticSerializationError as error:
         kind = type(result).__name__
-        raise TypeError(f"the function returned {kind}, not text or a JSON value: {error}; return str(...) of it, say") from None
+        raise TypeError(
+            f"the function returned {kind}, not text or a JSON value: {error}; return str(...) of it, say"
+        ) from None
 
 
 def _plain_values(value: Any) -> Any:

@@ -38,7 +38,11 @@ class Geo3kTool(AnswerTool):
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         super().__init__(config, tool_schema)
-        missing = [name for name in ("mathruler", "sympy", "pylatexenc", "tqdm") if importlib.util.find_spec(name) is None]
+        missing = [
+            name
+            for name in ("mathruler", "sympy", "pylatexenc", "tqdm")
+            if importlib.util.find_spec(name) is None
+        ]
         if missing:
             raise ToolConfigError(f"it grades with mathruler: pip install {' '.join(missing)}")
         self._idle: list[Worker] = []
@@ -74,7 +78,9 @@ class WorkerEndedError(Exception):
 
     def __init__(self, code: int) -> None:
         self.in_time = code != -signal.SIGPROF
-        super().__init__(f"the grader ended with code {code}" if self.in_time else "it took too long")
+        super().__init__(
+            f"the grader ended with code {code}" if self.in_time else "it took too long"
+        )
 
 
 class Worker:
@@ -95,7 +101,12 @@ class Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,  # sympy warns there of what models write
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])
+                ),
+            },
             start_new_session=True,
         )
         worker = cls(process)
@@ -106,7 +117,9 @@ class Worker:
             await worker.end()
             raise
         if not ready:
-            raise BackendError(f"the grader ended at its start with code {await process.wait()}; `python -m tools.servers.grader` says why")
+            raise BackendError(
+                f"the grader ended at its start with code {await process.wait()}; `python -m tools.servers.grader` says why"
+            )
         return worker
 
     async def ask(self, answer: str, ground_truth: str) -> bool:

@@ -53,4 +53,6 @@ class Gsm8kTool(AnswerTool):
             raise ToolConfigError(f"config.method must be flexible or strict, got {self.method!r}")
 
     async def grade(self, answer: str, ground_truth: str) -> tuple[float, dict[str, Any]]:
-        return grade(answer if answer.startswith("#### ") else f"#### {answer}", ground_truth, self.method), {}
+        return grade(
+            answer if answer.startswith("#### ") else f"#### {answer}", ground_truth, self.method
+        ), {}

@@ -37,7 +37,9 @@ def remote_url(key: str, given: object, path: str) -> httpx.URL | None:
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        raise ToolConfigError(f"config.{key} must be {EMBEDDED!r} or an http(s) address, got {given!r}")
+        raise ToolConfigError(
+            f"config.{key} must be {EMBEDDED!r} or an http(s) address, got {given!r}"
+        )
     return url.copy_with(path=path) if url.path in ("", "/") else url
 
 
@@ -89,7 +91,9 @@ class Backend:
         """The answer to a JSON request. Raises BackendError for anything but a 2xx."""
         return self.succeeded(await self.send("POST", content)).content
 
-    async def send(self, method: str, content: bytes | None = None, path: str | None = None) -> httpx.Response:
+    async def send(
+        self, method: str, content: bytes | None = None, path: str | None = None
+    ) -> httpx.Response:
         """The answer, whatever its status; `path` is another one, relative to the backend's. Raises BackendError for none."""
         here = self._on_loop()
         try:
@@ -98,17 +102,26 @@ class Backend:
             raise BackendError(f"{self._name} cannot be started: {error}") from error
         url = url if path is None else url.join(path)
         try:
-            async with asyncio.timeout(self._timeout_s), here.client.stream(method, url, content=content, headers=_HEADERS) as answer:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                here.client.stream(method, url, content=content, headers=_HEADERS) as answer,
+            ):
                 return await self._whole(answer)
         except TimeoutError as error:
-            raise BackendError(f"{self._at_address(url)} did not answer within {self._timeout_s:g} s") from error
+            raise BackendError(
+                f"{self._at_address(url)} did not answer within {self._timeout_s:g} s"
+            ) from error
         except httpx.HTTPError as error:
-            raise BackendError(f"{self._at_address(url)}: {type(error).__name__}: {error}") from error
+            raise BackendError(
+                f"{self._at_address(url)}: {type(error).__name__}: {error}"
+            ) from error
 
     def succeeded(self, answer: httpx.Response) -> httpx.Response:
         """The answer. Raises BackendError for anything but a 2xx."""
         if not answer.is_success:
-            raise BackendError(f"{self._at_address(answer.url)} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}")
+            raise BackendError(
+                f"{self._at_address(answer.url)} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}"
+            )
         return answer
 
     async def _whole(self, answer: httpx.Response) -> httpx.Response:
@@ -117,7 +130,9 @@ class Backend:
         async for piece in answer.aiter_bytes():
             body += piece
             if len(body) > _MAX_ANSWER_MIB * 2**20:
-                raise BackendError(f"{self._at_address(answer.url)} answered more than {_MAX_ANSWER_MIB} MiB")
+                raise BackendError(
+                    f"{self._at_address(answer.url)} answered more than {_MAX_ANSWER_MIB} MiB"
+                )
         return httpx.Response(answer.status_code, content=bytes(body), request=answer.request)
 
     def _at_address(self, url: httpx.URL) -> str:
@@ -153,7 +168,13 @@ class Backend:
     def _on_loop(self) -> _OnLoop:
         loop = asyncio.get_running_loop()
         if self._here is None or self._here.loop is not loop:
-            transport = AiohttpTransport(connections=self._connections, keepalive_s=_KEEPALIVE_S, connect_retries=_CONNECT_RETRIES)
+            transport = AiohttpTransport(
+                connections=self._connections,
+                keepalive_s=_KEEPALIVE_S,
+                connect_retries=_CONNECT_RETRIES,
+            )
             timeout = httpx.Timeout(None, connect=_CONNECT_S)
-            self._here = _OnLoop(loop, httpx.AsyncClient(transport=transport, timeout=timeout), asyncio.Lock())
+            self._here = _OnLoop(
+                loop, httpx.AsyncClient(transport=transport, timeout=timeout), asyncio.Lock()
+            )
         return self._here

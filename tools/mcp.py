@@ -50,7 +50,9 @@ class McpServer:
             async with asyncio.timeout(self.config.start_timeout_s):
                 return await connection.tools()
         except TimeoutError as error:
-            raise BackendError(f"{self.config.shown} did not list its tools within {self.config.start_timeout_s:g} s") from error
+            raise BackendError(
+                f"{self.config.shown} did not list its tools within {self.config.start_timeout_s:g} s"
+            ) from error
         finally:
             await connection.close()
             self._close_log()
@@ -79,7 +81,9 @@ class McpServer:
         else:
             await link.close()
 
-    async def call(self, trajectory: str, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
+    async def call(
+        self, trajectory: str, name: str, arguments: dict[str, Any]
+    ) -> types.CallToolResult:
         """The tool's answer. Raises McpError and BackendError."""
         link = self._links[trajectory][0] if self.config.per_trajectory else self._shared_link()
         return await link.call(name, arguments)
@@ -97,15 +101,21 @@ class McpServer:
         return self._shared
 
     def _link(self, *, stateful: bool) -> Link:
-        return Link(self.config, self._open_log(), read_timeout_s=self._read_timeout_s, stateful=stateful)
+        return Link(
+            self.config, self._open_log(), read_timeout_s=self._read_timeout_s, stateful=stateful
+        )
 
     def _open_log(self) -> IO[str]:
         """Where started servers write their stderr: `log`, or a file without a name that is gone with this process."""
         if self._log is None:
             try:
-                self._log = open(self.config.log, "a+") if self.config.log else tempfile.TemporaryFile("a+")  # noqa: SIM115 - see close
+                self._log = (
+                    open(self.config.log, "a+") if self.config.log else tempfile.TemporaryFile("a+")
+                )  # noqa: SIM115 - see close
             except OSError as error:
-                raise ToolConfigError(f"mcp.log: {self.config.log} cannot be written: {error.strerror}") from error
+                raise ToolConfigError(
+                    f"mcp.log: {self.config.log} cannot be written: {error.strerror}"
+                ) from error
         return self._log
 
     def _close_log(self) -> None:
@@ -122,14 +132,18 @@ class McpTool(BaseTool):
 
     config_keys = frozenset({"timeout"})
 
-    def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any], server: McpServer) -> None:
+    def __init__(
+        self, config: dict[str, Any], tool_schema: dict[str, Any], server: McpServer
+    ) -> None:
         super().__init__(config, tool_schema)
         self._server = server
 
     async def start(self) -> None:
         await self._server.start()
 
-    async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+    async def create(
+        self, instance_id: str | None = None, **create_kwargs: Any
+    ) -> tuple[str, ToolResponse]:
         instance_id, response = await super().create(instance_id)
         self._server.hold(instance_id)
         return instance_id, response
@@ -160,7 +174,9 @@ class McpTool(BaseTool):
         return text
 
 
-def mcp_tools(tool_class: type[McpTool], config: dict[str, Any], mcp: object, path: Path) -> list[McpTool]:
+def mcp_tools(
+    tool_class: type[McpTool], config: dict[str, Any], mcp: object, path: Path
+) -> list[McpTool]:
     """The tools of an entry's servers. Starts or reaches each of them for as long as it takes to list its tools.
 
     Raises ToolConfigError: a wrong config, a server that is not to be had, a name in `tools` that it does not have.
@@ -170,20 +186,34 @@ def mcp_tools(tool_class: type[McpTool], config: dict[str, Any], mcp: object, pa
     timeout_s = config.get("timeout_s", BaseTool.timeout_s)
     made: list[McpTool] = []
     for server_config in read_servers(mcp, path.resolve().parent):
-        server = McpServer(server_config, timeout_s if isinstance(timeout_s, (int, float)) else BaseTool.timeout_s)
+        server = McpServer(
+            server_config, timeout_s if isinstance(timeout_s, (int, float)) else BaseTool.timeout_s
+        )
         try:
             offered = _run_apart(server.listed())
         except BackendError as error:
             raise ToolConfigError(str(error)) from error
         except McpError as error:
-            raise ToolConfigError(f"{server_config.shown} does not list its tools: {error}") from error
-        made += [tool_class(dict(config), openai_schema(tool), server) for tool in _selected(offered, server_config)]
+            raise ToolConfigError(
+                f"{server_config.shown} does not list its tools: {error}"
+            ) from error
+        made += [
+            tool_class(dict(config), openai_schema(tool), server)
+            for tool in _selected(offered, server_config)
+        ]
     return made
 
 
 def openai_schema(tool: types.Tool) -> dict[str, Any]:
     """A tool as the OpenAI function schema that the model is shown; its parameters are the server's, nothing dropped."""
-    return {"type": "function", "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.inputSchema}}
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.name,
+            "description": tool.description or "",
+            "parameters": tool.inputSchema,
+        },
+    }
 
 
 def _selected(offered: list[types.Tool], config: McpServerConfig) -> list[types.Tool]:
@@ -245,5 +275,9 @@ def _block(block: types.ContentBlock) -> str:
         return f"[{block.name}: {block.uri}]"
     if isinstance(block, types.EmbeddedResource):
         resource = block.resource
-        return resource.text if isinstance(resource, types.TextResourceContents) else f"[{resource.mimeType or 'data'}, not shown]"
+        return (
+            resource.text
+            if isinstance(resource, types.TextResourceContents)
+            else f"[{resource.mimeType or 'data'}, not shown]"
+        )
     return f"[{block.mimeType}, not shown]"

@@ -52,7 +52,14 @@ class Link:
     `stateful`: what the server knew is lost with a connection, so that this is said once before another one is opened.
     """
 
-    def __init__(self, config: McpServerConfig, log: IO[str], *, read_timeout_s: float, stateful: bool = False) -> None:
+    def __init__(
+        self,
+        config: McpServerConfig,
+        log: IO[str],
+        *,
+        read_timeout_s: float,
+        stateful: bool = False,
+    ) -> None:
         self._config = config
         self._log = log
         self._read_timeout_s = read_timeout_s
@@ -83,14 +90,18 @@ class Link:
             if connection and connection.is_lost:
                 await self._forget(connection)
                 if self._stateful:
-                    raise NotSentError(f"{self._config.shown} has ended, and what it knew of this trajectory with it: {connection.reason}")
+                    raise NotSentError(
+                        f"{self._config.shown} has ended, and what it knew of this trajectory with it: {connection.reason}"
+                    )
             if self._connection is None:
                 self._connection = await self._opened()
             return self._connection
 
     async def _opened(self) -> Connection:
         if (wait_s := self._retry_at - time.monotonic()) > 0:
-            raise NotSentError(f"{self._config.shown} could not be reached; it is tried again in {wait_s:.1f} s")
+            raise NotSentError(
+                f"{self._config.shown} could not be reached; it is tried again in {wait_s:.1f} s"
+            )
         try:
             opened = await Connection.open(self._config, self._log, self._read_timeout_s)
         except BackendError:
@@ -138,15 +149,25 @@ class Connection:
         logging.getLogger().addFilter(_not_the_sdks)
         connection = cls(config, log, read_timeout_s)
         try:
-            await asyncio.wait((connection._ready, connection._lost), timeout=config.start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (connection._ready, connection._lost),
+                timeout=config.start_timeout_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         except asyncio.CancelledError:
             await connection.close()
             raise
         if connection._ready.done() and not connection.is_lost:
             return connection
-        reason = connection.reason if connection.is_lost else f"no answer within {config.start_timeout_s:g} s"
+        reason = (
+            connection.reason
+            if connection.is_lost
+            else f"no answer within {config.start_timeout_s:g} s"
+        )
         await connection.close()
-        raise NotSentError(f"{config.shown} could not be reached: {reason}{connection._last_words()}")
+        raise NotSentError(
+            f"{config.shown} could not be reached: {reason}{connection._last_words()}"
+        )
 
     @property
     def is_lost(self) -> bool:
@@ -162,7 +183,10 @@ class Connection:
         found: list[types.Tool] = []
         cursor: str | None = None
         for _ in range(MAX_PAGES):
-            page = await self._asked(types.ListToolsRequest(params=types.PaginatedRequestParams(cursor=cursor)), types.ListToolsResult)
+            page = await self._asked(
+                types.ListToolsRequest(params=types.PaginatedRequestParams(cursor=cursor)),
+                types.ListToolsResult,
+            )
             found += page.tools
             cursor = page.nextCursor
             if not cursor:
@@ -172,7 +196,10 @@ class Connection:
     async def call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
         """The tool's answer, its output schema not looked at. Raises McpError and ConnectionLostError."""
         return await self._asked(
-            types.CallToolRequest(params=types.CallToolRequestParams(name=name, arguments=arguments)), types.CallToolResult
+            types.CallToolRequest(
+                params=types.CallToolRequestParams(name=name, arguments=arguments)
+            ),
+            types.CallToolResult,
         )
 
     async def close(self) -> None:
@@ -185,7 +212,10 @@ class Connection:
     # ------------------------------------------------------------------ the owner's task
 
     async def _own(self) -> None:
-        async with self._transport() as (read, write), ClientSession(read, write, client_info=_CLIENT) as session:
+        async with (
+            self._transport() as (read, write),
+            ClientSession(read, write, client_info=_CLIENT) as session,
+        ):
             await session.initialize()
             self._session = session
             self._ready.set_result(None)
@@ -196,7 +226,11 @@ class Connection:
         config = self._config
         if config.command is not None:
             server = StdioServerParameters(
-                command=config.executable, args=config.args, env=config.env, cwd=config.cwd, encoding_error_handler="replace"
+                command=config.executable,
+                args=config.args,
+                env=config.env,
+                cwd=config.cwd,
+                encoding_error_handler="replace",
             )
             async with stdio_client(server, errlog=self._log) as (read, write):  # type: ignore[arg-type]
                 yield read, write
@@ -204,7 +238,9 @@ class Connection:
             timeout = httpx.Timeout(CONNECT_S, read=self._read_timeout_s, pool=None)
             headers = {**config.headers, "accept-encoding": "identity"}
             async with (
-                httpx.AsyncClient(headers=headers, transport=AnsweringTransport(), timeout=timeout) as client,
+                httpx.AsyncClient(
+                    headers=headers, transport=AnsweringTransport(), timeout=timeout
+                ) as client,
                 streamable_http_client(config.url or "", http_client=client) as (read, write, _),
             ):
                 yield read, write
@@ -224,8 +260,19 @@ class Connection:
             return ""
         with contextlib.suppress(OSError, ValueError):
             size = os.fstat(self._log.fileno()).st_size
-            tail = os.pread(self._log.fileno(), 4096, max(0, size - 4096)).decode(errors="replace").split("\n")
-            return next((f"; its last words: {line.strip()[:300]}" for line in reversed(tail) if line.strip()), "")
+            tail = (
+                os.pread(self._log.fileno(), 4096, max(0, size - 4096))
+                .decode(errors="replace")
+                .split("\n")
+            )
+            return next(
+                (
+                    f"; its last words: {line.strip()[:300]}"
+                    for line in reversed(tail)
+                    if line.strip()
+                ),
+                "",
+            )
         return ""
 
     # ------------------------------------------------------------------ one request
@@ -249,12 +296,16 @@ class Connection:
         except McpError as error:
             raise self._told_apart(error) from error
         except ValueError as error:  # pydantic's: an answer that is none
-            raise BackendError(f"{self._config.shown} answered what is not MCP: {str(error).splitlines()[0]}") from error
+            raise BackendError(
+                f"{self._config.shown} answered what is not MCP: {str(error).splitlines()[0]}"
+            ) from error
 
     async def _ask(self, request: types.ClientRequestType, result: type[R]) -> R:
         if self._session is None or self.is_lost:
             raise ClosedResourceError
-        request_id = self._session._request_id  # the number that send_request takes: nothing is awaited before it does
+        request_id = (
+            self._session._request_id
+        )  # the number that send_request takes: nothing is awaited before it does
         try:
             return await self._session.send_request(types.ClientRequest(request), result)
         except asyncio.CancelledError:
@@ -270,7 +321,9 @@ class Connection:
             return NotSentError(f"{self._config.shown} has been started anew")
         if code == types.CONNECTION_CLOSED:
             self._lose("it ended")
-            return ConnectionLostError(f"{self._config.shown} ended during the call{self._last_words()}")
+            return ConnectionLostError(
+                f"{self._config.shown} ended during the call{self._last_words()}"
+            )
         return BackendError(f"{self._config.shown}: {said}") if code == HTTP_FAILED else error
 
     def _tell_cancelled(self, session: ClientSession, request_id: int) -> None:
@@ -281,10 +334,14 @@ class Connection:
 
 
 async def _send_cancelled(session: ClientSession, request_id: int) -> None:
-    params = types.CancelledNotificationParams(requestId=request_id, reason="the call was cancelled")
+    params = types.CancelledNotificationParams(
+        requestId=request_id, reason="the call was cancelled"
+    )
     with contextlib.suppress(Exception):
         async with asyncio.timeout(SAY_S):
-            await session.send_notification(types.ClientNotification(types.CancelledNotification(params=params)))
+            await session.send_notification(
+                types.ClientNotification(types.CancelledNotification(params=params))
+            )
 
 
 def _abandon(asking: asyncio.Future[Any]) -> None:

@@ -62,7 +62,9 @@ class McpServerConfig(pydantic.BaseModel):
 def read_servers(given: object, folder: Path) -> list[McpServerConfig]:
     """The servers of an `mcp:` mapping; `folder` is where the YAML lies. Raises ToolConfigError with one line."""
     if not isinstance(given, Mapping):
-        raise ToolConfigError(f"mcp must be a mapping with command or url, got {type(given).__name__}")
+        raise ToolConfigError(
+            f"mcp must be a mapping with command or url, got {type(given).__name__}"
+        )
     rest = dict(given)
     path = rest.pop("mcp_servers_config_path", None)
     selected = rest.pop("tool_selected_list", None)
@@ -70,33 +72,50 @@ def read_servers(given: object, folder: Path) -> list[McpServerConfig]:
         rest.setdefault("tools", selected)
     if path is None:
         return [_server(rest, "mcp")]
-    return [_server({**server, **rest}, f"mcp server {name!r}") for name, server in _named_servers(path, folder).items()]
+    return [
+        _server({**server, **rest}, f"mcp server {name!r}")
+        for name, server in _named_servers(path, folder).items()
+    ]
 
 
 def _named_servers(path: object, folder: Path) -> dict[str, dict[str, Any]]:
     """The servers of a JSON file: `{"mcpServers": {"name": {"command": ..., "args": [...]} or {"url": ...}}}`."""
     if not isinstance(path, str):
-        raise ToolConfigError(f"mcp.mcp_servers_config_path must be a file name, got {type(path).__name__}")
+        raise ToolConfigError(
+            f"mcp.mcp_servers_config_path must be a file name, got {type(path).__name__}"
+        )
     file = next((found for found in (Path(path), folder / path) if found.is_file()), None)
     if file is None:
-        raise ToolConfigError(f"mcp.mcp_servers_config_path: there is no {path}, neither here nor beside the tool config")
+        raise ToolConfigError(
+            f"mcp.mcp_servers_config_path: there is no {path}, neither here nor beside the tool config"
+        )
     try:
         servers = json.loads(file.read_text(encoding="utf-8"))["mcpServers"]
-        read = {str(name): {key: value for key, value in server.items() if key not in _IGNORED} for name, server in servers.items()}
+        read = {
+            str(name): {key: value for key, value in server.items() if key not in _IGNORED}
+            for name, server in servers.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ToolConfigError(f'{file}: expected {{"mcpServers": {{"name": {{"command": ...}} or {{"url": ...}}}}}}') from error
+        raise ToolConfigError(
+            f'{file}: expected {{"mcpServers": {{"name": {{"command": ...}} or {{"url": ...}}}}}}'
+        ) from error
     if not read:
         raise ToolConfigError(f"{file} names no server")
     for server in read.values():
         if token := server.pop("auth_token", None):  # verl's word
-            server["headers"] = {"Authorization": f"Bearer {token}", **(server.get("headers") or {})}
+            server["headers"] = {
+                "Authorization": f"Bearer {token}",
+                **(server.get("headers") or {}),
+            }
     return read
 
 
 def _server(given: dict[str, Any], where: str) -> McpServerConfig:
     for key in given:
         if key not in McpServerConfig.model_fields:
-            raise ToolConfigError(f"{where} has no key {key!r}{nearest(str(key), McpServerConfig.model_fields)}")
+            raise ToolConfigError(
+                f"{where} has no key {key!r}{nearest(str(key), McpServerConfig.model_fields)}"
+            )
     try:
         server = McpServerConfig.model_validate(_expanded(given, where))
     except pydantic.ValidationError as error:
@@ -104,7 +123,9 @@ def _server(given: dict[str, Any], where: str) -> McpServerConfig:
         place = ".".join(str(part) for part in first["loc"])
         raise ToolConfigError(f"{where}.{place}: {first['msg']}, got {first['input']!r}") from error
     if (server.command is None) == (server.url is None):
-        raise ToolConfigError(f"{where} needs either command (a server to start) or url (a server to reach)")
+        raise ToolConfigError(
+            f"{where} needs either command (a server to start) or url (a server to reach)"
+        )
     if server.url is not None and not _is_http(server.url):
         raise ToolConfigError(f"{where}.url must be an http(s) address, got {server.url!r}")
     if server.cwd is not None and not Path(server.cwd).is_dir():

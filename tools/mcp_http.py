@@ -27,7 +27,9 @@ class AnsweringTransport(httpx.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.method == "DELETE":
-            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), GOODBYE_S)
+            request.extensions["timeout"] = dict.fromkeys(
+                ("connect", "read", "write", "pool"), GOODBYE_S
+            )
         if request.method != "POST":
             return await super().handle_async_request(request)
         request_id = json.loads(await request.aread()).get("id")
@@ -36,7 +38,10 @@ class AnsweringTransport(httpx.AsyncHTTPTransport):
             problem = None if request_id is None else await _completed(response, request_id)
         except httpx.TransportError as error:
             return _failed(request_id, f"{type(error).__name__}: {error}")
-        if response.status_code >= httpx.codes.BAD_REQUEST and response.status_code != httpx.codes.NOT_FOUND:
+        if (
+            response.status_code >= httpx.codes.BAD_REQUEST
+            and response.status_code != httpx.codes.NOT_FOUND
+        ):
             problem = f"HTTP {response.status_code} {response.reason_phrase}"
         if problem:
             await response.aclose()
@@ -49,14 +54,20 @@ async def _completed(response: httpx.Response, request_id: Any) -> str | None:
     if response.status_code >= httpx.codes.MULTIPLE_CHOICES:
         return None
     content_type = response.headers.get("content-type", "").lower()
-    if content_type.startswith("text/event-stream") and isinstance(response.stream, httpx.AsyncByteStream):
+    if content_type.startswith("text/event-stream") and isinstance(
+        response.stream, httpx.AsyncByteStream
+    ):
         response.stream = _Events(response.stream, request_id)
         return None
     try:
         answered = json.loads(await response.aread())
     except ValueError:
         answered = None
-    return None if isinstance(answered, dict) and "id" in answered else f"HTTP {response.status_code} without a JSON-RPC answer"
+    return (
+        None
+        if isinstance(answered, dict) and "id" in answered
+        else f"HTTP {response.status_code} without a JSON-RPC answer"
+    )
 
 
 class _Events(httpx.AsyncByteStream):
@@ -75,8 +86,14 @@ class _Events(httpx.AsyncByteStream):
             problem = "the answer ended before it was complete"
         except httpx.TransportError as error:
             resumable, problem = False, f"{type(error).__name__}: {error}"
-        if not resumable:  # given event ids, the SDK takes the stream up again where a server ended it
-            yield b"\n\nevent: message\ndata: " + json.dumps(_error(self._request_id, problem)).encode() + b"\n\n"
+        if (
+            not resumable
+        ):  # given event ids, the SDK takes the stream up again where a server ended it
+            yield (
+                b"\n\nevent: message\ndata: "
+                + json.dumps(_error(self._request_id, problem)).encode()
+                + b"\n\n"
+            )
 
     async def aclose(self) -> None:
         await self._inner.aclose()

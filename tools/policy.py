@@ -91,7 +91,9 @@ def read_policy(config: Mapping[str, Any], tool: object, *, verl: bool = False) 
     Raises ToolConfigError.
     """
     return Policy(
-        timeout_s=_number(config, "timeout_s") or _number(*_own(tool, "timeout_s")) or BaseTool.timeout_s,
+        timeout_s=_number(config, "timeout_s")
+        or _number(*_own(tool, "timeout_s"))
+        or BaseTool.timeout_s,
         max_concurrency=_concurrency(config, tool),
         rate_limit=None if verl else _number(config, "rate_limit", at_most=MAX_RATE),
         retries=_retries(config, tool),
@@ -129,7 +131,9 @@ def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return value
 
 
-def _number(config: Mapping[str, Any], key: str, where: str = "config", at_most: float = MAX_FLOAT) -> float | None:
+def _number(
+    config: Mapping[str, Any], key: str, where: str = "config", at_most: float = MAX_FLOAT
+) -> float | None:
     """A number above 0, infinity and NaN refused; None where the key is absent or null."""
     value = config.get(key)
     if value is None:
@@ -140,12 +144,16 @@ def _number(config: Mapping[str, Any], key: str, where: str = "config", at_most:
     return float(value)
 
 
-def _whole(config: Mapping[str, Any], key: str, where: str = "config", at_least: int = 1) -> int | None:
+def _whole(
+    config: Mapping[str, Any], key: str, where: str = "config", at_least: int = 1
+) -> int | None:
     value = config.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ToolConfigError(f"{where}.{key} must be a whole number above {at_least - 1}, got {value!r}")
+        raise ToolConfigError(
+            f"{where}.{key} must be a whole number above {at_least - 1}, got {value!r}"
+        )
     return value
 
 
@@ -165,16 +173,22 @@ def _own(tool: object, key: str) -> tuple[dict[str, Any], str, str]:
 def _retries(config: Mapping[str, Any], tool: object) -> int:
     value = config.get("retries", 0)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_RETRIES:
-        raise ToolConfigError(f"config.retries must be a whole number from 0 to {MAX_RETRIES}, got {value!r}")
+        raise ToolConfigError(
+            f"config.retries must be a whole number from 0 to {MAX_RETRIES}, got {value!r}"
+        )
     if not flag(config, "idempotent", getattr(tool, "idempotent", False)) and value:
-        raise ToolConfigError("config.retries needs idempotent: true; a call that failed may have taken effect, and would again")
+        raise ToolConfigError(
+            "config.retries needs idempotent: true; a call that failed may have taken effect, and would again"
+        )
     return value
 
 
 def _side(config: Mapping[str, Any]) -> str | None:
     side = config.get("response_side")
     if side is not None and side not in SIDES:
-        raise ToolConfigError(f"config.response_side must be one of {', '.join(SIDES)}, got {side!r}")
+        raise ToolConfigError(
+            f"config.response_side must be one of {', '.join(SIDES)}, got {side!r}"
+        )
     return side
 
 
@@ -183,7 +197,9 @@ def _breaker(config: Mapping[str, Any]) -> BreakerPolicy | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise ToolConfigError(f"{where} must be a mapping with failures and cooldown_s, got {value!r}")
+        raise ToolConfigError(
+            f"{where} must be a mapping with failures and cooldown_s, got {value!r}"
+        )
     _check_keys(value, frozenset(BreakerConfig.__annotations__), where)
     default = BreakerPolicy()
     failures, cooldown_s = _whole(value, "failures", where), _number(value, "cooldown_s", where)

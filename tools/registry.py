@@ -33,7 +33,13 @@ ENTRY_KEYS = frozenset({"class_name", "class_path", "function", "config", "tool_
 MCP_TOOL = "tools.mcp.McpTool"
 VERL_MCP = ("verl.tools.mcp_base_tool.MCPBaseTool", "verl.tools.mcp_search_tool.MCPSearchTool")
 
-SHIPPED = ("tools.gsm8k.Gsm8kTool", "tools.geo3k.Geo3kTool", "tools.search.SearchTool", "tools.sandbox.SandboxFusionTool", MCP_TOOL)
+SHIPPED = (
+    "tools.gsm8k.Gsm8kTool",
+    "tools.geo3k.Geo3kTool",
+    "tools.search.SearchTool",
+    "tools.sandbox.SandboxFusionTool",
+    MCP_TOOL,
+)
 
 # verl's own that cannot do their work here, and what to name in their place.
 NOT_FROM_VERL = {
@@ -83,7 +89,9 @@ def _find(path_or_name: str | Path) -> Path:
     shipped = folder / f"{path_or_name}.yaml"
     if not shipped.is_file():
         names = [file.stem for file in folder.glob("*.yaml")]
-        raise ToolConfigError(f"{path_or_name!r} is not a shipped tool config{nearest(str(path_or_name), names)}; a file needs its suffix")
+        raise ToolConfigError(
+            f"{path_or_name!r} is not a shipped tool config{nearest(str(path_or_name), names)}; a file needs its suffix"
+        )
     return shipped
 
 
@@ -94,7 +102,9 @@ def tool_entries(text: str, path: Path) -> list[Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ToolConfigError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from error
+        raise ToolConfigError(
+            f"{path}: not valid YAML{where}: {getattr(error, 'problem', None) or error}"
+        ) from error
     if isinstance(document, Mapping):
         if set(document) != {"tools"}:
             wrong = next((str(key) for key in document if key != "tools"), "")
@@ -102,7 +112,9 @@ def tool_entries(text: str, path: Path) -> list[Any]:
             raise ToolConfigError(f"{path}: the file {problem}")
         document = document["tools"]
     if not isinstance(document, list) or not document:
-        raise ToolConfigError(f"{path}: expected `tools:` over a list of tools, or the list alone; got {type(document).__name__}")
+        raise ToolConfigError(
+            f"{path}: expected `tools:` over a list of tools, or the list alone; got {type(document).__name__}"
+        )
     return document
 
 
@@ -117,7 +129,9 @@ def _located(where: str) -> Iterator[None]:
 
 def _load(entry: Any, path: Path) -> list[LoadedTool]:
     if not isinstance(entry, Mapping):
-        raise ToolConfigError(f"expected class_name, config and tool_schema, got {type(entry).__name__}")
+        raise ToolConfigError(
+            f"expected class_name, config and tool_schema, got {type(entry).__name__}"
+        )
     for key in entry:
         if key not in ENTRY_KEYS:
             raise ToolConfigError(f"no key {key!r} here{nearest(str(key), ENTRY_KEYS)}")
@@ -125,14 +139,18 @@ def _load(entry: Any, path: Path) -> list[LoadedTool]:
     if not named and "mcp" in entry:
         return _load({**entry, "class_name": MCP_TOOL}, path)
     if len(named) != 1:
-        raise ToolConfigError(f"expected one of class_name, class_path, function; got {', '.join(named) or 'none of them'}")
+        raise ToolConfigError(
+            f"expected one of class_name, class_path, function; got {', '.join(named) or 'none of them'}"
+        )
     target, config, schema = entry[named[0]], entry.get("config") or {}, entry.get("tool_schema")
     if not isinstance(target, str):
         raise ToolConfigError(f"{named[0]} must be a string, got {type(target).__name__}")
     if not isinstance(config, Mapping):
         raise ToolConfigError(f"config must be a mapping, got {type(config).__name__}")
     if config.get("type", "native") not in ("native", "mcp"):
-        raise ToolConfigError(f"config.type {config['type']!r} is not supported; native and mcp are")
+        raise ToolConfigError(
+            f"config.type {config['type']!r} is not supported; native and mcp are"
+        )
     if schema is not None:
         check_schema(schema)
     with _located(target):
@@ -143,12 +161,16 @@ def _load(entry: Any, path: Path) -> list[LoadedTool]:
         return [_load_class(target, dict(config), schema, path)]
 
 
-def _load_mcp(target: str, config: dict[str, Any], entry: Mapping[str, Any], path: Path) -> list[LoadedTool]:
+def _load_mcp(
+    target: str, config: dict[str, Any], entry: Mapping[str, Any], path: Path
+) -> list[LoadedTool]:
     """The tools of an MCP server. verl's classes for them need a client that its wheel lacks: ours stands in for them."""
     from tools.mcp import McpTool, mcp_tools
 
     if entry.get("mcp") is None:
-        raise ToolConfigError("config.type is mcp, but the entry has no mcp: with command, url or mcp_servers_config_path")
+        raise ToolConfigError(
+            "config.type is mcp, but the entry has no mcp: with command, url or mcp_servers_config_path"
+        )
     if entry.get("tool_schema") is not None:
         raise ToolConfigError("tool_schema has no place beside mcp: the server says it")
     module_name, _, name = (MCP_TOOL if target in VERL_MCP else target).rpartition(".")
@@ -158,7 +180,9 @@ def _load_mcp(target: str, config: dict[str, Any], entry: Mapping[str, Any], pat
     return [loaded_tool(tool) for tool in mcp_tools(tool_class, config, entry["mcp"], path)]
 
 
-def _load_function(target: str, config: dict[str, Any], schema: dict[str, Any] | None, path: Path) -> LoadedTool:
+def _load_function(
+    target: str, config: dict[str, Any], schema: dict[str, Any] | None, path: Path
+) -> LoadedTool:
     module_name, colon, name = target.partition(":")
     if not colon:
         raise ToolConfigError("function must be written module:name")
@@ -170,7 +194,9 @@ def _load_function(target: str, config: dict[str, Any], schema: dict[str, Any] |
     return loaded_tool(FunctionTool(made, config, schema))
 
 
-def _load_class(target: str, config: dict[str, Any], schema: dict[str, Any] | None, path: Path) -> LoadedTool:
+def _load_class(
+    target: str, config: dict[str, Any], schema: dict[str, Any] | None, path: Path
+) -> LoadedTool:
     module_name, _, name = target.rpartition(".")
     if not module_name:
         raise ToolConfigError("a class is written package.module.Class")
@@ -183,9 +209,15 @@ def _load_class(target: str, config: dict[str, Any], schema: dict[str, Any] | No
         raise ToolConfigError(f"expected a class, got {type(tool_class).__name__}")
     check_config_keys(config, getattr(tool_class, "config_keys", None))
     tool = _construct(tool_class, config, schema)
-    missing = [name for name in ("create", "execute", "calc_reward", "release") if not callable(getattr(tool, name, None))]
+    missing = [
+        name
+        for name in ("create", "execute", "calc_reward", "release")
+        if not callable(getattr(tool, name, None))
+    ]
     if missing:
-        raise ToolConfigError(f"not a tool class: it has no {', '.join(missing)}; derive it from tools.base.BaseTool")
+        raise ToolConfigError(
+            f"not a tool class: it has no {', '.join(missing)}; derive it from tools.base.BaseTool"
+        )
     return loaded_tool(tool, schema)
 
 
@@ -221,7 +253,10 @@ def _verl_schema(schema: dict[str, Any] | None) -> Any:
                 "description": function.get("description") or "",
                 "parameters": {
                     "type": "object",
-                    "properties": {name: _verl_property(value) for name, value in parameters.get("properties", {}).items()},
+                    "properties": {
+                        name: _verl_property(value)
+                        for name, value in parameters.get("properties", {}).items()
+                    },
                     "required": list(parameters.get("required", [])),
                 },
             },
@@ -231,7 +266,9 @@ def _verl_schema(schema: dict[str, Any] | None) -> Any:
 
 def _verl_property(value: Any) -> dict[str, Any]:
     value = value if isinstance(value, Mapping) else {}
-    kept: dict[str, Any] = {"type": value["type"] if isinstance(value.get("type"), str) else "object"}
+    kept: dict[str, Any] = {
+        "type": value["type"] if isinstance(value.get("type"), str) else "object"
+    }
     if "description" in value:
         kept["description"] = value["description"]
     if all(isinstance(item, str) for item in value.get("enum", [None])):
@@ -249,10 +286,18 @@ def import_attribute(module_name: str, name: str, path: Path) -> Any:
         hint = _shadowed(module_name, path) or _looked_for(f"{module_name}.{name}", path)
         raise ToolConfigError(f"there is no module {error.name!r}{hint}") from error
     except Exception as error:
-        raise ToolConfigError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
+        raise ToolConfigError(
+            f"importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, name):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name and key[0] != "_"]
-        raise ToolConfigError(f"module {module_name} has no {name!r}{_shadowed(module_name, path) or nearest(name, own)}")
+        own = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", None) == module_name and key[0] != "_"
+        ]
+        raise ToolConfigError(
+            f"module {module_name} has no {name!r}{_shadowed(module_name, path) or nearest(name, own)}"
+        )
     return getattr(module, name)
 
 
@@ -264,7 +309,9 @@ def _module(name: str, path: Path) -> ModuleType:
         if error.name != name.split(".")[0]:
             raise
     # Last on the path, so that they can shadow nothing that is installed.
-    sys.path += [folder for folder in (str(Path.cwd()), str(path.resolve().parent)) if folder not in sys.path]
+    sys.path += [
+        folder for folder in (str(Path.cwd()), str(path.resolve().parent)) if folder not in sys.path
+    ]
     importlib.invalidate_caches()
     return importlib.import_module(name)
 

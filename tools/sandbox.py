@@ -61,9 +61,18 @@ class SandboxFusionTool(BaseTool):
         self.timeout_s = 2 * (self._default.run_timeout + _SLACK_S)
         self.max_concurrency = _workers(config.get("num_workers"), is_remote=remote is not None)
         self._backend = Backend(
-            "the sandbox", remote, self._embedded, PATH, connections=self.max_concurrency, timeout_s=self.timeout_s - _SLACK_S
+            "the sandbox",
+            remote,
+            self._embedded,
+            PATH,
+            connections=self.max_concurrency,
+            timeout_s=self.timeout_s - _SLACK_S,
         )
-        self._sessions = Sessions(self._backend, self._default.memory_limit_MB) if _session(config, self._offered) else None
+        self._sessions = (
+            Sessions(self._backend, self._default.memory_limit_MB)
+            if _session(config, self._offered)
+            else None
+        )
 
     async def start(self) -> None:
         """Starts the embedded server where it is used. Raises ToolsError, also where one is away or lacks what the config asks for."""
@@ -82,7 +91,9 @@ class SandboxFusionTool(BaseTool):
         language = self._default.language
         if isinstance(languages, list) and language not in languages:
             offered = ", ".join(map(str, languages))
-            raise ToolConfigError(f"config.default_language: the sandbox does not run {language!r}; it runs {offered}")
+            raise ToolConfigError(
+                f"config.default_language: the sandbox does not run {language!r}; it runs {offered}"
+            )
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
@@ -90,15 +101,25 @@ class SandboxFusionTool(BaseTool):
         request = self._asked(parameters)
         notes: tuple[str, str] = ("", "")
         if self._sessions is None:
-            response = _parsed(self._succeeded(await self._backend.send("POST", request.model_dump_json().encode())))
+            response = _parsed(
+                self._succeeded(
+                    await self._backend.send("POST", request.model_dump_json().encode())
+                )
+            )
         else:
             response, notes = await self._sessions.run(instance_id, request)
         if response.status == "SandboxError":
             raise BackendError(f"the sandbox failed: {response.message}")
         result = response.run_result or response.compile_result
         if result is None:
-            raise BackendError(f"the sandbox answered {response.status} without a result: {response.message}")
-        metrics = {"status": result.status, "return_code": result.return_code, "execution_time": result.execution_time}
+            raise BackendError(
+                f"the sandbox answered {response.status} without a result: {response.message}"
+            )
+        metrics = {
+            "status": result.status,
+            "return_code": result.return_code,
+            "execution_time": result.execution_time,
+        }
         text = _joined(_joined(notes[0], _shown(result, request)), notes[1])
         if response.status != "Success":
             raise ToolError(text, metrics)
@@ -134,21 +155,31 @@ def _parsed(answer: httpx.Response) -> RunCodeResponse:
     try:
         return RunCodeResponse.model_validate_json(answer.content)
     except pydantic.ValidationError as error:
-        raise BackendError(f"the sandbox at {answer.url} answered nonsense: ValidationError: {error}") from error
+        raise BackendError(
+            f"the sandbox at {answer.url} answered nonsense: ValidationError: {error}"
+        ) from error
 
 
 def _remote(given: object) -> httpx.URL | None:
     url = remote_url("sandbox_fusion_url", given, PATH)
-    return url if url is None or url.path.endswith(PATH) else url.copy_with(path=url.path.rstrip("/") + PATH)
+    return (
+        url
+        if url is None or url.path.endswith(PATH)
+        else url.copy_with(path=url.path.rstrip("/") + PATH)
+    )
 
 
 def _packages(given: object, *, is_remote: bool) -> tuple[str, ...]:
     if given is None:
         return ()
     if not isinstance(given, list) or not all(isinstance(name, str) and name for name in given):
-        raise ToolConfigError(f"config.packages must be a list of names of installed packages, got {given!r}")
+        raise ToolConfigError(
+            f"config.packages must be a list of names of installed packages, got {given!r}"
+        )
     if is_remote and given:
-        raise ToolConfigError("config.packages is for the embedded server; a server of your own is started with --packages")
+        raise ToolConfigError(
+            "config.packages is for the embedded server; a server of your own is started with --packages"
+        )
     return tuple(sorted(set(given)))
 
 
@@ -157,7 +188,9 @@ def _session(config: dict[str, Any], offered: Container[str]) -> bool:
     if not isinstance(given, bool):
         raise ToolConfigError(f"config.session must be true or false, got {given!r}")
     if given and (config.get("default_language", "python") != "python" or "language" in offered):
-        raise ToolConfigError("config.session: a session is Python; leave default_language and the parameter language out, or session")
+        raise ToolConfigError(
+            "config.session: a session is Python; leave default_language and the parameter language out, or session"
+        )
     return given
 
 
@@ -190,7 +223,9 @@ def _default_request(config: dict[str, Any]) -> RunCodeRequest:
         )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key = {"memory_limit_MB": "memory_limit_mb", "language": "default_language"}.get(str(first["loc"][0]), "default_timeout")
+        key = {"memory_limit_MB": "memory_limit_mb", "language": "default_language"}.get(
+            str(first["loc"][0]), "default_timeout"
+        )
         raise ToolConfigError(f"config.{key}: {first['msg']}, got {first['input']!r}") from error
 
 

@@ -55,7 +55,9 @@ class Sessions:
                 "take one that `turntrace serve sandbox` starts, or leave session out"
             )
 
-    async def run(self, instance_id: str, request: RunCodeRequest) -> tuple[SessionResponse, tuple[str, str]]:
+    async def run(
+        self, instance_id: str, request: RunCodeRequest
+    ) -> tuple[SessionResponse, tuple[str, str]]:
         """How the call went, and what to tell the model before and after it. Raises BackendError."""
         held = self._held.setdefault(instance_id, _Held())
         async with held.lock:
@@ -70,7 +72,11 @@ class Sessions:
             return response, (before, OVER if response.session_ended else "")
 
     async def _run(self, held: _Held, request: RunCodeRequest) -> SessionResponse:
-        asked = SessionCode(code=request.code, stdin=request.stdin, run_timeout=request.run_timeout).model_dump_json().encode()
+        asked = (
+            SessionCode(code=request.code, stdin=request.stdin, run_timeout=request.run_timeout)
+            .model_dump_json()
+            .encode()
+        )
         if held.path is not None:
             answer = await self._backend.send("POST", asked, f"{held.path}/run_code")
             if answer.status_code != httpx.codes.NOT_FOUND:
@@ -85,7 +91,9 @@ class Sessions:
         try:
             return f"{_PATH}/{answer.json()['id']}"
         except (ValueError, KeyError, TypeError) as error:
-            raise BackendError(f"the sandbox answered nonsense to the start of a session: {answer.text[:200]}") from error
+            raise BackendError(
+                f"the sandbox answered nonsense to the start of a session: {answer.text[:200]}"
+            ) from error
 
     def _parsed(self, answer: httpx.Response) -> SessionResponse:
         try:

@@ -53,7 +53,16 @@ class SearchTool(BaseTool):
     `enable_global_rate_limit` is false; there, it was calls at a time.
     """
 
-    config_keys = frozenset({"retrieval_service_url", "corpus", "topk", "timeout", "num_workers", "enable_global_rate_limit"})
+    config_keys = frozenset(
+        {
+            "retrieval_service_url",
+            "corpus",
+            "topk",
+            "timeout",
+            "num_workers",
+            "enable_global_rate_limit",
+        }
+    )
     idempotent = True
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
@@ -67,8 +76,17 @@ class SearchTool(BaseTool):
         self.max_concurrency = _whole(config, "num_workers", 120)
         remote = remote_url("retrieval_service_url", config.get("retrieval_service_url"), PATH)
         if remote is not None and self._corpus is not None:
-            raise ToolConfigError("config.corpus is for the embedded server; leave it out, or retrieval_service_url")
-        self._backend = Backend("the search server", remote, self._embedded, PATH, connections=self.max_concurrency, timeout_s=timeout_s)
+            raise ToolConfigError(
+                "config.corpus is for the embedded server; leave it out, or retrieval_service_url"
+            )
+        self._backend = Backend(
+            "the search server",
+            remote,
+            self._embedded,
+            PATH,
+            connections=self.max_concurrency,
+            timeout_s=timeout_s,
+        )
 
     async def start(self) -> None:
         """Indexes the corpus and starts the embedded server where these are to do. Raises ToolsError."""
@@ -81,7 +99,11 @@ class SearchTool(BaseTool):
         asked = {"queries": queries, "topk": self._topk, "return_scores": True}
         found = _found(await self._backend.post(json.dumps(asked).encode()), len(queries))
         total = sum(map(len, found))
-        metrics = {"query_count": len(queries), "status": "success" if total else "no_results", "total_results": total}
+        metrics = {
+            "query_count": len(queries),
+            "status": "success" if total else "no_results",
+            "total_results": total,
+        }
         text = "\n---\n".join(map(_shown, found)) if total else NOTHING_FOUND
         return ToolResponse(json.dumps({"result": text}, ensure_ascii=False)), None, metrics
 
@@ -110,7 +132,11 @@ class _CancelledBuildError(Exception):
 
 def _queries(parameters: dict[str, Any]) -> list[str]:
     given = parameters.get("query_list")
-    if not isinstance(given, list) or not given or not all(isinstance(query, str) for query in given):
+    if (
+        not isinstance(given, list)
+        or not given
+        or not all(isinstance(query, str) for query in given)
+    ):
         raise ToolError("query_list must be a list of one or more strings")
     if len(given) > MAX_QUERIES:
         raise ToolError(f"query_list may hold at most {MAX_QUERIES} queries, got {len(given)}")
@@ -125,7 +151,9 @@ def _found(content: bytes, queries: int) -> list[list[str]]:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the answer"
-        raise BackendError(f"the search server answered nonsense: {where}: {first['msg']}: {content[:200]!r}") from error
+        raise BackendError(
+            f"the search server answered nonsense: {where}: {first['msg']}: {content[:200]!r}"
+        ) from error
     if len(answer.result) != queries:
         raise BackendError(f"the search server answered {len(answer.result)} queries of {queries}")
     return [[hit.document.contents for hit in hits] for hits in answer.result]
@@ -144,7 +172,9 @@ def _corpus(config: dict[str, Any]) -> Path | None:
     if given is None:
         return None
     if not isinstance(given, str) or not given:
-        raise ToolConfigError(f"config.corpus must be a JSONL file or an index folder, got {given!r}")
+        raise ToolConfigError(
+            f"config.corpus must be a JSONL file or an index folder, got {given!r}"
+        )
     return Path(given).expanduser()
 
 

@@ -29,9 +29,13 @@ MAX_ERROR_CHARS = 300
 class Tool(Protocol):
     """The shape of a tool: ours, verl's, or anybody's. See `tools.base` for what each coroutine does."""
 
-    async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, Any]: ...
+    async def create(
+        self, instance_id: str | None = None, **create_kwargs: Any
+    ) -> tuple[str, Any]: ...
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[Any, float | None, dict[str, Any]]: ...
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[Any, float | None, dict[str, Any]]: ...
 
     async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None: ...
 
@@ -78,20 +82,30 @@ class CreateSignature:
     @classmethod
     def of(cls, create: Callable[..., Any], *, verl: bool) -> CreateSignature:
         parameters = inspect.signature(create).parameters.values()
-        names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)) - {"instance_id"}
+        names = frozenset(
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ) - {"instance_id"}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return cls(names - {"create_kwargs"}, takes_any, "create_kwargs" in names or (verl and takes_any))
+        return cls(
+            names - {"create_kwargs"}, takes_any, "create_kwargs" in names or (verl and takes_any)
+        )
 
     def keywords(self, tool: str, given: Mapping[str, Any], ground_truth: Any) -> dict[str, Any]:
         merged = dict(given)
         if ground_truth is not None:
             merged.setdefault("ground_truth", ground_truth)
-        flat = merged if self.takes_any else {key: value for key, value in merged.items() if key in self.names}
+        flat = (
+            merged
+            if self.takes_any
+            else {key: value for key, value in merged.items() if key in self.names}
+        )
         if self.wants_nested:
             return {**flat, "create_kwargs": merged}
         if unknown := [key for key in given if key not in flat]:
             takes = ", ".join(sorted(self.names)) or "no keyword"
-            raise ToolConfigError(f"tool {tool}: create() does not take {unknown[0]!r} from the row's create_kwargs; it takes {takes}")
+            raise ToolConfigError(
+                f"tool {tool}: create() does not take {unknown[0]!r} from the row's create_kwargs; it takes {takes}"
+            )
         return flat
 
 
@@ -103,7 +117,9 @@ class ToolSet(Mapping[str, LoadedTool]):
         self.source_text = source_text
         for loaded in tools:
             if loaded.name in self._tools:
-                raise ToolConfigError(f"two tools are named {loaded.name!r}; each needs a name of its own")
+                raise ToolConfigError(
+                    f"two tools are named {loaded.name!r}; each needs a name of its own"
+                )
             self._tools[loaded.name] = loaded
 
     @classmethod
@@ -134,7 +150,9 @@ class ToolSet(Mapping[str, LoadedTool]):
                 except ToolsError as error:
                     raise type(error)(f"tool {name}: {error}") from error
                 except Exception as error:
-                    raise ToolsError(f"tool {name} cannot be started: {type(error).__name__}: {error}") from error
+                    raise ToolsError(
+                        f"tool {name} cannot be started: {type(error).__name__}: {error}"
+                    ) from error
 
     async def close(self) -> None:
         """Closes every tool that can be closed, all of them even if one fails; then raises ToolsError, which names the failed ones."""
@@ -146,8 +164,12 @@ class ToolSet(Mapping[str, LoadedTool]):
                 except Exception as error:
                     failures[name] = error
         if failures:
-            said = "; ".join(f"tool {name}: {type(error).__name__}: {error}" for name, error in failures.items())
-            raise ToolsError(f"closing failed: {said}") from ExceptionGroup("close", list(failures.values()))
+            said = "; ".join(
+                f"tool {name}: {type(error).__name__}: {error}" for name, error in failures.items()
+            )
+            raise ToolsError(f"closing failed: {said}") from ExceptionGroup(
+                "close", list(failures.values())
+            )
 
 
 def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
@@ -173,35 +195,54 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
 
 def is_verl(tool_class: type) -> bool:
     """Whether a class derives from verl's BaseTool; answered without importing verl."""
-    return any(base.__name__ == "BaseTool" and base.__module__.split(".")[0] == "verl" for base in tool_class.__mro__)
+    return any(
+        base.__name__ == "BaseTool" and base.__module__.split(".")[0] == "verl"
+        for base in tool_class.__mro__
+    )
 
 
 def check_schema(schema: object) -> tuple[str, Draft202012Validator]:
     """The name of an OpenAI function schema, and the validator of its parameters. Raises ToolConfigError naming the path."""
     function = schema.get("function") if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping):
-        raise ToolConfigError("tool_schema must be {type: function, function: {name, description, parameters}}")
+        raise ToolConfigError(
+            "tool_schema must be {type: function, function: {name, description, parameters}}"
+        )
     try:
         _check_json(schema, "tool_schema")
     except RecursionError as error:
-        raise ToolConfigError("tool_schema is nested too deeply, or holds itself through a YAML alias") from error
+        raise ToolConfigError(
+            "tool_schema is nested too deeply, or holds itself through a YAML alias"
+        ) from error
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise ToolConfigError(f"tool_schema.function.name must be a non-empty string, got {name!r}")
     if not isinstance(description := function.get("description"), (str, type(None))):
-        raise ToolConfigError(f"tool_schema.function.description must be a string, got {description!r}")
+        raise ToolConfigError(
+            f"tool_schema.function.description must be a string, got {description!r}"
+        )
     parameters = function.get("parameters", {"type": "object", "properties": {}})
     where = "tool_schema.function.parameters"
     if not isinstance(parameters, Mapping):
-        raise ToolConfigError(f"{where} must be a JSON schema of type object, got {type(parameters).__name__}")
+        raise ToolConfigError(
+            f"{where} must be a JSON schema of type object, got {type(parameters).__name__}"
+        )
     try:
-        validator = Draft202012Validator(dict(parameters), offline=True)  # nothing is fetched, whatever a $ref names
+        validator = Draft202012Validator(
+            dict(parameters), offline=True
+        )  # nothing is fetched, whatever a $ref names
     except ValidationError as error:
         if error.kind.name == "$ref":
-            raise ToolConfigError(f"{where}: a $ref points nowhere ({_clip(error.message)}); put what it names under $defs") from error
-        raise ToolConfigError(f"{'.'.join([where, *_path(error)])} is not valid JSON schema: {_clip(error.message)}") from error
+            raise ToolConfigError(
+                f"{where}: a $ref points nowhere ({_clip(error.message)}); put what it names under $defs"
+            ) from error
+        raise ToolConfigError(
+            f"{'.'.join([where, *_path(error)])} is not valid JSON schema: {_clip(error.message)}"
+        ) from error
     if "object" not in parameters.get("type", "object"):  # a list of types, or one
-        raise ToolConfigError(f"{where} must be a JSON schema of type object, got type {parameters['type']}")
+        raise ToolConfigError(
+            f"{where} must be a JSON schema of type object, got type {parameters['type']}"
+        )
     return name, validator
 
 
@@ -210,7 +251,9 @@ def _check_json(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ToolConfigError(f"{where} has the key {key!r}, which YAML reads as {type(key).__name__}; put it in quotes")
+                raise ToolConfigError(
+                    f"{where} has the key {key!r}, which YAML reads as {type(key).__name__}; put it in quotes"
+                )
             _check_json(item, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
@@ -218,7 +261,9 @@ def _check_json(value: Any, where: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ToolConfigError(f"{where} is {value}, which is no number in JSON; leave it out")
     elif not (value is None or isinstance(value, (str, int, float))):
-        raise ToolConfigError(f"{where} is a {type(value).__name__} ({value}), which JSON does not have; put it in quotes if it is text")
+        raise ToolConfigError(
+            f"{where} is a {type(value).__name__} ({value}), which JSON does not have; put it in quotes if it is text"
+        )
 
 
 def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
@@ -232,7 +277,11 @@ def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
 
 def _own_schema(tool: Tool) -> Any:
     schema: Any = getattr(tool, "tool_schema", None)
-    return schema.model_dump(exclude_unset=True, exclude_none=True) if hasattr(schema, "model_dump") else schema
+    return (
+        schema.model_dump(exclude_unset=True, exclude_none=True)
+        if hasattr(schema, "model_dump")
+        else schema
+    )
 
 
 def _argument_error(error: ValidationError) -> str:
@@ -249,7 +298,9 @@ def _argument_error(error: ValidationError) -> str:
 def _said(error: ValidationError) -> str:
     """What is wrong. The validator names two of an enum's values; the model needs them all."""
     if isinstance(error.kind, ValidationErrorKind.Enum):
-        instance, options = (json.dumps(value, ensure_ascii=False) for value in (error.instance, error.kind.options))
+        instance, options = (
+            json.dumps(value, ensure_ascii=False) for value in (error.instance, error.kind.options)
+        )
         return f"{_clip(instance)} is not one of {_clip(options)}"
     return _clip(error.message)
 
@@ -272,4 +323,8 @@ def _path(error: ValidationError) -> list[str]:
 
 
 def _clip(text: str) -> str:
-    return text if len(text) <= MAX_ERROR_CHARS else f"{text[: MAX_ERROR_CHARS // 2]} ... {text[-MAX_ERROR_CHARS // 2 :]}"
+    return (
+        text
+        if len(text) <= MAX_ERROR_CHARS
+        else f"{text[: MAX_ERROR_CHARS // 2]} ... {text[-MAX_ERROR_CHARS // 2 :]}"
+    )

@@ -55,7 +55,9 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     async def _sent(self, request: httpx.Request, content: bytes) -> httpx.Response:
         timeout = request.extensions.get("timeout", {})
-        url = request.url.copy_with(userinfo=b"") if request.url.userinfo else request.url  # it is in the headers
+        url = (
+            request.url.copy_with(userinfo=b"") if request.url.userinfo else request.url
+        )  # it is in the headers
         with _httpx_errors():
             response = await self._session().request(
                 request.method,
@@ -66,17 +68,31 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
                 allow_redirects=False,
                 proxy=self._proxy,
                 timeout=aiohttp.ClientTimeout(
-                    connect=timeout.get("pool"), sock_connect=timeout.get("connect"), sock_read=timeout.get("read")
+                    connect=timeout.get("pool"),
+                    sock_connect=timeout.get("connect"),
+                    sock_read=timeout.get("read"),
                 ),
             )
-        reason: dict[str, Any] = {"reason_phrase": response.reason.encode("latin-1", "replace")} if response.reason else {}
-        return httpx.Response(response.status, headers=response.raw_headers, stream=_Body(response), request=request, extensions=reason)
+        reason: dict[str, Any] = (
+            {"reason_phrase": response.reason.encode("latin-1", "replace")}
+            if response.reason
+            else {}
+        )
+        return httpx.Response(
+            response.status,
+            headers=response.raw_headers,
+            stream=_Body(response),
+            request=request,
+            extensions=reason,
+        )
 
     def _session(self) -> aiohttp.ClientSession:
         if self._opened is None:
             self._opened = aiohttp.ClientSession(
                 connector=_Connector(
-                    limit=self._connections, keepalive_timeout=self._keepalive_s, ssl=True if self._context is None else self._context
+                    limit=self._connections,
+                    keepalive_timeout=self._keepalive_s,
+                    ssl=True if self._context is None else self._context,
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,

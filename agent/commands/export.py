@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from conversations.export.job import Export
 
 PLAIN_INTERVAL_S = 10.0
-FORMATS = (
-    "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, openrlhf-preference, sharegpt, atif, parquet"
-)
+FORMATS = "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, openrlhf-preference, sharegpt, atif, parquet"
 PASS_REWARD_HELP = "A sample passes with at least this reward."
 
 
@@ -28,17 +26,44 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help=FORMATS)],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
-    min_reward: Annotated[float | None, typer.Option(help="Keep trajectories with at least this reward.")] = None,
-    max_reward: Annotated[float | None, typer.Option(help="Keep trajectories with at most this reward.")] = None,
-    stop_reason: Annotated[list[str] | None, typer.Option(help="Keep this stop reason; may be given more than once.")] = None,
-    valid_calls_only: Annotated[bool, typer.Option("--valid-calls-only", help="Leave out malformed, unknown and invalid calls.")] = False,
-    mixed_groups: Annotated[bool, typer.Option("--mixed-groups", help="Keep groups whose rewards differ: those GRPO learns from.")] = False,
-    pass_rate: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Keep groups of which this share passes: 0.1:0.9")] = None,
+    min_reward: Annotated[
+        float | None, typer.Option(help="Keep trajectories with at least this reward.")
+    ] = None,
+    max_reward: Annotated[
+        float | None, typer.Option(help="Keep trajectories with at most this reward.")
+    ] = None,
+    stop_reason: Annotated[
+        list[str] | None, typer.Option(help="Keep this stop reason; may be given more than once.")
+    ] = None,
+    valid_calls_only: Annotated[
+        bool,
+        typer.Option("--valid-calls-only", help="Leave out malformed, unknown and invalid calls."),
+    ] = False,
+    mixed_groups: Annotated[
+        bool,
+        typer.Option(
+            "--mixed-groups", help="Keep groups whose rewards differ: those GRPO learns from."
+        ),
+    ] = False,
+    pass_rate: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Keep groups of which this share passes: 0.1:0.9"),
+    ] = None,
     pass_reward: Annotated[float, typer.Option(help=PASS_REWARD_HELP)] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Keep trajectories of at most so many tokens, prompt included.")] = None,
-    dedupe: Annotated[str | None, typer.Option(metavar="exact|near", help="Keep the first of several that are alike.")] = None,
-    include_infra_errors: Annotated[bool, typer.Option("--include-infra-errors", help="Keep what infrastructure failed.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Trajectories in a file of dataproto.")] = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep trajectories of at most so many tokens, prompt included."),
+    ] = None,
+    dedupe: Annotated[
+        str | None,
+        typer.Option(metavar="exact|near", help="Keep the first of several that are alike."),
+    ] = None,
+    include_infra_errors: Annotated[
+        bool, typer.Option("--include-infra-errors", help="Keep what infrastructure failed.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Trajectories in a file of dataproto.")
+    ] = 256,
 ) -> None:
     """Write a run's trajectories in a trainer's format, with a dataset card."""
     from rich.console import Console
@@ -65,7 +90,15 @@ def export(
     console, opened = Console(), open_run(run)
     try:
         with _Counter(console, len(opened)) as counter:
-            done = job.export(opened, to, out, filters, batch_size=batch_size, command=command_line(sys.argv[1:]), progress=counter.show)
+            done = job.export(
+                opened,
+                to,
+                out,
+                filters,
+                batch_size=batch_size,
+                command=command_line(sys.argv[1:]),
+                progress=counter.show,
+            )
     except KeyboardInterrupt:
         _say(console, f"interrupted: nothing was written to {out}")
         raise typer.Exit(130) from None
@@ -95,7 +128,9 @@ def _band(text: str | None) -> tuple[float, float] | None:
     try:
         return float(low or 0), float(high or 1) if colon else float(low)
     except ValueError as error:
-        raise AgentError(f"--pass-rate {text}: a band is LOW:HIGH, two numbers from 0 to 1 such as 0.1:0.9") from error
+        raise AgentError(
+            f"--pass-rate {text}: a band is LOW:HIGH, two numbers from 0 to 1 such as 0.1:0.9"
+        ) from error
 
 
 class _Counter:
@@ -133,14 +168,23 @@ def _report(console: Console, done: Export, out: Path) -> None:
     from conversations.export.card import plural
     from conversations.export.text import VERDICTS
 
-    lines = {"written": f"{done.rows} {plural(done.format.unit, done.rows)} for {done.format.consumer}"}
+    lines = {
+        "written": f"{done.rows} {plural(done.format.unit, done.rows)} for {done.format.consumer}"
+    }
     lines["trajectories kept"] = f"{done.kept.trajectories} of {done.whole.trajectories}"
-    lines |= {f"  left out: {reason}": str(count) for reason, count in (done.dropped + done.left_out).most_common()}
+    lines |= {
+        f"  left out: {reason}": str(count)
+        for reason, count in (done.dropped + done.left_out).most_common()
+    }
     for name, meaning in VERDICTS.items():
         if count := done.verdicts[name]:
             lines[f"  {name}"] = f"{count}: {meaning}"
     table = done.kept.table()
-    lines |= {name: table[name] for name in table if name.startswith(("groups", "  rewards", "reward,", "pass@"))}
+    lines |= {
+        name: table[name]
+        for name in table
+        if name.startswith(("groups", "  rewards", "reward,", "pass@"))
+    }
     lines["folder"] = str(out)
     _say(console, _lines(lines))
     for note in done.notes:
@@ -149,7 +193,9 @@ def _report(console: Console, done: Export, out: Path) -> None:
 
 def _lines(table: dict[str, str]) -> str:
     width = max(map(len, table))
-    return "\n".join(one_line(f"{name:<{width}}  {value}".rstrip()) for name, value in table.items())
+    return "\n".join(
+        one_line(f"{name:<{width}}  {value}".rstrip()) for name, value in table.items()
+    )
 
 
 def _say(console: Console, text: str) -> None:

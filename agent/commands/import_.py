@@ -15,10 +15,18 @@ MAX_SHOWN = 50
 
 def import_(
     source: Annotated[Path, typer.Argument(help="A .json or .jsonl file, or a folder of them.")],
-    from_: Annotated[str, typer.Option("--from", metavar="atif|verl", help="atif, or verl: files of trainer.rollout_data_dir.")],
+    from_: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="atif|verl", help="atif, or verl: files of trainer.rollout_data_dir."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The run folder to write; it must not be there yet.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A folder with the tokenizer.json that the ids belong to; it goes into the run.")
+        Path | None,
+        typer.Option(
+            help="A folder with the tokenizer.json that the ids belong to; it goes into the run."
+        ),
     ] = None,
 ) -> None:
     """Take ATIF documents or verl's rollout dumps in as a run; what they lack is said, and no token id is invented."""
@@ -26,7 +34,9 @@ def import_(
     from conversations.imports.job import import_run
 
     try:
-        done = import_run(source, from_, out, tokenizer=tokenizer, command=command_line(sys.argv[1:]))
+        done = import_run(
+            source, from_, out, tokenizer=tokenizer, command=command_line(sys.argv[1:])
+        )
     except KeyboardInterrupt:
         print(f"interrupted: nothing was written to {out}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -34,7 +44,9 @@ def import_(
         print(one_line(defect), file=sys.stderr)
     if len(done.defects) > MAX_SHOWN:
         print(f"... and {len(done.defects) - MAX_SHOWN} more", file=sys.stderr)
-    print(f"{done.trajectories} trajectories in {out}, {done.with_ids} of them with token ids; {len(done.defects)} defects")
+    print(
+        f"{done.trajectories} trajectories in {out}, {done.with_ids} of them with token ids; {len(done.defects)} defects"
+    )
     for warning, count in done.warnings.most_common(MAX_SHOWN):
         print(f"  {count}: {one_line(warning)}")
     if len(done.warnings) > MAX_SHOWN:

@@ -14,9 +14,14 @@ T = TypeVar("T")
 
 
 def index(
-    corpus: Annotated[Path, typer.Argument(help="JSONL: id and contents a line, or id, title and text.")],
+    corpus: Annotated[
+        Path, typer.Argument(help="JSONL: id and contents a line, or id, title and text.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The folder to write; default: where `corpus:` of a tool config looks, in the cache.")
+        Path | None,
+        typer.Option(
+            help="The folder to write; default: where `corpus:` of a tool config looks, in the cache."
+        ),
     ] = None,
 ) -> None:
     """Make a corpus searchable; an index that is still true of it is left as it is."""
@@ -24,13 +29,17 @@ def index(
 
     folder = out or default_folder(corpus)
     started = time.monotonic()
-    made = with_progress(f"indexing {corpus}", lambda tell: build_index(find_corpus(corpus), folder, tell))
+    made = with_progress(
+        f"indexing {corpus}", lambda tell: build_index(find_corpus(corpus), folder, tell)
+    )
     documents = read_manifest(folder)["documents"]
     if not made:
         print(f"nothing to do: {folder} holds the {documents} documents of {corpus}")
         return
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{documents} documents indexed in {time.monotonic() - started:.1f} s: {folder} ({size / 2**20:.1f} MiB)")
+    print(
+        f"{documents} documents indexed in {time.monotonic() - started:.1f} s: {folder} ({size / 2**20:.1f} MiB)"
+    )
 
 
 def with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
@@ -38,6 +47,8 @@ def with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task(what, total=1.0)
         return work(lambda done: bar.update(task, completed=done))

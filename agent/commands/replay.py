@@ -22,26 +22,62 @@ def replay(
     run: Annotated[Path, typer.Argument(help="The run folder to replay.")],
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
     model: Annotated[
-        Part | None, typer.Option(help="recorded: the sampled tokens again; live: asked today. Default: recorded, live with --from-turn.")
+        Part | None,
+        typer.Option(
+            help="recorded: the sampled tokens again; live: asked today. Default: recorded, live with --from-turn."
+        ),
     ] = None,
     tools: Annotated[
-        Part | None, typer.Option(help="recorded: the ledger's answers; live: run today. Default: recorded, live with --from-turn.")
+        Part | None,
+        typer.Option(
+            help="recorded: the ledger's answers; live: run today. Default: recorded, live with --from-turn."
+        ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="config.yaml in the place of the run's own.")] = None,
-    tools_config: Annotated[str | None, typer.Option(help="With --tools live: tools.yaml, or a shipped one's name.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config.yaml in the place of the run's own.")
+    ] = None,
+    tools_config: Annotated[
+        str | None, typer.Option(help="With --tools live: tools.yaml, or a shipped one's name.")
+    ] = None,
     trust_tools: Annotated[
-        bool, typer.Option("--trust-tools", help="With --tools live: import the tools that the run names, though they are not turntrace's.")
+        bool,
+        typer.Option(
+            "--trust-tools",
+            help="With --tools live: import the tools that the run names, though they are not turntrace's.",
+        ),
     ] = False,
-    ids: Annotated[list[str] | None, typer.Option(help="Only these trajectories: an id, or several with commas; may be repeated.")] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only these trajectories: an id, or several with commas; may be repeated."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     from_turn: Annotated[
-        int | None, typer.Option(min=0, help="Fork: keep the turns before this one (0: the prompt alone) and go on with fresh ones.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Fork: keep the turns before this one (0: the prompt alone) and go on with fresh ones.",
+        ),
     ] = None,
-    n: Annotated[int, typer.Option(min=1, help="Branches of each trajectory, with a live model.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the replay in --out.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="With --resume: although something differs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object; everything else goes to stderr.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")] = None,
+    n: Annotated[
+        int, typer.Option(min=1, help="Branches of each trajectory, with a live model.")
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the replay in --out.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: although something differs.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the report as one JSON object; everything else goes to stderr."
+        ),
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")
+    ] = None,
 ) -> None:
     """Replay a run into a new one and say where each trajectory first differs.
 

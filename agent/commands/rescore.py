@@ -11,7 +11,9 @@ import typer
 
 def rescore(
     run: Annotated[Path, typer.Argument(help="The run folder whose trajectories are scored.")],
-    reward: Annotated[str, typer.Option(metavar="MODULE:FUNCTION", help="module:function or file.py:function.")],
+    reward: Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="module:function or file.py:function.")
+    ],
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
     jobs: Annotated[int, typer.Option(min=1, help="Processes that call the function.")] = 1,
 ) -> None:

@@ -11,8 +11,15 @@ from agent.errors import AgentError
 
 
 def serve_search(
-    corpus: Annotated[Path | None, typer.Option(help="JSONL, indexed first where that is to do; default: 10,033 Wikipedia leads.")] = None,
-    index: Annotated[Path | None, typer.Option(help="A folder that `turntrace index` made, instead of a corpus.")] = None,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL, indexed first where that is to do; default: 10,033 Wikipedia leads."
+        ),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="A folder that `turntrace index` made, instead of a corpus.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
 ) -> None:
@@ -25,8 +32,12 @@ def serve_search(
     from tools.servers.search_index import index_of
 
     end_quietly_on_signals()
-    folder = index or with_progress(f"indexing {corpus or 'the Wikipedia leads'}", lambda tell: index_of(corpus, tell))
+    folder = index or with_progress(
+        f"indexing {corpus or 'the Wikipedia leads'}", lambda tell: index_of(corpus, tell)
+    )
     try:
         serve(folder, host, port)
     except OSError as error:
-        raise AgentError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host") from error
+        raise AgentError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from error

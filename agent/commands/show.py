@@ -27,16 +27,26 @@ Record = dict[str, Any]
 
 CUT = 2000
 """Characters of a text that are shown without --full."""
-AUTHORS = {"prompt": "bright_black", "sampled": "bold blue", "tool": "green", "user": "yellow", "template": "magenta"}
+AUTHORS = {
+    "prompt": "bright_black",
+    "sampled": "bold blue",
+    "tool": "green",
+    "user": "yellow",
+    "template": "magenta",
+}
 ROLES = {"assistant": "bold blue", "tool": "green", "user": "yellow"}
 STATUS = {"ok": "green", "backend_error": "magenta", "timeout": "magenta", "cancelled": "magenta"}
 
 
 def show(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    trajectory: Annotated[str, typer.Argument(metavar="ID", help="A trajectory's id: TASK-SAMPLE.")],
+    trajectory: Annotated[
+        str, typer.Argument(metavar="ID", help="A trajectory's id: TASK-SAMPLE.")
+    ],
     tokens: Annotated[bool, typer.Option("--tokens", help="The tokens too, by author.")] = False,
-    full: Annotated[bool, typer.Option("--full", help=f"Whole texts; otherwise {CUT} characters of each.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help=f"Whole texts; otherwise {CUT} characters of each.")
+    ] = False,
 ) -> None:
     """Show one trajectory: its messages, calls and rewards, and who wrote its tokens."""
     from rich.console import Console
@@ -53,7 +63,9 @@ def show(
         if tokens:
             screen.tokens(opened, record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise AgentError(f"trajectory {trajectory} is damaged: {type(error).__name__}: {error}; turntrace verify says where") from error
+        raise AgentError(
+            f"trajectory {trajectory} is damaged: {type(error).__name__}: {error}; turntrace verify says where"
+        ) from error
 
 
 class Screen:
@@ -66,14 +78,28 @@ class Screen:
     def head(self, record: Record) -> None:
         """What came of it, and what to know before reading on."""
         self._line(("", one_line(str(record["id"])), "bold"))
-        asked = {"reward": _number(record["reward"]), "stop reason": record["stop_reason"], "turns": record["num_turns"]}
-        told = {"time": f"{record['wall_s']:.2f} s", "ground truth": _json(record["ground_truth"]), "parent": _json(record["parent"])}
+        asked = {
+            "reward": _number(record["reward"]),
+            "stop reason": record["stop_reason"],
+            "turns": record["num_turns"],
+        }
+        told = {
+            "time": f"{record['wall_s']:.2f} s",
+            "ground truth": _json(record["ground_truth"]),
+            "parent": _json(record["parent"]),
+        }
         for name, value in (asked | told).items():
             self._line((f"{name:<14}", one_line(str(value))[:200], ""))
         if record["infra_error"]:
             self._line(("", "infrastructure failed: no reward, left out of exports", "magenta"))
         if not _matches_its_hash(record):
-            self._line(("", "does not match its hash: it was changed after it was written; turntrace verify says more", "red"))
+            self._line(
+                (
+                    "",
+                    "does not match its hash: it was changed after it was written; turntrace verify says more",
+                    "red",
+                )
+            )
         for text in filter(None, (record["error"], *record["warnings"])):
             self._line(("", one_line(str(text)), "yellow"))
 
@@ -85,7 +111,14 @@ class Screen:
             if message["role"] == "tool" and message.get("tool_call_id") in calls:
                 continue  # stands with its call
             sampled = isinstance(message.get("raw"), str)
-            self._title(message["role"], _turn(record, turn) if sampled else "given" if message["role"] == "assistant" else "")
+            self._title(
+                message["role"],
+                _turn(record, turn)
+                if sampled
+                else "given"
+                if message["role"] == "assistant"
+                else "",
+            )
             self._text(str(message.get("content") or ""))
             for call in record["tool_calls"] if sampled else ():
                 if call["turn"] == turn:
@@ -100,7 +133,10 @@ class Screen:
         self._title("tokens", "")
         for kind, total in totals.items():
             style = AUTHORS.get(kind, "")
-            self._line((f"{one_line(str(kind)):<10}", f"{total:>7}", style), (f"{100 * total / max(1, totals.total()):>7.1f}%", "", ""))
+            self._line(
+                (f"{one_line(str(kind)):<10}", f"{total:>7}", style),
+                (f"{100 * total / max(1, totals.total()):>7.1f}%", "", ""),
+            )
 
     def tokens(self, run: Run, record: Record) -> None:
         """The text of the tokens, segment by segment."""
@@ -112,11 +148,18 @@ class Screen:
         texts = dict(zip(table["ids"], table["pieces"], strict=True))
         for kind, start, end in record["segments"]:
             self._title(str(kind), f"{start} to {end}, {end - start} tokens", AUTHORS.get(kind, ""))
-            self._print(visible("".join(_texts(ids[start:end], texts))).replace("\n", "\u21b5\n"), AUTHORS.get(kind, ""))
+            self._print(
+                visible("".join(_texts(ids[start:end], texts))).replace("\n", "\u21b5\n"),
+                AUTHORS.get(kind, ""),
+            )
 
     def _call(self, call: Record) -> None:
         style = STATUS.get(call["status"], "red")
-        self._line(("  ", one_line(str(call["name"])), "bold"), (" ", str(call["status"]), style), (f"  {_took(call)}", "", ""))
+        self._line(
+            ("  ", one_line(str(call["name"])), "bold"),
+            (" ", str(call["status"]), style),
+            (f"  {_took(call)}", "", ""),
+        )
         self._text(_arguments(call["arguments"]), indent="    ")
         self._text(str(call["response"] or "").removesuffix("\n"), indent="  > ")
         if call["error"]:
@@ -139,7 +182,11 @@ class Screen:
         """Parts of (plain text, text, its style) on one line."""
         from rich.text import Text
 
-        self._console.print(Text.assemble(*(piece for before, text, style in parts for piece in (before, (text, style)))))
+        self._console.print(
+            Text.assemble(
+                *(piece for before, text, style in parts for piece in (before, (text, style)))
+            )
+        )
 
     def _print(self, text: str, style: str = "") -> None:
         from rich.text import Text
@@ -189,7 +236,9 @@ def _arguments(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     texts = {key: part if isinstance(part, str) else _json(part) for key, part in value.items()}
-    return "\n".join(f"{key}:\n{text}" if "\n" in text else f"{key}: {text}" for key, text in texts.items())
+    return "\n".join(
+        f"{key}:\n{text}" if "\n" in text else f"{key}: {text}" for key, text in texts.items()
+    )
 
 
 def _texts(ids: list[int], texts: dict[int, str | list[int]]) -> Iterator[str]:
@@ -200,12 +249,20 @@ def _texts(ids: list[int], texts: dict[int, str | list[int]]) -> Iterator[str]:
         if piece is None:
             yield f"{decoder.decode(b'', True)}\u27e8{token}\u27e9"
         else:
-            yield decoder.decode(piece.encode("utf-8", "replace") if isinstance(piece, str) else bytes(piece))
+            yield decoder.decode(
+                piece.encode("utf-8", "replace") if isinstance(piece, str) else bytes(piece)
+            )
     yield decoder.decode(b"", True)
 
 
 def _json(value: Any) -> str:
-    return "-" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (
+        "-"
+        if value is None
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _number(value: float | None) -> str:

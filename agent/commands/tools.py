@@ -14,10 +14,21 @@ if TYPE_CHECKING:
 tools_app = typer.Typer(help="Look at a tool config, call a tool by hand.", no_args_is_help=True)
 
 FileArgument = Annotated[
-    str, typer.Argument(metavar="FILE", help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.")
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.",
+    ),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", help="A model whose chat template and tokens count: smollm2-tools, a folder.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="config.yaml, for its model and its limits.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="A model whose chat template and tokens count: smollm2-tools, a folder."
+    ),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="config.yaml, for its model and its limits.")
+]
 
 
 @tools_app.command("check")
@@ -26,7 +37,10 @@ def check(
     model: ModelOption = None,
     config: ConfigOption = None,
     no_start: Annotated[
-        bool, typer.Option("--no-start", help="Start no backend, but for the MCP servers that say what they offer.")
+        bool,
+        typer.Option(
+            "--no-start", help="Start no backend, but for the MCP servers that say what they offer."
+        ),
     ] = False,
 ) -> None:
     """Load a tool config, start what it needs, show each tool as the model will see it; exit code 1 where one does not start."""
@@ -40,7 +54,10 @@ def call(
     file: FileArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The tool.")],
     arguments: Annotated[str, typer.Argument(metavar="ARGUMENTS", help="A JSON object.")] = "{}",
-    ground_truth: Annotated[str | None, typer.Option("--ground-truth", help="What a task would give the tool to grade by.")] = None,
+    ground_truth: Annotated[
+        str | None,
+        typer.Option("--ground-truth", help="What a task would give the tool to grade by."),
+    ] = None,
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def verify(
     run: Annotated[Path, typer.Argument(help="The run folder; it may still be written to.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: each defect, then the summary.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line: each defect, then the summary.")
+    ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a CPU.")] = None,
 ) -> None:
     """Prove a run folder: hashes, tokens against messages, the ledger, groups, counts; exit code 1 where anything is wrong."""
@@ -29,7 +31,9 @@ def verify(
             bar.clear()
             print(json.dumps(defect.as_json()) if as_json else defect, flush=True)
 
-        verdict = verify_run(run, jobs=jobs or len(os.sched_getaffinity(0)), on_defect=tell, on_progress=bar.move)
+        verdict = verify_run(
+            run, jobs=jobs or len(os.sched_getaffinity(0)), on_defect=tell, on_progress=bar.move
+        )
     _sum_up(verdict, as_json=as_json)
     raise typer.Exit(1 if verdict.defects else 0)
 

@@ -15,25 +15,43 @@ if TYPE_CHECKING:
 
 
 def view(
-    run: Annotated[Path, typer.Argument(help="The run folder; with --serve also a folder of runs.")],
-    out: Annotated[Path | None, typer.Option(help="The page to write; default: RUN.html beside the run.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Another run to compare with; default: the parent that the run names.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Trajectories in the page; default: 20000, or 256 MB of them.")] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 0,
+    run: Annotated[
+        Path, typer.Argument(help="The run folder; with --serve also a folder of runs.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; default: RUN.html beside the run.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another run to compare with; default: the parent that the run names."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trajectories in the page; default: 20000, or 256 MB of them."),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")
+    ] = 0,
 ) -> None:
     """Look at a run in a browser: one page that opens from disk, or a local server."""
     if not serve:
         _write(run, out, against, limit)
         return
     if out is not None or limit is not None:
-        raise AgentError("--serve writes no page and has no limit: leave out --out and --limit, or --serve")
+        raise AgentError(
+            "--serve writes no page and has no limit: leave out --out and --limit, or --serve"
+        )
     from agent.viewer import serve_until_ended
 
     try:
         serve_until_ended(run, against, port)
     except OSError as error:
-        raise AgentError(f"cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another --port") from error
+        raise AgentError(
+            f"cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another --port"
+        ) from error
 
 
 def _write(path: Path, out: Path | None, against: Path | None, limit: int | None) -> None:
@@ -47,7 +65,10 @@ def _write(path: Path, out: Path | None, against: Path | None, limit: int | None
         size = page.write(target)
     print(f"{target}: {page.shown} trajectories, {size / 1e6:.1f} MB")
     if page.shown < page.total:
-        print(f"note: the run has {page.total}; --limit N writes more, --serve has no limit", file=sys.stderr)
+        print(
+            f"note: the run has {page.total}; --limit N writes more, --serve has no limit",
+            file=sys.stderr,
+        )
 
 
 def _other(run: Run, against: Path | None) -> Run | None:
@@ -58,7 +79,10 @@ def _other(run: Run, against: Path | None) -> Run | None:
         return open_run(against)
     found = parent_of(run)
     if found is None and run.manifest.get("parent"):
-        print("note: its parent is not there as it was; --against RUN compares with any run", file=sys.stderr)
+        print(
+            "note: its parent is not there as it was; --against RUN compares with any run",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -78,4 +102,6 @@ def _start(file: Path) -> bytes:
         with file.open("rb") as opened:
             return opened.read(1000)
     except OSError as error:
-        raise AgentError(f"{file} cannot be read: {error.strerror}; choose another --out") from error
+        raise AgentError(
+            f"{file} cannot be read: {error.strerror}; choose another --out"
+        ) from error

@@ -30,7 +30,9 @@ def server_url(given: str) -> httpx.URL:
     except (httpx.InvalidURL, ValueError) as error:
         raise ConfigError(f"{shown} is no address: {error}") from error
     if not url.host or not 0 < (url.port or 1) < 1 << 16 or url.query or url.fragment:
-        raise ConfigError(f"{shown} must be an address like http://HOST:30000, with nothing after its path")
+        raise ConfigError(
+            f"{shown} must be an address like http://HOST:30000, with nothing after its path"
+        )
     return url
 
 
@@ -45,16 +47,28 @@ def authorization(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def client(url: httpx.URL, headers: dict[str, str], timeout: httpx.Timeout, context: ssl.SSLContext, size: int) -> httpx.AsyncClient:
+def client(
+    url: httpx.URL,
+    headers: dict[str, str],
+    timeout: httpx.Timeout,
+    context: ssl.SSLContext,
+    size: int,
+) -> httpx.AsyncClient:
     """A client of at most `size` connections, by the environment's proxy. Raises ConfigError for one that cannot be used."""
-    transport = AiohttpTransport(connections=size, keepalive_s=KEEPALIVE_S, context=context, proxy=_proxy(url))
+    transport = AiohttpTransport(
+        connections=size, keepalive_s=KEEPALIVE_S, context=context, proxy=_proxy(url)
+    )
     return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
 
 
 def proxied(url: httpx.URL) -> str:
     """What an error should add where a proxy of the environment stands before the server; else nothing."""
     proxy = _proxy(url)
-    return f" (by way of the environment's proxy {without_userinfo(proxy)}; NO_PROXY={url.host} goes past it)" if proxy else ""
+    return (
+        f" (by way of the environment's proxy {without_userinfo(proxy)}; NO_PROXY={url.host} goes past it)"
+        if proxy
+        else ""
+    )
 
 
 def _proxy(url: httpx.URL) -> str | None:

@@ -54,7 +54,9 @@ class Engine(Protocol):
         """Name, model and versions, for the record's `engine` field. JSON values only."""
         ...
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         """Samples one turn after `prompt_ids`.
 
         `prompt_ids` is the conversation's own live sequence: read it before the call returns, never keep it.

@@ -28,7 +28,9 @@ async def what_it_serves(client: httpx.AsyncClient) -> dict[str, Any]:
         answer = await _get(client, path, *_NOT_THERE)
         if answer.is_success:
             return _info(path, answer)
-    if (await _get(client, "/generate", *_NOT_THERE)).status_code == 404:  # it is for POST: 405 where it is there
+    if (
+        await _get(client, "/generate", *_NOT_THERE)
+    ).status_code == 404:  # it is for POST: 405 where it is there
         raise NotReadyError("it has no /generate, so it is no SGLang server")
     return {}
 
@@ -47,8 +49,14 @@ def _info(path: str, answer: httpx.Response) -> dict[str, Any]:
     try:
         told = answer.json()
     except (ValueError, RecursionError) as error:
-        raise NotReadyError(f"GET {path} was answered with no JSON but {answer.text[:200]!r}; is that an SGLang server?") from error
-    return {key: told[key] for key in INFO_KEYS if isinstance(told.get(key), str)} if isinstance(told, dict) else {}
+        raise NotReadyError(
+            f"GET {path} was answered with no JSON but {answer.text[:200]!r}; is that an SGLang server?"
+        ) from error
+    return (
+        {key: told[key] for key in INFO_KEYS if isinstance(told.get(key), str)}
+        if isinstance(told, dict)
+        else {}
+    )
 
 
 def reason(error: httpx.HTTPError) -> str:
@@ -66,7 +74,11 @@ def refusal(response: httpx.Response) -> str:
     if response.has_redirect_location:
         said = f"a redirect to {without_userinfo(response.headers['location'])}; redirects are not followed"
     elif response.status_code in (401, 403):
-        said = "; ".join(filter(None, (said, "check rollout.server.api_key, or the environment's SGLANG_API_KEY")))
+        said = "; ".join(
+            filter(
+                None, (said, "check rollout.server.api_key, or the environment's SGLANG_API_KEY")
+            )
+        )
     return f"status {response.status_code}: {said}".removesuffix(": ")
 
 

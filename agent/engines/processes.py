@@ -43,7 +43,10 @@ _ADVICE = (
         r"libnvrtc",
         "CUDA's runtime compiler is missing: `pip install nvidia-cuda-nvrtc-cu12` or put its folder on LD_LIBRARY_PATH",
     ),
-    (r"Address already in use|EADDRINUSE", "a port is taken: stop the other engine, or set SGLANG_PORT to a free one"),
+    (
+        r"Address already in use|EADDRINUSE",
+        "a port is taken: stop the other engine, or set SGLANG_PORT to a free one",
+    ),
 )
 _KILLED = "it was killed from outside, most likely because the machine ran out of memory: free some, or lower max_model_len"
 _ERROR_LINE = re.compile(r"^\w*(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)
@@ -96,10 +99,14 @@ class Children:
     def why_ended(self) -> str:
         """One line about the child that ended first: its reason in plain words, and where its log is."""
         for process in self._started():
-            process.join(timeout=1 if process.sentinel in connection.wait(self.sentinels(), timeout=0) else 0)
+            process.join(
+                timeout=1 if process.sentinel in connection.wait(self.sentinels(), timeout=0) else 0
+            )
         codes = [process.exitcode for process in self._started() if process.exitcode is not None]
         text = self._printed()
-        return explain(text, codes[0] if codes else None) + (f" (log: {self.log_path})" if text else "")
+        return explain(text, codes[0] if codes else None) + (
+            f" (log: {self.log_path})" if text else ""
+        )
 
     def _printed(self) -> str:
         """What these children have printed; the log may hold an earlier engine's words too."""
@@ -115,7 +122,9 @@ class Children:
             for sentinel in self.sentinels():
                 loop.add_reader(sentinel, lambda: self.end(self.why_ended()))
         if self._loop is not loop:
-            raise RuntimeError("an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine")
+            raise RuntimeError(
+                "an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine"
+            )
 
     async def answer(self, task: asyncio.Task[T]) -> T:
         """The task's result, or EngineError when a child has ended first: then nobody is left to answer.
@@ -183,7 +192,9 @@ class _WatchedReader:
         try:
             return self._reader.recv()
         except EOFError as error:
-            raise EngineStartError(f"the engine did not start: {self._children.why_ended()}") from error
+            raise EngineStartError(
+                f"the engine did not start: {self._children.why_ended()}"
+            ) from error
 
 
 def explain(log: str, exit_code: int | None) -> str:
@@ -208,7 +219,11 @@ def run_child(target: str, log_path: Path | None, *args: Any) -> None:
         os.dup2(log, 2)
     # SGLang's children tell of a failure by SIGQUIT to their parent, which would kill it; ours watches them instead.
     send = psutil.Process.send_signal
-    setattr(psutil.Process, "send_signal", lambda self, sig: None if sig == signal.SIGQUIT else send(self, sig))  # noqa: B010
+    setattr(
+        psutil.Process,
+        "send_signal",
+        lambda self, sig: None if sig == signal.SIGQUIT else send(self, sig),
+    )  # noqa: B010
     module, name = target.split(":")
     getattr(importlib.import_module(module), name)(*args)
 

@@ -27,7 +27,9 @@ class ScriptedEngine:
         """The record's `engine` field."""
         return {"name": "scripted"}
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         """The scripted answer, cut to `max_new_tokens` as a real engine would."""
         await asyncio.sleep(self._delay_s)
         generation = self._respond(prompt_ids, sampling)
@@ -54,8 +56,13 @@ def recorded(trajectories: Iterable[Trajectory]) -> ScriptedEngine:
         ids = trajectory.prompt_ids + trajectory.response_ids
         first = len(trajectory.prompt_ids)
         for turn in trajectory.turns:
-            logprobs = [value or 0.0 for value in trajectory.response_logprobs[turn.start - first : turn.end - first]]
-            answers[hash(tuple(ids[: turn.start]))].append(Generation(ids[turn.start : turn.end], logprobs, turn.finish_reason))
+            logprobs = [
+                value or 0.0
+                for value in trajectory.response_logprobs[turn.start - first : turn.end - first]
+            ]
+            answers[hash(tuple(ids[: turn.start]))].append(
+                Generation(ids[turn.start : turn.end], logprobs, turn.finish_reason)
+            )
 
     def respond(prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
         queue = answers.get(hash(tuple(prompt_ids)))
@@ -83,26 +90,42 @@ class Playback:
         """The engine that sampled the tokens: nothing new is sampled here."""
         return self._record.engine
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         """The recorded turn. Raises EndConversation, or the recorded EngineError."""
         await asyncio.sleep(0)
         if self._next >= len(self._record.turns):
             raise self._end()
         turn = self._record.turns[self._next]
         if (at := first_difference(prompt_ids, self._ids[: turn.start])) is not None:
-            raise EndConversation("cancelled", f"replay: turn {self._next} was sampled after other tokens, from token {at} on")
+            raise EndConversation(
+                "cancelled",
+                f"replay: turn {self._next} was sampled after other tokens, from token {at} on",
+            )
         if turn.end - turn.start > sampling["max_new_tokens"]:
             room = sampling["max_new_tokens"]
-            raise EndConversation("cancelled", f"replay: turn {self._next} has {turn.end - turn.start} tokens, the budgets leave {room}")
+            raise EndConversation(
+                "cancelled",
+                f"replay: turn {self._next} has {turn.end - turn.start} tokens, the budgets leave {room}",
+            )
         self._next += 1
         if turn.finish_reason == "abort":
-            raise EndConversation(self._record.stop_reason, self._record.error, self._generation(turn))
+            raise EndConversation(
+                self._record.stop_reason, self._record.error, self._generation(turn)
+            )
         return self._generation(turn)
 
     def _generation(self, turn: Turn) -> Generation:
         shift = len(self._record.prompt_ids)
-        logprobs: Any = self._record.response_logprobs[turn.start - shift : turn.end - shift]  # floats: these tokens were sampled
-        more = {field.name: getattr(turn, field.name) for field in dataclasses.fields(Generation) if hasattr(turn, field.name)}
+        logprobs: Any = self._record.response_logprobs[
+            turn.start - shift : turn.end - shift
+        ]  # floats: these tokens were sampled
+        more = {
+            field.name: getattr(turn, field.name)
+            for field in dataclasses.fields(Generation)
+            if hasattr(turn, field.name)
+        }
         return Generation(self._ids[turn.start : turn.end], logprobs, **more)
 
     def _end(self) -> Exception:
@@ -111,7 +134,9 @@ class Playback:
             return EngineError(record.error)
         if record.stop_reason in ("cancelled", "deadline"):
             return EndConversation(record.stop_reason, record.error)
-        return EndConversation("cancelled", f"replay: the recorded conversation ended here with {record.stop_reason}")
+        return EndConversation(
+            "cancelled", f"replay: the recorded conversation ended here with {record.stop_reason}"
+        )
 
     async def abort(self, request_id: str) -> None:
         """Nothing runs that could be aborted."""
@@ -124,4 +149,7 @@ def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     """The first index at which two sequences differ, the shorter one's end included; None where they are equal."""
     if first == second:
         return None
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )

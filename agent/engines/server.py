@@ -57,10 +57,24 @@ class Server:
     Raises ConfigError for an address or a key that is none.
     """
 
-    def __init__(self, url: str, api_key: str | None, *, max_connections: int, read_timeout_s: float, changed: Callable[[], None]) -> None:
-        address, headers, context = server_url(url), authorization(api_key), httpx.create_ssl_context()
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        *,
+        max_connections: int,
+        read_timeout_s: float,
+        changed: Callable[[], None],
+    ) -> None:
+        address, headers, context = (
+            server_url(url),
+            authorization(api_key),
+            httpx.create_ssl_context(),
+        )
         self.url = without_userinfo(str(address))
-        self._generate_url = httpx.URL(f"{address}/generate")  # made once: it is parsed for each request else
+        self._generate_url = httpx.URL(
+            f"{address}/generate"
+        )  # made once: it is parsed for each request else
         # A turn that waits in the pool would wait in the server's queue otherwise: no limit on that time.
         timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
         self._client = client(address, headers, timeout, context, max_connections)
@@ -87,10 +101,16 @@ class Server:
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /generate`, once. Raises the errors above, and EngineError where asking again is no use."""
         try:
-            response = await self._client.post(self._generate_url, content=orjson.dumps(body), headers=JSON)
+            response = await self._client.post(
+                self._generate_url, content=orjson.dumps(body), headers=JSON
+            )
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
-            await self.abort(body["rid"])  # it may still be generating an answer that nobody will read
-            raise EngineError(f"{self.url} did not answer within its timeout: {reason(error)}") from error
+            await self.abort(
+                body["rid"]
+            )  # it may still be generating an answer that nobody will read
+            raise EngineError(
+                f"{self.url} did not answer within its timeout: {reason(error)}"
+            ) from error
         except httpx.HTTPError as error:
             raise ServerLostError(reason(error)) from error
         self._heard = time.monotonic()
@@ -139,7 +159,9 @@ class Server:
             self.outages += isinstance(error.__cause__, httpx.TimeoutException)
             return str(error)
         served, serves = self.info.get("model_path"), found.get("model_path")
-        if served and serves and serves != served:  # one conversation is never sampled by two models
+        if (
+            served and serves and serves != served
+        ):  # one conversation is never sampled by two models
             return f"it came back with {serves} where it had {served}"
         return ""
 
@@ -155,7 +177,11 @@ def retry_after_s(response: httpx.Response) -> float | None:
     """The header's seconds, or those until its date."""
     given = response.headers.get("retry-after", "")
     try:
-        return float(given) if given.isdigit() else (email.utils.parsedate_to_datetime(given) - datetime.now(UTC)).total_seconds()
+        return (
+            float(given)
+            if given.isdigit()
+            else (email.utils.parsedate_to_datetime(given) - datetime.now(UTC)).total_seconds()
+        )
     except (ValueError, TypeError):
         return None
 

@@ -39,7 +39,9 @@ ABORT_S = 2.0
 """How long the tokens of an aborted request are waited for: a step of the model and the way back."""
 
 
-def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None = None) -> AgentRollout:
+def start(
+    rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None = None
+) -> AgentRollout:
     """Starts SGLang in this process's children, on the GPUs if there are any, and returns the rollout that drives it.
 
     `rollout` holds keys of verl's RolloutConfig, `model_path` is a local directory. Call it on a thread that lives as
@@ -59,22 +61,33 @@ def start(rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None
         except AgentError:
             raise
         except AssertionError as error:  # verl's config checks
-            raise ConfigError(f"verl refuses the rollout config: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"verl refuses the rollout config: {' '.join(str(error).split())}"
+            ) from error
         except Exception as error:  # verl, SGLang and torch raise what they like
-            raise EngineStartError(f"the engine did not start: {explain(f'{type(error).__name__}: {error}', None)}") from error
+            raise EngineStartError(
+                f"the engine did not start: {explain(f'{type(error).__name__}: {error}', None)}"
+            ) from error
 
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
     """Importing and starting SGLang changes the event loop policy, the start method, the root logger and more; this undoes it."""
     register_atexit = threading._register_atexit  # type: ignore[attr-defined]  # without it, idle executor threads hang the exit
-    policy, start_method = asyncio.get_event_loop_policy(), multiprocessing.get_start_method(allow_none=True)
+    policy, start_method = (
+        asyncio.get_event_loop_policy(),
+        multiprocessing.get_start_method(allow_none=True),
+    )
     root, sglang = logging.getLogger(), logging.getLogger("sglang")
     handlers, level = root.handlers[:], root.level
-    sglang.setLevel(logging.ERROR)  # and stays so: its warnings are about defaults that were chosen on purpose
+    sglang.setLevel(
+        logging.ERROR
+    )  # and stays so: its warnings are about defaults that were chosen on purpose
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about hardware that is not there, and about SGLangRollout's age
+            warnings.simplefilter(
+                "ignore"
+            )  # about hardware that is not there, and about SGLangRollout's age
             yield
     finally:
         threading._register_atexit = register_atexit  # type: ignore[attr-defined]
@@ -98,11 +111,15 @@ class SGLangEngine:
         """Name, model, device and versions."""
         return dict(self._description)
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         """Samples one turn. Raises EngineError as the protocol says, RuntimeError on a second event loop."""
         self._children.watch()
         if request_id in self._running:
-            raise EngineError(f"request id {request_id} is already in flight; each request needs its own")
+            raise EngineError(
+                f"request id {request_id} is already in flight; each request needs its own"
+            )
         check_sampling(sampling)
         check_prompt(prompt_ids, self._vocab_size)
         task = asyncio.create_task(self._ask(list(prompt_ids), dict(sampling), request_id))
@@ -111,21 +128,35 @@ class SGLangEngine:
         try:
             return read_answer(await self._children.answer(task))
         except asyncio.CancelledError:
-            if task.cancelled() and not _is_cancelled():  # by `abort`, before SGLang had the request
+            if (
+                task.cancelled() and not _is_cancelled()
+            ):  # by `abort`, before SGLang had the request
                 return Generation([], [], "abort")
             self._stop(request_id)
             raise await interruption(task) from None
 
-    async def _ask(self, prompt_ids: list[int], sampling: dict[str, Any], request_id: str) -> dict[str, Any]:
+    async def _ask(
+        self, prompt_ids: list[int], sampling: dict[str, Any], request_id: str
+    ) -> dict[str, Any]:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        request = GenerateReqInput(rid=request_id, input_ids=prompt_ids, sampling_params=sampling, return_logprob=True, stream=False)
+        request = GenerateReqInput(
+            rid=request_id,
+            input_ids=prompt_ids,
+            sampling_params=sampling,
+            return_logprob=True,
+            stream=False,
+        )
         try:
             answer: dict[str, Any] = await anext(self._manager.generate_request(request, None))
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # SGLang raises ValueError, TypeError, HTTPException and others for one request
-            raise EngineError(f"SGLang refused the request: {getattr(error, 'detail', None) or error}") from error
+        except (
+            Exception
+        ) as error:  # SGLang raises ValueError, TypeError, HTTPException and others for one request
+            raise EngineError(
+                f"SGLang refused the request: {getattr(error, 'detail', None) or error}"
+            ) from error
         return answer
 
     def _forget(self, request_id: str) -> None:
@@ -167,7 +198,11 @@ async def interruption(answer: asyncio.Future[dict[str, Any]]) -> asyncio.Cancel
         generation = read_answer(answer.result())
     except EngineError:
         return asyncio.CancelledError()
-    return Interrupted(dataclasses.replace(generation, finish_reason="abort")) if generation.token_ids else asyncio.CancelledError()
+    return (
+        Interrupted(dataclasses.replace(generation, finish_reason="abort"))
+        if generation.token_ids
+        else asyncio.CancelledError()
+    )
 
 
 def _is_cancelled() -> bool:
@@ -190,7 +225,9 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
     if not prompt_ids:
         raise EngineError("the prompt is empty")
     if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-        raise EngineError(f"the prompt has an id outside the model's vocabulary of {vocab_size}: {max(prompt_ids)} or {min(prompt_ids)}")
+        raise EngineError(
+            f"the prompt has an id outside the model's vocabulary of {vocab_size}: {max(prompt_ids)} or {min(prompt_ids)}"
+        )
 
 
 def read_answer(answer: Mapping[str, Any]) -> Generation:
@@ -202,13 +239,17 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
         logprobs = [float(triple[0]) for triple in triples]
         logprob_ids = [triple[1] for triple in triples]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"the engine's answer lacks what was asked for: {type(error).__name__} {error}") from error
+        raise EngineError(
+            f"the engine's answer lacks what was asked for: {type(error).__name__} {error}"
+        ) from error
     if not isinstance(reason, Mapping) or "type" not in reason:
         raise EngineError(f"the engine's answer has finish reason {reason!r}")
     if reason.get("matched") == "NaN happened":
         raise EngineError("NaN happened: the model's logits are not numbers")
     if logprob_ids != ids or not set(map(type, ids)) <= {int}:
-        raise EngineError(f"the engine returned {len(ids)} ids with {len(logprobs)} log-probs that do not belong to them")
+        raise EngineError(
+            f"the engine returned {len(ids)} ids with {len(logprobs)} log-probs that do not belong to them"
+        )
     if not all(map(math.isfinite, logprobs)):
         raise EngineError("the engine returned a log-prob that is not finite")
     return Generation(

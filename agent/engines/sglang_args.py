@@ -57,7 +57,11 @@ def start_variables(*, cuda: bool) -> dict[str, str]:
     if not cuda:
         # torch.compile would spend half a minute on the first call; threads that spin while they wait for each other
         # make a busy machine ten times slower.
-        wanted |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        wanted |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "TORCH_COMPILE_DISABLE": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
     return {key: value for key, value in wanted.items() if key not in os.environ}
 
 

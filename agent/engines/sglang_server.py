@@ -18,7 +18,13 @@ from typing import Any
 
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.health import NotReadyError
-from agent.engines.server import SILENCE_S, Server, ServerBusyError, ServerFailedError, ServerLostError
+from agent.engines.server import (
+    SILENCE_S,
+    Server,
+    ServerBusyError,
+    ServerFailedError,
+    ServerLostError,
+)
 from agent.engines.sglang import check_sampling, interruption, read_answer
 from agent.errors import ConfigError, EngineError, EngineStartError
 
@@ -43,9 +49,18 @@ class SGLangServerEngine:
         wait_s: float = 300.0,
     ) -> None:
         if not urls or len({url.rstrip("/") for url in urls}) < len(urls):
-            raise ConfigError(f"rollout.server.urls must name one server or several different ones, got {len(urls)}")
+            raise ConfigError(
+                f"rollout.server.urls must name one server or several different ones, got {len(urls)}"
+            )
         self._servers = [
-            Server(url, api_key, max_connections=max_connections, read_timeout_s=read_timeout_s, changed=self._note_change) for url in urls
+            Server(
+                url,
+                api_key,
+                max_connections=max_connections,
+                read_timeout_s=read_timeout_s,
+                changed=self._note_change,
+            )
+            for url in urls
         ]
         self._attempts = attempts
         self._wait_s = wait_s
@@ -58,10 +73,16 @@ class SGLangServerEngine:
         """Checks that every server is up and that all serve the same model. Raises EngineStartError, everything closed."""
         try:
             await asyncio.gather(*(self._connect(server) for server in self._servers))
-            models = {model: server.url for server in self._servers if (model := server.info.get("model_path"))}
+            models = {
+                model: server.url
+                for server in self._servers
+                if (model := server.info.get("model_path"))
+            }
             if len(models) > 1:
                 served = ", ".join(f"{url} {model}" for model, url in models.items())
-                raise EngineStartError(f"the servers of rollout.server.urls serve different models: {served}")
+                raise EngineStartError(
+                    f"the servers of rollout.server.urls serve different models: {served}"
+                )
         except BaseException:
             await self.close()
             raise
@@ -70,26 +91,45 @@ class SGLangServerEngine:
         try:
             server.info = await server.ready()
         except NotReadyError as error:
-            raise EngineStartError(f"no SGLang server is ready at {server.url}: {error}; check rollout.server.urls") from error
+            raise EngineStartError(
+                f"no SGLang server is ready at {server.url}: {error}; check rollout.server.urls"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """Name and addresses, and after `connect` what the servers say of themselves; a turn says with which weights it was sampled."""
         told = {key: value for key, value in self._told().items() if key != "weight_version"}
-        return {"name": "sglang_server", "url": " ".join(server.url for server in self._servers), **told}
+        return {
+            "name": "sglang_server",
+            "url": " ".join(server.url for server in self._servers),
+            **told,
+        }
 
     def served(self) -> dict[str, str]:
         """The model and the version of its weights as `connect` found them; without what nobody tells."""
-        return {key: value for key, value in self._told().items() if key in ("model_path", "weight_version")}
+        return {
+            key: value
+            for key, value in self._told().items()
+            if key in ("model_path", "weight_version")
+        }
 
     def _told(self) -> dict[str, str]:
         return next((server.info for server in self._servers if server.info), {})
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         """Samples one turn. Raises EngineError when a server refuses, answers nonsense, or none can be reached."""
         if request_id in self._requests:
-            raise EngineError(f"request id {request_id} is already in flight; each request needs its own")
+            raise EngineError(
+                f"request id {request_id} is already in flight; each request needs its own"
+            )
         check_sampling(sampling)
-        body = {"input_ids": list(prompt_ids), "sampling_params": dict(sampling), "return_logprob": True, "stream": False}
+        body = {
+            "input_ids": list(prompt_ids),
+            "sampling_params": dict(sampling),
+            "return_logprob": True,
+            "stream": False,
+        }
         try:
             return read_answer(await self._ask(body, request_id))
         finally:
@@ -139,7 +179,9 @@ class SGLangServerEngine:
                     await self._any_up.wait()
         except TimeoutError as error:
             trouble = "; ".join(f"{server.url}: {server.trouble}" for server in self._servers)
-            raise EngineError(f"no server came back within {self._wait_s:g} s: {trouble}") from error
+            raise EngineError(
+                f"no server came back within {self._wait_s:g} s: {trouble}"
+            ) from error
         conversation = asyncio.current_task()
         up = [server for server in self._servers if server.is_up]
         for server in up:
@@ -167,7 +209,9 @@ class SGLangServerEngine:
     def _abort_in_background(self, server: Server, rid: str) -> None:
         task = asyncio.create_task(server.abort(rid))
         self._aborts[task] = server, rid
-        task.add_done_callback(lambda done: None if done.cancelled() else self._aborts.pop(done, None))
+        task.add_done_callback(
+            lambda done: None if done.cancelled() else self._aborts.pop(done, None)
+        )
 
     async def close(self) -> None:
         """Closes the connections, after the aborts that are on their way; the servers go on. Safe to call twice.
@@ -194,7 +238,9 @@ class Tries:
         """How long to wait before the next try. Raises EngineError after the last one."""
         self._failed, self._busy, self._until = self._failed + 1, 0, None
         if self._failed == self._attempts:
-            raise EngineError(f"{url} failed, the turn was tried {self._attempts} times, last with {error}") from error
+            raise EngineError(
+                f"{url} failed, the turn was tried {self._attempts} times, last with {error}"
+            ) from error
         return _backoff_s(self._failed)
 
     def after_busy_s(self, url: str, error: ServerBusyError) -> float:
@@ -202,7 +248,9 @@ class Tries:
         now = time.monotonic()
         self._until = self._until or now + self._wait_s
         if now >= self._until:
-            raise EngineError(f"{url} took no request for {self._wait_s:g} s, last with {error}") from error
+            raise EngineError(
+                f"{url} took no request for {self._wait_s:g} s, last with {error}"
+            ) from error
         self._busy += 1
         return min(max(0.0, error.retry_after_s or 0.0) + _backoff_s(self._busy), self._until - now)
 

@@ -31,7 +31,9 @@ class VerlClientEngine:
     trainers read of a conversation: the first and last weights' step and the counters of speculative decoding.
     """
 
-    def __init__(self, client: Any, description: dict[str, Any], request_id: str | None = None) -> None:
+    def __init__(
+        self, client: Any, description: dict[str, Any], request_id: str | None = None
+    ) -> None:
         self._client = client
         self._description = description
         self._request_id = request_id or uuid.uuid4().hex
@@ -43,14 +45,21 @@ class VerlClientEngine:
         """The record's `engine` field."""
         return self._description
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         """One turn. Raises EngineError where verl's servers failed, EndConversation where the trainer aborted the turn."""
         limit = sampling["max_new_tokens"]
         params = {key: value for key, value in sampling.items() if key != "max_new_tokens"}
-        params |= {"max_tokens": limit, "logprobs": True}  # `max_tokens`: the name that all of verl's servers know
+        params |= {
+            "max_tokens": limit,
+            "logprobs": True,
+        }  # `max_tokens`: the name that all of verl's servers know
         started = perf_counter()
         try:
-            output = await self._client.generate(self._request_id, prompt_ids=list(prompt_ids), sampling_params=params)
+            output = await self._client.generate(
+                self._request_id, prompt_ids=list(prompt_ids), sampling_params=params
+            )
         except Exception as error:
             raise EngineError(f"verl's server failed: {_one_line(error)}") from error
         finally:
@@ -58,7 +67,11 @@ class VerlClientEngine:
         self._note(output)
         generation = _generation(output, limit, sampling["stop_token_ids"])
         if generation.finish_reason == "abort":
-            raise EndConversation("cancelled", "the trainer aborted the request", generation if generation.token_ids else None)
+            raise EndConversation(
+                "cancelled",
+                "the trainer aborted the request",
+                generation if generation.token_ids else None,
+            )
         return generation
 
     async def abort(self, request_id: str) -> None:
@@ -89,7 +102,9 @@ def _one_line(error: Exception) -> str:
 
 def _steps(told: Mapping[str, Any]) -> list[int | None]:
     """The first and the last weights' step of a turn; None where the server does not tell."""
-    return [told.get(key, told.get("global_steps")) for key in ("min_global_steps", "max_global_steps")]
+    return [
+        told.get(key, told.get("global_steps")) for key in ("min_global_steps", "max_global_steps")
+    ]
 
 
 def _weight_version(told: Mapping[str, Any]) -> str | None:
@@ -104,7 +119,11 @@ def _generation(output: Any, limit: int, stop_token_ids: Sequence[int]) -> Gener
     return Generation(
         ids,
         logprobs,
-        "abort" if output.stop_reason in ABORTED else "stop" if ended and len(output.token_ids) <= limit else "length",
+        "abort"
+        if output.stop_reason in ABORTED
+        else "stop"
+        if ended and len(output.token_ids) <= limit
+        else "length",
         cached_tokens=output.extra_fields.get("num_cached_tokens"),
         weight_version=_weight_version(output.extra_fields),
     )

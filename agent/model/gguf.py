@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-_OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+}
 _INNER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -30,7 +33,12 @@ def write_model(gguf_file: Path, chat_template: str, target: Path) -> None:
     """Writes `target` as a plain HF directory: bf16 safetensors, config, generation config, tokenizer, template."""
     reader, field = _open(gguf_file)
     target.mkdir(parents=True)
-    _write_weights(reader.tensors, field["llama.attention.head_count"](), field["llama.attention.head_count_kv"](), target)
+    _write_weights(
+        reader.tensors,
+        field["llama.attention.head_count"](),
+        field["llama.attention.head_count_kv"](),
+        target,
+    )
     _write_json(target / "config.json", _config(field))
     _write_json(target / "generation_config.json", _special_ids(field))
     _write_tokenizer(field, chat_template, target)
@@ -77,7 +85,9 @@ def hf_name(name: str) -> str:
 def _unpermute(values: Any, heads: int) -> Any:
     """GGUF interleaves each head's two rotary halves (llama.cpp's convert script); this puts them back."""
     rows, columns = values.shape
-    return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
 
 
 def _config(field: Any) -> dict[str, Any]:
@@ -122,13 +132,20 @@ def _write_tokens(field: Any, target: Path) -> None:
     tokens: list[str] = field["tokenizer.ggml.tokens"]()
     types: list[int] = field["tokenizer.ggml.token_type"]()
     merges = [tuple(merge.split(" ")) for merge in field["tokenizer.ggml.merges"]()]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    )
     # `tokenizer.ggml.pre` is "smollm": single digits, then GPT-2's byte level split.
-    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    split = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     tokenizer.save(str(target / "tokenizer.json"))
 
 

@@ -79,7 +79,11 @@ class Scope:
 
     def compares(self, what: str, name: str) -> bool:
         """Whether a field of a `trajectory`, a `turn` or a `call` counts."""
-        lists = [NOT_COMPARED, *([LIVE_MODEL] if self.live_model else []), *([LIVE_TOOLS] if self.live_tools else [])]
+        lists = [
+            NOT_COMPARED,
+            *([LIVE_MODEL] if self.live_model else []),
+            *([LIVE_TOOLS] if self.live_tools else []),
+        ]
         return not any(name in names[what] for names in lists)
 
 
@@ -109,7 +113,9 @@ def answer_difference(recorded: ToolCallRecord, replayed: ToolCallRecord) -> dic
     return {name: _clipped_pair(*pair) for name, pair in pairs.items() if _differ(*pair)}
 
 
-def compared_answers(recorded: Trajectory, replayed: Trajectory) -> Iterator[tuple[ToolCallRecord, ToolCallRecord]]:
+def compared_answers(
+    recorded: Trajectory, replayed: Trajectory
+) -> Iterator[tuple[ToolCallRecord, ToolCallRecord]]:
     """The pairs of answers to one and the same call: up to the first call that is another one."""
     for old, new in zip(recorded.tool_calls, replayed.tool_calls, strict=False):
         if not same_call(old, new) or "cancelled" in (old.status, new.status):
@@ -119,7 +125,11 @@ def compared_answers(recorded: Trajectory, replayed: Trajectory) -> Iterator[tup
 
 def same_call(one: ToolCallRecord, other: ToolCallRecord) -> bool:
     """The same call at the same place."""
-    return one.call_id == other.call_id and one.name == other.name and not _differ(one.arguments, other.arguments)
+    return (
+        one.call_id == other.call_id
+        and one.name == other.name
+        and not _differ(one.arguments, other.arguments)
+    )
 
 
 def logprob_difference(recorded: Trajectory, replayed: Trajectory) -> float | None:
@@ -137,16 +147,28 @@ def logprob_difference(recorded: Trajectory, replayed: Trajectory) -> float | No
 
 def _differences(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterator[Divergence]:
     old, new = _Side(recorded), _Side(replayed)
-    yield from _tokens("prompt", None, old, new, (0, len(recorded.prompt_ids)), (0, len(replayed.prompt_ids)), scope)
+    yield from _tokens(
+        "prompt",
+        None,
+        old,
+        new,
+        (0, len(recorded.prompt_ids)),
+        (0, len(replayed.prompt_ids)),
+        scope,
+    )
     ends = len(recorded.prompt_ids), len(replayed.prompt_ids)
     for number, (one, other) in enumerate(zip_longest(recorded.turns, replayed.turns)):
         if one is None or other is None:
             break
-        yield from _tokens("delta", number, old, new, (ends[0], one.start), (ends[1], other.start), scope)
+        yield from _tokens(
+            "delta", number, old, new, (ends[0], one.start), (ends[1], other.start), scope
+        )
         yield from _turn(number, one, other, old, new, scope)
         yield from _calls(number, old, new, scope)
         ends = one.end, other.end
-    yield from _tokens("delta", None, old, new, (ends[0], len(old.ids)), (ends[1], len(new.ids)), scope)
+    yield from _tokens(
+        "delta", None, old, new, (ends[0], len(old.ids)), (ends[1], len(new.ids)), scope
+    )
     yield from _end(recorded, replayed)
     yield from _fields(recorded, replayed, scope)
 
@@ -163,7 +185,11 @@ class _Side:
 
     def logprob(self, token: int) -> float | None:
         index = token - len(self.record.prompt_ids)
-        return self.record.response_logprobs[index] if 0 <= index < len(self.record.response_logprobs) else None
+        return (
+            self.record.response_logprobs[index]
+            if 0 <= index < len(self.record.response_logprobs)
+            else None
+        )
 
     def shown(self, token: int, end: int, decode: Decode) -> dict[str, Any]:
         ids = self.ids[token : min(end, token + CONTEXT)]
@@ -171,7 +197,13 @@ class _Side:
 
 
 def _tokens(
-    kind: str, turn: int | None, old: _Side, new: _Side, span: tuple[int, int], other: tuple[int, int], scope: Scope
+    kind: str,
+    turn: int | None,
+    old: _Side,
+    new: _Side,
+    span: tuple[int, int],
+    other: tuple[int, int],
+    scope: Scope,
 ) -> Iterator[Divergence]:
     at = first_difference(old.ids[slice(*span)], new.ids[slice(*other)])
     if at is None:
@@ -182,35 +214,83 @@ def _tokens(
     yield Divergence(kind, turn, token, before=before, recorded=shown[0], replayed=shown[1])
 
 
-def _turn(number: int, one: Turn, other: Turn, old: _Side, new: _Side, scope: Scope) -> Iterator[Divergence]:
-    yield from _tokens("sampled", number, old, new, (one.start, one.end), (other.start, other.end), scope)
+def _turn(
+    number: int, one: Turn, other: Turn, old: _Side, new: _Side, scope: Scope
+) -> Iterator[Divergence]:
+    yield from _tokens(
+        "sampled", number, old, new, (one.start, one.end), (other.start, other.end), scope
+    )
     if not scope.live_model:
         for token in range(one.start, one.end):
             if old.logprob(token) != new.logprob(token):
-                yield Divergence("logprob", number, token, recorded=old.logprob(token), replayed=new.logprob(token))
+                yield Divergence(
+                    "logprob",
+                    number,
+                    token,
+                    recorded=old.logprob(token),
+                    replayed=new.logprob(token),
+                )
     for name in (each.name for each in dataclasses.fields(Turn)):
         if scope.compares("turn", name) and getattr(one, name) != getattr(other, name):
-            yield Divergence("turn", number, one.start, name=name, recorded=getattr(one, name), replayed=getattr(other, name))
+            yield Divergence(
+                "turn",
+                number,
+                one.start,
+                name=name,
+                recorded=getattr(one, name),
+                replayed=getattr(other, name),
+            )
 
 
 def _calls(number: int, old: _Side, new: _Side, scope: Scope) -> Iterator[Divergence]:
     for one, other in zip_longest(old.calls.get(number, ()), new.calls.get(number, ())):
         found = one or other
         if one is None or other is None or not same_call(one, other):
-            yield Divergence("call", number, call_id=found.call_id, name=found.name, recorded=_call(one), replayed=_call(other))
+            yield Divergence(
+                "call",
+                number,
+                call_id=found.call_id,
+                name=found.name,
+                recorded=_call(one),
+                replayed=_call(other),
+            )
         elif difference := answer_difference(one, other):
             sides = [{name: pair[side] for name, pair in difference.items()} for side in (0, 1)]
-            yield Divergence("answer", number, call_id=one.call_id, name=one.name, recorded=sides[0], replayed=sides[1])
+            yield Divergence(
+                "answer",
+                number,
+                call_id=one.call_id,
+                name=one.name,
+                recorded=sides[0],
+                replayed=sides[1],
+            )
         elif scope.compares("call", "error") and one.error != other.error:
-            yield Divergence("record", number, call_id=one.call_id, name="error", recorded=one.error, replayed=other.error)
+            yield Divergence(
+                "record",
+                number,
+                call_id=one.call_id,
+                name="error",
+                recorded=one.error,
+                replayed=other.error,
+            )
 
 
 def _end(recorded: Trajectory, replayed: Trajectory) -> Iterator[Divergence]:
     """How the conversations ended. One that a replay could not go on with has said so in `error`."""
-    one, other = ({"stop_reason": record.stop_reason, "turns": record.num_turns} for record in (recorded, replayed))
+    one, other = (
+        {"stop_reason": record.stop_reason, "turns": record.num_turns}
+        for record in (recorded, replayed)
+    )
     if one != other:
-        errors = [{"error": record.error} if record.error else {} for record in (recorded, replayed)]
-        yield Divergence("end", min(recorded.num_turns, replayed.num_turns), recorded={**one, **errors[0]}, replayed={**other, **errors[1]})
+        errors = [
+            {"error": record.error} if record.error else {} for record in (recorded, replayed)
+        ]
+        yield Divergence(
+            "end",
+            min(recorded.num_turns, replayed.num_turns),
+            recorded={**one, **errors[0]},
+            replayed={**other, **errors[1]},
+        )
 
 
 def _fields(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterator[Divergence]:
@@ -224,12 +304,20 @@ def _fields(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterato
 
 
 def _call(line: ToolCallRecord | None) -> dict[str, Any] | None:
-    return None if line is None else {"name": line.name, "arguments": _clipped_pair(line.arguments, line.arguments)[0]}
+    return (
+        None
+        if line is None
+        else {"name": line.name, "arguments": _clipped_pair(line.arguments, line.arguments)[0]}
+    )
 
 
 def _answer(line: ToolCallRecord, name: str) -> Any:
     value = getattr(line, name)
-    return {key: item for key, item in value.items() if not CLOCK_METRIC.search(key)} if name == "metrics" else value
+    return (
+        {key: item for key, item in value.items() if not CLOCK_METRIC.search(key)}
+        if name == "metrics"
+        else value
+    )
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -242,6 +330,8 @@ def _clipped_pair(one: Any, other: Any) -> list[Any]:
     texts = [value if isinstance(value, str) else canonical_json(value) for value in (one, other)]
     start = max(0, (first_difference(*texts) or 0) - CLIP // 4)
     return [
-        value if len(text) <= CLIP else f"{'... ' if start else ''}{text[start : start + CLIP]} ... [{len(text)} characters]"
+        value
+        if len(text) <= CLIP
+        else f"{'... ' if start else ''}{text[start : start + CLIP]} ... [{len(text)} characters]"
         for value, text in zip((one, other), texts, strict=True)
     ]

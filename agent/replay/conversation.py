@@ -30,7 +30,15 @@ def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime
 class ReplayedConversation(Conversation):
     """`record` run again as sample `sample` of its task; `kept` turns stand already, None: not even the prompt does."""
 
-    def __init__(self, record: Trajectory, sample: int, runtime: Runtime, parent: dict[str, Any] | None, *, kept: int | None) -> None:
+    def __init__(
+        self,
+        record: Trajectory,
+        sample: int,
+        runtime: Runtime,
+        parent: dict[str, Any] | None,
+        *,
+        kept: int | None,
+    ) -> None:
         super().__init__(recorded_task(record), sample, runtime)
         self.record = record
         self.kept = kept
@@ -64,7 +72,9 @@ class ReplayedConversation(Conversation):
             await self.user.start()
         await self._keep_turns(self.kept)
         settings = self.runtime.settings
-        return not self.infra_error and len(self.record.prompt_ids) <= min(settings.prompt_length, settings.max_model_len - 1)
+        return not self.infra_error and len(self.record.prompt_ids) <= min(
+            settings.prompt_length, settings.max_model_len - 1
+        )
 
     def _check_state(self, tools: LiveTools) -> None:
         """Tools whose backend failed meanwhile are not in the state that the kept turns left them in: nothing goes on from there."""
@@ -85,7 +95,9 @@ class ReplayedConversation(Conversation):
         for kind, start, stop in record.segments:
             part = ids[start : min(stop, end)]
             if kind == SAMPLED and part:
-                logprobs: list[Any] = record.response_logprobs[start - shift : start - shift + len(part)]
+                logprobs: list[Any] = record.response_logprobs[
+                    start - shift : start - shift + len(part)
+                ]
                 self.tokens.append_sampled(part, logprobs)
             else:
                 self.tokens.append(kind, part)
@@ -102,10 +114,18 @@ class ReplayedConversation(Conversation):
             said, *answers = record.messages[starts[turn] : ends[turn + 1]]
             self.messages.append(said)
             is_user = answers and answers[0]["role"] == "user"
-            if self.user and is_user and await self.user.reply(self.messages) != answers[0]["content"]:
-                self.warnings.append(f"the user, asked again, answers turn {turn} otherwise than recorded; the recorded answer stands")
+            if (
+                self.user
+                and is_user
+                and await self.user.reply(self.messages) != answers[0]["content"]
+            ):
+                self.warnings.append(
+                    f"the user, asked again, answers turn {turn} otherwise than recorded; the recorded answer stands"
+                )
             self.messages += answers
             lines = [line for line in self.ledger if line.turn == turn]
             self.warn(said, lines)
             for line in lines:
-                self._invalid_in_a_row = self._invalid_in_a_row + 1 if line.status in INVALID_STATUSES else 0
+                self._invalid_in_a_row = (
+                    self._invalid_in_a_row + 1 if line.status in INVALID_STATUSES else 0
+                )

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from agent.replay.compare import Answers, Scope, answer_difference, compare, compared_answers, logprob_difference
+from agent.replay.compare import (
+    Answers,
+    Scope,
+    answer_difference,
+    compare,
+    compared_answers,
+    logprob_difference,
+)
 from agent.replay.conversation import ReplayedConversation
 from agent.replay.tools import LiveTools
 from conversations.errors import RunFolderError
@@ -29,7 +36,9 @@ Line = dict[str, Any]
 `elsewhere` (answers that differ outside of the record: while state was rebuilt, or after the record's end), `logprob_difference`."""
 
 
-def outcome(recorded: Trajectory, replayed: Trajectory, scope: Scope, tools: LiveTools | None) -> Line:
+def outcome(
+    recorded: Trajectory, replayed: Trajectory, scope: Scope, tools: LiveTools | None
+) -> Line:
     """What the two records, and the calls made beside them, come to."""
     first = compare(recorded, replayed, scope)
     failed = replayed.infra_error and not recorded.infra_error
@@ -45,11 +54,17 @@ def outcome(recorded: Trajectory, replayed: Trajectory, scope: Scope, tools: Liv
     }
 
 
-def _answers(recorded: Trajectory, replayed: Trajectory, tools: LiveTools | None) -> dict[str, dict[str, Any]]:
+def _answers(
+    recorded: Trajectory, replayed: Trajectory, tools: LiveTools | None
+) -> dict[str, dict[str, Any]]:
     counts: dict[str, Answers] = {}
     again = tools.asked_again if tools else []
     beside = {old.call_id for old, _ in again}
-    own = [pair for pair in compared_answers(recorded, replayed) if pair[0].call_id not in beside and pair[0].attempts]
+    own = [
+        pair
+        for pair in compared_answers(recorded, replayed)
+        if pair[0].call_id not in beside and pair[0].attempts
+    ]
     for old, new in [*own, *again]:
         counts.setdefault(old.name, Answers()).count(answer_difference(old, new))
     return {name: dataclasses.asdict(each) for name, each in counts.items()}
@@ -58,7 +73,9 @@ def _answers(recorded: Trajectory, replayed: Trajectory, tools: LiveTools | None
 class ComparingStore:
     """A run folder in front of which every trajectory is compared with its parent."""
 
-    def __init__(self, folder: RunFolder, scope: Scope, lines: IO[str], tell: Callable[[Line], None]) -> None:
+    def __init__(
+        self, folder: RunFolder, scope: Scope, lines: IO[str], tell: Callable[[Line], None]
+    ) -> None:
         self.done = folder.done
         self._folder = folder
         self._scope = scope
@@ -66,7 +83,9 @@ class ComparingStore:
         self._tell = tell
         self._running: dict[str, ReplayedConversation] = {}
 
-    def watched(self, conversations: Iterable[ReplayedConversation]) -> Iterator[ReplayedConversation]:
+    def watched(
+        self, conversations: Iterable[ReplayedConversation]
+    ) -> Iterator[ReplayedConversation]:
         """The conversations, remembered until they are on disk."""
         for conversation in conversations:
             self._running[f"{conversation.task.id}-{conversation.sample}"] = conversation
@@ -88,7 +107,9 @@ class ComparingStore:
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
         except OSError as error:
-            raise RunFolderError(f"{self._folder.path / REPLAY} cannot be written: {error.strerror}; make room and --resume") from error
+            raise RunFolderError(
+                f"{self._folder.path / REPLAY} cannot be written: {error.strerror}; make room and --resume"
+            ) from error
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of a conversation that was cut off."""
@@ -103,7 +124,9 @@ def earlier_lines(out: Path, ids: Iterable[str], compared: Callable[[str], Line]
     found: dict[str, Line] = {}
     if (out / REPLAY).exists():
         for text in (out / REPLAY).read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn by a kill: its trajectory was not written either
+            with contextlib.suppress(
+                ValueError, TypeError, KeyError
+            ):  # torn by a kill: its trajectory was not written either
                 line = json.loads(text)
                 found[line["id"]] = line
     kept = [found.get(name) or compared(name) for name in ids]
@@ -136,4 +159,6 @@ class Tally:
             total.different += counted["different"]
             total.fields += [each for each in counted["fields"] if each not in total.fields]
         if line["logprob_difference"] is not None:
-            self.logprob_difference = max(self.logprob_difference or 0.0, line["logprob_difference"])
+            self.logprob_difference = max(
+                self.logprob_difference or 0.0, line["logprob_difference"]
+            )

@@ -48,7 +48,10 @@ def show(tally: Tally, request: ReplayRequest, console: Console) -> None:
     if tally.answers:
         console.print(_tools(tally))
     if tally.logprob_difference is not None:
-        say(console, f"log-probs of tokens sampled alike differ by at most {tally.logprob_difference:.3g}")
+        say(
+            console,
+            f"log-probs of tokens sampled alike differ by at most {tally.logprob_difference:.3g}",
+        )
 
 
 def as_json(tally: Tally, request: ReplayRequest) -> dict[str, Any]:
@@ -91,14 +94,20 @@ def _tools(tally: Tally) -> Table:
 
 def _block(line: Line) -> list[str]:
     first = line["first"]
-    lines = [f"{one_line(line['id'])}  {_place(first)}"] if first else [f"{one_line(line['id'])}  the same"]
+    lines = (
+        [f"{one_line(line['id'])}  {_place(first)}"]
+        if first
+        else [f"{one_line(line['id'])}  the same"]
+    )
     if line["error"]:
         lines.append(f"  failed    {one_line(line['error'])}")
     if first:
         lines += [f"  both      ...{one_line(first['before'])}"] if first["before"] else []
         lines += [f"  {name}  {_side(first[name])}" for name in ("recorded", "replayed")]
     for other in line["elsewhere"][:SHOWN]:
-        lines.append(f"  also {one_line(other['call_id'] or 'create')} {one_line(other['name'] or '')}")
+        lines.append(
+            f"  also {one_line(other['call_id'] or 'create')} {one_line(other['name'] or '')}"
+        )
         lines += [f"    {name}  {_side(other[name])}" for name in ("recorded", "replayed")]
     return [*lines, ""]
 
@@ -117,7 +126,9 @@ def _side(value: Any) -> str:
         if not value["ids"]:
             return "(ends here)"
         logprob = "" if value["logprob"] is None else f", log-prob {value['logprob']:.4f}"
-        return f"{json.dumps(_cut(value['text']), ensure_ascii=True)}  (id {value['ids'][0]}{logprob})"
+        return (
+            f"{json.dumps(_cut(value['text']), ensure_ascii=True)}  (id {value['ids'][0]}{logprob})"
+        )
     return one_line(_cut(json.dumps(value, ensure_ascii=False)))
 
 

@@ -57,13 +57,21 @@ class ReplayRequest:
     def check(self) -> None:
         """Raises AgentError for options that contradict each other."""
         if self.from_turn is not None and not self.live_model:
-            raise AgentError("--from-turn goes on with fresh tokens, which the recorded model does not have; use --model live")
+            raise AgentError(
+                "--from-turn goes on with fresh tokens, which the recorded model does not have; use --model live"
+            )
         if self.n > 1 and not self.live_model:
-            raise AgentError(f"--n {self.n}: with the recorded model all branches would be the same; use --model live")
+            raise AgentError(
+                f"--n {self.n}: with the recorded model all branches would be the same; use --model live"
+            )
         if (self.tools_config or self.trust_tools) and not self.live_tools:
-            raise AgentError("--tools-config and --trust-tools are about tools that run; use --tools live with them")
+            raise AgentError(
+                "--tools-config and --trust-tools are about tools that run; use --tools live with them"
+            )
         if self.run.resolve() == self.out.resolve():
-            raise AgentError(f"--out {self.out} is the run itself; a replay goes into a folder of its own")
+            raise AgentError(
+                f"--out {self.out} is the run itself; a replay goes into a folder of its own"
+            )
 
 
 def kept_turns(record: Trajectory, from_turn: int | None) -> int | None:
@@ -100,11 +108,16 @@ def choose(run: Run, request: ReplayRequest) -> Choice:
             chosen.append(trajectory_id)
     notes = [
         f"{len(ids)} trajectories {what}: left out ({_some(ids)})"
-        for ids, what in ((too_short, f"do not reach turn {request.from_turn}"), (empty, "failed before they had a message"))
+        for ids, what in (
+            (too_short, f"do not reach turn {request.from_turn}"),
+            (empty, "failed before they had a message"),
+        )
         if ids
     ]
     if not chosen:
-        raise AgentError(f"{run.path}: nothing to replay: {'; '.join(notes) or 'the run has no finished trajectories'}")
+        raise AgentError(
+            f"{run.path}: nothing to replay: {'; '.join(notes) or 'the run has no finished trajectories'}"
+        )
     return Choice(chosen, len(chosen) == len(run), notes)
 
 
@@ -114,7 +127,9 @@ def checked(run: Run, trajectory_id: str) -> Trajectory:
     record = run[trajectory_id] if finding is None else None
     finding = finding or (next(token_findings(record), None) if record else None)
     if finding or record is None:
-        raise RecordError(f"{run.path}: trajectory {trajectory_id} cannot be replayed: {finding.what if finding else 'it is damaged'}")
+        raise RecordError(
+            f"{run.path}: trajectory {trajectory_id} cannot be replayed: {finding.what if finding else 'it is damaged'}"
+        )
     problem = next(_contradictions(record), None)
     try:
         stand_ins(record)
@@ -128,7 +143,11 @@ def checked(run: Run, trajectory_id: str) -> Trajectory:
 
 def _contradictions(record: Trajectory) -> chain[str]:
     sampled = sum(message.get("raw") is not None for message in record.messages)
-    counts = [f"{len(record.turns)} turns, {sampled} sampled messages"] if sampled != len(record.turns) else []
+    counts = (
+        [f"{len(record.turns)} turns, {sampled} sampled messages"]
+        if sampled != len(record.turns)
+        else []
+    )
     beyond = [
         f"{line.call_id} is of turn {line.turn}, there are {len(record.turns)}"
         for line in record.tool_calls
@@ -138,7 +157,9 @@ def _contradictions(record: Trajectory) -> chain[str]:
 
 
 def _asked(run: Run, request: ReplayRequest) -> list[str]:
-    words = [word for given in request.ids for word in ([given] if given in run else given.split(","))]
+    words = [
+        word for given in request.ids for word in ([given] if given in run else given.split(","))
+    ]
     for word in words:
         if word not in run:
             run.record(word)  # says what is there instead

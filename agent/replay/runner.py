@@ -25,13 +25,32 @@ from agent.manifest import command_line, model_entry, parent_entry, source, vers
 from agent.progress import Display, counts, say
 from agent.replay.compare import Scope
 from agent.replay.conversation import ReplayedConversation, played_back
-from agent.replay.outcome import FAILED, IDENTICAL, REPLAY, ComparingStore, Line, Tally, earlier_lines, outcome
+from agent.replay.outcome import (
+    FAILED,
+    IDENTICAL,
+    REPLAY,
+    ComparingStore,
+    Line,
+    Tally,
+    earlier_lines,
+    outcome,
+)
 from agent.replay.report import as_json, show
 from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_tools, replay_config, started_config
 from agent.replay.user import RecordedUser, has_user
-from agent.run import DONE, INCOMPLETE, INTERRUPTED, TERMINATED, Terminated, fresh_seed, save_tokenizer, sigterm_as_interrupt, starting
+from agent.run import (
+    DONE,
+    INCOMPLETE,
+    INTERRUPTED,
+    TERMINATED,
+    Terminated,
+    fresh_seed,
+    save_tokenizer,
+    sigterm_as_interrupt,
+    starting,
+)
 from agent.session import Session, load_template, make_dispatcher
 from conversations.errors import ConversationsError
 from conversations.open_run import Run, open_run
@@ -67,7 +86,10 @@ class Plan:
     def keys(self) -> set[tuple[str, int]]:
         """The (task, sample) pairs of the new run."""
         n = self.request.n
-        pairs = [(task, int(sample)) for task, _, sample in (name.rpartition("-") for name in self.choice.ids)]
+        pairs = [
+            (task, int(sample))
+            for task, _, sample in (name.rpartition("-") for name in self.choice.ids)
+        ]
         return {(task, sample * n + branch) for task, sample in pairs for branch in range(n)}
 
 
@@ -80,11 +102,16 @@ def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any
     with _open_store(plan) as folder:
         if request.resume:
             _count_earlier(plan, folder, tally, progress)
-        code = DONE if plan.keys() <= folder.done else _run_missing(plan, folder, tally, progress, console)
+        code = (
+            DONE
+            if plan.keys() <= folder.done
+            else _run_missing(plan, folder, tally, progress, console)
+        )
         folder.close(counts(progress))
     if code in (INTERRUPTED, TERMINATED):
         say(
-            console, f"interrupted: {progress.done} of {plan.total} trajectories are in {request.out}; go on with: {request.resume_command}"
+            console,
+            f"interrupted: {progress.done} of {plan.total} trajectories are in {request.out}; go on with: {request.resume_command}",
         )
     else:
         show(tally, request, console)
@@ -129,7 +156,9 @@ def _live_template(config: Config) -> ChatTemplate:
     except ConversationsError:
         raise
     except Exception as error:  # transformers raises what it likes about a folder that holds no tokenizer, or code in its place
-        raise AgentError(f"model_path: no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:300]}") from error
+        raise AgentError(
+            f"model_path: no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _notes(plan: Plan) -> Iterator[str]:
@@ -155,7 +184,9 @@ def _lines_in(file: Path) -> int:
 
 def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
     own = run.tokenizer()
-    if own.backend_tokenizer.get_vocab(with_added_tokens=True) != template.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True):
+    if own.backend_tokenizer.get_vocab(
+        with_added_tokens=True
+    ) != template.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True):
         raise AgentError(
             f"the model's tokenizer is not that of {run.path}: a fork keeps the parent's tokens, which mean nothing to {template.name}"
         )
@@ -180,7 +211,9 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "config": config.resolved(),
         "tools": source(plan.tools) if request.live_tools else earlier.get("tools"),
         "interactions": _interactions(plan),
-        "model": model_entry(config, config.model_dir()) if request.live_model else earlier.get("model"),
+        "model": model_entry(config, config.model_dir())
+        if request.live_model
+        else earlier.get("model"),
         "tasks": earlier.get("tasks"),
         "limit": None,
         "n": samples * request.n if plan.choice.is_all and isinstance(samples, int) else None,
@@ -188,22 +221,37 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "seed": config.seed if request.live_model and config.rollout.name == "sglang" else None,
         "versions": versions(),
         "parent": parent_entry(plan.run.path),
-        "replay": {"model": request.model, "tools": request.tools, "from_turn": request.from_turn, "n": request.n},
+        "replay": {
+            "model": request.model,
+            "tools": request.tools,
+            "from_turn": request.from_turn,
+            "n": request.n,
+        },
     }
 
 
 def _interactions(plan: Plan) -> str | None:
     """The text of the interactions: those that will run, else the parent's."""
     path = started_config(plan.config, plan.request).interaction_config_path
-    text: str | None = source(load_interactions(path)) if path else plan.run.manifest.get("interactions")
+    text: str | None = (
+        source(load_interactions(path)) if path else plan.run.manifest.get("interactions")
+    )
     return text
 
 
-def _run_missing(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress, console: Console) -> int:
+def _run_missing(
+    plan: Plan, folder: RunFolder, tally: Tally, progress: Progress, console: Console
+) -> int:
     request = plan.request
     try:
-        with sigterm_as_interrupt(), _started(plan, console) as session, Display(progress, console) as display:
-            session.run(_conversations(plan, session, folder, tally, progress), poll=display.refresh)
+        with (
+            sigterm_as_interrupt(),
+            _started(plan, console) as session,
+            Display(progress, console) as display,
+        ):
+            session.run(
+                _conversations(plan, session, folder, tally, progress), poll=display.refresh
+            )
     except KeyboardInterrupt as interrupt:
         return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
     except BaseException:
@@ -225,7 +273,9 @@ def _started(plan: Plan, console: Console) -> Session:
     return Session(config, plan.tools, validate=validate, log_path=log, template=plan.template)
 
 
-async def _conversations(plan: Plan, session: Session, folder: RunFolder, tally: Tally, progress: Progress) -> None:
+async def _conversations(
+    plan: Plan, session: Session, folder: RunFolder, tally: Tally, progress: Progress
+) -> None:
     request = plan.request
     with (request.out / REPLAY).open("a" if request.resume else "w", encoding="utf-8") as lines:
         store = ComparingStore(folder, plan.scope, lines, tally.add)
@@ -242,12 +292,18 @@ def _made(plan: Plan, session: Session, folder: RunFolder) -> Iterator[ReplayedC
     n = plan.request.n
     for name in plan.choice.ids:
         task_id, _, sample = name.rpartition("-")
-        missing = [number for number in range(int(sample) * n, int(sample) * n + n) if (task_id, number) not in folder.done]
+        missing = [
+            number
+            for number in range(int(sample) * n, int(sample) * n + n)
+            if (task_id, number) not in folder.done
+        ]
         for number in missing:
             yield _conversation(plan, plan.run[name], number, session.runtime)
 
 
-def _conversation(plan: Plan, record: Trajectory, sample: int, runtime: Runtime) -> ReplayedConversation:
+def _conversation(
+    plan: Plan, record: Trajectory, sample: int, runtime: Runtime
+) -> ReplayedConversation:
     """One replay of `record`, with the model and the tools that were asked for."""
     request = plan.request
     kept = kept_turns(record, request.from_turn)
@@ -265,10 +321,14 @@ def _tools(plan: Plan, made: ReplayedConversation) -> ConversationTools | None:
     live_model, dispatcher = plan.request.live_model, made.runtime.dispatcher
     if not plan.request.live_tools:
         recorded_answers = make_dispatcher(plan.config, stand_ins(made.record), plan.template)
-        return RecordedTools(made.record, recorded_answers, live_model=live_model, kept=made.kept or 0)
+        return RecordedTools(
+            made.record, recorded_answers, live_model=live_model, kept=made.kept or 0
+        )
     if dispatcher is None:
         return None
-    return LiveTools(dispatcher, made.task, made.record, recorded_prompt=not live_model or made.kept is not None)
+    return LiveTools(
+        dispatcher, made.task, made.record, recorded_prompt=not live_model or made.kept is not None
+    )
 
 
 def _verdict(plan: Plan, tally: Tally, console: Console) -> int:

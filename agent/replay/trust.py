@@ -19,11 +19,31 @@ from tools.registry import load_tools, tool_entries, tools_from_text
 from tools.toolset import ToolSet
 
 HARMLESS = frozenset(
-    {"random_seed", "max_total_tokens", "attention_backend", "sampling_backend", "cuda_graph_bs", "cuda_graph_max_bs"}
-    | {"chunked_prefill_size", "disable_cuda_graph", "disable_radix_cache", "disable_overlap_schedule", "log_level"}
+    {
+        "random_seed",
+        "max_total_tokens",
+        "attention_backend",
+        "sampling_backend",
+        "cuda_graph_bs",
+        "cuda_graph_max_bs",
+    }
+    | {
+        "chunked_prefill_size",
+        "disable_cuda_graph",
+        "disable_radix_cache",
+        "disable_overlap_schedule",
+        "log_level",
+    }
 )
 """SGLang arguments that a run's config may set: others read files, open ports, run code."""
-OWN_TOOLS = frozenset({"tools.gsm8k.Gsm8kTool", "tools.geo3k.Geo3kTool", "tools.search.SearchTool", "tools.sandbox.SandboxFusionTool"})
+OWN_TOOLS = frozenset(
+    {
+        "tools.gsm8k.Gsm8kTool",
+        "tools.geo3k.Geo3kTool",
+        "tools.search.SearchTool",
+        "tools.sandbox.SandboxFusionTool",
+    }
+)
 """Shipped tools that do no more than they say, whatever their config is, but for addresses. MCP's starts any command."""
 LOAD_FORMATS = ("auto", "safetensors")
 _OWN_KEYS = frozenset({"class_name", "class_path", "config", "tool_schema"})
@@ -37,7 +57,9 @@ def replay_config(run: Run, request: ReplayRequest) -> Config:
     recorded = run.manifest.get("config")
     if request.config is None and not isinstance(recorded, dict):
         raise ConfigError(f"{run.path}/run.json holds no config; give the run's with --config FILE")
-    config = load_config(request.config, request.overrides, recorded=None if request.config else recorded)
+    config = load_config(
+        request.config, request.overrides, recorded=None if request.config else recorded
+    )
     if request.live_model and request.config is None:
         _check_engine(config, run)
     return config
@@ -61,17 +83,25 @@ def _check_engine(config: Config, run: Run) -> None:
                 f"{run.path} sets rollout.engine_kwargs.sglang.{key}, which a run may not: say so with --set, or give --config"
             )
     if rollout.load_format not in LOAD_FORMATS and not is_given("load_format"):
-        raise ConfigError(f"{run.path} sets rollout.load_format: {rollout.load_format}, which a run may not: say so with --set")
+        raise ConfigError(
+            f"{run.path} sets rollout.load_format: {rollout.load_format}, which a run may not: say so with --set"
+        )
 
 
 def started_config(config: Config, request: ReplayRequest) -> Config:
     """The config as far as a session may start it: interactions are code, and run only where tools do and the user named them."""
     multi_turn = config.rollout.multi_turn
-    is_given = request.trust_tools or request.config is not None or "rollout.multi_turn.interaction_config_path" in config.given
+    is_given = (
+        request.trust_tools
+        or request.config is not None
+        or "rollout.multi_turn.interaction_config_path" in config.given
+    )
     if multi_turn.interaction_config_path is None or (request.live_tools and is_given):
         return config
     quiet = multi_turn.model_copy(update={"interaction_config_path": None})
-    return dataclasses.replace(config, rollout=config.rollout.model_copy(update={"multi_turn": quiet}))
+    return dataclasses.replace(
+        config, rollout=config.rollout.model_copy(update={"multi_turn": quiet})
+    )
 
 
 def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | None:
@@ -85,19 +115,27 @@ def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | No
     text = run.manifest.get("tools")
     if not isinstance(text, str) or not text:
         if any(record["tools"] for record in run.records(check=False)):
-            raise AgentError(f"{run.path}/run.json does not hold the tools of the run; give them with --tools-config FILE")
+            raise AgentError(
+                f"{run.path}/run.json does not hold the tools of the run; give them with --tools-config FILE"
+            )
         return None
     if request.trust_tools:
         return tools_from_text(text, _origin(run, config))
     for problem in _untrusted(text, run.path / "run.json"):
-        raise AgentError(f"{run.path}/run.json {problem}; give the tools with --tools-config FILE, or --trust-tools to take the run's")
+        raise AgentError(
+            f"{run.path}/run.json {problem}; give the tools with --tools-config FILE, or --trust-tools to take the run's"
+        )
     return tools_from_text(text, run.path / "run.json")
 
 
 def _untrusted(text: str, file: Path) -> Iterator[str]:
     """What is wrong with taking the tools from there: imports that are not turntrace's own, addresses."""
     for entry in tool_entries(text, file):
-        own = isinstance(entry, Mapping) and set(entry) <= _OWN_KEYS and (entry.get("class_name") or entry.get("class_path")) in OWN_TOOLS
+        own = (
+            isinstance(entry, Mapping)
+            and set(entry) <= _OWN_KEYS
+            and (entry.get("class_name") or entry.get("class_path")) in OWN_TOOLS
+        )
         if not own:
             yield f"names a tool that is not turntrace's own ({_target(entry):.200})"
         for address in _addresses(entry):
@@ -106,7 +144,9 @@ def _untrusted(text: str, file: Path) -> Iterator[str]:
 
 def _target(entry: Any) -> str:
     found = (
-        [str(entry[key]) for key in sorted(map(str, entry)) if key not in ("config", "tool_schema")] if isinstance(entry, Mapping) else []
+        [str(entry[key]) for key in sorted(map(str, entry)) if key not in ("config", "tool_schema")]
+        if isinstance(entry, Mapping)
+        else []
     )
     return ", ".join(found) or type(entry).__name__
 
@@ -114,7 +154,9 @@ def _target(entry: Any) -> str:
 def _addresses(value: Any) -> Iterator[str]:
     if isinstance(value, str) and "://" in value:
         yield value
-    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+    for item in (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    ):
         yield from _addresses(item)
 
 

@@ -50,7 +50,9 @@ class RecordedUser(SimulatedUser):
 def has_user(record: Trajectory) -> bool:
     """Whether a simulated user took part in a recorded conversation."""
     sampled = [i for i, message in enumerate(record.messages) if message.get("raw") is not None]
-    answered = bool(sampled) and any(message["role"] == "user" for message in record.messages[sampled[0] :])
+    answered = bool(sampled) and any(
+        message["role"] == "user" for message in record.messages[sampled[0] :]
+    )
     return answered or REWARDS in record.reward_parts
 
 

@@ -26,15 +26,25 @@ class Counts:
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Counts:
         """The counts in a run.json, whatever else it holds."""
-        values, config = (found if isinstance(found := manifest.get(key), dict) else {} for key in ("counts", "config"))
+        values, config = (
+            found if isinstance(found := manifest.get(key), dict) else {}
+            for key in ("counts", "config")
+        )
         rollout = config.get("rollout")
-        asked, done = (value if type(value := values.get(key)) is int else None for key in ("asked", "done"))
+        asked, done = (
+            value if type(value := values.get(key)) is int else None for key in ("asked", "done")
+        )
         over_samples = isinstance(rollout, dict) and bool(rollout.get("over_sample_rate"))
         return cls(values, asked, done, manifest.get("limit") is not None, over_samples)
 
     def is_complete(self, here: int) -> bool:
         """Whether all samples of every task that is there must be there. A limit may have come after a larger run that was stopped."""
-        return self.done is not None and self.asked == self.done and not self.over_samples and (not self.limit or here == self.done)
+        return (
+            self.done is not None
+            and self.asked == self.done
+            and not self.over_samples
+            and (not self.limit or here == self.done)
+        )
 
     def findings(self, here: int, tally: Counter[str], rewards: list[float]) -> Iterator[Finding]:
         """Where `here` finished trajectories, with these sums and rewards, are not what was counted."""
@@ -42,24 +52,40 @@ class Counts:
             return
         if here != self.done:
             if here < self.done or not self.limit:
-                yield Finding(differs("the number of finished trajectories", here, self.done) + ", as the run counted")
+                yield Finding(
+                    differs("the number of finished trajectories", here, self.done)
+                    + ", as the run counted"
+                )
             return
         for name in SUMMED:
             if name in self.values and self.values[name] != tally[name]:
-                yield Finding(differs(f"counts.{name}, against the records", self.values[name], tally[name]))
-        reasons = {name.partition(".")[2]: count for name, count in tally.items() if name.startswith("stop_reasons.")}
+                yield Finding(
+                    differs(f"counts.{name}, against the records", self.values[name], tally[name])
+                )
+        reasons = {
+            name.partition(".")[2]: count
+            for name, count in tally.items()
+            if name.startswith("stop_reasons.")
+        }
         if isinstance(counted := self.values.get("stop_reasons"), dict) and counted != reasons:
             yield Finding(differs("counts.stop_reasons, against the records", counted, reasons))
         yield from self._reward_findings(rewards)
 
     def _reward_findings(self, rewards: list[float]) -> Iterator[Finding]:
-        mean, ours = self.values.get("mean_reward"), math.fsum(rewards) / len(rewards) if rewards else None
-        if isinstance(mean, (int, float)) and (ours is None or not math.isclose(mean, ours, rel_tol=1e-6, abs_tol=1e-6)):
+        mean, ours = (
+            self.values.get("mean_reward"),
+            math.fsum(rewards) / len(rewards) if rewards else None,
+        )
+        if isinstance(mean, (int, float)) and (
+            ours is None or not math.isclose(mean, ours, rel_tol=1e-6, abs_tol=1e-6)
+        ):
             yield Finding(differs("counts.mean_reward, against the records", mean, ours))
 
     def note(self, here: int, unfinished: int) -> str:
         """Why missing samples were not looked for."""
-        there = f"{here} finished trajectories are here" + (f", {unfinished} unfinished" if unfinished else "")
+        there = f"{here} finished trajectories are here" + (
+            f", {unfinished} unfinished" if unfinished else ""
+        )
         if self.done is None:
             why = f"the run is going on, or was killed: {there}"
         elif self.over_samples:

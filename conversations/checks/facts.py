@@ -39,7 +39,9 @@ class Facts:
     @property
     def reads_clock(self) -> bool:
         """Whether the template writes today's date into prompts: they cannot be rendered again on another day."""
-        return self.template is not None and "strftime_now" in str(self.template.tokenizer.chat_template)
+        return self.template is not None and "strftime_now" in str(
+            self.template.tokenizer.chat_template
+        )
 
 
 def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
@@ -58,10 +60,14 @@ def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
         max_turns=_max_turns(multi_turn, max_model_len),
         max_invalid_calls=_count(ours, "max_consecutive_invalid_calls"),
         cuts=tuple(_cuts(multi_turn, entries)),
-        cuts_in_code=any("function" in entry for entry in entries),  # @tool(max_response_tokens=...)
+        cuts_in_code=any(
+            "function" in entry for entry in entries
+        ),  # @tool(max_response_tokens=...)
         imported=str(_at(manifest, "imported").get("from")) if _at(manifest, "imported") else None,
         users=multi_turn.get("interaction_config_path") is not None,
-        is_replay=manifest["parent"] is not None if "parent" in manifest and "imported" not in manifest else None,
+        is_replay=manifest["parent"] is not None
+        if "parent" in manifest and "imported" not in manifest
+        else None,
     )
 
 
@@ -75,7 +81,10 @@ def _max_turns(multi_turn: dict[str, Any], max_model_len: int | None) -> int | N
 
 def _cuts(multi_turn: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
     """The run's, and those that tools have of their own in tools.yaml; nothing where the run's is not known."""
-    tokens, side = _count(multi_turn, "max_tool_response_length"), multi_turn.get("tool_response_truncate_side")
+    tokens, side = (
+        _count(multi_turn, "max_tool_response_length"),
+        multi_turn.get("tool_response_truncate_side"),
+    )
     if tokens is None or side not in SIDES:
         return
     yield tokens, side
@@ -92,7 +101,9 @@ def _entries(tools: object) -> list[dict[str, Any]]:
     except (yaml.YAMLError, ValueError, RecursionError):
         return []
     entries = document.get("tools") if isinstance(document, dict) else document
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return (
+        [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    )
 
 
 def _at(value: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def show(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = str(type(value).__name__)
-    return printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)")
+    return printable(
+        text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+    )
 
 
 def show_difference(found: str, expected: str) -> str:
@@ -77,12 +79,19 @@ def _from(text: str, start: int) -> str:
 
 def printable(text: str) -> str:
     """The text, with escapes for what a terminal would not print as it stands."""
-    return text if text.isprintable() else text.encode("unicode_escape", "backslashreplace").decode("ascii")
+    return (
+        text
+        if text.isprintable()
+        else text.encode("unicode_escape", "backslashreplace").decode("ascii")
+    )
 
 
 def first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
     """The first index at which two sequences differ, their common length where one begins with the other."""
-    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+        min(len(found), len(expected)),
+    )
 
 
 def first_of(indices: Iterable[int], say: Callable[[int], Finding]) -> Iterator[Finding]:

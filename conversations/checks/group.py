@@ -48,7 +48,9 @@ class Whole:
         if first != line:
             yield Finding(f"sample {checked.key[1]} of this task stands already at {file}:{first}")
             return
-        self.groups.setdefault(checked.key[0], []).append(Member(checked.key[1], line, checked.common))
+        self.groups.setdefault(checked.key[0], []).append(
+            Member(checked.key[1], line, checked.common)
+        )
         self.tally += checked.tally
         self.digest.update(checked.sha256.encode())
         if checked.reward is not None:
@@ -68,7 +70,10 @@ class Whole:
             if n is not None and counts.is_complete(self.finished):
                 yield from _missing(file, task_id, members, n)
         if not self.unreadable:
-            yield from (Defect("run.json", 0, None, finding) for finding in counts.findings(self.finished, self.tally, self.rewards))
+            yield from (
+                Defect("run.json", 0, None, finding)
+                for finding in counts.findings(self.finished, self.tally, self.rewards)
+            )
 
 
 def _unlike(file: str, task_id: str, members: list[Member]) -> Iterator[Defect]:

@@ -21,14 +21,23 @@ _NEVER_RUN = frozenset({"malformed", "unknown_tool", "invalid_arguments", "rejec
 
 def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: Facts) -> Iterator[Finding]:
     """Calls without a line, lines without a call, and whatever line, call and answer say differently."""
-    calls = [(k, call) for k, each in enumerate(parts.rounds) for call in each.message.get("tool_calls", [])]
+    calls = [
+        (k, call)
+        for k, each in enumerate(parts.rounds)
+        for call in each.message.get("tool_calls", [])
+    ]
     found = [(line.turn, line.call_id) for line in trajectory.tool_calls]
     expected = [(k, str(call.get("id"))) for k, call in calls]
     if found != expected:
         index = first_difference(found, expected)
-        (turn, one), (other, two) = (side[index] if index < len(side) else (None, None) for side in (found, expected))
+        (turn, one), (other, two) = (
+            side[index] if index < len(side) else (None, None) for side in (found, expected)
+        )
         what = differs(f"line {index} of the ledger is not for the call that was made", one, two)
-        yield Finding(what if turn == other or None in (turn, other) else differs(what, turn, other), turn if other is None else other)
+        yield Finding(
+            what if turn == other or None in (turn, other) else differs(what, turn, other),
+            turn if other is None else other,
+        )
         return
     offered = {tool["function"]["name"] for tool in trajectory.tools}
     for line, (_, call) in zip(trajectory.tool_calls, calls, strict=True):
@@ -36,7 +45,9 @@ def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: Facts) -> Iter
         yield from _at(line, _attempt_findings(line, replayed=trajectory.parent is not None))
         yield from _at(line, _cut_findings(line, facts))
     for k, each in enumerate(parts.rounds):
-        yield from _reply_findings(k, each, [line for line in trajectory.tool_calls if line.turn == k])
+        yield from _reply_findings(
+            k, each, [line for line in trajectory.tool_calls if line.turn == k]
+        )
 
 
 def _at(line: ToolCallRecord, findings: Iterator[str]) -> Iterator[Finding]:
@@ -52,12 +63,18 @@ def _call_findings(line: ToolCallRecord, call: Message, offered: set[str]) -> It
     if written != meant or isinstance(line.arguments, str) != malformed:
         yield f"the ledger's arguments are not the call's, {show_difference(written, meant)}"
     if (line.status == "malformed") != malformed:
-        yield differs("the status", line.status, "malformed" if malformed else "that of a call that could be read")
+        yield differs(
+            "the status",
+            line.status,
+            "malformed" if malformed else "that of a call that could be read",
+        )
     elif not malformed and line.status != "rejected" and line.status != "cancelled":
         known = line.name in offered
         if known == (line.status == "unknown_tool"):
             yield differs(
-                f"the status of a tool that was {'' if known else 'not '}offered", line.status, "another" if known else "unknown_tool"
+                f"the status of a tool that was {'' if known else 'not '}offered",
+                line.status,
+                "another" if known else "unknown_tool",
             )
 
 
@@ -81,9 +98,13 @@ def _attempt_findings(line: ToolCallRecord, *, replayed: bool) -> Iterator[str]:
     if line.attempts and line.attempts[-1].status != line.status:
         yield differs("the status is not the last attempt's", line.status, line.attempts[-1].status)
     if line.attempts and line.status in _NEVER_RUN:
-        yield differs(f"the number of attempts at a call that was {line.status}", len(line.attempts), 0)
+        yield differs(
+            f"the number of attempts at a call that was {line.status}", len(line.attempts), 0
+        )
     if not (line.attempts or replayed) and line.status in ("ok", "tool_error", "timeout"):
-        yield differs(f"the number of attempts at a call that ended with {line.status}", 0, "at least 1")
+        yield differs(
+            f"the number of attempts at a call that ended with {line.status}", 0, "at least 1"
+        )
 
 
 def _cut_findings(line: ToolCallRecord, facts: Facts) -> Iterator[str]:
@@ -95,10 +116,17 @@ def _cut_findings(line: ToolCallRecord, facts: Facts) -> Iterator[str]:
     whole = line.response if line.full_response is None else line.full_response
     size = line.attempts[-1].bytes if line.attempts else None
     if size is not None and size != len(whole.encode(errors="surrogatepass")):
-        yield differs("the tool's answer has another number of bytes than its last attempt says", len(whole.encode(errors="replace")), size)
+        yield differs(
+            "the tool's answer has another number of bytes than its last attempt says",
+            len(whole.encode(errors="replace")),
+            size,
+        )
     if facts.template is None or not facts.cuts:
         return
-    cuts = [cut_to_tokens(whole, tokens, side, facts.template) for tokens, side in dict.fromkeys(facts.cuts)]
+    cuts = [
+        cut_to_tokens(whole, tokens, side, facts.template)
+        for tokens, side in dict.fromkeys(facts.cuts)
+    ]
     allowed = [(None, 0) if cut is None else (cut.text, cut.tokens_cut) for cut in cuts]
     found = None if line.full_response is None else line.response
     tokens_cut = [tokens for text, tokens in allowed if text == found]
@@ -115,14 +143,30 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
     """The messages that answer a turn are the responses of its lines, in order."""
     if not each.replies or each.kind == USER:
         return
-    expected = [tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]
+    expected = [
+        tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines
+    ]
     if len(expected) != len(each.replies):
-        yield Finding(differs("the number of tool messages is not that of the turn's calls", len(each.replies), len(expected)), k)
+        yield Finding(
+            differs(
+                "the number of tool messages is not that of the turn's calls",
+                len(each.replies),
+                len(expected),
+            ),
+            k,
+        )
         return
     for line, found, wanted in zip(lines, each.replies, expected, strict=True):
         if found != wanted:
-            key = next(key for key in ("tool_call_id", "name", "content", *found) if found.get(key) != wanted.get(key))
-            one, two = (value if isinstance(value, str) else show(value) for value in (found.get(key), wanted.get(key)))
+            key = next(
+                key
+                for key in ("tool_call_id", "name", "content", *found)
+                if found.get(key) != wanted.get(key)
+            )
+            one, two = (
+                value if isinstance(value, str) else show(value)
+                for value in (found.get(key), wanted.get(key))
+            )
             what = f"the tool message's {show(key)[1:-1]} is not the ledger's, {show_difference(one, two)}"
             yield Finding(f"{line.call_id}: {what}", k)
         if line.response is None:
@@ -131,4 +175,11 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
 
 def response_tokens(lines: list[ToolCallRecord], template: ChatTemplate) -> int:
     """How many tokens the responses of a turn's calls would add. Raises TemplateError where the template refuses them."""
-    return len(template.delta([tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines]))
+    return len(
+        template.delta(
+            [
+                tool_message(line.response or "", call_id=line.call_id, name=line.name)
+                for line in lines
+            ]
+        )
+    )

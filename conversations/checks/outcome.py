@@ -14,7 +14,9 @@ from conversations.tokens import USER
 from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_reward
 
 
-def outcome_findings(trajectory: Trajectory, parts: Rounds, facts: Facts, *, finished: bool) -> Iterator[Finding]:
+def outcome_findings(
+    trajectory: Trajectory, parts: Rounds, facts: Facts, *, finished: bool
+) -> Iterator[Finding]:
     """What contradicts the stop reason, the run's limits or the reward. `finished` is False for what was cut off."""
     yield from _identity(trajectory, facts)
     yield from _reward(trajectory)
@@ -31,7 +33,11 @@ def _identity(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
     if facts.n is not None and trajectory.sample >= facts.n:
         yield Finding(differs("the sample", trajectory.sample, f"below {facts.n}, the run's n"))
     if facts.is_replay is not None and facts.is_replay != (trajectory.parent is not None):
-        expected = "one: the run was made from another" if facts.is_replay else "none: the run was not made from another"
+        expected = (
+            "one: the run was made from another"
+            if facts.is_replay
+            else "none: the run was not made from another"
+        )
         yield Finding(f"the parent, found {show(trajectory.parent)}, expected {expected}")
     try:
         datetime.fromisoformat(trajectory.started_at)
@@ -44,7 +50,13 @@ def _reward(trajectory: Trajectory) -> Iterator[Finding]:
     found, parts = trajectory.reward, trajectory.reward_parts
     if trajectory.infra_error:
         if found is not None or parts:
-            yield Finding(differs("the reward of an infrastructure failure", found if found is not None else parts, None))
+            yield Finding(
+                differs(
+                    "the reward of an infrastructure failure",
+                    found if found is not None else parts,
+                    None,
+                )
+            )
         return
     try:
         expected = total_reward(parts)
@@ -52,7 +64,9 @@ def _reward(trajectory: Trajectory) -> Iterator[Finding]:
         yield Finding(differs("reward_parts", parts, "numbers, or lists of them"))
         return
     # On disk the parts stand in another order than they were added up in.
-    if (found is None) != (expected is None) or not math.isclose(found or 0.0, expected or 0.0, rel_tol=1e-9, abs_tol=1e-9):
+    if (found is None) != (expected is None) or not math.isclose(
+        found or 0.0, expected or 0.0, rel_tol=1e-9, abs_tol=1e-9
+    ):
         yield Finding(differs("the reward is not the sum of its parts", found, expected))
 
 
@@ -60,18 +74,33 @@ def _failure(trajectory: Trajectory) -> Iterator[Finding]:
     """Who failed is told the same way everywhere."""
     failed = [line.call_id for line in trajectory.tool_calls if line.status == "backend_error"]
     if not trajectory.infra_error:
-        if trajectory.stop_reason == "engine_error" or (failed and trajectory.stop_reason != "cancelled"):
-            why = "the stop reason is engine_error" if not failed else f"{failed[0]} ended with backend_error"
+        if trajectory.stop_reason == "engine_error" or (
+            failed and trajectory.stop_reason != "cancelled"
+        ):
+            why = (
+                "the stop reason is engine_error"
+                if not failed
+                else f"{failed[0]} ended with backend_error"
+            )
             yield Finding(f"{differs('infra_error', False, True)}: {why}")
-        if trajectory.error is not None and trajectory.parent is None:  # a replay says there where it left the record
-            yield Finding(differs("the error of a conversation that nothing failed in", trajectory.error, None))
+        if (
+            trajectory.error is not None and trajectory.parent is None
+        ):  # a replay says there where it left the record
+            yield Finding(
+                differs(
+                    "the error of a conversation that nothing failed in", trajectory.error, None
+                )
+            )
     elif trajectory.error is None and not failed:
         yield Finding("infra_error is true, and neither error nor ledger says what failed")
 
 
 def _budgets(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
     """Tokens and turns within the run's limits."""
-    response, total = len(trajectory.response_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+    response, total = (
+        len(trajectory.response_ids),
+        len(trajectory.prompt_ids) + len(trajectory.response_ids),
+    )
     sampled = max((turn.end - turn.start for turn in trajectory.turns), default=0)
     checks = [
         ("response_ids", response, facts.response_length, "response_length"),
@@ -97,7 +126,9 @@ class _Ending:
         self.turn = len(trajectory.turns) - 1
         self.answered = bool(parts.rounds and parts.rounds[-1].replies)
         self.lines = [line for line in trajectory.tool_calls if line.turn == self.turn]
-        self.has_user = facts.users or any(each.replies and each.kind == USER for each in parts.rounds)
+        self.has_user = facts.users or any(
+            each.replies and each.kind == USER for each in parts.rounds
+        )
         self.calls = bool(parts.rounds and parts.rounds[-1].message.get("tool_calls"))
 
     def findings(self, finished: bool) -> Iterator[Finding]:
@@ -106,20 +137,38 @@ class _Ending:
         if finished and reason == "cancelled" and self.trajectory.parent is None:
             yield Finding("a conversation that was cut off stands among the finished ones")
         for turn, each in enumerate(self.trajectory.turns):
-            if each.finish_reason == "abort" and (turn < self.turn or reason not in ("cancelled", "deadline", "engine_error")):
-                yield Finding("the turn was aborted, and the conversation went on or ended otherwise", turn)
+            if each.finish_reason == "abort" and (
+                turn < self.turn or reason not in ("cancelled", "deadline", "engine_error")
+            ):
+                yield Finding(
+                    "the turn was aborted, and the conversation went on or ended otherwise", turn
+                )
         cut = self._cut_turn()
         if cut is not None and (cut < self.turn or reason != "length"):
-            then = "the conversation went on" if cut < self.turn else f"the stop reason is {show(reason)}"
+            then = (
+                "the conversation went on"
+                if cut < self.turn
+                else f"the stop reason is {show(reason)}"
+            )
             yield Finding(f"the engine cut the turn off, and {then}", cut)
-        elif cut is not None and any(line.status not in ("malformed", "rejected") for line in self.lines):
+        elif cut is not None and any(
+            line.status not in ("malformed", "rejected") for line in self.lines
+        ):
             yield Finding("a call of a turn that was cut off was run", cut)
-        elif self.last is None and reason in ("stop", "tool_stop", "length", "max_turns", "invalid_tool_calls"):
+        elif self.last is None and reason in (
+            "stop",
+            "tool_stop",
+            "length",
+            "max_turns",
+            "invalid_tool_calls",
+        ):
             yield Finding(f"the stop reason {show(reason)} does not fit: there are no turns")
         elif self.last is not None and (needs := self._needs(reason, cut)):
             yield Finding(f"the stop reason {show(reason)} does not fit: {needs}", self.turn)
         elif reason == "prompt_too_long" and self._prompt_fits():
-            yield Finding(f"the stop reason {show(reason)} does not fit: {len(self.trajectory.prompt_ids)} tokens fit the prompt's budget")
+            yield Finding(
+                f"the stop reason {show(reason)} does not fit: {len(self.trajectory.prompt_ids)} tokens fit the prompt's budget"
+            )
 
     def _prompt_fits(self) -> bool:
         facts = self.facts
@@ -133,14 +182,26 @@ class _Ending:
         if template is None:
             return None
         prompt, ids = len(self.trajectory.prompt_ids), self.trajectory.response_ids
-        ends = [(k, turn) for k, turn in enumerate(self.trajectory.turns) if turn.finish_reason == "length"]
+        ends = [
+            (k, turn)
+            for k, turn in enumerate(self.trajectory.turns)
+            if turn.finish_reason == "length"
+        ]
         return next(
-            (k for k, turn in ends if prompt < turn.end <= prompt + len(ids) and ids[turn.end - 1 - prompt] not in template.end_ids), None
+            (
+                k
+                for k, turn in ends
+                if prompt < turn.end <= prompt + len(ids)
+                and ids[turn.end - 1 - prompt] not in template.end_ids
+            ),
+            None,
         )
 
     def _needs(self, reason: str, cut: int | None) -> str | None:
         """What the stop reason needs and the record has not."""
-        if reason in ("tool_stop", "max_turns", "invalid_tool_calls") and (self.answered or not self.calls):
+        if reason in ("tool_stop", "max_turns", "invalid_tool_calls") and (
+            self.answered or not self.calls
+        ):
             return "it needs calls in the last turn that were not answered"
         if reason == "prompt_too_long":
             return "it needs a conversation without turns"
@@ -148,9 +209,15 @@ class _Ending:
             return "the last turn has calls, or was answered"
         if reason == "tool_stop" and not any(line.status == "ok" for line in self.lines):
             return "it needs a call in the last turn that ended with ok"
-        if reason == "invalid_tool_calls" and (found := self._invalid_in_a_row()) < (limit := self.facts.max_invalid_calls or 1):
+        if reason == "invalid_tool_calls" and (found := self._invalid_in_a_row()) < (
+            limit := self.facts.max_invalid_calls or 1
+        ):
             return f"it needs {limit} invalid calls in a row up to the last turn, there are {found}"
-        if reason == "max_turns" and self.facts.max_turns is not None and len(self.trajectory.turns) < self.facts.max_turns:
+        if (
+            reason == "max_turns"
+            and self.facts.max_turns is not None
+            and len(self.trajectory.turns) < self.facts.max_turns
+        ):
             return f"there are {len(self.trajectory.turns)} turns, and max_assistant_turns is {self.facts.max_turns}"
         if reason == "length" and cut is None:
             return self._length_needs()
@@ -171,7 +238,10 @@ class _Ending:
             return None
         if not (self.calls or self.answered):
             return None if self.has_user else "the last turn is complete and has no calls"
-        response, total = len(trajectory.response_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+        response, total = (
+            len(trajectory.response_ids),
+            len(trajectory.prompt_ids) + len(trajectory.response_ids),
+        )
         if facts.response_length is None or facts.max_model_len is None:
             return None
         missing_end = not response or trajectory.response_ids[-1] not in facts.template.end_ids

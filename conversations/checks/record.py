@@ -22,7 +22,13 @@ from conversations.checks.text import text_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import RecordError
 from conversations.open_run import ID
-from conversations.trajectory import INVALID_STATUSES, SCHEMA, Trajectory, canonical_json, record_hash
+from conversations.trajectory import (
+    INVALID_STATUSES,
+    SCHEMA,
+    Trajectory,
+    canonical_json,
+    record_hash,
+)
 
 GROUP_FIELDS = ("prompt", "tools", "ground_truth", "data_source", "extra")
 """What the samples of a task have in common, each with a digest of its own in `Checked.common`."""
@@ -60,9 +66,15 @@ def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
     except (RecordError, RecursionError) as error:
         checked.findings.append(Finding(str(error)))
         return checked
-    checked.key, checked.reward, checked.sha256 = (trajectory.task_id, trajectory.sample), trajectory.reward, record["sha256"]
+    checked.key, checked.reward, checked.sha256 = (
+        (trajectory.task_id, trajectory.sample),
+        trajectory.reward,
+        record["sha256"],
+    )
     checked.partial = _is_partial(trajectory)
-    checked.findings += _trajectory_findings(trajectory, facts, finished=finished, partial=checked.partial)
+    checked.findings += _trajectory_findings(
+        trajectory, facts, finished=finished, partial=checked.partial
+    )
     checked.common = b"" if checked.partial else _common(trajectory)
     _count(trajectory, checked.tally)
     return checked
@@ -77,17 +89,27 @@ def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:
         return
     if record.get("sha256") != expected:
         found = str(record.get("sha256"))
-        yield Finding(differs("the record does not match its hash: it was changed after it was written", found[:16], expected[:16]))
+        yield Finding(
+            differs(
+                "the record does not match its hash: it was changed after it was written",
+                found[:16],
+                expected[:16],
+            )
+        )
 
 
-def _trajectory_findings(trajectory: Trajectory, facts: Facts, *, finished: bool, partial: bool) -> Iterator[Finding]:
+def _trajectory_findings(
+    trajectory: Trajectory, facts: Facts, *, finished: bool, partial: bool
+) -> Iterator[Finding]:
     tokens = list(token_findings(trajectory, facts.ids))
     yield from tokens
     parts = split(trajectory.messages)
     if not partial:
         yield from round_findings(trajectory, parts.rounds)
         if facts.template is not None and _turns_lie_in_order(trajectory):
-            yield from text_findings(trajectory, parts, facts.template, trust_prompt=facts.reads_clock)
+            yield from text_findings(
+                trajectory, parts, facts.template, trust_prompt=facts.reads_clock
+            )
         yield from ledger_findings(trajectory, parts, facts)
     if facts.template is not None:
         found, expected = trajectory.sampling.get("stop_token_ids"), facts.template.stop_token_ids
@@ -98,7 +120,10 @@ def _trajectory_findings(trajectory: Trajectory, facts: Facts, *, finished: bool
 
 def _turns_lie_in_order(trajectory: Trajectory) -> bool:
     """Whether the turns can be cut out of the tokens at all; where not, `token_findings` has said so."""
-    position, total = len(trajectory.prompt_ids), len(trajectory.prompt_ids) + len(trajectory.response_ids)
+    position, total = (
+        len(trajectory.prompt_ids),
+        len(trajectory.prompt_ids) + len(trajectory.response_ids),
+    )
     for turn in trajectory.turns:
         if not position <= turn.start < turn.end <= total:
             return False
@@ -109,7 +134,11 @@ def _turns_lie_in_order(trajectory: Trajectory) -> bool:
 def _is_partial(trajectory: Trajectory) -> bool:
     """A failure whose messages, tools or ledger had no JSON form: the run wrote down what of it had one."""
     unwritable = f"trajectory {trajectory.id} cannot be written as JSON"
-    return trajectory.infra_error and trajectory.error is not None and trajectory.error.startswith(unwritable)
+    return (
+        trajectory.infra_error
+        and trajectory.error is not None
+        and trajectory.error.startswith(unwritable)
+    )
 
 
 # ---------------------------------------------------------------------- JSON
@@ -157,13 +186,26 @@ def _constant(text: str) -> None:
 def _common(trajectory: Trajectory) -> bytes:
     """Digests of what all samples of the task must share, `_DIGEST` bytes each."""
     given = [message for message in split(trajectory.messages).opening if message["role"] != "tool"]
-    values = (given, trajectory.tools, trajectory.ground_truth, trajectory.data_source, trajectory.extra)
-    return b"".join(hashlib.blake2b(canonical_json(value).encode("ascii"), digest_size=_DIGEST).digest() for value in values)
+    values = (
+        given,
+        trajectory.tools,
+        trajectory.ground_truth,
+        trajectory.data_source,
+        trajectory.extra,
+    )
+    return b"".join(
+        hashlib.blake2b(canonical_json(value).encode("ascii"), digest_size=_DIGEST).digest()
+        for value in values
+    )
 
 
 def differing_fields(one: bytes, two: bytes) -> list[str]:
     """The names of `GROUP_FIELDS` in which two records' `common` differ."""
-    return [name for i, name in enumerate(GROUP_FIELDS) if one[i * _DIGEST : (i + 1) * _DIGEST] != two[i * _DIGEST : (i + 1) * _DIGEST]]
+    return [
+        name
+        for i, name in enumerate(GROUP_FIELDS)
+        if one[i * _DIGEST : (i + 1) * _DIGEST] != two[i * _DIGEST : (i + 1) * _DIGEST]
+    ]
 
 
 def _count(trajectory: Trajectory, tally: Counter[str]) -> None:

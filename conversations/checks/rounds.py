@@ -47,11 +47,15 @@ def split(messages: list[Message]) -> Rounds:
 def round_findings(trajectory: Trajectory, rounds: list[Round]) -> Iterator[Finding]:
     """A message for each turn, answered by tools or users alone, and by somebody where another turn follows."""
     if len(rounds) != len(trajectory.turns):
-        what = differs("the number of messages that carry `raw`", len(rounds), len(trajectory.turns))
+        what = differs(
+            "the number of messages that carry `raw`", len(rounds), len(trajectory.turns)
+        )
         yield Finding(f"{what}, one a turn", min(len(rounds), len(trajectory.turns)))
     for k, each in enumerate(rounds):
         roles = sorted({reply["role"] for reply in each.replies})
         if each.replies and roles not in ([TOOL], [USER]):
-            yield Finding(differs("the messages after the turn are by", roles, "tools or a user alone"), k)
+            yield Finding(
+                differs("the messages after the turn are by", roles, "tools or a user alone"), k
+            )
         if not each.replies and k < len(rounds) - 1:
             yield Finding("no message answers the turn, and another turn follows", k)

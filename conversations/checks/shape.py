@@ -39,7 +39,9 @@ Place = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0)]
 Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Status = Annotated[str, AfterValidator(_among(*CALL_STATUSES))]
-Segment = Annotated[tuple[Annotated[str, AfterValidator(_among(*KINDS))], Place, Place], Field(strict=False)]
+Segment = Annotated[
+    tuple[Annotated[str, AfterValidator(_among(*KINDS))], Place, Place], Field(strict=False)
+]
 """A list in JSON; what is in it stays strict."""
 
 
@@ -176,9 +178,20 @@ def _finding(detail: ErrorDetails, record: dict[str, Any]) -> Finding:
     place = detail["loc"]
     path = ".".join(map(str, place))
     if detail["type"] in ("missing", "extra_forbidden"):
-        return Finding(f"the field {show(path)[1:-1]} is {'missing' if detail['type'] == 'missing' else 'not known'}")
-    expected = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ").replace("a valid ", "a ")
-    return Finding(f"{path} is {show(detail['input'])}, expected {expected}", _turn(place), _token(place, record))
+        return Finding(
+            f"the field {show(path)[1:-1]} is {'missing' if detail['type'] == 'missing' else 'not known'}"
+        )
+    expected = (
+        detail["msg"]
+        .removeprefix("Input should be ")
+        .removeprefix("Value error, ")
+        .replace("a valid ", "a ")
+    )
+    return Finding(
+        f"{path} is {show(detail['input'])}, expected {expected}",
+        _turn(place),
+        _token(place, record),
+    )
 
 
 def _turn(place: tuple[int | str, ...]) -> int | None:
@@ -191,6 +204,8 @@ def _token(place: tuple[int | str, ...], record: dict[str, Any]) -> int | None:
         return None
     if place[0] == "prompt_ids":
         return place[1]
-    if place[0] in ("response_ids", "response_mask", "response_logprobs") and isinstance(record.get("prompt_ids"), list):
+    if place[0] in ("response_ids", "response_mask", "response_logprobs") and isinstance(
+        record.get("prompt_ids"), list
+    ):
         return len(record["prompt_ids"]) + place[1]
     return None

@@ -19,7 +19,9 @@ from conversations.tokens import TEMPLATE, TOOL, TokenSequence
 from conversations.trajectory import Trajectory, canonical_json
 
 
-def text_findings(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, *, trust_prompt: bool = False) -> Iterator[Finding]:
+def text_findings(
+    trajectory: Trajectory, parts: Rounds, template: ChatTemplate, *, trust_prompt: bool = False
+) -> Iterator[Finding]:
     """Where tokens and messages do not say the same. The turns must lie within the tokens, in order.
 
     `trust_prompt` takes the prompt as recorded: one with a date in it cannot be rendered again.
@@ -35,23 +37,41 @@ def text_findings(trajectory: Trajectory, parts: Rounds, template: ChatTemplate,
 # ---------------------------------------------------------------------- one sampled turn
 
 
-def _turn_findings(trajectory: Trajectory, k: int, message: Message, template: ChatTemplate) -> Iterator[Finding]:
+def _turn_findings(
+    trajectory: Trajectory, k: int, message: Message, template: ChatTemplate
+) -> Iterator[Finding]:
     """`raw` is the text of the sampled ids, content and calls are what parsing it gives."""
     turn, prompt = trajectory.turns[k], len(trajectory.prompt_ids)
     sampled = trajectory.response_ids[turn.start - prompt : turn.end - prompt]
     raw, decoded = message["raw"], template.raw(sampled)
     if raw != decoded:
         token = turn.start + _departure(sampled, raw, template)
-        yield Finding(f"raw is not the text of the sampled tokens, {show_difference(raw, decoded)}", k, token)
-    parsed = hermes.parse(raw, in_think=template.opens_think) if trajectory.tools else ParsedTurn(raw)
-    expected = assistant_message(raw, parsed, [f"call_{k}_{index}" for index in range(len(parsed.calls))])
-    if message != expected or canonical_json(message) != canonical_json(expected):  # 1 == True == 1.0
-        keys = sorted(key for key in {*message, *expected} if canonical_json(message.get(key)) != canonical_json(expected.get(key)))
+        yield Finding(
+            f"raw is not the text of the sampled tokens, {show_difference(raw, decoded)}", k, token
+        )
+    parsed = (
+        hermes.parse(raw, in_think=template.opens_think) if trajectory.tools else ParsedTurn(raw)
+    )
+    expected = assistant_message(
+        raw, parsed, [f"call_{k}_{index}" for index in range(len(parsed.calls))]
+    )
+    if message != expected or canonical_json(message) != canonical_json(
+        expected
+    ):  # 1 == True == 1.0
+        keys = sorted(
+            key
+            for key in {*message, *expected}
+            if canonical_json(message.get(key)) != canonical_json(expected.get(key))
+        )
         for key in keys:
             found, parsed_value = (
-                value if isinstance(value, str) else canonical_json(value) for value in (message.get(key), expected.get(key))
+                value if isinstance(value, str) else canonical_json(value)
+                for value in (message.get(key), expected.get(key))
             )
-            yield Finding(f"{show(key)[1:-1]} is not what parsing raw gives, {show_difference(found, parsed_value)}", k)
+            yield Finding(
+                f"{show(key)[1:-1]} is not what parsing raw gives, {show_difference(found, parsed_value)}",
+                k,
+            )
 
 
 def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
@@ -66,32 +86,50 @@ def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
 # ---------------------------------------------------------------------- the whole of it
 
 
-def _rebuilt_findings(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, trust_prompt: bool) -> Iterator[Finding]:
+def _rebuilt_findings(
+    trajectory: Trajectory, parts: Rounds, template: ChatTemplate, trust_prompt: bool
+) -> Iterator[Finding]:
     """The first token, and the first segment, that the messages do not give."""
     ids = trajectory.prompt_ids + trajectory.response_ids
     if not ids:  # the prompt could not be rendered, or nobody came to it
         return
-    prompt = _recorded_prompt(trajectory, ids) if trust_prompt else _prompt(trajectory, parts.opening, template)
+    prompt = (
+        _recorded_prompt(trajectory, ids)
+        if trust_prompt
+        else _prompt(trajectory, parts.opening, template)
+    )
     rebuilt = _rebuilt(trajectory, parts, template, ids, prompt)
     if rebuilt.ids != ids:
         token = first_difference(ids, rebuilt.ids)
-        found, expected = (template.decode(side[token : token + 8]) if token < len(side) else "the end" for side in (ids, rebuilt.ids))
-        one, two = (side[token] if token < len(side) else None for side in (ids, rebuilt.ids))
-        what = (
-            f"the token is not the one that the messages render to, found {show(one)} {show(found)}, expected {show(two)} {show(expected)}"
+        found, expected = (
+            template.decode(side[token : token + 8]) if token < len(side) else "the end"
+            for side in (ids, rebuilt.ids)
         )
+        one, two = (side[token] if token < len(side) else None for side in (ids, rebuilt.ids))
+        what = f"the token is not the one that the messages render to, found {show(one)} {show(found)}, expected {show(two)} {show(expected)}"
         yield Finding(what, turn_of(trajectory, token), token)
         return
     segments, expected_segments = trajectory.segments, rebuilt.segments()
     if segments != expected_segments:
         place = first_difference(segments, expected_segments)
-        found_one, expected_one = (side[place] if place < len(side) else ("", len(ids), 0) for side in (segments, expected_segments))
+        found_one, expected_one = (
+            side[place] if place < len(side) else ("", len(ids), 0)
+            for side in (segments, expected_segments)
+        )
         token = min(found_one[1], expected_one[1])
-        what = differs("the segment is not the one that the messages render to", found_one, expected_one)
+        what = differs(
+            "the segment is not the one that the messages render to", found_one, expected_one
+        )
         yield Finding(what, turn_of(trajectory, token), token)
 
 
-def _rebuilt(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, ids: list[int], prompt: list[Piece]) -> TokenSequence:
+def _rebuilt(
+    trajectory: Trajectory,
+    parts: Rounds,
+    template: ChatTemplate,
+    ids: list[int],
+    prompt: list[Piece],
+) -> TokenSequence:
     """What the loop would have appended: the prompt, then sampled turns and rendered replies."""
     sequence = TokenSequence()
     for kind, piece in prompt:
@@ -107,16 +145,25 @@ def _rebuilt(trajectory: Trajectory, parts: Rounds, template: ChatTemplate, ids:
 def _prompt(trajectory: Trajectory, opening: list[Message], template: ChatTemplate) -> list[Piece]:
     """The opening, rendered. Which of its last tool messages were given and which created only the segments tell."""
     created = 0
-    while created < min(len(opening), len(trajectory.tools)) and _is_created(opening[len(opening) - created - 1]):
+    while created < min(len(opening), len(trajectory.tools)) and _is_created(
+        opening[len(opening) - created - 1]
+    ):
         created += 1
-    if not any(kind == TOOL and start < len(trajectory.prompt_ids) for kind, start, _ in trajectory.segments):
+    if not any(
+        kind == TOOL and start < len(trajectory.prompt_ids)
+        for kind, start, _ in trajectory.segments
+    ):
         created = 0
     cut = len(opening) - created
     return template.prompt(opening[:cut], trajectory.tools, opening[cut:])
 
 
 def _recorded_prompt(trajectory: Trajectory, ids: list[int]) -> list[Piece]:
-    return [(kind, ids[start:end]) for kind, start, end in trajectory.segments if end <= len(trajectory.prompt_ids)]
+    return [
+        (kind, ids[start:end])
+        for kind, start, end in trajectory.segments
+        if end <= len(trajectory.prompt_ids)
+    ]
 
 
 def _is_created(message: Message) -> bool:
@@ -128,4 +175,7 @@ def _answered(each: Round, sampled: list[int], template: ChatTemplate) -> list[P
     if not each.replies:
         return []
     complete = bool(sampled) and sampled[-1] in template.end_ids
-    return [*([] if complete else [(TEMPLATE, [template.end_id])]), *template.delta(each.replies, each.kind).pieces]
+    return [
+        *([] if complete else [(TEMPLATE, [template.end_id])]),
+        *template.delta(each.replies, each.kind).pieces,
+    ]

@@ -23,7 +23,13 @@ def token_findings(trajectory: Trajectory, known_ids: int | None = None) -> Iter
     length = len(trajectory.response_ids)
     for name in ("response_mask", "response_logprobs"):
         if len(getattr(trajectory, name)) != length:
-            yield Finding(differs(f"{name} has another length than response_ids", len(getattr(trajectory, name)), length))
+            yield Finding(
+                differs(
+                    f"{name} has another length than response_ids",
+                    len(getattr(trajectory, name)),
+                    length,
+                )
+            )
             return
     covered = list(_segments(trajectory))
     yield from covered
@@ -37,30 +43,49 @@ def token_findings(trajectory: Trajectory, known_ids: int | None = None) -> Iter
 
 def turn_of(trajectory: Trajectory, token: int) -> int | None:
     """The turn that a token belongs to, or comes after; None before the first."""
-    return next((k for k in range(len(trajectory.turns) - 1, -1, -1) if trajectory.turns[k].start <= token), None)
+    return next(
+        (k for k in range(len(trajectory.turns) - 1, -1, -1) if trajectory.turns[k].start <= token),
+        None,
+    )
 
 
 def _segments(trajectory: Trajectory) -> Iterator[Finding]:
     """They cover everything, in order, none empty, none to be one with the next; the prompt ends at the first sampled token."""
-    total, prompt = len(trajectory.prompt_ids) + len(trajectory.response_ids), len(trajectory.prompt_ids)
+    total, prompt = (
+        len(trajectory.prompt_ids) + len(trajectory.response_ids),
+        len(trajectory.prompt_ids),
+    )
     position, before = 0, None
     for kind, start, end in trajectory.segments:
         if start != position or end <= start or end > total:
-            what = (
-                f"segments do not cover the tokens in order, found {show([kind, start, end])}, expected one from {position} within {total}"
-            )
+            what = f"segments do not cover the tokens in order, found {show([kind, start, end])}, expected one from {position} within {total}"
             yield Finding(what, turn_of(trajectory, position), min(start, position))
             return
         if kind == before:
-            yield Finding(f"two {kind} segments stand side by side, expected one", turn_of(trajectory, start), start)
+            yield Finding(
+                f"two {kind} segments stand side by side, expected one",
+                turn_of(trajectory, start),
+                start,
+            )
         if (kind == PROMPT) != (start < prompt) and not (kind == TOOL and start < prompt):
-            yield Finding(f"a {kind} segment stands {'before' if start < prompt else 'after'} the first sampled token", token=start)
+            yield Finding(
+                f"a {kind} segment stands {'before' if start < prompt else 'after'} the first sampled token",
+                token=start,
+            )
         if start < prompt < end:
-            yield Finding(differs(f"prompt_ids end inside a {kind} segment", prompt, end), token=prompt)
+            yield Finding(
+                differs(f"prompt_ids end inside a {kind} segment", prompt, end), token=prompt
+            )
         position, before = end, kind
     if position != total:
-        yield Finding(differs("segments do not cover the tokens", position, total), turn_of(trajectory, position), position)
-    elif trajectory.response_ids and not any(kind == SAMPLED and start == prompt for kind, start, _ in trajectory.segments):
+        yield Finding(
+            differs("segments do not cover the tokens", position, total),
+            turn_of(trajectory, position),
+            position,
+        )
+    elif trajectory.response_ids and not any(
+        kind == SAMPLED and start == prompt for kind, start, _ in trajectory.segments
+    ):
         yield Finding("the response does not begin with a sampled token", token=prompt)
 
 
@@ -69,9 +94,15 @@ def _mask(trajectory: Trajectory) -> Iterator[Finding]:
     for kind, start, end in trajectory.segments:
         expected = int(kind == SAMPLED)
         if mask[max(start - prompt, 0) : max(end - prompt, 0)].count(1 - expected):
-            wrong = [token for token in range(max(start, prompt), end) if mask[token - prompt] != expected]
+            wrong = [
+                token
+                for token in range(max(start, prompt), end)
+                if mask[token - prompt] != expected
+            ]
             what = differs(f"the response mask in a {kind} segment", 1 - expected, expected)
-            yield from first_of(wrong, lambda token, what=what: Finding(what, turn_of(trajectory, token), token))  # type: ignore[misc]
+            yield from first_of(
+                wrong, lambda token, what=what: Finding(what, turn_of(trajectory, token), token)
+            )  # type: ignore[misc]
 
 
 def _unknown_ids(trajectory: Trajectory, known: int) -> Iterator[Finding]:
@@ -80,7 +111,9 @@ def _unknown_ids(trajectory: Trajectory, known: int) -> Iterator[Finding]:
         return
 
     def say(token: int) -> Finding:
-        what = f"the token id is far above the tokenizer's, found {ids[token]}, expected below {known}"
+        what = (
+            f"the token id is far above the tokenizer's, found {ids[token]}, expected below {known}"
+        )
         return Finding(what, turn_of(trajectory, token), token)
 
     yield from first_of([token for token, found in enumerate(ids) if found >= known + PADDING], say)
@@ -93,13 +126,19 @@ def _turns(trajectory: Trajectory) -> Iterator[Finding]:
     if trajectory.num_turns != len(turns):
         yield Finding(differs("num_turns", trajectory.num_turns, len(turns)))
     if len(sampled) != len(turns):
-        yield Finding(differs("the number of turns", len(turns), len(sampled)) + " sampled segments")
+        yield Finding(
+            differs("the number of turns", len(turns), len(sampled)) + " sampled segments"
+        )
     for k, turn in enumerate(turns):
         if turn.prompt_tokens != turn.start:
-            yield Finding(differs("prompt_tokens", turn.prompt_tokens, turn.start) + ", its start", k)
+            yield Finding(
+                differs("prompt_tokens", turn.prompt_tokens, turn.start) + ", its start", k
+            )
         if k < len(sampled) and (turn.start, turn.end) != sampled[k]:
             spans = (turn.start, turn.end), sampled[k]
-            first = min(a for a, b in zip(spans[0] + spans[1], spans[1] + spans[0], strict=True) if a != b)
+            first = min(
+                a for a, b in zip(spans[0] + spans[1], spans[1] + spans[0], strict=True) if a != b
+            )
             yield Finding(differs("the turn does not span its sampled segment", *spans), k, first)
         places = [turn.start, *(place for place, _ in turn.resumed or ()), turn.end]
         for before, token in pairwise(places[:-1]):
@@ -110,21 +149,41 @@ def _turns(trajectory: Trajectory) -> Iterator[Finding]:
             yield Finding(differs("cached_tokens", turn.cached_tokens, f"at most {turn.start}"), k)
     for k, (one, two) in enumerate(pairwise(turns)):
         if two.start < one.end:
-            yield Finding(differs("the turn begins before the last one ends", two.start, one.end), k + 1, two.start)
+            yield Finding(
+                differs("the turn begins before the last one ends", two.start, one.end),
+                k + 1,
+                two.start,
+            )
 
 
 def _logprobs(trajectory: Trajectory) -> Iterator[Finding]:
     """A float32 where the mask is 1, null elsewhere."""
-    prompt, mask, logprobs = len(trajectory.prompt_ids), trajectory.response_mask, trajectory.response_logprobs
+    prompt, mask, logprobs = (
+        len(trajectory.prompt_ids),
+        trajectory.response_mask,
+        trajectory.response_logprobs,
+    )
 
     def at(index: int, expected: str) -> Finding:
-        return Finding(differs("the log-prob", logprobs[index], expected), turn_of(trajectory, prompt + index), prompt + index)
+        return Finding(
+            differs("the log-prob", logprobs[index], expected),
+            turn_of(trajectory, prompt + index),
+            prompt + index,
+        )
 
     pairs = list(enumerate(zip(mask, logprobs, strict=True)))
-    yield from first_of([i for i, (m, value) in pairs if m and value is None], lambda i: at(i, "a number: the token was sampled"))
-    yield from first_of([i for i, (m, value) in pairs if not m and value is not None], lambda i: at(i, "null: the token was not sampled"))
+    yield from first_of(
+        [i for i, (m, value) in pairs if m and value is None],
+        lambda i: at(i, "a number: the token was sampled"),
+    )
+    yield from first_of(
+        [i for i, (m, value) in pairs if not m and value is not None],
+        lambda i: at(i, "null: the token was not sampled"),
+    )
     numbers = [(i, value) for i, (_, value) in pairs if value is not None]
     rounded = array("f", [value for _, value in numbers]).tolist()
     inexact = [i for (i, value), single in zip(numbers, rounded, strict=True) if value != single]
     yield from first_of(inexact, lambda i: at(i, "a float32"))
-    yield from first_of([i for i, value in numbers if value > ROUNDING], lambda i: at(i, "at most 0"))
+    yield from first_of(
+        [i for i, value in numbers if value > ROUNDING], lambda i: at(i, "at most 0")
+    )

@@ -31,7 +31,11 @@ def card(done: Export) -> str:
         *([_checked(done)] if done.verdicts else []),
         "## Statistics\n\n" + _statistics(done),
         "## Where it comes from\n\n" + _origin(done),
-        "## Files\n\n" + _table(("file", "bytes", "SHA-256"), [(name, size, digest) for name, (digest, size) in done.files.items()]),
+        "## Files\n\n"
+        + _table(
+            ("file", "bytes", "SHA-256"),
+            [(name, size, digest) for name, (digest, size) in done.files.items()],
+        ),
         "## Make it again\n\n" + _again(done),
     ]
     return "\n\n".join(parts) + "\n"
@@ -39,7 +43,10 @@ def card(done: Export) -> str:
 
 def _left_out(done: Export) -> str:
     counts = [(reason, count) for reason, count in done.dropped.most_common()]
-    counts += [(f"{reason} (no place in the format)", count) for reason, count in done.left_out.most_common()]
+    counts += [
+        (f"{reason} (no place in the format)", count)
+        for reason, count in done.left_out.most_common()
+    ]
     text = _table(("reason", "how many"), counts) if counts else "Nothing."
     asked = ", ".join(f"{name} = {value}" for name, value in filters_set(done.filters).items())
     notes = "".join(f"\n\nNote: {note}." for note in done.notes)
@@ -61,13 +68,20 @@ def _shown(value: Any) -> Any:
 
 def _checked(done: Export) -> str:
     rows = [
-        (name, done.verdicts[name], f"`{first}`" if (first := done.differing.get(name)) else "", meaning)
+        (
+            name,
+            done.verdicts[name],
+            f"`{first}`" if (first := done.differing.get(name)) else "",
+            meaning,
+        )
         for name, meaning in VERDICTS.items()
         if done.verdicts[name]
     ]
     return (
         "## Text or tokens\n\nThe format holds text. Each was tokenised again as its consumer does, and compared with the ids and the mask "
-        "of the record:\n\n" + _table(("finding", "how many", "the first", "meaning"), rows) + "\n\n"
+        "of the record:\n\n"
+        + _table(("finding", "how many", "the first", "meaning"), rows)
+        + "\n\n"
         "trl-sft, dataproto, atif and parquet hold the ids and the mask themselves."
     )
 
@@ -85,23 +99,36 @@ def _statistics(done: Export) -> str:
 def _origin(done: Export) -> str:
     manifest = done.manifest
     model, tasks = _part(manifest, "model"), _part(manifest, "tasks")
-    sources = ", ".join(f"{name} ({count})" for name, count in done.kept.data_sources.most_common(8))
+    sources = ", ".join(
+        f"{name} ({count})" for name, count in done.kept.data_sources.most_common(8)
+    )
     rows = [
-        ("run made", f"{manifest.get('created', 'unknown')} by `{_code(manifest.get('command', 'unknown'))}`"),
+        (
+            "run made",
+            f"{manifest.get('created', 'unknown')} by `{_code(manifest.get('command', 'unknown'))}`",
+        ),
         *[(f"SHA-256 of {name}", digest) for name, digest in done.run_files.items()],
         ("model", f"{model.get('path', 'unknown')} (SHA-256 {model.get('sha256') or 'unknown'})"),
         ("tasks", f"{tasks.get('file', 'unknown')} (SHA-256 {tasks.get('sha256') or 'unknown'})"),
         ("data sources", sources),
         ("licence of the model", LICENCES.get(str(model.get("path")), "unknown")),
         ("licence of the tasks", _licences(list(done.kept.data_sources))),
-        *([("imported from", str(_part(manifest, "imported").get("from")))] if manifest.get("imported") else []),
+        *(
+            [("imported from", str(_part(manifest, "imported").get("from")))]
+            if manifest.get("imported")
+            else []
+        ),
     ]
     return _table(("", ""), rows)
 
 
 def _licences(names: Sequence[str]) -> str:
     known = {name: LICENCES.get(name, "unknown") for name in names[:8]}
-    return ", ".join(f"{name}: {licence}" for name, licence in known.items()) if set(known.values()) != {"unknown"} else "unknown"
+    return (
+        ", ".join(f"{name}: {licence}" for name, licence in known.items())
+        if set(known.values()) != {"unknown"}
+        else "unknown"
+    )
 
 
 def _again(done: Export) -> str:

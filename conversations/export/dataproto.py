@@ -23,8 +23,14 @@ def _rows(source: Source) -> Iterator[Row]:
     pad_id = _pad_id(source.run.tokenizer())
     trajectories = map(_trainable, source.with_ids())
     while batch := list(islice(trajectories, source.batch_size)):
-        arrays = padded_batch(batch, prompt_length=prompt_length, response_length=response_length, pad_id=pad_id)
-        yield {"arrays": arrays, "messages": [{"messages": one.messages} for one in batch], **_columns(batch)}
+        arrays = padded_batch(
+            batch, prompt_length=prompt_length, response_length=response_length, pad_id=pad_id
+        )
+        yield {
+            "arrays": arrays,
+            "messages": [{"messages": one.messages} for one in batch],
+            **_columns(batch),
+        }
 
 
 def _trainable(record: Record) -> Trajectory:
@@ -58,7 +64,9 @@ def _pad_id(tokenizer: Any) -> int:
     """verl pads with the tokenizer's pad token, and gives one without a pad token its end-of-text token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
-        raise ExportError("the run's tokenizer has neither a pad nor an end-of-text token to pad with")
+        raise ExportError(
+            "the run's tokenizer has neither a pad nor an end-of-text token to pad with"
+        )
     return int(pad)
 
 
@@ -68,12 +76,16 @@ def _write(rows: Iterator[Row], folder: Path) -> int:
         import torch
         from verl import DataProto
     except ImportError as error:
-        raise ExportError(f"dataproto needs verl and torch, and {error.name} is not installed") from error
+        raise ExportError(
+            f"dataproto needs verl and torch, and {error.name} is not installed"
+        ) from error
     number = -1
     for number, row in enumerate(rows):
         tensors = {name: torch.from_numpy(array) for name, array in row.pop("arrays").items()}
         columns = {name: _objects(values, np) for name, values in row.items()}
-        DataProto.from_dict(tensors=tensors, non_tensors=columns).save_to_disk(folder / f"batch-{number:05d}.pkl")
+        DataProto.from_dict(tensors=tensors, non_tensors=columns).save_to_disk(
+            folder / f"batch-{number:05d}.pkl"
+        )
     return number + 1
 
 

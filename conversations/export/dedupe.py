@@ -43,7 +43,9 @@ class NearDuplicates:
         try:
             from rensa import RMinHash, RMinHashDeduplicator  # type: ignore[import-untyped]
         except ImportError as error:
-            raise ExportError("near duplicates are found with rensa, which is not installed: pip install rensa") from error
+            raise ExportError(
+                "near duplicates are found with rensa, which is not installed: pip install rensa"
+            ) from error
         self._minhash = RMinHash
         self._index = RMinHashDeduplicator(THRESHOLD, PERMUTATIONS, True, BANDS)
 
@@ -55,6 +57,13 @@ class NearDuplicates:
 
 
 def _shingles(messages: list[dict[str, Any]]) -> list[str]:
-    said = "\n".join(str(message.get("raw") or message["content"]) for message in messages if message["role"] != "system")
+    said = "\n".join(
+        str(message.get("raw") or message["content"])
+        for message in messages
+        if message["role"] != "system"
+    )
     words = _WORD.findall(said)
-    return [" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1))]
+    return [
+        " ".join(words[start : start + SHINGLE])
+        for start in range(max(1, len(words) - SHINGLE + 1))
+    ]

@@ -53,14 +53,27 @@ class Filters:
 
     def __post_init__(self) -> None:
         if unknown := self.stop_reasons.difference(STOP_REASONS):
-            raise ExportError(f"there is no stop reason {', '.join(sorted(unknown))}; the stop reasons are {', '.join(STOP_REASONS)}")
-        if any(bound is not None and math.isnan(bound) for bound in (self.min_reward, self.max_reward, self.pass_reward)):
+            raise ExportError(
+                f"there is no stop reason {', '.join(sorted(unknown))}; the stop reasons are {', '.join(STOP_REASONS)}"
+            )
+        if any(
+            bound is not None and math.isnan(bound)
+            for bound in (self.min_reward, self.max_reward, self.pass_reward)
+        ):
             raise ExportError("a reward to compare with is a number, got nan")
         low, high = self.pass_rate or (0.0, 1.0)
         if not 0.0 <= low <= high <= 1.0:
-            raise ExportError(f"a pass rate is LOW:HIGH with 0 <= LOW <= HIGH <= 1, got {low}:{high}")
-        if self.min_reward is not None and self.max_reward is not None and self.min_reward > self.max_reward:
-            raise ExportError(f"the least reward {self.min_reward} is more than the most, {self.max_reward}")
+            raise ExportError(
+                f"a pass rate is LOW:HIGH with 0 <= LOW <= HIGH <= 1, got {low}:{high}"
+            )
+        if (
+            self.min_reward is not None
+            and self.max_reward is not None
+            and self.min_reward > self.max_reward
+        ):
+            raise ExportError(
+                f"the least reward {self.min_reward} is more than the most, {self.max_reward}"
+            )
 
     @property
     def on_groups(self) -> bool:
@@ -122,15 +135,24 @@ class Selection:
             return None
         if reward is None:
             return "no reward"
-        return "reward" if (low is not None and reward < low) or (high is not None and reward > high) else None
+        return (
+            "reward"
+            if (low is not None and reward < low) or (high is not None and reward > high)
+            else None
+        )
 
     def _own_reason(self, record: Mapping[str, Any]) -> str | None:
         filters = self.filters
         if filters.stop_reasons and record["stop_reason"] not in filters.stop_reasons:
             return "stop reason"
-        if filters.valid_calls_only and any(call["status"] in INVALID_STATUSES for call in record["tool_calls"]):
+        if filters.valid_calls_only and any(
+            call["status"] in INVALID_STATUSES for call in record["tool_calls"]
+        ):
             return "invalid tool call"
-        if filters.max_tokens is not None and len(record["prompt_ids"]) + len(record["response_ids"]) > filters.max_tokens:
+        if (
+            filters.max_tokens is not None
+            and len(record["prompt_ids"]) + len(record["response_ids"]) > filters.max_tokens
+        ):
             return "too many tokens"
         return "duplicate" if self._duplicates and self._duplicates.seen(record) else None
 

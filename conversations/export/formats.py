@@ -64,7 +64,9 @@ class Source:
         if name != "same":
             self.differing.setdefault(name, record["id"])
 
-    def _verdict(self, record: Record, retokenise: Callable[..., Tokens], texts: tuple[Any, ...]) -> str:
+    def _verdict(
+        self, record: Record, retokenise: Callable[..., Tokens], texts: tuple[Any, ...]
+    ) -> str:
         template = self.view.template
         if template is None or not record["turns"]:
             return "not checked"
@@ -120,7 +122,9 @@ def get_format(name: str) -> Format:
 
     if name not in _modules():
         raise ExportError(f"there is no format {name!r}; the formats are {', '.join(names())}")
-    found = getattr(import_module(f"conversations.export.{_modules()[name]}"), name.replace("-", "_").upper())
+    found = getattr(
+        import_module(f"conversations.export.{_modules()[name]}"), name.replace("-", "_").upper()
+    )
     assert isinstance(found, Format)
     return found
 

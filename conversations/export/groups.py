@@ -111,14 +111,20 @@ class Statistics:
             "reward, mean": _number(self.reward_mean()),
             "reward, std": _number(self.reward_std()),
             "reward, std in a group": _number(self.group_std()),
-            **{f"pass@{k}": f"{_number(rate)} over {groups} groups" for k, (rate, groups) in self.pass_at().items()},
+            **{
+                f"pass@{k}": f"{_number(rate)} over {groups} groups"
+                for k, (rate, groups) in self.pass_at().items()
+            },
             "turns, mean": _number(self._per_trajectory(self.turns)),
             "prompt tokens, mean": _number(self._per_trajectory(self.prompt_tokens)),
             "sampled tokens, mean": _number(self._per_trajectory(self.sampled_tokens)),
             "tool and template tokens, mean": _number(self._per_trajectory(self.other_tokens)),
             "tool calls": str(calls),
             **{f"  {status} call": str(count) for status, count in self.calls.most_common()},
-            **{f"stop reason {reason}": str(count) for reason, count in self.stop_reasons.most_common()},
+            **{
+                f"stop reason {reason}": str(count)
+                for reason, count in self.stop_reasons.most_common()
+            },
         }
 
     def _per_trajectory(self, total: int) -> float | None:

@@ -70,7 +70,9 @@ def export(
     with new_folder(out, ExportError) as folder:
         rows = chosen.write(chosen.rows(source), folder)
         if rows == 0:
-            raise ExportError(f"nothing is left to export of {len(run)} trajectories: {_reasons(selection.dropped + source.left_out)}")
+            raise ExportError(
+                f"nothing is left to export of {len(run)} trajectories: {_reasons(selection.dropped + source.left_out)}"
+            )
         done = Export(
             format=chosen,
             run=run.path,
@@ -86,14 +88,19 @@ def export(
             verdicts=source.verdicts,
             differing=source.differing,
             notes=source.notes,
-            files={file.name: (_sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())},
+            files={
+                file.name: (_sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())
+            },
         )
         (folder / CARD).write_text(card(done), encoding="utf-8")
     return done
 
 
 def _reasons(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "the run is empty"
+    return (
+        ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        or "the run is empty"
+    )
 
 
 def _sha256(file: Path) -> str:

@@ -75,7 +75,13 @@ def _prompt_rows(source: Source) -> Iterator[Row]:
         source.count("same" if encode(text) == record["prompt_ids"] else "tokens", record)
         truth = record["ground_truth"]
         label = truth if isinstance(truth, str) else "" if truth is None else json_text(truth)
-        yield {"input": text, "label": label, "datasource": str(record["data_source"]), "task_id": record["task_id"], **rewards}
+        yield {
+            "input": text,
+            "label": label,
+            "datasource": str(record["data_source"]),
+            "task_id": record["task_id"],
+            **rewards,
+        }
 
 
 def _pair_rows(source: Source) -> Iterator[Row]:

@@ -43,7 +43,10 @@ def pairs(source: Source, retokenise: Callable[[str, str, TextView], Tokens]) ->
         raise ExportError(f"{source.run.path}: pairs hold text, and {source.notes[-1]}")
     for task_id, extremes in _groups(source).items():
         (high, best), (low, worst) = extremes.best, extremes.worst
-        chosen, rejected = source.run.record(best, check=False), source.run.record(worst, check=False)
+        chosen, rejected = (
+            source.run.record(best, check=False),
+            source.run.record(worst, check=False),
+        )
         if high == low:
             source.leave_out("group without two rewards")
         elif chosen["prompt_ids"] != rejected["prompt_ids"]:
@@ -65,7 +68,13 @@ def _groups(source: Source) -> dict[str, _Extremes]:
     return groups
 
 
-def _pair(source: Source, task_id: str, chosen: Any, rejected: Any, retokenise: Callable[[str, str, TextView], Tokens]) -> Row:
+def _pair(
+    source: Source,
+    task_id: str,
+    chosen: Any,
+    rejected: Any,
+    retokenise: Callable[[str, str, TextView], Tokens],
+) -> Row:
     view = source.view
     prompt = view.prompt(chosen)
     row: Row = {"prompt": prompt, "task_id": task_id}

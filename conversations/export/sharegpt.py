@@ -37,15 +37,25 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]] | None:
 
 def _turn(message: Mapping[str, Any]) -> dict[str, str]:
     calls = message.get("tool_calls") or []
-    if calls and not message["content"].strip() and not any(call.get("malformed") for call in calls):
+    if (
+        calls
+        and not message["content"].strip()
+        and not any(call.get("malformed") for call in calls)
+    ):
         return {"from": "function_call", "value": json_text(_functions(calls))}
     raw = message.get("raw")
-    return {"from": _TAGS.get(message["role"], message["role"]), "value": message["content"] if raw is None else raw}
+    return {
+        "from": _TAGS.get(message["role"], message["role"]),
+        "value": message["content"] if raw is None else raw,
+    }
 
 
 def _functions(calls: Sequence[Mapping[str, Any]]) -> Any:
     """One call as an object, several as a list of them."""
-    functions = [{"name": call["function"]["name"], "arguments": _arguments(call["function"]["arguments"])} for call in calls]
+    functions = [
+        {"name": call["function"]["name"], "arguments": _arguments(call["function"]["arguments"])}
+        for call in calls
+    ]
     return functions[0] if len(functions) == 1 else functions
 
 
@@ -56,7 +66,9 @@ def _arguments(text: str) -> Any:
         return text
 
 
-def retokenised(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], view: TextView) -> Tokens:
+def retokenised(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], view: TextView
+) -> Tokens:
     """What a trainer gets that renders the same turns with the run's own chat template and trains on gpt and function_call turns."""
     assert view.template is not None
     encode = view.template.encode
@@ -81,7 +93,10 @@ def _as_rendered(message: Mapping[str, Any]) -> dict[str, Any]:
     if turn["from"] != "function_call":
         return {"role": message["role"], "content": turn["value"]}
     functions = json.loads(turn["value"])
-    calls = [{"type": "function", "function": function} for function in (functions if isinstance(functions, list) else [functions])]
+    calls = [
+        {"type": "function", "function": function}
+        for function in (functions if isinstance(functions, list) else [functions])
+    ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 

@@ -22,4 +22,7 @@ def first_of_each_task(source: Source) -> Iterator[tuple[Record, dict[str, Any]]
             rewards.setdefault(task_id, []).append(record["reward"])
     for task_id, trajectory_id in first.items():
         mean = fmean(rewards[task_id]) if task_id in rewards else None
-        yield source.run.record(trajectory_id, check=False), {"samples": samples[task_id], "reward_mean": mean}
+        yield (
+            source.run.record(trajectory_id, check=False),
+            {"samples": samples[task_id], "reward_mean": mean},
+        )

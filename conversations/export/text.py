@@ -65,7 +65,9 @@ class TextView:
             return ""
         try:
             plain = self.render(asked, generation=False, tools=tools)
-            marked = self.render([{"role": "system", "content": _MARK}, *asked], generation=False, tools=tools)
+            marked = self.render(
+                [{"role": "system", "content": _MARK}, *asked], generation=False, tools=tools
+            )
         except Refused:
             return ""
         head, _, tail = marked.partition(_MARK)
@@ -78,31 +80,45 @@ class TextView:
 
     def completion(self, record: Mapping[str, Any]) -> str:
         """The text of the response's ids up to the last sampled one."""
-        return self._decode(whole_ids(record)[len(record["prompt_ids"]) : record["turns"][-1]["end"]])
+        return self._decode(
+            whole_ids(record)[len(record["prompt_ids"]) : record["turns"][-1]["end"]]
+        )
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, generation: bool, tools: Sequence[Any] = ()) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, generation: bool, tools: Sequence[Any] = ()
+    ) -> str:
         """The chat template's text. Raises Refused."""
         assert self.template is not None
         try:
             return str(
                 self.template.tokenizer.apply_chat_template(
-                    list(messages), tools=list(tools) or None, add_generation_prompt=generation, tokenize=False, **self._kwargs
+                    list(messages),
+                    tools=list(tools) or None,
+                    add_generation_prompt=generation,
+                    tokenize=False,
+                    **self._kwargs,
                 )
             )
-        except Exception as error:  # templates raise through jinja2, and anything else through bad messages
+        except (
+            Exception
+        ) as error:  # templates raise through jinja2, and anything else through bad messages
             raise Refused(str(error)) from error
 
     def _decode(self, ids: Sequence[int]) -> str:
         assert self.template is not None
         return self.template.decode(ids)
 
-    def _with_tools(self, messages: list[dict[str, str]], record: Mapping[str, Any]) -> list[dict[str, str]]:
+    def _with_tools(
+        self, messages: list[dict[str, str]], record: Mapping[str, Any]
+    ) -> list[dict[str, str]]:
         if not record["tools"] or not messages or self.template is None:
             return messages
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         rest = messages if system is None else messages[1:]
         key = json.dumps([system, record["tools"]])
-        content = self._systems.get(key) or self._system_with_tools(messages[: len(messages) - len(rest)], rest, record)
+        content = self._systems.get(key) or self._system_with_tools(
+            messages[: len(messages) - len(rest)], rest, record
+        )
         if content is None:
             return messages
         if len(self._systems) >= REMEMBERED:
@@ -110,12 +126,23 @@ class TextView:
         self._systems[key] = content
         return [{"role": "system", "content": content}, *rest]
 
-    def _system_with_tools(self, system: list[dict[str, str]], rest: list[dict[str, str]], record: Mapping[str, Any]) -> str | None:
+    def _system_with_tools(
+        self, system: list[dict[str, str]], rest: list[dict[str, str]], record: Mapping[str, Any]
+    ) -> str | None:
         """The system message that renders to the prompt, tools and all; None where the template has no such place."""
-        asked = rest[: next((index for index, message in enumerate(rest) if message["role"] == "assistant"), len(rest))]
+        asked = rest[
+            : next(
+                (index for index, message in enumerate(rest) if message["role"] == "assistant"),
+                len(rest),
+            )
+        ]
         try:
-            prompt = self.prompt(record) or self.render([*system, *asked], generation=True, tools=record["tools"])
-            head, _, tail = self.render([{"role": "system", "content": _MARK}, *asked], generation=True).partition(_MARK)
+            prompt = self.prompt(record) or self.render(
+                [*system, *asked], generation=True, tools=record["tools"]
+            )
+            head, _, tail = self.render(
+                [{"role": "system", "content": _MARK}, *asked], generation=True
+            ).partition(_MARK)
             content = prompt[len(head) : len(prompt) - len(tail)]
             found = self.render([{"role": "system", "content": content}, *asked], generation=True)
         except Refused:
@@ -125,7 +152,14 @@ class TextView:
 
 def last_sampled(messages: Sequence[Mapping[str, Any]]) -> int:
     """The index of the last sampled message; -1 where nothing was sampled."""
-    return next((index for index in reversed(range(len(messages))) if messages[index].get("raw") is not None), -1)
+    return next(
+        (
+            index
+            for index in reversed(range(len(messages)))
+            if messages[index].get("raw") is not None
+        ),
+        -1,
+    )
 
 
 def whole_ids(record: Mapping[str, Any]) -> list[int]:
@@ -143,7 +177,12 @@ def whole_mask(record: Mapping[str, Any]) -> list[int]:
 def after_common(prompt: list[int], whole: list[int]) -> Tokens:
     """Tokens of a prompt and its completion, where all that differs from the prompt's own tokens is trained on."""
     common = next(
-        (place for place, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), min(len(prompt), len(whole))
+        (
+            place
+            for place, (one, other) in enumerate(zip(prompt, whole, strict=False))
+            if one != other
+        ),
+        min(len(prompt), len(whole)),
     )
     return whole, [0] * common + [1] * (len(whole) - common)
 
@@ -164,7 +203,9 @@ def verdict(record: Mapping[str, Any], tokens: Tokens, template: ChatTemplate) -
     if ids[:end] != own[:end]:
         return "tokens"
     wanted = whole_mask(record)[:end] + [0] * (len(ids) - end)
-    differing = [place for place, (one, other) in enumerate(zip(mask, wanted, strict=True)) if one != other]
+    differing = [
+        place for place, (one, other) in enumerate(zip(mask, wanted, strict=True)) if one != other
+    ]
     if not differing:
         return "same"
     scaffold = _scaffold(record, template)
@@ -174,6 +215,15 @@ def verdict(record: Mapping[str, Any], tokens: Tokens, template: ChatTemplate) -
 def _scaffold(record: Mapping[str, Any], template: ChatTemplate) -> Callable[[int], bool]:
     """Whether a place holds what the template puts behind an end token: before the next block, or behind the last turn."""
     own, end = whole_ids(record), record["turns"][-1]["end"]
-    places = {place for kind, start, stop in record["segments"] if kind == "template" for place in range(start, stop)}
+    places = {
+        place
+        for kind, start, stop in record["segments"]
+        if kind == "template"
+        for place in range(start, stop)
+    }
     complete = own[end - 1] in template.end_ids
-    return lambda place: complete if place >= end else place in places and own[place] not in template.end_ids
+    return (
+        lambda place: complete
+        if place >= end
+        else place in places and own[place] not in template.end_ids
+    )

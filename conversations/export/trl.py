@@ -17,13 +17,23 @@ from conversations.export.writers import write_json_lines, write_parquet
 
 def _sft_rows(source: Source) -> Iterator[Row]:
     for record in source.with_ids():
-        yield {"id": record["id"], "input_ids": whole_ids(record), "assistant_masks": whole_mask(record)}
+        yield {
+            "id": record["id"],
+            "input_ids": whole_ids(record),
+            "assistant_masks": whole_mask(record),
+        }
 
 
 def _sft_schema() -> Any:
     import pyarrow as pa
 
-    return pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("assistant_masks", pa.list_(pa.int8()))])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("input_ids", pa.list_(pa.int32())),
+            ("assistant_masks", pa.list_(pa.int8())),
+        ]
+    )
 
 
 def retokenised(prompt: str, completion: str, view: TextView) -> Tokens:

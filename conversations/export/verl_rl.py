@@ -31,15 +31,27 @@ def _row(record: Record, rewards: Mapping[str, Any], index: int) -> Row:
     source = record["data_source"]
     return {
         "id": record["task_id"],
-        **{key: value for key, value in extra.items() if key not in ("tools_kwargs", "interaction_kwargs")},
+        **{
+            key: value
+            for key, value in extra.items()
+            if key not in ("tools_kwargs", "interaction_kwargs")
+        },
         "data_source": source if isinstance(source, str) else "unknown",
         "prompt": [_message(message) for message in given(record)],
-        "reward_model": {"style": "rule", **_mapping(extra.get("reward_model")), "ground_truth": record["ground_truth"]},
+        "reward_model": {
+            "style": "rule",
+            **_mapping(extra.get("reward_model")),
+            "ground_truth": record["ground_truth"],
+        },
         "extra_info": {
             "index": index,
             **info,
             **{key: extra[key] for key in ("tools_kwargs", "interaction_kwargs") if key in extra},
-            **({"need_tools_kwargs": True} if info.get("tools_kwargs") or extra.get("tools_kwargs") else {}),
+            **(
+                {"need_tools_kwargs": True}
+                if info.get("tools_kwargs") or extra.get("tools_kwargs")
+                else {}
+            ),
             "turntrace": {"task_id": record["task_id"], **rewards},
         },
     }
@@ -48,7 +60,10 @@ def _row(record: Record, rewards: Mapping[str, Any], index: int) -> Row:
 def given(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The task's own messages: those before the first sampled one and before what tools said when they were created."""
     messages: list[dict[str, Any]] = record["messages"]
-    end = next((index for index, message in enumerate(messages) if message.get("raw") is not None), len(messages))
+    end = next(
+        (index for index, message in enumerate(messages) if message.get("raw") is not None),
+        len(messages),
+    )
     while end and messages[end - 1]["role"] == "tool" and "tool_call_id" not in messages[end - 1]:
         end -= 1
     return messages[:end]

@@ -27,7 +27,9 @@ def retokenised(messages: Sequence[Mapping[str, Any]], view: TextView) -> Tokens
     while index < len(messages):
         end = _block_end(roles, index)
         now = view.render(messages[:end], generation=False)
-        opened = view.render(messages[:index], generation=True) if roles[index] == "assistant" else now
+        opened = (
+            view.render(messages[:index], generation=True) if roles[index] == "assistant" else now
+        )
         trained = messages[index].get("loss_mask")
         for text, own in ((opened[len(before) :], 0), (now[len(opened) :], 1)):
             piece = encode(text)
@@ -56,17 +58,28 @@ def _rows(source: Source) -> Iterator[Row]:
     enable_thinking = template_kwargs(source.run.manifest).get("enable_thinking")
     for record in source:
         messages = [
-            {**shown, "loss_mask": 0 if shown["role"] == "assistant" and given.get("raw") is None else None}
+            {
+                **shown,
+                "loss_mask": 0
+                if shown["role"] == "assistant" and given.get("raw") is None
+                else None,
+            }
             for shown, given in _aligned(view.messages(record), record["messages"])
         ]
         if not messages:
             source.leave_out("no sampled message")
         elif source.fits(record, retokenised, messages):
-            more = {"tool_schemas": json_text(record["tools"]), "id": record["id"], "reward": record["reward"]}
+            more = {
+                "tool_schemas": json_text(record["tools"]),
+                "id": record["id"],
+                "reward": record["reward"],
+            }
             yield {"messages": messages, "enable_thinking": enable_thinking, **more}
 
 
-def _aligned(shown: Sequence[dict[str, str]], given: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], dict[str, Any]]]:
+def _aligned(
+    shown: Sequence[dict[str, str]], given: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, str], dict[str, Any]]]:
     """Each message as text with the record's: the text may have one more, a system message that holds the tools."""
     given = given[: last_sampled(given) + 1]
     return list(zip(shown, [{}] * (len(shown) - len(given)) + list(given), strict=True))
@@ -75,9 +88,13 @@ def _aligned(shown: Sequence[dict[str, str]], given: Sequence[dict[str, Any]]) -
 def _schema() -> Any:
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("loss_mask", pa.int64())])
+    message = pa.struct(
+        [("role", pa.string()), ("content", pa.string()), ("loss_mask", pa.int64())]
+    )
     columns = [("messages", pa.list_(message)), ("enable_thinking", pa.bool_())]
-    return pa.schema([*columns, ("tool_schemas", pa.string()), ("id", pa.string()), ("reward", pa.float64())])
+    return pa.schema(
+        [*columns, ("tool_schemas", pa.string()), ("id", pa.string()), ("reward", pa.float64())]
+    )
 
 
 VERL_SFT = Format(

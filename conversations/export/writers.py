@@ -58,7 +58,9 @@ def write_shaped_parquet(name: str) -> Callable[[Iterator[Row], Path], int]:
         shape: Any = None
         for row in _read(scratch):
             shape = merged(shape, shape_of(row))
-        written = _parquet((fitted(row, shape) for row in _read(scratch)), folder / name, arrow_schema(shape))
+        written = _parquet(
+            (fitted(row, shape) for row in _read(scratch)), folder / name, arrow_schema(shape)
+        )
         scratch.unlink()
         assert written == count
         return count
@@ -81,7 +83,9 @@ def _parquet(rows: Iterator[Row], file: Path, schema: Any) -> int:
             try:
                 out.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
             except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-                raise ExportError(f"rows {count} to {count + len(chunk) - 1} do not fit the format: {error}") from error
+                raise ExportError(
+                    f"rows {count} to {count + len(chunk) - 1} do not fit the format: {error}"
+                ) from error
             count += len(chunk)
     return count
 
@@ -146,4 +150,6 @@ def _arrow_type(shape: Shape, pa: Any) -> Any:
         return pa.list_(_arrow_type(shape[1], pa))
     if not shape:
         return pa.null()
-    return {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}[shape]
+    return {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}[
+        shape
+    ]

@@ -25,7 +25,9 @@ MAX_ERRORS = 10
 MAX_ID = 1 << 31
 ROUNDING = 1e-3
 """A log-prob may stand this far above 0: an engine's softmax rounds."""
-CHANGED = "the ATIF document was changed after turntrace wrote it: the record does not match its hash"
+CHANGED = (
+    "the ATIF document was changed after turntrace wrote it: the record does not match its hash"
+)
 
 
 class reader:  # noqa: N801 - a function that remembers
@@ -40,12 +42,18 @@ class reader:  # noqa: N801 - a function that remembers
         _check_structure(found)
         _check_numbers(found)
         own = (found.get("extra") or {}).get(OWN)
-        record = _own(found) if isinstance(own, dict) and own.get("schema") == SCHEMA else self._foreign(found)
+        record = (
+            _own(found)
+            if isinstance(own, dict) and own.get("schema") == SCHEMA
+            else self._foreign(found)
+        )
         return Trajectory.from_record(record)
 
     def _foreign(self, found: dict[str, Any]) -> dict[str, Any]:
         name = found.get("trajectory_id") or found.get("session_id")
-        task_id = str(name or hashlib.sha256(canonical_json(found).encode("ascii")).hexdigest()[:16])
+        task_id = str(
+            name or hashlib.sha256(canonical_json(found).encode("ascii")).hexdigest()[:16]
+        )
         sample = self._samples[task_id]
         self._samples[task_id] += 1
         if found.get("trajectory_id") and sample:
@@ -58,18 +66,27 @@ def _check_structure(found: dict[str, Any]) -> None:
     try:
         import atif
     except ImportError as error:
-        raise ImportFileError("ATIF is read with the atif package, which is not installed: pip install atif") from error
+        raise ImportFileError(
+            "ATIF is read with the atif package, which is not installed: pip install atif"
+        ) from error
     from pydantic import ValidationError
 
     version = found.get("schema_version")
     if not isinstance(version, str) or not version.startswith("ATIF-v1."):
-        raise ImportFileError(f"schema_version is {version!r:.60}, expected ATIF-v1.8 or an earlier 1.x")
+        raise ImportFileError(
+            f"schema_version is {version!r:.60}, expected ATIF-v1.8 or an earlier 1.x"
+        )
     try:
         atif.Trajectory.model_validate(found, strict=True)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, one['loc'])) or 'document'}: {one['msg']}" for one in error.errors(include_url=False)]
+        lines = [
+            f"{'.'.join(map(str, one['loc'])) or 'document'}: {one['msg']}"
+            for one in error.errors(include_url=False)
+        ]
         more = [f"{len(lines) - MAX_ERRORS} more"] if len(lines) > MAX_ERRORS else []
-        raise ImportFileError("\n".join([" ".join(line.split())[:300] for line in lines[:MAX_ERRORS]] + more)) from error
+        raise ImportFileError(
+            "\n".join([" ".join(line.split())[:300] for line in lines[:MAX_ERRORS]] + more)
+        ) from error
 
 
 def _check_numbers(found: dict[str, Any]) -> None:
@@ -80,16 +97,29 @@ def _check_numbers(found: dict[str, Any]) -> None:
         metrics = step.get("metrics") or {}
         where = f"steps.{step['step_id'] - 1}.metrics"
         for name in ("prompt_token_ids", "completion_token_ids"):
-            if wrong := next((token for token in metrics.get(name) or [] if not 0 <= token < MAX_ID), None):
+            if wrong := next(
+                (token for token in metrics.get(name) or [] if not 0 <= token < MAX_ID), None
+            ):
                 raise ImportFileError(f"{where}.{name}: {wrong} is no token id")
         logprobs = metrics.get("logprobs")
         if logprobs is None:
             continue
         if len(logprobs) != (count := len(metrics.get("completion_token_ids") or [])):
-            raise ImportFileError(f"{where}.logprobs: {len(logprobs)} log-probs for {count} completion_token_ids")
-        wrong_at = next((place for place, value in enumerate(logprobs) if not (math.isfinite(value) and value < ROUNDING)), None)
+            raise ImportFileError(
+                f"{where}.logprobs: {len(logprobs)} log-probs for {count} completion_token_ids"
+            )
+        wrong_at = next(
+            (
+                place
+                for place, value in enumerate(logprobs)
+                if not (math.isfinite(value) and value < ROUNDING)
+            ),
+            None,
+        )
         if wrong_at is not None:
-            raise ImportFileError(f"{where}.logprobs.{wrong_at}: {logprobs[wrong_at]!r:.60} is no log-probability")
+            raise ImportFileError(
+                f"{where}.logprobs.{wrong_at}: {logprobs[wrong_at]!r:.60} is no log-probability"
+            )
 
 
 def _own(found: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +130,9 @@ def _own(found: dict[str, Any]) -> dict[str, Any]:
     except RecordError as error:
         raise ImportFileError(str(error)) from error
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ImportFileError(f"extra.{OWN} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ImportFileError(
+            f"extra.{OWN} is damaged: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     if not unchanged:
         _check_record(record)
         record["warnings"] = [*record["warnings"], CHANGED]
@@ -111,4 +143,6 @@ def _check_record(record: dict[str, Any]) -> None:
     """Raises ImportFileError for a record whose form or tokens are not whole any more."""
     findings = list(shape_findings(record)) or list(token_findings(Trajectory.from_record(record)))
     if findings:
-        raise ImportFileError("\n".join(f"extra.{OWN}: {finding.what}" for finding in findings[:MAX_ERRORS]))
+        raise ImportFileError(
+            "\n".join(f"extra.{OWN}: {finding.what}" for finding in findings[:MAX_ERRORS])
+        )

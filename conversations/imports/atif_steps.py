@@ -62,7 +62,11 @@ class Conversation:
             "tools": self._tools,
             "stop_reason": self._stop_reason(),
             "warnings": list(self._warnings),
-            "engine": {"name": agent["name"], "version": agent["version"], "model": agent.get("model_name")},
+            "engine": {
+                "name": agent["name"],
+                "version": agent["version"],
+                "model": agent.get("model_name"),
+            },
             "extra": rest or None,
         }
 
@@ -77,9 +81,13 @@ class Conversation:
             metrics = step.get("metrics") or {}
             prompt, sampled = metrics.get("prompt_token_ids"), metrics.get("completion_token_ids")
             if not prompt or not sampled:
-                return self._no_tokens(f"step {step['step_id']} has no prompt_token_ids or no completion_token_ids")
+                return self._no_tokens(
+                    f"step {step['step_id']} has no prompt_token_ids or no completion_token_ids"
+                )
             if prompt[: len(ids)] != ids:
-                return self._no_tokens(f"the prompt of step {step['step_id']} does not start with all tokens before it")
+                return self._no_tokens(
+                    f"the prompt of step {step['step_id']} does not start with all tokens before it"
+                )
             ids = prompt + sampled
         return bool(ids) or self._no_tokens("no step is a generation")
 
@@ -93,9 +101,19 @@ class Conversation:
         shift = len(tokens.prompt_ids())
         for start, end in self._without_logprobs:
             logprobs[start - shift : end - shift] = [None] * (end - start)
-        fields = {"prompt_ids": tokens.prompt_ids(), "response_ids": tokens.response_ids(), "response_mask": tokens.response_mask()}
+        fields = {
+            "prompt_ids": tokens.prompt_ids(),
+            "response_ids": tokens.response_ids(),
+            "response_mask": tokens.response_mask(),
+        }
         segments = {"segments": [list(segment) for segment in tokens.segments()]}
-        return {**fields, **segments, "response_logprobs": logprobs, "turns": self._turns, "num_turns": len(self._turns)}
+        return {
+            **fields,
+            **segments,
+            "response_logprobs": logprobs,
+            "turns": self._turns,
+            "num_turns": len(self._turns),
+        }
 
     def _grow(self, metrics: dict[str, Any]) -> None:
         """Appends what stands before a generation, and the generation."""
@@ -104,18 +122,31 @@ class Conversation:
             self._tokens.append(kind, piece)
         sampled, logprobs = metrics["completion_token_ids"], metrics.get("logprobs")
         start = len(self._tokens)
-        self._tokens.append_sampled(sampled, self._logprobs(logprobs) if logprobs is not None else [0.0] * len(sampled))
+        self._tokens.append_sampled(
+            sampled, self._logprobs(logprobs) if logprobs is not None else [0.0] * len(sampled)
+        )
         if logprobs is None:
             self._warn(NO_LOGPROBS)
             self._without_logprobs.append((start, start + len(sampled)))
         cached = metrics.get("cached_tokens")
-        turn = {"start": start, "end": start + len(sampled), "finish_reason": "stop", "prompt_tokens": start}
+        turn = {
+            "start": start,
+            "end": start + len(sampled),
+            "finish_reason": "stop",
+            "prompt_tokens": start,
+        }
         turn["cached_tokens"] = cached if cached is not None and 0 <= cached <= start else None
         self._turns.append({**turn, "queue_s": None, "engine_s": None, "weight_version": None})
 
     def _gap(self, ids: list[int]) -> Sequence[Piece]:
         """Who wrote the tokens between two turns: as the template tells them, else whoever spoke there."""
-        kind = TOOL if any(message["role"] == "tool" for message in self._since_turn) else USER if self._since_turn else TEMPLATE
+        kind = (
+            TOOL
+            if any(message["role"] == "tool" for message in self._since_turn)
+            else USER
+            if self._since_turn
+            else TEMPLATE
+        )
         if self._template is not None and kind != TEMPLATE:
             try:
                 pieces = self._template.delta(self._since_turn, kind).pieces
@@ -140,38 +171,67 @@ class Conversation:
         names = {call["tool_call_id"]: call["tool_call_id"] for call in calls}
         if step["source"] != "agent":
             if text or not step.get("observation"):
-                self._say({"role": "user" if step["source"] == "user" else "system", "content": text})
+                self._say(
+                    {"role": "user" if step["source"] == "user" else "system", "content": text}
+                )
         elif self._has_tokens and _is_generation(step):
             turn = len(self._turns)
-            names = {call["tool_call_id"]: f"call_{turn}_{place}" for place, call in enumerate(calls)}
+            names = {
+                call["tool_call_id"]: f"call_{turn}_{place}" for place, call in enumerate(calls)
+            }
             self._grow(step["metrics"])
             self._since_turn = []
-            self._messages.append(self._sampled(text, calls, list(names.values()), step["metrics"]["completion_token_ids"]))
+            self._messages.append(
+                self._sampled(
+                    text, calls, list(names.values()), step["metrics"]["completion_token_ids"]
+                )
+            )
             self._ledger += [self._line(call, names, turn, step) for call in calls]
         else:
             shown = [_call(call, name) for call, name in zip(calls, names.values(), strict=True)]
-            self._say({"role": "assistant", "content": text, "raw": None, **({"tool_calls": shown} if shown else {})})
-        self._observe(step, {call["tool_call_id"]: (names[call["tool_call_id"]], call["function_name"]) for call in calls})
+            self._say(
+                {
+                    "role": "assistant",
+                    "content": text,
+                    "raw": None,
+                    **({"tool_calls": shown} if shown else {}),
+                }
+            )
+        self._observe(
+            step,
+            {
+                call["tool_call_id"]: (names[call["tool_call_id"]], call["function_name"])
+                for call in calls
+            },
+        )
 
     def _say(self, message: Message) -> None:
         self._messages.append(message)
         self._since_turn.append(message)
 
-    def _sampled(self, text: str, calls: list[Message], names: list[str], ids: list[int]) -> Message:
+    def _sampled(
+        self, text: str, calls: list[Message], names: list[str], ids: list[int]
+    ) -> Message:
         """The message of a generation: as its ids decode and parse, where that can be done and gives the same calls."""
         if self._template is None:
             self._warn(RAW_IS_TEXT)
             raw = text
         else:
             raw = self._template.raw(ids)
-            parsed = hermes.parse(raw, in_think=self._template.opens_think) if self._tools else ParsedTurn(raw)
+            parsed = (
+                hermes.parse(raw, in_think=self._template.opens_think)
+                if self._tools
+                else ParsedTurn(raw)
+            )
             found = [(call.name, getattr(call, "arguments", None)) for call in parsed.calls]
             if found == [(call["function_name"], call["arguments"]) for call in calls]:
                 return assistant_message(raw, parsed, names)
             self._warn(CALLS_DIFFER)
         message: Message = {"role": "assistant", "content": text, "raw": raw}
         if calls:
-            message["tool_calls"] = [_call(call, name) for call, name in zip(calls, names, strict=True)]
+            message["tool_calls"] = [
+                _call(call, name) for call, name in zip(calls, names, strict=True)
+            ]
         return message
 
     def _observe(self, step: dict[str, Any], calls: dict[str, tuple[str, str]]) -> None:
@@ -179,15 +239,35 @@ class Conversation:
             call_id, name = calls.get(result.get("source_call_id"), (None, None))
             self._say(tool_message(self._text(result.get("content")), call_id=call_id, name=name))
 
-    def _line(self, call: Message, names: dict[str, str], turn: int, step: dict[str, Any]) -> dict[str, Any]:
+    def _line(
+        self, call: Message, names: dict[str, str], turn: int, step: dict[str, Any]
+    ) -> dict[str, Any]:
         """The ledger's line of a call."""
         self._warn(LEDGER)
         results = (step.get("observation") or {}).get("results", [])
-        answer = next((self._text(one.get("content")) for one in results if one.get("source_call_id") == call["tool_call_id"]), None)
+        answer = next(
+            (
+                self._text(one.get("content"))
+                for one in results
+                if one.get("source_call_id") == call["tool_call_id"]
+            ),
+            None,
+        )
         status = "cancelled" if answer is None else "ok"
         attempts = [] if answer is None else [{"status": status, "queue_s": 0.0, "run_s": 0.0}]
-        head = {"call_id": names[call["tool_call_id"]], "turn": turn, "name": call["function_name"], "arguments": call["arguments"]}
-        return {**head, "status": status, "response": answer, "attempts": attempts, "metrics": {"atif_call_id": call["tool_call_id"]}}
+        head = {
+            "call_id": names[call["tool_call_id"]],
+            "turn": turn,
+            "name": call["function_name"],
+            "arguments": call["arguments"],
+        }
+        return {
+            **head,
+            "status": status,
+            "response": answer,
+            "attempts": attempts,
+            "metrics": {"atif_call_id": call["tool_call_id"]},
+        }
 
     def _text(self, content: Any) -> str:
         if isinstance(content, str):
@@ -207,7 +287,9 @@ class Conversation:
         return "deadline"
 
     def _times(self) -> dict[str, Any]:
-        stamps = [_time(step["timestamp"]) for step in self._found["steps"] if step.get("timestamp")]
+        stamps = [
+            _time(step["timestamp"]) for step in self._found["steps"] if step.get("timestamp")
+        ]
         if not stamps:
             self._warn(NO_TIME)
             return {"started_at": EPOCH, "wall_s": 0.0}
@@ -223,12 +305,20 @@ class Conversation:
 
 def _is_generation(step: dict[str, Any]) -> bool:
     """Whether a model was asked here: an agent's step that is neither copied context nor made without a model."""
-    return step["source"] == "agent" and not step.get("is_copied_context") and step.get("llm_call_count") != 0
+    return (
+        step["source"] == "agent"
+        and not step.get("is_copied_context")
+        and step.get("llm_call_count") != 0
+    )
 
 
 def _call(call: Message, name: str) -> Message:
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    return {"id": name, "type": "function", "function": {"name": call["function_name"], "arguments": arguments}}
+    return {
+        "id": name,
+        "type": "function",
+        "function": {"name": call["function_name"], "arguments": arguments},
+    }
 
 
 def _time(text: str) -> datetime:

@@ -37,7 +37,9 @@ class Defect:
 def source_files(source: Path) -> list[Path]:
     """The files to read, by name. Raises ImportFileError where there are none."""
     if source.is_dir():
-        files = sorted(file for file in source.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(
+            file for file in source.rglob("*") if file.suffix in SUFFIXES and file.is_file()
+        )
         if not files:
             raise ImportFileError(f"{source}: holds no file that ends in {', '.join(SUFFIXES)}")
         return files
@@ -70,7 +72,10 @@ def _lines(file: Path) -> Iterator[Document | Defect]:
         while line := lines.readline(MAX_BYTES + 1):
             number += 1
             if len(line) > MAX_BYTES:
-                yield Defect(f"{file}:{number}", f"the line is longer than {MAX_BYTES} bytes; nothing behind it was read")
+                yield Defect(
+                    f"{file}:{number}",
+                    f"the line is longer than {MAX_BYTES} bytes; nothing behind it was read",
+                )
                 return
             if line.strip():
                 yield _document(f"{file}:{number}", line)
@@ -81,7 +86,11 @@ def _document(place: str, text: bytes) -> Document | Defect:
         value = json.loads(text.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         return Defect(place, f"is not a JSON document: {error}")
-    return Document(place, value) if isinstance(value, dict) else Defect(place, f"is a JSON {type(value).__name__}, expected an object")
+    return (
+        Document(place, value)
+        if isinstance(value, dict)
+        else Defect(place, f"is a JSON {type(value).__name__}, expected an object")
+    )
 
 
 def _refuse(name: str) -> None:

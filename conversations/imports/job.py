@@ -38,7 +38,14 @@ class Imported:
     """How many records have each warning."""
 
 
-def import_run(source: str | Path, kind: str, out: str | Path, *, tokenizer: str | Path | None = None, command: str = "") -> Imported:
+def import_run(
+    source: str | Path,
+    kind: str,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    command: str = "",
+) -> Imported:
     """Writes the documents in `source`, a file or a folder of files, into the new run folder `out`.
 
     `kind` is atif or verl. `tokenizer`, a folder with a tokenizer.json, goes into the run, and says what ids mean. Raises
@@ -67,7 +74,10 @@ def import_run(source: str | Path, kind: str, out: str | Path, *, tokenizer: str
 def _reader(kind: str, template: ChatTemplate | None) -> Reader:
     from conversations.imports import atif, verl
 
-    readers: dict[str, Callable[[ChatTemplate | None], Reader]] = {"atif": atif.reader, "verl": verl.reader}
+    readers: dict[str, Callable[[ChatTemplate | None], Reader]] = {
+        "atif": atif.reader,
+        "verl": verl.reader,
+    }
     if kind not in readers:
         raise ImportFileError(f"--from {kind}: allowed are {', '.join(readers)}")
     return readers[kind](template)
@@ -99,7 +109,10 @@ def _manifest(source: Path, kind: str, files: list[Path], command: str) -> dict[
         "config": {},
         "tools": None,
         "model": {"path": None, "sha256": None},
-        "tasks": {"file": source.name, "sha256": hashes[files[0].name] if len(files) == 1 else None},
+        "tasks": {
+            "file": source.name,
+            "sha256": hashes[files[0].name] if len(files) == 1 else None,
+        },
         "limit": None,
         "n": None,
         "validate": False,

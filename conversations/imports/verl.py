@@ -28,7 +28,9 @@ class reader:  # noqa: N801 - a function that remembers
 
     def __init__(self, template: ChatTemplate | None) -> None:
         if template is not None:
-            raise ImportFileError("--tokenizer: a verl dump's text lacks its special tokens, so no tokenizer can tell its ids")
+            raise ImportFileError(
+                "--tokenizer: a verl dump's text lacks its special tokens, so no tokenizer can tell its ids"
+            )
         self._samples: Counter[str] = Counter()
 
     def __call__(self, document: Document) -> Trajectory:
@@ -39,15 +41,28 @@ class reader:  # noqa: N801 - a function that remembers
             raise ImportFileError(f"step is {step!r:.60}, expected an integer")
         reward = reward_fields(row.get("score"), "score")
         task_id = f"step{step}-{hashlib.sha256(texts['input'].encode(errors='surrogatepass')).hexdigest()[:16]}"
-        record = {**blank(task_id, self._samples[task_id]), **reward, "warnings": [WARNING], "engine": {"name": "verl"}}
+        record = {
+            **blank(task_id, self._samples[task_id]),
+            **reward,
+            "warnings": [WARNING],
+            "engine": {"name": "verl"},
+        }
         self._samples[task_id] += 1
-        record["messages"] = [{"role": "user", "content": texts["input"]}, {"role": "assistant", "content": texts["output"], "raw": None}]
-        record |= {"ground_truth": row.get("gts"), "extra": {"step": step, **{key: row[key] for key in row if key not in _KEYS}}}
+        record["messages"] = [
+            {"role": "user", "content": texts["input"]},
+            {"role": "assistant", "content": texts["output"], "raw": None},
+        ]
+        record |= {
+            "ground_truth": row.get("gts"),
+            "extra": {"step": step, **{key: row[key] for key in row if key not in _KEYS}},
+        }
         return Trajectory.from_record(record)
 
 
 def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise ImportFileError(f"{name} is {value!r:.60}, expected a text; is this a file of trainer.rollout_data_dir?")
+        raise ImportFileError(
+            f"{name} is {value!r:.60}, expected a text; is this a file of trainer.rollout_data_dir?"
+        )
     return value

@@ -64,11 +64,18 @@ class Page:
     def __enter__(self) -> Page:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.blocks.close()
 
 
-def build(run: Run, *, against: Run | None = None, limit: int | None = None, max_bytes: int | None = None) -> Page:
+def build(
+    run: Run, *, against: Run | None = None, limit: int | None = None, max_bytes: int | None = None
+) -> Page:
     """The first trajectories of `run`, each beside its counterpart in `against` where that has one.
 
     All of them, or `limit`, or as many as fill `max_bytes` of blocks (a few blocks may come on top).
@@ -83,17 +90,28 @@ def build(run: Run, *, against: Run | None = None, limit: int | None = None, max
                 break
             _add(record, _counterpart(record, against), summary, blocks, used)
         blocks.finish()
-        return Page(run.path.resolve().name, _summary(run, against, summary), _pieces(run, used), len(summary), len(run), blocks)
+        return Page(
+            run.path.resolve().name,
+            _summary(run, against, summary),
+            _pieces(run, used),
+            len(summary),
+            len(run),
+            blocks,
+        )
     except OSError as error:
         blocks.close()
         where = f"{tempfile.gettempdir()}, where its parts wait"
-        raise RunFolderError(f"the page cannot be made in {where}: {error.strerror}; TMPDIR names another folder") from error
+        raise RunFolderError(
+            f"the page cannot be made in {where}: {error.strerror}; TMPDIR names another folder"
+        ) from error
     except BaseException:
         blocks.close()
         raise
 
 
-def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks, used: set[int]) -> None:
+def _add(
+    record: Record, other: Record | None, summary: Summary, blocks: Blocks, used: set[int]
+) -> None:
     lines = []
     try:
         for one in filter(None, (record, other)):
@@ -101,9 +119,20 @@ def _add(record: Record, other: Record | None, summary: Summary, blocks: Blocks,
             _use(used, one["prompt_ids"] + one["response_ids"])
         differs = None if other is None else first_difference(record, other)
         block, line = blocks.add(lines)
-        summary.add(record, block=block, line=line, other=other and str(other["id"]), differs=differs)
-    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise RecordError(f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}") from error
+        summary.add(
+            record, block=block, line=line, other=other and str(other["id"]), differs=differs
+        )
+    except (
+        TypeError,
+        LookupError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise RecordError(
+            f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _use(used: set[int], ids: list[int]) -> None:
@@ -118,7 +147,9 @@ def _counterpart(record: Record, against: Run | None) -> Record | None:
         return None
     parent = record["parent"]
     name = parent.get("id") if isinstance(parent, dict) else None
-    found = next((one for one in (name, record["id"]) if isinstance(one, str) and one in against), None)
+    found = next(
+        (one for one in (name, record["id"]) if isinstance(one, str) and one in against), None
+    )
     return None if found is None else against.record(found, check=False)
 
 
@@ -130,7 +161,10 @@ def first_difference(record: Record, other: Record) -> dict[str, int | None] | N
     ours, theirs = (one["prompt_ids"] + one["response_ids"] for one in (record, other))
     if ours == theirs:
         return None
-    token = next((place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    token = next(
+        (place for place, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
     begun = sum(1 for turn in record["turns"] if turn["start"] <= token)
     return {"token": token, "turn": begun - 1 if begun else None}
 
@@ -142,8 +176,16 @@ def _summary(run: Run, against: Run | None, summary: Summary) -> bytes:
         "total": len(run),
         "manifest": run.manifest,
     }
-    return packed(json.dumps({**summary.document(), "run": about}, separators=(",", ":"), default=str))
+    return packed(
+        json.dumps({**summary.document(), "run": about}, separators=(",", ":"), default=str)
+    )
 
 
 def _pieces(run: Run, used: set[int]) -> bytes:
-    return packed(json.dumps(pieces(run.path / TOKENIZER / "tokenizer.json", used), ensure_ascii=False, separators=(",", ":")))
+    return packed(
+        json.dumps(
+            pieces(run.path / TOKENIZER / "tokenizer.json", used),
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+    )

@@ -16,7 +16,16 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-SCRIPTS = ("dom.js", "data.js", "list.js", "conversation.js", "tokens.js", "compare.js", "plots.js", "app.js")
+SCRIPTS = (
+    "dom.js",
+    "data.js",
+    "list.js",
+    "conversation.js",
+    "tokens.js",
+    "compare.js",
+    "plots.js",
+    "app.js",
+)
 GENERATOR = "turntrace"
 """What a page names as its generator."""
 _MARK = "<!-- blocks -->"
@@ -24,8 +33,19 @@ _MARK = "<!-- blocks -->"
 
 def shell(title: str, summary: bytes, pieces: bytes, *, version: str = "") -> tuple[str, str]:
     """The page before and after its blocks. A `version` makes it a served page, which asks for its blocks by that."""
-    data = {"summary": Markup(summary.decode()), "pieces": Markup(pieces.decode()), "blocks": Markup(_MARK)}
-    page = _render("page.html.j2", title=title, version=version, script=Markup(script()), policy=policy(served=bool(version)), **data)
+    data = {
+        "summary": Markup(summary.decode()),
+        "pieces": Markup(pieces.decode()),
+        "blocks": Markup(_MARK),
+    }
+    page = _render(
+        "page.html.j2",
+        title=title,
+        version=version,
+        script=Markup(script()),
+        policy=policy(served=bool(version)),
+        **data,
+    )
     head, _, tail = page.partition(_MARK)
     return head, tail
 
@@ -69,7 +89,9 @@ def style() -> str:
 
 def _render(template: str, **values: Any) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(_asset(template)).render(style=Markup(style()), generator=GENERATOR, **values)
+    return environment.from_string(_asset(template)).render(
+        style=Markup(style()), generator=GENERATOR, **values
+    )
 
 
 def _asset(name: str) -> str:

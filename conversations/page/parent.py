@@ -19,7 +19,9 @@ def parent_of(run: Run) -> Run | None:
         return None
     named = [parent[key] for key in ("path", "run") if isinstance(parent.get(key), str)]
     folders = [run.path.resolve().parent / name for name in named]
-    found = next((folder for folder in folders if _hash(folder / RUN) == parent.get("run_sha256")), None)
+    found = next(
+        (folder for folder in folders if _hash(folder / RUN) == parent.get("run_sha256")), None
+    )
     return None if found is None else open_run(found)
 
 

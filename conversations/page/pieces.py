@@ -20,7 +20,11 @@ def pieces(tokenizer_json: Path, ids: Iterable[int]) -> dict[str, Any]:
     if read is None:
         return {"ids": [], "pieces": [], "special": []}
     known = sorted(token for token in ids if type(token) is int and read.bytes(token) is not None)
-    return {"ids": known, "pieces": [_piece(read.bytes(token) or b"") for token in known], "special": sorted(read.special & set(known))}
+    return {
+        "ids": known,
+        "pieces": [_piece(read.bytes(token) or b"") for token in known],
+        "special": sorted(read.special & set(known)),
+    }
 
 
 def _piece(raw: bytes) -> Piece:
@@ -38,7 +42,11 @@ class _Reader:
         self.special = {token_id for token_id, token in added.items() if token.get("special")}
         self._added = {token_id: str(token["content"]) for token_id, token in added.items()}
         vocab = document["model"]["vocab"]
-        self._tokens = {place: token for token, place in vocab.items()} if isinstance(vocab, dict) else dict(enumerate(v[0] for v in vocab))
+        self._tokens = (
+            {place: token for token, place in vocab.items()}
+            if isinstance(vocab, dict)
+            else dict(enumerate(v[0] for v in vocab))
+        )
         self._byte_level = _BYTES if '"ByteLevel"' in json.dumps(document.get("decoder")) else None
 
     def bytes(self, token_id: int) -> bytes | None:
@@ -65,7 +73,10 @@ def _byte_alphabet() -> dict[str, int]:
     """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others for U+0100 onwards."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {**{chr(byte): byte for byte in plain}, **{chr(0x100 + place): byte for place, byte in enumerate(others)}}
+    return {
+        **{chr(byte): byte for byte in plain},
+        **{chr(0x100 + place): byte for place, byte in enumerate(others)},
+    }
 
 
 _BYTES = _byte_alphabet()

@@ -34,7 +34,9 @@ class Summary:
     """The run by columns, one value a trajectory, and one a tool call in `calls`; names are replaced by their place in `names`."""
 
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    calls: dict[str, list[Any]] = field(default_factory=lambda: {"row": [], "tool": [], "status": [], "run_s": []})
+    calls: dict[str, list[Any]] = field(
+        default_factory=lambda: {"row": [], "tool": [], "status": [], "run_s": []}
+    )
     names: dict[str, dict[str, int]] = field(
         default_factory=lambda: {
             "task": {},
@@ -50,20 +52,35 @@ class Summary:
     def add(self, record: Record, **more: Any) -> None:
         """A record's row; `more` are further columns."""
         row = {**_row(record), **more}
-        calls = [(str(call["name"]), str(call["status"]), _ran(call)) for call in record["tool_calls"]]
+        calls = [
+            (str(call["name"]), str(call["status"]), _ran(call)) for call in record["tool_calls"]
+        ]
         statuses = 0
         for name, status, run_s in calls:
             place = self._place("status", status)
             statuses |= 1 << place
-            for key, value in (("row", len(self)), ("tool", self._place("tool", name)), ("status", place), ("run_s", run_s)):
+            for key, value in (
+                ("row", len(self)),
+                ("tool", self._place("tool", name)),
+                ("status", place),
+                ("run_s", run_s),
+            ):
                 self.calls[key].append(value)
-        row |= {"task": self._place("task", row["task"]), "stop": self._place("stop", row["stop"]), "statuses": statuses}
+        row |= {
+            "task": self._place("task", row["task"]),
+            "stop": self._place("stop", row["stop"]),
+            "statuses": statuses,
+        }
         for key, value in row.items():
             self.columns.setdefault(key, []).append(value)
 
     def document(self) -> dict[str, Any]:
         """The summary as JSON has it: names as lists."""
-        return {"columns": self.columns, "calls": self.calls, "names": {kind: list(places) for kind, places in self.names.items()}}
+        return {
+            "columns": self.columns,
+            "calls": self.calls,
+            "names": {kind: list(places) for kind, places in self.names.items()},
+        }
 
     def _place(self, kind: str, name: str) -> int:
         places = self.names[kind]
@@ -110,7 +127,13 @@ def _preview(messages: list[Record]) -> str:
 
 def text_line(record: Record) -> str:
     """All of the record but its tokens, on one JSON line."""
-    text = _dumps({key: value for key, value in record.items() if key not in TOKEN_FIELDS and key != "response_logprobs"})
+    text = _dumps(
+        {
+            key: value
+            for key, value in record.items()
+            if key not in TOKEN_FIELDS and key != "response_logprobs"
+        }
+    )
     if len(text) > RECORD_LIMIT:
         text = _dumps(_cut(json.loads(text)))
     return text
@@ -118,7 +141,12 @@ def text_line(record: Record) -> str:
 
 def token_line(record: Record) -> str:
     """Ids, mask, segments and log-probs, on one JSON line."""
-    return _dumps({**{key: record[key] for key in TOKEN_FIELDS}, "logprobs": _packed(record["response_logprobs"])})
+    return _dumps(
+        {
+            **{key: record[key] for key in TOKEN_FIELDS},
+            "logprobs": _packed(record["response_logprobs"]),
+        }
+    )
 
 
 def _packed(values: list[float | None]) -> Any:
@@ -138,7 +166,11 @@ def _packed(values: list[float | None]) -> Any:
 
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
-        return value if len(value) <= TEXT_LIMIT else f"{value[:TEXT_LIMIT]}\n[cut in this page: {TEXT_LIMIT} of {len(value)} characters]"
+        return (
+            value
+            if len(value) <= TEXT_LIMIT
+            else f"{value[:TEXT_LIMIT]}\n[cut in this page: {TEXT_LIMIT} of {len(value)} characters]"
+        )
     if isinstance(value, list):
         return [_cut(item) for item in value]
     return {key: _cut(item) for key, item in value.items()} if isinstance(value, dict) else value

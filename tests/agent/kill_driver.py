@@ -37,15 +37,23 @@ class Slow:
 
     def __init__(self, template: ChatTemplate, rng: random.Random) -> None:
         self._template, self._rng = template, rng
-        texts = (f"Let me see.\n{call('double', number=21)}", f"Once more.\n{call('double', number=4)}", "It is 42.")
+        texts = (
+            f"Let me see.\n{call('double', number=21)}",
+            f"Once more.\n{call('double', number=4)}",
+            "It is 42.",
+        )
         self._turns = [[*template.encode(text), template.end_id] for text in texts]
         self._start = template.encode("<|im_start|>")[0]
 
     def describe(self) -> dict[str, Any]:
         return {"name": "slow"}
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
-        turn = (list(prompt_ids).count(self._start) - 3) // 2  # system, user and assistant stand before the first
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
+        turn = (
+            list(prompt_ids).count(self._start) - 3
+        ) // 2  # system, user and assistant stand before the first
         await asyncio.sleep(self._rng.uniform(0.0, 0.06))
         if self._rng.random() < 0.02:
             raise EngineError("a bad moment")
@@ -71,9 +79,17 @@ def tasks(count: int) -> Iterator[Task]:
 
 def run(folder: Path, count: int, seed: str, template: ChatTemplate) -> None:
     """One attempt at the whole run: a new folder, or the old one resumed."""
-    dispatcher = Dispatcher(ToolSet.from_tools([double]), max_parallel_calls=4, cut=lambda text: None)
-    runtime = Runtime(Slow(template, random.Random(seed)), template, LoopSettings(4096, 4096, 8192), dispatcher)
-    with RunFolder.resume(folder, MANIFEST) if (folder / RUN).exists() else RunFolder.create(folder, MANIFEST) as store:
+    dispatcher = Dispatcher(
+        ToolSet.from_tools([double]), max_parallel_calls=4, cut=lambda text: None
+    )
+    runtime = Runtime(
+        Slow(template, random.Random(seed)), template, LoopSettings(4096, 4096, 8192), dispatcher
+    )
+    with (
+        RunFolder.resume(folder, MANIFEST)
+        if (folder / RUN).exists()
+        else RunFolder.create(folder, MANIFEST) as store
+    ):
         asyncio.run(run_tasks(tasks(count), runtime, max_concurrent=64, store=store))
         store.close({"done": len(store.done)})
 

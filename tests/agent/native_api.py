@@ -77,7 +77,13 @@ class Server:
         if path == "/health":
             return Response(status_code=200 if self.up else 503)
         if path == "/get_server_info":
-            told = {"model_path": self.model, "version": "9.9", "dtype": "auto", "weight_version": self.weights, "api_key": "secret"}
+            told = {
+                "model_path": self.model,
+                "version": "9.9",
+                "dtype": "auto",
+                "weight_version": self.weights,
+                "api_key": "secret",
+            }
             return JSONResponse(told)
         return Response(status_code=405 if path == "/generate" else 404)
 
@@ -96,7 +102,9 @@ def app(server: Server) -> Starlette:
 @contextlib.asynccontextmanager
 async def serving(server: Server, **options: Any) -> AsyncIterator[Server]:
     """The server on a free port; `options` are uvicorn's."""
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app(server), port=0, log_level="critical", lifespan="off", **options))
+    uvicorn_server = uvicorn.Server(
+        uvicorn.Config(app(server), port=0, log_level="critical", lifespan="off", **options)
+    )
     running = asyncio.create_task(uvicorn_server._serve())
     while not uvicorn_server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.01)
@@ -132,15 +140,31 @@ def in_a_thread(server: Server) -> Iterator[Server]:
 
 
 async def answers(server: Server, body: dict[str, Any]) -> Response:
-    meta = {"id": body["rid"], "finish_reason": {"type": "stop"}, "prompt_tokens": len(body["input_ids"]), "cached_tokens": 0}
-    return JSONResponse({"output_ids": [5, 2], "meta_info": {**meta, "output_token_logprobs": [[-0.25, 5, None], [-1.5, 2, None]]}})
+    meta = {
+        "id": body["rid"],
+        "finish_reason": {"type": "stop"},
+        "prompt_tokens": len(body["input_ids"]),
+        "cached_tokens": 0,
+    }
+    return JSONResponse(
+        {
+            "output_ids": [5, 2],
+            "meta_info": {**meta, "output_token_logprobs": [[-0.25, 5, None], [-1.5, 2, None]]},
+        }
+    )
 
 
 async def waits(server: Server, body: dict[str, Any]) -> Response:
     """Until it is aborted, or the server ends."""
     server.waiting[body["rid"]] = aborted = asyncio.Event()
-    await asyncio.wait([asyncio.create_task(event.wait()) for event in (aborted, server.release)], return_when=asyncio.FIRST_COMPLETED)
-    meta = {"finish_reason": {"type": "abort", "message": "aborted"}, "output_token_logprobs": [[-0.25, 5, None]]}
+    await asyncio.wait(
+        [asyncio.create_task(event.wait()) for event in (aborted, server.release)],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    meta = {
+        "finish_reason": {"type": "abort", "message": "aborted"},
+        "output_token_logprobs": [[-0.25, 5, None]],
+    }
     return JSONResponse({"output_ids": [5], "meta_info": meta})
 
 
@@ -156,7 +180,11 @@ async def _cut_off() -> AsyncIterator[bytes]:
 
 def status(code: int, body: Any, **headers: str) -> Behaviour:
     async def behaviour(server: Server, request: dict[str, Any]) -> Response:
-        return PlainTextResponse(body, code, headers) if isinstance(body, str) else JSONResponse(body, code, headers)
+        return (
+            PlainTextResponse(body, code, headers)
+            if isinstance(body, str)
+            else JSONResponse(body, code, headers)
+        )
 
     return behaviour
 
@@ -189,19 +217,45 @@ def launched(model: Path, port: int, log: Path, **options: Any) -> Iterator[Laun
 
 
 def launch(model: Path, port: int, log: Path, **options: Any) -> Launched:
-    environ = {**os.environ, **start_variables(cuda=False), "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()])}
-    command = [sys.executable, "-m", "sglang.launch_server", *_arguments({"model-path": model, "port": port, **options})]
+    environ = {
+        **os.environ,
+        **start_variables(cuda=False),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        *_arguments({"model-path": model, "port": port, **options}),
+    ]
     with log.open("a") as output:
-        process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environ, stdout=output, stderr=output, start_new_session=True
+        )
     return Launched(f"http://127.0.0.1:{port}", process)
 
 
 def _arguments(given: dict[str, Any]) -> list[str]:
-    shape = {"device": "cpu", "dtype": "bfloat16", "max-total-tokens": 8192, "max-running-requests": 4, "mem-fraction-static": 0.3}
+    shape = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "max-total-tokens": 8192,
+        "max-running-requests": 4,
+        "mem-fraction-static": 0.3,
+    }
     backends = {"attention-backend": "torch_native", "sampling-backend": "pytorch"}
-    flags = ["disable-overlap-schedule", "disable-cuda-graph", "skip-tokenizer-init", "skip-server-warmup", "sleep-on-idle"]
+    flags = [
+        "disable-overlap-schedule",
+        "disable-cuda-graph",
+        "skip-tokenizer-init",
+        "skip-server-warmup",
+        "sleep-on-idle",
+    ]
     named = {**shape, **backends, **given}
-    return [*(part for key, value in named.items() for part in (f"--{key}", str(value))), *(f"--{flag}" for flag in flags)]
+    return [
+        *(part for key, value in named.items() for part in (f"--{key}", str(value))),
+        *(f"--{flag}" for flag in flags),
+    ]
 
 
 def wait_for_health(server: Launched, log: Path) -> None:
@@ -220,7 +274,9 @@ def wait_for_health(server: Launched, log: Path) -> None:
 def free_port() -> int:
     """A port that nobody has, and that nobody gets who asks for any; one that a server is started on again and again cannot be 0."""
     while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)  # Linux gives out those from 32768 on
+        port = random.SystemRandom().randrange(
+            20_000, 30_000
+        )  # Linux gives out those from 32768 on
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

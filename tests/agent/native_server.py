@@ -38,8 +38,20 @@ def behaviour(template: ChatTemplate, delay_s: float) -> Any:
     async def answer(server: Server, body: dict[str, Any]) -> Response:
         await asyncio.sleep(delay_s)
         ids = sampled(template, body["input_ids"])
-        meta = {"id": body["rid"], "finish_reason": {"type": "stop"}, "prompt_tokens": len(body["input_ids"])}
-        return JSONResponse({"output_ids": ids, "meta_info": {**meta, "output_token_logprobs": [[-0.5, token, None] for token in ids]}})
+        meta = {
+            "id": body["rid"],
+            "finish_reason": {"type": "stop"},
+            "prompt_tokens": len(body["input_ids"]),
+        }
+        return JSONResponse(
+            {
+                "output_ids": ids,
+                "meta_info": {
+                    **meta,
+                    "output_token_logprobs": [[-0.5, token, None] for token in ids],
+                },
+            }
+        )
 
     return answer
 
@@ -52,7 +64,9 @@ def main() -> None:
             os.waitpid(child, 0)
             print("gone", flush=True)
         else:
-            uvicorn.run(app(Server(behaviour(template, DELAY_S))), port=int(port), log_level="critical")
+            uvicorn.run(
+                app(Server(behaviour(template, DELAY_S))), port=int(port), log_level="critical"
+            )
             os._exit(0)
 
 

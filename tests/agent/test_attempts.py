@@ -19,7 +19,10 @@ from tests.helpers import Toy, call, run_one, runtime, says, until
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.toolset import ToolSet
 
-SCHEMA: dict[str, Any] = {"type": "function", "function": {"name": "flaky", "parameters": {"type": "object"}}}
+SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "flaky", "parameters": {"type": "object"}},
+}
 
 
 class LostError(BackendError):
@@ -34,7 +37,9 @@ class Flaky(BaseTool):
         self.script = script
         self.begun: list[float] = []
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, float, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
         self.begun.append(asyncio.get_running_loop().time())
         do = self.script[min(len(self.begun), len(self.script)) - 1]
         if do == "lost":
@@ -50,10 +55,16 @@ class Flaky(BaseTool):
 
 def cut(text: str, /, *, limit: int = 100, side: str = "right") -> Shortened | None:
     """By characters, which are tokens enough here."""
-    return None if len(text) <= limit else Shortened(text[:limit] if side == "right" else text[-limit:], len(text) - limit)
+    return (
+        None
+        if len(text) <= limit
+        else Shortened(text[:limit] if side == "right" else text[-limit:], len(text) - limit)
+    )
 
 
-async def turn(tools: ConversationTools, lines: list[ToolCallRecord], calls: int = 1) -> list[ToolCallRecord]:
+async def turn(
+    tools: ConversationTools, lines: list[ToolCallRecord], calls: int = 1
+) -> list[ToolCallRecord]:
     parsed = parse(call("flaky") * calls).calls
     lines += ledger_lines(parsed, 0)
     await tools.create()
@@ -65,7 +76,9 @@ async def turn(tools: ConversationTools, lines: list[ToolCallRecord], calls: int
 
 
 def tools_of(*tools: BaseTool) -> ConversationTools:
-    return ConversationTools(Dispatcher(ToolSet.from_tools(tools), max_parallel_calls=64, cut=cut), {}, None)
+    return ConversationTools(
+        Dispatcher(ToolSet.from_tools(tools), max_parallel_calls=64, cut=cut), {}, None
+    )
 
 
 def served(tool: BaseTool) -> ToolCallRecord:
@@ -75,7 +88,10 @@ def served(tool: BaseTool) -> ToolCallRecord:
 
 
 def attempts(line: ToolCallRecord) -> list[tuple[str, str | None, int | None, int]]:
-    return [(attempt.status, attempt.error_class, attempt.bytes, attempt.tokens_cut) for attempt in line.attempts]
+    return [
+        (attempt.status, attempt.error_class, attempt.bytes, attempt.tokens_cut)
+        for attempt in line.attempts
+    ]
 
 
 # ---------------------------------------------------------------------- retries
@@ -86,8 +102,18 @@ RETRYING: dict[str, Any] = {"idempotent": True, "retries": 3, "timeout_s": 5.0}
 def test_backend_failures_and_timeouts_are_tried_again_until_one_is_answered() -> None:
     tool = Flaky("lost", "hang", "fine", **RETRYING)
     line = served(tool)
-    assert (line.status, line.response, line.reward, line.metrics, line.error) == ("ok", "fine", 0.5, {"n": 3}, None)
-    assert attempts(line) == [("backend_error", "LostError", None, 0), ("timeout", "CallTimeoutError", None, 0), ("ok", None, 4, 0)]
+    assert (line.status, line.response, line.reward, line.metrics, line.error) == (
+        "ok",
+        "fine",
+        0.5,
+        {"n": 3},
+        None,
+    )
+    assert attempts(line) == [
+        ("backend_error", "LostError", None, 0),
+        ("timeout", "CallTimeoutError", None, 0),
+        ("ok", None, 4, 0),
+    ]
     assert "LostError: connection reset (test_attempts.py:" in str(line.attempts[0].error)
     first, second, third = tool.begun
     assert 0.25 <= second - first <= 0.5
@@ -120,7 +146,9 @@ def test_a_call_takes_no_longer_than_its_attempts_and_pauses() -> None:
     assert len(served(tool).attempts) == 11
     pauses = [later - earlier - 5.0 for earlier, later in pairwise(tool.begun)]
     longest = [0.5, 1, 2, 4, 8, 8, 8, 8, 8, 8]
-    assert all(most / 2 <= pause <= most + 1e-6 for pause, most in zip(pauses, longest, strict=True))
+    assert all(
+        most / 2 <= pause <= most + 1e-6 for pause, most in zip(pauses, longest, strict=True)
+    )
 
 
 def test_pauses_differ() -> None:
@@ -156,7 +184,11 @@ def test_a_refused_call_says_so_to_the_model_and_to_the_record() -> None:
 def test_a_refused_call_is_not_tried_again() -> None:
     tool = Flaky("lost", circuit_breaker={"failures": 2}, **RETRYING)
     line = served(tool)
-    assert [attempt.error_class for attempt in line.attempts] == ["LostError", "LostError", "CircuitOpenError"]
+    assert [attempt.error_class for attempt in line.attempts] == [
+        "LostError",
+        "LostError",
+        "CircuitOpenError",
+    ]
     assert len(tool.begun) == 2
 
 
@@ -201,7 +233,9 @@ LONG = "0123456789" * 11
         ({"max_response_tokens": 1000}, LONG, 0),
     ],
 )
-def test_a_tools_own_limit_comes_before_the_runs(config: dict[str, Any], shown: str, tokens_cut: int) -> None:
+def test_a_tools_own_limit_comes_before_the_runs(
+    config: dict[str, Any], shown: str, tokens_cut: int
+) -> None:
     line = served(Flaky(LONG, **config))
     assert (line.response, line.full_response) == (shown, LONG if tokens_cut else None)
     assert (line.attempts[0].bytes, line.attempts[0].tokens_cut) == (110, tokens_cut)
@@ -209,7 +243,11 @@ def test_a_tools_own_limit_comes_before_the_runs(config: dict[str, Any], shown: 
 
 def test_a_refusal_is_an_answer_with_a_size_and_a_class() -> None:
     line = served(Flaky("refuse"))
-    assert (line.status, line.response, line.metrics) == ("tool_error", "not like this", {"code": 4})
+    assert (line.status, line.response, line.metrics) == (
+        "tool_error",
+        "not like this",
+        {"code": 4},
+    )
     assert attempts(line) == [("tool_error", "ToolError", 13, 0)]
 
 
@@ -217,14 +255,25 @@ async def test_every_way_to_end_has_its_class() -> None:
     toy = Toy(timeout_s=0.05)
     does = {"say": None, "bug": "ZeroDivisionError", "tool_error": "ToolError", "backend": "BackendError", "hang": "CallTimeoutError",
             "wrong_type": "TypeError", "exit": "RuntimeError", "timeout_error": "TimeoutError"}  # fmt: skip
-    tools = ConversationTools(Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, cut=cut), {}, None)
+    tools = ConversationTools(
+        Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, cut=cut), {}, None
+    )
     calls = parse("".join(call("toy", do=do) for do in does)).calls
     lines = ledger_lines(calls, 0)
     await tools.create()
     await tools.run(calls, lines)
     await tools.release()
     assert [line.attempts[0].error_class for line in lines] == list(does.values())
-    assert [line.attempts[0].bytes for line in lines] == [0, None, len("no: "), None, None, None, None, None]
+    assert [line.attempts[0].bytes for line in lines] == [
+        0,
+        None,
+        len("no: "),
+        None,
+        None,
+        None,
+        None,
+        None,
+    ]
     assert all(len(line.attempts) == 1 for line in lines)
 
 
@@ -251,7 +300,9 @@ async def test_a_calls_seconds_are_the_sums_of_its_attempts() -> None:
     ],
     ids=["pause", "slot", "rate", "rate and slot", "all"],
 )
-def test_a_deadline_ends_every_kind_of_wait_at_once(tool: Flaky, statuses: list[str] | None) -> None:
+def test_a_deadline_ends_every_kind_of_wait_at_once(
+    tool: Flaky, statuses: list[str] | None
+) -> None:
     lines: list[ToolCallRecord] = []
 
     async def conversation() -> float:
@@ -263,10 +314,17 @@ def test_a_deadline_ends_every_kind_of_wait_at_once(tool: Flaky, statuses: list[
     ended = virtual_time.run(conversation())
     assert ended == pytest.approx(0.2)
     if statuses:
-        assert (lines[0].status, [attempt.status for attempt in lines[0].attempts]) == ("cancelled", statuses)
+        assert (lines[0].status, [attempt.status for attempt in lines[0].attempts]) == (
+            "cancelled",
+            statuses,
+        )
     else:
         assert [line.status for line in lines] == ["ok", "cancelled", "cancelled"]
-        assert [[attempt.status for attempt in line.attempts] for line in lines] == [["ok"], ["cancelled"], ["cancelled"]]
+        assert [[attempt.status for attempt in line.attempts] for line in lines] == [
+            ["ok"],
+            ["cancelled"],
+            ["cancelled"],
+        ]
         assert lines[2].run_s == 0.0
         assert lines[2].response is None
     assert len(tool.begun) <= 2  # queued calls never begin
@@ -297,7 +355,9 @@ def test_a_conversations_deadline_ends_it_at_once_and_a_backend_that_failed_mean
     tool = Paying(*script, **config)
 
     async def conversation() -> tuple[Trajectory, float]:
-        record = await run_one(runtime(smollm2, says(smollm2, call("flaky") * 3), [tool], deadline_s=7.0))
+        record = await run_one(
+            runtime(smollm2, says(smollm2, call("flaky") * 3), [tool], deadline_s=7.0)
+        )
         return record, asyncio.get_running_loop().time()
 
     record, ended = virtual_time.run(conversation())
@@ -305,7 +365,9 @@ def test_a_conversations_deadline_ends_it_at_once_and_a_backend_that_failed_mean
     assert (record.stop_reason, record.num_turns, tool.released) == ("deadline", 1, 1)
     assert record.tool_calls[-1].status == record.tool_calls[-1].attempts[-1].status == "cancelled"
     assert (record.infra_error, record.reward) == ((True, None) if infra else (False, 0.0))
-    assert ("call_0_0 was cut off while it was tried again: LostError: " in str(record.error)) == infra
+    assert (
+        "call_0_0 was cut off while it was tried again: LostError: " in str(record.error)
+    ) == infra
 
 
 async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
@@ -326,7 +388,10 @@ async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
     first, second = ConversationTools(dispatcher, {}, None), ConversationTools(dispatcher, {}, None)
     await first.create()
     await second.create()
-    hangs, says = parse(call("toy", do="hang")).calls, parse(call("toy", do="say", text="fine")).calls
+    hangs, says = (
+        parse(call("toy", do="hang")).calls,
+        parse(call("toy", do="say", text="fine")).calls,
+    )
     lines = ledger_lines(says, 0)
     hanging = asyncio.create_task(first.run(hangs, ledger_lines(hangs, 0)))
     await until(toy.hanging.is_set)

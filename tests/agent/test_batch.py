@@ -18,7 +18,14 @@ from agent.errors import EngineError
 from agent.loop import Runtime
 from agent.tasks import Task
 from conversations.errors import RunFolderError
-from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+from conversations.store import (
+    RUN,
+    SUPERSEDED,
+    TRAJECTORIES,
+    UNFINISHED,
+    RunFolder,
+    read_trajectories,
+)
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.helpers import TOOL_ERRORS, Toy, call, logprobs, settings, until
@@ -40,7 +47,9 @@ class Actors:
     def describe(self) -> dict[str, Any]:
         return {"name": "actors"}
 
-    async def generate(self, prompt_ids: Any, sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Any, sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         text = self.template.decode(prompt_ids)
         turns = text.split("script: ")[1].split("<|im_end|>")[0].split(" | ")
         turn = turns[min(text.count("<|im_start|>assistant"), len(turns)) - 1]
@@ -77,13 +86,19 @@ def acts(name: str, *turns: str, **fields: Any) -> Task:
 
 
 def shared(engine: Actors, *toys: Toy, **fields: Any) -> Runtime:
-    dispatcher = Dispatcher(ToolSet.from_tools(toys), max_parallel_calls=4, cut=lambda text: None) if toys else None
+    dispatcher = (
+        Dispatcher(ToolSet.from_tools(toys), max_parallel_calls=4, cut=lambda text: None)
+        if toys
+        else None
+    )
     return Runtime(engine, engine.template, settings(**fields), dispatcher)
 
 
 async def collect(tasks: list[Task], runtime: Runtime, **options: Any) -> dict[str, Trajectory]:
     found: dict[str, Trajectory] = {}
-    await run_tasks(tasks, runtime, on_done=lambda record: found.update({record.id: record}), **options)
+    await run_tasks(
+        tasks, runtime, on_done=lambda record: found.update({record.id: record}), **options
+    )
     return found
 
 
@@ -93,7 +108,9 @@ def comparable(record: Trajectory) -> dict[str, Any]:
     for key in ("started_at", "wall_s"):
         fields.pop(key)
     for line in fields["tool_calls"]:
-        line.update(queue_s=0, run_s=0, attempts=[attempt["status"] for attempt in line["attempts"]])
+        line.update(
+            queue_s=0, run_s=0, attempts=[attempt["status"] for attempt in line["attempts"]]
+        )
     return fields
 
 
@@ -103,7 +120,9 @@ def comparable(record: Trajectory) -> dict[str, Any]:
 async def test_every_task_and_sample_once(smollm2: ChatTemplate, tmp_path: Path) -> None:
     engine = Actors(smollm2)
     with RunFolder.create(tmp_path, {}) as store:
-        progress = await run_tasks([acts(f"t{number}", "42") for number in range(10)], shared(engine), n=3, store=store)
+        progress = await run_tasks(
+            [acts(f"t{number}", "42") for number in range(10)], shared(engine), n=3, store=store
+        )
     assert sorted(record.id for record in read_trajectories(tmp_path)) == sorted(
         f"t{task}-{sample}" for task in range(10) for sample in range(3)
     )
@@ -111,7 +130,9 @@ async def test_every_task_and_sample_once(smollm2: ChatTemplate, tmp_path: Path)
     assert progress.stop_reasons == {"stop": 30}
 
 
-async def test_at_most_so_many_at_once_and_tasks_are_read_as_they_are_admitted(smollm2: ChatTemplate) -> None:
+async def test_at_most_so_many_at_once_and_tasks_are_read_as_they_are_admitted(
+    smollm2: ChatTemplate,
+) -> None:
     engine = Actors(smollm2, delay_s=0.005)
     read = 0
     ahead = 0
@@ -135,11 +156,21 @@ async def test_progress_counts(smollm2: ChatTemplate) -> None:
     toy = Toy(calc_reward="reward")
     tasks = [
         acts("good", call("toy", do="say"), "42"),
-        acts("bad", call("toy", do="bug") + call("nobody") + "<tool_call>{</tool_call>" + call("toy"), "42"),
+        acts(
+            "bad",
+            call("toy", do="bug") + call("nobody") + "<tool_call>{</tool_call>" + call("toy"),
+            "42",
+        ),
         acts("broken", call("toy", do="say"), "!error"),
     ]
     progress = await run_tasks(tasks, shared(engine, toy))
-    assert (progress.done, progress.turns, progress.tool_calls, progress.tool_errors, progress.invalid_calls) == (3, 5, 6, 4, 3)
+    assert (
+        progress.done,
+        progress.turns,
+        progress.tool_calls,
+        progress.tool_errors,
+        progress.invalid_calls,
+    ) == (3, 5, 6, 4, 3)
     assert (progress.infra_errors, progress.rewards, progress.mean_reward) == (1, 2, 1.0)
     assert progress.sampled_tokens > 0
     assert Progress().mean_reward is None
@@ -149,7 +180,10 @@ async def test_progress_counts(smollm2: ChatTemplate) -> None:
 
 
 GOOD = {
-    f"good{number}": (call("toy", do="reward", text=f"0.{number}") + call("other", do="say", text="é🙂"), f"So it is {number}.")
+    f"good{number}": (
+        call("toy", do="reward", text=f"0.{number}") + call("other", do="say", text="é🙂"),
+        f"So it is {number}.",
+    )
     for number in range(20)
 }
 BAD: dict[str, tuple[str, ...]] = {
@@ -178,16 +212,26 @@ EXPECTED = {
 }  # fmt: skip
 
 
-async def test_one_conversations_failure_never_touches_another(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_one_conversations_failure_never_touches_another(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     """50 conversations, each kind of failure in one: the good ones' records are those of a run without failures."""
     limits: dict[str, Any] = {"max_turns": 20, "deadline_s": 6.0}
-    alone = await collect([acts(name, *turns) for name, turns in GOOD.items()], shared(Actors(smollm2), *toys(), **limits))
+    alone = await collect(
+        [acts(name, *turns) for name, turns in GOOD.items()],
+        shared(Actors(smollm2), *toys(), **limits),
+    )
 
     mixed = [acts(name, *turns) for name, turns in {**GOOD, **BAD}.items()]
     mixed = mixed[::2] + mixed[1::2]
     hanger, *others = toys()
     with RunFolder.create(tmp_path, {}) as store:
-        await run_tasks(mixed, shared(Actors(smollm2), hanger, *others, **limits), max_concurrent=50, store=store)
+        await run_tasks(
+            mixed,
+            shared(Actors(smollm2), hanger, *others, **limits),
+            max_concurrent=50,
+            store=store,
+        )
     hanger.stuck.set()
     together = {record.id: record for record in read_trajectories(tmp_path)}
 
@@ -213,8 +257,14 @@ def toys() -> list[Toy]:
     return [Toy("hanger", timeout_s=0.1), Toy(calc_reward="reward"), Toy("other")]
 
 
-async def test_a_record_without_a_json_form_is_that_conversations_failure_alone(smollm2: ChatTemplate, tmp_path: Path) -> None:
-    tasks = [acts("good", "42"), acts("odd", "42", extra={"day": date(2026, 1, 1)}, ground_truth="7"), acts("last", "42")]
+async def test_a_record_without_a_json_form_is_that_conversations_failure_alone(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
+    tasks = [
+        acts("good", "42"),
+        acts("odd", "42", extra={"day": date(2026, 1, 1)}, ground_truth="7"),
+        acts("last", "42"),
+    ]
     with RunFolder.create(tmp_path, {}) as store:
         progress = await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store)
     good, odd, last = read_trajectories(tmp_path)
@@ -227,7 +277,9 @@ async def test_a_record_without_a_json_form_is_that_conversations_failure_alone(
     assert (progress.done, progress.infra_errors, progress.lost) == (3, 1, [])
 
 
-async def test_a_record_that_cannot_be_written_at_all_is_counted_as_lost(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_a_record_that_cannot_be_written_at_all_is_counted_as_lost(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     tasks = [acts("good", "42"), acts(date(2026, 1, 1), "42"), acts("last", "42")]  # type: ignore[arg-type]
     with RunFolder.create(tmp_path, {}) as store:
         progress = await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store)
@@ -239,8 +291,15 @@ async def test_a_record_that_cannot_be_written_at_all_is_counted_as_lost(smollm2
 
 async def test_a_tool_that_cannot_be_created_in_one_conversation(smollm2: ChatTemplate) -> None:
     toy = Toy(calc_reward="reward")
-    broken = acts("broken", call("toy", do="say"), "42", tools_kwargs={"toy": {"create_kwargs": {"do": "bug"}}})
-    found = await collect([acts("good", call("toy", do="say"), "42"), broken], shared(Actors(smollm2), toy))
+    broken = acts(
+        "broken",
+        call("toy", do="say"),
+        "42",
+        tools_kwargs={"toy": {"create_kwargs": {"do": "bug"}}},
+    )
+    found = await collect(
+        [acts("good", call("toy", do="say"), "42"), broken], shared(Actors(smollm2), toy)
+    )
     assert (found["good-0"].reward, found["good-0"].infra_error) == (1.0, False)
     assert (found["broken-0"].reward, found["broken-0"].infra_error) == (None, True)
     assert found["broken-0"].tool_calls[0].status == "backend_error"
@@ -249,7 +308,9 @@ async def test_a_tool_that_cannot_be_created_in_one_conversation(smollm2: ChatTe
 # ---------------------------------------------------------------------- cut off
 
 
-async def test_cancelling_keeps_what_is_finished_and_marks_what_is_not(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_cancelling_keeps_what_is_finished_and_marks_what_is_not(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     engine, toy = Actors(smollm2), Toy(calc_reward="reward")
     quick = [acts(f"quick{number}", call("toy", do="say"), "42") for number in range(5)]
     slow = [acts(f"slow{number}", call("toy", do="say"), "!hang") for number in range(4)]
@@ -257,7 +318,9 @@ async def test_cancelling_keeps_what_is_finished_and_marks_what_is_not(smollm2: 
     waiting = [acts("waiting", "42")]
     runtime = shared(engine, toy)
     with RunFolder.create(tmp_path, {}) as store:
-        running = asyncio.create_task(run_tasks([*quick, *slow, *waiting], runtime, max_concurrent=5, store=store))
+        running = asyncio.create_task(
+            run_tasks([*quick, *slow, *waiting], runtime, max_concurrent=5, store=store)
+        )
         await until(lambda: engine.hanging == 4 and toy.hanging.is_set())
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -276,12 +339,16 @@ async def test_cancelling_keeps_what_is_finished_and_marks_what_is_not(smollm2: 
     with RunFolder.resume(tmp_path, {}) as store:
         progress = await run_tasks([*quick, *again, *waiting], runtime, store=store)
     assert (progress.done, progress.skipped) == (6, 5)
-    assert sorted(record.task_id for record in read_trajectories(tmp_path)) == sorted(task.id for task in [*quick, *slow, *waiting])
+    assert sorted(record.task_id for record in read_trajectories(tmp_path)) == sorted(
+        task.id for task in [*quick, *slow, *waiting]
+    )
     assert {record.id for record in read_trajectories(tmp_path / SUPERSEDED)} == set(unfinished)
     assert (tmp_path / UNFINISHED).read_bytes() == b""
 
 
-async def test_cancelling_while_tools_are_released_releases_them_all(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_cancelling_while_tools_are_released_releases_them_all(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     class Slow(Toy):
         async def release(self, instance_id: str, **kwargs: Any) -> None:
             self.hanging.set()
@@ -290,18 +357,24 @@ async def test_cancelling_while_tools_are_released_releases_them_all(smollm2: Ch
 
     slow, other = Slow(), Toy("other")
     with RunFolder.create(tmp_path, {}) as store:
-        running = asyncio.create_task(run_tasks([acts("t", "42")], shared(Actors(smollm2), other, slow), store=store))
+        running = asyncio.create_task(
+            run_tasks([acts("t", "42")], shared(Actors(smollm2), other, slow), store=store)
+        )
         await slow.hanging.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
     assert slow.count("released") == other.count("released") == 1
-    records = [*read_trajectories(tmp_path / UNFINISHED)] if (tmp_path / UNFINISHED).exists() else []
+    records = (
+        [*read_trajectories(tmp_path / UNFINISHED)] if (tmp_path / UNFINISHED).exists() else []
+    )
     records += [*read_trajectories(tmp_path)] if (tmp_path / TRAJECTORIES).exists() else []
     assert [record.task_id for record in records] == ["t"]
 
 
-async def test_an_error_of_the_store_ends_the_run_in_one_line(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_an_error_of_the_store_ends_the_run_in_one_line(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     """The disk is full: the run stops, tools are released, and what was running can be run again."""
     toy = Toy()
     store = RunFolder.create(tmp_path, {})
@@ -314,7 +387,9 @@ async def test_an_error_of_the_store_ends_the_run_in_one_line(smollm2: ChatTempl
     assert toy.count("create") == toy.count("release") == 2
 
 
-async def test_tasks_that_cannot_be_read_end_the_run_and_keep_what_is_done(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_tasks_that_cannot_be_read_end_the_run_and_keep_what_is_done(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     def tasks() -> Iterator[Task]:
         yield acts("good", "42")
         yield acts("hangs", "!hang")
@@ -327,14 +402,25 @@ async def test_tasks_that_cannot_be_read_end_the_run_and_keep_what_is_done(smoll
     assert [record.task_id for record in read_trajectories(tmp_path / UNFINISHED)][:1] == ["hangs"]
 
 
-async def test_infra_errors_are_retried_by_a_resumed_run(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_infra_errors_are_retried_by_a_resumed_run(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     with RunFolder.create(tmp_path, {}) as store:
-        await run_tasks([acts("a", "42"), acts("b", "!error")], shared(Actors(smollm2)), store=store)
+        await run_tasks(
+            [acts("a", "42"), acts("b", "!error")], shared(Actors(smollm2)), store=store
+        )
     with RunFolder.resume(tmp_path, {}) as store:
-        progress = await run_tasks([acts("a", "42"), acts("b", "42")], shared(Actors(smollm2)), store=store)
+        progress = await run_tasks(
+            [acts("a", "42"), acts("b", "42")], shared(Actors(smollm2)), store=store
+        )
     assert (progress.done, progress.skipped) == (1, 1)
-    assert {record.id: record.stop_reason for record in read_trajectories(tmp_path)} == {"a-0": "stop", "b-0": "stop"}
-    assert [record.stop_reason for record in read_trajectories(tmp_path / SUPERSEDED)] == ["engine_error"]
+    assert {record.id: record.stop_reason for record in read_trajectories(tmp_path)} == {
+        "a-0": "stop",
+        "b-0": "stop",
+    }
+    assert [record.stop_reason for record in read_trajectories(tmp_path / SUPERSEDED)] == [
+        "engine_error"
+    ]
 
 
 # ---------------------------------------------------------------------- over-sampling
@@ -343,25 +429,41 @@ async def test_infra_errors_are_retried_by_a_resumed_run(smollm2: ChatTemplate, 
 async def test_the_slow_rest_is_cut_off_and_kept(smollm2: ChatTemplate, tmp_path: Path) -> None:
     engine, toy = Actors(smollm2), Toy()
     slow = call("toy", do="say", text="looked"), "!hang"
-    tasks = [*(acts(f"slow{number}", *slow) for number in range(2)), *(acts(f"t{number}", "42") for number in range(8))]
+    tasks = [
+        *(acts(f"slow{number}", *slow) for number in range(2)),
+        *(acts(f"t{number}", "42") for number in range(8)),
+    ]
     with RunFolder.create(tmp_path, {}) as store:
         progress = await run_tasks(tasks, shared(engine, toy), store=store, target=8)
         store.close({})
     assert (progress.done, progress.running, engine.live) == (8, 0, 0)
-    assert {record.task_id for record in read_trajectories(tmp_path)} == {f"t{number}" for number in range(8)}
-    cut_off = [Trajectory.from_line(line) for line in (tmp_path / UNFINISHED).read_text().splitlines()]
-    assert {(record.task_id, record.stop_reason, record.num_turns, record.reward) for record in cut_off} == {
+    assert {record.task_id for record in read_trajectories(tmp_path)} == {
+        f"t{number}" for number in range(8)
+    }
+    cut_off = [
+        Trajectory.from_line(line) for line in (tmp_path / UNFINISHED).read_text().splitlines()
+    ]
+    assert {
+        (record.task_id, record.stop_reason, record.num_turns, record.reward) for record in cut_off
+    } == {
         ("slow0", "cancelled", 1, None),
         ("slow1", "cancelled", 1, None),
     }
-    assert all("cut off when 8 conversations were done (over_sample_rate)" in record.warnings for record in cut_off)
+    assert all(
+        "cut off when 8 conversations were done (over_sample_rate)" in record.warnings
+        for record in cut_off
+    )
     assert toy.count("create") == toy.count("released") == 10
 
 
-async def test_what_has_not_begun_is_not_begun_once_there_is_enough(smollm2: ChatTemplate, tmp_path: Path) -> None:
+async def test_what_has_not_begun_is_not_begun_once_there_is_enough(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     tasks = [acts(f"t{number}", "42") for number in range(9)]
     with RunFolder.create(tmp_path, {}) as store:
-        progress = await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store, target=4)
+        progress = await run_tasks(
+            tasks, shared(Actors(smollm2)), max_concurrent=1, store=store, target=4
+        )
     assert progress.done == 4
     assert not (tmp_path / UNFINISHED).exists()
 
@@ -372,6 +474,13 @@ async def test_a_resumed_run_counts_what_it_has(smollm2: ChatTemplate, tmp_path:
     for target in (3, 7, 7):
         make = RunFolder.resume if (tmp_path / RUN).exists() else RunFolder.create
         with make(tmp_path, {}) as store:
-            await run_tasks(tasks, shared(Actors(smollm2)), max_concurrent=1, store=store, target=target, progress=progress)
+            await run_tasks(
+                tasks,
+                shared(Actors(smollm2)),
+                max_concurrent=1,
+                store=store,
+                target=target,
+                progress=progress,
+            )
             store.close({})
     assert len(list(read_trajectories(tmp_path))) == 7

@@ -22,13 +22,17 @@ async def test_a_thousand_conversations_in_chaos(smollm2: ChatTemplate, tmp_path
     process = psutil.Process()
     files, children = process.num_fds(), set(process.children())
     run = await chaos.run(smollm2, tmp_path)
-    print(f"wall {run.wall_s:.2f} s, ideal {run.ideal_s:.2f} s, ratio {run.wall_s / run.ideal_s:.3f}, {run.deaths} deaths")
+    print(
+        f"wall {run.wall_s:.2f} s, ideal {run.ideal_s:.2f} s, ratio {run.wall_s / run.ideal_s:.3f}, {run.deaths} deaths"
+    )
 
     records = {record.task_id: record for record in read_trajectories(tmp_path)}
     assert len(records) == len(run.kinds) == CONVERSATIONS
     for index, kind in enumerate(run.kinds):
         check(records[f"c{index:04}"], kind, run)
-    patient = [line for record in records.values() for line in record.tool_calls if line.name == "patient"]
+    patient = [
+        line for record in records.values() for line in record.tool_calls if line.name == "patient"
+    ]
     assert max(len(line.attempts) for line in patient) > 1
     assert run.deaths >= 1
 
@@ -51,16 +55,28 @@ def check(record: Trajectory, kind: Kind, run: Chaos) -> None:
         assert line.status == (expected or line.status), (*where, line)
         assert line.response is not None
         assert len(line.response) < 4000
-        assert bool(line.attempts) == (line.status not in NEVER_RUN and line.name != "weak"), (*where, line)
+        assert bool(line.attempts) == (line.status not in NEVER_RUN and line.name != "weak"), (
+            *where,
+            line,
+        )
         if line.attempts:
             check_attempts(line)
     for tool in run.tools.values():
         if isinstance(tool, WebTool):
-            attempts = [attempt for line in record.tool_calls if line.name == tool.name for attempt in line.attempts]
-            assert [attempt.status for attempt in attempts if attempt.error_class != "CircuitOpenError"] == tool.seen.get(
-                record.task_id, []
+            attempts = [
+                attempt
+                for line in record.tool_calls
+                if line.name == tool.name
+                for attempt in line.attempts
+            ]
+            assert [
+                attempt.status for attempt in attempts if attempt.error_class != "CircuitOpenError"
+            ] == tool.seen.get(record.task_id, [])
+            assert all(
+                attempt.run_s == 0.0
+                for attempt in attempts
+                if attempt.error_class == "CircuitOpenError"
             )
-            assert all(attempt.run_s == 0.0 for attempt in attempts if attempt.error_class == "CircuitOpenError")
     infra = any(line.status == "backend_error" for line in record.tool_calls)
     assert (record.infra_error, record.reward) == ((True, None) if infra else (False, 1.0)), where
 
@@ -77,5 +93,7 @@ def check_attempts(line: ToolCallRecord) -> None:
         assert whole is not None
         assert last.bytes == len(whole.encode())
         assert (last.tokens_cut > 0) == (line.full_response is not None)
-        huge = line.name == "huge" or (isinstance(line.arguments, dict) and line.arguments.get("do") == "huge")
+        huge = line.name == "huge" or (
+            isinstance(line.arguments, dict) and line.arguments.get("do") == "huge"
+        )
         assert (last.bytes == HUGE_BYTES) == huge

@@ -59,7 +59,15 @@ def look(question: str) -> str:
 
 def turntrace(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env(environment), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=env(environment),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def env(more: dict[str, str]) -> dict[str, str]:
@@ -70,10 +78,14 @@ def env(more: dict[str, str]) -> dict[str, str]:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\nimport agent.cli\nprint({'torch', 'transformers', 'verl', 'sglang', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
+    code = "import sys\nimport agent.cli\nprint({'torch', 'transformers', 'verl', 'sglang', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert ran.stdout == "set()\n"
 
 
@@ -82,18 +94,41 @@ def test_help_imports_nothing_heavy() -> None:
     [
         (["run", "none.jsonl", "--out", "run"], "error: none.jsonl: no such task file"),
         (["run", "bad.jsonl", "--out", "run"], "error: bad.jsonl:2: not a JSON object"),
-        (["run", "tasks.jsonl", "--out", "run", "--config", "none.yaml"], "error: none.yaml: no such config file"),
-        (["run", "tasks.jsonl", "--out", "run", "--set", "rollout.nn=1"], "error: --set rollout.nn: unknown key; did you mean rollout.n?"),
-        (["run", "tasks.jsonl", "--out", "run", "--tools", "gsm9k"], "error: 'gsm9k' is not a shipped tool config"),
-        (["run", "tasks.jsonl", "--out", "run", "--tools", "./none.yaml"], "error: --tools ./none.yaml: there is no such file"),
-        (["run", "tasks.jsonl", "--out", "run", "--tools", "none.yaml"], "error: --tools none.yaml: there is no such file"),
-        (["run", "tasks.jsonl", "--out", "run", "--resume", "--set", "model_path=smollm2-base"], "error: run holds no run to resume"),
+        (
+            ["run", "tasks.jsonl", "--out", "run", "--config", "none.yaml"],
+            "error: none.yaml: no such config file",
+        ),
+        (
+            ["run", "tasks.jsonl", "--out", "run", "--set", "rollout.nn=1"],
+            "error: --set rollout.nn: unknown key; did you mean rollout.n?",
+        ),
+        (
+            ["run", "tasks.jsonl", "--out", "run", "--tools", "gsm9k"],
+            "error: 'gsm9k' is not a shipped tool config",
+        ),
+        (
+            ["run", "tasks.jsonl", "--out", "run", "--tools", "./none.yaml"],
+            "error: --tools ./none.yaml: there is no such file",
+        ),
+        (
+            ["run", "tasks.jsonl", "--out", "run", "--tools", "none.yaml"],
+            "error: --tools none.yaml: there is no such file",
+        ),
+        (
+            ["run", "tasks.jsonl", "--out", "run", "--resume", "--set", "model_path=smollm2-base"],
+            "error: run holds no run to resume",
+        ),
         (["tasks", "gsm8k", "none.jsonl", "--out", "x.jsonl"], "error: none.jsonl: cannot be read"),
-        (["tasks", "gsm_symbolic", "--size", "1", "--out", "tasks.jsonl/x"], "error: tasks.jsonl/x: cannot be written"),
+        (
+            ["tasks", "gsm_symbolic", "--size", "1", "--out", "tasks.jsonl/x"],
+            "error: tasks.jsonl/x: cannot be written",
+        ),
         (["model", "no/such-model"], "error: model_path: 'no/such-model' is neither"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    tmp_path: Path, arguments: list[str], says: str
+) -> None:
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{\n', encoding="utf-8")
     ran = turntrace(*arguments, cwd=tmp_path)
@@ -106,9 +141,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: 
 def test_a_package_that_is_missing_since_an_update_is_one_line() -> None:
     arguments = ["turntrace", "tools", "check", "gsm8k"]
     code = f"import sys; sys.modules['jsonschema_rs'] = None; sys.argv = {arguments}; from agent.cli import main; sys.exit(main())"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.startswith("error: the Python package 'jsonschema_rs' is not installed; set this environment up again: ")
+    assert ran.stderr.startswith(
+        "error: the Python package 'jsonschema_rs' is not installed; set this environment up again: "
+    )
     assert ran.stderr.count("\n") == 1
 
 
@@ -125,12 +168,22 @@ def test_task_files_are_written_and_named(tmp_path: Path) -> None:
 def test_doctor_ends_with_1_where_something_fails(tmp_path: Path) -> None:
     ran = turntrace("doctor", "--set", "rollout.skip_tokenizer_init=false", cwd=tmp_path)
     assert ran.returncode == 1
-    assert "fail  config: --set rollout.skip_tokenizer_init: mode async needs skip_tokenizer_init: true" in ran.stdout
+    assert (
+        "fail  config: --set rollout.skip_tokenizer_init: mode async needs skip_tokenizer_init: true"
+        in ran.stdout
+    )
 
 
 def test_serve_sandbox_serves_until_sigterm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "agent", "serve", "sandbox", "--port", "0", "--workers", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, env=env({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
         assert server.stdout is not None
         port = json.loads(server.stdout.readline())["port"]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/ping").status_code == 200
@@ -149,11 +202,19 @@ def test_serve_sandbox_serves_until_sigterm(tmp_path: Path) -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: tasks, a tool of their own, a config whose scripted engine plays back the run in `recorded/`."""
     folder = tmp_path_factory.mktemp("project")
-    questions = [f"quick {index}" if index < QUICK else f"question {index}" for index in range(TASKS)]
-    rows = [{"id": f"t{index}", "prompt": f"q:{question}"} for index, question in enumerate(questions)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    questions = [
+        f"quick {index}" if index < QUICK else f"question {index}" for index in range(TASKS)
+    ]
+    rows = [
+        {"id": f"t{index}", "prompt": f"q:{question}"} for index, question in enumerate(questions)
+    ]
+    (folder / "tasks.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     (folder / "looking_up.py").write_text(TOOL, encoding="utf-8")
-    (folder / "tools.yaml").write_text("tools:\n  - function: looking_up:look\n    config: {timeout_s: 90}\n", encoding="utf-8")
+    (folder / "tools.yaml").write_text(
+        "tools:\n  - function: looking_up:look\n    config: {timeout_s: 90}\n", encoding="utf-8"
+    )
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
     asyncio.run(record(folder))
     return folder
@@ -201,13 +262,23 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run(project: Path, tmp_path: Path, look: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    project: Path,
+    tmp_path: Path,
+    look: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
     """`turntrace run` with the project's config into tmp_path/run, in this process: a new one takes seconds to import."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("LOOK", str(look))
 
     def run(*more: str, tasks: Path = Path("tasks.jsonl")) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["turntrace", "run", str(tasks), *RUN[2:], "--out", str(tmp_path / "run"), *more])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["turntrace", "run", str(tasks), *RUN[2:], "--out", str(tmp_path / "run"), *more],
+        )
         try:
             code: Any = cli.main()
         except SystemExit as end:
@@ -228,9 +299,13 @@ def test_a_run_from_task_file_to_run_folder(run: Run, tmp_path: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "conversations          8 of 8" in ran.stdout
     trajectories = list(read_trajectories(tmp_path / "run"))
-    assert sorted(trajectory.id for trajectory in trajectories) == [f"t{task}-{sample}" for task in range(4) for sample in range(2)]
+    assert sorted(trajectory.id for trajectory in trajectories) == [
+        f"t{task}-{sample}" for task in range(4) for sample in range(2)
+    ]
     assert {trajectory.stop_reason for trajectory in trajectories} == {"stop"}
-    assert {call.response for trajectory in trajectories for call in trajectory.tool_calls} == {"found"}
+    assert {call.response for trajectory in trajectories for call in trajectory.tool_calls} == {
+        "found"
+    }
     assert {trajectory.engine["name"] for trajectory in trajectories} == {"scripted"}
     assert "engine.log" not in ran.stdout  # SGLang's processes write one, and none run here
 
@@ -239,7 +314,10 @@ def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> 
     run("--limit", "1", "--set", "rollout.server.api_key=s3cret")
     manifest = read_manifest(tmp_path / "run")
     assert manifest["tools"] == (project / "tools.yaml").read_text(encoding="utf-8")
-    assert manifest["tasks"] == {"file": "tasks.jsonl", "sha256": task_file_hash(project / "tasks.jsonl")}
+    assert manifest["tasks"] == {
+        "file": "tasks.jsonl",
+        "sha256": task_file_hash(project / "tasks.jsonl"),
+    }
     assert (manifest["n"], manifest["limit"], manifest["validate"]) == (1, 1, False)
     assert manifest["config"]["rollout"]["prompt_length"] == 1024
     assert manifest["model"]["sha256"] is None  # recorded turns: no weights are read
@@ -254,17 +332,28 @@ def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> 
 def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
     ran = run("--limit", "1", "--set", "rollout.temperature=0.5")
     assert ran.returncode == 0
-    assert "note: no effect: rollout.temperature: the scripted engine plays recorded ids back" in ran.stderr
+    assert (
+        "note: no effect: rollout.temperature: the scripted engine plays recorded ids back"
+        in ran.stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ((), "rows.jsonl:2: tools_kwargs choose find, seek, but the tool config offers look; give a tool config that has them"),
-        (("--set", "rollout.multi_turn.enable=false"), "rows.jsonl:1: tools_kwargs choose look, but this run has no tools; give"),
+        (
+            (),
+            "rows.jsonl:2: tools_kwargs choose find, seek, but the tool config offers look; give a tool config that has them",
+        ),
+        (
+            ("--set", "rollout.multi_turn.enable=false"),
+            "rows.jsonl:1: tools_kwargs choose look, but this run has no tools; give",
+        ),
     ],
 )
-def test_a_row_that_chooses_tools_and_would_get_none_is_refused(run: Run, tmp_path: Path, extra: tuple[str, ...], says: str) -> None:
+def test_a_row_that_chooses_tools_and_would_get_none_is_refused(
+    run: Run, tmp_path: Path, extra: tuple[str, ...], says: str
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(f"{row('a', 'look')}\n{row('b', 'find', 'seek')}\n", encoding="utf-8")
     ran = run(*extra, tasks=rows)
@@ -277,8 +366,13 @@ def test_a_row_that_chooses_a_tool_too_many_runs_and_is_noted(run: Run, tmp_path
     rows = tmp_path / "rows.jsonl"
     rows.write_text(f"{row('a', 'look', 'find')}\n{row('b', 'look', 'find')}\n", encoding="utf-8")
     ran = run(tasks=rows)
-    assert ran.stdout.count("note: tools_kwargs of some rows name find, which the tool config lacks") == 1
-    assert [record.tools[0]["function"]["name"] for record in read_trajectories(tmp_path / "run")] == ["look", "look"]
+    assert (
+        ran.stdout.count("note: tools_kwargs of some rows name find, which the tool config lacks")
+        == 1
+    )
+    assert [
+        record.tools[0]["function"]["name"] for record in read_trajectories(tmp_path / "run")
+    ] == ["look", "look"]
 
 
 def row(question: str, *tools: str) -> str:
@@ -299,9 +393,14 @@ def test_resume_runs_what_is_missing_and_nothing_twice(run: Run, tmp_path: Path)
     assert more.returncode == 0, more.stderr
     assert f"conversations          {TASKS} of {TASKS}" in more.stdout
     assert (tmp_path / "run" / "trajectories.jsonl").read_bytes().startswith(before)
-    assert sorted(trajectory.id for trajectory in read_trajectories(tmp_path / "run")) == [f"t{index}-0" for index in range(TASKS)]
+    assert sorted(trajectory.id for trajectory in read_trajectories(tmp_path / "run")) == [
+        f"t{index}-0" for index in range(TASKS)
+    ]
     rest = run("--resume")
-    assert (rest.returncode, rest.stdout) == (0, f"nothing to do: all {TASKS} conversations are in {tmp_path / 'run'}\n")
+    assert (rest.returncode, rest.stdout) == (
+        0,
+        f"nothing to do: all {TASKS} conversations are in {tmp_path / 'run'}\n",
+    )
 
 
 def test_resume_with_another_config_names_the_difference(run: Run) -> None:
@@ -312,7 +411,9 @@ def test_resume_with_another_config_names_the_difference(run: Run) -> None:
     assert run("--resume", "--force", "--set", "rollout.response_length=256").returncode == 0
 
 
-def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(run: Run, tmp_path: Path, look: Path) -> None:
+def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(
+    run: Run, tmp_path: Path, look: Path
+) -> None:
     (look / "down").touch()
     ran = run("--limit", "2")
     assert ran.returncode == 1
@@ -320,7 +421,10 @@ def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(run: Ru
     assert ran.stdout.splitlines()[-1].endswith("--resume")
     (look / "down").unlink()
     assert run("--limit", "2", "--resume").returncode == 0
-    assert [trajectory.infra_error for trajectory in read_trajectories(tmp_path / "run")] == [False, False]
+    assert [trajectory.infra_error for trajectory in read_trajectories(tmp_path / "run")] == [
+        False,
+        False,
+    ]
 
 
 def test_an_engine_that_does_not_start_leaves_no_run_behind(run: Run, tmp_path: Path) -> None:
@@ -331,7 +435,9 @@ def test_an_engine_that_does_not_start_leaves_no_run_behind(run: Run, tmp_path: 
 
 
 @pytest.mark.parametrize("target", ["file", "/dev/full"])
-def test_a_tokenizer_that_cannot_be_saved_is_one_line_before_the_engine_starts(run: Run, tmp_path: Path, target: str) -> None:
+def test_a_tokenizer_that_cannot_be_saved_is_one_line_before_the_engine_starts(
+    run: Run, tmp_path: Path, target: str
+) -> None:
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     if target == "file":
         (tmp_path / "run" / "tokenizer").rmdir()
@@ -354,17 +460,30 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_how_to_go_on(
     (look / "slow").touch()
     out = tmp_path / "run"
     command = [sys.executable, "-m", "agent", *RUN, "--out", str(out)]
-    with subprocess.Popen(command, cwd=project, env=env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: lines(out / "trajectories.jsonl") == QUICK and len(list(look.glob("called-*"))) == TASKS, process)
+    with subprocess.Popen(
+        command, cwd=project, env=env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(
+            lambda: lines(out / "trajectories.jsonl") == QUICK
+            and len(list(look.glob("called-*"))) == TASKS,
+            process,
+        )
         process.send_signal(number)
         said, _ = process.communicate(timeout=300)
     assert process.returncode == code
-    assert f"interrupted: {QUICK} of {TASKS} conversations are in {out}, {TASKS - QUICK} unfinished ones beside them" in said
-    assert said.splitlines()[-1].endswith(f"turntrace run tasks.jsonl --config config.yaml --out {out} --resume")
+    assert (
+        f"interrupted: {QUICK} of {TASKS} conversations are in {out}, {TASKS - QUICK} unfinished ones beside them"
+        in said
+    )
+    assert said.splitlines()[-1].endswith(
+        f"turntrace run tasks.jsonl --config config.yaml --out {out} --resume"
+    )
     assert lines(out / "unfinished.jsonl") == TASKS - QUICK
     (look / "slow").unlink()
     assert run("--resume").returncode == 0
-    assert sorted(trajectory.id for trajectory in read_trajectories(out)) == [f"t{index}-0" for index in range(TASKS)]
+    assert sorted(trajectory.id for trajectory in read_trajectories(out)) == [
+        f"t{index}-0" for index in range(TASKS)
+    ]
     assert lines(out / "unfinished.jsonl") == 0
 
 

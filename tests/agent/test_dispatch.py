@@ -21,9 +21,15 @@ from tools.toolset import ToolSet
 
 
 def tools_of(
-    *toys: Any, limit: int = 16, kwargs: dict[str, Any] | None = None, truth: Any = None, cut: Any = lambda text: None
+    *toys: Any,
+    limit: int = 16,
+    kwargs: dict[str, Any] | None = None,
+    truth: Any = None,
+    cut: Any = lambda text: None,
 ) -> ConversationTools:
-    return ConversationTools(Dispatcher(ToolSet.from_tools(toys), max_parallel_calls=limit, cut=cut), kwargs or {}, truth)
+    return ConversationTools(
+        Dispatcher(ToolSet.from_tools(toys), max_parallel_calls=limit, cut=cut), kwargs or {}, truth
+    )
 
 
 async def run(tools: ConversationTools, *calls: str, turn: int = 0) -> list[ToolCallRecord]:
@@ -63,7 +69,9 @@ async def test_a_tools_own_failures_are_tool_errors(do: str) -> None:
 
 
 async def test_tool_error_is_text_for_the_model_and_a_bug_is_for_the_record() -> None:
-    refused, bug = await run(tools_of(Toy()), call("toy", do="tool_error", text="é"), call("toy", do="bug"))
+    refused, bug = await run(
+        tools_of(Toy()), call("toy", do="tool_error", text="é"), call("toy", do="bug")
+    )
     assert (refused.response, refused.error) == ("no: é", None)
     assert bug.response == "Error: toy failed"
     assert bug.error is not None
@@ -88,10 +96,14 @@ class NoCoroutineAtFirst(BaseTool):
 
 
 async def test_what_create_does_wrong_is_named_too() -> None:
-    made = NoCoroutineAtFirst({}, {"type": "function", "function": {"name": "first", "parameters": {"type": "object"}}})
+    made = NoCoroutineAtFirst(
+        {}, {"type": "function", "function": {"name": "first", "parameters": {"type": "object"}}}
+    )
     tools = tools_of(made)
     await tools.create()
-    assert "a tool's methods must be `async def`; this one returned tuple at once" in str(tools.failure)
+    assert "a tool's methods must be `async def`; this one returned tuple at once" in str(
+        tools.failure
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,8 +113,12 @@ async def test_what_create_does_wrong_is_named_too() -> None:
         (NoTriple, "execute must return (ToolResponse, step reward or None, metrics), got str"),
     ],
 )
-async def test_what_a_class_does_wrong_is_named_in_the_ledger(kind: type[BaseTool], said: str) -> None:
-    made = kind({}, {"type": "function", "function": {"name": "first", "parameters": {"type": "object"}}})
+async def test_what_a_class_does_wrong_is_named_in_the_ledger(
+    kind: type[BaseTool], said: str
+) -> None:
+    made = kind(
+        {}, {"type": "function", "function": {"name": "first", "parameters": {"type": "object"}}}
+    )
     (line,) = await run(tools_of(made), call("first"))
     assert (line.status, line.response) == ("tool_error", "Error: first failed")
     assert said in str(line.error)
@@ -154,14 +170,22 @@ async def test_wrong_calls_are_told_what_is_wrong() -> None:
 
 async def test_calls_over_the_limit_are_rejected_and_not_run() -> None:
     toy = Toy()
-    lines = await run(tools_of(toy, limit=2), *[call("toy", do="say", text=str(number)) for number in range(4)])
+    lines = await run(
+        tools_of(toy, limit=2), *[call("toy", do="say", text=str(number)) for number in range(4)]
+    )
     assert [line.status for line in lines] == ["ok", "ok", "rejected", "rejected"]
     assert lines[2].response == "Error: not run: at most 2 tool calls are allowed in one turn"
     assert toy.count("execute") == 2
 
 
 async def test_lines_are_in_call_order_and_named_by_turn() -> None:
-    lines = await run(tools_of(Toy()), call("toy", do="nap", text="0.05"), call("toy", do="say", text="b"), call("no"), turn=3)
+    lines = await run(
+        tools_of(Toy()),
+        call("toy", do="nap", text="0.05"),
+        call("toy", do="say", text="b"),
+        call("no"),
+        turn=3,
+    )
     assert [line.call_id for line in lines] == ["call_3_0", "call_3_1", "call_3_2"]
     assert [line.response for line in lines[:2]] == ["rested", "b"]
     assert {line.turn for line in lines} == {3}
@@ -173,9 +197,14 @@ async def test_a_call_that_never_ran_is_cancelled() -> None:
 
 
 async def test_arguments_that_the_validator_chokes_on_are_the_calls_own_trouble() -> None:
-    parameters = {"type": "object", "properties": {"x": {"type": "number", "multipleOf": 0.01}, "s": {"type": "string"}}}
+    parameters = {
+        "type": "object",
+        "properties": {"x": {"type": "number", "multipleOf": 0.01}, "s": {"type": "string"}},
+    }
     schema = {"type": "function", "function": {"name": "picky", "parameters": parameters}}
-    huge, fine = await run(tools_of(Picky({}, schema)), call("picky", x=10**400), call("picky", s="x"))
+    huge, fine = await run(
+        tools_of(Picky({}, schema)), call("picky", x=10**400), call("picky", s="x")
+    )
     assert huge.status in ("ok", "invalid_arguments", "tool_error")
     assert huge.response is not None
     assert fine.status == "ok"
@@ -195,12 +224,21 @@ class Picky(BaseTool):
 async def test_siblings_never_notice(do: str) -> None:
     toy, other = Toy(timeout_s=0.1), Toy("other")
     first, bad, last = await run(
-        tools_of(toy, other), call("other", do="nap", text="0.15"), call("toy", do=do), call("other", do="reward", text="0.25")
+        tools_of(toy, other),
+        call("other", do="nap", text="0.15"),
+        call("toy", do=do),
+        call("other", do="reward", text="0.25"),
     )
     toy.stuck.set()
     assert (first.status, first.response) == ("ok", "rested")
     assert (last.status, last.reward, last.metrics) == ("ok", 0.25, {"n": 1})
-    assert bad.status == ("timeout" if do in ("hang", "stubborn") else "backend_error" if do == "backend" else "tool_error")
+    assert bad.status == (
+        "timeout"
+        if do in ("hang", "stubborn")
+        else "backend_error"
+        if do == "backend"
+        else "tool_error"
+    )
 
 
 async def test_calls_of_a_turn_run_at_once() -> None:
@@ -237,9 +275,13 @@ async def test_at_most_max_concurrency_calls_of_a_tool_over_all_conversations() 
         running -= 1
         return "out"
 
-    dispatcher = Dispatcher(ToolSet.from_tools([narrow]), max_parallel_calls=16, cut=lambda text: None)
+    dispatcher = Dispatcher(
+        ToolSet.from_tools([narrow]), max_parallel_calls=16, cut=lambda text: None
+    )
     conversations = [ConversationTools(dispatcher, {}, None) for _ in range(5)]
-    turns = await asyncio.gather(*(run(tools, call("narrow"), call("narrow")) for tools in conversations))
+    turns = await asyncio.gather(
+        *(run(tools, call("narrow"), call("narrow")) for tools in conversations)
+    )
     assert peak == 2
     assert {line.status for lines in turns for line in lines} == {"ok"}
     assert max(line.queue_s for lines in turns for line in lines) > 0
@@ -256,7 +298,9 @@ async def test_what_a_tool_does_to_its_arguments_stays_with_it() -> None:
 
 async def test_what_a_tool_does_to_its_rows_kwargs_stays_with_it() -> None:
     class Greedy(BaseTool):
-        async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+        async def create(
+            self, instance_id: str | None = None, **create_kwargs: Any
+        ) -> tuple[str, ToolResponse]:
             create_kwargs["given"].append("mine")
             create_kwargs["ground_truth"].clear()
             return str(instance_id), ToolResponse()
@@ -271,14 +315,20 @@ async def test_what_a_tool_does_to_its_rows_kwargs_stays_with_it() -> None:
     kwargs = {"greedy": {"create_kwargs": {"given": ["row"]}, "execute_kwargs": {"given": ["row"]}}}
     truth = ["42"]
     for _ in range(2):  # a second sample of the same task
-        lines = await run(tools_of(Greedy({}, schema), kwargs=kwargs, truth=truth), call("greedy"), call("greedy"))
+        lines = await run(
+            tools_of(Greedy({}, schema), kwargs=kwargs, truth=truth), call("greedy"), call("greedy")
+        )
         assert [line.response for line in lines] == ["2", "2"]
-    assert kwargs == {"greedy": {"create_kwargs": {"given": ["row"]}, "execute_kwargs": {"given": ["row"]}}}
+    assert kwargs == {
+        "greedy": {"create_kwargs": {"given": ["row"]}, "execute_kwargs": {"given": ["row"]}}
+    }
     assert truth == ["42"]
 
 
 async def test_metrics_without_a_json_form_become_text() -> None:
-    nan, odd = await run(tools_of(Toy()), call("toy", do="nan_metrics"), call("toy", do="odd_metrics"))
+    nan, odd = await run(
+        tools_of(Toy()), call("toy", do="nan_metrics"), call("toy", do="odd_metrics")
+    )
     assert nan.metrics == {"nan": "inf", "n": 7}
     assert odd.metrics["nan"] == "nan"
     assert odd.metrics["3"] == "{1}"
@@ -291,8 +341,12 @@ async def test_half_surrogates_are_shown_as_replacement_characters() -> None:
 
 
 async def test_a_long_answer_is_cut_for_the_model_and_whole_in_the_ledger() -> None:
-    tools = tools_of(Toy(), cut=lambda text: Shortened(text[:3] + "...", 9) if len(text) > 10 else None)
-    long, short, error = await run(tools, call("toy", do="long"), call("toy", do="say", text="ab"), call("nobody"))
+    tools = tools_of(
+        Toy(), cut=lambda text: Shortened(text[:3] + "...", 9) if len(text) > 10 else None
+    )
+    long, short, error = await run(
+        tools, call("toy", do="long"), call("toy", do="say", text="ab"), call("nobody")
+    )
     assert long.response == "man..."
     assert long.full_response is not None
     assert long.full_response.startswith("many words, many words, ")
@@ -316,7 +370,9 @@ async def test_one_instance_a_conversation_created_once_and_released_once() -> N
 
 async def test_verls_own_instance_id_is_used() -> None:
     class Own(Toy):
-        async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+        async def create(
+            self, instance_id: str | None = None, **create_kwargs: Any
+        ) -> tuple[str, ToolResponse]:
             return "mine", ToolResponse()
 
     toy = Own()
@@ -324,7 +380,9 @@ async def test_verls_own_instance_id_is_used() -> None:
     assert {instance for _, instance in toy.log} == {"mine"}
 
 
-@pytest.mark.parametrize("do", ["bug", "exit", "panic", "unprintable", "hang", "wrong_type", "backend", "cancel_itself"])
+@pytest.mark.parametrize(
+    "do", ["bug", "exit", "panic", "unprintable", "hang", "wrong_type", "backend", "cancel_itself"]
+)
 async def test_a_tool_that_cannot_be_created_answers_none_of_its_calls(do: str) -> None:
     broken, other = Toy(create=do, timeout_s=0.05), Toy("other")
     tools = tools_of(broken, other)
@@ -344,7 +402,10 @@ async def test_what_tools_say_when_created_is_theirs_by_name() -> None:
         Toy(),
         Toy("quiet"),
         Toy("third"),
-        kwargs={"third": {"create_kwargs": {"text": "half \ud83d"}}, "toy": {"create_kwargs": {"text": "hello"}}},
+        kwargs={
+            "third": {"create_kwargs": {"text": "half \ud83d"}},
+            "toy": {"create_kwargs": {"text": "hello"}},
+        },
     )
     assert await tools.create() == [
         {"role": "tool", "content": "hello", "name": "toy"},
@@ -361,7 +422,9 @@ async def test_rewards_by_tool() -> None:
     await tools.release()
 
 
-@pytest.mark.parametrize("do", ["bug", "exit", "unprintable", "nan_reward", "text_reward", "huge_reward", "hang"])
+@pytest.mark.parametrize(
+    "do", ["bug", "exit", "unprintable", "nan_reward", "text_reward", "huge_reward", "hang"]
+)
 async def test_a_reward_that_cannot_be_had_is_a_failure_and_never_a_zero(do: str) -> None:
     tools = tools_of(Toy(calc_reward=do, timeout_s=0.05), Toy("other", calc_reward="reward"))
     await tools.create()
@@ -396,7 +459,11 @@ async def test_the_row_chooses_the_tools() -> None:
 @pytest.mark.parametrize("step", ["create", "execute", "calc_reward", "release"])
 @pytest.mark.parametrize("do", ["hang", "stubborn"])
 async def test_cancellation_passes_through_and_every_tool_is_released(step: str, do: str) -> None:
-    first, stuck, last = Toy("first"), Toy("toy", timeout_s=0.5, **({step: do} if step != "execute" else {})), Toy("last")
+    first, stuck, last = (
+        Toy("first"),
+        Toy("toy", timeout_s=0.5, **({step: do} if step != "execute" else {})),
+        Toy("last"),
+    )
     tools = tools_of(first, stuck, last)
     lines = ledger_lines(parse(call("toy", do=do) + call("first", do="say")).calls, 0)
 
@@ -448,7 +515,9 @@ async def test_a_tool_created_in_the_moment_of_cancellation_is_released() -> Non
     """The create that is cancelled has just succeeded: nobody else knows of the instance."""
 
     class Quick(Toy):
-        async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+        async def create(
+            self, instance_id: str | None = None, **create_kwargs: Any
+        ) -> tuple[str, ToolResponse]:
             running.cancel()  # takes effect when this coroutine has already returned
             return await super().create(instance_id, **create_kwargs)
 
@@ -465,7 +534,9 @@ async def test_a_tool_created_long_after_its_time_is_released_too() -> None:
     """It ignored its cancellation: the conversation has ended when there is an instance at last."""
 
     class Late(Toy):
-        async def create(self, instance_id: str | None = None, **create_kwargs: Any) -> tuple[str, ToolResponse]:
+        async def create(
+            self, instance_id: str | None = None, **create_kwargs: Any
+        ) -> tuple[str, ToolResponse]:
             while not self.stuck.is_set():
                 with contextlib.suppress(asyncio.CancelledError):
                     await self.stuck.wait()

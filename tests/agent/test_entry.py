@@ -20,7 +20,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a wheel leaves it: the three packages and turntrace.py beside each other."""
     site = tmp_path_factory.mktemp("site")
     for package in ("agent", "conversations", "tools"):
-        shutil.copytree(REPO / package, site / package, ignore=shutil.ignore_patterns("__pycache__", "adapter", "recipe"))
+        shutil.copytree(
+            REPO / package,
+            site / package,
+            ignore=shutil.ignore_patterns("__pycache__", "adapter", "recipe"),
+        )
     (site / "agent" / "entry.py").rename(site / "turntrace.py")
     return site
 
@@ -33,10 +37,14 @@ def script(folder: Path, code: str = "from turntrace import main; main()") -> Pa
     return path
 
 
-def start(path: Path, *arguments: str, cwd: Path, pythonpath: list[Path], flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def start(
+    path: Path, *arguments: str, cwd: Path, pythonpath: list[Path], flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, pythonpath))}
     command = [sys.executable, *flags, str(path), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def package(folder: Path, name: str, *, regular: bool = True) -> Path:
@@ -63,7 +71,9 @@ def test_an_editable_install_runs_though_its_command_is_a_copy_elsewhere(tmp_pat
 @pytest.mark.parametrize("name", ["tools", "agent", "conversations"])
 def test_a_package_that_comes_first_is_named(site: Path, tmp_path: Path, name: str) -> None:
     theirs = package(tmp_path / "project", name)
-    ran = start(script(tmp_path / "bin"), "--help", cwd=tmp_path, pythonpath=[tmp_path / "project", site])
+    ran = start(
+        script(tmp_path / "bin"), "--help", cwd=tmp_path, pythonpath=[tmp_path / "project", site]
+    )
     assert ran.returncode == 2
     assert ran.stderr.startswith(f"error: {theirs}")
     assert f"hides turntrace's own package {name!r}" in ran.stderr
@@ -79,15 +89,24 @@ def test_a_module_that_comes_first_is_named_too(site: Path, tmp_path: Path) -> N
 
 def test_a_folder_without_init_hides_nothing(site: Path, tmp_path: Path) -> None:
     package(tmp_path / "project", "tools", regular=False)
-    ran = start(script(tmp_path / "bin"), "--help", cwd=tmp_path / "project", pythonpath=[tmp_path / "project", site])
+    ran = start(
+        script(tmp_path / "bin"),
+        "--help",
+        cwd=tmp_path / "project",
+        pythonpath=[tmp_path / "project", site],
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_a_package_in_the_current_folder_is_noted_but_hides_nothing_from_the_command(site: Path, tmp_path: Path) -> None:
+def test_a_package_in_the_current_folder_is_noted_but_hides_nothing_from_the_command(
+    site: Path, tmp_path: Path
+) -> None:
     theirs = package(tmp_path / "project", "tools")
     ran = start(script(tmp_path / "bin"), "--help", cwd=tmp_path / "project", pythonpath=[site])
     assert ran.returncode == 0
-    assert ran.stderr.startswith(f"note: scripts started in this folder import {theirs} in place of turntrace's own package 'tools'")
+    assert ran.stderr.startswith(
+        f"note: scripts started in this folder import {theirs} in place of turntrace's own package 'tools'"
+    )
     assert ran.stderr.count("\n") == 1
 
 
@@ -95,7 +114,9 @@ def test_a_script_beside_its_own_tools_is_told_on_import(site: Path, tmp_path: P
     theirs = package(tmp_path / "project", "tools")
     ran = start(script(tmp_path / "project", "import agent"), cwd=tmp_path, pythonpath=[site])
     assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-1].startswith(f"ImportError: {theirs} hides turntrace's own package 'tools'")
+    assert ran.stderr.splitlines()[-1].startswith(
+        f"ImportError: {theirs} hides turntrace's own package 'tools'"
+    )
 
 
 def test_a_command_without_its_packages_says_so(tmp_path: Path) -> None:
@@ -104,7 +125,10 @@ def test_a_command_without_its_packages_says_so(tmp_path: Path) -> None:
     shutil.copy(REPO / "agent" / "entry.py", copy / "turntrace.py")
     # -S: without site-packages, where an editable install of this checkout may be.
     ran = start(script(tmp_path / "bin"), cwd=tmp_path, pythonpath=[copy], flags=("-S",))
-    assert (ran.returncode, ran.stderr) == (2, "error: turntrace's package 'agent' is not installed; install turntrace again\n")
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "error: turntrace's package 'agent' is not installed; install turntrace again\n",
+    )
 
 
 def test_a_stray_file_in_the_current_folder_is_not_imported(site: Path, tmp_path: Path) -> None:
@@ -117,9 +141,13 @@ def test_a_stray_file_in_the_current_folder_is_not_imported(site: Path, tmp_path
 
 
 def test_a_tool_module_in_the_current_folder_is_found(site: Path, tmp_path: Path) -> None:
-    (tmp_path / "my_tools.py").write_text("def look(question: str) -> str:\n    'Looks it up.'\n    return ''\n", encoding="utf-8")
+    (tmp_path / "my_tools.py").write_text(
+        "def look(question: str) -> str:\n    'Looks it up.'\n    return ''\n", encoding="utf-8"
+    )
     (tmp_path / "tools.yaml").write_text("- function: my_tools:look\n", encoding="utf-8")
-    (tmp_path / "tasks.jsonl").write_text('{"prompt": "a", "tools_kwargs": {"none": {}}}\n', encoding="utf-8")
+    (tmp_path / "tasks.jsonl").write_text(
+        '{"prompt": "a", "tools_kwargs": {"none": {}}}\n', encoding="utf-8"
+    )
     arguments = ("run", "tasks.jsonl", "--out", "run", "--tools", "tools.yaml")
     ran = start(script(tmp_path / "bin"), *arguments, cwd=tmp_path, pythonpath=[site])
     assert ran.returncode == 2

@@ -54,19 +54,36 @@ class Planned:
 
 
 def planned_call(rng: random.Random) -> Planned:
-    kind = rng.choices(("ok", "tool_error", "backend", "timeout", "done", "unknown", "invalid", "malformed"), (40, 12, 2, 1, 4, 8, 8, 10))[
-        0
-    ]
+    kind = rng.choices(
+        ("ok", "tool_error", "backend", "timeout", "done", "unknown", "invalid", "malformed"),
+        (40, 12, 2, 1, 4, 8, 8, 10),
+    )[0]
     if kind == "malformed":
         return Planned(rng.choice(MALFORMED), "", None, "malformed")
     name, arguments, status = {
-        "ok": lambda: (rng.choice(["toy", "other"]), {"do": rng.choice(CALM), "text": "0.5" if rng.random() < 0.5 else ""}, "ok"),
-        "tool_error": lambda: (rng.choice(["toy", "other"]), {"do": rng.choice(list(TOOL_ERRORS))}, "tool_error"),
+        "ok": lambda: (
+            rng.choice(["toy", "other"]),
+            {"do": rng.choice(CALM), "text": "0.5" if rng.random() < 0.5 else ""},
+            "ok",
+        ),
+        "tool_error": lambda: (
+            rng.choice(["toy", "other"]),
+            {"do": rng.choice(list(TOOL_ERRORS))},
+            "tool_error",
+        ),
         "backend": lambda: ("toy", {"do": "backend"}, "backend_error"),
         "timeout": lambda: ("quick", {"do": "hang"}, "timeout"),
         "done": lambda: ("done", {"do": rng.choice(["say", "tool_error"])}, ""),
-        "unknown": lambda: (rng.choice(["nobody", "Toy", "toy "]), {"do": odd_text(rng)}, "unknown_tool"),
-        "invalid": lambda: ("toy", rng.choice([{}, {"do": 7}, {"do": "say", "more": odd_text(rng)}]), "invalid_arguments"),
+        "unknown": lambda: (
+            rng.choice(["nobody", "Toy", "toy "]),
+            {"do": odd_text(rng)},
+            "unknown_tool",
+        ),
+        "invalid": lambda: (
+            "toy",
+            rng.choice([{}, {"do": 7}, {"do": "say", "more": odd_text(rng)}]),
+            "invalid_arguments",
+        ),
     }[kind]()
     if name == "other" and status == "ok" and rng.random() < 0.4:
         arguments = {"do": "say", "text": odd_text(rng)}
@@ -74,8 +91,14 @@ def planned_call(rng: random.Random) -> Planned:
     body = unicodedata.normalize(
         "NFC", json.dumps({"name": name, "arguments": arguments}, ensure_ascii=rng.random() < 0.3)
     )  # as Qwen's does
-    text = f"<tool_call>{body}</tool_call>" if rng.random() < 0.5 else f"<tool_call>\n{body}\n</tool_call>"
-    return Planned(text, name, json.loads(body)["arguments"], status, kind not in ("unknown", "invalid"))
+    text = (
+        f"<tool_call>{body}</tool_call>"
+        if rng.random() < 0.5
+        else f"<tool_call>\n{body}\n</tool_call>"
+    )
+    return Planned(
+        text, name, json.loads(body)["arguments"], status, kind not in ("unknown", "invalid")
+    )
 
 
 MALFORMED = (
@@ -96,8 +119,15 @@ class Writer:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         size = len(template.tokenizer)
-        self._beyond = [size, size + 100]  # models pad their vocabulary: such ids can be sampled too
-        self._vocabulary = [token for token in range(size) if not _TAG.search(template.decode([token])) and token not in template.end_ids]
+        self._beyond = [
+            size,
+            size + 100,
+        ]  # models pad their vocabulary: such ids can be sampled too
+        self._vocabulary = [
+            token
+            for token in range(size)
+            if not _TAG.search(template.decode([token])) and token not in template.end_ids
+        ]
 
     def noise(self, rng: random.Random) -> list[int]:
         ids = [rng.choice(self._vocabulary) for _ in range(rng.choice((0, 0, 1, 3, 12)))]
@@ -116,10 +146,16 @@ class Writer:
     def turn(self, rng: random.Random, calls: Sequence[Planned]) -> list[int]:
         ids = self.noise(rng)
         if rng.random() < 0.15:
-            thought = "<think>\nmaybe <tool_call>{}</tool_call>\n</think>\n\n" if rng.random() < 0.5 else "<think>\nhm\n</think>\n\n"
+            thought = (
+                "<think>\nmaybe <tool_call>{}</tool_call>\n</think>\n\n"
+                if rng.random() < 0.5
+                else "<think>\nhm\n</think>\n\n"
+            )
             ids += self.spelled(thought, rng)
         if rng.random() < 0.5:
-            ids += self.spelled(rng.choice(["Let me see. ", "So it is  42.\n\n", "漢字🙂é ", "\n \n"]), rng)
+            ids += self.spelled(
+                rng.choice(["Let me see. ", "So it is  42.\n\n", "漢字🙂é ", "\n \n"]), rng
+            )
         for call in calls:
             ids += self.spelled(call.text, rng) + (self.noise(rng) if rng.random() < 0.3 else [])
         return ids or self.template.encode("x")
@@ -144,7 +180,9 @@ class Asked:
 class Improvising:
     """An engine of one conversation. It notes what would break the contract; raising it here would only be recorded."""
 
-    def __init__(self, writer: Writer, rng: random.Random, *, most_turns: int, may_hang: bool) -> None:
+    def __init__(
+        self, writer: Writer, rng: random.Random, *, most_turns: int, may_hang: bool
+    ) -> None:
         self.writer, self.rng, self.most_turns, self.may_hang = writer, rng, most_turns, may_hang
         self.asked: list[Asked] = []
         self.broken: list[str] = []
@@ -158,7 +196,9 @@ class Improvising:
 
     async def close(self) -> None: ...
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         self._check(list(prompt_ids), sampling, request_id)
         weights = {
             "write": 60,
@@ -185,9 +225,17 @@ class Improvising:
         return asked.answer
 
     def _check(self, prompt: list[int], sampling: SamplingParams, request_id: str) -> None:
-        if self._known and not (prompt[: len(self._known)] == self._known and len(prompt) > len(self._known)):
-            self.broken.append(f"call {len(self.asked)}: the input does not go on from what was seen and sampled")
-        if sampling["max_new_tokens"] < 1 or "stop" in sampling or not set(self.writer.template.end_ids) <= set(sampling["stop_token_ids"]):
+        if self._known and not (
+            prompt[: len(self._known)] == self._known and len(prompt) > len(self._known)
+        ):
+            self.broken.append(
+                f"call {len(self.asked)}: the input does not go on from what was seen and sampled"
+            )
+        if (
+            sampling["max_new_tokens"] < 1
+            or "stop" in sampling
+            or not set(self.writer.template.end_ids) <= set(sampling["stop_token_ids"])
+        ):
             self.broken.append(f"sampling params {sampling}")
         if not re.fullmatch("[0-9a-f]{32}", request_id) or request_id in self._request_ids:
             self.broken.append(f"request id {request_id}")
@@ -216,14 +264,24 @@ class Improvising:
         else:
             ids.append(template.end_id)
         reason = "stop"
-        if len(ids) >= asked.room:  # a real engine stops at its budget, and calls an exact fit a cut
+        if (
+            len(ids) >= asked.room
+        ):  # a real engine stops at its budget, and calls an exact fit a cut
             ids, reason = ids[: asked.room], "length"
-        logprobs = [float32(rng) if rng.random() < 0.98 else rng.choice([0.0, -0.0, -1e-45, -3.4e38]) for _ in ids]
+        logprobs = [
+            float32(rng) if rng.random() < 0.98 else rng.choice([0.0, -0.0, -1e-45, -3.4e38])
+            for _ in ids
+        ]
         if asked.did == "nan":
             logprobs[rng.randrange(len(ids))] = float("nan")
         if asked.did == "short":
             logprobs.pop()
-        return Generation(ids, logprobs, "abort" if asked.did == "abort" else reason, cached_tokens=len(asked.prompt) - 1)
+        return Generation(
+            ids,
+            logprobs,
+            "abort" if asked.did == "abort" else reason,
+            cached_tokens=len(asked.prompt) - 1,
+        )
 
 
 # ---------------------------------------------------------------------- a world
@@ -231,7 +289,12 @@ class Improvising:
 
 @functools.cache
 def toolset(moody: bool) -> ToolSet:
-    toys = [Toy(calc_reward="reward"), Toy("other"), Toy("done", ends_conversation=True), Toy("quick", timeout_s=0.02)]
+    toys = [
+        Toy(calc_reward="reward"),
+        Toy("other"),
+        Toy("done", ends_conversation=True),
+        Toy("quick", timeout_s=0.02),
+    ]
     return ToolSet.from_tools([*toys, Toy("moody", calc_reward="nan_reward")] if moody else toys)
 
 
@@ -240,7 +303,14 @@ class World:
         rng = self.rng = random.Random(seed)
         self.template = writer.template
         self.tools = toolset(rng.random() < 0.05)
-        self.task = Task(f"w{seed}", given_messages(self._messages()), self._tools_kwargs(), "42", "worlds", extra={"seed": seed})
+        self.task = Task(
+            f"w{seed}",
+            given_messages(self._messages()),
+            self._tools_kwargs(),
+            "42",
+            "worlds",
+            extra={"seed": seed},
+        )
         hangs = rng.random() < 0.03
 
         def seldom(low: int, high: int) -> int | None:
@@ -278,13 +348,26 @@ class World:
         if rng.random() < 0.6:
             return {}
         chosen = [name for name in self.tools if rng.random() < 0.8] or ["toy"]
-        created = [{}, {}, {"create_kwargs": {"text": odd_text(rng)}}, {"create_kwargs": {"do": "surrogate"}}]
-        broken = [{"create_kwargs": {"do": do}} for do in ("bug", "backend")] if rng.random() < 0.1 else []
+        created = [
+            {},
+            {},
+            {"create_kwargs": {"text": odd_text(rng)}},
+            {"create_kwargs": {"do": "surrogate"}},
+        ]
+        broken = (
+            [{"create_kwargs": {"do": do}} for do in ("bug", "backend")]
+            if rng.random() < 0.1
+            else []
+        )
         return {name: rng.choice(broken or created) for name in chosen}
 
     async def run(self) -> Trajectory:
-        dispatcher = Dispatcher(self.tools, max_parallel_calls=self.max_parallel_calls, cut=self.cut)
-        self.conversation = Conversation(self.task, 0, Runtime(self.engine, self.template, self.settings, dispatcher))
+        dispatcher = Dispatcher(
+            self.tools, max_parallel_calls=self.max_parallel_calls, cut=self.cut
+        )
+        self.conversation = Conversation(
+            self.task, 0, Runtime(self.engine, self.template, self.settings, dispatcher)
+        )
         try:
             await converse(self.conversation)
         except asyncio.CancelledError:
@@ -303,9 +386,15 @@ class Oracle:
 
     def __init__(self, world: World, record: dict[str, Any]) -> None:
         self.world, self.record, self.template = world, record, world.template
-        self.offered = [name for name in world.tools if name in world.task.tools_kwargs or not world.task.tools_kwargs]
+        self.offered = [
+            name
+            for name in world.tools
+            if name in world.task.tools_kwargs or not world.task.tools_kwargs
+        ]
         self.uncreated = {
-            name for name, given in world.task.tools_kwargs.items() if given.get("create_kwargs", {}).get("do") in ("bug", "backend")
+            name
+            for name, given in world.task.tools_kwargs.items()
+            if given.get("create_kwargs", {}).get("do") in ("bug", "backend")
         }
         self.ids: list[int] = []
         self.authors: list[str] = []
@@ -315,7 +404,9 @@ class Oracle:
         self.turns = 0
         self.stop = self._run()
 
-    def _append(self, author: str, ids: Sequence[int], logprobs: Sequence[float | None] | None = None) -> None:
+    def _append(
+        self, author: str, ids: Sequence[int], logprobs: Sequence[float | None] | None = None
+    ) -> None:
         self.ids += ids
         self.authors += [author] * len(ids)
         self.logprobs += logprobs or [None] * len(ids)
@@ -341,13 +432,19 @@ class Oracle:
             self._append("sampled", ids, each.answer.logprobs)
             self.turns += 1
             if ids[-1] != self.template.end_id and each.answer.finish_reason == "length":
-                self.statuses += [status if status == "malformed" else "rejected" for status in self._recorded(self.turns - 1)]
+                self.statuses += [
+                    status if status == "malformed" else "rejected"
+                    for status in self._recorded(self.turns - 1)
+                ]
                 return "length"
             statuses = self._statuses(each.calls)
             self.statuses += statuses
             if not statuses:
                 return "stop"
-            if any(status == "ok" and call.name == "done" for status, call in zip(statuses, each.calls, strict=True)):
+            if any(
+                status == "ok" and call.name == "done"
+                for status, call in zip(statuses, each.calls, strict=True)
+            ):
                 return "tool_stop"
             for status in statuses:
                 invalid = invalid + 1 if status in INVALID else 0
@@ -357,9 +454,14 @@ class Oracle:
                 return "max_turns"
             if any(message["content"] is None for message in self._responses(self.turns - 1)):
                 return "deadline"  # before the hang was reached
-            block = [("template", [self.template.end_id])] if ids[-1] != self.template.end_id else []
+            block = (
+                [("template", [self.template.end_id])] if ids[-1] != self.template.end_id else []
+            )
             block += self.template.delta(self._responses(self.turns - 1)).pieces
-            if len(self.ids) - self.first + sum(len(part) for _, part in block) > limits.response_length:
+            if (
+                len(self.ids) - self.first + sum(len(part) for _, part in block)
+                > limits.response_length
+            ):
                 return "length"
             if len(self.ids) + sum(len(part) for _, part in block) > limits.max_model_len:
                 return "length"
@@ -371,26 +473,50 @@ class Oracle:
         """Rendered and cut by characters here, encoded once, by the tokenizer itself."""
         world, template = self.world, self.template
         schemas = [world.tools[name].schema for name in self.offered]
-        says = {name: world.task.tools_kwargs.get(name, {}).get("create_kwargs", {}) for name in self.offered}
+        says = {
+            name: world.task.tools_kwargs.get(name, {}).get("create_kwargs", {})
+            for name in self.offered
+        }
         texts = {
-            name: "half \ufffd of a pair \ufffd" if given.get("do") == "surrogate" else given.get("text", "")
+            name: "half \ufffd of a pair \ufffd"
+            if given.get("do") == "surrogate"
+            else given.get("text", "")
             for name, given in says.items()
         }
-        created = [{"role": "tool", "content": text, "name": name} for name, text in texts.items() if text]
-        given = [{key: value for key, value in message.items() if key != "raw"} for message in world.task.messages]
+        created = [
+            {"role": "tool", "content": text, "name": name} for name, text in texts.items() if text
+        ]
+        given = [
+            {key: value for key, value in message.items() if key != "raw"}
+            for message in world.task.messages
+        ]
         for message in given:
-            message.update({"tool_calls": [_as_object(call) for call in message["tool_calls"]]} if "tool_calls" in message else {})
-        render = functools.partial(template.tokenizer.apply_chat_template, tools=schemas, tokenize=False)
-        whole, before = render([*given, *created], add_generation_prompt=True), render(given, add_generation_prompt=False)
+            message.update(
+                {"tool_calls": [_as_object(call) for call in message["tool_calls"]]}
+                if "tool_calls" in message
+                else {}
+            )
+        render = functools.partial(
+            template.tokenizer.apply_chat_template, tools=schemas, tokenize=False
+        )
+        whole, before = (
+            render([*given, *created], add_generation_prompt=True),
+            render(given, add_generation_prompt=False),
+        )
         after = whole.rindex("<|im_start|>assistant")
         ids, offsets = template.encoding(whole).ids, template.encoding(whole).offsets
-        authors = ["tool" if created and len(before) <= start < after else "prompt" for start, _ in offsets]
+        authors = [
+            "tool" if created and len(before) <= start < after else "prompt" for start, _ in offsets
+        ]
         self.created = created
         return [(author, [token]) for author, token in zip(authors, ids, strict=True)]
 
     def _room(self) -> int:
         limits = self.world.settings
-        room = min(limits.response_length - (len(self.ids) - self.first), limits.max_model_len - len(self.ids))
+        room = min(
+            limits.response_length - (len(self.ids) - self.first),
+            limits.max_model_len - len(self.ids),
+        )
         return min(room, limits.max_tokens or room)
 
     def _statuses(self, calls: Sequence[Planned]) -> list[str]:
@@ -413,11 +539,28 @@ class Oracle:
 
     def _responses(self, turn: int) -> list[dict[str, Any]]:
         lines = [line for line in self.record["tool_calls"] if line["turn"] == turn]
-        return [{"role": "tool", "content": line["response"], "tool_call_id": line["call_id"], "name": line["name"]} for line in lines]
+        return [
+            {
+                "role": "tool",
+                "content": line["response"],
+                "tool_call_id": line["call_id"],
+                "name": line["name"],
+            }
+            for line in lines
+        ]
 
     def reward(self) -> float | None:
-        infra = self.stop == "engine_error" or "backend_error" in self.statuses or self.uncreated & set(self.offered)
-        if infra or self.stop in ("cancelled", "prompt_too_long") or not self.turns or "moody" in self.offered:
+        infra = (
+            self.stop == "engine_error"
+            or "backend_error" in self.statuses
+            or self.uncreated & set(self.offered)
+        )
+        if (
+            infra
+            or self.stop in ("cancelled", "prompt_too_long")
+            or not self.turns
+            or "moody" in self.offered
+        ):
             return None
         return 1.0 if "toy" in self.offered else None
 
@@ -434,7 +577,9 @@ def check_form(record: dict[str, Any], world: World) -> None:
     """What holds for every record, whatever happened."""
     ids, first = record["prompt_ids"] + record["response_ids"], len(record["prompt_ids"])
     rest = {key: value for key, value in record.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     assert record["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
     position = 0
@@ -448,7 +593,9 @@ def check_form(record: dict[str, Any], world: World) -> None:
     for turn in record["turns"]:
         assert turn["prompt_tokens"] == turn["start"] < turn["end"]
         sampled[turn["start"] : turn["end"]] = [True] * (turn["end"] - turn["start"])
-    by_segments = [kind == "sampled" for kind, start, end in record["segments"] for _ in range(start, end)]
+    by_segments = [
+        kind == "sampled" for kind, start, end in record["segments"] for _ in range(start, end)
+    ]
     assert sampled == by_segments
     assert record["response_mask"] == [int(flag) for flag in sampled[first:]]
     assert [value is not None for value in record["response_logprobs"]] == sampled[first:]
@@ -456,7 +603,9 @@ def check_form(record: dict[str, Any], world: World) -> None:
 
     limits = world.settings
     assert len(record["response_ids"]) <= limits.response_length
-    assert all(turn["end"] - turn["start"] <= (limits.max_tokens or 10**9) for turn in record["turns"])
+    assert all(
+        turn["end"] - turn["start"] <= (limits.max_tokens or 10**9) for turn in record["turns"]
+    )
     if record["stop_reason"] != "prompt_too_long":
         assert first <= limits.prompt_length
         assert len(ids) <= limits.max_model_len
@@ -468,28 +617,42 @@ def check_form(record: dict[str, Any], world: World) -> None:
 def check_messages(record: dict[str, Any], world: World) -> None:
     """Messages equal tokens, and the ledger: one line a call, in order, answered by the message that was shown."""
     ids, tokenizer = record["prompt_ids"] + record["response_ids"], world.template.tokenizer
-    spoken = [message for message in record["messages"] if message["role"] == "assistant" and message["raw"] is not None]
+    spoken = [
+        message
+        for message in record["messages"]
+        if message["role"] == "assistant" and message["raw"] is not None
+    ]
     assert len(spoken) == len(record["turns"])
     lines = record["tool_calls"]
-    assert [call["id"] for message in spoken for call in message.get("tool_calls", ())] == [line["call_id"] for line in lines]
+    assert [call["id"] for message in spoken for call in message.get("tool_calls", ())] == [
+        line["call_id"] for line in lines
+    ]
     for number, (turn, message) in enumerate(zip(record["turns"], spoken, strict=True)):
         span = ids[turn["start"] : turn["end"]]
         span = span[:-1] if span[-1] == world.template.end_id else span
         raw = message["raw"]
-        assert raw == tokenizer.decode(span, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert raw == tokenizer.decode(
+            span, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         mine = [line for line in lines if line["turn"] == number]
-        assert [line["call_id"] for line in mine] == [f"call_{number}_{index}" for index in range(len(mine))]
+        assert [line["call_id"] for line in mine] == [
+            f"call_{number}_{index}" for index in range(len(mine))
+        ]
         assert not mine or len(message["content"]) < len(raw)
         for line, call in zip(mine, message.get("tool_calls", ()), strict=True):
             check_call(line, call, raw)
-    shown = [message for message in record["messages"][len(world.task.messages) :] if message["role"] == "tool"]
+    shown = [
+        message
+        for message in record["messages"][len(world.task.messages) :]
+        if message["role"] == "tool"
+    ]
     answered = {line["call_id"]: line for line in lines}
     for message in shown:
         if "tool_call_id" in message:
             assert message["content"] == answered[message["tool_call_id"]]["response"]
-    assert [message["tool_call_id"] for message in shown if "tool_call_id" in message] == list(answered)[
-        : sum("tool_call_id" in m for m in shown)
-    ]
+    assert [message["tool_call_id"] for message in shown if "tool_call_id" in message] == list(
+        answered
+    )[: sum("tool_call_id" in m for m in shown)]
 
 
 def check_call(line: dict[str, Any], call: dict[str, Any], raw: str) -> None:
@@ -503,7 +666,10 @@ def check_call(line: dict[str, Any], call: dict[str, Any], raw: str) -> None:
     else:
         assert json.loads(call["function"]["arguments"]) == line["arguments"]
     assert len(line["attempts"]) <= 1
-    assert not line["attempts"] or (line["queue_s"], line["run_s"]) == (line["attempts"][0]["queue_s"], line["attempts"][0]["run_s"])
+    assert not line["attempts"] or (line["queue_s"], line["run_s"]) == (
+        line["attempts"][0]["queue_s"],
+        line["attempts"][0]["run_s"],
+    )
 
 
 def check_against_oracle(record: dict[str, Any], world: World) -> Oracle | None:
@@ -515,7 +681,9 @@ def check_against_oracle(record: dict[str, Any], world: World) -> Oracle | None:
         return None
     assert record["stop_reason"] == oracle.stop
     assert record["prompt_ids"] + record["response_ids"] == oracle.ids
-    assert [kind for kind, start, end in record["segments"] for _ in range(start, end)] == oracle.authors
+    assert [
+        kind for kind, start, end in record["segments"] for _ in range(start, end)
+    ] == oracle.authors
     assert record["num_turns"] == oracle.turns
     found = record["response_logprobs"]
     expected = oracle.logprobs[oracle.first :]
@@ -532,8 +700,14 @@ def check_against_oracle(record: dict[str, Any], world: World) -> Oracle | None:
             call.text if call.arguments is None else call.arguments for call in planned
         ]
     assert record["reward"] == oracle.reward()
-    assert [message for message in record["messages"] if message["role"] == "tool" and message in oracle.created] == oracle.created
-    assert [turn["cached_tokens"] for turn in record["turns"]] == [turn["start"] - 1 for turn in record["turns"]]
+    assert [
+        message
+        for message in record["messages"]
+        if message["role"] == "tool" and message in oracle.created
+    ] == oracle.created
+    assert [turn["cached_tokens"] for turn in record["turns"]] == [
+        turn["start"] - 1 for turn in record["turns"]
+    ]
     return oracle
 
 
@@ -578,8 +752,15 @@ async def test_thousands_of_conversations_keep_the_contract(template: ChatTempla
     assert set(stops) == set(STOP_REASONS), stops
     assert set(statuses) >= set(CALL_STATUSES) - {"cancelled"}, statuses
 
-    logs = [(id(loaded), *entry) for tools in sets for loaded in tools.values() for entry in toy_log(loaded)[before[id(loaded)] :]]
-    assert sum(step == "execute" for _, step, _ in logs) == executed  # a call of a cut turn is never run, no call twice
+    logs = [
+        (id(loaded), *entry)
+        for tools in sets
+        for loaded in tools.values()
+        for entry in toy_log(loaded)[before[id(loaded)] :]
+    ]
+    assert (
+        sum(step == "execute" for _, step, _ in logs) == executed
+    )  # a call of a cut turn is never run, no call twice
     created = Counter((tool, instance) for tool, step, instance in logs if step == "create")
     released = Counter((tool, instance) for tool, step, instance in logs if step == "released")
     assert created == released
@@ -614,7 +795,9 @@ async def test_ids_that_are_known_to_drift_stay_as_they_were_sampled(
     inputs: list[list[int]] = []
 
     class Drifting(Improvising):
-        async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+        async def generate(
+            self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        ) -> Generation:
             inputs.append(list(prompt_ids))
             turn = next(turns)
             return Generation(turn, [-0.5] * len(turn), "stop")

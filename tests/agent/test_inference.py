@@ -59,7 +59,15 @@ def recording(smollm2: ChatTemplate, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def config(recording: Path, *overrides: str) -> Any:
-    return load_config(None, ["model_path=smollm2-base", "rollout.name=scripted", f"rollout.turntrace.recorded={recording}", *overrides])
+    return load_config(
+        None,
+        [
+            "model_path=smollm2-base",
+            "rollout.name=scripted",
+            f"rollout.turntrace.recorded={recording}",
+            *overrides,
+        ],
+    )
 
 
 @pytest.fixture
@@ -76,17 +84,26 @@ def test_lists_are_flat_and_prompt_major(engine: InferenceEngine) -> None:
     for ids, metadata in zip(result.token_ids, result.metadata, strict=True):
         assert ids == metadata["response_ids"]
         assert len(metadata["response_mask"]) == len(metadata["response_logprobs"]) == len(ids)
-        assert [value is not None for value in metadata["response_logprobs"]] == [bool(bit) for bit in metadata["response_mask"]]
+        assert [value is not None for value in metadata["response_logprobs"]] == [
+            bool(bit) for bit in metadata["response_mask"]
+        ]
         assert metadata["stop_reason"] == "stop"
         assert metadata["trajectory"].tool_calls[0].status == "ok"
 
 
 @pytest.mark.parametrize(
     "prompts",
-    [QUESTIONS[0], [QUESTIONS[0]], [{"role": "user", "content": QUESTIONS[0]}], [[{"role": "user", "content": QUESTIONS[0]}]]],
+    [
+        QUESTIONS[0],
+        [QUESTIONS[0]],
+        [{"role": "user", "content": QUESTIONS[0]}],
+        [[{"role": "user", "content": QUESTIONS[0]}]],
+    ],
     ids=["text", "texts", "messages", "list of messages"],
 )
-def test_a_prompt_is_a_text_or_messages_or_a_list_of_either(engine: InferenceEngine, prompts: Any) -> None:
+def test_a_prompt_is_a_text_or_messages_or_a_list_of_either(
+    engine: InferenceEngine, prompts: Any
+) -> None:
     assert engine.generate(prompts).completions == ["It is 4."]
 
 
@@ -94,21 +111,36 @@ def test_no_prompts_no_generations(engine: InferenceEngine) -> None:
     assert engine.generate([]).completions == []
 
 
-async def test_async_callers_share_the_engine_with_their_own_loop_free(engine: InferenceEngine) -> None:
-    one, two = await asyncio.gather(engine.generate_async(QUESTIONS[0]), engine.generate_async(list(QUESTIONS)))
+async def test_async_callers_share_the_engine_with_their_own_loop_free(
+    engine: InferenceEngine,
+) -> None:
+    one, two = await asyncio.gather(
+        engine.generate_async(QUESTIONS[0]), engine.generate_async(list(QUESTIONS))
+    )
     assert one.completions == ["It is 4."]
     assert two.completions[0] == "It is 4."
 
 
-def test_one_turn_without_tools_where_multi_turn_is_off(recording: Path, smollm2: ChatTemplate, tmp_path: Path) -> None:
+def test_one_turn_without_tools_where_multi_turn_is_off(
+    recording: Path, smollm2: ChatTemplate, tmp_path: Path
+) -> None:
     async def record() -> None:
         with RunFolder.create(tmp_path / "single", {}) as store:
-            store.append(await run_one(runtime(smollm2, says(smollm2, "Hi.")), task("x", messages=[{"role": "user", "content": "Hello"}])))
+            store.append(
+                await run_one(
+                    runtime(smollm2, says(smollm2, "Hi.")),
+                    task("x", messages=[{"role": "user", "content": "Hello"}]),
+                )
+            )
 
     asyncio.run(record())
     with InferenceEngine(config(tmp_path / "single", "rollout.multi_turn.enable=false")) as engine:
         result = engine.generate("Hello")
-    assert (result.completions, result.metadata[0]["num_turns"], result.metadata[0]["reward"]) == (["Hi."], 1, None)
+    assert (result.completions, result.metadata[0]["num_turns"], result.metadata[0]["reward"]) == (
+        ["Hi."],
+        1,
+        None,
+    )
 
 
 def test_tools_without_multi_turn_are_refused(recording: Path) -> None:
@@ -129,14 +161,23 @@ def test_validate_uses_val_kwargs(recording: Path) -> None:
         "rollout.val_kwargs.do_sample=true",
     )
     with InferenceEngine(config(recording, *overrides), tools=[double]) as engine:
-        plain, validated = engine.generate(QUESTIONS[0]), engine.generate(QUESTIONS[0], validate=True)
+        plain, validated = (
+            engine.generate(QUESTIONS[0]),
+            engine.generate(QUESTIONS[0], validate=True),
+        )
     assert [len(plain.completions), len(validated.completions)] == [1, 2]
-    sampling = [result.metadata[0]["trajectory"].sampling["temperature"] for result in (plain, validated)]
+    sampling = [
+        result.metadata[0]["trajectory"].sampling["temperature"] for result in (plain, validated)
+    ]
     assert sampling == [0.7, 0.3]
 
 
 def test_options_hold_for_one_call(engine: InferenceEngine) -> None:
-    given = engine.generate(QUESTIONS[0], temperature=0.0, top_p=0.5, top_k=7).metadata[0]["trajectory"].sampling
+    given = (
+        engine.generate(QUESTIONS[0], temperature=0.0, top_p=0.5, top_k=7)
+        .metadata[0]["trajectory"]
+        .sampling
+    )
     after = engine.generate(QUESTIONS[0]).metadata[0]["trajectory"].sampling
     assert (given["temperature"], given["top_p"], given["top_k"]) == (0.0, 0.5, 7)
     assert (after["temperature"], after["top_p"], after["top_k"]) == (1.0, 1.0, -1)
@@ -163,13 +204,25 @@ def test_max_tokens_caps_a_turn(engine: InferenceEngine) -> None:
     ],
     ids=str,
 )
-def test_an_option_out_of_range_is_refused_by_name(engine: InferenceEngine, option: dict[str, Any]) -> None:
+def test_an_option_out_of_range_is_refused_by_name(
+    engine: InferenceEngine, option: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match=next(iter(option))):
         engine.generate(QUESTIONS[0], **option)
 
 
 @pytest.mark.parametrize(
-    "prompts", [3, {"role": "user", "content": "x"}, [3], [[]], [{"role": "nobody", "content": "x"}], "", ["x", " \n"]], ids=str
+    "prompts",
+    [
+        3,
+        {"role": "user", "content": "x"},
+        [3],
+        [[]],
+        [{"role": "nobody", "content": "x"}],
+        "",
+        ["x", " \n"],
+    ],
+    ids=str,
 )
 def test_what_is_no_prompt_is_refused(engine: InferenceEngine, prompts: Any) -> None:
     with pytest.raises(TaskError, match="prompt"):

@@ -65,7 +65,11 @@ def asks(**kwargs: Any) -> Task:
 
 
 async def talk(
-    template: ChatTemplate, interactions: Interactions, *turns: str, the_task: Task | None = None, **settings: Any
+    template: ChatTemplate,
+    interactions: Interactions,
+    *turns: str,
+    the_task: Task | None = None,
+    **settings: Any,
 ) -> Trajectory:
     shared = runtime(template, says(template, *turns), [Toy()], **settings)
     return await run_one(dataclasses.replace(shared, interactions=interactions), the_task or asks())
@@ -73,7 +77,9 @@ async def talk(
 
 async def test_a_user_answers_until_it_is_content(template: ChatTemplate) -> None:
     interactions, user = patient()
-    record = await talk(template, interactions, "It is 41.", call("toy", do="say", text="no"), "Hm.", "It is 42.")
+    record = await talk(
+        template, interactions, "It is 41.", call("toy", do="say", text="no"), "Hm.", "It is 42."
+    )
     assert [message["role"] for message in record.messages] == [
         "user",
         "assistant",
@@ -84,14 +90,25 @@ async def test_a_user_answers_until_it_is_content(template: ChatTemplate) -> Non
         "user",
         "assistant",
     ]
-    assert [message["content"] for message in record.messages if message["role"] == "user"][1:] == ["again, Ann"] * 2
-    assert (record.stop_reason, record.reward, record.reward_parts["user_turn_rewards"]) == ("stop", 1.0, [0.0, 0.0, 1.0])
+    assert [message["content"] for message in record.messages if message["role"] == "user"][1:] == [
+        "again, Ann"
+    ] * 2
+    assert (record.stop_reason, record.reward, record.reward_parts["user_turn_rewards"]) == (
+        "stop",
+        1.0,
+        [0.0, 0.0, 1.0],
+    )
     ids = record.prompt_ids + record.response_ids
-    blocks = [template.decode(ids[start:end]) for kind, start, end in record.segments if kind == USER]
+    blocks = [
+        template.decode(ids[start:end]) for kind, start, end in record.segments if kind == USER
+    ]
     assert len(blocks) == 2
     assert all("again, Ann" in block for block in blocks)
     assert [step for step, _ in user.log] == ["start", "asked", "asked", "asked", "finalize"]
-    assert user.log[2][1][-2:] == [{"role": "tool", "content": "no"}, {"role": "assistant", "content": "Hm."}]
+    assert user.log[2][1][-2:] == [
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "content": "Hm."},
+    ]
 
 
 async def test_the_mask_is_1_on_sampled_tokens_alone(template: ChatTemplate) -> None:
@@ -107,7 +124,10 @@ async def test_rows_that_name_no_interaction_get_no_answer(smollm2: ChatTemplate
     assert (record.num_turns, record.stop_reason, user.log) == (1, "stop", [])
 
 
-@pytest.mark.parametrize(("limits", "turns"), [({"max_user_turns": 2}, 3), ({"max_user_turns": 0}, 1), ({"max_turns": 2}, 2)])
+@pytest.mark.parametrize(
+    ("limits", "turns"),
+    [({"max_user_turns": 2}, 3), ({"max_user_turns": 0}, 1), ({"max_turns": 2}, 2)],
+)
 async def test_limits_on_turns(smollm2: ChatTemplate, limits: dict[str, int], turns: int) -> None:
     record = await talk(smollm2, patient()[0], *["It is 41."] * 9, **limits)
     assert (record.num_turns, record.stop_reason) == (turns, "stop")
@@ -115,8 +135,14 @@ async def test_limits_on_turns(smollm2: ChatTemplate, limits: dict[str, int], tu
 
 
 async def test_a_user_turn_that_does_not_fit_is_not_appended(smollm2: ChatTemplate) -> None:
-    record = await talk(smollm2, patient()[0], "It is 41.", the_task=asks(who="long " * 500), response_length=100)
-    assert (record.stop_reason, record.num_turns, record.messages[-1]["role"]) == ("length", 1, "assistant")
+    record = await talk(
+        smollm2, patient()[0], "It is 41.", the_task=asks(who="long " * 500), response_length=100
+    )
+    assert (record.stop_reason, record.num_turns, record.messages[-1]["role"]) == (
+        "length",
+        1,
+        "assistant",
+    )
     assert all(kind != USER for kind, _, _ in record.segments)
 
 
@@ -131,7 +157,9 @@ async def test_a_user_turn_that_does_not_fit_is_not_appended(smollm2: ChatTempla
         ("reward", "expected a finite number as the user turn's reward, got nan"),
     ],
 )
-async def test_a_broken_user_is_infrastructure_never_a_reward(smollm2: ChatTemplate, breaks: str, said: str) -> None:
+async def test_a_broken_user_is_infrastructure_never_a_reward(
+    smollm2: ChatTemplate, breaks: str, said: str
+) -> None:
     interactions, user = patient(breaks, timeout_s=0.1)
     record = await talk(smollm2, interactions, "It is 41.")
     assert (record.infra_error, record.reward, record.stop_reason) == (True, None, "stop")
@@ -175,11 +203,16 @@ async def test_a_user_who_cannot_be_finalized_is_a_warning(smollm2: ChatTemplate
     interactions, _ = patient("finalize")
     record = await talk(smollm2, interactions, "It is 42.")
     assert (record.infra_error, record.reward) == (False, 1.0)
-    assert "interaction patient: finalize_interaction failed: RuntimeError: broken finalize" in record.warnings[0]
+    assert (
+        "interaction patient: finalize_interaction failed: RuntimeError: broken finalize"
+        in record.warnings[0]
+    )
 
 
 @pytest.mark.parametrize("step", ["start_interaction", "generate_response", "finalize_interaction"])
-async def test_a_class_that_does_not_take_what_it_is_given_costs_one_conversation(smollm2: ChatTemplate, step: str) -> None:
+async def test_a_class_that_does_not_take_what_it_is_given_costs_one_conversation(
+    smollm2: ChatTemplate, step: str
+) -> None:
     """What raises is the call itself, before there is anything to await."""
     interactions, user = patient()
 
@@ -188,7 +221,9 @@ async def test_a_class_that_does_not_take_what_it_is_given_costs_one_conversatio
     setattr(user, step, refuses)
     record = await talk(smollm2, interactions, "It is 42.")
     assert record.stop_reason == "stop"
-    assert any(f"{step} failed: TypeError" in said for said in (record.error or "", *record.warnings))
+    assert any(
+        f"{step} failed: TypeError" in said for said in (record.error or "", *record.warnings)
+    )
 
 
 # ---------------------------------------------------------------------- the YAML
@@ -207,7 +242,10 @@ async def test_verls_own_interaction(smollm2: ChatTemplate, tmp_path: Path) -> N
     interactions = load_interactions(write(tmp_path, yaml))
     the_task = task("t", interaction_kwargs={"ground_truth": "42", "query": "6 * 7"})
     record = await talk(smollm2, interactions, "#### 41", "#### 42", the_task=the_task)
-    assert record.messages[2]["content"] == "Your response is incorrect! You need to reflect on your answer and try again."
+    assert (
+        record.messages[2]["content"]
+        == "Your response is incorrect! You need to reflect on your answer and try again."
+    )
     assert (record.num_turns, record.reward_parts["user_turn_rewards"]) == (2, [0.0, 1.0])
     assert interactions["gsm8k"].interaction._instance_dict == {}  # type: ignore[attr-defined]
 
@@ -225,13 +263,22 @@ def test_names_come_from_the_class_as_in_verl(tmp_path: Path) -> None:
         ("tools: []", "expected `interaction:` over a list"),
         ("interaction:\n  - {name: x}", "entry 0: expected class_name"),
         ("interaction:\n  - {class_name: nowhere.Thing}", "entry 0: there is no module 'nowhere'"),
-        ("interaction:\n  - {class_name: pathlib.PurePath, config: {}}", "entry 0: pathlib.PurePath cannot be made"),
-        ("interaction:\n  - {class_name: tests.helpers.Unprintable, config: {}}", "entry 0: tests.helpers.Unprintable cannot be made"),
+        (
+            "interaction:\n  - {class_name: pathlib.PurePath, config: {}}",
+            "entry 0: pathlib.PurePath cannot be made",
+        ),
+        (
+            "interaction:\n  - {class_name: tests.helpers.Unprintable, config: {}}",
+            "entry 0: tests.helpers.Unprintable cannot be made",
+        ),
         (
             "interaction:\n  - {class_name: tests.agent.test_interactions.Patient, config: {timeout_s: 0}}",
             "timeout_s must be a number above 0",
         ),
-        ("interaction:\n" + "  - {class_name: tests.agent.test_interactions.Patient}\n" * 2, "needs a name of its own"),
+        (
+            "interaction:\n" + "  - {class_name: tests.agent.test_interactions.Patient}\n" * 2,
+            "needs a name of its own",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -242,5 +289,7 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, said: str) -> None:
 
 def test_a_row_that_names_an_unknown_one(tmp_path: Path) -> None:
     interactions, _ = patient()
-    with pytest.raises(TaskError, match="interaction_kwargs choose 'patent'; did you mean 'patient'"):
+    with pytest.raises(
+        TaskError, match="interaction_kwargs choose 'patent'; did you mean 'patient'"
+    ):
         interactions.chosen({"name": "patent"})

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from conversations.store import SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest, read_trajectories
+from conversations.store import (
+    SUPERSEDED,
+    TRAJECTORIES,
+    UNFINISHED,
+    read_manifest,
+    read_trajectories,
+)
 from conversations.trajectory import Trajectory, read_record
 from tests.helpers import ROOT
 
@@ -29,7 +35,9 @@ class Driver:
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "tests.agent.kill_driver", str(folder), str(TASKS)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self.line() == "ready"
 
     def line(self) -> str:
@@ -78,7 +86,9 @@ def wait_for_growth(file: Path) -> None:
         time.sleep(0.002)
 
 
-def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(driver: Driver, tmp_path: Path) -> None:
+def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
+    driver: Driver, tmp_path: Path
+) -> None:
     rng = random.Random(9)
     folder = tmp_path / "run"
     kept: dict[str, str] = {}
@@ -89,7 +99,9 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(dri
             wait_for_growth(folder / TRAJECTORIES)
         time.sleep(rng.random() ** 2 * 0.2)  # at once, while it resumes, while it runs
         os.kill(child, signal.SIGKILL)
-        assert driver.exit_code() == KILLED, "the run was over before it was killed: give it more tasks"
+        assert driver.exit_code() == KILLED, (
+            "the run was over before it was killed: give it more tasks"
+        )
         now = finished(folder)
         assert kept.items() <= now.items()  # what was written stays as it was written
         grew += len(now) > len(kept)
@@ -103,7 +115,9 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(dri
         if len(finished(folder)) == TASKS:
             break
     trajectories = list(read_trajectories(folder))
-    assert Counter(record.task_id for record in trajectories) == {f"task{number}": 1 for number in range(TASKS)}
+    assert Counter(record.task_id for record in trajectories) == {
+        f"task{number}": 1 for number in range(TASKS)
+    }
     assert {record.stop_reason for record in trajectories} == {"stop"}
     assert {record.num_turns for record in trajectories} == {3}
     assert kept.items() <= {record.id: record.to_line() for record in trajectories}.items()

@@ -87,7 +87,9 @@ def test_a_rate_and_slots_hold_together() -> None:
         one = gate(rate_limit=4.0, max_concurrency=2)
         return await asyncio.gather(*(pass_through(one, takes_s=0.4) for _ in range(10)))
 
-    assert virtual_time.run(crowd()) == pytest.approx([0, 0, 0.4, 0.4, 1.0, 1.0, 1.4, 1.4, 2.0, 2.0])
+    assert virtual_time.run(crowd()) == pytest.approx(
+        [0, 0, 0.4, 0.4, 1.0, 1.0, 1.4, 1.4, 2.0, 2.0]
+    )
 
 
 # ---------------------------------------------------------------------- cancellation
@@ -104,21 +106,33 @@ def test_who_is_cancelled_in_the_queue_takes_nothing() -> None:
             task.cancel()
         return [await task for task in first + last]
 
-    assert virtual_time.run(crowd(True)) == virtual_time.run(crowd(False)) == pytest.approx([0, 1, 2, 3, 4])
+    assert (
+        virtual_time.run(crowd(True))
+        == virtual_time.run(crowd(False))
+        == pytest.approx([0, 1, 2, 3, 4])
+    )
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_no_slot_and_no_probe_is_lost_in_a_storm_of_cancellations(seed: int) -> None:
     rng = random.Random(seed)
     slots = rng.randrange(1, 4)
-    limits: dict[str, Any] = {"max_concurrency": slots, "circuit_breaker": BreakerPolicy(failures=2, cooldown_s=1.0)}
+    limits: dict[str, Any] = {
+        "max_concurrency": slots,
+        "circuit_breaker": BreakerPolicy(failures=2, cooldown_s=1.0),
+    }
     if rng.random() < 0.7:
         limits["rate_limit"] = rng.choice((2.0, 10.0, 100.0))
 
     async def storm() -> None:
         one = gate(**limits)
         statuses = ("ok", "backend_error", "timeout", "tool_error")
-        calls = [asyncio.create_task(_later(one, rng.uniform(0, 10), rng.choice(statuses), rng.uniform(0, 1))) for _ in range(120)]
+        calls = [
+            asyncio.create_task(
+                _later(one, rng.uniform(0, 10), rng.choice(statuses), rng.uniform(0, 1))
+            )
+            for _ in range(120)
+        ]
         for call in calls:
             if rng.random() < 0.4:
                 asyncio.get_running_loop().call_later(rng.uniform(0, 12), call.cancel)
@@ -165,8 +179,13 @@ async def tried(one: Gate, *statuses: str, takes_s: float = 0.0) -> list[str]:
 def test_it_opens_after_so_many_failures_in_a_row_and_only_then() -> None:
     async def run() -> None:
         one = gate(circuit_breaker=BreakerPolicy(failures=3, cooldown_s=10.0))
-        assert await tried(one, "backend_error", "timeout", "ok", "backend_error", "timeout") == ["sent"] * 5
-        assert await tried(one, "tool_error", "backend_error", "timeout") == ["sent"] * 3  # a ToolError is an answer
+        assert (
+            await tried(one, "backend_error", "timeout", "ok", "backend_error", "timeout")
+            == ["sent"] * 5
+        )
+        assert (
+            await tried(one, "tool_error", "backend_error", "timeout") == ["sent"] * 3
+        )  # a ToolError is an answer
         assert await tried(one, "cancelled", "cancelled") == ["sent"] * 2  # which says nothing
         assert await tried(one, "backend_error", "ok", "ok") == ["sent", "refused", "refused"]
 
@@ -206,7 +225,11 @@ def test_who_comes_while_a_probe_holds_the_only_slot_is_refused_at_once() -> Non
 
 def test_a_probe_that_is_cancelled_leaves_the_next_one_free_to_probe() -> None:
     async def run() -> None:
-        one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=1.0), rate_limit=1.0, max_concurrency=1)
+        one = gate(
+            circuit_breaker=BreakerPolicy(failures=1, cooldown_s=1.0),
+            rate_limit=1.0,
+            max_concurrency=1,
+        )
         assert await tried(one, "timeout") == ["sent"]
         await asyncio.sleep(1.0)
         probe = asyncio.create_task(tried(one, "ok", takes_s=5.0))
@@ -221,12 +244,18 @@ def test_a_probe_that_is_cancelled_leaves_the_next_one_free_to_probe() -> None:
 def test_failures_that_began_before_it_opened_prolong_nothing_and_an_answer_closes_it() -> None:
     async def run() -> None:
         one = gate(circuit_breaker=BreakerPolicy(failures=1, cooldown_s=2.0))
-        late = [asyncio.create_task(tried(one, status, takes_s=s)) for status, s in (("timeout", 1.9), ("timeout", 2.5), ("ok", 3.0))]
+        late = [
+            asyncio.create_task(tried(one, status, takes_s=s))
+            for status, s in (("timeout", 1.9), ("timeout", 2.5), ("ok", 3.0))
+        ]
         await asyncio.sleep(0)
         assert await tried(one, "backend_error") == ["sent"]
         await late[0]
         await asyncio.sleep(0.1)
-        assert await tried(one, "backend_error", "ok") == ["sent", "refused"]  # a probe at 2.0 s; open until 4.0 s
+        assert await tried(one, "backend_error", "ok") == [
+            "sent",
+            "refused",
+        ]  # a probe at 2.0 s; open until 4.0 s
         await late[2]
         assert now() == 3.0
         assert await tried(one, "ok") == ["sent"]
@@ -234,7 +263,10 @@ def test_failures_that_began_before_it_opened_prolong_nothing_and_an_answer_clos
     virtual_time.run(run())
 
 
-@pytest.mark.parametrize("limits", [{"max_concurrency": 2}, {"rate_limit": 2.0}, {"max_concurrency": 2, "rate_limit": 2.0}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_concurrency": 2}, {"rate_limit": 2.0}, {"max_concurrency": 2, "rate_limit": 2.0}],
+)
 def test_whoever_waits_when_it_opens_is_refused_with_no_more_wait(limits: dict[str, Any]) -> None:
     async def run() -> None:
         one = gate(circuit_breaker=BreakerPolicy(failures=2, cooldown_s=100.0), **limits)

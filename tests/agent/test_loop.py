@@ -17,7 +17,18 @@ from agent.loop import Conversation, converse
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.conversations.templates import family
-from tests.helpers import QUESTION, Toy, call, logprobs, qwen_template, run_one, runtime, says, settings, task
+from tests.helpers import (
+    QUESTION,
+    Toy,
+    call,
+    logprobs,
+    qwen_template,
+    run_one,
+    runtime,
+    says,
+    settings,
+    task,
+)
 
 
 def generation(ids: list[int], finish_reason: str = "stop", **fields: Any) -> Generation:
@@ -26,7 +37,9 @@ def generation(ids: list[int], finish_reason: str = "stop", **fields: Any) -> Ge
 
 def text_of(template: ChatTemplate, record: Trajectory, *kinds: str) -> list[str]:
     ids = record.prompt_ids + record.response_ids
-    return [template.decode(ids[start:end]) for kind, start, end in record.segments if kind in kinds]
+    return [
+        template.decode(ids[start:end]) for kind, start, end in record.segments if kind in kinds
+    ]
 
 
 def seen(engine: ScriptedEngine) -> list[list[int]]:
@@ -51,30 +64,66 @@ async def test_two_calls_and_an_answer(smollm2: ChatTemplate) -> None:
     engine = says(smollm2, first, second, "It is 42.")
     inputs = seen(engine)
     record = await run_one(
-        runtime(smollm2, engine, [Toy(calc_reward="reward")]), task(ground_truth="42", data_source="d", extra={"k": [1]})
+        runtime(smollm2, engine, [Toy(calc_reward="reward")]),
+        task(ground_truth="42", data_source="d", extra={"k": [1]}),
     )
 
-    assert text_of(smollm2, record, "sampled") == [f"{first}<|im_end|>", f"{second}<|im_end|>", "It is 42.<|im_end|>"]
+    assert text_of(smollm2, record, "sampled") == [
+        f"{first}<|im_end|>",
+        f"{second}<|im_end|>",
+        "It is 42.<|im_end|>",
+    ]
     assert text_of(smollm2, record, "tool") == [
         "<|im_start|>user\n<tool_response>\nrewarded\n</tool_response><|im_end|>\n",
         "<|im_start|>user\n<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response><|im_end|>\n",
     ]
     assert text_of(smollm2, record, "template") == ["\n", "<|im_start|>assistant\n"] * 2
-    assert [kind for kind, _, _ in record.segments] == ["prompt", *["sampled", "template", "tool", "template"] * 2, "sampled"]
+    assert [kind for kind, _, _ in record.segments] == [
+        "prompt",
+        *["sampled", "template", "tool", "template"] * 2,
+        "sampled",
+    ]
 
     ids = record.prompt_ids + record.response_ids
     assert [ids[: turn.start] for turn in record.turns] == inputs
     assert [turn.prompt_tokens for turn in record.turns] == [turn.start for turn in record.turns]
     assert sum(record.response_mask) == sum(turn.end - turn.start for turn in record.turns)
 
-    assert [message["role"] for message in record.messages] == ["user", "assistant", "tool", "assistant", "tool", "tool", "assistant"]
-    assert [message.get("raw") for message in record.messages] == [None, first, None, second, None, None, "It is 42."]
-    assert [message["content"] for message in record.messages][1:4] == ["Let me see.\n", "rewarded", "\n"]
-    assert [message.get("tool_call_id") for message in record.messages if message["role"] == "tool"] == ["call_0_0", "call_1_0", "call_1_1"]
+    assert [message["role"] for message in record.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+        "tool",
+        "assistant",
+    ]
+    assert [message.get("raw") for message in record.messages] == [
+        None,
+        first,
+        None,
+        second,
+        None,
+        None,
+        "It is 42.",
+    ]
+    assert [message["content"] for message in record.messages][1:4] == [
+        "Let me see.\n",
+        "rewarded",
+        "\n",
+    ]
+    assert [
+        message.get("tool_call_id") for message in record.messages if message["role"] == "tool"
+    ] == ["call_0_0", "call_1_0", "call_1_1"]
     assert [line.call_id for line in record.tool_calls] == ["call_0_0", "call_1_0", "call_1_1"]
     assert [line.reward for line in record.tool_calls] == [0.5, None, None]
 
-    assert (record.stop_reason, record.num_turns, record.infra_error, record.error) == ("stop", 3, False, None)
+    assert (record.stop_reason, record.num_turns, record.infra_error, record.error) == (
+        "stop",
+        3,
+        False,
+        None,
+    )
     assert (record.reward, record.reward_parts) == (1.0, {"toy": 1.0})
     assert (record.ground_truth, record.data_source, record.extra) == ("42", "d", {"k": [1]})
     assert (record.id, record.task_id, record.sample, record.parent) == ("t-0", "t", 0, None)
@@ -83,7 +132,12 @@ async def test_two_calls_and_an_answer(smollm2: ChatTemplate) -> None:
 
 async def test_without_tools_a_call_is_text(smollm2: ChatTemplate) -> None:
     record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"))))
-    assert (record.stop_reason, record.tool_calls, record.tools, record.reward) == ("stop", [], [], None)
+    assert (record.stop_reason, record.tool_calls, record.tools, record.reward) == (
+        "stop",
+        [],
+        [],
+        None,
+    )
     assert record.messages[-1]["content"] == call("toy", do="say")
 
 
@@ -92,27 +146,57 @@ async def test_the_engine_is_told_where_to_stop_and_how_far_to_go(smollm2: ChatT
 
     def respond(prompt_ids: Any, sampling: Any) -> Generation:
         asked.append(dict(sampling))
-        return generation([*smollm2.encode(call("toy", do="say") if len(asked) == 1 else "42"), smollm2.end_id])
+        return generation(
+            [*smollm2.encode(call("toy", do="say") if len(asked) == 1 else "42"), smollm2.end_id]
+        )
 
     record = await run_one(
-        runtime(smollm2, ScriptedEngine(respond), [Toy()], response_length=100, max_tokens=60, sampling={"temperature": 0.7, "top_p": 1.0})
+        runtime(
+            smollm2,
+            ScriptedEngine(respond),
+            [Toy()],
+            response_length=100,
+            max_tokens=60,
+            sampling={"temperature": 0.7, "top_p": 1.0},
+        )
     )
     used = record.turns[1].start - len(record.prompt_ids)
     assert asked == [
-        {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": room, "stop_token_ids": smollm2.stop_token_ids} for room in (60, 100 - used)
+        {
+            "temperature": 0.7,
+            "top_p": 1.0,
+            "max_new_tokens": room,
+            "stop_token_ids": smollm2.stop_token_ids,
+        }
+        for room in (60, 100 - used)
     ]
-    assert record.sampling == {"temperature": 0.7, "top_p": 1.0, "stop_token_ids": smollm2.stop_token_ids}
+    assert record.sampling == {
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "stop_token_ids": smollm2.stop_token_ids,
+    }
 
 
 async def test_what_the_engine_says_of_a_turn_is_kept(smollm2: ChatTemplate) -> None:
-    answer = generation([smollm2.end_id], cached_tokens=3, queue_s=0.25, engine_s=0.5, weight_version="w7")
+    answer = generation(
+        [smollm2.end_id], cached_tokens=3, queue_s=0.25, engine_s=0.5, weight_version="w7"
+    )
     (turn,) = (await run_one(runtime(smollm2, says(smollm2, answer)))).turns
-    assert (turn.cached_tokens, turn.queue_s, turn.engine_s, turn.weight_version) == (3, 0.25, 0.5, "w7")
+    assert (turn.cached_tokens, turn.queue_s, turn.engine_s, turn.weight_version) == (
+        3,
+        0.25,
+        0.5,
+        "w7",
+    )
     assert turn.prompt_tokens == turn.start
 
 
-async def test_an_engine_that_saw_other_tokens_than_were_sent_is_an_engine_error(smollm2: ChatTemplate) -> None:
-    record = await run_one(runtime(smollm2, says(smollm2, generation([smollm2.end_id], prompt_tokens=7))))
+async def test_an_engine_that_saw_other_tokens_than_were_sent_is_an_engine_error(
+    smollm2: ChatTemplate,
+) -> None:
+    record = await run_one(
+        runtime(smollm2, says(smollm2, generation([smollm2.end_id], prompt_tokens=7)))
+    )
     assert (record.stop_reason, record.num_turns) == ("engine_error", 0)
     assert "saw 7 prompt tokens" in str(record.error)
 
@@ -143,7 +227,16 @@ async def test_work_per_turn_does_not_grow_with_the_conversation(smollm2: ChatTe
         so_far.append(template.work)
         return generation(turn)
 
-    record = await run_one(runtime(template, ScriptedEngine(respond), [Toy()], max_turns=50, response_length=50_000, max_model_len=100_000))
+    record = await run_one(
+        runtime(
+            template,
+            ScriptedEngine(respond),
+            [Toy()],
+            max_turns=50,
+            response_length=50_000,
+            max_model_len=100_000,
+        )
+    )
     assert record.num_turns == 50
     work = {after - before for before, after in pairwise(so_far)}
     assert len(work) == 1
@@ -153,16 +246,26 @@ async def test_work_per_turn_does_not_grow_with_the_conversation(smollm2: ChatTe
 # ---------------------------------------------------------------------- the end of a turn
 
 
-async def test_an_exact_fit_is_complete_though_the_engine_says_length(smollm2: ChatTemplate) -> None:
+async def test_an_exact_fit_is_complete_though_the_engine_says_length(
+    smollm2: ChatTemplate,
+) -> None:
     ids = [*smollm2.encode("42"), smollm2.end_id]
-    record = await run_one(runtime(smollm2, says(smollm2, generation(ids, "length")), response_length=len(ids)))
-    assert (record.stop_reason, record.turns[0].finish_reason, record.messages[-1]["raw"]) == ("stop", "length", "42")
+    record = await run_one(
+        runtime(smollm2, says(smollm2, generation(ids, "length")), response_length=len(ids))
+    )
+    assert (record.stop_reason, record.turns[0].finish_reason, record.messages[-1]["raw"]) == (
+        "stop",
+        "length",
+        "42",
+    )
 
 
 async def test_calls_of_an_exact_fit_are_run(smollm2: ChatTemplate) -> None:
     toy = Toy()
     ids = [*smollm2.encode(call("toy", do="say")), smollm2.end_id]
-    record = await run_one(runtime(smollm2, says(smollm2, generation(ids, "length"), "42"), [toy], max_tokens=len(ids)))
+    record = await run_one(
+        runtime(smollm2, says(smollm2, generation(ids, "length"), "42"), [toy], max_tokens=len(ids))
+    )
     assert toy.count("execute") == 1
     assert record.stop_reason == "stop"
 
@@ -184,7 +287,9 @@ async def test_a_lacking_end_token_is_appended_by_the_template(smollm2: ChatTemp
     other = smollm2.encode("<|endoftext|>")
     ids = [*smollm2.encode(call("toy", do="say", text="x")), *other]
     record = await run_one(runtime(smollm2, says(smollm2, ids, "42"), [Toy()]))
-    assert text_of(smollm2, record, "sampled")[0] == f"{call('toy', do='say', text='x')}<|endoftext|>"
+    assert (
+        text_of(smollm2, record, "sampled")[0] == f"{call('toy', do='say', text='x')}<|endoftext|>"
+    )
     assert text_of(smollm2, record, "template")[0] == "<|im_end|>\n"
     assert record.messages[1]["raw"].endswith("<|endoftext|>")
     assert record.stop_reason == "stop"
@@ -204,13 +309,20 @@ async def test_a_template_that_drops_thoughts_is_warned_about_and_the_sampled_to
     engine = says(template, thought, thought, "42")
     inputs = seen(engine)
     record = await run_one(runtime(template, engine, [Toy()]))
-    assert len([warning for warning in record.warnings if "drops earlier <think> blocks" in warning]) == 1
+    assert (
+        len([warning for warning in record.warnings if "drops earlier <think> blocks" in warning])
+        == 1
+    )
     assert template.decode(inputs[2]).count("<think>\nhm\n</think>") == 2
 
 
 async def test_control_tokens_in_a_response_are_warned_about(smollm2: ChatTemplate) -> None:
-    record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="control"), "42"), [Toy()]))
-    assert record.warnings == ["the response of call_0_0 holds control tokens as text: <|im_end|>, <|im_start|>"]
+    record = await run_one(
+        runtime(smollm2, says(smollm2, call("toy", do="control"), "42"), [Toy()])
+    )
+    assert record.warnings == [
+        "the response of call_0_0 holds control tokens as text: <|im_end|>, <|im_start|>"
+    ]
 
 
 # ---------------------------------------------------------------------- stop reasons
@@ -218,7 +330,13 @@ async def test_control_tokens_in_a_response_are_warned_about(smollm2: ChatTempla
 
 async def test_a_tool_that_ends_the_conversation(smollm2: ChatTemplate) -> None:
     done = Toy("done", ends_conversation=True, calc_reward="reward")
-    record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say") + call("done", do="say", text="bye")), [Toy(), done]))
+    record = await run_one(
+        runtime(
+            smollm2,
+            says(smollm2, call("toy", do="say") + call("done", do="say", text="bye")),
+            [Toy(), done],
+        )
+    )
     assert (record.stop_reason, record.reward) == ("tool_stop", 1.0)
     assert [line.response for line in record.tool_calls] == ["", "bye"]
     assert record.messages[-1]["role"] == "assistant"
@@ -227,27 +345,51 @@ async def test_a_tool_that_ends_the_conversation(smollm2: ChatTemplate) -> None:
 
 async def test_a_tool_that_would_end_it_but_fails_does_not(smollm2: ChatTemplate) -> None:
     done = Toy("done", ends_conversation=True)
-    record = await run_one(runtime(smollm2, says(smollm2, call("done", do="tool_error"), "42"), [done]))
+    record = await run_one(
+        runtime(smollm2, says(smollm2, call("done", do="tool_error"), "42"), [done])
+    )
     assert record.stop_reason == "stop"
 
 
-async def test_the_last_allowed_turns_calls_are_run_and_rewarded_but_not_answered(smollm2: ChatTemplate) -> None:
+async def test_the_last_allowed_turns_calls_are_run_and_rewarded_but_not_answered(
+    smollm2: ChatTemplate,
+) -> None:
     toy = Toy(calc_reward="reward")
-    record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"), call("toy", do="reward", text="0.5")), [toy], max_turns=2))
+    record = await run_one(
+        runtime(
+            smollm2,
+            says(smollm2, call("toy", do="say"), call("toy", do="reward", text="0.5")),
+            [toy],
+            max_turns=2,
+        )
+    )
     assert (record.stop_reason, record.num_turns, record.reward) == ("max_turns", 2, 1.0)
     assert [(line.status, line.reward) for line in record.tool_calls] == [("ok", None), ("ok", 0.5)]
-    assert [message["role"] for message in record.messages] == ["user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in record.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
 
 
 async def test_an_answer_in_the_last_allowed_turn_is_a_stop(smollm2: ChatTemplate) -> None:
-    assert (await run_one(runtime(smollm2, says(smollm2, "42"), [Toy()], max_turns=1))).stop_reason == "stop"
+    assert (
+        await run_one(runtime(smollm2, says(smollm2, "42"), [Toy()], max_turns=1))
+    ).stop_reason == "stop"
 
 
 async def test_invalid_calls_in_a_row(smollm2: ChatTemplate) -> None:
     bad = "<tool_call>{oops</tool_call>"
     turns = [bad, call("nobody") + call("toy", do="say"), bad + call("toy", do=1), call("nobody")]
-    record = await run_one(runtime(smollm2, says(smollm2, *turns), [Toy()], max_consecutive_invalid_calls=3))
-    assert (record.stop_reason, record.num_turns, record.infra_error) == ("invalid_tool_calls", 4, False)
+    record = await run_one(
+        runtime(smollm2, says(smollm2, *turns), [Toy()], max_consecutive_invalid_calls=3)
+    )
+    assert (record.stop_reason, record.num_turns, record.infra_error) == (
+        "invalid_tool_calls",
+        4,
+        False,
+    )
     assert [line.status for line in record.tool_calls] == [
         "malformed",
         "unknown_tool",
@@ -259,38 +401,75 @@ async def test_invalid_calls_in_a_row(smollm2: ChatTemplate) -> None:
 
 
 async def test_no_limit_of_invalid_calls(smollm2: ChatTemplate) -> None:
-    record = await run_one(runtime(smollm2, says(smollm2, *[call("nobody")] * 20, "42"), [Toy()], max_consecutive_invalid_calls=None))
+    record = await run_one(
+        runtime(
+            smollm2,
+            says(smollm2, *[call("nobody")] * 20, "42"),
+            [Toy()],
+            max_consecutive_invalid_calls=None,
+        )
+    )
     assert (record.stop_reason, record.num_turns) == ("stop", 21)
 
 
 async def test_a_prompt_over_its_budget_never_reaches_the_engine(smollm2: ChatTemplate) -> None:
     fits = await run_one(runtime(smollm2, says(smollm2, "42")))
     length = len(fits.prompt_ids)
-    assert (await run_one(runtime(smollm2, says(smollm2, "42"), prompt_length=length))).stop_reason == "stop"
-    assert (await run_one(runtime(smollm2, says(smollm2, "4"), max_model_len=length + 2))).stop_reason == "stop"
+    assert (
+        await run_one(runtime(smollm2, says(smollm2, "42"), prompt_length=length))
+    ).stop_reason == "stop"
+    assert (
+        await run_one(runtime(smollm2, says(smollm2, "4"), max_model_len=length + 2))
+    ).stop_reason == "stop"
     for limits in ({"prompt_length": length - 1}, {"max_model_len": length}):
         record = await run_one(runtime(smollm2, says(smollm2), **limits))
-        assert (record.stop_reason, record.num_turns, record.turns, record.infra_error) == ("prompt_too_long", 0, [], False)
-        assert (record.prompt_ids, record.response_ids, record.segments) == (fits.prompt_ids, [], [("prompt", 0, length)])
+        assert (record.stop_reason, record.num_turns, record.turns, record.infra_error) == (
+            "prompt_too_long",
+            0,
+            [],
+            False,
+        )
+        assert (record.prompt_ids, record.response_ids, record.segments) == (
+            fits.prompt_ids,
+            [],
+            [("prompt", 0, length)],
+        )
 
 
 async def test_what_tools_say_when_created_counts_to_the_prompt(smollm2: ChatTemplate) -> None:
     kwargs = {"tools_kwargs": {"toy": {"create_kwargs": {"text": "The board is empty."}}}}
     record = await run_one(runtime(smollm2, says(smollm2, "42"), [Toy()]), task(**kwargs))
-    assert text_of(smollm2, record, "tool") == ["<|im_start|>user\n<tool_response>\nThe board is empty.\n</tool_response><|im_end|>\n"]
+    assert text_of(smollm2, record, "tool") == [
+        "<|im_start|>user\n<tool_response>\nThe board is empty.\n</tool_response><|im_end|>\n"
+    ]
     assert [kind for kind, _, _ in record.segments] == ["prompt", "tool", "prompt", "sampled"]
     assert record.messages[1] == {"role": "tool", "content": "The board is empty.", "name": "toy"}
     toy = Toy(calc_reward="reward")
-    long = await run_one(runtime(smollm2, says(smollm2), [toy], prompt_length=len(record.prompt_ids) - 1), task(**kwargs))
+    long = await run_one(
+        runtime(smollm2, says(smollm2), [toy], prompt_length=len(record.prompt_ids) - 1),
+        task(**kwargs),
+    )
     assert (long.stop_reason, long.reward) == ("prompt_too_long", None)
     assert toy.count("release") == 1
 
 
 async def test_responses_that_do_not_fit_are_not_appended(smollm2: ChatTemplate) -> None:
-    whole = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say", text="word " * 30), "42"), [Toy()]))
-    before, after = whole.turns[0].end - len(whole.prompt_ids), whole.turns[1].start - len(whole.prompt_ids)
-    for limits in ({"response_length": after - 1}, {"max_model_len": len(whole.prompt_ids) + after - 1}):
-        record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say", text="word " * 30)), [Toy()], **limits))
+    whole = await run_one(
+        runtime(smollm2, says(smollm2, call("toy", do="say", text="word " * 30), "42"), [Toy()])
+    )
+    before, after = (
+        whole.turns[0].end - len(whole.prompt_ids),
+        whole.turns[1].start - len(whole.prompt_ids),
+    )
+    for limits in (
+        {"response_length": after - 1},
+        {"max_model_len": len(whole.prompt_ids) + after - 1},
+    ):
+        record = await run_one(
+            runtime(
+                smollm2, says(smollm2, call("toy", do="say", text="word " * 30)), [Toy()], **limits
+            )
+        )
         assert (record.stop_reason, len(record.response_ids)) == ("length", before)
         assert record.tool_calls[0].response == "word " * 30
         assert record.messages[-1]["role"] == "assistant"
@@ -299,19 +478,29 @@ async def test_responses_that_do_not_fit_are_not_appended(smollm2: ChatTemplate)
 async def test_responses_that_fit_exactly_leave_no_room_for_a_turn(smollm2: ChatTemplate) -> None:
     whole = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"), "42"), [Toy()]))
     after = whole.turns[1].start - len(whole.prompt_ids)
-    record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say")), [Toy()], response_length=after))
+    record = await run_one(
+        runtime(smollm2, says(smollm2, call("toy", do="say")), [Toy()], response_length=after)
+    )
     assert (record.stop_reason, len(record.response_ids), record.num_turns) == ("length", after, 1)
 
 
 @pytest.mark.parametrize("where", ["create", "engine", "tool"])
 async def test_a_deadline_ends_what_hangs(smollm2: ChatTemplate, where: str) -> None:
     toy = Toy(calc_reward="reward", **({"create": "hang"} if where == "create" else {}))
-    engine = says(smollm2, call("toy", do="say") + call("toy", do="hang") + "<tool_call>{", delay_s=60 if where == "engine" else 0)
+    engine = says(
+        smollm2,
+        call("toy", do="say") + call("toy", do="hang") + "<tool_call>{",
+        delay_s=60 if where == "engine" else 0,
+    )
     record = await run_one(runtime(smollm2, engine, [toy], deadline_s=0.2))
     assert (record.stop_reason, record.infra_error) == ("deadline", False)
     if where == "tool":
         assert [line.status for line in record.tool_calls] == ["ok", "cancelled", "malformed"]
-        assert (record.num_turns, record.reward, record.messages[-1]["role"]) == (1, 1.0, "assistant")
+        assert (record.num_turns, record.reward, record.messages[-1]["role"]) == (
+            1,
+            1.0,
+            "assistant",
+        )
     else:
         assert (record.num_turns, record.response_ids, record.reward) == (0, [], None)
     assert toy.count("release") == toy.count("create") == (where != "create")
@@ -327,7 +516,12 @@ async def test_cancellation_is_passed_on_and_recorded(smollm2: ChatTemplate) -> 
     with pytest.raises(asyncio.CancelledError):
         await running
     record = Trajectory.from_line(conversation.trajectory().to_line())
-    assert (record.stop_reason, record.num_turns, record.reward, record.infra_error) == ("cancelled", 2, None, False)
+    assert (record.stop_reason, record.num_turns, record.reward, record.infra_error) == (
+        "cancelled",
+        2,
+        None,
+        False,
+    )
     assert [line.status for line in record.tool_calls] == ["ok", "cancelled"]
     assert toy.count("release") == 1
 
@@ -335,7 +529,9 @@ async def test_cancellation_is_passed_on_and_recorded(smollm2: ChatTemplate) -> 
 class Slow(ScriptedEngine):
     """Hangs in the last of its turns; cancelled, it tells the first tokens of it."""
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         generation = await super().generate(prompt_ids, sampling, request_id=request_id)
         if generation.finish_reason != "abort":
             return generation
@@ -352,7 +548,9 @@ def cut_off(template: ChatTemplate, text: str) -> Generation:
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "deadline"])
-async def test_the_tokens_of_a_turn_that_is_cut_off_are_kept(smollm2: ChatTemplate, reason: str) -> None:
+async def test_the_tokens_of_a_turn_that_is_cut_off_are_kept(
+    smollm2: ChatTemplate, reason: str
+) -> None:
     """Its calls are not run, whole ones neither."""
     toy = Toy()
     begun = cut_off(smollm2, call("toy", do="say") + "\n<tool_call>{")
@@ -371,7 +569,11 @@ async def test_the_tokens_of_a_turn_that_is_cut_off_are_kept(smollm2: ChatTempla
     else:
         await running
     record = Trajectory.from_line(conversation.trajectory().to_line())
-    assert (record.stop_reason, record.num_turns, record.turns[-1].finish_reason) == (reason, 2, "abort")
+    assert (record.stop_reason, record.num_turns, record.turns[-1].finish_reason) == (
+        reason,
+        2,
+        "abort",
+    )
     assert record.response_ids[-len(begun.token_ids) :] == begun.token_ids
     assert record.response_logprobs[-len(begun.token_ids) :] == begun.logprobs
     assert [line.status for line in record.tool_calls][:2] == ["ok", "cancelled"]
@@ -408,7 +610,9 @@ def test_the_first_stop_reason_stays(smollm2: ChatTemplate) -> None:
     ],
 )
 @pytest.mark.parametrize("turn", [0, 1])
-async def test_what_the_engine_cannot_do_is_never_a_reward(smollm2: ChatTemplate, answer: Any, turn: int) -> None:
+async def test_what_the_engine_cannot_do_is_never_a_reward(
+    smollm2: ChatTemplate, answer: Any, turn: int
+) -> None:
     toy = Toy(calc_reward="reward")
     first = [call("toy", do="say")] * turn
 
@@ -419,14 +623,29 @@ async def test_what_the_engine_cannot_do_is_never_a_reward(smollm2: ChatTemplate
             return self._respond(prompt_ids, sampling)
 
     engine = Raw(says(smollm2, *first, answer)._respond)
-    record = await run_one(runtime(smollm2, engine, [toy], max_tokens=10 if not turn else None, response_length=500 if not turn else 4096))
+    record = await run_one(
+        runtime(
+            smollm2,
+            engine,
+            [toy],
+            max_tokens=10 if not turn else None,
+            response_length=500 if not turn else 4096,
+        )
+    )
     if turn and isinstance(answer, Generation) and len(answer.token_ids) == 11:
         return  # there is room for it
-    assert (record.stop_reason, record.infra_error, record.reward, record.reward_parts) == ("engine_error", True, None, {})
+    assert (record.stop_reason, record.infra_error, record.reward, record.reward_parts) == (
+        "engine_error",
+        True,
+        None,
+        {},
+    )
     assert record.error
     assert "\n" not in record.error
     assert record.num_turns == turn
-    assert len(record.response_ids) == (record.segments[-1][2] - len(record.prompt_ids) if turn else 0)
+    assert len(record.response_ids) == (
+        record.segments[-1][2] - len(record.prompt_ids) if turn else 0
+    )
     assert record.segments[-1][0] == ("template" if turn else "prompt")
     assert toy.count("calc_reward") == 0
     assert toy.count("release") == 1
@@ -435,7 +654,11 @@ async def test_what_the_engine_cannot_do_is_never_a_reward(smollm2: ChatTemplate
 async def test_an_id_beyond_the_tokenizer_is_data(smollm2: ChatTemplate) -> None:
     """Models pad their vocabulary: such an id can be sampled; it decodes to nothing and stays."""
     record = await run_one(runtime(smollm2, says(smollm2, generation([60_000, smollm2.end_id]))))
-    assert (record.stop_reason, record.response_ids, record.messages[-1]["raw"]) == ("stop", [60_000, smollm2.end_id], "")
+    assert (record.stop_reason, record.response_ids, record.messages[-1]["raw"]) == (
+        "stop",
+        [60_000, smollm2.end_id],
+        "",
+    )
     (warning,) = record.warnings
     assert warning.startswith("the model sampled ids that the tokenizer does not have")
 
@@ -443,11 +666,18 @@ async def test_an_id_beyond_the_tokenizer_is_data(smollm2: ChatTemplate) -> None
 async def test_a_backend_that_fails_is_never_a_reward(smollm2: ChatTemplate) -> None:
     toy = Toy(calc_reward="reward")
     record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="backend"), "42"), [toy]))
-    assert (record.stop_reason, record.infra_error, record.reward, record.reward_parts) == ("stop", True, None, {})
+    assert (record.stop_reason, record.infra_error, record.reward, record.reward_parts) == (
+        "stop",
+        True,
+        None,
+        {},
+    )
 
 
 @pytest.mark.parametrize("step", ["create", "calc_reward"])
-async def test_a_tool_that_fails_outside_its_calls_is_never_a_reward(smollm2: ChatTemplate, step: str) -> None:
+async def test_a_tool_that_fails_outside_its_calls_is_never_a_reward(
+    smollm2: ChatTemplate, step: str
+) -> None:
     toys = [Toy(**{step: "bug"}), Toy("other", calc_reward="reward")]
     record = await run_one(runtime(smollm2, says(smollm2, "42"), toys))
     assert (record.stop_reason, record.infra_error, record.reward) == ("stop", True, None)
@@ -455,7 +685,9 @@ async def test_a_tool_that_fails_outside_its_calls_is_never_a_reward(smollm2: Ch
     assert record.error.startswith(f"tool toy: {step} failed: ZeroDivisionError")
 
 
-async def test_rewards_that_add_up_to_no_number_do_not_break_the_record(smollm2: ChatTemplate) -> None:
+async def test_rewards_that_add_up_to_no_number_do_not_break_the_record(
+    smollm2: ChatTemplate,
+) -> None:
     class Rich(Toy):
         async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None:
             return 1.7e308
@@ -466,7 +698,10 @@ async def test_rewards_that_add_up_to_no_number_do_not_break_the_record(smollm2:
 
 async def test_messages_that_the_template_refuses(smollm2: ChatTemplate) -> None:
     template = family("gemma")
-    record = await run_one(runtime(template, says(template, "42")), task(messages=[{"role": "system", "content": "x"}, *QUESTION]))
+    record = await run_one(
+        runtime(template, says(template, "42")),
+        task(messages=[{"role": "system", "content": "x"}, *QUESTION]),
+    )
     assert (record.stop_reason, record.infra_error, record.prompt_ids) == ("engine_error", True, [])
     assert record.error is not None
     assert "System role not supported" in record.error
@@ -479,7 +714,9 @@ async def test_two_samples_of_a_task_share_nothing(smollm2: ChatTemplate) -> Non
     toy = Toy()
     shared_task = task(tools_kwargs={"toy": {"create_kwargs": {"text": "hello"}}}, extra={"k": []})
     for _ in range(2):
-        record = await run_one(runtime(smollm2, says(smollm2, call("toy", do="mutate"), "42"), [toy]), shared_task)
+        record = await run_one(
+            runtime(smollm2, says(smollm2, call("toy", do="mutate"), "42"), [toy]), shared_task
+        )
         assert record.tool_calls[0].arguments == {"do": "mutate"}
         assert record.extra == {"k": []}
     assert shared_task.messages == QUESTION
@@ -499,16 +736,42 @@ async def test_a_recorded_conversation_runs_again_on_its_own_record(smollm2: Cha
 
 
 def test_settings_have_no_limits_that_were_not_asked_for() -> None:
-    assert (settings().max_tokens, settings().max_turns, settings().deadline_s) == (None, None, None)
+    assert (settings().max_tokens, settings().max_turns, settings().deadline_s) == (
+        None,
+        None,
+        None,
+    )
 
 
 # ---------------------------------------------------------------------- ended by what it runs on
 
 
-async def test_an_engine_or_a_tool_may_end_a_conversation_with_a_reason_of_its_own(smollm2: ChatTemplate) -> None:
+async def test_an_engine_or_a_tool_may_end_a_conversation_with_a_reason_of_its_own(
+    smollm2: ChatTemplate,
+) -> None:
     toy = Toy(calc_reward="reward")
-    late = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"), EndConversation("deadline", None)), [toy]))
-    assert (late.stop_reason, late.error, late.infra_error, late.reward) == ("deadline", None, False, 1.0)
-    cut = await run_one(runtime(smollm2, says(smollm2, call("toy", do="say"), EndConversation("cancelled", "no more")), [toy]))
-    assert (cut.stop_reason, cut.error, cut.infra_error, cut.num_turns) == ("cancelled", "no more", False, 1)
+    late = await run_one(
+        runtime(
+            smollm2, says(smollm2, call("toy", do="say"), EndConversation("deadline", None)), [toy]
+        )
+    )
+    assert (late.stop_reason, late.error, late.infra_error, late.reward) == (
+        "deadline",
+        None,
+        False,
+        1.0,
+    )
+    cut = await run_one(
+        runtime(
+            smollm2,
+            says(smollm2, call("toy", do="say"), EndConversation("cancelled", "no more")),
+            [toy],
+        )
+    )
+    assert (cut.stop_reason, cut.error, cut.infra_error, cut.num_turns) == (
+        "cancelled",
+        "no more",
+        False,
+        1,
+    )
     assert (cut.reward, toy.count("released")) == (None, 2)  # what was cut off has no reward

@@ -40,16 +40,22 @@ def test_a_file_too_long_to_read_counts_by_its_ends_and_is_named(model: Path) ->
 
 
 @pytest.mark.parametrize("name", ["sglang", "sglang_server"])
-def test_where_a_server_has_the_weights_only_the_tokenizer_is_hashed(tmp_path: Path, name: str) -> None:
+def test_where_a_server_has_the_weights_only_the_tokenizer_is_hashed(
+    tmp_path: Path, name: str
+) -> None:
     model, tasks = tmp_path / "model", tmp_path / "tasks.jsonl"
     model.mkdir()
     for file in ("config.json", "model.safetensors", "tokenizer.json", "merges.txt"):
         (model / file).write_text(file, encoding="utf-8")
     tasks.touch()
-    config = load_config(None, [f"model_path={model}", f"rollout.name={name}", "rollout.server.urls=[http://h]"])
+    config = load_config(
+        None, [f"model_path={model}", f"rollout.name={name}", "rollout.server.urls=[http://h]"]
+    )
 
     def described() -> dict[str, Any]:
-        found: dict[str, Any] = run_manifest(config, None, model, tasks, limit=None, validate=False, argv=[])["model"]
+        found: dict[str, Any] = run_manifest(
+            config, None, model, tasks, limit=None, validate=False, argv=[]
+        )["model"]
         return found
 
     before = described()
@@ -58,18 +64,34 @@ def test_where_a_server_has_the_weights_only_the_tokenizer_is_hashed(tmp_path: P
     (model / "merges.txt").write_text("other merges", encoding="utf-8")
     assert (before["sha256"] is None) == (name == "sglang_server")
     assert (weights_changed == before) == (name == "sglang_server")
-    assert weights_changed["tokenizer_sha256"] == before["tokenizer_sha256"] != described()["tokenizer_sha256"]
+    assert (
+        weights_changed["tokenizer_sha256"]
+        == before["tokenizer_sha256"]
+        != described()["tokenizer_sha256"]
+    )
 
 
 @pytest.mark.parametrize(
     ("secret", "shown"),
     [
         ("rollout.server.api_key=s3cret", "rollout.server.api_key=..."),
-        ("rollout.server={api_key: s3cret, urls: []}", 'rollout.server={"api_key": "...", "urls": []}'),
-        ('rollout.server={"urls": ["http://h"], "api_key": "s3cret"}', 'rollout.server={"urls": ["http://h"], "api_key": "..."}'),
+        (
+            "rollout.server={api_key: s3cret, urls: []}",
+            'rollout.server={"api_key": "...", "urls": []}',
+        ),
+        (
+            'rollout.server={"urls": ["http://h"], "api_key": "s3cret"}',
+            'rollout.server={"urls": ["http://h"], "api_key": "..."}',
+        ),
         ("rollout={server: {\n  api_key: s3cret}}", 'rollout={"server": {"api_key": "..."}}'),
-        ("rollout.engine_kwargs.sglang={admin_api_key: s3cret}", 'rollout.engine_kwargs.sglang={"admin_api_key": "..."}'),
-        ("rollout.server.urls=[http://me:s3cret@h:1/x]", 'rollout.server.urls=["http://...@h:1/x"]'),
+        (
+            "rollout.engine_kwargs.sglang={admin_api_key: s3cret}",
+            'rollout.engine_kwargs.sglang={"admin_api_key": "..."}',
+        ),
+        (
+            "rollout.server.urls=[http://me:s3cret@h:1/x]",
+            'rollout.server.urls=["http://...@h:1/x"]',
+        ),
         ("rollout.server.urls=[http://h:1/x@y]", "rollout.server.urls=[http://h:1/x@y]"),
         ("rollout.turntrace.recorded=a b", "rollout.turntrace.recorded=a b"),
         ("rollout.temperature=1.0", "rollout.temperature=1.0"),

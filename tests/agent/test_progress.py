@@ -29,7 +29,16 @@ def conversation(turns: int = 0) -> Conversation:
 
 def some_progress() -> Progress:
     live = {conversation() for _ in range(3)}
-    progress = Progress(total=8, done=4, live=live, turns=10, sampled_tokens=500, tool_calls=8, tool_errors=2, invalid_calls=1)
+    progress = Progress(
+        total=8,
+        done=4,
+        live=live,
+        turns=10,
+        sampled_tokens=500,
+        tool_calls=8,
+        tool_errors=2,
+        invalid_calls=1,
+    )
     progress.rewards, progress.reward_sum, progress.infra_errors = 4, 3.0, 1
     progress.stop_reasons.update({"stop": 3, "length": 1})
     return progress
@@ -39,7 +48,9 @@ def test_the_line_counts_and_rates_start_at_what_was_there_before() -> None:
     progress = some_progress()
     display = Display(progress, Console(file=io.StringIO()))
     line = display.line()
-    assert line.startswith("4/8 done  3 running  0.0 turns/s  0 tokens/s  2 tool errors  mean reward 0.750")
+    assert line.startswith(
+        "4/8 done  3 running  0.0 turns/s  0 tokens/s  2 tool errors  mean reward 0.750"
+    )
 
 
 def test_turns_of_running_conversations_count_as_they_are_taken() -> None:
@@ -132,7 +143,10 @@ def test_paths_with_brackets_and_long_lines_are_printed_as_they_are() -> None:
     ("fields", "says"),
     [
         ({"total": 3, "done": 3}, ""),
-        ({"total": 3, "done": 3, "infra_errors": 2}, "2 conversations failed by infrastructure (see `error` in their records)"),
+        (
+            {"total": 3, "done": 3, "infra_errors": 2},
+            "2 conversations failed by infrastructure (see `error` in their records)",
+        ),
         ({"total": 3, "done": 1}, "2 conversations are missing"),
         ({"total": 3, "done": 2, "lost": ["no JSON"]}, "1 conversations are missing (no JSON)"),
         (
@@ -158,7 +172,13 @@ print("the run went on", file=sys.stderr)
 
 
 def test_a_run_goes_on_when_the_reader_of_its_lines_goes_away() -> None:
-    with subprocess.Popen([sys.executable, "-c", PIPED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", PIPED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
         assert process.stdout
         assert process.stdout.read(6) == "line 0"
         process.stdout.close()

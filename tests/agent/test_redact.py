@@ -38,14 +38,28 @@ def test_no_secret_stays_and_nothing_else_goes() -> None:
         "url": "https://...@host/mcp?tavilyApiKey=...&x=1",
         "headers": {"Authorization": "...", "X-Api-Key": "...", "Accept": "text/plain"},
         "args": ["--api-key", "...", "--token=...", "-v", "--port", "3"],
-        "env": {"HF_TOKEN": "...", "OTHER_TOKEN": "...", "MY_TOKEN": "${HF_TOKEN}", "PRIVATE_KEY": "...", "NAME": "max_tokens=12"},
+        "env": {
+            "HF_TOKEN": "...",
+            "OTHER_TOKEN": "...",
+            "MY_TOKEN": "${HF_TOKEN}",
+            "PRIVATE_KEY": "...",
+            "NAME": "max_tokens=12",
+        },
     }
-    assert entry == {"max_tokens": 5, "keys": ["a"], "passwords": "x", "password": "...", "api_key": ""}
+    assert entry == {
+        "max_tokens": 5,
+        "keys": ["a"],
+        "passwords": "x",
+        "password": "...",
+        "api_key": "",
+    }
     assert hidden.splitlines()[-1] == SECRETS.splitlines()[-1]
     assert hidden_in_yaml(hidden) == hidden
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("tool_configs/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("tool_configs/*.yaml")), ids=lambda file: file.stem
+)
 def test_a_text_without_secrets_is_left_as_it_is(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert hidden_in_yaml(text) == text
@@ -55,11 +69,25 @@ def test_what_is_no_yaml_is_not_shown_at_all() -> None:
     assert hidden_in_yaml("api_key: [s3cret") == "..."
 
 
-@pytest.mark.parametrize("name", ["api_key", "rollout.server.api_key", "X-Api-Key", "tavilyApiKey", "HF_TOKEN", "Authorization", "--token"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key",
+        "rollout.server.api_key",
+        "X-Api-Key",
+        "tavilyApiKey",
+        "HF_TOKEN",
+        "Authorization",
+        "--token",
+    ],
+)
 def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["key", "keyfile", "max_tokens", "stop_token_ids", "token2text", "tokenizer", "n", "", None, 3])
+@pytest.mark.parametrize(
+    "name",
+    ["key", "keyfile", "max_tokens", "stop_token_ids", "token2text", "tokenizer", "n", "", None, 3],
+)
 def test_names_of_no_secrets(name: object) -> None:
     assert not is_secret(name)

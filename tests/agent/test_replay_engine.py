@@ -50,14 +50,21 @@ def dearer() -> Any:
 
 def messages(word: str) -> list[dict[str, Any]]:
     """Three rounds show how it is done: a small model goes on like that."""
-    shown: list[dict[str, Any]] = [{"role": "user", "content": f"What do bread, salt, wine, {word} and paper cost? Look them all up."}]
+    shown: list[dict[str, Any]] = [
+        {
+            "role": "user",
+            "content": f"What do bread, salt, wine, {word} and paper cost? Look them all up.",
+        }
+    ]
     for other in ("bread", "salt", "wine"):
         arguments = json.dumps({"word": other})
         shown += [
             {
                 "role": "assistant",
                 "content": "",
-                "tool_calls": [{"type": "function", "function": {"name": "price", "arguments": arguments}}],
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "price", "arguments": arguments}}
+                ],
             },
             {"role": "tool", "content": f"{other} costs {len(other)} euros", "name": "price"},
         ]
@@ -66,18 +73,28 @@ def messages(word: str) -> list[dict[str, Any]]:
 
 def real(engine: Any, function: Any = price, **fields: Any) -> Runtime:
     """The engine with one tool."""
-    dispatcher = Dispatcher(ToolSet.from_tools([function]), max_parallel_calls=4, cut=lambda text: None)
+    dispatcher = Dispatcher(
+        ToolSet.from_tools([function]), max_parallel_calls=4, cut=lambda text: None
+    )
     half = ENGINE_CONTEXT // 2
     limits = {"max_tokens": 32, "max_turns": 3, "sampling": {"temperature": 0.0}, **fields}
-    return Runtime(engine, hermes_template(), LoopSettings(half, half, ENGINE_CONTEXT, **limits), dispatcher)
+    return Runtime(
+        engine, hermes_template(), LoopSettings(half, half, ENGINE_CONTEXT, **limits), dispatcher
+    )
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def records(sglang_rollout: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Trajectory]:
+async def records(
+    sglang_rollout: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[Trajectory]:
     """What the engine sampled, as disk gives it back."""
     folder = tmp_path_factory.mktemp("recorded")
     with RunFolder.create(folder, {}) as store:
-        await run_tasks([Task(word, messages(word)) for word in WORDS], real(sglang_rollout.engine()), store=store)
+        await run_tasks(
+            [Task(word, messages(word)) for word in WORDS],
+            real(sglang_rollout.engine()),
+            store=store,
+        )
     found = list(open_run(folder))
     assert {record.num_turns for record in found} == {3}
     assert all(line.status == "ok" for record in found for line in record.tool_calls)
@@ -87,15 +104,21 @@ async def records(sglang_rollout: Any, tmp_path_factory: pytest.TempPathFactory)
 Make = Callable[[Trajectory, int], ReplayedConversation]
 
 
-async def replayed(records: list[Trajectory], make: Make, n: int = 1, at_a_time: int = 1) -> dict[str, ReplayedConversation]:
+async def replayed(
+    records: list[Trajectory], make: Make, n: int = 1, at_a_time: int = 1
+) -> dict[str, ReplayedConversation]:
     """The conversations that `make` makes, run; by the id of their record."""
     made = [make(record, record.sample * n + branch) for record in records for branch in range(n)]
     await run_conversations(made, max_concurrent=at_a_time)
     return {f"{each.record.id}/{each.sample}": each for each in made}
 
 
-def replay_of(record: Trajectory, sample: int, runtime: Runtime, kept: int | None = None) -> ReplayedConversation:
-    return ReplayedConversation(record, sample, runtime, {"run": "r", "id": record.id, "turn": kept}, kept=kept)
+def replay_of(
+    record: Trajectory, sample: int, runtime: Runtime, kept: int | None = None
+) -> ReplayedConversation:
+    return ReplayedConversation(
+        record, sample, runtime, {"run": "r", "id": record.id, "turn": kept}, kept=kept
+    )
 
 
 def with_recorded_tools(made: ReplayedConversation, *, live_model: bool) -> ReplayedConversation:
@@ -106,7 +129,9 @@ def with_recorded_tools(made: ReplayedConversation, *, live_model: bool) -> Repl
 
 def with_live_tools(made: ReplayedConversation) -> ReplayedConversation:
     assert made.runtime.dispatcher is not None
-    made.given_tools = LiveTools(made.runtime.dispatcher, made.task, made.record, recorded_prompt=True)
+    made.given_tools = LiveTools(
+        made.runtime.dispatcher, made.task, made.record, recorded_prompt=True
+    )
     return made
 
 
@@ -114,26 +139,41 @@ def with_live_tools(made: ReplayedConversation) -> ReplayedConversation:
 async def test_both_recorded_is_identical(records: list[Trajectory], sglang_rollout: Any) -> None:
     runtime = real(None)
     done = await replayed(
-        records, lambda record, n: with_recorded_tools(replay_of(record, n, played_back(runtime, record)), live_model=False)
+        records,
+        lambda record, n: with_recorded_tools(
+            replay_of(record, n, played_back(runtime, record)), live_model=False
+        ),
     )
     scope = Scope(live_model=False, live_tools=False, decode=runtime.template.decode)
-    assert [compare(made.record, made.trajectory(), scope) for made in done.values()] == [None] * len(WORDS)
+    assert [compare(made.record, made.trajectory(), scope) for made in done.values()] == [
+        None
+    ] * len(WORDS)
 
 
 @on_session_loop
-async def test_a_changed_tool_is_shown_where_it_first_answered_otherwise(records: list[Trajectory], sglang_rollout: Any) -> None:
+async def test_a_changed_tool_is_shown_where_it_first_answered_otherwise(
+    records: list[Trajectory], sglang_rollout: Any
+) -> None:
     runtime = real(None, dearer())
-    done = await replayed(records, lambda record, n: with_live_tools(replay_of(record, n, played_back(runtime, record))))
+    done = await replayed(
+        records,
+        lambda record, n: with_live_tools(replay_of(record, n, played_back(runtime, record))),
+    )
     scope = Scope(live_model=False, live_tools=True, decode=runtime.template.decode)
     for made in done.values():
-        first = next((line for line in made.record.tool_calls if "apple" in str(line.response)), None)
+        first = next(
+            (line for line in made.record.tool_calls if "apple" in str(line.response)), None
+        )
         found = compare(made.record, made.trajectory(), scope)
         if first is None:
             assert found is None
         else:
             assert found is not None
             assert (found.kind, found.turn, found.call_id) == ("answer", first.turn, first.call_id)
-            assert (found.recorded, found.replayed) == ({"response": "apple costs 5 euros"}, {"response": "apple costs 6 euros"})
+            assert (found.recorded, found.replayed) == (
+                {"response": "apple costs 5 euros"},
+                {"response": "apple costs 6 euros"},
+            )
     assert any("apple" in str(line.response) for record in records for line in record.tool_calls)
 
 
@@ -143,7 +183,10 @@ async def test_the_engine_asked_again_samples_the_same_or_the_first_other_token_
 ) -> None:
     """Greedy, one at a time; the record was made four at a time, and SGLang on a CPU is not batch-invariant."""
     runtime = real(sglang_rollout.engine())
-    done = await replayed(records, lambda record, n: with_recorded_tools(replay_of(record, n, runtime), live_model=True))
+    done = await replayed(
+        records,
+        lambda record, n: with_recorded_tools(replay_of(record, n, runtime), live_model=True),
+    )
     scope = Scope(live_model=True, live_tools=False, decode=runtime.template.decode)
     for made in done.values():
         record, other = made.record, made.trajectory()
@@ -155,22 +198,38 @@ async def test_the_engine_asked_again_samples_the_same_or_the_first_other_token_
             assert found.kind == "sampled"
             assert found.token is not None
             assert old[: found.token] == new[: found.token]
-            assert (old[found.token], new[found.token]) == (found.recorded["ids"][0], found.replayed["ids"][0])
+            assert (old[found.token], new[found.token]) == (
+                found.recorded["ids"][0],
+                found.replayed["ids"][0],
+            )
 
 
 @on_session_loop
-async def test_forks_go_on_from_the_very_tokens_of_their_parent(records: list[Trajectory], sglang_rollout: Any) -> None:
+async def test_forks_go_on_from_the_very_tokens_of_their_parent(
+    records: list[Trajectory], sglang_rollout: Any
+) -> None:
     runtime = real(sglang_rollout.engine(), sampling={"temperature": 1.5})
-    forks = await replayed(records, lambda record, n: with_live_tools(replay_of(record, n, runtime, kept=2)), n=2, at_a_time=ENGINE_SLOTS)
+    forks = await replayed(
+        records,
+        lambda record, n: with_live_tools(replay_of(record, n, runtime, kept=2)),
+        n=2,
+        at_a_time=ENGINE_SLOTS,
+    )
     assert len(forks) == 2 * len(WORDS)
     for made in forks.values():
         parent, fork = made.record, made.trajectory()
         start = parent.turns[2].start
         kept = start - len(parent.prompt_ids)
-        assert (fork.prompt_ids, fork.turns[:2], fork.turns[2].start) == (parent.prompt_ids, parent.turns[:2], start)
+        assert (fork.prompt_ids, fork.turns[:2], fork.turns[2].start) == (
+            parent.prompt_ids,
+            parent.turns[:2],
+            start,
+        )
         assert fork.response_ids[:kept] == parent.response_ids[:kept]
         assert fork.response_logprobs[:kept] == parent.response_logprobs[:kept]
         assert fork.tool_calls[:2] == parent.tool_calls[:2]
         assert fork.turns[2].prompt_tokens == start  # what the engine itself counted
         assert (fork.parent or {})["turn"] == 2
-    assert len({tuple(made.trajectory().response_ids) for made in forks.values()}) > len(WORDS)  # fresh, not played back
+    assert len({tuple(made.trajectory().response_ids) for made in forks.values()}) > len(
+        WORDS
+    )  # fresh, not played back

@@ -41,18 +41,30 @@ def engine(sglang_rollout: Any) -> SGLangEngine:
 
 
 def prompt(messages: list[dict[str, Any]] = FRANCE) -> list[int]:
-    ids: list[int] = tokenizer_at(base_model_dir()).apply_chat_template(messages, add_generation_prompt=True)
+    ids: list[int] = tokenizer_at(base_model_dir()).apply_chat_template(
+        messages, add_generation_prompt=True
+    )
     return ids
 
 
-async def sample(engine: SGLangEngine, ids: list[int], request_id: str | None = None, **sampling: Any) -> Generation:
-    return await engine.generate(ids, {"temperature": 0.0, "max_new_tokens": 16, **sampling}, request_id=request_id or uuid.uuid4().hex)
+async def sample(
+    engine: SGLangEngine, ids: list[int], request_id: str | None = None, **sampling: Any
+) -> Generation:
+    return await engine.generate(
+        ids,
+        {"temperature": 0.0, "max_new_tokens": 16, **sampling},
+        request_id=request_id or uuid.uuid4().hex,
+    )
 
 
-def endless(engine: SGLangEngine, request_id: str | None = None, seed: int = 0) -> asyncio.Task[Generation]:
+def endless(
+    engine: SGLangEngine, request_id: str | None = None, seed: int = 0
+) -> asyncio.Task[Generation]:
     """A generation that lasts for as long as a test needs it."""
     ids = [1, 9690, 198, 1000 + seed]
-    return asyncio.create_task(sample(engine, ids, request_id, max_new_tokens=ENGINE_CONTEXT - 16, ignore_eos=True))
+    return asyncio.create_task(
+        sample(engine, ids, request_id, max_new_tokens=ENGINE_CONTEXT - 16, ignore_eos=True)
+    )
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -85,7 +97,9 @@ def idle(rollout: Any) -> Callable[[], Awaitable[bool]]:
 
 
 @on_session_loop
-async def test_ids_go_in_as_they_are_and_the_callers_list_stays_its_own(engine: SGLangEngine) -> None:
+async def test_ids_go_in_as_they_are_and_the_callers_list_stays_its_own(
+    engine: SGLangEngine,
+) -> None:
     ids = prompt() + ODD_IDS
     before = ids.copy()
     running = asyncio.create_task(sample(engine, ids))
@@ -96,9 +110,13 @@ async def test_ids_go_in_as_they_are_and_the_callers_list_stays_its_own(engine: 
 
 @pytest.mark.parametrize(("temperature", "another"), [(1.0, 0.5), (0.5, 1.0)])
 @on_session_loop
-async def test_logprobs_are_those_of_the_temperature_scaled_distribution(engine: SGLangEngine, temperature: float, another: float) -> None:
+async def test_logprobs_are_those_of_the_temperature_scaled_distribution(
+    engine: SGLangEngine, temperature: float, another: float
+) -> None:
     """Checked against transformers' own forward pass over the same ids, in float32."""
-    generation = await sample(engine, [504], temperature=temperature, max_new_tokens=48, ignore_eos=True)
+    generation = await sample(
+        engine, [504], temperature=temperature, max_new_tokens=48, ignore_eos=True
+    )
     logits = reference_logits([504], generation.token_ids)
     assert len(generation.logprobs) == len(generation.token_ids) == 48
     assert mean_error(generation, logits / temperature) < 0.15  # bfloat16's; measured: 0.01 to 0.05
@@ -168,7 +186,9 @@ async def test_an_answer_says_what_it_cost(engine: SGLangEngine) -> None:
 
 
 @on_session_loop
-async def test_abort_of_a_running_request_returns_what_it_has(engine: SGLangEngine, sglang_rollout: Any) -> None:
+async def test_abort_of_a_running_request_returns_what_it_has(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
     request_id = uuid.uuid4().hex
     running = endless(engine, request_id)
     await until(load_is(sglang_rollout, requests=1, waiting=0))
@@ -181,7 +201,9 @@ async def test_abort_of_a_running_request_returns_what_it_has(engine: SGLangEngi
 
 
 @on_session_loop
-async def test_abort_stops_one_request_running_or_queued_and_no_other(engine: SGLangEngine, sglang_rollout: Any) -> None:
+async def test_abort_stops_one_request_running_or_queued_and_no_other(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
     ids = [uuid.uuid4().hex for _ in range(ENGINE_SLOTS + 2)]
     tasks = [endless(engine, request_id, seed) for seed, request_id in enumerate(ids)]
     await until(load_is(sglang_rollout, requests=ENGINE_SLOTS + 2, waiting=2))
@@ -197,7 +219,9 @@ async def test_abort_stops_one_request_running_or_queued_and_no_other(engine: SG
 
 
 @on_session_loop
-async def test_a_cancelled_request_is_stopped_in_the_engine_too(engine: SGLangEngine, sglang_rollout: Any) -> None:
+async def test_a_cancelled_request_is_stopped_in_the_engine_too(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
     tasks = [endless(engine, seed=seed) for seed in range(ENGINE_SLOTS + 1)]
     await until(load_is(sglang_rollout, requests=ENGINE_SLOTS + 1, waiting=1))
     for task in tasks:
@@ -209,13 +233,18 @@ async def test_a_cancelled_request_is_stopped_in_the_engine_too(engine: SGLangEn
         if isinstance(raised.value, Interrupted):
             told.append(raised.value.generation)
     assert len(told) >= ENGINE_SLOTS  # the one that waited had nothing to tell
-    assert all(partial.finish_reason == "abort" and len(partial.token_ids) == len(partial.logprobs) > 0 for partial in told)
+    assert all(
+        partial.finish_reason == "abort" and len(partial.token_ids) == len(partial.logprobs) > 0
+        for partial in told
+    )
     await until(idle(sglang_rollout))
     assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
 
 
 @on_session_loop
-async def test_a_request_stopped_before_the_engine_had_it_never_reaches_it(engine: SGLangEngine, sglang_rollout: Any) -> None:
+async def test_a_request_stopped_before_the_engine_had_it_never_reaches_it(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
     aborted, cancelled = uuid.uuid4().hex, uuid.uuid4().hex
     both = uuid.uuid4().hex
     tasks = [endless(engine, aborted), endless(engine, cancelled), endless(engine, both)]
@@ -245,9 +274,21 @@ async def test_a_request_id_in_flight_is_refused(engine: SGLangEngine) -> None:
 # ---------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("bad", [{"stop": ["\n"]}, {"stop_regex": "x"}, {"min_new_tokens": 3}, {"n": 2}, {"nonsense": 1}, {"top_p": 7.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"stop": ["\n"]},
+        {"stop_regex": "x"},
+        {"min_new_tokens": 3},
+        {"n": 2},
+        {"nonsense": 1},
+        {"top_p": 7.0},
+    ],
+)
 @on_session_loop
-async def test_bad_sampling_params_fail_one_request_and_leave_the_engine_up(engine: SGLangEngine, bad: dict[str, Any]) -> None:
+async def test_bad_sampling_params_fail_one_request_and_leave_the_engine_up(
+    engine: SGLangEngine, bad: dict[str, Any]
+) -> None:
     with pytest.raises(EngineError, match=r"^[^\n]+$"):
         await sample(engine, prompt(), **bad)
     assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
@@ -255,7 +296,9 @@ async def test_bad_sampling_params_fail_one_request_and_leave_the_engine_up(engi
 
 @pytest.mark.parametrize("ids", [[], [1] * (ENGINE_CONTEXT + 100), [49152 + 5]])
 @on_session_loop
-async def test_a_bad_prompt_fails_one_request_and_leaves_the_engine_up(engine: SGLangEngine, ids: list[int]) -> None:
+async def test_a_bad_prompt_fails_one_request_and_leaves_the_engine_up(
+    engine: SGLangEngine, ids: list[int]
+) -> None:
     with pytest.raises(EngineError, match=r"^[^\n]+$"):
         await sample(engine, ids)
     assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
@@ -284,7 +327,9 @@ async def test_a_second_event_loop_is_refused(engine: SGLangEngine) -> None:
 
 
 @on_session_loop
-async def test_weights_are_synced_through_the_inherited_method(engine: SGLangEngine, sglang_rollout: Any) -> None:
+async def test_weights_are_synced_through_the_inherited_method(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
     from safetensors.torch import load_file
 
     norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
@@ -294,7 +339,9 @@ async def test_weights_are_synced_through_the_inherited_method(engine: SGLangEng
     changed = await sample(engine, prompt())
     await sglang_rollout.update_weights(iter([("model.norm.weight", norm)]))
     after = await sample(engine, prompt())
-    assert changed.logprobs == pytest.approx([-10.8027] * 16, abs=1e-3)  # -log of the vocabulary's size: all tokens alike
+    assert changed.logprobs == pytest.approx(
+        [-10.8027] * 16, abs=1e-3
+    )  # -log of the vocabulary's size: all tokens alike
     assert changed.cached_tokens == 0
     assert [int(one.weight_version or "") for one in (changed, after)] == [
         sglang_rollout._engine.weight_syncs - 1,
@@ -304,7 +351,9 @@ async def test_weights_are_synced_through_the_inherited_method(engine: SGLangEng
 
 
 @on_session_loop
-async def test_release_and_resume_are_harmless_where_nothing_can_be_released(engine: SGLangEngine, sglang_rollout: Any) -> None:
+async def test_release_and_resume_are_harmless_where_nothing_can_be_released(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
     if engine.describe()["device"] == "cpu":
         await sglang_rollout.release()
         await sglang_rollout.resume(["weights", "kv_cache"])
@@ -326,7 +375,14 @@ def test_a_script_without_a_main_guard_is_told_when_its_engine_dies(tmp_path: Pa
     """Also: weights before the first generation, no signal handler taken, a clean exit with nothing left behind."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(DYING).replace("LOG", repr(str(tmp_path / "engine.log"))))
-    done = subprocess.run([sys.executable, script], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["uniform"] == pytest.approx(-10.8027, abs=1e-3)
@@ -344,7 +400,14 @@ def test_one_process_updates_all_of_an_engines_ranks(tmp_path: Path) -> None:
     script.write_text(f"LOG = {str(tmp_path / 'log')!r}\n{textwrap.dedent(RANKS)}")
     cores = sorted(os.sched_getaffinity(0))
     environment = {**_environment(), "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
-    done = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     (before, changed, restored), versions = zip(*json.loads(done.stdout), strict=True)
     assert versions == ("default", "1", "2")
@@ -427,7 +490,11 @@ def _environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path: Path) -> None:
     log = tmp_path / "engine.log"
-    starved = {"prompt_length": 64, "response_length": 64, "engine_kwargs": {"sglang": {"max_total_tokens": 2}}}
+    starved = {
+        "prompt_length": 64,
+        "response_length": 64,
+        "engine_kwargs": {"sglang": {"max_total_tokens": 2}},
+    }
     with pytest.raises(EngineStartError, match=r"^[^\n]+$") as failure:
         start(starved, base_model_dir(), log_path=log)
     assert "rollout.gpu_memory_utilization leaves no room for the KV cache" in str(failure.value)
@@ -437,9 +504,18 @@ def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"prompt_length": 8000, "response_length": 8000}, "verl refuses the rollout config: model context length should be greater"),
-        ({"prompt_length": 64, "response_length": 64, "max_model_len": 100}, "verl refuses the rollout config: max_model_len should be"),
-        ({"prompt_length": 64, "response_length": 64, "max_model_len": 9000}, "rollout.max_model_len: 9000 is more than the model's 8192"),
+        (
+            {"prompt_length": 8000, "response_length": 8000},
+            "verl refuses the rollout config: model context length should be greater",
+        ),
+        (
+            {"prompt_length": 64, "response_length": 64, "max_model_len": 100},
+            "verl refuses the rollout config: max_model_len should be",
+        ),
+        (
+            {"prompt_length": 64, "response_length": 64, "max_model_len": 9000},
+            "rollout.max_model_len: 9000 is more than the model's 8192",
+        ),
     ],
 )
 def test_a_config_the_model_cannot_serve_is_one_line(config: dict[str, Any], message: str) -> None:
@@ -448,6 +524,12 @@ def test_a_config_the_model_cannot_serve_is_one_line(config: dict[str, Any], mes
 
 
 def test_a_misspelt_argument_of_sglang_is_named() -> None:
-    config = {"prompt_length": 64, "response_length": 64, "engine_kwargs": {"sglang": {"attention_backnd": "x"}}}
-    with pytest.raises(EngineStartError, match=r"^the engine did not start: [^\n]*'attention_backnd'"):
+    config = {
+        "prompt_length": 64,
+        "response_length": 64,
+        "engine_kwargs": {"sglang": {"attention_backnd": "x"}},
+    }
+    with pytest.raises(
+        EngineStartError, match=r"^the engine did not start: [^\n]*'attention_backnd'"
+    ):
         start(config, base_model_dir())

@@ -43,8 +43,13 @@ Go = Callable[..., Ran]
 def go(server: Server, tmp_path: Path) -> Go:
     """A run of the command into tmp_path/run, resumed where there is one."""
     rows = [{"id": f"t{number}", "prompt": f"q:{number}"} for number in range(TASKS)]
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "looking.py").write_text('def look(question: str) -> str:\n    """Looks it up."""\n    return "about"\n', encoding="utf-8")
+    (tmp_path / "tasks.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    (tmp_path / "looking.py").write_text(
+        'def look(question: str) -> str:\n    """Looks it up."""\n    return "about"\n',
+        encoding="utf-8",
+    )
     (tmp_path / "tools.yaml").write_text("- function: looking:look\n", encoding="utf-8")
 
     def go(*, force: bool = False, stop_after_s: float | None = None) -> Ran:
@@ -57,13 +62,25 @@ def go(server: Server, tmp_path: Path) -> Go:
         ]
         out, console = tmp_path / "run", Console(file=io.StringIO(), width=1000)
         resume = (out / "run.json").exists()
-        request = RunRequest(tmp_path / "tasks.jsonl", out, load_config(None, sets), None, resume, force, False, ["run"], stop_after_s)
+        request = RunRequest(
+            tmp_path / "tasks.jsonl",
+            out,
+            load_config(None, sets),
+            None,
+            resume,
+            force,
+            False,
+            ["run"],
+            stop_after_s,
+        )
         return Ran(run(request, console), console.file.getvalue())  # type: ignore[attr-defined]
 
     return go
 
 
-def test_a_resume_finds_the_model_of_the_first_start(go: Go, server: Server, tmp_path: Path) -> None:
+def test_a_resume_finds_the_model_of_the_first_start(
+    go: Go, server: Server, tmp_path: Path
+) -> None:
     assert go(stop_after_s=0.0).code == INCOMPLETE
     before = read_manifest(tmp_path / "run")
     assert before["served"] == {"model_path": "/models/m", "weight_version": "default"}
@@ -73,10 +90,15 @@ def test_a_resume_finds_the_model_of_the_first_start(go: Go, server: Server, tmp
         go()
     assert read_manifest(tmp_path / "run") == before
     assert go(force=True).code == DONE
-    assert read_manifest(tmp_path / "run")["served"] == {"model_path": "/models/other", "weight_version": "step-2"}
+    assert read_manifest(tmp_path / "run")["served"] == {
+        "model_path": "/models/other",
+        "weight_version": "step-2",
+    }
 
 
-def test_a_server_that_does_not_say_what_it_serves_is_noted(go: Go, server: Server, tmp_path: Path) -> None:
+def test_a_server_that_does_not_say_what_it_serves_is_noted(
+    go: Go, server: Server, tmp_path: Path
+) -> None:
     assert go(stop_after_s=0.0).code == INCOMPLETE
     server.says["/get_server_info"] = Response(status_code=404)
     ran = go()
@@ -85,7 +107,9 @@ def test_a_server_that_does_not_say_what_it_serves_is_noted(go: Go, server: Serv
     assert read_manifest(tmp_path / "run")["served"]["model_path"] == "/models/m"
 
 
-def test_a_resume_whose_server_is_away_leaves_the_run_as_it_was(go: Go, server: Server, tmp_path: Path) -> None:
+def test_a_resume_whose_server_is_away_leaves_the_run_as_it_was(
+    go: Go, server: Server, tmp_path: Path
+) -> None:
     go(stop_after_s=0.0)
     before = read_manifest(tmp_path / "run")
     server.up = False
@@ -95,7 +119,9 @@ def test_a_resume_whose_server_is_away_leaves_the_run_as_it_was(go: Go, server: 
 
 
 @pytest.mark.parametrize("stop_after_s", [0.0, 0.05, 0.25, 0.45])
-def test_stopped_and_gone_on_with_every_conversation_is_whole(go: Go, server: Server, tmp_path: Path, stop_after_s: float) -> None:
+def test_stopped_and_gone_on_with_every_conversation_is_whole(
+    go: Go, server: Server, tmp_path: Path, stop_after_s: float
+) -> None:
     server.behaviours = [behaviour(hermes_template(), 0.2)]
     assert go(stop_after_s=stop_after_s).code == INCOMPLETE
     assert go(stop_after_s=0.0).code == INCOMPLETE  # before any of them stands again
@@ -103,11 +129,15 @@ def test_stopped_and_gone_on_with_every_conversation_is_whole(go: Go, server: Se
     assert go().code == DONE
     records = list(read_trajectories(tmp_path / "run"))
     assert sorted(record.task_id for record in records) == [f"t{number}" for number in range(TASKS)]
-    assert {(record.stop_reason, record.num_turns, record.infra_error) for record in records} == {("stop", 4, False)}
+    assert {(record.stop_reason, record.num_turns, record.infra_error) for record in records} == {
+        ("stop", 4, False)
+    }
     assert (tmp_path / "run" / UNFINISHED).read_bytes() == b""
 
 
-def test_a_refusal_of_every_turn_is_a_failure_of_infrastructure(go: Go, server: Server, tmp_path: Path) -> None:
+def test_a_refusal_of_every_turn_is_a_failure_of_infrastructure(
+    go: Go, server: Server, tmp_path: Path
+) -> None:
     server.behaviours = [status(403, "key revoked")]
     ran = go()
     assert ran.code == INCOMPLETE

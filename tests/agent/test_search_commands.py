@@ -33,7 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def start(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "agent", *arguments]
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -64,9 +66,16 @@ def test_an_index_elsewhere_is_served_without_its_corpus(folder: Path) -> None:
         said = json.loads(server.stdout.readline())
         assert (said["corpus"], said["documents"]) == ("corpus.jsonl", 2)
         url = f"http://127.0.0.1:{said['port']}"
-        found = httpx.post(f"{url}/retrieve", json={"queries": ["mice", "dog"], "topk": 1, "return_scores": True}).json()
-        assert [[hit["document"]["id"] for hit in hits] for hits in found["result"]] == [["1"], ["2"]]
-        taken = turntrace("serve", "search", "--index", "kept", "--port", str(said["port"]), cwd=folder)
+        found = httpx.post(
+            f"{url}/retrieve", json={"queries": ["mice", "dog"], "topk": 1, "return_scores": True}
+        ).json()
+        assert [[hit["document"]["id"] for hit in hits] for hits in found["result"]] == [
+            ["1"],
+            ["2"],
+        ]
+        taken = turntrace(
+            "serve", "search", "--index", "kept", "--port", str(said["port"]), cwd=folder
+        )
         server.send_signal(signal.SIGTERM)
         assert server.communicate(timeout=30) == ("", "")
     assert server.returncode == 0
@@ -76,7 +85,10 @@ def test_an_index_elsewhere_is_served_without_its_corpus(folder: Path) -> None:
 
 def test_ctrl_c_leaves_nothing_half_made(folder: Path) -> None:
     big = folder / "big.jsonl"
-    big.write_text("".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)), encoding="utf-8")
+    big.write_text(
+        "".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)),
+        encoding="utf-8",
+    )
     with start("index", "big.jsonl", "--out", "made", cwd=folder) as process:
         while not any(folder.glob(".made*/*")):
             assert process.poll() is None
@@ -93,18 +105,35 @@ def test_ctrl_c_leaves_nothing_half_made(folder: Path) -> None:
     [
         (["index", "none.jsonl"], "error: none.jsonl: cannot be read: No such file or directory"),
         (["index", "bad.jsonl"], "error: bad.jsonl:1: contents must be a string, got nothing"),
-        (["index", "corpus.jsonl", "--out", "."], "error: . is the working folder, which an index would replace; choose another place"),
+        (
+            ["index", "corpus.jsonl", "--out", "."],
+            "error: . is the working folder, which an index would replace; choose another place",
+        ),
         (
             ["index", "corpus.jsonl", "--out", "corpus.jsonl"],
             "error: corpus.jsonl is there and is not a search index; choose another place",
         ),
-        (["serve", "search", "--index", "made", "--host", "256.0.0.1"], "error: cannot listen on 256.0.0.1:8000: "),
-        (["serve", "search", "--index", "corpus.jsonl"], "error: corpus.jsonl is not a search index; make one with"),
-        (["serve", "search", "--corpus", "bad.jsonl"], "error: bad.jsonl:1: contents must be a string, got nothing"),
-        (["serve", "search", "--corpus", "corpus.jsonl", "--index", "x"], "error: --corpus and --index both say what to search"),
+        (
+            ["serve", "search", "--index", "made", "--host", "256.0.0.1"],
+            "error: cannot listen on 256.0.0.1:8000: ",
+        ),
+        (
+            ["serve", "search", "--index", "corpus.jsonl"],
+            "error: corpus.jsonl is not a search index; make one with",
+        ),
+        (
+            ["serve", "search", "--corpus", "bad.jsonl"],
+            "error: bad.jsonl:1: contents must be a string, got nothing",
+        ),
+        (
+            ["serve", "search", "--corpus", "corpus.jsonl", "--index", "x"],
+            "error: --corpus and --index both say what to search",
+        ),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(folder: Path, arguments: list[str], says: str) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    folder: Path, arguments: list[str], says: str
+) -> None:
     (folder / "bad.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
     build_index(JsonlCorpus(folder / "corpus.jsonl"), folder / "made")
     code, out, err = turntrace(*arguments, cwd=folder)

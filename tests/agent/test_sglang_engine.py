@@ -42,13 +42,30 @@ def answer(**changes: Any) -> dict[str, Any]:
 def test_an_answer_is_handed_on_unrounded() -> None:
     generation = read_answer(answer())
     assert (generation.token_ids, generation.logprobs) == ([5, 2], [-0.1234567890123456789, -2.5])
-    assert (generation.finish_reason, generation.prompt_tokens, generation.cached_tokens) == ("stop", 9, 8)
-    assert (generation.queue_s, generation.engine_s, generation.weight_version) == (0.5, 1.5, "default")
+    assert (generation.finish_reason, generation.prompt_tokens, generation.cached_tokens) == (
+        "stop",
+        9,
+        8,
+    )
+    assert (generation.queue_s, generation.engine_s, generation.weight_version) == (
+        0.5,
+        1.5,
+        "default",
+    )
 
 
 def test_a_request_aborted_in_the_queue_has_no_counts() -> None:
-    generation = read_answer({"output_ids": [], "meta_info": {"id": "x", "finish_reason": {"type": "abort"}, "completion_tokens": 0}})
-    assert (generation.token_ids, generation.finish_reason, generation.prompt_tokens) == ([], "abort", None)
+    generation = read_answer(
+        {
+            "output_ids": [],
+            "meta_info": {"id": "x", "finish_reason": {"type": "abort"}, "completion_tokens": 0},
+        }
+    )
+    assert (generation.token_ids, generation.finish_reason, generation.prompt_tokens) == (
+        [],
+        "abort",
+        None,
+    )
 
 
 NOT_DATA: dict[str, dict[str, Any]] = {
@@ -73,7 +90,13 @@ def test_what_does_not_add_up_is_an_engine_error(changes: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(
     "broken",
-    [{}, {"output_ids": [5, 2]}, {**answer(), "output_ids": None}, {**answer(), "output_ids": ["5", "2"]}, {**answer(), "meta_info": None}],
+    [
+        {},
+        {"output_ids": [5, 2]},
+        {**answer(), "output_ids": None},
+        {**answer(), "output_ids": ["5", "2"]},
+        {**answer(), "meta_info": None},
+    ],
 )
 def test_a_broken_answer_is_an_engine_error(broken: dict[str, Any]) -> None:
     with pytest.raises(EngineError):
@@ -87,11 +110,23 @@ def test_ids_that_would_kill_the_engine_are_refused(ids: list[int]) -> None:
     check_prompt([0, 9], vocab_size=10)
 
 
-@pytest.mark.parametrize("sampling", [{"stop": "x"}, {"stop": ["x"]}, {"stop_regex": "x"}, {"min_new_tokens": 1}, {"n": 2}])
+@pytest.mark.parametrize(
+    "sampling",
+    [{"stop": "x"}, {"stop": ["x"]}, {"stop_regex": "x"}, {"min_new_tokens": 1}, {"n": 2}],
+)
 def test_sampling_params_that_would_kill_the_engine_are_refused(sampling: dict[str, Any]) -> None:
     with pytest.raises(EngineError):
         check_sampling(sampling)
-    check_sampling({"stop": None, "stop_regex": [], "min_new_tokens": 0, "n": 1, "temperature": 0.0, "stop_token_ids": [2]})
+    check_sampling(
+        {
+            "stop": None,
+            "stop_regex": [],
+            "min_new_tokens": 0,
+            "n": 1,
+            "temperature": 0.0,
+            "stop_token_ids": [2],
+        }
+    )
 
 
 # ---------------------------------------------------------------------- arguments
@@ -120,7 +155,9 @@ def arguments(*overrides: str, cuda: bool = True) -> dict[str, Any]:
         ("engine_kwargs.sglang.context_length=99", "context_length", 99),
     ],
 )
-def test_keys_that_sglang_rollout_ignores_reach_sglang(override: str, name: str, value: Any) -> None:
+def test_keys_that_sglang_rollout_ignores_reach_sglang(
+    override: str, name: str, value: Any
+) -> None:
     assert arguments(override)[name] == value
 
 
@@ -128,25 +165,45 @@ def test_every_argument_is_one_of_sglangs() -> None:
     """Asked of SGLang itself, in a process of its own: importing it takes long and stays."""
     names = sorted({*arguments(), *arguments(cuda=False)})
     script = f"from sglang.srt.server_args import ServerArgs; print(sorted(set({names!r}) - set(ServerArgs.__dataclass_fields__)))"
-    done = subprocess.run([sys.executable, "-c", script], env=_guarded(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=_guarded(), capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_cpu_gets_its_own_backends_and_engine_kwargs_still_win() -> None:
     args = arguments("engine_kwargs.sglang.max_total_tokens=1234", cuda=False)
-    assert (args["device"], args["attention_backend"], args["sampling_backend"]) == ("cpu", "torch_native", "pytorch")
+    assert (args["device"], args["attention_backend"], args["sampling_backend"]) == (
+        "cpu",
+        "torch_native",
+        "pytorch",
+    )
     assert args["max_total_tokens"] == 1234
     assert "device" not in arguments()
 
 
 @pytest.mark.parametrize(
-    ("slots", "length", "tokens"), [(16, 2048, 16 * (2048 + CONTEXT_SLACK)), (1024, 2048, 65536), (4, 80000, 80000 + CONTEXT_SLACK)]
+    ("slots", "length", "tokens"),
+    [
+        (16, 2048, 16 * (2048 + CONTEXT_SLACK)),
+        (1024, 2048, 65536),
+        (4, 80000, 80000 + CONTEXT_SLACK),
+    ],
 )
-def test_the_cpus_kv_cache_holds_what_can_run_within_a_bound(slots: int, length: int, tokens: int) -> None:
-    assert arguments(f"max_num_seqs={slots}", f"max_model_len={length}", cuda=False)["max_total_tokens"] == tokens
+def test_the_cpus_kv_cache_holds_what_can_run_within_a_bound(
+    slots: int, length: int, tokens: int
+) -> None:
+    assert (
+        arguments(f"max_num_seqs={slots}", f"max_model_len={length}", cuda=False)[
+            "max_total_tokens"
+        ]
+        == tokens
+    )
 
 
-def test_start_variables_give_way_to_the_users_and_are_gone_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_variables_give_way_to_the_users_and_are_gone_after_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
     variables = start_variables(cuda=False)
@@ -202,23 +259,39 @@ def children(tmp_path: Path) -> Iterator[Children]:
 def test_a_child_that_dies_before_it_reports_is_told_in_its_own_words(children: Children) -> None:
     reader, writer = children.Pipe(duplex=False)
     children.Process(target=sys.exit, args=("ValueError: no such model",)).start()
-    with pytest.raises(EngineStartError, match=r"^the engine did not start: ValueError: no such model \(log: [^\n]+\)$"):
+    with pytest.raises(
+        EngineStartError,
+        match=r"^the engine did not start: ValueError: no such model \(log: [^\n]+\)$",
+    ):
         reader.recv()
     writer.close()
 
 
-async def test_what_waits_fails_when_a_child_ends_and_so_does_what_comes_later(children: Children) -> None:
+async def test_what_waits_fails_when_a_child_ends_and_so_does_what_comes_later(
+    children: Children,
+) -> None:
     process = children.Process(target=time.sleep, args=(600,))
     process.start()
-    waiting = [asyncio.create_task(children.answer(asyncio.create_task(asyncio.sleep(600)))) for _ in range(3)]
-    answered = asyncio.create_task(children.answer(asyncio.create_task(asyncio.sleep(0, "an answer"))))
+    waiting = [
+        asyncio.create_task(children.answer(asyncio.create_task(asyncio.sleep(600))))
+        for _ in range(3)
+    ]
+    answered = asyncio.create_task(
+        children.answer(asyncio.create_task(asyncio.sleep(0, "an answer")))
+    )
     assert await answered == "an answer"
     process.kill()
-    failures = await asyncio.gather(*waiting, children.answer(asyncio.create_task(asyncio.sleep(600))), return_exceptions=True)
-    assert {(type(failure), str(failure).partition(":")[0]) for failure in failures} == {(EngineError, "the engine ended")}
+    failures = await asyncio.gather(
+        *waiting, children.answer(asyncio.create_task(asyncio.sleep(600))), return_exceptions=True
+    )
+    assert {(type(failure), str(failure).partition(":")[0]) for failure in failures} == {
+        (EngineError, "the engine ended")
+    }
 
 
-async def test_cancelling_the_wait_leaves_the_request_alone_and_closing_ends_it(children: Children) -> None:
+async def test_cancelling_the_wait_leaves_the_request_alone_and_closing_ends_it(
+    children: Children,
+) -> None:
     request = asyncio.create_task(asyncio.sleep(600))
     impatient, patient = (asyncio.create_task(children.answer(request)) for _ in range(2))
     await asyncio.sleep(0)
@@ -241,7 +314,9 @@ def test_stop_ends_children_and_theirs(children: Children) -> None:
     children.stop()
     children.stop()
     psutil.wait_procs(grandchildren, timeout=10)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in grandchildren)
+    assert not any(
+        child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in grandchildren
+    )
     assert not process.is_alive()
 
 
@@ -260,7 +335,13 @@ def test_sglang_imports_without_its_kernels_and_calling_one_says_why() -> None:
     """
     if not guard_paths():
         pytest.skip("the real packages are installed here")
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=_guarded(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=_guarded(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "has no build for this CPU" in done.stdout, done.stderr
 
 
@@ -276,9 +357,19 @@ def test_guards_never_shadow_an_installed_package(tmp_path: Path) -> None:
         print(guard_paths(), sgl_kernel.real, vllm.real, [path for path in sys.path if "cpu_guards" in path])
     """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environ, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.strip() == "[] True True []", done.stderr
 
 
 def _guarded() -> dict[str, str]:
-    return {**os.environ, **start_variables(cuda=False), "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()])}
+    return {
+        **os.environ,
+        **start_variables(cuda=False),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()]),
+    }

@@ -18,7 +18,16 @@ from agent.engines.engine import Generation, Interrupted
 from agent.engines.sglang_server import SGLangServerEngine
 from agent.errors import ConfigError, EngineError, EngineStartError
 from agent.model.base import base_model_dir
-from tests.agent.native_api import Server, answers, breaks, free_port, launched, serving, status, waits
+from tests.agent.native_api import (
+    Server,
+    answers,
+    breaks,
+    free_port,
+    launched,
+    serving,
+    status,
+    waits,
+)
 from tests.helpers import tokenizer_at
 
 
@@ -36,8 +45,14 @@ async def engine_of(server: Server, **options: Any) -> AsyncIterator[SGLangServe
         await engine.close()
 
 
-async def sample(engine: SGLangServerEngine, ids: list[int], request_id: str | None = None, **sampling: Any) -> Generation:
-    return await engine.generate(ids, {"temperature": 0.0, "max_new_tokens": 16, **sampling}, request_id=request_id or uuid.uuid4().hex)
+async def sample(
+    engine: SGLangServerEngine, ids: list[int], request_id: str | None = None, **sampling: Any
+) -> Generation:
+    return await engine.generate(
+        ids,
+        {"temperature": 0.0, "max_new_tokens": 16, **sampling},
+        request_id=request_id or uuid.uuid4().hex,
+    )
 
 
 # ---------------------------------------------------------------------- what is sent, what comes back
@@ -47,12 +62,18 @@ async def test_the_native_request_and_its_answer() -> None:
     async with serving(Server(answers)) as server, engine_of(server, api_key="k") as engine:
         request_id = uuid.uuid4().hex
         generation = await sample(engine, [1, 2, 3], request_id, stop_token_ids=[2])
-        assert generation == Generation([5, 2], [-0.25, -1.5], "stop", prompt_tokens=3, cached_tokens=0)
+        assert generation == Generation(
+            [5, 2], [-0.25, -1.5], "stop", prompt_tokens=3, cached_tokens=0
+        )
         assert server.bodies == [
             {
                 "rid": request_id,
                 "input_ids": [1, 2, 3],
-                "sampling_params": {"temperature": 0.0, "max_new_tokens": 16, "stop_token_ids": [2]},
+                "sampling_params": {
+                    "temperature": 0.0,
+                    "max_new_tokens": 16,
+                    "stop_token_ids": [2],
+                },
                 "return_logprob": True,
                 "stream": False,
             }
@@ -100,7 +121,10 @@ async def test_no_message_and_no_record_shows_the_password_of_an_address() -> No
 
 
 async def test_a_server_error_is_tried_again_under_a_fresh_request_id() -> None:
-    async with serving(Server(status(500, "oops"), status(503, "queue full"), answers)) as server, engine_of(server) as engine:
+    async with (
+        serving(Server(status(500, "oops"), status(503, "queue full"), answers)) as server,
+        engine_of(server) as engine,
+    ):
         assert (await sample(engine, [1])).token_ids == [5, 2]
         rids = [body["rid"] for body in server.bodies]
         assert len(set(rids)) == 3
@@ -108,7 +132,10 @@ async def test_a_server_error_is_tried_again_under_a_fresh_request_id() -> None:
 
 
 async def test_retries_have_an_end() -> None:
-    async with serving(Server(status(504, "too late"))) as server, engine_of(server, attempts=3) as engine:
+    async with (
+        serving(Server(status(504, "too late"))) as server,
+        engine_of(server, attempts=3) as engine,
+    ):
         with pytest.raises(EngineError, match="tried 3 times, last with status 504: too late"):
             await sample(engine, [1])
         assert len(server.bodies) == 3
@@ -124,13 +151,25 @@ async def test_a_full_queue_is_waited_for_and_is_no_failure(code: int) -> None:
 
 
 async def test_a_full_queue_is_not_waited_for_without_end() -> None:
-    async with serving(Server(status(429, "queue full"))) as server, engine_of(server, wait_s=0.1) as engine:
-        with pytest.raises(EngineError, match=r"took no request for 0\.1 s, last with status 429: queue full"):
+    async with (
+        serving(Server(status(429, "queue full"))) as server,
+        engine_of(server, wait_s=0.1) as engine,
+    ):
+        with pytest.raises(
+            EngineError, match=r"took no request for 0\.1 s, last with status 429: queue full"
+        ):
             await sample(engine, [1])
 
 
 @pytest.mark.parametrize(
-    ("given", "least_s", "most_s"), [("7", 7, 8), ("0", 0, 1), ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 1), ("soon", 0, 1), (None, 0, 1)]
+    ("given", "least_s", "most_s"),
+    [
+        ("7", 7, 8),
+        ("0", 0, 1),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 1),
+        ("soon", 0, 1),
+        (None, 0, 1),
+    ],
 )
 def test_no_sooner_than_the_server_says(given: str | None, least_s: float, most_s: float) -> None:
     response = httpx.Response(429, headers={"Retry-After": given} if given else {})
@@ -141,9 +180,14 @@ def test_no_sooner_than_the_server_says(given: str | None, least_s: float, most_
 async def test_a_refused_connection_is_waited_for() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     engine = SGLangServerEngine([url], wait_s=0.1)
-    with pytest.raises(EngineError, match=r"^no server came back within 0\.1 s: http://127\.0\.0\.1:\d+: "):
+    with pytest.raises(
+        EngineError, match=r"^no server came back within 0\.1 s: http://127\.0\.0\.1:\d+: "
+    ):
         await sample(engine, [1])
-    with pytest.raises(EngineStartError, match=r"no SGLang server is ready at http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls"):
+    with pytest.raises(
+        EngineStartError,
+        match=r"no SGLang server is ready at http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls",
+    ):
         await engine.connect()
     await engine.close()
 
@@ -151,7 +195,10 @@ async def test_a_refused_connection_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"error": {"message": "The input is longer\nthan the context"}}, "status 400: The input is longer than the context"),
+        (
+            {"error": {"message": "The input is longer\nthan the context"}},
+            "status 400: The input is longer than the context",
+        ),
         ({"detail": "no such thing"}, "status 400: no such thing"),
         ("plain words", "status 400: plain words"),
     ],
@@ -181,7 +228,13 @@ async def test_a_turn_that_takes_too_long_is_aborted_and_not_sent_again() -> Non
 
 
 @pytest.mark.parametrize(
-    "body", ["<html>", "[1]", '{"output_ids": [5]}', '{"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}}}']
+    "body",
+    [
+        "<html>",
+        "[1]",
+        '{"output_ids": [5]}',
+        '{"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}}}',
+    ],
 )
 async def test_an_answer_that_is_none_is_an_engine_error(body: str) -> None:
     async with serving(Server(status(200, body))) as server, engine_of(server) as engine:
@@ -191,8 +244,15 @@ async def test_an_answer_that_is_none_is_an_engine_error(body: str) -> None:
 
 @pytest.mark.parametrize("told", ["soon", float("nan"), [1], True, None])
 def test_a_figure_that_is_none_does_not_cost_the_turn(told: Any) -> None:
-    meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 5, None]], "weight_version": 3}
-    answer = {"output_ids": [5], "meta_info": {**meta, "cached_tokens": told, "queue_time": told, "e2e_latency": told}}
+    meta = {
+        "finish_reason": {"type": "stop"},
+        "output_token_logprobs": [[-0.5, 5, None]],
+        "weight_version": 3,
+    }
+    answer = {
+        "output_ids": [5],
+        "meta_info": {**meta, "cached_tokens": told, "queue_time": told, "e2e_latency": told},
+    }
     assert sglang.read_answer(answer) == Generation([5], [-0.5], "stop", weight_version="3")
 
 
@@ -224,7 +284,9 @@ async def test_an_abort_that_was_cancelled_is_sent_when_the_engine_is_closed() -
         assert sorted(server.aborted) == ["a" * 32, "b" * 32]
 
 
-async def test_a_server_that_does_not_say_what_it_sampled_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_does_not_say_what_it_sampled_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sglang, "ABORT_S", 0.1)
     async with serving(Server(hangs)) as server, engine_of(server) as engine:
         running = asyncio.create_task(sample(engine, [1]))
@@ -256,14 +318,18 @@ async def test_abort_returns_what_there_is_and_names_the_retried_request() -> No
 async def test_aborts_do_not_queue_behind_generations() -> None:
     async with serving(Server(waits)) as server, engine_of(server, max_connections=1) as engine:
         first, second = uuid.uuid4().hex, uuid.uuid4().hex
-        tasks = [asyncio.create_task(sample(engine, [1], request_id)) for request_id in (first, second)]
+        tasks = [
+            asyncio.create_task(sample(engine, [1], request_id)) for request_id in (first, second)
+        ]
         await server.got_one.wait()
         async with asyncio.timeout(20):
             await engine.abort(first)
             while len(server.bodies) < 2:  # noqa: ASYNC110 - the second gets the connection of the first
                 await asyncio.sleep(0.01)
             await engine.abort(second)
-            assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
+            assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {
+                "abort"
+            }
 
 
 async def test_as_many_turns_run_at_once_as_there_are_connections() -> None:
@@ -275,7 +341,9 @@ async def test_as_many_turns_run_at_once_as_there_are_connections() -> None:
             while len(server.bodies) < count:  # noqa: ASYNC110 - they come in one by one
                 await asyncio.sleep(0.01)
             await asyncio.gather(*map(engine.abort, ids))
-            assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {"abort"}
+            assert {generation.finish_reason for generation in await asyncio.gather(*tasks)} == {
+                "abort"
+            }
 
 
 async def test_a_request_id_in_flight_is_refused() -> None:
@@ -314,7 +382,9 @@ def test_different_http_addresses_are_asked_for(urls: list[str]) -> None:
     assert "s3cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("url", ["http://h", "http://h:1/path/", "https://h//", "http://[::1]:30000", "http://me:x@h:1"])
+@pytest.mark.parametrize(
+    "url", ["http://h", "http://h:1/path/", "https://h//", "http://[::1]:30000", "http://me:x@h:1"]
+)
 async def test_an_address_may_have_a_path_and_a_slash_at_its_end(url: str) -> None:
     engine = SGLangServerEngine([url])
     assert not engine.describe()["url"].endswith("/")
@@ -337,18 +407,39 @@ async def test_the_newline_of_a_keys_file_is_no_part_of_it() -> None:
 @pytest.mark.parametrize(
     ("path", "answer", "says"),
     [
-        ("/get_server_info", JSONResponse({"error": "Unauthorized"}, 401), "status 401: Unauthorized; check rollout.server.api_key"),
-        ("/get_server_info", PlainTextResponse("<html>\nhello"), "was answered with no JSON but '<html>"),
+        (
+            "/get_server_info",
+            JSONResponse({"error": "Unauthorized"}, 401),
+            "status 401: Unauthorized; check rollout.server.api_key",
+        ),
+        (
+            "/get_server_info",
+            PlainTextResponse("<html>\nhello"),
+            "was answered with no JSON but '<html>",
+        ),
         ("/get_server_info", PlainTextResponse('{"model_path": '), "was answered with no JSON but"),
-        ("/health", RedirectResponse("https://me:s3cret@h/x"), "status 307: a redirect to https://h/x; redirects are not followed"),
-        ("/health", Response(status_code=503), "GET /health: status 503; check rollout.server.urls"),
+        (
+            "/health",
+            RedirectResponse("https://me:s3cret@h/x"),
+            "status 307: a redirect to https://h/x; redirects are not followed",
+        ),
+        (
+            "/health",
+            Response(status_code=503),
+            "GET /health: status 503; check rollout.server.urls",
+        ),
     ],
 )
-async def test_what_is_wrong_at_the_start_is_one_line(path: str, answer: Response, says: str) -> None:
+async def test_what_is_wrong_at_the_start_is_one_line(
+    path: str, answer: Response, says: str
+) -> None:
     async with serving(Server(answers)) as server:
         server.says[path] = answer
         engine = SGLangServerEngine([server.url], "k")
-        with pytest.raises(EngineStartError, match=r"^no SGLang server is ready at http://[^\n]+; check rollout\.server\.urls$") as raised:
+        with pytest.raises(
+            EngineStartError,
+            match=r"^no SGLang server is ready at http://[^\n]+; check rollout\.server\.urls$",
+        ) as raised:
             await engine.connect()
         assert says in str(raised.value)
         assert "s3cret" not in str(raised.value)
@@ -358,7 +449,9 @@ async def test_what_is_wrong_at_the_start_is_one_line(path: str, answer: Respons
 async def test_a_server_of_another_kind_is_refused() -> None:
     """vLLM's has /health, and neither /get_server_info nor /generate."""
     async with serving(Server(answers)) as server:
-        server.says = {path: Response(status_code=404) for path in ("/get_server_info", "/generate")}
+        server.says = {
+            path: Response(status_code=404) for path in ("/get_server_info", "/generate")
+        }
         with pytest.raises(EngineStartError, match="has no /generate, so it is no SGLang server"):
             await SGLangServerEngine([server.url]).connect()
 
@@ -370,13 +463,17 @@ async def test_a_router_need_not_say_what_it_serves() -> None:
         await engine.connect()
         assert engine.served() == {"model_path": "/models/m", "weight_version": "default"}
         two.says["/get_server_info"] = Response(status_code=501)
-        two.says["/get_model_info"] = JSONResponse({"model_path": "/models/n", "is_generation": True})
+        two.says["/get_model_info"] = JSONResponse(
+            {"model_path": "/models/n", "is_generation": True}
+        )
         await engine.connect()
         assert engine.served() == {"model_path": "/models/n"}
         await engine.close()
 
 
-async def test_a_server_that_never_answers_is_not_waited_for_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_never_answers_is_not_waited_for_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(one_server, "HEALTH_S", 0.2)
     async with serving(Server(answers)) as server:
         server.hangs = True
@@ -386,7 +483,10 @@ async def test_a_server_that_never_answers_is_not_waited_for_at_the_start(monkey
 
 async def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://me:s3cret@127.0.0.1:{free_port()}")
-    with pytest.raises(EngineStartError, match=r"by way of the environment's proxy http://127\S+; NO_PROXY=h\.invalid goes") as raised:
+    with pytest.raises(
+        EngineStartError,
+        match=r"by way of the environment's proxy http://127\S+; NO_PROXY=h\.invalid goes",
+    ) as raised:
         await SGLangServerEngine(["http://h.invalid:1"]).connect()
     assert "s3cret" not in str(raised.value)
     monkeypatch.setenv("http_proxy", "gopher://127.0.0.1:1")
@@ -405,7 +505,9 @@ async def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def sglang_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with launched(base_model_dir(), free_port(), tmp_path_factory.mktemp("server") / "log") as server:
+    with launched(
+        base_model_dir(), free_port(), tmp_path_factory.mktemp("server") / "log"
+    ) as server:
         yield server.url
 
 
@@ -413,7 +515,9 @@ def sglang_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.slow
 async def test_sglangs_own_server_end_to_end(sglang_url: str) -> None:
     tokenizer = tokenizer_at(base_model_dir())
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
+    )
     engine = SGLangServerEngine([sglang_url])
     await engine.connect()
     assert engine.describe()["version"] == "0.5.5"
@@ -433,7 +537,9 @@ async def check_stops(engine: SGLangServerEngine, url: str) -> None:
     """Aborted and cancelled requests end on the server too, by its own figures."""
     aborted = uuid.uuid4().hex
     tasks = [
-        asyncio.create_task(sample(engine, [1, 2], request_id, max_new_tokens=4000, ignore_eos=True))
+        asyncio.create_task(
+            sample(engine, [1, 2], request_id, max_new_tokens=4000, ignore_eos=True)
+        )
         for request_id in (aborted, *(uuid.uuid4().hex for _ in range(5)))
     ]
     await until_load(url, 6)
@@ -441,7 +547,10 @@ async def check_stops(engine: SGLangServerEngine, url: str) -> None:
     assert (await tasks[0]).finish_reason == "abort"
     for task in tasks[1:]:
         task.cancel()
-    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*tasks[1:], return_exceptions=True))
+    assert all(
+        isinstance(result, asyncio.CancelledError)
+        for result in await asyncio.gather(*tasks[1:], return_exceptions=True)
+    )
     await until_load(url, 0)
 
 

@@ -31,7 +31,16 @@ from agent.model.base import base_model_dir
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.agent import native_server
-from tests.agent.native_api import Server, answers, free_port, launch, serving, status, wait_for_health, waits
+from tests.agent.native_api import (
+    Server,
+    answers,
+    free_port,
+    launch,
+    serving,
+    status,
+    wait_for_health,
+    waits,
+)
 from tests.helpers import ROOT, settings, task
 from tools.function import tool
 from tools.toolset import ToolSet
@@ -54,7 +63,9 @@ async def engine_of(*servers: Server, **options: Any) -> AsyncIterator[SGLangSer
 
 
 async def sample(engine: SGLangServerEngine, ids: list[int]) -> Generation:
-    return await engine.generate(ids, {"temperature": 0.0, "max_new_tokens": 16}, request_id=uuid.uuid4().hex)
+    return await engine.generate(
+        ids, {"temperature": 0.0, "max_new_tokens": 16}, request_id=uuid.uuid4().hex
+    )
 
 
 async def turns(engine: SGLangServerEngine, first: int, count: int = 3) -> None:
@@ -73,14 +84,22 @@ def served(server: Server) -> list[int]:
 
 
 async def test_conversations_spread_evenly_and_each_stays_where_it_is() -> None:
-    async with serving(Server(answers)) as one, serving(Server(answers)) as two, engine_of(one, two) as engine:
+    async with (
+        serving(Server(answers)) as one,
+        serving(Server(answers)) as two,
+        engine_of(one, two) as engine,
+    ):
         await asyncio.gather(*(turns(engine, number) for number in range(10)))
         assert len(set(served(one))) == len(set(served(two))) == 5
         assert not set(served(one)) & set(served(two))
 
 
 async def test_one_that_ended_counts_no_more() -> None:
-    async with serving(Server(waits)) as one, serving(Server(answers)) as two, engine_of(one, two) as engine:
+    async with (
+        serving(Server(waits)) as one,
+        serving(Server(answers)) as two,
+        engine_of(one, two) as engine,
+    ):
         held = asyncio.create_task(turns(engine, 0))
         await one.got_one.wait()
         for number in range(1, 5):
@@ -92,7 +111,11 @@ async def test_one_that_ended_counts_no_more() -> None:
 
 
 async def test_a_server_that_is_gone_loses_its_conversations_to_the_other() -> None:
-    async with serving(Server(answers)) as two, serving(Server(waits)) as one, engine_of(one, two) as engine:
+    async with (
+        serving(Server(answers)) as two,
+        serving(Server(waits)) as one,
+        engine_of(one, two) as engine,
+    ):
         running = asyncio.create_task(turns(engine, 7))
         await one.got_one.wait()
         one.up = False
@@ -104,7 +127,10 @@ async def test_a_server_that_is_gone_loses_its_conversations_to_the_other() -> N
 
 
 async def test_a_poisoned_turn_does_not_go_round_for_ever() -> None:
-    async with serving(Server(status(500, "boom"))) as one, serving(Server(status(500, "boom"))) as two:
+    async with (
+        serving(Server(status(500, "boom"))) as one,
+        serving(Server(status(500, "boom"))) as two,
+    ):
         async with engine_of(one, two, attempts=4) as engine:
             with pytest.raises(EngineError, match="tried 4 times, last with status 500: boom"):
                 await sample(engine, [1])
@@ -122,12 +148,18 @@ async def test_nobody_asks_a_server_that_is_down_but_the_watcher() -> None:
         assert (await running).token_ids == [5, 2]
 
 
-async def test_a_server_that_hangs_loses_its_conversations_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_hangs_loses_its_conversations_to_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It takes connections and never answers, neither the turn nor whether it is well: a stopped process, a machine cut off."""
     monkeypatch.setattr(one_server, "HEALTH_S", 0.2)
     for module in (one_server, sglang_server):
         monkeypatch.setattr(module, "SILENCE_S", 0.1)
-    async with serving(Server(answers)) as two, serving(Server(waits)) as one, engine_of(one, two) as engine:
+    async with (
+        serving(Server(answers)) as two,
+        serving(Server(waits)) as one,
+        engine_of(one, two) as engine,
+    ):
         running = asyncio.create_task(turns(engine, 7))
         await one.got_one.wait()
         one.hangs = True
@@ -136,21 +168,31 @@ async def test_a_server_that_hangs_loses_its_conversations_to_the_other(monkeypa
     assert (served(one), served(two)) == ([7], [7, 7, 7])
 
 
-async def test_a_long_turn_of_a_server_that_is_well_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_turn_of_a_server_that_is_well_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for module in (one_server, sglang_server):
         monkeypatch.setattr(module, "SILENCE_S", 0.05)
     async with serving(Server(waits)) as server, engine_of(server) as engine:
         running = asyncio.create_task(sample(engine, [1]))
         await asyncio.sleep(0.4)
-        server.says["/health"] = Response(status_code=503)  # it says that it is not well: it may answer all the same
+        server.says["/health"] = Response(
+            status_code=503
+        )  # it says that it is not well: it may answer all the same
         await asyncio.sleep(0.4)
         server.release.set()
         assert (await running).token_ids == [5]
         assert len(server.bodies) == 1
 
 
-async def test_a_proxy_that_lost_its_server_loses_its_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(Server(answers)) as two, serving(Server(status(502, "bad gateway"))) as one, engine_of(one, two) as engine:
+async def test_a_proxy_that_lost_its_server_loses_its_conversations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with (
+        serving(Server(answers)) as two,
+        serving(Server(status(502, "bad gateway"))) as one,
+        engine_of(one, two) as engine,
+    ):
         one.up = False
         async with asyncio.timeout(20):
             await turns(engine, 7)
@@ -161,7 +203,9 @@ async def test_waiting_has_an_end_that_says_what_is_wrong() -> None:
     async with serving(Server(answers)) as server, engine_of(server, wait_s=0.2) as engine:
         server.up = False
         engine._servers[0].lost("gone")
-        with pytest.raises(EngineError, match=r"no server came back within 0\.2 s: http://\S+: .*503"):
+        with pytest.raises(
+            EngineError, match=r"no server came back within 0\.2 s: http://\S+: .*503"
+        ):
             await sample(engine, [1])
 
 
@@ -169,14 +213,18 @@ async def test_one_that_comes_back_with_another_model_stays_out() -> None:
     async with serving(Server(answers)) as server, engine_of(server, wait_s=0.3) as engine:
         server.model = "/models/other"
         engine._servers[0].lost("gone")
-        with pytest.raises(EngineError, match="it came back with /models/other where it had /models/m"):
+        with pytest.raises(
+            EngineError, match="it came back with /models/other where it had /models/m"
+        ):
             await sample(engine, [1])
 
 
 async def test_servers_of_different_models_are_refused() -> None:
     async with serving(Server(answers)) as one, serving(Server(answers)) as two:
         two.model = "/models/other"
-        with pytest.raises(EngineStartError, match=r"serve different models: .*/models/m, .*/models/other"):
+        with pytest.raises(
+            EngineStartError, match=r"serve different models: .*/models/m, .*/models/other"
+        ):
             async with engine_of(one, two):
                 pass
 
@@ -192,7 +240,10 @@ async def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
     certificate.private_key_pem.write_to_path(key)
     authority.cert_pem.write_to_path(roots)
     async with serving(Server(answers), ssl_certfile=chain, ssl_keyfile=key) as server:
-        with pytest.raises(EngineStartError, match=r"no SGLang server is ready at https://\S+: .*certificate verify failed"):
+        with pytest.raises(
+            EngineStartError,
+            match=r"no SGLang server is ready at https://\S+: .*certificate verify failed",
+        ):
             async with engine_of(server):
                 pass
         monkeypatch.setenv("SSL_CERT_FILE", str(roots))
@@ -209,7 +260,9 @@ class Native:
 
     def __init__(self, port: int) -> None:
         command = [sys.executable, "-m", "tests.agent.native_server"]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.port = port
         self.start()
 
@@ -253,11 +306,23 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
     try:
         await healthy(url)
         await engine.connect()
-        shared = Runtime(engine, smollm2, settings(), Dispatcher(ToolSet.from_tools([look]), max_parallel_calls=1, cut=lambda text: None))
-        tasks = [task(f"t{number}", messages=[{"role": "user", "content": f"q:{number}"}]) for number in range(CONVERSATIONS)]
-        running = asyncio.create_task(run_tasks(tasks, shared, on_done=lambda record: records.update({record.id: record})))
+        shared = Runtime(
+            engine,
+            smollm2,
+            settings(),
+            Dispatcher(ToolSet.from_tools([look]), max_parallel_calls=1, cut=lambda text: None),
+        )
+        tasks = [
+            task(f"t{number}", messages=[{"role": "user", "content": f"q:{number}"}])
+            for number in range(CONVERSATIONS)
+        ]
+        running = asyncio.create_task(
+            run_tasks(tasks, shared, on_done=lambda record: records.update({record.id: record}))
+        )
         for _ in range(KILLS):
-            await asyncio.sleep(native_server.DELAY_S / 2)  # in the midst of a turn of each conversation
+            await asyncio.sleep(
+                native_server.DELAY_S / 2
+            )  # in the midst of a turn of each conversation
             assert not running.done()
             native.kill()
             native.start()
@@ -269,9 +334,16 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
         await engine.close()
     assert len(records) == CONVERSATIONS
     for record in records.values():
-        assert (record.stop_reason, record.infra_error, record.num_turns) == ("stop", False, native_server.CALLS + 1)
+        assert (record.stop_reason, record.infra_error, record.num_turns) == (
+            "stop",
+            False,
+            native_server.CALLS + 1,
+        )
         ids = record.prompt_ids + record.response_ids
-        assert all(ids[turn.start : turn.end] == native_server.sampled(smollm2, ids[: turn.start]) for turn in record.turns)
+        assert all(
+            ids[turn.start : turn.end] == native_server.sampled(smollm2, ids[: turn.start])
+            for turn in record.turns
+        )
 
 
 @tool
@@ -309,13 +381,19 @@ async def greedy(engine: SGLangServerEngine, number: int) -> list[int]:
 @pytest.mark.slow
 async def test_sglangs_own_server_killed_under_load(tmp_path: Path) -> None:
     model, port, log = tiny_model(tmp_path / "model"), free_port(), tmp_path / "log"
-    options: dict[str, Any] = {"dtype": "float32", "max-running-requests": 64, "max-total-tokens": 16384}
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "max-running-requests": 64,
+        "max-total-tokens": 16384,
+    }
     process = launch(model, port, log, **options)
     try:
         wait_for_health(process, log)
         engine = SGLangServerEngine([process.url])
         await engine.connect()
-        undisturbed = await asyncio.gather(*(greedy(engine, number) for number in range(CONVERSATIONS)))
+        undisturbed = await asyncio.gather(
+            *(greedy(engine, number) for number in range(CONVERSATIONS))
+        )
         running = asyncio.gather(*(greedy(engine, number) for number in range(CONVERSATIONS)))
         for _ in range(SGLANG_KILLS):
             await asyncio.sleep(0.5)
@@ -336,10 +414,19 @@ async def test_sglangs_own_server_killed_under_load(tmp_path: Path) -> None:
 async def routed(log: Path, *servers: Server) -> AsyncIterator[str]:
     """The address of `sglang_router` in front of the servers."""
     port = free_port()
-    options = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *(server.url for server in servers)]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--worker-urls",
+        *(server.url for server in servers),
+    ]
     with log.open("w") as output:
         router = subprocess.Popen(  # noqa: ASYNC220 - a moment
-            [sys.executable, "-m", "sglang_router.launch_router", *options], stdout=output, stderr=output
+            [sys.executable, "-m", "sglang_router.launch_router", *options],
+            stdout=output,
+            stderr=output,
         )
     try:
         await healthy(f"http://127.0.0.1:{port}")
@@ -358,7 +445,11 @@ async def until_cut_off(server: Server, body: dict[str, Any]) -> Response:
 
 
 async def test_a_router_by_its_url(tmp_path: Path) -> None:
-    async with serving(Server(answers)) as one, serving(Server(answers)) as two, routed(tmp_path / "log", one, two) as url:
+    async with (
+        serving(Server(answers)) as one,
+        serving(Server(answers)) as two,
+        routed(tmp_path / "log", one, two) as url,
+    ):
         engine = SGLangServerEngine([url])
         await engine.connect()
         await asyncio.gather(*(turns(engine, number) for number in range(8)))

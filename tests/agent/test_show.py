@@ -28,7 +28,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def record(run: Path) -> Record:
     """One with several turns, calls that worked and calls that did not."""
-    return next(one for one in open_run(run).records() if len({call["status"] for call in one["tool_calls"]}) > 1)
+    return next(
+        one
+        for one in open_run(run).records()
+        if len({call["status"] for call in one["tool_calls"]}) > 1
+    )
 
 
 def test_messages_calls_and_authors_are_shown(run: Path, record: Record) -> None:
@@ -51,15 +55,22 @@ def test_messages_calls_and_authors_are_shown(run: Path, record: Record) -> None
 
 def test_tokens_are_shown_by_author_and_put_together_to_the_text(run: Path, record: Record) -> None:
     plain = turntrace("show", str(run), record["id"], cwd=run).stdout
-    shown = turntrace("show", str(run), record["id"], "--tokens", cwd=run).stdout.removeprefix(plain)
+    shown = turntrace("show", str(run), record["id"], "--tokens", cwd=run).stdout.removeprefix(
+        plain
+    )
     parts = re.split(r"^\n?(\w+)  (\d+) to (\d+), \d+ tokens\n", shown, flags=re.MULTILINE)[1:]
-    assert [[kind, int(start), int(end)] for kind, start, end in zip(parts[::4], parts[1::4], parts[2::4], strict=True)] == record[
-        "segments"
-    ]
-    decoded = open_run(run).tokenizer().decode(record["prompt_ids"] + record["response_ids"], clean_up_tokenization_spaces=False)
-    assert "".join(text.rstrip("\n").removesuffix("\n") for text in parts[3::4]).replace("↵", "").replace("\n", "") == visible(
-        decoded
-    ).replace("\n", "")
+    assert [
+        [kind, int(start), int(end)]
+        for kind, start, end in zip(parts[::4], parts[1::4], parts[2::4], strict=True)
+    ] == record["segments"]
+    decoded = (
+        open_run(run)
+        .tokenizer()
+        .decode(record["prompt_ids"] + record["response_ids"], clean_up_tokenization_spaces=False)
+    )
+    assert "".join(text.rstrip("\n").removesuffix("\n") for text in parts[3::4]).replace(
+        "↵", ""
+    ).replace("\n", "") == visible(decoded).replace("\n", "")
 
 
 def test_where_a_turn_was_gone_on_with_is_shown(run: Path, tmp_path: Path) -> None:
@@ -72,11 +83,16 @@ def test_where_a_turn_was_gone_on_with_is_shown(run: Path, tmp_path: Path) -> No
 
 
 def test_a_record_that_was_changed_is_named(run: Path, record: Record, tmp_path: Path) -> None:
-    says = "does not match its hash: it was changed after it was written; turntrace verify says more\n"
+    says = (
+        "does not match its hash: it was changed after it was written; turntrace verify says more\n"
+    )
     assert says not in turntrace("show", str(run), record["id"], cwd=run).stdout
     other = changed_run(tmp_path / "run", run, lambda number, record: None)
     file = other / "trajectories.jsonl"
-    file.write_text(re.sub(r'"wall_s":[^,]+', '"wall_s":77.5', file.read_text(encoding="utf-8")), encoding="utf-8")
+    file.write_text(
+        re.sub(r'"wall_s":[^,]+', '"wall_s":77.5', file.read_text(encoding="utf-8")),
+        encoding="utf-8",
+    )
     assert says in turntrace("show", "run", record["id"], cwd=tmp_path).stdout
 
 
@@ -96,8 +112,20 @@ def test_nothing_of_a_record_reaches_the_terminal_as_a_control(run: Path, tmp_pa
         for message in record["messages"]:
             message["content"] = EVIL
         for call in record["tool_calls"]:
-            call |= {"name": EVIL, "response": EVIL, "error": EVIL, "arguments": {EVIL: EVIL}, "status": EVIL}
-        record |= {"error": EVIL, "warnings": [EVIL], "stop_reason": EVIL, "ground_truth": EVIL, "parent": {EVIL: EVIL}}
+            call |= {
+                "name": EVIL,
+                "response": EVIL,
+                "error": EVIL,
+                "arguments": {EVIL: EVIL},
+                "status": EVIL,
+            }
+        record |= {
+            "error": EVIL,
+            "warnings": [EVIL],
+            "stop_reason": EVIL,
+            "ground_truth": EVIL,
+            "parent": {EVIL: EVIL},
+        }
         record["turns"] = [{**turn, "finish_reason": EVIL} for turn in record["turns"]]
         record["segments"] = [[EVIL, start, end] for _, start, end in record["segments"]]
         task = f"{EVIL[:-1]}{number}".replace("\0", "")  # what a command line can name
@@ -108,11 +136,17 @@ def test_nothing_of_a_record_reaches_the_terminal_as_a_control(run: Path, tmp_pa
         screen = _on_a_terminal("show", "run", name, "--tokens", cwd=tmp_path)
         assert b"tokens" in screen
         without_styles = re.sub(rb"\x1b\[[0-9;]*m", b"", screen)
-        assert not re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]", without_styles)
+        assert not re.search(
+            rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]", without_styles
+        )
 
 
 def test_markup_of_the_printer_is_text(run: Path, tmp_path: Path) -> None:
-    other = changed_run(tmp_path / "run", run, lambda number, record: record["messages"].__setitem__(0, {"role": "user", "content": EVIL}))
+    other = changed_run(
+        tmp_path / "run",
+        run,
+        lambda number, record: record["messages"].__setitem__(0, {"role": "user", "content": EVIL}),
+    )
     shown = turntrace("show", "run", next(iter(open_run(other).ids)), cwd=tmp_path).stdout
     assert "␛[2J␛]0;owned␇⟨U+009B⟩31m␍⟨U+202E⟩esrever␀ [bold red]markup[/] half ⟨U+D83D⟩" in shown
 
@@ -121,7 +155,9 @@ def _on_a_terminal(*arguments: str, cwd: Path) -> bytes:
     """What a command writes when its output is a terminal."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "agent", *arguments]
-    process = subprocess.Popen(command, cwd=cwd, stdout=theirs, stderr=theirs, env=env({"TERM": "xterm-256color"}))
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=theirs, stderr=theirs, env=env({"TERM": "xterm-256color"})
+    )
     os.close(theirs)
     read = b""
     with os.fdopen(ours, "rb", closefd=True) as screen:
@@ -146,7 +182,11 @@ def test_an_id_that_is_not_there_names_those_like_it(run: Path) -> None:
 
 
 def test_a_damaged_record_is_one_line(run: Path, tmp_path: Path) -> None:
-    other = changed_run(tmp_path / "run", run, lambda number, record: record.update({"turns": [7], "messages": "none", "segments": [1]}))
+    other = changed_run(
+        tmp_path / "run",
+        run,
+        lambda number, record: record.update({"turns": [7], "messages": "none", "segments": [1]}),
+    )
     ran = turntrace("show", "run", next(iter(open_run(other).ids)), cwd=tmp_path)
     assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
     assert "is damaged" in ran.stderr

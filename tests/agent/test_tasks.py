@@ -34,7 +34,10 @@ VERL_ROW = {
 
 def jsonl(folder: Path, *rows: Any, name: str = "tasks.jsonl") -> Path:
     path = folder / name
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -60,23 +63,39 @@ def test_a_row_in_verls_schema(tmp_path: Path) -> None:
         tools_kwargs={"calc_gsm8k_reward": {"create_kwargs": {"ground_truth": "4"}}},
         ground_truth="4",
         data_source="openai/gsm8k",
-        extra={key: VERL_ROW[key] for key in ("ability", "reward_model", "agent_name", "extra_info")},
+        extra={
+            key: VERL_ROW[key] for key in ("ability", "reward_model", "agent_name", "extra_info")
+        },
     )
     assert len(task.id) == 16
 
 
 @pytest.mark.parametrize(
     "row",
-    [{"prompt": "hi"}, {"prompt": [{"role": "user", "content": "hi"}]}, {"messages": [{"role": "user", "content": "hi"}]}],
+    [
+        {"prompt": "hi"},
+        {"prompt": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi"}]},
+    ],
 )
 def test_plain_rows(tmp_path: Path, row: dict[str, Any]) -> None:
     [task] = read_tasks(jsonl(tmp_path, row))
-    assert (task.messages, task.tools_kwargs, task.extra) == ([{"role": "user", "content": "hi"}], {}, None)
+    assert (task.messages, task.tools_kwargs, task.extra) == (
+        [{"role": "user", "content": "hi"}],
+        {},
+        None,
+    )
 
 
 def test_parquets_null_filled_keys_are_no_keys(tmp_path: Path) -> None:
     other = {
-        "prompt": [{"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+        "prompt": [
+            {
+                "role": "assistant",
+                "content": "x",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+            }
+        ],
         "extra_info": {"tools_kwargs": {"code_interpreter": {"create_kwargs": {"files": ["a"]}}}},
     }
     tasks = list(read_tasks(as_parquet(tmp_path, VERL_ROW, other)))
@@ -89,7 +108,10 @@ def test_parquets_null_filled_keys_are_no_keys(tmp_path: Path) -> None:
 
 
 def test_jsonl_and_parquet_give_the_same_task(tmp_path: Path) -> None:
-    rows = [VERL_ROW, {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"ground_truth": "5"}}]
+    rows = [
+        VERL_ROW,
+        {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"ground_truth": "5"}},
+    ]
     assert list(read_tasks(jsonl(tmp_path, *rows))) == list(read_tasks(as_parquet(tmp_path, *rows)))
 
 
@@ -107,12 +129,20 @@ def test_repeated_rows_are_numbered_and_ids_stay(tmp_path: Path) -> None:
 
 
 def test_a_rows_own_id_is_kept(tmp_path: Path) -> None:
-    assert [task.id for task in read_tasks(jsonl(tmp_path, {"id": 7, "prompt": "a"}, {"id": "x", "prompt": "a"}))] == ["7", "x"]
+    assert [
+        task.id
+        for task in read_tasks(
+            jsonl(tmp_path, {"id": 7, "prompt": "a"}, {"id": "x", "prompt": "a"})
+        )
+    ] == ["7", "x"]
 
 
 def test_the_same_id_twice_names_both_places(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"id": 7, "prompt": "a"}, "\n", {"id": "7", "prompt": "b"})
-    assert error_of(path) == f"{path}:3: the id '7' stands already at {path}:1; ids must differ (leave them out to have rows hashed)"
+    assert (
+        error_of(path)
+        == f"{path}:3: the id '7' stands already at {path}:1; ids must differ (leave them out to have rows hashed)"
+    )
 
 
 def test_reading_is_lazy(tmp_path: Path) -> None:
@@ -130,7 +160,10 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         ('["prompt"]\n', ':1: a task is a JSON object such as {"prompt": "..."}, got list'),
         ({"question": "a"}, "neither prompt nor messages"),
         ({"question": "a"}, "its keys: question"),
-        ({"question": "a", "answer": "#### 4"}, "turntrace tasks gsm8k makes tasks of GSM8K's own file"),
+        (
+            {"question": "a", "answer": "#### 4"},
+            "turntrace tasks gsm8k makes tasks of GSM8K's own file",
+        ),
         ({"prompt": "a", "messages": []}, "both prompt and messages"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": 3}, "prompt must be a text or a list of messages, got int 3"),
@@ -143,7 +176,10 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
             {"prompt": "a", "extra_info": {"tools_kwargs": {"t": {"create_kwarg": {}}}}},
             "extra_info.tools_kwargs.t.create_kwarg is not known",
         ),
-        ({"prompt": "a", "extra_info": {"need_tools_kwargs": True}}, "need_tools_kwargs is true but there are no tools_kwargs"),
+        (
+            {"prompt": "a", "extra_info": {"need_tools_kwargs": True}},
+            "need_tools_kwargs is true but there are no tools_kwargs",
+        ),
         ({"prompt": "a", "id": ""}, "id must be a string or an integer"),
         ({"prompt": "a", "id": True}, "id must be a string or an integer, got bool True"),
         ('{"prompt": "a", "score": NaN}\n', "score holds what JSON cannot"),
@@ -164,7 +200,9 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 def test_a_null_ground_truth_is_none_given(tmp_path: Path) -> None:
     row = {"prompt": "a", "reward_model": {"ground_truth": "4"}}
-    tasks = read_tasks(jsonl(tmp_path, {**row, "ground_truth": None}, {**row, "ground_truth": 0}, row))
+    tasks = read_tasks(
+        jsonl(tmp_path, {**row, "ground_truth": None}, {**row, "ground_truth": 0}, row)
+    )
     assert [task.ground_truth for task in tasks] == ["4", 0, "4"]
 
 
@@ -185,7 +223,9 @@ def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
         ("bad.parquet", b"PAR1 nothing", "cannot be read as Parquet after row 0"),
     ],
 )
-def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+def test_a_file_that_cannot_be_read(
+    tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -213,7 +253,8 @@ def test_a_byte_order_mark_and_odd_line_ends_are_fine(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 
 
@@ -237,22 +278,48 @@ def test_gsm_symbolic_is_reproducible_and_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"), [("42", "42"), ("42.0", "42"), ("-3.00", "-3"), ("1.5", "1.5"), ("0.25", "0.25"), ("42.", "42."), ("v1.0", "v1.0")]
+    ("answer", "text"),
+    [
+        ("42", "42"),
+        ("42.0", "42"),
+        ("-3.00", "-3"),
+        ("1.5", "1.5"),
+        ("0.25", "0.25"),
+        ("42.", "42."),
+        ("v1.0", "v1.0"),
+    ],
 )
 def test_whole_numbers_have_no_decimals(answer: str, text: str) -> None:
     assert whole_number(answer) == text
 
 
 def test_gsm8k_rows_take_the_final_number(tmp_path: Path) -> None:
-    source = jsonl(tmp_path, {"question": "Q", "answer": "1000+3=<<1000+3=1003>>1,003\n#### 1,003"}, name="train.jsonl")
+    source = jsonl(
+        tmp_path,
+        {"question": "Q", "answer": "1000+3=<<1000+3=1003>>1,003\n#### 1,003"},
+        name="train.jsonl",
+    )
     out = tmp_path / "made" / "tasks.jsonl"
     assert write_gsm8k(source, out) == 1
     [task] = read_tasks(out)
-    assert (task.ground_truth, task.data_source, task.messages[0]["content"]) == ("1003", "openai/gsm8k", "Q")
+    assert (task.ground_truth, task.data_source, task.messages[0]["content"]) == (
+        "1003",
+        "openai/gsm8k",
+        "Q",
+    )
     assert task.extra["extra_info"]["split"] == "train"
 
 
-@pytest.mark.parametrize("row", [{"question": "Q"}, {"question": "Q", "answer": "42"}, {"question": "Q", "answer": 42}, "{", "[1]"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Q"},
+        {"question": "Q", "answer": "42"},
+        {"question": "Q", "answer": 42},
+        "{",
+        "[1]",
+    ],
+)
 def test_a_bad_gsm8k_row_leaves_no_file(tmp_path: Path, row: Any) -> None:
     source = jsonl(tmp_path, {"question": "Q", "answer": "#### 1"}, row, name="train.jsonl")
     with pytest.raises(TaskError, match=r"train\.jsonl:2: "):

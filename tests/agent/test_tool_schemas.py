@@ -87,7 +87,9 @@ def written() -> list[Any]:
     return [entry["tool_schema"] for entry in yaml.safe_load(TRIP)["tools"]]
 
 
-async def test_schemas_reach_the_models_prompt_and_the_record_unchanged(template: ChatTemplate, yaml_file: Path) -> None:
+async def test_schemas_reach_the_models_prompt_and_the_record_unchanged(
+    template: ChatTemplate, yaml_file: Path
+) -> None:
     """The order of keys included: models read it as an order of arguments."""
     dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=4, cut=lambda text: None)
     runtime = Runtime(says(template, "No trip."), template, settings(), dispatcher)
@@ -106,54 +108,95 @@ async def test_schemas_reach_the_models_prompt_and_the_record_unchanged(template
 
 FINE: list[dict[str, Any]] = [
     {"stops": [{"place": {"name": "Bern"}}]},
-    {"stops": [{"place": {"name": "Bern", "geo": [46.9, 7.4]}, "nights": 2}], "mode": "ÖV", "budget": {"low": 1}, "matrix": [[], [1]]},
-    {"stops": [{"place": {"name": "x", "geo": "geo:1,2"}}], "budget": 0.5, "leader": {"name": "A", "knows": [{"name": "B", "knows": []}]}},
+    {
+        "stops": [{"place": {"name": "Bern", "geo": [46.9, 7.4]}, "nights": 2}],
+        "mode": "ÖV",
+        "budget": {"low": 1},
+        "matrix": [[], [1]],
+    },
+    {
+        "stops": [{"place": {"name": "x", "geo": "geo:1,2"}}],
+        "budget": 0.5,
+        "leader": {"name": "A", "knows": [{"name": "B", "knows": []}]},
+    },
 ]
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, 'arguments: "stops" is a required property'),
     ({"stops": []}, "stops: [] has less than 1 item"),
-    ({"stops": [{"place": {"name": "x"}}, {"nights": 1}]}, 'stops.1: "place" is a required property'),
+    (
+        {"stops": [{"place": {"name": "x"}}, {"nights": 1}]},
+        'stops.1: "place" is a required property',
+    ),
     ({"stops": [{"place": {"name": 7}}]}, 'stops.0.place.name: 7 is not of type "string"'),
     ({"stops": [{"place": {"name": ""}}]}, 'stops.0.place.name: "" is shorter than 1 character'),
-    ({"stops": [{"place": {"name": "x"}, "nights": -1}]}, "stops.0.nights: -1 is less than the minimum of 0"),
+    (
+        {"stops": [{"place": {"name": "x"}, "nights": -1}]},
+        "stops.0.nights: -1 is less than the minimum of 0",
+    ),
     (
         {"stops": [{"place": {"name": "x", "geo": ["46", 7]}}]},
         "stops.0.place.geo: [\"46\",7] is not valid under any of the schemas listed in the 'oneOf' keyword"
         ' (0: "46" is not of type "number"; ["46",7] is not of type "string")',
     ),
-    ({"stops": [{"place": {"name": "x"}}], "mode": "fly"}, 'mode: "fly" is not one of ["walk", "train", "ÖV", "null"]'),
+    (
+        {"stops": [{"place": {"name": "x"}}], "mode": "fly"},
+        'mode: "fly" is not one of ["walk", "train", "ÖV", "null"]',
+    ),
     (
         {"stops": [{"place": {"name": "x"}}], "budget": {"low": "1", "top": 2}},
         'budget: {"low":"1","top":2} is not valid under any of the schemas listed in the \'anyOf\' keyword'
         ' ({"low":"1","top":2} is not of type "number"; low: "1" is not of type "number";'
         " Additional properties are not allowed ('top' was unexpected))",
     ),
-    ({"stops": [{"place": {"name": "x"}}], "matrix": [[1], [1, 2.5]]}, 'matrix.1.1: 2.5 is not of type "integer"'),
     (
-        {"stops": [{"place": {"name": "x"}}], "leader": {"name": "A", "knows": [{"name": "B"}, {"name": None}]}},
+        {"stops": [{"place": {"name": "x"}}], "matrix": [[1], [1, 2.5]]},
+        'matrix.1.1: 2.5 is not of type "integer"',
+    ),
+    (
+        {
+            "stops": [{"place": {"name": "x"}}],
+            "leader": {"name": "A", "knows": [{"name": "B"}, {"name": None}]},
+        },
         'leader.knows.1.name: null is not of type "string"',
     ),
-    ({"stops": [{"place": {"name": "x"}}], "modes": "walk"}, "arguments: Additional properties are not allowed ('modes' was unexpected)"),
+    (
+        {"stops": [{"place": {"name": "x"}}], "modes": "walk"},
+        "arguments: Additional properties are not allowed ('modes' was unexpected)",
+    ),
 ]
 
 
 async def test_wrong_arguments_are_answered_with_the_field_and_the_reason(yaml_file: Path) -> None:
     dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=64, cut=lambda text: None)
     tools = ConversationTools(dispatcher, {}, None)
-    calls = parse("".join(call("plan_trip", **arguments) for arguments in [*FINE, *(arguments for arguments, _ in WRONG)])).calls
+    calls = parse(
+        "".join(
+            call("plan_trip", **arguments)
+            for arguments in [*FINE, *(arguments for arguments, _ in WRONG)]
+        )
+    ).calls
     lines = ledger_lines(calls, 0)
     await tools.create()
     await tools.run(calls, lines)
     await tools.release()
     fine, wrong = lines[: len(FINE)], lines[len(FINE) :]
-    assert [(line.status, line.response) for line in fine] == [("ok", json.dumps(arguments, sort_keys=True)) for arguments in FINE]
-    assert [line.response for line in wrong] == [f"Error: invalid arguments for plan_trip: {said}" for _, said in WRONG]
+    assert [(line.status, line.response) for line in fine] == [
+        ("ok", json.dumps(arguments, sort_keys=True)) for arguments in FINE
+    ]
+    assert [line.response for line in wrong] == [
+        f"Error: invalid arguments for plan_trip: {said}" for _, said in WRONG
+    ]
     assert {line.status for line in wrong} == {"invalid_arguments"}
-    assert all(line.attempts == [] and line.arguments == arguments for line, (arguments, _) in zip(wrong, WRONG, strict=True))
+    assert all(
+        line.attempts == [] and line.arguments == arguments
+        for line, (arguments, _) in zip(wrong, WRONG, strict=True)
+    )
 
 
 async def test_all_that_is_wrong_is_said_at_once(yaml_file: Path) -> None:
-    errors = load_tools(yaml_file)["plan_trip"].validate({"stops": [{"place": {}}, 3], "mode": 1, "matrix": 2})
+    errors = load_tools(yaml_file)["plan_trip"].validate(
+        {"stops": [{"place": {}}, 3], "mode": 1, "matrix": 2}
+    )
     assert errors == [
         'matrix: 2 is not of type "array"',
         'mode: 1 is not of type "string"',

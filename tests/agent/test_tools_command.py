@@ -56,22 +56,45 @@ class Logged(BaseTool):
     async def close(self):
         note("close")
 """
-PARAMETERS = {"type": "object", "properties": {"do": {"enum": ["hang", "refuse", "break"]}}, "additionalProperties": False}
-SCHEMA = {"type": "function", "function": {"name": "logged", "description": "Größer ☃", "parameters": PARAMETERS}}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"do": {"enum": ["hang", "refuse", "break"]}},
+    "additionalProperties": False,
+}
+SCHEMA = {
+    "type": "function",
+    "function": {"name": "logged", "description": "Größer ☃", "parameters": PARAMETERS},
+}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "logged_tools.py").write_text(textwrap.dedent(MODULE))
-    for name, config in (("tools", {"rate_limit": 2, "ends_conversation": True}), ("broken", {"broken": True})):
+    for name, config in (
+        ("tools", {"rate_limit": 2, "ends_conversation": True}),
+        ("broken", {"broken": True}),
+    ):
         entry = {"class_name": "logged_tools.Logged", "config": config, "tool_schema": SCHEMA}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump([entry], allow_unicode=True, sort_keys=False))
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump([entry], allow_unicode=True, sort_keys=False)
+        )
     return tmp_path
 
 
 def turntrace(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command, environment = [sys.executable, "-m", "agent", "tools", *arguments], {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False)
+    command, environment = (
+        [sys.executable, "-m", "agent", "tools", *arguments],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
 
 
 def log(folder: Path) -> list[str]:
@@ -103,12 +126,22 @@ def test_check_without_start_starts_nothing(folder: Path) -> None:
 
 
 def test_check_names_a_server_that_is_not_there_and_what_has_no_backend(folder: Path) -> None:
-    search = {"class_name": "tools.search.SearchTool", "config": {"retrieval_service_url": "http://127.0.0.1:1"}, "tool_schema": SCHEMA}
-    answer = {"class_name": "tools.gsm8k.Gsm8kTool", "tool_schema": {"type": "function", "function": {"name": "answer"}}}
+    search = {
+        "class_name": "tools.search.SearchTool",
+        "config": {"retrieval_service_url": "http://127.0.0.1:1"},
+        "tool_schema": SCHEMA,
+    }
+    answer = {
+        "class_name": "tools.gsm8k.Gsm8kTool",
+        "tool_schema": {"type": "function", "function": {"name": "answer"}},
+    }
     (folder / "away.yaml").write_text(yaml.safe_dump([search, answer]))
     ran = turntrace(folder, "check", "away.yaml")
     assert (ran.returncode, ran.stderr) == (1, "")
-    assert "backend  failed: tool logged: the search server at http://127.0.0.1:1/retrieve: ConnectError" in ran.stdout
+    assert (
+        "backend  failed: tool logged: the search server at http://127.0.0.1:1/retrieve: ConnectError"
+        in ran.stdout
+    )
     assert "backend  none to start" in ran.stdout
 
 
@@ -122,18 +155,36 @@ def test_check_with_a_model_shows_the_prompt_itself(folder: Path) -> None:
     ran = turntrace(folder, "check", "tools.yaml", "--no-start", "--model", "smollm2-base")
     template = hermes_template()
     asked: list[Any] = [{"role": "user", "content": "..."}]
-    with_tools, without = ([token for _, ids in template.prompt(asked, tools) for token in ids] for tools in ([SCHEMA], []))
+    with_tools, without = (
+        [token for _, ids in template.prompt(asked, tools) for token in ids]
+        for tools in ([SCHEMA], [])
+    )
     assert template.decode(with_tools) in ran.stdout
-    assert f"({len(with_tools)} tokens; {len(with_tools) - len(without)} of them are the tools')" in ran.stdout
+    assert (
+        f"({len(with_tools)} tokens; {len(with_tools) - len(without)} of them are the tools')"
+        in ran.stdout
+    )
 
 
 def test_call_does_what_a_run_does(folder: Path) -> None:
     ran = turntrace(folder, "call", "tools.yaml", "logged", "--ground-truth", "7")
     assert (ran.returncode, ran.stderr) == (0, "")
-    for said in ("status       ok", "step reward  -0.5", "reward       0.25", 'metrics      {"seen": 1}', "--- created\nwelcome"):
+    for said in (
+        "status       ok",
+        "step reward  -0.5",
+        "reward       0.25",
+        'metrics      {"seen": 1}',
+        "--- created\nwelcome",
+    ):
         assert said in ran.stdout
     assert "--- response\n␛[31mred " + "long " * 300 in ran.stdout
-    assert log(folder) == ["start", "create {'ground_truth': '7'}", "execute {}", "release", "close"]
+    assert log(folder) == [
+        "start",
+        "create {'ground_truth': '7'}",
+        "execute {}",
+        "release",
+        "close",
+    ]
 
 
 def test_call_with_a_model_cuts_as_a_run_does(folder: Path) -> None:
@@ -149,10 +200,15 @@ def test_call_with_a_model_cuts_as_a_run_does(folder: Path) -> None:
         ('{"do": "refuse"}', "--- response\nnot today"),
         ('{"do": "break"}', "error        BackendError: connection refused"),
         ('{"do": "break"}', "--- response\nError: logged is not available"),
-        ('{"doo": 1}', "Error: invalid arguments for logged: arguments: Additional properties are not allowed ('doo' was unexpected)"),
+        (
+            '{"doo": 1}',
+            "Error: invalid arguments for logged: arguments: Additional properties are not allowed ('doo' was unexpected)",
+        ),
     ],
 )
-def test_a_call_that_fails_shows_its_status_and_what_the_model_is_told(folder: Path, arguments: str, says: str) -> None:
+def test_a_call_that_fails_shows_its_status_and_what_the_model_is_told(
+    folder: Path, arguments: str, says: str
+) -> None:
     ran = turntrace(folder, "call", "tools.yaml", "logged", arguments)
     assert (ran.returncode, ran.stderr) == (1, "")
     assert says in ran.stdout
@@ -163,7 +219,10 @@ def test_a_call_that_fails_shows_its_status_and_what_the_model_is_told(folder: P
     ("arguments", "says"),
     [
         (["call", "tools.yaml", "logd"], "tools.yaml has no tool 'logd'; did you mean 'logged'?"),
-        (["call", "tools.yaml", "logged", "{do: 1}"], "the arguments are not JSON: Expecting property name"),
+        (
+            ["call", "tools.yaml", "logged", "{do: 1}"],
+            "the arguments are not JSON: Expecting property name",
+        ),
         (["call", "tools.yaml", "logged", "[" * 100000], "the arguments are not JSON: "),
         (["call", "tools.yaml", "logged", "[1]"], "the arguments must be a JSON object, got [1]"),
         (["call", "broken.yaml", "logged"], "tool logged: its backend is not there"),
@@ -181,9 +240,20 @@ def test_a_mistake_is_one_line(folder: Path, arguments: list[str], says: str) ->
 
 
 def test_ctrl_c_ends_in_good_order(folder: Path) -> None:
-    command = [sys.executable, "-m", "agent", "tools", "call", "tools.yaml", "logged", '{"do": "hang"}']
+    command = [
+        sys.executable,
+        "-m",
+        "agent",
+        "tools",
+        "call",
+        "tools.yaml",
+        "logged",
+        '{"do": "hang"}',
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment) as running:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    ) as running:
         while not (folder / "hanging").exists() and running.poll() is None:
             time.sleep(0.01)
         running.send_signal(signal.SIGINT)
@@ -194,11 +264,19 @@ def test_ctrl_c_ends_in_good_order(folder: Path) -> None:
 
 
 def test_ctrl_c_while_a_server_is_asked_what_it_offers_ends_the_server(folder: Path) -> None:
-    (folder / "mcp.yaml").write_text(yaml.safe_dump([{"mcp": {"command": "sleep", "args": ["601"]}}]))
+    (folder / "mcp.yaml").write_text(
+        yaml.safe_dump([{"mcp": {"command": "sleep", "args": ["601"]}}])
+    )
     command = [sys.executable, "-m", "agent", "tools", "check", "mcp.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment) as running:
-        while not (started := [child for child in psutil.Process(running.pid).children() if child.name() == "sleep"]):
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    ) as running:
+        while not (
+            started := [
+                child for child in psutil.Process(running.pid).children() if child.name() == "sleep"
+            ]
+        ):
             assert running.poll() is None
         running.send_signal(signal.SIGINT)
         _, said = running.communicate(timeout=60)

@@ -38,8 +38,14 @@ class Collector:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    collector.services |= {item.value.string_value for item in resource.resource.attributes if item.key == "service.name"}
-                    collector.spans += [span for scope in resource.scope_spans for span in scope.spans]
+                    collector.services |= {
+                        item.value.string_value
+                        for item in resource.resource.attributes
+                        if item.key == "service.name"
+                    }
+                    collector.spans += [
+                        span for scope in resource.scope_spans for span in scope.spans
+                    ]
                 self.send_response(200)
                 self.end_headers()
 
@@ -58,7 +64,11 @@ def attributes(span: Span) -> Attributes:
 
 def _value(value: Any) -> Any:
     kind = value.WhichOneof("value")
-    return [_value(item) for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+    return (
+        [_value(item) for item in value.array_value.values]
+        if kind == "array_value"
+        else getattr(value, kind)
+    )
 
 
 @pytest.fixture
@@ -87,14 +97,26 @@ def run(tracing: Tracing, shared: Runtime) -> None:
     tracing.close()
 
 
-def test_a_conversation_is_one_tree_of_spans(tracing: Tracing, collector: Collector, template: ChatTemplate) -> None:
+def test_a_conversation_is_one_tree_of_spans(
+    tracing: Tracing, collector: Collector, template: ChatTemplate
+) -> None:
     turn = call("toy", do="say", text="42") + "\n" + call("nothing")
-    run(tracing, runtime(template, says(template, turn, "It is 42."), [Toy()], sampling={"temperature": 0.5, "top_k": 7}))
+    run(
+        tracing,
+        runtime(
+            template,
+            says(template, turn, "It is 42."),
+            [Toy()],
+            sampling={"temperature": 0.5, "top_k": 7},
+        ),
+    )
     assert collector.services == {"turntrace"}
     (root,) = [span for span in collector.spans if span.name == "invoke_agent turntrace"]
     assert {span.trace_id for span in collector.spans} == {root.trace_id}
     assert {span.parent_span_id for span in collector.spans if span is not root} == {root.span_id}
-    assert [span.name for span in sorted(collector.spans, key=lambda span: span.start_time_unix_nano)] == [
+    assert [
+        span.name for span in sorted(collector.spans, key=lambda span: span.start_time_unix_nano)
+    ] == [
         "invoke_agent turntrace",
         "chat scripted",
         "execute_tool toy",
@@ -113,10 +135,23 @@ def test_a_conversation_is_one_tree_of_spans(tracing: Tracing, collector: Collec
     }
 
 
-def test_a_generation_says_what_was_asked_and_what_it_cost(tracing: Tracing, collector: Collector, template: ChatTemplate) -> None:
-    run(tracing, runtime(template, says(template, "Hello."), sampling={"temperature": 0.5, "top_k": 7}, max_tokens=99))
+def test_a_generation_says_what_was_asked_and_what_it_cost(
+    tracing: Tracing, collector: Collector, template: ChatTemplate
+) -> None:
+    run(
+        tracing,
+        runtime(
+            template,
+            says(template, "Hello."),
+            sampling={"temperature": 0.5, "top_k": 7},
+            max_tokens=99,
+        ),
+    )
     (chat,) = collector.named("chat scripted")
-    assert {key: chat[f"gen_ai.request.{key}"] for key in ("model", "temperature", "top_k", "max_tokens")} == {
+    assert {
+        key: chat[f"gen_ai.request.{key}"]
+        for key in ("model", "temperature", "top_k", "max_tokens")
+    } == {
         "model": "scripted",
         "temperature": 0.5,
         "top_k": 7,
@@ -128,13 +163,28 @@ def test_a_generation_says_what_was_asked_and_what_it_cost(tracing: Tracing, col
     assert len(chat["gen_ai.response.id"]) == 32
 
 
-def test_failures_have_an_error_type_and_no_content(tracing: Tracing, collector: Collector, template: ChatTemplate) -> None:
-    turn = call("toy", do="say", text="s3cret") + call("toy", do="tool_error", text="s3cret") + "<tool_call>{s3cret</tool_call>"
-    run(tracing, runtime(template, says(template, turn, EngineError("the engine is gone")), [Toy()]))
-    failed = {span.name: attributes(span)["error.type"] for span in collector.spans if span.status.code == Status.STATUS_CODE_ERROR}
+def test_failures_have_an_error_type_and_no_content(
+    tracing: Tracing, collector: Collector, template: ChatTemplate
+) -> None:
+    turn = (
+        call("toy", do="say", text="s3cret")
+        + call("toy", do="tool_error", text="s3cret")
+        + "<tool_call>{s3cret</tool_call>"
+    )
+    run(
+        tracing, runtime(template, says(template, turn, EngineError("the engine is gone")), [Toy()])
+    )
+    failed = {
+        span.name: attributes(span)["error.type"]
+        for span in collector.spans
+        if span.status.code == Status.STATUS_CODE_ERROR
+    }
     assert failed["chat scripted"] == "EngineError"
     assert failed["invoke_agent turntrace"] == "engine_error"
-    statuses = [span["turntrace.tool.status"] for span in collector.named("execute_tool toy") + collector.named("execute_tool ")]
+    statuses = [
+        span["turntrace.tool.status"]
+        for span in collector.named("execute_tool toy") + collector.named("execute_tool ")
+    ]
     assert statuses == ["ok", "tool_error", "malformed"]
     assert not any("s3cret" in str(span) for span in collector.spans)
 
@@ -152,7 +202,9 @@ def test_a_protocol_that_is_not_spoken_is_one_line(monkeypatch: pytest.MonkeyPat
         start_tracing()
 
 
-def test_an_endpoint_that_does_not_answer_costs_one_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endpoint_that_does_not_answer_costs_one_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     started = start_tracing()

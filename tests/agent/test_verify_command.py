@@ -15,7 +15,13 @@ from tests.helpers import ROOT
 
 
 def verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "agent", "verify", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "agent", "verify", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,9 @@ def test_a_changed_run(run: Path, tmp_path: Path) -> None:
     done = verify(copied, "--jobs", "2")
     assert (done.returncode, done.stderr) == (1, "")
     first, second, summary = done.stdout.splitlines()
-    assert first.startswith(f"trajectories.jsonl:5 trajectory {changed['id']}: the record does not match its hash")
+    assert first.startswith(
+        f"trajectories.jsonl:5 trajectory {changed['id']}: the record does not match its hash"
+    )
     assert second.startswith(
         f"trajectories.jsonl:5 trajectory {changed['id']} token 3: the token is not the one that the messages render to"
     )
@@ -54,7 +62,12 @@ def test_a_changed_run(run: Path, tmp_path: Path) -> None:
     assert (told[1]["file"], told[1]["line"], told[1]["trajectory"], told[1]["turn"], told[1]["token"]) == (
         TRAJECTORIES, 5, changed["id"], None, 3,
     )  # fmt: skip
-    assert (told[2]["ok"], told[2]["defects"], told[2]["counts"]["done"], told[2]["notes"]) == (False, 2, 12, [])
+    assert (told[2]["ok"], told[2]["defects"], told[2]["counts"]["done"], told[2]["notes"]) == (
+        False,
+        2,
+        12,
+        [],
+    )
     assert sum(told[2]["counts"]["stop_reasons"].values()) == 12
 
 

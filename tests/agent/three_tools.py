@@ -45,7 +45,10 @@ QUESTIONS = (
         "8",
     ),
     Question(
-        "How many years did the Berlin Wall encircle West Berlin?", "Berlin Wall", r"encircled West Berlin from (\d{4}) to (\d{4})", "28"
+        "How many years did the Berlin Wall encircle West Berlin?",
+        "Berlin Wall",
+        r"encircled West Berlin from (\d{4}) to (\d{4})",
+        "28",
     ),
     Question(
         "How many years after Luna 2 did Apollo 11 land on the Moon?",
@@ -59,12 +62,17 @@ QUESTIONS = (
 def said(text: str) -> str:
     """The model's next turn after the conversation so far."""
     question = next(question for question in QUESTIONS if question.text in text)
-    responses = re.findall(r"<\|im_start\|>user\n<tool_response>\n(.*?)\n</tool_response>", text, re.DOTALL)
+    responses = re.findall(
+        r"<\|im_start\|>user\n<tool_response>\n(.*?)\n</tool_response>", text, re.DOTALL
+    )
     if not responses:
         return call("search", query_list=[question.query])
     if len(responses) == 1:
         years = re.search(question.found, responses[0], re.DOTALL)
-        return call("code_interpreter", code=f"print({years[2]} - {years[1]})" if years else "print('not found')")
+        return call(
+            "code_interpreter",
+            code=f"print({years[2]} - {years[1]})" if years else "print('not found')",
+        )
     if len(responses) == 2:
         return call("calculate_answer", answer=responses[1].strip())
     return f"It is {responses[1].strip()}."
@@ -86,7 +94,10 @@ async def run(folder: Path) -> None:
     cut = functools.partial(cut_to_tokens, template=template, limit=1024, side="middle")
     dispatcher = Dispatcher(tools, max_parallel_calls=4, cut=cut)
     runtime = Runtime(model(template), template, LoopSettings(2048, 4096, 6144), dispatcher)
-    tasks = [Task(f"q{index}", [{"role": "user", "content": one.text}], ground_truth=one.answer) for index, one in enumerate(QUESTIONS)]
+    tasks = [
+        Task(f"q{index}", [{"role": "user", "content": one.text}], ground_truth=one.answer)
+        for index, one in enumerate(QUESTIONS)
+    ]
     await tools.start()
     try:
         with RunFolder.create(folder, {"tools": tools.source_text, "n": 1}) as store:
@@ -98,4 +109,6 @@ async def run(folder: Path) -> None:
 
 if __name__ == "__main__":
     asyncio.run(run(Path(sys.argv[1])))
-    print(f"{len(QUESTIONS)} conversations in {sys.argv[1]}; look at one with: turntrace show {sys.argv[1]} q0-0")
+    print(
+        f"{len(QUESTIONS)} conversations in {sys.argv[1]}; look at one with: turntrace show {sys.argv[1]} q0-0"
+    )

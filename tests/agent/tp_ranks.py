@@ -22,20 +22,39 @@ WORLD = 2
 def become_rank(rank: int, world: int, port: int) -> None:
     """Makes this process one rank of `world`, on a GPU of its own where there is one, as a trainer starts its workers."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    own = listed.split(",")[rank] if listed else str(rank)  # before anything asks CUDA what is there
-    named = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {**{key: str(value) for key, value in named.items()}, "CUDA_VISIBLE_DEVICES": own, "ASCEND_RT_VISIBLE_DEVICES": own}
+    own = (
+        listed.split(",")[rank] if listed else str(rank)
+    )  # before anything asks CUDA what is there
+    named = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {
+        **{key: str(value) for key, value in named.items()},
+        "CUDA_VISIBLE_DEVICES": own,
+        "ASCEND_RT_VISIBLE_DEVICES": own,
+    }
     import torch
     import torch.distributed as dist
 
     cuda = torch.cuda.is_available()
     os.environ |= start_variables(cuda=cuda)
     if cuda:
-        torch.zeros(1, device="cuda")  # holds on to the one GPU: verl names all of them to the engine's processes later
+        torch.zeros(
+            1, device="cuda"
+        )  # holds on to the one GPU: verl names all of them to the engine's processes later
     else:
         cpu_guards.install()
-        cores = sorted(os.sched_getaffinity(0))  # SGLang's CPU engine wants its ranks on cores of their own
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(cores[index % len(cores)]) for index in range(world)))
+        cores = sorted(
+            os.sched_getaffinity(0)
+        )  # SGLang's CPU engine wants its ranks on cores of their own
+        os.environ.setdefault(
+            "SGLANG_CPU_OMP_THREADS_BIND",
+            "|".join(str(cores[index % len(cores)]) for index in range(world)),
+        )
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
@@ -49,10 +68,16 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     template = qwen_template("qwen2_5")
     peers = Peers(Path(folder) / str(rank), template, ranks=WORLD)
     said = Script(template, lambda text: "It is 42.")
-    rollout = peers.ours(said if rank == 0 else None, tensor_model_parallel_size=WORLD, calculate_log_probs=True)
+    rollout = peers.ours(
+        said if rank == 0 else None, tensor_model_parallel_size=WORLD, calculate_log_probs=True
+    )
     given = batch(template, ["one", "two"])
     done = peers.run(rollout, given)
-    told: dict[str, Any] = {"rank": rank, "responses": done.batch["responses"].tolist(), "mask": int(done.batch["response_mask"].sum())}
+    told: dict[str, Any] = {
+        "rank": rank,
+        "responses": done.batch["responses"].tolist(),
+        "mask": int(done.batch["response_mask"].sum()),
+    }
     given.non_tensor_batch.pop("raw_prompt")
     try:
         peers.run(rollout, given)

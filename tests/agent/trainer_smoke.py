@@ -37,9 +37,21 @@ def write_data(folder: Path) -> Path:
             "calculate_answer": {"create_kwargs": {"ground_truth": truth}},
             "code_interpreter": {"create_kwargs": {"ground_truth": truth}},
         }
-        row |= {"data_source": "openai/gsm8k", "extra_info": {"index": rows.index(row), "need_tools_kwargs": True, "tools_kwargs": kwargs}}
+        row |= {
+            "data_source": "openai/gsm8k",
+            "extra_info": {
+                "index": rows.index(row),
+                "need_tools_kwargs": True,
+                "tools_kwargs": kwargs,
+            },
+        }
     path = folder / "train.parquet"
-    pandas.DataFrame([{key: row[key] for key in ("prompt", "data_source", "reward_model", "extra_info")} for row in rows]).to_parquet(path)
+    pandas.DataFrame(
+        [
+            {key: row[key] for key in ("prompt", "data_source", "reward_model", "extra_info")}
+            for row in rows
+        ]
+    ).to_parquet(path)
     return path
 
 
@@ -53,8 +65,16 @@ def main(folder: Path) -> dict[str, Any]:
         "temperature": 0.7,
         "max_num_seqs": 8,
         "calculate_log_probs": True,
-        "multi_turn": {"enable": True, "max_assistant_turns": 6, "tool_config_path": TOOLS, "max_parallel_calls": 4},
-        "engine_kwargs": {"sglang": {"max_total_tokens": 16384}, "turntrace": {"save_to": str(folder / "kept")}},
+        "multi_turn": {
+            "enable": True,
+            "max_assistant_turns": 6,
+            "tool_config_path": TOOLS,
+            "max_parallel_calls": 4,
+        },
+        "engine_kwargs": {
+            "sglang": {"max_total_tokens": 16384},
+            "turntrace": {"save_to": str(folder / "kept")},
+        },
     }
     cpu_guards.install()
     with environment(start_variables(cuda=False)):
@@ -81,18 +101,34 @@ def run(rollout: Any, model: Path, data: Path, loop: asyncio.AbstractEventLoop) 
     from verl.workers.reward_manager.naive import NaiveRewardManager
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    options = {"max_prompt_length": 768, "return_raw_chat": True, "filter_overlong_prompts": False, "need_tools_kwargs": True}
-    dataset = RLHFDataset(str(data), tokenizer, OmegaConf.create({**options, "cache_dir": str(data.parent / "cache")}))
+    options = {
+        "max_prompt_length": 768,
+        "return_raw_chat": True,
+        "filter_overlong_prompts": False,
+        "need_tools_kwargs": True,
+    }
+    dataset = RLHFDataset(
+        str(data), tokenizer, OmegaConf.create({**options, "cache_dir": str(data.parent / "cache")})
+    )
     loader = torch.utils.data.DataLoader(dataset, batch_size=PROBLEMS, collate_fn=collate_fn)
     steps = []
     for step, rows in enumerate(loader, 1):
         batch = DataProto.from_single_dict(rows)
-        batch.non_tensor_batch["uid"] = np_objects([str(uuid.uuid4()) for _ in range(len(batch.batch))])
+        batch.non_tensor_batch["uid"] = np_objects(
+            [str(uuid.uuid4()) for _ in range(len(batch.batch))]
+        )
         keep = {"data_source", "reward_model", "extra_info", "uid"} & batch.non_tensor_batch.keys()
-        gen_batch = batch.pop(["input_ids", "attention_mask", "position_ids"], list(batch.non_tensor_batch.keys() - keep))
+        gen_batch = batch.pop(
+            ["input_ids", "attention_mask", "position_ids"],
+            list(batch.non_tensor_batch.keys() - keep),
+        )
         gen_batch.meta_info["global_steps"] = step
         weights = load_file(next(model.glob("*.safetensors")))
-        loop.run_until_complete(rollout_mode(rollout, {name: tensor * (0.99 + step / 100) for name, tensor in weights.items()}))
+        loop.run_until_complete(
+            rollout_mode(
+                rollout, {name: tensor * (0.99 + step / 100) for name, tensor in weights.items()}
+            )
+        )
         made = rollout.generate_sequences(gen_batch.repeat(SAMPLES, interleave=True))
         loop.run_until_complete(rollout.release())
         batch = batch.repeat(SAMPLES, interleave=True).union(made)

@@ -29,8 +29,12 @@ WIDTH = 140
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measures the budgets; writes benchmarks.json.")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: a look, not a figure to quote")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench", description="Measures the budgets; writes benchmarks.json."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats: a look, not a figure to quote"
+    )
     quick = parser.parse_args().quick
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     work = workload()

@@ -47,17 +47,28 @@ def rows(*, quick: bool) -> list[Row]:
 
 
 async def _row(url: str, calls: int, repeats: int) -> Row:
-    limits = httpx.Limits(max_connections=calls, max_keepalive_connections=calls, keepalive_expiry=2.0)
+    limits = httpx.Limits(
+        max_connections=calls, max_keepalive_connections=calls, keepalive_expiry=2.0
+    )
     ours, peers = [], []
     async with (
-        httpx.AsyncClient(transport=AiohttpTransport(connections=calls, keepalive_s=2.0), timeout=None) as mine,
+        httpx.AsyncClient(
+            transport=AiohttpTransport(connections=calls, keepalive_s=2.0), timeout=None
+        ) as mine,
         httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(limits=limits), timeout=None) as pool,
     ):
         for _ in range(repeats + 1):
             ours.append(await _cpu_ms(mine, url, calls))
             peers.append(await _cpu_ms(pool, url, calls))
     ours, peers = ours[1:], peers[1:]  # the first round also connects
-    return Row("http_call_cpu_ms", ours, case=f"calls={calls}", peer=peers, peer_name="httpx's own pool", note="a tool's call over HTTP")
+    return Row(
+        "http_call_cpu_ms",
+        ours,
+        case=f"calls={calls}",
+        peer=peers,
+        peer_name="httpx's own pool",
+        note="a tool's call over HTTP",
+    )
 
 
 async def _cpu_ms(client: httpx.AsyncClient, url: str, calls: int) -> float:
@@ -74,7 +85,9 @@ async def _cpu_ms(client: httpx.AsyncClient, url: str, calls: int) -> float:
 
 @contextmanager
 def _server() -> Iterator[str]:
-    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         try:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}"

@@ -51,7 +51,10 @@ def rows(workload: Workload, *, quick: bool) -> list[Row]:
     """A row for each number of turns, without and with the peer's check, and how flat ours is."""
     with _peer(workload) as peer:
         figures, floors = _measure(workload, peer, repeats=3 if quick else 7)
-    flatness = [last / first for first, last in zip(figures["ours", TURNS[0]], figures["ours", TURNS[-1]], strict=True)]
+    flatness = [
+        last / first
+        for first, last in zip(figures["ours", TURNS[0]], figures["ours", TURNS[-1]], strict=True)
+    ]
     return [
         *(_row(figures, median(floors), check, turns) for check in CHECKS for turns in TURNS),
         Row("loop_cpu_flatness", flatness, note=f"ours at {TURNS[-1]} turns / at {TURNS[0]}"),
@@ -69,7 +72,11 @@ def _row(figures: Figures, floor: float, check: str, turns: int) -> Row:
         peer_name=CHECKS[check],
         limit=BUDGET_MS,
         note=f"floor {floor:.3g}: ours {times:.1f}x, peer {peer_times:.0f}x",
-        more={"floor": round(floor, 4), "ours_per_floor": round(times, 2), "peer_per_floor": round(peer_times, 1)},
+        more={
+            "floor": round(floor, 4),
+            "ours_per_floor": round(times, 2),
+            "peer_per_floor": round(peer_times, 1),
+        },
     )
 
 
@@ -86,7 +93,9 @@ def _measure(workload: Workload, peer: VerlPeer, repeats: int) -> tuple[Figures,
             figures["ours", turns].append(_ours(workload, turns))
             for check in CHECKS:
                 if repeat < (3 if check == "disable" else 1):
-                    figures[check, turns].append(peer.cpu_ms(turns, PEER_CONVERSATIONS[check][turns], check))
+                    figures[check, turns].append(
+                        peer.cpu_ms(turns, PEER_CONVERSATIONS[check][turns], check)
+                    )
     gc.unfreeze()
     return figures, floors
 
@@ -99,7 +108,11 @@ def _ours(workload: Workload, turns: int) -> float:
         started = process_time()
         progress = asyncio.run(_run(workload, turns, conversations, Path(folder) / "run"))
         took_s = process_time() - started
-    if progress.turns != turns * conversations or progress.tool_calls != progress.turns or progress.tool_errors:
+    if (
+        progress.turns != turns * conversations
+        or progress.tool_calls != progress.turns
+        or progress.tool_errors
+    ):
         raise RuntimeError(f"ours did not make the scripted turns and calls: {progress}")
     return 1e3 * took_s / progress.turns
 
@@ -125,7 +138,9 @@ def _peer(workload: Workload) -> Iterator[VerlPeer]:
     import torch
 
     cpu_guards.install()
-    os.environ.update(start_variables(cuda=torch.cuda.is_available()), TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        start_variables(cuda=torch.cuda.is_available()), TOKENIZERS_PARALLELISM="false"
+    )
     torch.set_num_threads(1)
     policy = asyncio.get_event_loop_policy()
     with warnings.catch_warnings():

@@ -34,7 +34,9 @@ class WaitingEngine(ScriptedEngine):
         self._conversations = conversations
         self._asked: dict[int, int] = {}
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         asked = self._asked[id(prompt_ids)] = self._asked.get(id(prompt_ids), 0) + 1
         if asked <= TURNS:
             return await super().generate(prompt_ids, sampling, request_id=request_id)
@@ -59,7 +61,9 @@ async def _measure(workload: Workload, conversations: int) -> float:
     gc.collect()
     tracemalloc.start()
     try:
-        run = asyncio.create_task(run_tasks(tasks(conversations), shared, max_concurrent=conversations))
+        run = asyncio.create_task(
+            run_tasks(tasks(conversations), shared, max_concurrent=conversations)
+        )
         await engine.all_wait.wait()
         gc.collect()
         held = tracemalloc.get_traced_memory()[0] - _size_of_tokens(engine.waiting)
@@ -72,5 +76,10 @@ async def _measure(workload: Workload, conversations: int) -> float:
 
 def _size_of_tokens(sequences: list[Sequence[int]]) -> int:
     """Bytes of the lists and of every integer in them that was made for this run."""
-    integers = {id(token): sys.getsizeof(token) for ids in sequences for token in ids if tracemalloc.get_object_traceback(token)}
+    integers = {
+        id(token): sys.getsizeof(token)
+        for ids in sequences
+        for token in ids
+        if tracemalloc.get_object_traceback(token)
+    }
     return sum(map(sys.getsizeof, sequences)) + sum(integers.values())

@@ -35,7 +35,11 @@ def rows(*, quick: bool) -> list[Row]:
     """Wall seconds, and MiB at the peak, by command and size."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        return [row for size in (SIZES[:1] if quick else SIZES) for row in _of_size(make_run(scratch / f"run{size}", size), size, scratch)]
+        return [
+            row
+            for size in (SIZES[:1] if quick else SIZES)
+            for row in _of_size(make_run(scratch / f"run{size}", size), size, scratch)
+        ]
 
 
 def _of_size(run: Path, size: int, scratch: Path) -> list[Row]:

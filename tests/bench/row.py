@@ -51,7 +51,11 @@ class Row:
         if self.ratio is None:
             return entry
         peer_spread = [round(min(self.peer), 4), round(max(self.peer), 4)]
-        peer = {"peer": round(statistics.median(self.peer), 4), "peer_spread": peer_spread, "peer_name": self.peer_name}
+        peer = {
+            "peer": round(statistics.median(self.peer), 4),
+            "peer_spread": peer_spread,
+            "peer_name": self.peer_name,
+        }
         return {**entry, **peer, "ratio": round(self.ratio, 2)}
 
 

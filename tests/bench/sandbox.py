@@ -50,11 +50,32 @@ def rows(*, quick: bool) -> list[Row]:
     requests = 48 if quick else 400
     warm, cold = (asyncio.run(_measure(requests, *arguments)) for arguments in ((), ("--cold",)))
     return [
-        Row("sandbox_p50_ms", warm.alone_ms, peer=[PEER_P50_MS], peer_name=PEER, limit=P50_LIMIT_MS, note="print(1) through HTTP, warm"),
+        Row(
+            "sandbox_p50_ms",
+            warm.alone_ms,
+            peer=[PEER_P50_MS],
+            peer_name=PEER,
+            limit=P50_LIMIT_MS,
+            note="print(1) through HTTP, warm",
+        ),
         Row("sandbox_p95_ms", [warm.p95_ms], peer=[PEER_P95_MS], peer_name=PEER),
-        Row("sandbox_per_s", [warm.per_s], peer=[PEER_PER_S], peer_name=PEER, note=f"{CLIENTS} clients; 230 are 10 times the peer's"),
-        Row("sandbox_cold_p50_ms", cold.alone_ms, peer=[PEER_ISOLATED_P50_MS], peer_name=PEER_ISOLATED, note="a bubblewrap each"),
-        Row("sandbox_cold_per_s", [cold.per_s], peer=[PEER_ISOLATED_PER_S], peer_name=PEER_ISOLATED),
+        Row(
+            "sandbox_per_s",
+            [warm.per_s],
+            peer=[PEER_PER_S],
+            peer_name=PEER,
+            note=f"{CLIENTS} clients; 230 are 10 times the peer's",
+        ),
+        Row(
+            "sandbox_cold_p50_ms",
+            cold.alone_ms,
+            peer=[PEER_ISOLATED_P50_MS],
+            peer_name=PEER_ISOLATED,
+            note="a bubblewrap each",
+        ),
+        Row(
+            "sandbox_cold_per_s", [cold.per_s], peer=[PEER_ISOLATED_PER_S], peer_name=PEER_ISOLATED
+        ),
         Row("sandbox_session_p50_ms", warm.session_ms, note="a call in a session"),
     ]
 
@@ -90,7 +111,9 @@ async def _run_many(port: int, count: int, *, in_session: bool = False) -> list[
     return took_ms
 
 
-async def _post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]) -> dict[str, Any]:
+async def _post(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]
+) -> dict[str, Any]:
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: sandbox\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
@@ -103,7 +126,11 @@ def main() -> None:
     requests = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     for arguments in ((), ("--cold",)):
         figures = asyncio.run(_measure(requests, *arguments))
-        found = {"p50_ms": statistics.median(figures.alone_ms), "p95_ms": figures.p95_ms, "per_s": figures.per_s}
+        found = {
+            "p50_ms": statistics.median(figures.alone_ms),
+            "p95_ms": figures.p95_ms,
+            "per_s": figures.per_s,
+        }
         found["session_p50_ms"] = statistics.median(figures.session_ms)
         load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         print(arguments or "warm", {name: round(value, 1) for name, value in found.items()}, load)

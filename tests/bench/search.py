@@ -60,10 +60,26 @@ async def _measure(index: Path, requests: int) -> list[Row]:
         await _client(port, _queries(requests // 10, seed=1))  # warms caches and files
         alone = await _client(port, _queries(requests))
         return [
-            Row("search_p50_ms", [statistics.median(alone)], limit=P50_LIMIT_MS, note="/retrieve, topk 3, one at a time, through HTTP"),
+            Row(
+                "search_p50_ms",
+                [statistics.median(alone)],
+                limit=P50_LIMIT_MS,
+                note="/retrieve, topk 3, one at a time, through HTTP",
+            ),
             Row("search_p95_ms", [statistics.quantiles(alone, n=20)[-1]]),
-            *[Row("search_per_s", [await _throughput(port, requests, clients)], case=f"{clients} clients") for clients in (8, 32)],
-            Row("search_call_p50_ms", [await _call_ms(index, requests // 4)], note="the same as a call of SearchTool"),
+            *[
+                Row(
+                    "search_per_s",
+                    [await _throughput(port, requests, clients)],
+                    case=f"{clients} clients",
+                )
+                for clients in (8, 32)
+            ],
+            Row(
+                "search_call_p50_ms",
+                [await _call_ms(index, requests // 4)],
+                note="the same as a call of SearchTool",
+            ),
         ]
     finally:
         server.release()
@@ -131,7 +147,10 @@ def _queries(count: int, seed: int = 0) -> list[str]:
 def _zipf(rng: random.Random) -> Iterator[str]:
     """Words without end, the n-th most frequent one n times as rare as the first (Zipf, 1949)."""
     spelling = random.Random(0)  # the same words for everybody
-    words = ["".join(spelling.choice(_SYLLABLES) for _ in range(spelling.randint(1, 4))) for _ in range(VOCABULARY)]
+    words = [
+        "".join(spelling.choice(_SYLLABLES) for _ in range(spelling.randint(1, 4)))
+        for _ in range(VOCABULARY)
+    ]
     weights = list(itertools.accumulate(1 / rank for rank in range(1, VOCABULARY + 1)))
     while True:
         yield from rng.choices(words, cum_weights=weights, k=10_000)

@@ -7,7 +7,14 @@ from tests.bench.row import Row, document
 
 def test_a_metric_with_cases_is_an_object_and_one_without_a_number() -> None:
     rows = [
-        Row("loop", [0.3, 0.1, 0.2], case="turns=4", peer=[4.0, 1.0, 2.0], peer_name="verl", more={"floor": 0.1}),
+        Row(
+            "loop",
+            [0.3, 0.1, 0.2],
+            case="turns=4",
+            peer=[4.0, 1.0, 2.0],
+            peer_name="verl",
+            more={"floor": 0.1},
+        ),
         Row("loop", [0.5], case="turns=16"),
         Row("sandbox_p50_ms", [7.0, 9.0, 8.0]),
     ]

@@ -40,7 +40,9 @@ class SleepTool(BaseTool):
         super().__init__(policy, TOOL_SCHEMA)
         self.took_s: list[float] = []
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, None, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, None, dict[str, Any]]:
         started = perf_counter()
         await asyncio.sleep(SLEEP_S)
         self.took_s.append(perf_counter() - started)
@@ -73,7 +75,9 @@ async def _ratio(workload: Workload, calls: int, policy: dict[str, Any]) -> floa
         seen.extend((asked, perf_counter()))
         return generation
 
-    record = await run_one(runtime(template, ScriptedEngine(respond), [tool], cut=lambda text, **own: None))
+    record = await run_one(
+        runtime(template, ScriptedEngine(respond), [tool], cut=lambda text, **own: None)
+    )
     if [call.status for call in record.tool_calls] != ["ok"] * calls or record.num_turns != 2:
         raise RuntimeError(f"the turn did not run its {calls} calls: {record.tool_calls}")
     _, answered, asked_again, _ = seen

@@ -46,7 +46,9 @@ TOKENS_PER_TURN = 128
 class EchoTool(BaseTool):  # type: ignore[misc]
     """Answers at once."""
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, float, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
         return ToolResponse(text=answer()), 0.0, {}
 
     async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
@@ -57,11 +59,15 @@ class _Rollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
     """verl's rollout without the start of an engine."""
 
     def _init_distributed_env(self, device_mesh_cpu: Any, **kwargs: Any) -> None:
-        self._device_mesh_cpu = init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "pp"))
+        self._device_mesh_cpu = init_device_mesh(
+            "cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "pp")
+        )
         self._rank = self._tp_rank = 0
         self._tp_size = self.tensor_parallel_size = 1
 
-    def _init_inference_engine(self, trust_remote_code: bool, actor_module: str, port: int | None) -> None:
+    def _init_inference_engine(
+        self, trust_remote_code: bool, actor_module: str, port: int | None
+    ) -> None:
         self._engine: Any = None
 
 
@@ -78,9 +84,16 @@ def rollout(config: RolloutConfig, model: HFModelConfig, engine: Any) -> Any:
     return made
 
 
-def rollout_config(tools: Path, turns: int, prompt_length: int, response_length: int, check: str = "disable") -> RolloutConfig:
+def rollout_config(
+    tools: Path, turns: int, prompt_length: int, response_length: int, check: str = "disable"
+) -> RolloutConfig:
     """A trainer's rollout config. `check` is verl's tokenization check: disable or strict."""
-    multi_turn = MultiTurnConfig(enable=True, max_assistant_turns=turns, tool_config_path=str(tools), tokenization_sanity_check_mode=check)
+    multi_turn = MultiTurnConfig(
+        enable=True,
+        max_assistant_turns=turns,
+        tool_config_path=str(tools),
+        tokenization_sanity_check_mode=check,
+    )
     return RolloutConfig(
         name="sglang",
         mode="sync",
@@ -110,9 +123,17 @@ def batch(given: Sequence[Task], tool: str) -> DataProto:
     kwargs = np.empty(len(given), dtype=object)
     for index, task in enumerate(given):
         prompts[index], kwargs[index] = task.messages, {tool: {}}
-    ids = torch.zeros((len(given), 1), dtype=torch.long)  # with tools, a rollout renders the prompt itself
-    tensors = TensorDict({"input_ids": ids, "attention_mask": ids, "position_ids": ids}, batch_size=len(given))
-    return DataProto(batch=tensors, non_tensor_batch={"raw_prompt": prompts, "tools_kwargs": kwargs}, meta_info={"do_sample": True})
+    ids = torch.zeros(
+        (len(given), 1), dtype=torch.long
+    )  # with tools, a rollout renders the prompt itself
+    tensors = TensorDict(
+        {"input_ids": ids, "attention_mask": ids, "position_ids": ids}, batch_size=len(given)
+    )
+    return DataProto(
+        batch=tensors,
+        non_tensor_batch={"raw_prompt": prompts, "tools_kwargs": kwargs},
+        meta_info={"do_sample": True},
+    )
 
 
 class _Engine:
@@ -133,8 +154,13 @@ class _Engine:
 
 
 def _answer(turn: Generation) -> dict[str, Any]:
-    triples = [(logprob, token, None) for logprob, token in zip(turn.logprobs, turn.token_ids, strict=True)]
-    return {"output_ids": turn.token_ids, "meta_info": {"finish_reason": {"type": "stop"}, "output_token_logprobs": triples}}
+    triples = [
+        (logprob, token, None) for logprob, token in zip(turn.logprobs, turn.token_ids, strict=True)
+    ]
+    return {
+        "output_ids": turn.token_ids,
+        "meta_info": {"finish_reason": {"type": "stop"}, "output_token_logprobs": triples},
+    }
 
 
 class VerlPeer:
@@ -156,7 +182,10 @@ class VerlPeer:
     def cpu_ms(self, turns: int, conversations: int, check: str) -> float:
         """CPU ms per turn from a batch of prompts to the finished DataProto. `check`: disable or strict."""
         config = rollout_config(self._tools, turns, PROMPT_LENGTH, turns * TOKENS_PER_TURN, check)
-        peer, given = rollout(config, self._model, self._engine), batch(tasks(conversations), TOOL_NAME)
+        peer, given = (
+            rollout(config, self._model, self._engine),
+            batch(tasks(conversations), TOOL_NAME),
+        )
         asyncio.set_event_loop(self._loop)
         started = process_time()
         done = peer.generate_sequences(given)
@@ -171,13 +200,19 @@ def _verify(done: DataProto, turns: int, conversations: int) -> None:
     found = [holder["messages"] for holder in done.non_tensor_batch["messages"]]
     if [[message.role for message in messages] for messages in found] != [expected] * conversations:
         raise RuntimeError(f"verl's conversations are not the scripted ones: {found[:1]}")
-    if not all(m.content.startswith("x = ") for messages in found for m in messages if m.role == "tool"):
+    if not all(
+        m.content.startswith("x = ") for messages in found for m in messages if m.role == "tool"
+    ):
         raise RuntimeError(f"verl's tool did not answer: {found[:1]}")
 
 
 def _write_model(folder: Path, workload: Workload) -> Path:
     """A model folder with the tokenizer and as much of a config as verl reads."""
     workload.template.tokenizer.save_pretrained(folder)
-    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 1 << 20}
+    config = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_position_embeddings": 1 << 20,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -60,7 +60,12 @@ def rows(*, quick: bool, trajectories: int | None = None) -> list[Row]:
         seen = asyncio.run(_look(page))
     case = f"trajectories={n}"
     return [
-        Row("view_write_s", [written.wall_s], case, note="turntrace view, from the run on disk to the page"),
+        Row(
+            "view_write_s",
+            [written.wall_s],
+            case,
+            note="turntrace view, from the run on disk to the page",
+        ),
         Row("view_peak_mib", [written.peak_mib], case, note="resident, all of the process"),
         Row("view_page_mb", [written.size_mb], case),
         Row(
@@ -93,7 +98,10 @@ def _write(run: Path, page: Path, n: int) -> Written:
 
 async def _look(page: Path) -> dict[str, Any]:
     async with chromium() as browser, tab(browser, page, script=READY) as opened:
-        found = {"interactive": await opened.until("window.interactive"), "frames": await opened.page.evaluate(SCROLL)}
+        found = {
+            "interactive": await opened.until("window.interactive"),
+            "frames": await opened.page.evaluate(SCROLL),
+        }
         started = time.perf_counter()
         await opened.page.evaluate("location.hash = '#/list?q=division by zero'")
         await opened.until("document.getElementById('grid').getAttribute('aria-busy') === 'true'")
@@ -106,7 +114,10 @@ async def _look(page: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.view", description="Measures the page of a run of N trajectories.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.view",
+        description="Measures the page of a run of N trajectories.",
+    )
     parser.add_argument("n", type=int, help="trajectories")
     for row in rows(quick=False, trajectories=parser.parse_args().n):
         name, ours, _, _, limit, note = row.cells()

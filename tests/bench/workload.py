@@ -52,7 +52,9 @@ def answer() -> str:
 class EchoTool(BaseTool):
     """Answers at once."""
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, float, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
         return ToolResponse(answer()), 0.0, {}
 
     async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
@@ -97,8 +99,13 @@ def workload() -> Workload:
 def _turn(template: ChatTemplate, number: int) -> Generation:
     call = json.dumps({"name": TOOL_NAME, "arguments": {"code": _CODE.format(number=number)}})
     ids = [*template.encode(f"Compute.\n<tool_call>\n{call}\n</tool_call>"), template.end_id]
-    return Generation(ids, [float32(random.Random(f"{number}:{index}")) for index in range(len(ids))], "stop")
+    return Generation(
+        ids, [float32(random.Random(f"{number}:{index}")) for index in range(len(ids))], "stop"
+    )
 
 
 def tasks(count: int) -> list[Task]:
-    return [Task(str(index), [{"role": "user", "content": f"What is 6 times {next(_numbers)}?"}]) for index in range(count)]
+    return [
+        Task(str(index), [{"role": "user", "content": f"What is 6 times {next(_numbers)}?"}])
+        for index in range(count)
+    ]

@@ -130,7 +130,9 @@ def segment_kind(record: Record, rng: random.Random, template: ChatTemplate) -> 
     if not record["turns"]:
         raise Unsuited
     segment = rng.choice(record["segments"])
-    segment[0] = rng.choice([kind for kind in ("prompt", "sampled", "tool", "user", "template") if kind != segment[0]])
+    segment[0] = rng.choice(
+        [kind for kind in ("prompt", "sampled", "tool", "user", "template") if kind != segment[0]]
+    )
     return Place(ANY, ANY)
 
 
@@ -224,10 +226,16 @@ def dropped_message(record: Record, rng: random.Random, template: ChatTemplate) 
 
 def swapped_messages(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
     sampled = [index for index, message in enumerate(record["messages"]) if message.get("raw")]
-    if len(sampled) < 2 or record["messages"][sampled[0]]["raw"] == record["messages"][sampled[1]]["raw"]:
+    if (
+        len(sampled) < 2
+        or record["messages"][sampled[0]]["raw"] == record["messages"][sampled[1]]["raw"]
+    ):
         raise Unsuited
     one, two = sampled[:2]
-    record["messages"][one], record["messages"][two] = record["messages"][two], record["messages"][one]
+    record["messages"][one], record["messages"][two] = (
+        record["messages"][two],
+        record["messages"][one],
+    )
     return Place(0, ANY)
 
 
@@ -246,7 +254,11 @@ def ledger_argument(record: Record, rng: random.Random, template: ChatTemplate) 
 
 
 def ledger_true_for_one(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
-    line = _line(record, rng, lambda line: isinstance(line["arguments"], dict) and line["arguments"].get("a") == 1)
+    line = _line(
+        record,
+        rng,
+        lambda line: isinstance(line["arguments"], dict) and line["arguments"].get("a") == 1,
+    )
     line["arguments"]["a"] = True
     return Place(line["turn"])
 
@@ -265,13 +277,17 @@ def ledger_response(record: Record, rng: random.Random, template: ChatTemplate) 
 
 def full_response(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
     line = _line(record, rng, lambda line: line["full_response"] is not None)
-    line["full_response"] = rng.choice((None, line["full_response"] + "x", line["full_response"].replace("fact 0", "lie 0")))
+    line["full_response"] = rng.choice(
+        (None, line["full_response"] + "x", line["full_response"].replace("fact 0", "lie 0"))
+    )
     return Place(line["turn"])
 
 
 def ledger_status(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
     line = _line(record, rng, lambda line: line["status"] == "ok")
-    line["status"] = rng.choice(("malformed", "unknown_tool", "invalid_arguments", "tool_error", "backend_error", "fine"))
+    line["status"] = rng.choice(
+        ("malformed", "unknown_tool", "invalid_arguments", "tool_error", "backend_error", "fine")
+    )
     return Place(line["turn"] if line["status"] != "fine" else None)
 
 
@@ -297,7 +313,11 @@ def attempt_time(record: Record, rng: random.Random, template: ChatTemplate) -> 
 
 
 def attempt_bytes(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
-    line = _line(record, rng, lambda line: bool(line["attempts"]) and line["attempts"][-1]["bytes"] is not None)
+    line = _line(
+        record,
+        rng,
+        lambda line: bool(line["attempts"]) and line["attempts"][-1]["bytes"] is not None,
+    )
     line["attempts"][-1]["bytes"] += 1
     return Place(line["turn"])
 
@@ -331,7 +351,10 @@ def reward_part(record: Record, rng: random.Random, template: ChatTemplate) -> P
 
 
 def stop_reason(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
-    others = {"stop": ("max_turns", "length", "tool_stop", "engine_error"), "max_turns": ("stop", "prompt_too_long", "done")}
+    others = {
+        "stop": ("max_turns", "length", "tool_stop", "engine_error"),
+        "max_turns": ("stop", "prompt_too_long", "done"),
+    }
     if record["stop_reason"] not in others:
         raise Unsuited
     record["stop_reason"] = rng.choice(others[record["stop_reason"]])
@@ -378,7 +401,13 @@ def unknown_field(record: Record, rng: random.Random, template: ChatTemplate) ->
 
 
 def wrong_type(record: Record, rng: random.Random, template: ChatTemplate) -> Place:
-    name = rng.choice([name for name in record if name not in ("schema", "sha256", "id", "ground_truth", "data_source", "extra")])
+    name = rng.choice(
+        [
+            name
+            for name in record
+            if name not in ("schema", "sha256", "id", "ground_truth", "data_source", "extra")
+        ]
+    )
     record[name] = {"of": "another type"} if not isinstance(record[name], dict) else [record[name]]
     return Place() if name != "parent" else Place(ANY)
 
@@ -411,7 +440,14 @@ def huge_number(line: bytes, rng: random.Random) -> bytes:
     return line.replace(b'"wall_s":', b'"wall_s":' + b"9" * 5000, 1)
 
 
-LINES: list[Callable[[bytes, random.Random], bytes]] = [cut_line, blank_line, garbage, doubled_key, deep, huge_number]
+LINES: list[Callable[[bytes, random.Random], bytes]] = [
+    cut_line,
+    blank_line,
+    garbage,
+    doubled_key,
+    deep,
+    huge_number,
+]
 UNDER_HASH_ONLY: list[Corruption] = [other_logprob, step_reward, wall_time]
 REVEALED: list[Corruption] = [
     prompt_token, sampled_token, rendered_token, token_out_of_vocabulary, dropped_token, mask_bit, missing_logprob, extra_logprob,
@@ -474,9 +510,15 @@ def _turn_before(record: Record, index: int) -> int:
     return sum(1 for message in record["messages"][:index] if message.get("raw")) - 1
 
 
-def _line(record: Record, rng: random.Random, suits: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def _line(
+    record: Record, rng: random.Random, suits: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
     """A ledger line; those of the last turn's calls have no messages that repeat them, so the others are taken first."""
-    found = [line for line in record["tool_calls"] if suits(line) and line["turn"] < len(record["turns"]) - 1]
+    found = [
+        line
+        for line in record["tool_calls"]
+        if suits(line) and line["turn"] < len(record["turns"]) - 1
+    ]
     if not found:
         raise Unsuited
     line: dict[str, Any] = rng.choice(found)
@@ -486,7 +528,9 @@ def _line(record: Record, rng: random.Random, suits: Callable[[dict[str, Any]], 
 def _edited(text: str, rng: random.Random) -> str:
     """One character changed, dropped or added."""
     index = rng.randrange(len(text) + 1)
-    return rng.choice((f"{text[:index]}~{text[index:]}", f"{text[:index]}~{text[index + 1 :]}", f"{text}~"))
+    return rng.choice(
+        (f"{text[:index]}~{text[index:]}", f"{text[:index]}~{text[index + 1 :]}", f"{text}~")
+    )
 
 
 def as_line(record: Record) -> bytes:

@@ -33,7 +33,11 @@ def qwen3_run() -> Run:
     """24 trajectories with Qwen3's template, which drops thoughts of earlier turns and puts an empty one into the last."""
     limits = ("rollout.prompt_length=2048", "rollout.max_model_len=4096")
     tokenizer = fresh_tokenizer(npm_models("qwen3"))
-    return open_run(make_run(Path(_scratch().name) / "qwen3", 24, distinct=24, tokenizer=tokenizer, overrides=limits))
+    return open_run(
+        make_run(
+            Path(_scratch().name) / "qwen3", 24, distinct=24, tokenizer=tokenizer, overrides=limits
+        )
+    )
 
 
 @functools.cache
@@ -45,4 +49,7 @@ def exported(to: str, run: Run | None = None) -> tuple[Path, Export]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines export."""
-    return [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="ascii").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "train.jsonl").read_text(encoding="ascii").splitlines()
+    ]

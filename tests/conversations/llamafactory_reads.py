@@ -23,16 +23,28 @@ def main(folder: Path, tokenizer_folder: str) -> None:
     from llamafactory.data.template import TEMPLATES
 
     info = json.loads((folder / "dataset_info.json").read_text())["turntrace"]
-    attributes = DatasetAttr("file", info["file_name"], formatting=info["formatting"], **info["columns"])
+    attributes = DatasetAttr(
+        "file", info["file_name"], formatting=info["formatting"], **info["columns"]
+    )
     convert = SharegptDatasetConverter(attributes, None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     template = TEMPLATES["qwen"]
     for line in (folder / info["file_name"]).read_text().splitlines():
         row = convert(json.loads(line))
-        pairs = template.encode_multiturn(tokenizer, row["_prompt"] + row["_response"], row["_system"], row["_tools"])
+        pairs = template.encode_multiturn(
+            tokenizer, row["_prompt"] + row["_response"], row["_system"], row["_tools"]
+        )
         ids = [token for pair in pairs for part in pair for token in part]
         mask = [own for pair in pairs for part, own in zip(pair, (0, 1), strict=True) for _ in part]
-        print(json.dumps({"roles": [turn["role"] for turn in row["_prompt"] + row["_response"]], "ids": ids, "mask": mask}))
+        print(
+            json.dumps(
+                {
+                    "roles": [turn["role"] for turn in row["_prompt"] + row["_response"]],
+                    "ids": ids,
+                    "mask": mask,
+                }
+            )
+        )
 
 
 def _arrange() -> None:

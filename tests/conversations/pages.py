@@ -41,7 +41,9 @@ def changed_run(path: Path, like: Path, change: Callable[[int, Record], None]) -
 
 def write_page(run: Path, out: Path, against: Path | None = None, limit: int | None = None) -> Path:
     """The page of a run, on disk."""
-    with build(open_run(run), against=None if against is None else open_run(against), limit=limit) as page:
+    with build(
+        open_run(run), against=None if against is None else open_run(against), limit=limit
+    ) as page:
         page.write(out)
     return out
 
@@ -53,9 +55,15 @@ def inflated(packed: str | bytes) -> str:
 
 def parts_of(html: str) -> tuple[dict[str, Any], dict[str, Any], list[list[str]]]:
     """A page's summary, its pieces, and the lines of its blocks."""
-    found = dict(re.findall(r'<script type="text/plain" id="([a-z0-9-]+)">([A-Za-z0-9+/=]*)</script>', html))
+    found = dict(
+        re.findall(r'<script type="text/plain" id="([a-z0-9-]+)">([A-Za-z0-9+/=]*)</script>', html)
+    )
     summary, known = (json.loads(inflated(found.pop(name))) for name in ("summary", "pieces"))
-    return summary, known, [inflated(found[f"block-{number}"]).split("\n") for number in range(len(found))]
+    return (
+        summary,
+        known,
+        [inflated(found[f"block-{number}"]).split("\n") for number in range(len(found))],
+    )
 
 
 def records_of(html: str) -> list[Record]:
@@ -70,5 +78,8 @@ def _record(text: str, tokens: str) -> Record:
     packed = record.pop("logprobs")
     if isinstance(packed, dict):
         (code, data), *_ = packed.items()
-        packed = [None if value != value else value for value in array({"f32": "f", "f64": "d"}[code], base64.b64decode(data))]
+        packed = [
+            None if value != value else value
+            for value in array({"f32": "f", "f64": "d"}[code], base64.b64decode(data))
+        ]
     return {**record, "response_logprobs": packed}

@@ -66,21 +66,36 @@ GEMMA = """{{- bos_token }}
 
 # What cannot be continued turn by turn.
 NUMBERED = CHATML_TOOLS.replace("m.role + '\\n'", "m.role + ' ' + (loop.index | string) + '\\n'")
-COUNTS_TOOLS = CHATML_TOOLS.replace("{%- for m in messages %}", "{%- set ns = namespace(n=0) %}{%- for m in messages %}").replace(
-    "+ m.content }}", "+ m.content }}{%- if m.role == 'tool' %}{%- set ns.n = ns.n + 1 %}{{- ' #' + (ns.n | string) }}{%- endif %}"
+COUNTS_TOOLS = CHATML_TOOLS.replace(
+    "{%- for m in messages %}", "{%- set ns = namespace(n=0) %}{%- for m in messages %}"
+).replace(
+    "+ m.content }}",
+    "+ m.content }}{%- if m.role == 'tool' %}{%- set ns.n = ns.n + 1 %}{{- ' #' + (ns.n | string) }}{%- endif %}",
 )
-CALL_NAMED = CHATML_TOOLS.replace("{%- for m in messages %}", "{%- set ns = namespace(name='') %}{%- for m in messages %}").replace(
+CALL_NAMED = CHATML_TOOLS.replace(
+    "{%- for m in messages %}", "{%- set ns = namespace(name='') %}{%- for m in messages %}"
+).replace(
     "+ m.content }}",
     "+ (ns.name if m.role == 'tool' else '') + m.content }}"
     "{%- if m.tool_calls %}{%- set ns.name = m.tool_calls[-1].function.name %}{%- endif %}",
 )
 PLAIN_END = CHATML_TOOLS.replace("<|im_end|>", "###")
-LAST_UNENDED = CHATML_TOOLS.replace("{{- '<|im_end|>\\n' }}", "{%- if not loop.last %}{{- '<|im_end|>\\n' }}{%- endif %}")
+LAST_UNENDED = CHATML_TOOLS.replace(
+    "{{- '<|im_end|>\\n' }}", "{%- if not loop.last %}{{- '<|im_end|>\\n' }}{%- endif %}"
+)
 GENERATION_REWRITES = CHATML_TOOLS.replace(
-    "{%- for m in messages %}", "{{- 'generating' if add_generation_prompt }}{%- for m in messages %}", 1
+    "{%- for m in messages %}",
+    "{{- 'generating' if add_generation_prompt }}{%- for m in messages %}",
+    1,
 )
 
-LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
+LLAMA3_TOKENS = (
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+)
 MISTRAL_TOKENS = (
     "<s>",
     "</s>",
@@ -111,8 +126,12 @@ def family(name: str) -> ChatTemplate:
             "chatml": lambda: on_smollm2(CHATML),
             "chatml_tools": lambda: on_smollm2(CHATML_TOOLS),
             "thinking": lambda: on_smollm2(THINKING),
-            "llama3": lambda: on_smollm2(LLAMA3, LLAMA3_TOKENS, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
-            "mistral": lambda: on_smollm2(MISTRAL, MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>"),
+            "llama3": lambda: on_smollm2(
+                LLAMA3, LLAMA3_TOKENS, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+            ),
+            "mistral": lambda: on_smollm2(
+                MISTRAL, MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>"
+            ),
             "gemma": lambda: on_smollm2(GEMMA, GEMMA_TOKENS, bos_token="<bos>", eos_token="<eos>"),
             "metaspace_first": lambda: metaspace("first", CHATML_TOOLS),
             "metaspace_always": lambda: metaspace("always", CHATML_TOOLS),
@@ -136,12 +155,27 @@ def metaspace(prepend_scheme: str, chat_template: str) -> Any:
 
     specials = ["<unk>", "<|im_start|>", "<|im_end|>", *MISTRAL_TOKENS]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend_scheme, split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme=prepend_scheme, split=False
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     alphabet = [*(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=[*specials, *alphabet], show_progress=False)
-    tokenizer.train_from_iterator(["user assistant tool system\nA: U: T: the answer is 42, call f x 1"] * 20, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=[*specials, *alphabet], show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        ["user assistant tool system\nA: U: T: the answer is 42, call f x 1"] * 20, trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.add_special_tokens({"additional_special_tokens": specials[1:]})
     fast.chat_template = chat_template
     return fast

@@ -35,7 +35,13 @@ def small_tokenizer(pre_tokenizer: pre_tokenizers.PreTokenizer | None = None) ->
 def texts(names: Sequence[str], seed: int) -> list[str]:
     """Texts of the small alphabet with added tokens strewn in."""
     rng = random.Random(seed)
-    return ["".join(rng.choice((*ALPHABET[:9], "\n", "ab ", *names, *names)) for _ in range(rng.randrange(12))) for _ in range(300)]
+    return [
+        "".join(
+            rng.choice((*ALPHABET[:9], "\n", "ab ", *names, *names))
+            for _ in range(rng.randrange(12))
+        )
+        for _ in range(300)
+    ]
 
 
 def check(subject: SegmentEncoder, samples: Sequence[str]) -> None:
@@ -50,7 +56,9 @@ def test_real_tokenizers_give_the_same_ids_segment_by_segment(template: ChatTemp
 
 
 def test_of_overlapping_added_tokens_the_longest_is_taken() -> None:
-    subject = encoder(small_tokenizer(), [AddedToken(name, normalized=False) for name in ("<|", "<|a", "<|ab|>")])
+    subject = encoder(
+        small_tokenizer(), [AddedToken(name, normalized=False) for name in ("<|", "<|a", "<|ab|>")]
+    )
     assert subject.by_segment
     check(subject, texts(["<|", "<|a", "<|ab|>", "|>"], seed=1))
 
@@ -64,14 +72,19 @@ def test_of_overlapping_added_tokens_the_longest_is_taken() -> None:
         AddedToken("<|e|>", normalized=True),
     ],
 )
-def test_added_tokens_that_take_of_their_surroundings_are_left_to_the_tokenizer(added: AddedToken) -> None:
+def test_added_tokens_that_take_of_their_surroundings_are_left_to_the_tokenizer(
+    added: AddedToken,
+) -> None:
     subject = encoder(small_tokenizer(), [added])
     assert not subject.by_segment
     check(subject, texts(["<|e|>", " <|e|> "], seed=2))
 
 
 def test_a_tokenizer_that_marks_the_beginning_of_a_text_encodes_it_whole() -> None:
-    subject = encoder(small_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first")), [AddedToken("<|e|>", normalized=False)])
+    subject = encoder(
+        small_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first")),
+        [AddedToken("<|e|>", normalized=False)],
+    )
     assert not subject.by_segment
     check(subject, texts(["<|e|>"], seed=3))
 

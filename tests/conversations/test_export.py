@@ -42,7 +42,9 @@ def records() -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- statistics
 
 
-@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@given(
+    st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n)))
+)
 def test_pass_at_k_is_the_share_of_draws_with_a_pass(numbers: tuple[int, int, int]) -> None:
     n, passed, k = numbers
     draws = list(itertools.combinations([True] * passed + [False] * (n - passed), k))
@@ -61,12 +63,20 @@ def test_statistics_count_rewards_by_group_and_no_infrastructure_failure() -> No
             statistics.add(record_of(task_id, reward))
     statistics.add(record_of("a", None, infra_error=True))
     statistics.add(record_of("d", None))
-    assert statistics.pass_at() == {1: (pytest.approx(0.5), 3), 2: (pytest.approx((5 / 6 + 0 + 1) / 3), 3), 4: (pytest.approx(0.5), 2)}
+    assert statistics.pass_at() == {
+        1: (pytest.approx(0.5), 3),
+        2: (pytest.approx((5 / 6 + 0 + 1) / 3), 3),
+        4: (pytest.approx(0.5), 2),
+    }
     assert (statistics.infra_errors, statistics.without_reward) == (1, 1)
     assert statistics.reward_mean() == pytest.approx(0.4)
     assert statistics.group_std() == pytest.approx(0.5 / 3)
     table = statistics.table()
-    assert (table["groups with rewards"], table["  rewards differ"], table["  no sample passes"]) == ("3", "1", "1")
+    assert (
+        table["groups with rewards"],
+        table["  rewards differ"],
+        table["  no sample passes"],
+    ) == ("3", "1", "1")
 
 
 # ---------------------------------------------------------------------- filters
@@ -92,7 +102,11 @@ FILTERS = [
 
 def asked(filters: Filters) -> str:
     """The names of what is not as it was: a set's own text is another in each process."""
-    return " ".join(each.name for each in fields(filters) if getattr(filters, each.name) != getattr(Filters(), each.name))
+    return " ".join(
+        each.name
+        for each in fields(filters)
+        if getattr(filters, each.name) != getattr(Filters(), each.name)
+    )
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=asked)
@@ -109,7 +123,11 @@ def test_what_is_kept_meets_every_filter_and_what_is_not_is_counted(filters: Fil
 
 
 def meets(record: dict[str, Any], filters: Filters) -> bool:
-    group = [one["reward"] for one in records() if one["task_id"] == record["task_id"] and one["reward"] is not None]
+    group = [
+        one["reward"]
+        for one in records()
+        if one["task_id"] == record["task_id"] and one["reward"] is not None
+    ]
     share = sum(reward >= filters.pass_reward for reward in group) / max(1, len(group))
     low, high = filters.pass_rate or (0, 1)
     needs_reward = filters.min_reward is not None or filters.max_reward is not None
@@ -120,10 +138,16 @@ def meets(record: dict[str, Any], filters: Filters) -> bool:
         and (filters.min_reward is None or reward >= filters.min_reward)
         and (filters.max_reward is None or reward <= filters.max_reward)
         and (not filters.stop_reasons or record["stop_reason"] in filters.stop_reasons)
-        and not (filters.valid_calls_only and INVALID_STATUSES & {call["status"] for call in record["tool_calls"]})
+        and not (
+            filters.valid_calls_only
+            and INVALID_STATUSES & {call["status"] for call in record["tool_calls"]}
+        )
         and not (filters.mixed_groups and len(set(group)) < 2)
         and (filters.pass_rate is None or (bool(group) and low <= share <= high))
-        and (filters.max_tokens is None or len(record["prompt_ids"] + record["response_ids"]) <= filters.max_tokens)
+        and (
+            filters.max_tokens is None
+            or len(record["prompt_ids"] + record["response_ids"]) <= filters.max_tokens
+        )
     )
 
 
@@ -147,11 +171,19 @@ def test_the_same_tokens_are_a_duplicate_and_other_ones_are_not() -> None:
     record = record_of("a", 1.0)
     duplicates = ExactDuplicates()
     changed = {**record, "response_ids": [*record["response_ids"][:-1], 5]}
-    assert [duplicates.seen(one) for one in (record, changed, {**record, "id": "other"}, changed)] == [False, False, True, True]
+    assert [
+        duplicates.seen(one) for one in (record, changed, {**record, "id": "other"}, changed)
+    ] == [False, False, True, True]
 
 
 def said(words: list[str], name: str) -> dict[str, Any]:
-    return {"id": name, "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": " ".join(words)}]}
+    return {
+        "id": name,
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": " ".join(words)},
+        ],
+    }
 
 
 def test_near_duplicates_differ_in_a_word_not_in_half_of_them() -> None:
@@ -159,7 +191,10 @@ def test_near_duplicates_differ_in_a_word_not_in_half_of_them() -> None:
     words = [str(rng.random()) for _ in range(200)]
     near, far = [*words[:-1], "else"], words[:100] + [str(rng.random()) for _ in range(100)]
     duplicates = NearDuplicates()
-    assert [duplicates.seen(said(each, str(place))) for place, each in enumerate((words, near, far, far))] == [False, True, False, True]
+    assert [
+        duplicates.seen(said(each, str(place)))
+        for place, each in enumerate((words, near, far, far))
+    ] == [False, True, False, True]
 
 
 # ---------------------------------------------------------------------- text
@@ -172,7 +207,9 @@ def test_tools_stand_in_the_system_message_as_they_stood_in_the_prompt() -> None
     for record in run.records():
         if record["turns"]:
             messages = view.messages(record)
-            first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+            first = next(
+                index for index, message in enumerate(messages) if message["role"] == "assistant"
+            )
             asked = [message for message in messages[:first] if message["role"] != "tool"]
             tools_spoke = len(asked) != first
             if not tools_spoke:
@@ -193,13 +230,24 @@ def test_a_template_without_a_place_for_tools_keeps_the_messages_as_they_are() -
 # ---------------------------------------------------------------------- Parquet of any shape
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(min_size=1, max_size=3), inner, max_size=3),
     max_leaves=12,
 )
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), json_values, min_size=1, max_size=3), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from("abc"), json_values, min_size=1, max_size=3),
+        min_size=1,
+        max_size=5,
+    )
+)
 @settings(deadline=None)
 def test_rows_of_any_shape_fit_one_schema(rows: list[dict[str, Any]]) -> None:
     """What has one type everywhere comes back as it was, nulls for what was not there; the rest as JSON text."""
@@ -228,13 +276,21 @@ def test_every_format_is_there_and_says_what_it_is() -> None:
         assert found.fields
         assert found.usage
     assert ", ".join(names()) == FORMATS, "what --help says"
-    with pytest.raises(ExportError, match="there is no format 'openrlhf'; the formats are verl-rl, "):
+    with pytest.raises(
+        ExportError, match="there is no format 'openrlhf'; the formats are verl-rl, "
+    ):
         get_format("openrlhf")
 
 
 def test_the_card_names_counts_filters_hashes_and_the_command(tmp_path: Path) -> None:
     filters = Filters(min_reward=0.5, stop_reasons=frozenset({"stop"}))
-    done = job.export(small_run(), "trl-sft", tmp_path / "out", filters, command="turntrace export run --to trl-sft")
+    done = job.export(
+        small_run(),
+        "trl-sft",
+        tmp_path / "out",
+        filters,
+        command="turntrace export run --to trl-sft",
+    )
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for part in (
         f"# {done.rows} trajectories for TRL's SFTTrainer",
@@ -248,7 +304,9 @@ def test_the_card_names_counts_filters_hashes_and_the_command(tmp_path: Path) ->
     ):
         assert part in text
     assert done.kept.trajectories == done.rows
-    assert Counter(file.name for file in (tmp_path / "out").iterdir()) == Counter(["README.md", "train.parquet"])
+    assert Counter(file.name for file in (tmp_path / "out").iterdir()) == Counter(
+        ["README.md", "train.parquet"]
+    )
 
 
 def test_the_same_export_twice_is_the_same_bytes(tmp_path: Path) -> None:
@@ -270,10 +328,24 @@ def test_plain_parquet_holds_the_whole_record() -> None:
     for row, record in zip(table.to_dict("records"), kept, strict=True):
         for name in ("prompt_ids", "response_ids", "response_mask"):
             assert row[name].tolist() == record[name]
-        assert [None if math.isnan(value) else value for value in row["response_logprobs"]] == record["response_logprobs"]
-        for name in ("messages", "tool_calls", "tools", "extra", "ground_truth", "sampling", "reward_parts"):
+        assert [
+            None if math.isnan(value) else value for value in row["response_logprobs"]
+        ] == record["response_logprobs"]
+        for name in (
+            "messages",
+            "tool_calls",
+            "tools",
+            "extra",
+            "ground_truth",
+            "sampling",
+            "reward_parts",
+        ):
             assert json.loads(row[name]) == record[name]
-        assert (row["sha256"], row["stop_reason"], row["num_turns"]) == (record["sha256"], record["stop_reason"], record["num_turns"])
+        assert (row["sha256"], row["stop_reason"], row["num_turns"]) == (
+            record["sha256"],
+            record["stop_reason"],
+            record["num_turns"],
+        )
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -282,7 +354,9 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
     (out / "mine").write_text("x")
     with pytest.raises(ExportError, match="is there already"):
         job.export(small_run(), "parquet", out)
-    with pytest.raises(ExportError, match=r"nothing is left to export of 60 trajectories: .* reward"):
+    with pytest.raises(
+        ExportError, match=r"nothing is left to export of 60 trajectories: .* reward"
+    ):
         job.export(small_run(), "parquet", tmp_path / "other", Filters(min_reward=99.0))
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
 
@@ -305,7 +379,11 @@ def test_ctrl_c_leaves_nothing_half_made(tmp_path: Path) -> None:
         "job.export(run, 'verl-sft', sys.argv[2], progress=lambda count: print(count, flush=True))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, long_run, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, long_run, tmp_path / "out"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     while process.stdout.readline() != "300\n":
@@ -317,7 +395,9 @@ def test_ctrl_c_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_run_without_a_tokenizer_is_exported_and_the_card_says_what_was_not_checked(tmp_path: Path) -> None:
+def test_a_run_without_a_tokenizer_is_exported_and_the_card_says_what_was_not_checked(
+    tmp_path: Path,
+) -> None:
     import conversations
 
     bare = tmp_path / "run"
@@ -365,10 +445,24 @@ def turntrace(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_exports_and_a_mistake_is_one_line(tmp_path: Path) -> None:
     run = small_run().path
-    done = turntrace("export", run, "--to", "trl-sft", "--out", tmp_path / "out", "--min-reward", "0.5", "--dedupe", "exact")
+    done = turntrace(
+        "export",
+        run,
+        "--to",
+        "trl-sft",
+        "--out",
+        tmp_path / "out",
+        "--min-reward",
+        "0.5",
+        "--dedupe",
+        "exact",
+    )
     assert done.returncode == 0, done.stderr
     assert "left out: reward" in done.stdout
-    assert f"turntrace export {run} --to trl-sft --out {tmp_path / 'out'} --min-reward 0.5" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"turntrace export {run} --to trl-sft --out {tmp_path / 'out'} --min-reward 0.5"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
     for arguments, what in {
         ("--to", "trl"): "error: there is no format 'trl'",
         ("--to", "atif", "--pass-rate", "x"): "error: --pass-rate x: a band is LOW:HIGH",

@@ -27,7 +27,9 @@ def test_the_atif_package_accepts_every_document() -> None:
     folder, done = exported("atif")
     lines = (folder / "trajectories.jsonl").read_text().splitlines()
     assert len(lines) == done.rows
-    for line, record in zip(lines, (one for one in records() if not one["infra_error"]), strict=True):
+    for line, record in zip(
+        lines, (one for one in records() if not one["infra_error"]), strict=True
+    ):
         found = atif.Trajectory.model_validate_json(line, strict=True)
         generations = [step.metrics for step in found.steps if step.metrics is not None]
         ids = record["prompt_ids"] + record["response_ids"]
@@ -39,7 +41,9 @@ def test_the_atif_package_accepts_every_document() -> None:
         assert found.extra is not None
         assert found.extra["turntrace"]["response_mask"] == record["response_mask"]
         calls = [call for step in found.steps for call in step.tool_calls or []]
-        assert [call.tool_call_id for call in calls] == [line["call_id"] for line in record["tool_calls"]]
+        assert [call.tool_call_id for call in calls] == [
+            line["call_id"] for line in record["tool_calls"]
+        ]
 
 
 def test_a_record_comes_back_as_it_was() -> None:
@@ -49,11 +53,22 @@ def test_a_record_comes_back_as_it_was() -> None:
 
 def test_given_assistants_unasked_tools_and_odd_arguments_come_back() -> None:
     record = copy.deepcopy(next(record for record in records() if record["turns"]))
-    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"b":1, "a": [ ]}'}, "more": 1}
+    call = {
+        "id": "x",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"b":1, "a": [ ]}'},
+        "more": 1,
+    }
     record["messages"][:0] = [
         {"role": "developer", "content": "d", "name": "n"},
         {"role": "user", "content": ""},
-        {"content": "c", "role": "assistant", "raw": None, "tool_calls": [call, {**call, "id": "y"}], "reasoning": "r"},
+        {
+            "content": "c",
+            "role": "assistant",
+            "raw": None,
+            "tool_calls": [call, {**call, "id": "y"}],
+            "reasoning": "r",
+        },
         {"role": "tool", "tool_call_id": "y", "content": "1"},
         {"role": "tool", "content": "2", "name": "unasked"},
         {"role": "tool", "content": "3"},
@@ -66,7 +81,9 @@ def test_given_assistants_unasked_tools_and_odd_arguments_come_back() -> None:
     ]
     back = record_of(json.loads(json.dumps(document(record))))
     assert back == record
-    assert json.dumps(back["messages"]) == json.dumps(record["messages"]), "with the keys in the same order"
+    assert json.dumps(back["messages"]) == json.dumps(record["messages"]), (
+        "with the keys in the same order"
+    )
 
 
 def test_a_whole_run_comes_back_byte_for_byte(tmp_path: Path) -> None:
@@ -75,18 +92,31 @@ def test_a_whole_run_comes_back_byte_for_byte(tmp_path: Path) -> None:
 
     run = small_run()
     job.export(run, "atif", tmp_path / "atif", Filters(include_infra_errors=True))
-    done = import_run(tmp_path / "atif" / "trajectories.jsonl", "atif", tmp_path / "run", tokenizer=run.path / "tokenizer")
+    done = import_run(
+        tmp_path / "atif" / "trajectories.jsonl",
+        "atif",
+        tmp_path / "run",
+        tokenizer=run.path / "tokenizer",
+    )
     assert (done.trajectories, done.defects) == (len(run), [])
-    assert (tmp_path / "run" / "trajectories.jsonl").read_bytes() == (run.path / "trajectories.jsonl").read_bytes()
+    assert (tmp_path / "run" / "trajectories.jsonl").read_bytes() == (
+        run.path / "trajectories.jsonl"
+    ).read_bytes()
     assert verify_run(tmp_path / "run", jobs=1).defects == 0
-    assert conversations.open_run(tmp_path / "run").template().stop_token_ids == run.template().stop_token_ids
+    assert (
+        conversations.open_run(tmp_path / "run").template().stop_token_ids
+        == run.template().stop_token_ids
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
         (lambda record: record["response_mask"].pop(), "other numbers of mask bits or log-probs"),
-        (lambda record: record["response_logprobs"].__setitem__(0, float("nan")), "a log-prob is not a finite number"),
+        (
+            lambda record: record["response_logprobs"].__setitem__(0, float("nan")),
+            "a log-prob is not a finite number",
+        ),
         (lambda record: record["turns"].pop(), "turns, but"),
     ],
 )

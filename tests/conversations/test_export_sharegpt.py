@@ -17,7 +17,12 @@ def test_llamafactory_trains_on_what_the_export_foresaw() -> None:
     run = small_run()
     view = TextView(run.template(), {})
     script = Path(__file__).with_name("llamafactory_reads.py")
-    read = subprocess.run([sys.executable, script, folder, run.path / "tokenizer"], capture_output=True, text=True, timeout=300)
+    read = subprocess.run(
+        [sys.executable, script, folder, run.path / "tokenizer"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert read.returncode == 0, read.stderr[-2000:]
     found = [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
     assert len(found) == done.rows > 20
@@ -33,15 +38,34 @@ def test_llamafactory_trains_on_what_the_export_foresaw() -> None:
 
 
 def test_a_turn_that_says_more_than_its_calls_keeps_its_text() -> None:
-    call = {"id": "call_0_0", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    call = {
+        "id": "call_0_0",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"x": 1}'},
+    }
     messages = [
         {"role": "user", "content": "u"},
-        {"role": "assistant", "content": "", "raw": "<tool_call>...</tool_call>", "tool_calls": [call, call]},
+        {
+            "role": "assistant",
+            "content": "",
+            "raw": "<tool_call>...</tool_call>",
+            "tool_calls": [call, call],
+        },
         {"role": "tool", "content": "1"},
         {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "So.", "raw": "So.<tool_call>...</tool_call>", "tool_calls": [call]},
+        {
+            "role": "assistant",
+            "content": "So.",
+            "raw": "So.<tool_call>...</tool_call>",
+            "tool_calls": [call],
+        },
         {"role": "tool", "content": "3"},
-        {"role": "assistant", "content": "", "raw": "<tool_call>{</tool_call>", "tool_calls": [{**call, "malformed": True}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "raw": "<tool_call>{</tool_call>",
+            "tool_calls": [{**call, "malformed": True}],
+        },
     ]
     functions = '[{"name": "f", "arguments": {"x": 1}}, {"name": "f", "arguments": {"x": 1}}]'
     assert turns(messages) == [
@@ -52,4 +76,6 @@ def test_a_turn_that_says_more_than_its_calls_keeps_its_text() -> None:
         {"from": "observation", "value": "3"},
         {"from": "gpt", "value": "<tool_call>{</tool_call>"},
     ]
-    assert turns([messages[0], messages[2], messages[1]]) is None, "a tool that spoke unasked has no place"
+    assert turns([messages[0], messages[2], messages[1]]) is None, (
+        "a tool that spoke unasked has no place"
+    )

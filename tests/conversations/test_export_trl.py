@@ -17,21 +17,36 @@ def load(tmp_path: Path) -> Any:
     """`datasets.load_dataset` of one local file, unpacked in a folder of the test's own."""
     import datasets
 
-    return lambda kind, file: datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    return lambda kind, file: datasets.load_dataset(
+        kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
+    )
 
 
 def tiny_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(small_run().tokenizer()), **size))
 
 
 def settings(tmp_path: Path) -> dict[str, Any]:
-    return {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": [], "max_length": None}
+    return {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "max_length": None,
+    }
 
 
-def test_the_sft_trainer_has_the_records_ids_and_trains_on_what_was_sampled(load: Any, tmp_path: Path) -> None:
+def test_the_sft_trainer_has_the_records_ids_and_trains_on_what_was_sampled(
+    load: Any, tmp_path: Path
+) -> None:
     from trl import SFTConfig, SFTTrainer
 
     folder, done = exported("trl-sft")
@@ -41,17 +56,25 @@ def test_the_sft_trainer_has_the_records_ids_and_trains_on_what_was_sampled(load
         train_dataset=load("parquet", folder / "train.parquet"),
         processing_class=small_run().tokenizer(),
     )
-    records = [record for record in small_run().records() if record["turns"] and not record["infra_error"]]
+    records = [
+        record for record in small_run().records() if record["turns"] and not record["infra_error"]
+    ]
     assert len(trainer.train_dataset) == done.rows == len(records)
     for row, record in zip(trainer.train_dataset, records, strict=True):
         ids, mask = whole_ids(record), whole_mask(record)
         assert row["input_ids"] == ids
-        assert row["labels"] == [token if own else -100 for token, own in zip(ids, mask, strict=True)]
-    batch = trainer.data_collator([{name: trainer.train_dataset[0][name] for name in ("input_ids", "labels")}])
+        assert row["labels"] == [
+            token if own else -100 for token, own in zip(ids, mask, strict=True)
+        ]
+    batch = trainer.data_collator(
+        [{name: trainer.train_dataset[0][name] for name in ("input_ids", "labels")}]
+    )
     assert batch["labels"][0].tolist() == trainer.train_dataset[0]["labels"]
 
 
-def test_the_dpo_trainer_compares_the_best_with_the_worst_of_each_group(load: Any, tmp_path: Path) -> None:
+def test_the_dpo_trainer_compares_the_best_with_the_worst_of_each_group(
+    load: Any, tmp_path: Path
+) -> None:
     from trl import DPOConfig, DPOTrainer
 
     folder, done = exported("trl-preference")
@@ -67,18 +90,31 @@ def test_the_dpo_trainer_compares_the_best_with_the_worst_of_each_group(load: An
     assert len(trainer.train_dataset) == done.rows > 5
     found = {"same": 0, "mask": 0, "tokens": 0}
     for row, written in zip(trainer.train_dataset, rows(folder), strict=True):
-        group = [one for one in run if one.task_id == written["task_id"] and not one.infra_error and one.reward is not None]
-        assert written["chosen_reward"] == max(one.reward or 0.0 for one in group) > written["rejected_reward"]
+        group = [
+            one
+            for one in run
+            if one.task_id == written["task_id"] and not one.infra_error and one.reward is not None
+        ]
+        assert (
+            written["chosen_reward"]
+            == max(one.reward or 0.0 for one in group)
+            > written["rejected_reward"]
+        )
         for name in ("chosen", "rejected"):
             record = run.record(written[f"{name}_id"])
             end = record["turns"][-1]["end"]
             ids = row["prompt_ids"] + row[f"{name}_ids"]
-            assert (ids, [0] * len(row["prompt_ids"]) + [1] * len(row[f"{name}_ids"])) == retokenised(
-                written["prompt"], written[name], _view()
-            )
+            assert (
+                ids,
+                [0] * len(row["prompt_ids"]) + [1] * len(row[f"{name}_ids"]),
+            ) == retokenised(written["prompt"], written[name], _view())
             sampled = whole_mask(record)[:end]
             same_ids = ids[:end] == whole_ids(record)[:end]
-            same_mask = len(ids) == end and row["prompt_ids"] == record["prompt_ids"] and all(sampled[len(record["prompt_ids"]) :])
+            same_mask = (
+                len(ids) == end
+                and row["prompt_ids"] == record["prompt_ids"]
+                and all(sampled[len(record["prompt_ids"]) :])
+            )
             found["same" if same_ids and same_mask else "mask" if same_ids else "tokens"] += 1
     assert {name: done.verdicts[name] for name in found} == found
 

@@ -31,13 +31,26 @@ def test_the_rl_dataset_gives_the_tasks_back() -> None:
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
     folder, done = exported("verl-rl")
-    config = OmegaConf.create({"max_prompt_length": 2048, "return_raw_chat": True, "filter_overlong_prompts": False, "truncation": "left"})
+    config = OmegaConf.create(
+        {
+            "max_prompt_length": 2048,
+            "return_raw_chat": True,
+            "filter_overlong_prompts": False,
+            "truncation": "left",
+        }
+    )
     dataset = RLHFDataset(str(folder / "train.parquet"), small_run().tokenizer(), config)
-    firsts = {record["task_id"]: record for record in reversed(list(small_run().records())) if not record["infra_error"]}
+    firsts = {
+        record["task_id"]: record
+        for record in reversed(list(small_run().records()))
+        if not record["infra_error"]
+    }
     assert len(dataset) == done.rows == len(firsts)
     for row in (dataset[index] for index in range(len(dataset))):
         record = firsts[row["extra_info"]["turntrace"]["task_id"]]
-        assert [(m["role"], m["content"]) for m in row["raw_prompt"]] == [(m["role"], m["content"]) for m in given(record)]
+        assert [(m["role"], m["content"]) for m in row["raw_prompt"]] == [
+            (m["role"], m["content"]) for m in given(record)
+        ]
         assert row["reward_model"]["ground_truth"] == record["ground_truth"]
         assert row["data_source"] == record["data_source"]
         assert row["index"] == record["extra"]["extra_info"]["index"]
@@ -55,8 +68,13 @@ def test_turntrace_runs_the_same_tasks_again() -> None:
     for record in small_run().records():
         if not record["infra_error"]:
             task = tasks[record["task_id"]]
-            assert [(m["role"], m["content"]) for m in task.messages] == [(m["role"], m["content"]) for m in given(record)]
-            assert (task.ground_truth, task.data_source) == (record["ground_truth"], record["data_source"])
+            assert [(m["role"], m["content"]) for m in task.messages] == [
+                (m["role"], m["content"]) for m in given(record)
+            ]
+            assert (task.ground_truth, task.data_source) == (
+                record["ground_truth"],
+                record["data_source"],
+            )
 
 
 def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
@@ -66,7 +84,11 @@ def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
     folder, done = exported("verl-sft")
     run = small_run()
     view = TextView(run.template(), {})
-    dataset = MultiTurnSFTDataset(str(folder / "train.parquet"), run.tokenizer(), {"pad_mode": "no_padding", "max_length": 8192})
+    dataset = MultiTurnSFTDataset(
+        str(folder / "train.parquet"),
+        run.tokenizer(),
+        {"pad_mode": "no_padding", "max_length": 8192},
+    )
     assert len(dataset) == done.rows > 20
     found = {"scaffold": 0, "mask": 0}
     newline = run.template().encode("\n")
@@ -91,14 +113,20 @@ def test_a_template_that_rewrites_history_is_found_out() -> None:
     run = qwen3_run()
     folder, done = exported("verl-sft", run)
     view = TextView(run.template(), {})
-    dataset = MultiTurnSFTDataset(str(folder / "train.parquet"), run.tokenizer(), {"pad_mode": "no_padding", "max_length": 8192})
+    dataset = MultiTurnSFTDataset(
+        str(folder / "train.parquet"),
+        run.tokenizer(),
+        {"pad_mode": "no_padding", "max_length": 8192},
+    )
     assert len(dataset) == done.rows == done.verdicts["tokens"] > 5
     for index in range(len(dataset)):
         item = dataset[index]
         ids = item["input_ids"].tolist()
         assert (ids, item["loss_mask"].tolist()) == retokenised(dataset.messages[index], view)
         record = run.record(dataset.dataframe["id"][index])
-        assert ids[: len(record["prompt_ids"])] == record["prompt_ids"], "the tools stand in the prompt as they did"
+        assert ids[: len(record["prompt_ids"])] == record["prompt_ids"], (
+            "the tools stand in the prompt as they did"
+        )
         assert ids[: record["turns"][-1]["end"]] != whole_ids(record)[: record["turns"][-1]["end"]]
 
 
@@ -113,17 +141,27 @@ def test_dataproto_is_the_batch_that_a_rollout_returns() -> None:
     pad = run.tokenizer().pad_token_id
     for index, record in enumerate(records):
         row = {name: tensor[index] for name, tensor in batch.batch.items()}
-        prompt, response, count = record["prompt_ids"], record["response_ids"], len(record["response_ids"])
+        prompt, response, count = (
+            record["prompt_ids"],
+            record["response_ids"],
+            len(record["response_ids"]),
+        )
         assert row["prompts"].tolist() == [pad] * (1024 - len(prompt)) + prompt
         assert row["responses"].tolist() == response + [pad] * (1024 - count)
         assert row["response_mask"].tolist() == record["response_mask"] + [0] * (1024 - count)
-        assert row["rollout_log_probs"].tolist()[:count] == [value or 0.0 for value in record["response_logprobs"]]
-        assert row["position_ids"][row["attention_mask"].bool()].tolist() == list(range(len(prompt) + count))
+        assert row["rollout_log_probs"].tolist()[:count] == [
+            value or 0.0 for value in record["response_logprobs"]
+        ]
+        assert row["position_ids"][row["attention_mask"].bool()].tolist() == list(
+            range(len(prompt) + count)
+        )
         assert batch.non_tensor_batch["messages"][index] == {"messages": record["messages"]}
         assert batch.non_tensor_batch["reward_scores"][index] == record["reward_parts"]
 
 
-def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(tmp_path: Path) -> None:
+def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(
+    tmp_path: Path,
+) -> None:
     """`AgentRollout.generate_sequences` returns `batch_arrays`; failures of the infrastructure are rows that nothing is learnt from."""
     import torch
     from verl import DataProto
@@ -133,12 +171,16 @@ def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(tm
     from conversations.export.filters import Filters
 
     run = small_run()
-    job.export(run, "dataproto", tmp_path / "out", Filters(include_infra_errors=True), batch_size=16)
+    job.export(
+        run, "dataproto", tmp_path / "out", Filters(include_infra_errors=True), batch_size=16
+    )
     trajectories = [one for one in run if one.turns]
     assert any(one.infra_error for one in trajectories)
     files = sorted((tmp_path / "out").glob("*.pkl"))
     assert len(files) == -(-len(trajectories) // 16)
-    shape = Shape(prompt_length=1024, response_length=1024, pad_id=run.tokenizer().pad_token_id, logprobs=True)
+    shape = Shape(
+        prompt_length=1024, response_length=1024, pad_id=run.tokenizer().pad_token_id, logprobs=True
+    )
     for index, file in enumerate(files):
         expected = batch_arrays(trajectories[16 * index : 16 * (index + 1)], shape)
         found = DataProto.load_from_disk(file).batch
@@ -152,12 +194,17 @@ def test_batches_are_laid_out_as_verls_own_loop_lays_them_out() -> None:
     command = [sys.executable, "-m", "tests.conversations.verl_batches"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "equal: attention_mask input_ids position_ids prompts response_mask responses"
+    assert (
+        done.stdout.splitlines()[-1]
+        == "equal: attention_mask input_ids position_ids prompts response_mask responses"
+    )
 
 
 def test_a_batch_grows_with_what_is_longer_than_the_config_says() -> None:
     trajectories = [one for one in small_run() if one.turns][:3]
-    arrays: dict[str, Any] = padded_batch(trajectories, prompt_length=1, response_length=2, pad_id=7, logprobs=False)
+    arrays: dict[str, Any] = padded_batch(
+        trajectories, prompt_length=1, response_length=2, pad_id=7, logprobs=False
+    )
     assert arrays["prompts"].shape == (3, max(len(one.prompt_ids) for one in trajectories))
     assert arrays["responses"].shape == (3, max(len(one.response_ids) for one in trajectories))
     assert "rollout_log_probs" not in arrays

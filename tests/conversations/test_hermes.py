@@ -91,7 +91,9 @@ def test_any_json_object_as_arguments(arguments: dict[str, object], ensure_ascii
 
 
 def test_escaped_surrogate_pairs_are_one_character() -> None:
-    assert good(parse('<tool_call>{"name": "f", "arguments": {"x": "\\ud83d\\ude42"}}</tool_call>')) == [("f", {"x": "🙂"})]
+    assert good(
+        parse('<tool_call>{"name": "f", "arguments": {"x": "\\ud83d\\ude42"}}</tool_call>')
+    ) == [("f", {"x": "🙂"})]
 
 
 def test_content_is_not_stripped() -> None:
@@ -145,7 +147,10 @@ def test_what_is_not_a_call_says_why(raw: str, reason: str) -> None:
     assert '{"name": ..., "arguments": {...}}' in found.error  # what to do
 
 
-@pytest.mark.parametrize("raw", [GOOD.removesuffix(CLOSE), GOOD[:-1], GOOD[:-12], GOOD[:-20], "<tool_call>", "<tool_call>\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [GOOD.removesuffix(CLOSE), GOOD[:-1], GOOD[:-12], GOOD[:-20], "<tool_call>", "<tool_call>\n"],
+)
 def test_an_unclosed_call_at_the_end_is_not_run(raw: str) -> None:
     found = only_bad(f"Wait. {raw}")
     assert found.raw == raw
@@ -153,7 +158,9 @@ def test_an_unclosed_call_at_the_end_is_not_run(raw: str) -> None:
     assert parse(f"Wait. {raw}").content == "Wait. "
 
 
-@pytest.mark.parametrize("broken", ["<tool_call>{oops}</tool_call>", "<tool_call>{oops", '<tool_call>{"name": "g"}'])
+@pytest.mark.parametrize(
+    "broken", ["<tool_call>{oops}</tool_call>", "<tool_call>{oops", '<tool_call>{"name": "g"}']
+)
 def test_a_good_call_stays_good_beside_a_bad_one(broken: str) -> None:
     for raw in (broken + GOOD, GOOD + broken, GOOD + broken + GOOD):
         turn = parse(raw)
@@ -224,15 +231,21 @@ def test_verl_two_calls_with_text_before() -> None:
 
 
 def test_verl_bad_json_beside_good() -> None:
-    turn = parse('<tool_call>{"name": "good", "arguments": {}}</tool_call>\n<tool_call>{"name": "bad" "arguments"}</tool_call>')
+    turn = parse(
+        '<tool_call>{"name": "good", "arguments": {}}</tool_call>\n<tool_call>{"name": "bad" "arguments"}</tool_call>'
+    )
     assert good(turn) == [("good", {})]
     assert [part.name for part in bad(turn)] == ["bad"]
 
 
 def test_vllm_nested_and_empty_arguments() -> None:
-    turn = parse('<tool_call>\n{"name": "get_final_answer", "arguments": {"trigger": true, "d": {"e": {}}}}\n</tool_call>')
+    turn = parse(
+        '<tool_call>\n{"name": "get_final_answer", "arguments": {"trigger": true, "d": {"e": {}}}}\n</tool_call>'
+    )
     assert good(turn) == [("get_final_answer", {"trigger": True, "d": {"e": {}}})]
-    assert good(parse('<tool_call>\n{"name": "refresh", "arguments": {}}\n</tool_call>')) == [("refresh", {})]
+    assert good(parse('<tool_call>\n{"name": "refresh", "arguments": {}}\n</tool_call>')) == [
+        ("refresh", {})
+    ]
 
 
 def test_vllm_unclosed_call_is_malformed_here() -> None:
@@ -241,7 +254,9 @@ def test_vllm_unclosed_call_is_malformed_here() -> None:
 
 
 def test_sglang_call_after_text_and_before_text() -> None:
-    turn = parse('Some text. <tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call> More.')
+    turn = parse(
+        'Some text. <tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call> More.'
+    )
     assert (turn.content, good(turn)) == ("Some text.  More.", [("get_weather", {"city": "Paris"})])
 
 
@@ -252,7 +267,9 @@ _PIECES = [
     "text",     '{"name": "f", "arguments": {"x": 1}}', '{"name": "f"', "}", "{", '"', "\\", "\\ud83d", "[", "]", ",", ":", "\n",
     '{"name": "f", "arguments": "', "NaN", "1e999",
 ]  # fmt: skip
-hostile = st.lists(st.one_of(st.sampled_from(_PIECES), st.text(max_size=4)), max_size=40).map("".join)
+hostile = st.lists(st.one_of(st.sampled_from(_PIECES), st.text(max_size=4)), max_size=40).map(
+    "".join
+)
 
 
 def interleaves(raw: str, content: str, blocks: list[str]) -> bool:
@@ -264,7 +281,8 @@ def interleaves(raw: str, content: str, blocks: list[str]) -> bool:
             end
             for start in positions
             for end in range(start, len(content) + 1)
-            if raw[start + shift : end + shift] == content[start:end] and raw.startswith(block, end + shift)
+            if raw[start + shift : end + shift] == content[start:end]
+            and raw.startswith(block, end + shift)
         }
         shift += len(block)
     return any(raw[start + shift :] == content[start:] for start in positions)
@@ -283,14 +301,19 @@ def test_nothing_raises_and_nothing_vanishes(raw: str, in_think: bool) -> None:
         if isinstance(part, ToolCall):
             assert part.raw.endswith(CLOSE)
             sendable = json.dumps(part.arguments, ensure_ascii=False, allow_nan=False)
-            assert "\ud83d" in raw or sendable.encode()  # decoded ids hold no surrogates, so neither do arguments
+            assert (
+                "\ud83d" in raw or sendable.encode()
+            )  # decoded ids hold no surrogates, so neither do arguments
         else:
             assert part.error
     if not in_think and "<think>" not in raw:
         assert OPEN not in turn.content
 
 
-marked = st.lists(st.sampled_from([OPEN, CLOSE, "<think>", '"', "\\", "\\u", "é", "🙂", "x", "\n", "{", "}"]), max_size=6).map("".join)
+marked = st.lists(
+    st.sampled_from([OPEN, CLOSE, "<think>", '"', "\\", "\\u", "é", "🙂", "x", "\n", "{", "}"]),
+    max_size=6,
+).map("".join)
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -304,9 +327,16 @@ json_values = st.recursive(
 )
 
 
-@given(st.text(min_size=1), st.dictionaries(st.text(), json_values, max_size=4), st.booleans(), st.booleans())
+@given(
+    st.text(min_size=1),
+    st.dictionaries(st.text(), json_values, max_size=4),
+    st.booleans(),
+    st.booleans(),
+)
 @settings(max_examples=300, deadline=None)
-def test_every_written_call_reads_back(name: str, arguments: dict[str, object], ascii_only: bool, twice: bool) -> None:
+def test_every_written_call_reads_back(
+    name: str, arguments: dict[str, object], ascii_only: bool, twice: bool
+) -> None:
     written = json.dumps(arguments, ensure_ascii=ascii_only) if twice else arguments
     block = OPEN + json.dumps({"name": name, "arguments": written}, ensure_ascii=ascii_only) + CLOSE
     turn = parse(f"before {block}{block} after")
@@ -363,6 +393,17 @@ def test_work_grows_with_the_text_not_with_its_square(prefix: str, unit: str) ->
     assert large <= 8 * small * 1.5 + 4096  # a square would be 64 times
 
 
-@pytest.mark.parametrize("unit", [OPEN, OPEN + '{"a": "', OPEN + "[", CLOSE, OPEN + "{}", "<think>" + OPEN, OPEN + '{"name": "' + CLOSE])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        OPEN,
+        OPEN + '{"a": "',
+        OPEN + "[",
+        CLOSE,
+        OPEN + "{}",
+        "<think>" + OPEN,
+        OPEN + '{"name": "' + CLOSE,
+    ],
+)
 def test_a_megabyte_of_it_parses(unit: str) -> None:
     parse(unit * (1_000_000 // len(unit)))  # with anything but linear time this would take hours

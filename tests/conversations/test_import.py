@@ -23,7 +23,14 @@ from conversations.verify import verify_run
 from tests.conversations.exports import small_run
 from tests.helpers import ROOT
 
-TOOL = {"type": "function", "function": {"name": "calculator", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 
 
 def foreign() -> dict[str, Any]:
@@ -33,24 +40,43 @@ def foreign() -> dict[str, Any]:
     prompt = [token for _, ids in template.prompt(asked, [TOOL]) for token in ids]
     call = '<tool_call>\n{"name": "calculator", "arguments": {"a": 6}}\n</tool_call>'
     first = [*template.encode(call), template.end_id]
-    gap = [token for _, ids in template.delta([{"role": "tool", "content": "42"}]).pieces for token in ids]
+    gap = [
+        token
+        for _, ids in template.delta([{"role": "tool", "content": "42"}]).pieces
+        for token in ids
+    ]
     second = [*template.encode("It is 42."), template.end_id]
 
     def metrics(prompt_ids: list[int], ids: list[int]) -> dict[str, Any]:
-        return {"prompt_token_ids": prompt_ids, "completion_token_ids": ids, "logprobs": [-0.5] * len(ids)}
+        return {
+            "prompt_token_ids": prompt_ids,
+            "completion_token_ids": ids,
+            "logprobs": [-0.5] * len(ids),
+        }
 
     return {
         "schema_version": "ATIF-v1.6",
         "session_id": "s",
         "agent": {"name": "other", "version": "2", "model_name": "m", "tool_definitions": [TOOL]},
         "steps": [
-            {"step_id": 1, "source": "user", "message": "What is 6 times 7?", "timestamp": "2026-01-01T00:00:00Z"},
+            {
+                "step_id": 1,
+                "source": "user",
+                "message": "What is 6 times 7?",
+                "timestamp": "2026-01-01T00:00:00Z",
+            },
             {
                 "step_id": 2,
                 "source": "agent",
                 "message": "",
-                "tool_calls": [{"tool_call_id": "abc", "function_name": "calculator", "arguments": {"a": 6}}],
-                "observation": {"results": [{"source_call_id": "abc", "content": [{"type": "text", "text": "42"}]}]},
+                "tool_calls": [
+                    {"tool_call_id": "abc", "function_name": "calculator", "arguments": {"a": 6}}
+                ],
+                "observation": {
+                    "results": [
+                        {"source_call_id": "abc", "content": [{"type": "text", "text": "42"}]}
+                    ]
+                },
                 "metrics": metrics(prompt, first),
             },
             {
@@ -65,25 +91,43 @@ def foreign() -> dict[str, Any]:
     }
 
 
-def take(tmp_path: Path, *documents: Any, kind: str = "atif", **options: Any) -> tuple[Imported, list[Trajectory]]:
+def take(
+    tmp_path: Path, *documents: Any, kind: str = "atif", **options: Any
+) -> tuple[Imported, list[Trajectory]]:
     file = tmp_path / "in.jsonl"
-    file.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in documents))
+    file.write_text(
+        "".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in documents)
+    )
     done = import_run(file, kind, tmp_path / "run", **options)
     return done, list(conversations.open_run(tmp_path / "run"))
 
 
 def test_tokens_of_another_harness_become_a_record(tmp_path: Path) -> None:
     _, [one] = take(tmp_path, foreign(), tokenizer=small_run().path / "tokenizer")
-    assert [kind for kind, _, _ in one.segments] == ["prompt", "sampled", "template", "tool", "template", "sampled"]
+    assert [kind for kind, _, _ in one.segments] == [
+        "prompt",
+        "sampled",
+        "template",
+        "tool",
+        "template",
+        "sampled",
+    ]
     assert one.response_logprobs == [-0.5 if own else None for own in one.response_mask]
     assert [turn.start for turn in one.turns] == [turn.prompt_tokens for turn in one.turns]
-    assert one.messages[1]["raw"] == '<tool_call>\n{"name": "calculator", "arguments": {"a": 6}}\n</tool_call>'
-    assert [(line.call_id, line.status, line.response) for line in one.tool_calls] == [("call_0_0", "ok", "42")]
+    assert (
+        one.messages[1]["raw"]
+        == '<tool_call>\n{"name": "calculator", "arguments": {"a": 6}}\n</tool_call>'
+    )
+    assert [(line.call_id, line.status, line.response) for line in one.tool_calls] == [
+        ("call_0_0", "ok", "42")
+    ]
     assert (one.id, one.stop_reason, one.reward, one.wall_s) == ("s-0", "stop", 1.0, 2.0)
     assert one.warnings == [atif_steps.NO_STOP_REASON, atif_steps.LEDGER]
     verdict = []
     verify_run(tmp_path / "run", jobs=1, on_defect=lambda defect: verdict.append(str(defect)))
-    assert [line for line in verdict if "stop_token_ids" not in line] == [], "all but what was asked of the engine is proven"
+    assert [line for line in verdict if "stop_token_ids" not in line] == [], (
+        "all but what was asked of the engine is proven"
+    )
 
 
 def test_without_the_tokenizer_what_was_not_known_is_said(tmp_path: Path) -> None:
@@ -103,15 +147,29 @@ def broken_sequence(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "why"),
-    [(without_ids, "step 2 has no prompt_token_ids"), (broken_sequence, "step 3 does not start with all tokens before it")],
+    [
+        (without_ids, "step 2 has no prompt_token_ids"),
+        (broken_sequence, "step 3 does not start with all tokens before it"),
+    ],
 )
 def test_no_token_id_is_invented(tmp_path: Path, damage: Callable[[Any], None], why: str) -> None:
     found = foreign()
     damage(found)
     done, [one] = take(tmp_path, found, tokenizer=small_run().path / "tokenizer")
-    assert (one.prompt_ids, one.response_ids, one.turns, one.segments, done.with_ids) == ([], [], [], [], 0)
+    assert (one.prompt_ids, one.response_ids, one.turns, one.segments, done.with_ids) == (
+        [],
+        [],
+        [],
+        [],
+        0,
+    )
     assert any(why in warning for warning in one.warnings)
-    assert [message["role"] for message in one.messages] == ["user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in one.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert all(message.get("raw") is None for message in one.messages)
 
 
@@ -142,10 +200,18 @@ BAD = {
     "schema_version is None": at("schema_version", value=None),
     "steps.1.metrics.logprobs: 1 log-probs for": at(*METRICS, "logprobs", value=[-1.0]),
     "steps.1.metrics.logprobs.0: 0.5 is no log-probability": at(*METRICS, "logprobs", 0, value=0.5),
-    "steps.1.metrics.completion_token_ids: -4 is no token id": at(*METRICS, "completion_token_ids", 0, value=-4),
-    "steps.1.metrics.prompt_token_ids: 4294967296 is no token id": at(*METRICS, "prompt_token_ids", 0, value=1 << 32),
-    "steps.1.metrics.prompt_token_ids.0: Input should be a valid integer": at(*METRICS, "prompt_token_ids", 0, value="7"),
-    "steps.0.source: Input should be 'system', 'user' or 'agent'": at("steps", 0, "source", value="me"),
+    "steps.1.metrics.completion_token_ids: -4 is no token id": at(
+        *METRICS, "completion_token_ids", 0, value=-4
+    ),
+    "steps.1.metrics.prompt_token_ids: 4294967296 is no token id": at(
+        *METRICS, "prompt_token_ids", 0, value=1 << 32
+    ),
+    "steps.1.metrics.prompt_token_ids.0: Input should be a valid integer": at(
+        *METRICS, "prompt_token_ids", 0, value="7"
+    ),
+    "steps.0.source: Input should be 'system', 'user' or 'agent'": at(
+        "steps", 0, "source", value="me"
+    ),
     "steps.2.nonsense: Extra inputs are not permitted": at("steps", 2, "nonsense", value=1),
     "it has no steps": at("steps", value=[]),
     "the reward in extra is 'much', expected a finite number": at("extra", "reward", value="much"),
@@ -169,7 +235,11 @@ def test_a_bad_document_is_one_line_and_the_others_come_in(tmp_path: Path, what:
 
 
 def own() -> dict[str, Any]:
-    return json.loads(json.dumps(document(next(record for record in small_run().records() if record["num_turns"] > 1))))
+    return json.loads(
+        json.dumps(
+            document(next(record for record in small_run().records() if record["num_turns"] > 1))
+        )
+    )
 
 
 def test_a_document_of_ours_that_was_edited_says_so(tmp_path: Path) -> None:
@@ -184,14 +254,21 @@ def test_a_document_of_ours_that_was_edited_says_so(tmp_path: Path) -> None:
     [
         (at("extra", "turntrace", "tail_ids", value=None), "extra.turntrace is damaged"),
         (at("extra", "turntrace", "response_mask", value=[1]), "response_mask has another length"),
-        (at("extra", "turntrace", "surprise", value=1), "extra.turntrace: the field surprise is not known"),
+        (
+            at("extra", "turntrace", "surprise", value=1),
+            "extra.turntrace: the field surprise is not known",
+        ),
         (at("steps", 0, "extra", value={}), "extra.turntrace is damaged"),
     ],
 )
-def test_a_document_of_ours_that_was_damaged_is_refused(tmp_path: Path, change: Any, what: str) -> None:
+def test_a_document_of_ours_that_was_damaged_is_refused(
+    tmp_path: Path, change: Any, what: str
+) -> None:
     found = own()
     change(found)
-    with pytest.raises(ImportFileError, match="no trajectory could be imported; the first defect") as caught:
+    with pytest.raises(
+        ImportFileError, match="no trajectory could be imported; the first defect"
+    ) as caught:
         take(tmp_path, found)
     assert what in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
@@ -213,14 +290,28 @@ ROWS: list[Any] = [
 
 
 def test_a_verl_dump_is_messages_and_rewards(tmp_path: Path) -> None:
-    bad = [{**ROWS[0], "score": "high"}, {**ROWS[0], "output": None}, {**ROWS[0], "step": 1.5}, "[1]", "{"]
+    bad = [
+        {**ROWS[0], "score": "high"},
+        {**ROWS[0], "output": None},
+        {**ROWS[0], "step": 1.5},
+        "[1]",
+        "{",
+    ]
     done, found = take(tmp_path, *ROWS, *bad, kind="verl")
     assert [one.reward for one in found] == [1.0, 0.0, 0.5]
     assert [one.sample for one in found] == [0, 1, 0]
     assert found[0].task_id == found[1].task_id != found[2].task_id
-    assert all("no token ids" in one.warnings[0] and not one.prompt_ids + one.response_ids for one in found)
+    assert all(
+        "no token ids" in one.warnings[0] and not one.prompt_ids + one.response_ids for one in found
+    )
     assert (found[0].ground_truth, found[0].extra) == ("42", {"step": 3, "acc": True})
-    assert [line.partition(":")[2].partition(":")[0] for line in done.defects] == ["4", "5", "6", "7", "8"]
+    assert [line.partition(":")[2].partition(":")[0] for line in done.defects] == [
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+    ]
 
 
 def test_verls_own_writer_is_what_is_read(tmp_path: Path) -> None:
@@ -229,7 +320,15 @@ def test_verls_own_writer_is_what_is_read(tmp_path: Path) -> None:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     trainer = SimpleNamespace(global_steps=7)
-    RayPPOTrainer._dump_generations(trainer, ["q", "q"], ["a", "b"], ["42", None], [1.0, 0.0], {"acc": [1, 0]}, str(tmp_path / "dumps"))
+    RayPPOTrainer._dump_generations(
+        trainer,
+        ["q", "q"],
+        ["a", "b"],
+        ["42", None],
+        [1.0, 0.0],
+        {"acc": [1, 0]},
+        str(tmp_path / "dumps"),
+    )
     done = import_run(tmp_path / "dumps", "verl", tmp_path / "run")
     assert (done.trajectories, done.defects) == (2, [])
     assert [one.reward for one in conversations.open_run(tmp_path / "run")] == [1.0, 0.0]
@@ -257,7 +356,13 @@ def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> 
     for arguments, what in {
         (file, "--from", "atif", "--out", tmp_path / "run"): "is there already",
         (file, "--from", "csv", "--out", tmp_path / "no"): "--from csv: allowed are atif, verl",
-        (tmp_path / "none.jsonl", "--from", "atif", "--out", tmp_path / "no"): "there is no such file",
+        (
+            tmp_path / "none.jsonl",
+            "--from",
+            "atif",
+            "--out",
+            tmp_path / "no",
+        ): "there is no such file",
     }.items():
         failed = turntrace(*arguments)
         assert failed.returncode == 2

@@ -15,10 +15,17 @@ from conversations.number_list import number_list_json
 
 LOG_PROBS = st.floats(-30.0, 0.0, width=32)
 NEAR_ZERO = st.builds(
-    lambda mantissa, power: struct.unpack("f", struct.pack("f", -mantissa * 10.0**power))[0], st.floats(1, 10), st.integers(-12, 0)
+    lambda mantissa, power: struct.unpack("f", struct.pack("f", -mantissa * 10.0**power))[0],
+    st.floats(1, 10),
+    st.integers(-12, 0),
 )
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.one_of(st.none(), st.floats()), max_size=3)
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.none(), st.floats()), max_size=3),
 )
 
 
@@ -41,11 +48,19 @@ def test_numbers_are_written_as_json_writes_them(values: list[Any]) -> None:
 
 
 @settings(max_examples=500)
-@given(st.one_of(st.lists(ANYTHING, max_size=6), ANYTHING, st.dictionaries(st.text(max_size=3), ANYTHING, max_size=3)))
+@given(
+    st.one_of(
+        st.lists(ANYTHING, max_size=6),
+        ANYTHING,
+        st.dictionaries(st.text(max_size=3), ANYTHING, max_size=3),
+    )
+)
 @example([[None], math.nan, None])
 @example(["null", math.nan])
 @example({"b": 1e-7, "a": 2})
-def test_what_is_no_list_of_numbers_is_written_as_json_writes_it_or_refused_as_it_refuses(values: Any) -> None:
+def test_what_is_no_list_of_numbers_is_written_as_json_writes_it_or_refused_as_it_refuses(
+    values: Any,
+) -> None:
     try:
         expected = canonical(values)
     except ValueError:

@@ -43,7 +43,12 @@ def path(tmp_path: Path) -> Path:
 def test_trajectories_come_in_file_order_by_id_and_by_group(path: Path) -> None:
     run = conversations.open_run(path)
     assert (run.path, run.manifest["seed"], len(run)) == (path, 7, 5)
-    assert list(run.ids) == [f"{task}-{sample}" for task, sample in ORDER] == [each.id for each in run] == [r["id"] for r in run.records()]
+    assert (
+        list(run.ids)
+        == [f"{task}-{sample}" for task, sample in ORDER]
+        == [each.id for each in run]
+        == [r["id"] for r in run.records()]
+    )
     assert run["a-7-2"] == numbered("a-7", 2)
     assert run.record("b-1") == next(run.records(check=False))
     assert [(task, [each.sample for each in samples]) for task, samples in run.groups()] == [
@@ -56,7 +61,11 @@ def test_trajectories_come_in_file_order_by_id_and_by_group(path: Path) -> None:
 
 
 def test_an_unknown_id_names_what_may_have_been_meant(path: Path, tmp_path: Path) -> None:
-    for asked, answer in (("b", "there is b-1, b-0"), ("a-7-1", "there is a-7-"), ("xyzzy", "its first are b-1, a-7-0, b-0")):
+    for asked, answer in (
+        ("b", "there is b-1, b-0"),
+        ("a-7-1", "there is a-7-"),
+        ("xyzzy", "its first are b-1, a-7-0, b-0"),
+    ):
         with pytest.raises(RunFolderError, match=f"has no trajectory '{asked}'; {answer}"):
             open_run(path)[asked]
     with pytest.raises(RunFolderError, match="it has none yet"):
@@ -109,7 +118,9 @@ def test_reading_holds_one_record_at_a_time(tmp_path: Path) -> None:
         "assert run['t59-0'].extra\n"
         "print(peak() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 30_000
 
@@ -133,7 +144,10 @@ def line(**changes: Any) -> bytes:
         (line(id=5), "1: the id is 5, expected task-sample"),
         (line(id="t-x"), "1: the id is 't-x', expected task-sample"),
         (line() + line(), "2: trajectory t-0 stands already on line 1"),
-        (line() + line(id="u-0").replace(b'"reward": 1.0', b'"reward": 2.0'), "2: trajectory u-0 does not match its hash"),
+        (
+            line() + line(id="u-0").replace(b'"reward": 1.0', b'"reward": 2.0'),
+            "2: trajectory u-0 does not match its hash",
+        ),
         (line(turns=5), "1: trajectory t-0 is damaged"),
         (line(segments=[5]), "1: trajectory t-0 is damaged"),
         (line(tool_calls=["x"]), "1: trajectory t-0 is damaged"),
@@ -149,7 +163,10 @@ def test_a_damaged_line_is_named(tmp_path: Path, data: bytes, says: str) -> None
 
 def test_an_id_is_the_records_own_though_extra_holds_a_record(tmp_path: Path) -> None:
     inner = json.loads(numbered("inner", 3).to_line())
-    written(tmp_path, [numbered("outer", 0, extra={"of": inner}), numbered("text", 0, extra=json.dumps(inner))])
+    written(
+        tmp_path,
+        [numbered("outer", 0, extra={"of": inner}), numbered("text", 0, extra=json.dumps(inner))],
+    )
     assert list(open_run(tmp_path).ids) == ["outer-0", "text-0"]
 
 
@@ -163,7 +180,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.json", TRAJECTORIES, UNFINISHED])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_pipes_and_folders_in_place_of_files_are_refused(tmp_path: Path, name: str, make: Any) -> None:
+def test_pipes_and_folders_in_place_of_files_are_refused(
+    tmp_path: Path, name: str, make: Any
+) -> None:
     written(tmp_path, [numbered("t", 0)])
     (tmp_path / name).unlink(missing_ok=True)
     make(tmp_path / name)
@@ -179,27 +198,38 @@ def test_tokenizer_and_template_are_the_runs_own(tmp_path: Path, template: ChatT
     written(tmp_path, [], config={"rollout": {"turntrace": {"apply_chat_template_kwargs": kwargs}}})
     template.tokenizer.save_pretrained(tmp_path / "tokenizer")
     run = open_run(tmp_path)
-    messages = [{"role": "system", "content": "Rules 1 2 3."}, {"role": "user", "content": "é 漢字 <|im_end|>  x\n"}]
+    messages = [
+        {"role": "system", "content": "Rules 1 2 3."},
+        {"role": "user", "content": "é 漢字 <|im_end|>  x\n"},
+    ]
     expected = ChatTemplate(template.tokenizer, kwargs=kwargs)
     assert run.template().prompt(messages, []) == expected.prompt(messages, [])
     assert run.template().stop_token_ids == expected.stop_token_ids
     assert run.template().decode([5, 6, 7, 999]) == expected.decode([5, 6, 7, 999])
 
 
-def test_code_that_lies_beside_the_tokenizer_is_not_run(tmp_path: Path, smollm2: ChatTemplate) -> None:
+def test_code_that_lies_beside_the_tokenizer_is_not_run(
+    tmp_path: Path, smollm2: ChatTemplate
+) -> None:
     written(tmp_path, [])
     folder = tmp_path / "tokenizer"
     smollm2.tokenizer.save_pretrained(folder)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     for name in ("EvilTokenizer", "TransfoXLTokenizer"):
-        changed = {**config, "tokenizer_class": name, "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]}}
+        changed = {
+            **config,
+            "tokenizer_class": name,
+            "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]},
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(changed))
         assert open_run(tmp_path).template().encode("hello") == smollm2.encode("hello")
     assert not (tmp_path / "was_run").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[" * 100_000, '{"model": {"type": "BPE", "vocab": 5}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[" * 100_000, '{"model": {"type": "BPE", "vocab": 5}}']
+)
 def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path: Path, content: str) -> None:
     written(tmp_path, [])
     with pytest.raises(RunFolderError, match=r"holds no tokenizer\.json"):
@@ -223,7 +253,12 @@ def test_a_table_has_every_field(path: Path) -> None:
     assert table.schema.field("response_logprobs").type == pa.list_(pa.float32())
     assert table.schema.field("response_mask").type == pa.list_(pa.int8())
     row = table.to_pylist()[1]
-    assert (row["id"], row["response_ids"], row["response_mask"], row["reward"]) == ("a-7-0", [3, 4, 5], [1, 1, 0], 1.0)
+    assert (row["id"], row["response_ids"], row["response_mask"], row["reward"]) == (
+        "a-7-0",
+        [3, 4, 5],
+        [1, 1, 0],
+        1.0,
+    )
     assert row["response_logprobs"][2] is None
     assert row["segments"][2] == {"kind": "template", "start": 4, "end": 5}
     assert row["turns"] == [{**turn, "resumed": []} for turn in record["turns"]]
@@ -243,7 +278,9 @@ def test_a_table_of_some_columns(path: Path, tmp_path: Path) -> None:
     assert list(frame.columns) == ["id", "reward", "stop_reason"]
     assert frame["reward"].sum() == 5.0
     assert len(open_run(written(tmp_path / "empty", [])).to_arrow()) == 0
-    with pytest.raises(RunFolderError, match="there is no column 'rewards'; the columns are schema, id, "):
+    with pytest.raises(
+        RunFolderError, match="there is no column 'rewards'; the columns are schema, id, "
+    ):
         open_run(path).to_arrow(["id", "rewards"])
 
 

@@ -19,7 +19,14 @@ from conversations.page import record as page_record
 from conversations.page.build import first_difference
 from conversations.page.pieces import pieces
 from conversations.store import RUN, TRAJECTORIES
-from tests.conversations.pages import Record, changed_run, parts_of, records_of, write_page, write_run
+from tests.conversations.pages import (
+    Record,
+    changed_run,
+    parts_of,
+    records_of,
+    write_page,
+    write_run,
+)
 from tests.conversations.synthetic import make_run
 from tests.helpers import ODD_TEXTS, float32, npm_models, odd_text, tokenizer_at
 
@@ -36,12 +43,19 @@ def test_a_page_holds_every_record_to_the_last_bit(run: Path, tmp_path: Path) ->
     assert records_of(page.read_text(encoding="utf-8")) == list(open_run(run).records())
 
 
-def test_log_probs_that_are_no_float32_and_odd_texts_come_through_as_well(run: Path, tmp_path: Path) -> None:
+def test_log_probs_that_are_no_float32_and_odd_texts_come_through_as_well(
+    run: Path, tmp_path: Path
+) -> None:
     rng = random.Random(5)
 
     def odd(number: int, record: Record) -> None:
-        record["response_logprobs"] = [value and (value / 3 if number % 2 else float32(rng)) for value in record["response_logprobs"]]
-        record["messages"][0]["content"] = odd_text(rng) + "half \ud83d of a pair \udc00" * (number % 3)
+        record["response_logprobs"] = [
+            value and (value / 3 if number % 2 else float32(rng))
+            for value in record["response_logprobs"]
+        ]
+        record["messages"][0]["content"] = odd_text(rng) + "half \ud83d of a pair \udc00" * (
+            number % 3
+        )
 
     other = changed_run(tmp_path / "odd", run, odd)
     page = write_page(other, tmp_path / "page.html")
@@ -61,7 +75,9 @@ def test_nothing_of_a_record_stands_in_the_page_in_the_clear(run: Path, tmp_path
         }
         record["messages"] = [{"role": "user", "content": "<img src=zanzibar onerror=alert(1)>"}]
 
-    page = write_page(changed_run(tmp_path / "marked", run, marked), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_page(
+        changed_run(tmp_path / "marked", run, marked), tmp_path / "page.html"
+    ).read_text(encoding="utf-8")
     assert "zanzibar" not in page
     assert records_of(page)[3]["messages"][0]["content"] == "<img src=zanzibar onerror=alert(1)>"
 
@@ -81,7 +97,9 @@ def test_the_policy_lets_run_the_one_script_and_reach_nothing(run: Path, tmp_pat
     assert f'http-equiv="Content-Security-Policy" content="{rules}"' in page
     assert "connect-src 'none'" in html.policy(served=False)
     assert "unsafe" not in html.policy(served=True)
-    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page.split('<script type="text/plain"')[0])
+    assert not re.search(
+        r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page.split('<script type="text/plain"')[0]
+    )
 
 
 def test_the_script_has_no_way_from_text_to_markup_or_code() -> None:
@@ -99,7 +117,9 @@ def test_the_script_has_no_way_from_text_to_markup_or_code() -> None:
 
 
 def test_a_limit_is_kept_and_told(run: Path, tmp_path: Path) -> None:
-    summary, _, _ = parts_of(write_page(run, tmp_path / "page.html", limit=5).read_text(encoding="utf-8"))
+    summary, _, _ = parts_of(
+        write_page(run, tmp_path / "page.html", limit=5).read_text(encoding="utf-8")
+    )
     assert (len(summary["columns"]["id"]), summary["run"]["total"]) == (5, N)
 
 
@@ -111,11 +131,17 @@ def test_a_page_may_be_bounded_in_bytes(run: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_empty_run_has_a_page(run: Path, tmp_path: Path) -> None:
-    summary, known, blocks = parts_of(write_page(write_run(tmp_path / "empty", run, []), tmp_path / "p.html").read_text(encoding="utf-8"))
+    summary, known, blocks = parts_of(
+        write_page(write_run(tmp_path / "empty", run, []), tmp_path / "p.html").read_text(
+            encoding="utf-8"
+        )
+    )
     assert (summary["columns"], known["ids"], blocks) == ({}, [], [])
 
 
-def test_texts_of_a_huge_record_are_cut_and_say_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_a_huge_record_are_cut_and_say_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(page_record, "RECORD_LIMIT", 1 << 14)
     monkeypatch.setattr(page_record, "TEXT_LIMIT", 1 << 10)
 
@@ -123,10 +149,15 @@ def test_texts_of_a_huge_record_are_cut_and_say_so(run: Path, tmp_path: Path, mo
         record["messages"][0]["content"] = "x" * (1 << 15 if number else 10)
 
     first, second, *_ = records_of(
-        write_page(changed_run(tmp_path / "huge", run, huge), tmp_path / "page.html").read_text(encoding="utf-8")
+        write_page(changed_run(tmp_path / "huge", run, huge), tmp_path / "page.html").read_text(
+            encoding="utf-8"
+        )
     )
     assert first["messages"][0]["content"] == "x" * 10
-    assert second["messages"][0]["content"] == "x" * 1024 + "\n[cut in this page: 1024 of 32768 characters]"
+    assert (
+        second["messages"][0]["content"]
+        == "x" * 1024 + "\n[cut in this page: 1024 of 32768 characters]"
+    )
 
 
 def test_memory_does_not_grow_with_the_conversations(run: Path, tmp_path: Path) -> None:
@@ -177,7 +208,9 @@ def test_a_damaged_line_is_named(run: Path, tmp_path: Path) -> None:
         write_page(damaged, tmp_path / "page.html")
 
 
-def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RunFolderError, match="cannot be written"):
         write_page(run, tmp_path / "no" / "page.html")
     (tmp_path / "folder.html").mkdir()
@@ -191,14 +224,22 @@ def test_a_page_that_cannot_be_written_is_one_line_and_leaves_nothing(run: Path,
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2_5"])
 def test_the_pieces_of_an_encoding_are_its_text_byte_by_byte(name: str, run: Path) -> None:
-    file = run / TOKENIZER / "tokenizer.json" if name == "smollm2" else npm_models(name) / "tokenizer.json"
+    file = (
+        run / TOKENIZER / "tokenizer.json"
+        if name == "smollm2"
+        else npm_models(name) / "tokenizer.json"
+    )
     tokenizer = tokenizer_at(file.parent)
     encoded = {text: tokenizer.encode(text, add_special_tokens=False) for text in ODD_TEXTS}
     found = pieces(file, {token for ids in encoded.values() for token in ids})
-    as_bytes = [piece.encode() if isinstance(piece, str) else bytes(piece) for piece in found["pieces"]]
+    as_bytes = [
+        piece.encode() if isinstance(piece, str) else bytes(piece) for piece in found["pieces"]
+    ]
     table = dict(zip(found["ids"], as_bytes, strict=True))
     for ids in encoded.values():
-        assert b"".join(table[token] for token in ids).decode() == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert b"".join(table[token] for token in ids).decode() == tokenizer.decode(
+            ids, clean_up_tokenization_spaces=False
+        )
 
 
 def test_ids_without_a_token_have_no_piece(run: Path) -> None:
@@ -209,11 +250,15 @@ def test_ids_without_a_token_have_no_piece(run: Path) -> None:
 def test_byte_fallback_and_word_marks_are_read(tmp_path: Path) -> None:
     vocab = {"<unk>": 0, "<0xF0>": 1, "\u2581the": 2}
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]}
-    (tmp_path / "t.json").write_text(json.dumps({"model": {"vocab": vocab}, "decoder": decoder}), encoding="utf-8")
+    (tmp_path / "t.json").write_text(
+        json.dumps({"model": {"vocab": vocab}, "decoder": decoder}), encoding="utf-8"
+    )
     assert pieces(tmp_path / "t.json", {0, 1, 2})["pieces"] == ["<unk>", [0xF0], " the"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"added_tokens": [{}]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"added_tokens": [{}]}', "[" * 100_000]
+)
 def test_a_broken_tokenizer_leaves_the_ids(tmp_path: Path, content: str) -> None:
     (tmp_path / "t.json").write_text(content, encoding="utf-8")
     assert pieces(tmp_path / "t.json", {1})["ids"] == []
@@ -256,13 +301,19 @@ def test_counterparts_are_found_by_parent_or_id(run: Path, tmp_path: Path) -> No
         if number % 3 == 2:
             record |= {"task_id": f"alone-{number}", "sample": 0, "id": f"alone-{number}-0"}
 
-    page = write_page(changed_run(tmp_path / "replay", run, replayed), tmp_path / "page.html", against=run).read_text(encoding="utf-8")
+    page = write_page(
+        changed_run(tmp_path / "replay", run, replayed), tmp_path / "page.html", against=run
+    ).read_text(encoding="utf-8")
     summary, _, blocks = parts_of(page)
     columns = summary["columns"]
     ids = list(open_run(run).ids)
     assert columns["other"] == [None if number % 3 == 2 else ids[number] for number in range(N)]
     assert columns["differs"] == [None] * N
-    others = [json.loads(blocks[columns["block"][row]][columns["line"][row] + 2])["id"] for row in range(N) if row % 3 != 2]
+    others = [
+        json.loads(blocks[columns["block"][row]][columns["line"][row] + 2])["id"]
+        for row in range(N)
+        if row % 3 != 2
+    ]
     assert others == [name for name in columns["other"] if name]
 
 
@@ -280,5 +331,12 @@ def test_a_parent_is_known_by_its_hash_wherever_it_lies(run: Path, tmp_path: Pat
     assert name({"run": "moved", "path": "/not/there", "run_sha256": digest}) is None
     moved = changed_run(tmp_path / "moved", run, lambda number, record: None)
     assert name({"run": "moved", "path": "/not/there", "run_sha256": digest}) == moved
-    for other in ({"path": str(run), "run_sha256": "0" * 64}, {"path": str(run)}, {"path": "\0", "run_sha256": ""}, "run", None, 3):
+    for other in (
+        {"path": str(run), "run_sha256": "0" * 64},
+        {"path": str(run)},
+        {"path": "\0", "run_sha256": ""},
+        "run",
+        None,
+        3,
+    ):
         assert name(other) is None

@@ -50,7 +50,11 @@ def poison(value: Any, text: str) -> Any:
         return text
     if isinstance(value, list):
         return [poison(item, text) for item in value]
-    return {key: poison(item, text) for key, item in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: poison(item, text) for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def poisoned(record: Record, number: int, text: str) -> Record:
@@ -61,11 +65,25 @@ def poisoned(record: Record, number: int, text: str) -> Record:
         if isinstance(message.get("raw"), str):
             message["raw"] = text
     for call in record["tool_calls"]:
-        call |= {"name": text, "status": text, "response": text, "full_response": text, "error": text}
+        call |= {
+            "name": text,
+            "status": text,
+            "response": text,
+            "full_response": text,
+            "error": text,
+        }
         call |= {"arguments": {text: text, "__proto__": {text: [text]}}, "metrics": {text: text}}
-        call["attempts"] = [{**attempt, "status": text, "error": text} for attempt in call["attempts"]] * 2
+        call["attempts"] = [
+            {**attempt, "status": text, "error": text} for attempt in call["attempts"]
+        ] * 2
     segments = [[text, 0, 5], *record["segments"][1:]]
-    more = {"error": text, "warnings": [text], "ground_truth": text, "extra": {text: text}, "reward_parts": {text: 1.0, "__proto__": 2}}
+    more = {
+        "error": text,
+        "warnings": [text],
+        "ground_truth": text,
+        "extra": {text: text},
+        "reward_parts": {text: 1.0, "__proto__": 2},
+    }
     rest = {
         "stop_reason": text,
         "tools": poison(record["tools"], text),
@@ -74,27 +92,54 @@ def poisoned(record: Record, number: int, text: str) -> Record:
         "parent": {"run": text},
     }
     turns = [{**turn, "finish_reason": text, "weight_version": text} for turn in record["turns"]]
-    return {**record, **more, **rest, "turns": turns, "segments": segments, "task_id": task, "sample": 0, "id": f"{task}-0"}
+    return {
+        **record,
+        **more,
+        **rest,
+        "turns": turns,
+        "segments": segments,
+        "task_id": task,
+        "sample": 0,
+        "id": f"{task}-0",
+    }
 
 
 async def look_everywhere(opened: Tab, row: int) -> None:
     """Every view of one trajectory, and every part that opens."""
-    for view in (f"t/@{row}", f"t/@{row}/tokens", f"t/@{row}/record", f"t/@{row}/group", f"t/@{row}/diff"):
+    for view in (
+        f"t/@{row}",
+        f"t/@{row}/tokens",
+        f"t/@{row}/record",
+        f"t/@{row}/group",
+        f"t/@{row}/diff",
+    ):
         await opened.page.evaluate(f"location.hash = '#/{view}'")
         await opened.until(f"location.hash.includes('@{row}') || location.hash.includes('/t/')")
         await opened.until("document.querySelector('#detail .body')?.childElementCount")
-        await opened.page.evaluate("document.querySelectorAll('#detail details').forEach(e => { e.open = true; })")
-        await opened.page.evaluate("document.querySelector('#detail .token')?.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
+        await opened.page.evaluate(
+            "document.querySelectorAll('#detail details').forEach(e => { e.open = true; })"
+        )
+        await opened.page.evaluate(
+            "document.querySelector('#detail .token')?.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+        )
     assert await opened.page.evaluate(RAN) is None
 
 
-async def test_nothing_that_a_record_says_is_run_or_fetched(browser: Any, plain: Path, tmp_path: Path) -> None:
+async def test_nothing_that_a_record_says_is_run_or_fetched(
+    browser: Any, plain: Path, tmp_path: Path
+) -> None:
     sources = list(open_run(plain).records())
-    records = [poisoned(json.loads(json.dumps(sources[n % len(sources)])), n, text) for n, text in enumerate(WORDS)]
+    records = [
+        poisoned(json.loads(json.dumps(sources[n % len(sources)])), n, text)
+        for n, text in enumerate(WORDS)
+    ]
     run = write_run(tmp_path / "<img src=x onerror=alert(1)>", plain, records)
     manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
     hostile = {text: text for text in WORDS[:-4]}
-    (run / "run.json").write_text(json.dumps({**poison(manifest, MARKUP[0]), "schema": manifest["schema"], **hostile}), encoding="utf-8")
+    (run / "run.json").write_text(
+        json.dumps({**poison(manifest, MARKUP[0]), "schema": manifest["schema"], **hostile}),
+        encoding="utf-8",
+    )
     page = write_page(run, tmp_path / "page.html", against=run)
     async with tab(browser, page) as opened:
         for row in range(len(WORDS)):
@@ -105,11 +150,20 @@ async def test_nothing_that_a_record_says_is_run_or_fetched(browser: Any, plain:
         await opened.page.fill("#search", MARKUP[0])
         await opened.until("document.getElementById('count').textContent.startsWith('1 of')")
         assert await opened.page.evaluate(RAN) is None
-        assert await opened.page.evaluate("document.querySelectorAll('iframe, img, base, link, object, embed').length") == 0
-        assert await opened.page.evaluate("[...document.links].every(link => link.getAttribute('href').startsWith('#'))")
+        assert (
+            await opened.page.evaluate(
+                "document.querySelectorAll('iframe, img, base, link, object, embed').length"
+            )
+            == 0
+        )
+        assert await opened.page.evaluate(
+            "[...document.links].every(link => link.getAttribute('href').startsWith('#'))"
+        )
 
 
-async def test_what_acts_in_a_text_is_shown_instead(browser: Any, plain: Path, tmp_path: Path) -> None:
+async def test_what_acts_in_a_text_is_shown_instead(
+    browser: Any, plain: Path, tmp_path: Path
+) -> None:
     def says(number: int, record: Record) -> None:
         record["messages"][0]["content"] = UNICODE[number % 3]
 
@@ -123,17 +177,28 @@ async def test_what_acts_in_a_text_is_shown_instead(browser: Any, plain: Path, t
             )
         ):
             await opened.page.evaluate(f"location.hash = '#/t/@{row}'")
-            await opened.until(f"document.querySelector('#detail .message .text')?.textContent === {json.dumps(expected)}")
+            await opened.until(
+                f"document.querySelector('#detail .message .text')?.textContent === {json.dumps(expected)}"
+            )
 
 
-async def test_huge_and_deep_things_are_cut_until_asked_for(browser: Any, plain: Path, tmp_path: Path) -> None:
+async def test_huge_and_deep_things_are_cut_until_asked_for(
+    browser: Any, plain: Path, tmp_path: Path
+) -> None:
     big = "<b>line of the tool's output</b>\n" * 160_000 + "the end"
     deep: Any = "the core"
     for _ in range(900):
         deep = {"a": [deep]} if len(canonical_json(deep)) % 2 else {"<i>": deep}
     records = list(open_run(plain).records())
-    called = next(record for record in records if record["tool_calls"] and record["tool_calls"][0]["status"] == "ok")
-    called["tool_calls"][0] |= {"full_response": big, "arguments": {"deep": deep, "wide": {str(n): n for n in range(20_000)}}}
+    called = next(
+        record
+        for record in records
+        if record["tool_calls"] and record["tool_calls"][0]["status"] == "ok"
+    )
+    called["tool_calls"][0] |= {
+        "full_response": big,
+        "arguments": {"deep": deep, "wide": {str(n): n for n in range(20_000)}},
+    }
     long_id = "x" * 100_000
     records[0] |= {"task_id": long_id, "sample": 0, "id": f"{long_id}-0"}
     page = write_page(write_run(tmp_path / "run", plain, records), tmp_path / "page.html")
@@ -143,9 +208,15 @@ async def test_huge_and_deep_things_are_cut_until_asked_for(browser: Any, plain:
         assert len(await opened.page.locator(".whole .text").first.text_content() or "") < 21_000
         assert await opened.text(".whole .more") == f"Show all {len(big):,} characters"
         await opened.page.click(".whole .more")
-        assert await opened.page.evaluate("document.querySelector('.whole .text').textContent.length") == len(big)
-        await opened.page.evaluate("document.querySelectorAll('#detail .argument .more').forEach(button => button.click())")
-        assert await opened.page.evaluate("document.querySelector('#detail .arguments').textContent.includes('the core')")
+        assert await opened.page.evaluate(
+            "document.querySelector('.whole .text').textContent.length"
+        ) == len(big)
+        await opened.page.evaluate(
+            "document.querySelectorAll('#detail .argument .more').forEach(button => button.click())"
+        )
+        assert await opened.page.evaluate(
+            "document.querySelector('#detail .arguments').textContent.includes('the core')"
+        )
         await opened.page.evaluate("location.hash = '#/t/@0'")
         await opened.until("document.querySelector('#detail h2')?.textContent.startsWith('xxxxx')")
         assert len(opened.page.url) < 1000
@@ -153,7 +224,9 @@ async def test_huge_and_deep_things_are_cut_until_asked_for(browser: Any, plain:
         await opened.until("document.getElementById('count').textContent.startsWith('1 of')")
 
 
-async def test_tokens_that_are_none_are_shown_as_they_are(browser: Any, plain: Path, tmp_path: Path) -> None:
+async def test_tokens_that_are_none_are_shown_as_they_are(
+    browser: Any, plain: Path, tmp_path: Path
+) -> None:
     odd: list[Any] = [-1, 10**9, 2**53 + 1, 10**30, 0, None, "<b>7</b>", 1.5, [1], {"a": 1}, True]
 
     def says(number: int, record: Record) -> None:
@@ -165,7 +238,12 @@ async def test_tokens_that_are_none_are_shown_as_they_are(browser: Any, plain: P
 
     def lists(number: int, record: Record) -> None:
         says(number, record)
-        record |= {"response_logprobs": ["<b>", {}, None], "response_mask": ["<b>"], "segments": [], "turns": []}
+        record |= {
+            "response_logprobs": ["<b>", {}, None],
+            "response_mask": ["<b>"],
+            "segments": [],
+            "turns": [],
+        }
 
     for change in (says, lists):
         run = changed_run(tmp_path / change.__name__, plain, change)
@@ -185,7 +263,9 @@ async def test_a_damaged_page_says_so(browser: Any, plain: Path, tmp_path: Path)
     cut.write_text(whole[: whole.index('id="block-0"') + 2000], encoding="utf-8")
     async with tab(browser, cut) as opened:
         await opened.page.keyboard.press("Enter")
-        await opened.until("document.querySelector('#detail .notice')?.textContent.includes('cannot be shown')")
+        await opened.until(
+            "document.querySelector('#detail .notice')?.textContent.includes('cannot be shown')"
+        )
     broken = tmp_path / "broken.html"
     broken.write_text(whole.replace('id="summary">', 'id="summary">!'), encoding="utf-8")
     async with tab(browser, broken) as opened:

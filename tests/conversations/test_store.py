@@ -15,12 +15,26 @@ from typing import Any
 import pytest
 
 from conversations.errors import RecordError, RunFolderError
-from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder, read_manifest, read_trajectories
+from conversations.store import (
+    RUN,
+    SUPERSEDED,
+    TRAJECTORIES,
+    UNFINISHED,
+    RunFolder,
+    read_manifest,
+    read_trajectories,
+)
 from conversations.trajectory import Trajectory, read_record
 from tests.conversations.test_trajectory import trajectory
 from tests.helpers import ROOT
 
-MANIFEST = {"config": {"rollout": {"temperature": 1.0, "n": 2}}, "tools": "tools: []", "model": {"path": "m"}, "tasks": "t.jsonl", "n": 1}
+MANIFEST = {
+    "config": {"rollout": {"temperature": 1.0, "n": 2}},
+    "tools": "tools: []",
+    "model": {"path": "m"},
+    "tasks": "t.jsonl",
+    "n": 1,
+}
 
 
 def record(task_id: str, sample: int = 0, **fields: Any) -> Trajectory:
@@ -65,13 +79,19 @@ def test_the_manifest_says_what_was_run(tmp_path: Path) -> None:
     run.close({"done": 4})
     manifest = read_manifest(tmp_path)
     assert manifest["schema"] == "turntrace/1"
-    assert (manifest["counts"], manifest["created"], manifest["config"]) == ({"done": 3}, "now", MANIFEST["config"])
+    assert (manifest["counts"], manifest["created"], manifest["config"]) == (
+        {"done": 3},
+        "now",
+        MANIFEST["config"],
+    )
 
 
 def test_a_task_and_sample_is_written_once(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, MANIFEST) as run:
         run.append(record("a"))
-        with pytest.raises(RunFolderError, match="trajectory a-0 is there already; task ids must be unique"):
+        with pytest.raises(
+            RunFolderError, match="trajectory a-0 is there already; task ids must be unique"
+        ):
             run.append(record("a"))
         run.append(record("a", 1))
     assert ids(tmp_path) == ["a-0", "a-1"]
@@ -88,7 +108,9 @@ def test_what_has_no_json_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     run_with(tmp_path, record("a"))
-    with pytest.raises(RunFolderError, match="already holds a run; use --resume to go on with it, or another --out"):
+    with pytest.raises(
+        RunFolderError, match="already holds a run; use --resume to go on with it, or another --out"
+    ):
         RunFolder.create(tmp_path, MANIFEST)
     assert ids(tmp_path) == ["a-0"]
 
@@ -123,15 +145,22 @@ def test_a_changed_line_is_named_by_file_and_line(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"id":"b-0"', '"id":"c-0"'))
     reading = read_trajectories(tmp_path)
     assert next(reading).id == "a-0"
-    with pytest.raises(RunFolderError, match=rf"{TRAJECTORIES}:2: trajectory c-0 does not match its hash"):
+    with pytest.raises(
+        RunFolderError, match=rf"{TRAJECTORIES}:2: trajectory c-0 does not match its hash"
+    ):
         next(reading)
 
 
 def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, MANIFEST)
     run.append(record("a"))
-    (tmp_path / UNFINISHED).symlink_to("/dev/full")  # opened at the first append; reading it would never end
-    with pytest.raises(RunFolderError, match=r"unfinished.jsonl cannot be written: No space left on device; make room and --resume"):
+    (tmp_path / UNFINISHED).symlink_to(
+        "/dev/full"
+    )  # opened at the first append; reading it would never end
+    with pytest.raises(
+        RunFolderError,
+        match=r"unfinished.jsonl cannot be written: No space left on device; make room and --resume",
+    ):
         run.append_unfinished(record("b"))
     run.append(record("c"))
     run.close()
@@ -171,11 +200,15 @@ def test_counts_are_those_of_the_last_close(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [None, {"done": 1}])
-def test_a_manifest_that_cannot_be_written_is_one_clear_line(tmp_path: Path, counts: dict[str, int] | None) -> None:
+def test_a_manifest_that_cannot_be_written_is_one_clear_line(
+    tmp_path: Path, counts: dict[str, int] | None
+) -> None:
     run_with(tmp_path, record("a"))
     run = RunFolder.resume(tmp_path, MANIFEST)
     (tmp_path / "run.json.new").symlink_to("/dev/full")
-    with pytest.raises(RunFolderError, match=r"run.json cannot be written: No space left on device"):
+    with pytest.raises(
+        RunFolderError, match=r"run.json cannot be written: No space left on device"
+    ):
         run.close(counts) if counts else (run.close(), RunFolder.resume(tmp_path, MANIFEST))
     (tmp_path / "run.json.new").unlink()
     RunFolder.resume(tmp_path, MANIFEST).close()  # the failure left no lock
@@ -186,21 +219,27 @@ def test_a_manifest_that_cannot_be_written_is_one_clear_line(tmp_path: Path, cou
 
 
 def test_a_second_writer_is_refused_in_this_process(tmp_path: Path) -> None:
-    with RunFolder.create(tmp_path, MANIFEST), pytest.raises(RunFolderError, match="another process is writing to"):
+    with (
+        RunFolder.create(tmp_path, MANIFEST),
+        pytest.raises(RunFolderError, match="another process is writing to"),
+    ):
         RunFolder.resume(tmp_path, MANIFEST)
     RunFolder.resume(tmp_path, MANIFEST).close()
 
 
 def test_a_second_writer_is_refused_and_a_killed_one_frees_the_folder(tmp_path: Path) -> None:
-    hold = (
-        "import sys; from conversations.store import RunFolder; run = RunFolder.create(sys.argv[1], {}); print('held', flush=True); input()"
-    )
+    hold = "import sys; from conversations.store import RunFolder; run = RunFolder.create(sys.argv[1], {}); print('held', flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
-    holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunFolderError, match=r"another process is writing to .*; wait for it to end, or use another --out"):
+        with pytest.raises(
+            RunFolderError,
+            match=r"another process is writing to .*; wait for it to end, or use another --out",
+        ):
             RunFolder.resume(tmp_path, {})
         with pytest.raises(RunFolderError):
             RunFolder.create(tmp_path, {})
@@ -224,13 +263,20 @@ def test_resume_goes_on_where_the_run_ended(tmp_path: Path) -> None:
 
 
 def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"holds no run to resume: run.json is not there; leave --resume out"):
+    with pytest.raises(
+        RunFolderError, match=r"holds no run to resume: run.json is not there; leave --resume out"
+    ):
         RunFolder.resume(tmp_path / "none", MANIFEST)
     assert not (tmp_path / "none").exists()
 
 
 def test_infra_errors_run_again_and_the_old_record_is_kept_aside(tmp_path: Path) -> None:
-    run_with(tmp_path, record("a"), record("b", infra_error=True, reward=None, stop_reason="engine_error"), record("c"))
+    run_with(
+        tmp_path,
+        record("a"),
+        record("b", infra_error=True, reward=None, stop_reason="engine_error"),
+        record("c"),
+    )
     failed = lines(tmp_path)[1]
     with RunFolder.resume(tmp_path, MANIFEST) as run:
         assert run.done == {("a", 0), ("c", 0)}
@@ -251,7 +297,10 @@ def test_unfinished_ones_are_handed_out_and_stay_until_they_have_ended(tmp_path:
     first = lines(tmp_path, UNFINISHED)
     with RunFolder.resume(tmp_path, MANIFEST) as run:
         assert run.done == {("a", 0)}
-        assert {key: one.to_line() for key, one in run.unfinished.items()} == {("b", 0): first[0], ("c", 0): first[1]}
+        assert {key: one.to_line() for key, one in run.unfinished.items()} == {
+            ("b", 0): first[0],
+            ("c", 0): first[1],
+        }
         run.append(record("b"))
         run.append_unfinished(record("c", stop_reason="cancelled", wall_s=2.0))
         assert lines(tmp_path, UNFINISHED)[:2] == first  # a kill now loses nothing
@@ -277,7 +326,13 @@ def test_an_unfinished_line_that_is_damaged_is_set_aside(tmp_path: Path) -> None
 
 def test_a_run_with_another_config_is_refused_with_all_its_differences(tmp_path: Path) -> None:
     run_with(tmp_path, record("a"))
-    other = {**MANIFEST, "config": {"rollout": {"temperature": 0.7, "top_k": 5}}, "n": 4, "created": "later", "tools": "x" * 100}
+    other = {
+        **MANIFEST,
+        "config": {"rollout": {"temperature": 0.7, "top_k": 5}},
+        "n": 4,
+        "created": "later",
+        "tools": "x" * 100,
+    }
     with pytest.raises(RunFolderError) as raised:
         RunFolder.resume(tmp_path, other)
     message = str(raised.value)
@@ -304,7 +359,9 @@ def test_a_task_that_is_there_twice_is_named(tmp_path: Path) -> None:
     run_with(tmp_path, record("a"), record("b"))
     with (tmp_path / TRAJECTORIES).open("a") as file:
         file.write(lines(tmp_path)[0] + "\n")
-    with pytest.raises(RunFolderError, match=rf"{TRAJECTORIES}:3 holds trajectory a-0 a second time"):
+    with pytest.raises(
+        RunFolderError, match=rf"{TRAJECTORIES}:3 holds trajectory a-0 a second time"
+    ):
         RunFolder.resume(tmp_path, MANIFEST)
 
 
@@ -319,22 +376,33 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_touched(tmp_path: 
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_whole_line_that_was_changed_is_refused_and_never_cut(tmp_path: Path, number: int) -> None:
+def test_a_whole_line_that_was_changed_is_refused_and_never_cut(
+    tmp_path: Path, number: int
+) -> None:
     run_with(tmp_path, record("a"), record("b"), record("c"))
     file = tmp_path / TRAJECTORIES
     content = lines(tmp_path)
     content[number - 1] = content[number - 1].replace('"reward":', '"reward":0')
     file.write_text("\n".join(content) + "\n")
     before = file.read_bytes()
-    with pytest.raises(RunFolderError, match=rf"{TRAJECTORIES}:{number} is damaged: .*; mend that line, or drop it"):
+    with pytest.raises(
+        RunFolderError, match=rf"{TRAJECTORIES}:{number} is damaged: .*; mend that line, or drop it"
+    ):
         RunFolder.resume(tmp_path, MANIFEST)
     assert file.read_bytes() == before
 
 
 def test_the_same_tools_and_model_in_another_folder_are_the_same(tmp_path: Path) -> None:
     def manifest(folder: str, tools: str = "tools: []", sha256: str = "0") -> dict[str, Any]:
-        config = {"model_path": f"{folder}/m", "rollout": {"multi_turn": {"tool_config_path": f"{folder}/tools.yaml"}}}
-        return {"config": config, "tools": tools, "model": {"path": f"{folder}/m", "sha256": sha256}}
+        config = {
+            "model_path": f"{folder}/m",
+            "rollout": {"multi_turn": {"tool_config_path": f"{folder}/tools.yaml"}},
+        }
+        return {
+            "config": config,
+            "tools": tools,
+            "model": {"path": f"{folder}/m", "sha256": sha256},
+        }
 
     RunFolder.create(tmp_path, manifest("/a")).close()
     RunFolder.resume(tmp_path, manifest("/b")).close()
@@ -354,7 +422,14 @@ def test_a_hundred_places_to_be_torn_at(tmp_path: Path) -> None:
     run_with(tmp_path / "whole", *written)
     content = (tmp_path / "whole" / TRAJECTORIES).read_bytes()
     ends = [index + 1 for index, byte in enumerate(content) if byte == 10]
-    places = {0, len(content), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1]), *rng.sample(range(len(content)), 100)}
+    places = {
+        0,
+        len(content),
+        *ends,
+        *(end - 1 for end in ends),
+        *(end + 1 for end in ends[:-1]),
+        *rng.sample(range(len(content)), 100),
+    }
     path = tmp_path / "torn"
     RunFolder.create(path, MANIFEST).close()
     for place in sorted(places):
@@ -393,7 +468,11 @@ def test_killed_between_setting_aside_and_dropping(tmp_path: Path) -> None:
         assert run.done == {("a", 0)}
         run.append(record("c"))
     (tmp_path / TRAJECTORIES).write_text(lines(tmp_path)[0] + "\n")
-    assert (ids(tmp_path), ids(tmp_path, UNFINISHED), ids(tmp_path, SUPERSEDED)) == (["a-0"], [], ["b-0", "c-0"])
+    assert (ids(tmp_path), ids(tmp_path, UNFINISHED), ids(tmp_path, SUPERSEDED)) == (
+        ["a-0"],
+        [],
+        ["b-0", "c-0"],
+    )
 
 
 def test_killed_while_setting_aside(tmp_path: Path) -> None:
@@ -409,7 +488,9 @@ def test_killed_while_setting_aside(tmp_path: Path) -> None:
         assert (tmp_path / TRAJECTORIES).read_bytes() == b""
 
 
-@pytest.mark.parametrize("leftover", ["run.json.new", "trajectories.jsonl.new", "unfinished.jsonl.new"])
+@pytest.mark.parametrize(
+    "leftover", ["run.json.new", "trajectories.jsonl.new", "unfinished.jsonl.new"]
+)
 def test_killed_while_replacing_a_file(tmp_path: Path, leftover: str) -> None:
     run_with(tmp_path, record("a"), record("b", infra_error=True))
     (tmp_path / leftover).write_text('{"half')

@@ -27,14 +27,24 @@ TOOLS = [
         "function": {
             "name": name,
             "description": f"Does {name}: é <b>",
-            "parameters": {"type": "object", "properties": {"x": {"type": "string", "enum": ["a", "b"], "default": "a"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"x": {"type": "string", "enum": ["a", "b"], "default": "a"}},
+            },
         },
     }
     for name in ("f", "search")
 ]
 
 REAL = ["smollm2", "qwen2_5", "qwen3", "qwen3_thinking", "qwen3_quick"]
-TALKERS = ["chatml_tools", "thinking", "llama3", "metaspace_first", "metaspace_always", "metaspace_plain"]
+TALKERS = [
+    "chatml_tools",
+    "thinking",
+    "llama3",
+    "metaspace_first",
+    "metaspace_always",
+    "metaspace_plain",
+]
 CALLERS = [*REAL, *TALKERS, "mistral", "metaspace_mistral"]  # deltas of tool messages are proven
 ASKERS = [*REAL, *TALKERS, "chatml", "gemma"]  # deltas of user messages are
 ALL = list(dict.fromkeys([*CALLERS, *ASKERS]))
@@ -55,9 +65,13 @@ def named(name: str) -> ChatTemplate:
 # ---------------------------------------------------------------------- random conversations
 
 
-def history(rng: random.Random, kind: str, *, system: bool, tool_rounds: bool) -> list[dict[str, Any]]:
+def history(
+    rng: random.Random, kind: str, *, system: bool, tool_rounds: bool
+) -> list[dict[str, Any]]:
     """A conversation that ends with an assistant turn, MARK in its last words, where a delta of `kind` goes on."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": odd_text(rng)}] if system and rng.random() < 0.5 else []
+    messages: list[dict[str, Any]] = (
+        [{"role": "system", "content": odd_text(rng)}] if system and rng.random() < 0.5 else []
+    )
     for round_number in range(rng.randrange(4)):
         messages.append({"role": "user", "content": odd_text(rng)})
         if tool_rounds and rng.random() < 0.6:
@@ -71,19 +85,34 @@ def history(rng: random.Random, kind: str, *, system: bool, tool_rounds: bool) -
 
 def assistant_call(rng: random.Random, call_id: str, text: str) -> dict[str, Any]:
     function = {"name": rng.choice(["f", "search"]), "arguments": {"n": [1, None], "x": text}}
-    return {"role": "assistant", "content": rng.choice(["", odd_text(rng)]), "tool_calls": [{"id": call_id, "function": function}]}
+    return {
+        "role": "assistant",
+        "content": rng.choice(["", odd_text(rng)]),
+        "tool_calls": [{"id": call_id, "function": function}],
+    }
 
 
 def tool_messages(rng: random.Random, turn: int) -> list[dict[str, Any]]:
     return [
-        {"role": "tool", "content": odd_text(rng), "tool_call_id": f"call_{turn}_{index}", "name": rng.choice(["f", "search"])}
+        {
+            "role": "tool",
+            "content": odd_text(rng),
+            "tool_call_id": f"call_{turn}_{index}",
+            "name": rng.choice(["f", "search"]),
+        }
         for index in range(rng.choice((1, 1, 2, 3, 4)))
     ]
 
 
-def rendered(template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+def rendered(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> str:
     text: str = template.tokenizer.apply_chat_template(
-        messages, tools=tools or None, add_generation_prompt=True, tokenize=False, **template._kwargs
+        messages,
+        tools=tools or None,
+        add_generation_prompt=True,
+        tokenize=False,
+        **template._kwargs,
     )
     return text
 
@@ -103,12 +132,18 @@ def flat(pieces: Any) -> list[int]:
     return [token for _, ids in pieces for token in ids]
 
 
-def conversations(name: str, kind: str, count: int) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]]:
+def conversations(
+    name: str, kind: str, count: int
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]]:
     """(history, new messages, tools), seeded."""
     rng = random.Random(f"{name}:{kind}")
     for _ in range(count):
-        before = history(rng, kind, system=name != "gemma", tool_rounds=name not in ("gemma", "chatml"))
-        new = tool_messages(rng, 9) if kind == TOOL else [{"role": "user", "content": odd_text(rng)}]
+        before = history(
+            rng, kind, system=name != "gemma", tool_rounds=name not in ("gemma", "chatml")
+        )
+        new = (
+            tool_messages(rng, 9) if kind == TOOL else [{"role": "user", "content": odd_text(rng)}]
+        )
         yield before, new, rng.choice([[], TOOLS, TOOLS[:1]])
 
 
@@ -147,7 +182,9 @@ def test_authors_change_exactly_at_the_edges(name: str, kind: str) -> None:
         assert template.decode(scaffold) == "\n"
         assert template.decode(generation) == f"<|im_start|>assistant\n{quick}"
         text = template.decode(block)
-        normal = template.tokenizer.backend_tokenizer.normalizer.normalize_str if "qwen" in name else str  # Qwen's is NFC
+        normal = (
+            template.tokenizer.backend_tokenizer.normalizer.normalize_str if "qwen" in name else str
+        )  # Qwen's is NFC
         assert text.startswith("<|im_start|>user\n")
         assert text.endswith("<|im_end|>\n")
         assert all(normal(message["content"]) in text for message in new)
@@ -164,7 +201,10 @@ def test_edges_where_no_control_token_keeps_them_apart() -> None:
 def test_lone_surrogates_become_replacement_characters() -> None:
     for name in ("smollm2", "llama3", "metaspace_first"):
         template = named(name)
-        odd, clean = [[{"role": "user", "content": text}] for text in ("half \ud83d of, \udc00", "half \ufffd of, \ufffd")]
+        odd, clean = [
+            [{"role": "user", "content": text}]
+            for text in ("half \ud83d of, \udc00", "half \ufffd of, \ufffd")
+        ]
         assert template.delta(odd, USER) == template.delta(clean, USER)
         assert template.prompt(odd, []) == template.prompt(clean, [])
 
@@ -179,7 +219,11 @@ def test_the_prompt_is_what_apply_chat_template_gives(name: str) -> None:
         messages = [*before, *new]
         pieces = template.prompt(given_messages(messages), tools)
         expected = template.tokenizer.apply_chat_template(
-            messages, tools=tools or None, add_generation_prompt=True, return_dict=False, **template._kwargs
+            messages,
+            tools=tools or None,
+            add_generation_prompt=True,
+            return_dict=False,
+            **template._kwargs,
         )
         assert [kind for kind, _ in pieces] == [PROMPT]
         assert flat(pieces) == expected
@@ -191,14 +235,23 @@ def test_what_tools_say_when_created_is_theirs(name: str) -> None:
     rng = random.Random(5)
     for _ in range(100):
         messages = [{"role": "user", "content": odd_text(rng)}]
-        created = [{"role": "tool", "content": odd_text(rng), "name": "f"} for _ in range(rng.randrange(1, 4))]
+        created = [
+            {"role": "tool", "content": odd_text(rng), "name": "f"}
+            for _ in range(rng.randrange(1, 4))
+        ]
         pieces = template.prompt(messages, TOOLS, created)
         assert flat(pieces) == template.tokenizer.apply_chat_template(
-            [*messages, *created], tools=TOOLS, add_generation_prompt=True, return_dict=False, **template._kwargs
+            [*messages, *created],
+            tools=TOOLS,
+            add_generation_prompt=True,
+            return_dict=False,
+            **template._kwargs,
         )
         assert [kind for kind, _ in pieces] == [PROMPT, TOOL, PROMPT]
         block = template.decode(pieces[1][1])
-        normal = template.tokenizer.backend_tokenizer.normalizer.normalize_str if "qwen" in name else str
+        normal = (
+            template.tokenizer.backend_tokenizer.normalizer.normalize_str if "qwen" in name else str
+        )
         assert block.startswith("<|im_start|>user\n<tool_response>\n")
         assert block.endswith("</tool_response><|im_end|>\n")
         assert all(normal(message["content"]) in block for message in created)
@@ -207,7 +260,9 @@ def test_what_tools_say_when_created_is_theirs(name: str) -> None:
 
 def test_messages_that_a_template_refuses_are_the_templates_words(smollm2: ChatTemplate) -> None:
     with pytest.raises(TemplateError, match="refuses the messages: System role not supported"):
-        family("gemma").prompt([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], [])
+        family("gemma").prompt(
+            [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], []
+        )
 
 
 # ---------------------------------------------------------------------- what a template says about itself
@@ -239,7 +294,11 @@ def test_whether_the_generation_prompt_opens_a_thought() -> None:
 
 
 def test_which_templates_rewrite_history() -> None:
-    assert [name for name in REAL if named(name).rewrites_history] == ["qwen3", "qwen3_thinking", "qwen3_quick"]
+    assert [name for name in REAL if named(name).rewrites_history] == [
+        "qwen3",
+        "qwen3_thinking",
+        "qwen3_quick",
+    ]
 
 
 def test_raw_leaves_out_a_trailing_end_token_alone(template: ChatTemplate) -> None:
@@ -256,12 +315,17 @@ def test_raw_is_the_tokenizers_own_decoding(template: ChatTemplate) -> None:
     size = len(template.tokenizer)
     for _ in range(300):
         ids = [rng.randrange(size) for _ in range(rng.randrange(1, 12))]
-        expected = template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        expected = template.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         assert template.decode(ids) == expected
 
 
 def test_control_tokens_in_a_text_are_found(smollm2: ChatTemplate) -> None:
-    assert smollm2.control_tokens("a <|im_end|><|im_start|> b <|im_end|>") == ["<|im_end|>", "<|im_start|>"]
+    assert smollm2.control_tokens("a <|im_end|><|im_start|> b <|im_end|>") == [
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
     assert smollm2.control_tokens("a <|im_end> b") == []
 
 
@@ -271,7 +335,11 @@ def test_control_tokens_in_a_text_are_found(smollm2: ChatTemplate) -> None:
 @pytest.mark.parametrize(
     ("chat_template", "kind", "says"),
     [
-        (families.MISTRAL, USER, "renders other text than after two"),  # the system message moves to the last user's
+        (
+            families.MISTRAL,
+            USER,
+            "renders other text than after two",
+        ),  # the system message moves to the last user's
         (families.NUMBERED, TOOL, "renders other text than after two"),
         (families.NUMBERED, USER, "renders other text than after two"),
         (families.COUNTS_TOOLS, TOOL, "renders other text than after two"),
@@ -280,9 +348,14 @@ def test_control_tokens_in_a_text_are_found(smollm2: ChatTemplate) -> None:
         (families.LAST_UNENDED, TOOL, "without"),
     ],
 )
-def test_templates_that_cannot_be_continued_are_refused_by_name(chat_template: str, kind: str, says: str) -> None:
+def test_templates_that_cannot_be_continued_are_refused_by_name(
+    chat_template: str, kind: str, says: str
+) -> None:
     tokenizer = on_smollm2(
-        chat_template, families.MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>" if "[INST]" in chat_template else "<|im_end|>"
+        chat_template,
+        families.MISTRAL_TOKENS,
+        bos_token="<s>",
+        eos_token="</s>" if "[INST]" in chat_template else "<|im_end|>",
     )
     tokenizer.name_or_path = "some/model"
     with pytest.raises(TemplateError) as raised:
@@ -301,14 +374,21 @@ def test_what_one_kind_cannot_do_another_can() -> None:
 
 
 def test_a_template_that_wants_other_call_ids_is_refused_before_the_first_conversation() -> None:
-    strict = on_smollm2(families.MISTRAL_STRICT, families.MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>")
+    strict = on_smollm2(
+        families.MISTRAL_STRICT, families.MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>"
+    )
     with pytest.raises(TemplateError, match="length 9"):
         ChatTemplate(strict).require(TOOL)
 
 
 def test_a_call_that_ends_with_a_token_of_its_own() -> None:
     """Llama 3 may end calls with <|eom_id|>: an end token too; deltas after it are not what they are after <|eot_id|>."""
-    tokenizer = on_smollm2(families.LLAMA3_EOM, families.LLAMA3_TOKENS, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+    tokenizer = on_smollm2(
+        families.LLAMA3_EOM,
+        families.LLAMA3_TOKENS,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+    )
     template = ChatTemplate(tokenizer)
     assert template.end_ids == set(tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|eom_id|>"]))
     with pytest.raises(TemplateError):
@@ -316,12 +396,17 @@ def test_a_call_that_ends_with_a_token_of_its_own() -> None:
 
 
 def test_a_turn_that_ends_in_ordinary_text_is_refused() -> None:
-    with pytest.raises(TemplateError, match="ends an assistant turn without a special token: no engine can stop there"):
+    with pytest.raises(
+        TemplateError,
+        match="ends an assistant turn without a special token: no engine can stop there",
+    ):
         ChatTemplate(on_smollm2(families.PLAIN_END))
 
 
 def test_a_generation_prompt_that_rewrites_the_prompt_is_refused() -> None:
-    with pytest.raises(TemplateError, match="rewrites the prompt when add_generation_prompt is set"):
+    with pytest.raises(
+        TemplateError, match="rewrites the prompt when add_generation_prompt is set"
+    ):
         ChatTemplate(on_smollm2(families.GENERATION_REWRITES))
 
 
@@ -335,10 +420,14 @@ def test_an_end_token_that_merges_with_what_follows_is_refused() -> None:
 def test_an_end_token_that_swallows_blanks_is_no_trouble() -> None:
     """Phi-3's end token strips what is right of it; the delta has it so too."""
     tokenizer = on_smollm2(families.CHATML_TOOLS.replace("<|im_end|>", "<|end|>"))
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]}
+    )
     template = ChatTemplate(tokenizer)
     template.require(TOOL)
-    assert flat(template.delta([{"role": "tool", "content": "1"}]).pieces)[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert flat(template.delta([{"role": "tool", "content": "1"}]).pieces)[
+        0
+    ] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_no_template_and_no_fast_tokenizer_are_named() -> None:
@@ -350,7 +439,9 @@ def test_no_template_and_no_fast_tokenizer_are_named() -> None:
 
 
 def test_a_template_with_a_mistake_in_it_is_named() -> None:
-    with pytest.raises(TemplateError, match=r"the chat template of .* cannot be read: unexpected end of template"):
+    with pytest.raises(
+        TemplateError, match=r"the chat template of .* cannot be read: unexpected end of template"
+    ):
         ChatTemplate(on_smollm2("{% for m in messages %}{{ m.role"))
 
 

@@ -30,9 +30,19 @@ def test_views_of_one_conversation() -> None:
 
 def test_nothing_and_prompt_only() -> None:
     tokens = TokenSequence()
-    assert (tokens.segments(), tokens.prompt_ids(), tokens.response_ids(), tokens.response_mask()) == ([], [], [], [])
+    assert (
+        tokens.segments(),
+        tokens.prompt_ids(),
+        tokens.response_ids(),
+        tokens.response_mask(),
+    ) == ([], [], [], [])
     tokens.append(PROMPT, [1])
-    assert (tokens.segments(), tokens.prompt_ids(), tokens.response_ids(), tokens.response_length) == ([("prompt", 0, 1)], [1], [], 0)
+    assert (
+        tokens.segments(),
+        tokens.prompt_ids(),
+        tokens.response_ids(),
+        tokens.response_length,
+    ) == ([("prompt", 0, 1)], [1], [], 0)
 
 
 def test_neighbours_of_one_author_are_one_segment() -> None:
@@ -56,7 +66,11 @@ def test_any_order_of_appends(seed: int) -> None:
     authors: list[str] = []
     expected: list[float | None] = []
     for _ in range(60):
-        kind = rng.choice([PROMPT, TOOL] if SAMPLED not in authors and rng.random() < 0.9 else [SAMPLED, TOOL, USER, TEMPLATE])
+        kind = rng.choice(
+            [PROMPT, TOOL]
+            if SAMPLED not in authors and rng.random() < 0.9
+            else [SAMPLED, TOOL, USER, TEMPLATE]
+        )
         ids = [rng.randrange(1000) for _ in range(rng.randrange(5))]
         before = list(tokens.ids)
         if kind == SAMPLED:

@@ -16,14 +16,32 @@ from hypothesis import strategies as st
 from conversations.errors import RecordError
 from conversations.hermes import parse
 from conversations.messages import assistant_message
-from conversations.trajectory import CALL_STATUSES, STOP_REASONS, Attempt, ToolCallRecord, Trajectory, Turn, read_record, record_hash
+from conversations.trajectory import (
+    CALL_STATUSES,
+    STOP_REASONS,
+    Attempt,
+    ToolCallRecord,
+    Trajectory,
+    Turn,
+    read_record,
+    record_hash,
+)
 
 BAD = '<tool_call>{"name": "f", "arguments": {oops\n"é\u2028🙂</tool_call>'
 
 
 def trajectory(**fields: Any) -> Trajectory:
     raw = f"Let me see.{BAD}"
-    line = ToolCallRecord("call_0_0", 0, "f", BAD, "malformed", "Error: malformed", attempts=[Attempt("malformed", 0.0, 0.0)], error="why")
+    line = ToolCallRecord(
+        "call_0_0",
+        0,
+        "f",
+        BAD,
+        "malformed",
+        "Error: malformed",
+        attempts=[Attempt("malformed", 0.0, 0.0)],
+        error="why",
+    )
     values: dict[str, Any] = {
         "id": "t-0", "task_id": "t", "sample": 0, "prompt_ids": [1, 2], "response_ids": [3, 4, 5],
         "response_mask": [1, 1, 0], "response_logprobs": [-0.1, -1e-30, None],
@@ -56,13 +74,23 @@ def test_a_record_reads_back_equal() -> None:
 
 def test_messages_and_tools_keep_the_order_of_their_keys() -> None:
     """Templates write tools down as JSON, in their order: from sorted ones no prompt could be rendered again."""
-    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "description": "d",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
     message = {"role": "user", "name": "n", "content": "c"}
     line = trajectory(tools=[tool], messages=[message], extra={"tools": [tool]}).to_line()
     back = Trajectory.from_line(line)
     assert json.dumps([back.tools, back.messages]) == json.dumps([[tool], [message]])
     assert back.to_line() == line
-    assert list(json.loads(line)) == [*sorted(key for key in json.loads(line) if key != "sha256"), "sha256"]
+    assert list(json.loads(line)) == [
+        *sorted(key for key in json.loads(line) if key != "sha256"),
+        "sha256",
+    ]
 
 
 def test_a_malformed_call_survives_the_round_trip() -> None:
@@ -75,7 +103,9 @@ def test_a_malformed_call_survives_the_round_trip() -> None:
 def test_the_hash_is_the_documented_formula() -> None:
     record = json.loads(trajectory().to_line())
     rest = {key: value for key, value in record.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     assert record["sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert record_hash(record) == record["sha256"]
 
@@ -103,7 +133,9 @@ def test_the_fields_are_the_documented_ones() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), object(), {1}, {(1, 2): 3}, b"x"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), object(), {1}, {(1, 2): 3}, b"x"]
+)
 @pytest.mark.parametrize("place", ["extra", "ground_truth", "reward", "response_logprobs"])
 def test_what_json_has_not_is_refused_when_written(place: str, value: object) -> None:
     with pytest.raises(RecordError, match="trajectory t-0 cannot be written as JSON"):
@@ -126,12 +158,28 @@ def test_endless_nesting_is_refused_when_written() -> None:
         ("[]", "schema is 'list', expected 'turntrace/1'"),
         ("{}", "schema is None, expected 'turntrace/1'"),
         (rewritten(schema="turntrace/2"), "schema is 'turntrace/2', expected 'turntrace/1'"),
-        (rewritten(reward=..., wall_s=...), r"fields missing: \['reward', 'wall_s'\], unknown: \[\]"),
+        (
+            rewritten(reward=..., wall_s=...),
+            r"fields missing: \['reward', 'wall_s'\], unknown: \[\]",
+        ),
         (rewritten(rewards=1), r"fields missing: \[\], unknown: \['rewards'\]"),
-        (trajectory().to_line().replace('"reward":1.0', '"reward":2.0'), "t-0 does not match its hash: it was changed"),
-        (trajectory().to_line().replace('"reward":1.0', '"reward":NaN'), "t-0 has no canonical JSON: Out of range"),
+        (
+            trajectory().to_line().replace('"reward":1.0', '"reward":2.0'),
+            "t-0 does not match its hash: it was changed",
+        ),
+        (
+            trajectory().to_line().replace('"reward":1.0', '"reward":NaN'),
+            "t-0 has no canonical JSON: Out of range",
+        ),
         (rewritten(turns=[{"start": 1}]), "t-0 is damaged"),
-        (rewritten(turns=[{"start": 2, "end": 4, "finish_reason": "stop", "prompt_tokens": 2, "more": 1}]), "t-0 is damaged"),
+        (
+            rewritten(
+                turns=[
+                    {"start": 2, "end": 4, "finish_reason": "stop", "prompt_tokens": 2, "more": 1}
+                ]
+            ),
+            "t-0 is damaged",
+        ),
         (rewritten(turns=7), "t-0 is damaged"),
         (rewritten(segments=[1]), "t-0 is damaged"),
         (rewritten(tool_calls=[{}]), "t-0 is damaged"),
@@ -157,11 +205,17 @@ def test_float32_logprobs_are_never_rounded() -> None:
     floats: list[float] = [struct.unpack("f", rng.randbytes(4))[0] for _ in range(5000)]
     values: list[float | None] = [value for value in floats if value - value == 0]
     back = Trajectory.from_line(trajectory(response_logprobs=values).to_line())
-    assert [value.hex() for value in back.response_logprobs if value is not None] == [value.hex() for value in values if value is not None]
+    assert [value.hex() for value in back.response_logprobs if value is not None] == [
+        value.hex() for value in values if value is not None
+    ]
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters()),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -176,5 +230,7 @@ def test_anything_json_is_carried_through(value: Any) -> None:
 
 
 def test_lone_surrogates_survive_the_disk() -> None:
-    back = Trajectory.from_line(trajectory(extra="half \ud83d").to_line().encode("ascii").decode("ascii"))
+    back = Trajectory.from_line(
+        trajectory(extra="half \ud83d").to_line().encode("ascii").decode("ascii")
+    )
     assert back.extra == "half \ud83d"

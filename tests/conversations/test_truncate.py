@@ -23,7 +23,9 @@ def cut(text: str, limit: int, side: str, template: ChatTemplate) -> str:
 def parts(text: str, shown: str) -> tuple[str, str]:
     """What was kept of the beginning and of the end; the marker's count is right."""
     (found,) = [
-        match for match in MARKER.finditer(shown) if text.startswith(shown[: match.start()]) and text.endswith(shown[match.end() :])
+        match
+        for match in MARKER.finditer(shown)
+        if text.startswith(shown[: match.start()]) and text.endswith(shown[match.end() :])
     ]
     head, tail = shown[: found.start()], shown[found.end() :]
     assert int(found.group(1)) == len(text) - len(head) - len(tail)
@@ -69,7 +71,9 @@ def test_what_is_kept_fits_and_fills_the_limit(template: ChatTemplate, side: str
         head, tail = parts(text, shown.text)
         kept = len(template.encode(head)) + len(template.encode(tail))
         assert kept <= limit, (text, head, tail)
-        assert kept >= limit - 16  # a character of several tokens is dropped whole, on either side of a cut
+        assert (
+            kept >= limit - 16
+        )  # a character of several tokens is dropped whole, on either side of a cut
     assert longer > 150
 
 
@@ -97,7 +101,9 @@ def test_what_is_cut_is_counted_in_tokens(template: ChatTemplate, side: str) -> 
             head, tail = parts(whole, shown.text)
             removed = whole[len(head) : len(whole) - len(tail)]
             few = len(removed) <= max(256, 8 * limit)
-            assert shown.tokens_cut == pytest.approx(len(template.encode(removed)), rel=0 if few else 0.1)
+            assert shown.tokens_cut == pytest.approx(
+                len(template.encode(removed)), rel=0 if few else 0.1
+            )
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -54,37 +54,80 @@ def verified(path: Path, jobs: int = 1) -> tuple[list[str], Verdict]:
     ("name", "overrides"),
     [
         ("smollm2", []),
-        ("smollm2", ["rollout.response_length=200", "rollout.multi_turn.tool_response_truncate_side=left"]),
-        ("qwen2_5", ["rollout.turntrace.max_tokens=60", "rollout.multi_turn.tool_response_truncate_side=right"]),
+        (
+            "smollm2",
+            ["rollout.response_length=200", "rollout.multi_turn.tool_response_truncate_side=left"],
+        ),
+        (
+            "qwen2_5",
+            [
+                "rollout.turntrace.max_tokens=60",
+                "rollout.multi_turn.tool_response_truncate_side=right",
+            ],
+        ),
         ("qwen3", ["rollout.turntrace.apply_chat_template_kwargs={enable_thinking: true}"]),
-        ("qwen3", ["rollout.turntrace.apply_chat_template_kwargs={enable_thinking: false}", "rollout.response_length=400"]),
+        (
+            "qwen3",
+            [
+                "rollout.turntrace.apply_chat_template_kwargs={enable_thinking: false}",
+                "rollout.response_length=400",
+            ],
+        ),
     ],
 )
-def test_a_clean_run_has_no_defects(tmp_path: Path, name: str, overrides: list[str], request: pytest.FixtureRequest) -> None:
+def test_a_clean_run_has_no_defects(
+    tmp_path: Path, name: str, overrides: list[str], request: pytest.FixtureRequest
+) -> None:
     template: ChatTemplate = request.getfixturevalue(name)
-    make_run(tmp_path / "run", 80, tokenizer=template.tokenizer, overrides=overrides, seed=len(overrides))
+    make_run(
+        tmp_path / "run", 80, tokenizer=template.tokenizer, overrides=overrides, seed=len(overrides)
+    )
     defects, verdict = verified(tmp_path / "run")
     assert defects == []
     assert (verdict.counts["done"], verdict.notes) == (80, [])
     assert {each.stop_reason for each in open_run(tmp_path / "run")} >= {"stop", "length"}
 
 
-def manifest(shared: Runtime, *, n: int, limit: int = 50, tools: str | None = None) -> dict[str, Any]:
+def manifest(
+    shared: Runtime, *, n: int, limit: int = 50, tools: str | None = None
+) -> dict[str, Any]:
     """A run.json as a run with these settings, and tools of this YAML, has it."""
     s: LoopSettings = shared.settings
-    ours = {"max_tokens": s.max_tokens, "max_consecutive_invalid_calls": s.max_consecutive_invalid_calls, "apply_chat_template_kwargs": {}}
+    ours = {
+        "max_tokens": s.max_tokens,
+        "max_consecutive_invalid_calls": s.max_consecutive_invalid_calls,
+        "apply_chat_template_kwargs": {},
+    }
     multi_turn = {
         "enable": True, "max_assistant_turns": s.max_turns, "max_tool_response_length": limit, "tool_response_truncate_side": "middle",
     }  # fmt: skip
-    rollout = {"prompt_length": s.prompt_length, "response_length": s.response_length, "max_model_len": s.max_model_len}
-    return {"n": n, "limit": None, "tools": tools, "config": {"rollout": {**rollout, "multi_turn": multi_turn, "turntrace": ours}}}
+    rollout = {
+        "prompt_length": s.prompt_length,
+        "response_length": s.response_length,
+        "max_model_len": s.max_model_len,
+    }
+    return {
+        "n": n,
+        "limit": None,
+        "tools": tools,
+        "config": {"rollout": {**rollout, "multi_turn": multi_turn, "turntrace": ours}},
+    }
 
 
-def ran(path: Path, shared: Runtime, *, tasks: int = 1, n: int = 1, tools: str | None = None) -> Path:
+def ran(
+    path: Path, shared: Runtime, *, tasks: int = 1, n: int = 1, tools: str | None = None
+) -> Path:
     """A run of `tasks` odd questions through the real loop."""
     progress = Progress(total=tasks * n)
     rng = random.Random(5)
-    given = [task(f"t{index}", messages=[{"role": "user", "content": odd_text(rng)}], extra={"index": index}) for index in range(tasks)]
+    given = [
+        task(
+            f"t{index}",
+            messages=[{"role": "user", "content": odd_text(rng)}],
+            extra={"index": index},
+        )
+        for index in range(tasks)
+    ]
     with RunFolder.create(path, manifest(shared, n=n, tools=tools)) as folder:
         shared.template.tokenizer.save_pretrained(path / "tokenizer")
         asyncio.run(run_tasks(given, shared, n=n, store=folder, progress=progress))
@@ -100,7 +143,16 @@ def odd_model(template: ChatTemplate, seed: int) -> ScriptedEngine:
     def respond(prompt_ids: Sequence[int], sampling: Any) -> Generation:
         if rng.random() < 0.03:
             raise EngineError("gone\nfor a while")
-        calls = [rng.choice((call("toy", do=rng.choice(does), text=odd_text(rng)), call("nobody"), call("toy", wrong=1), "<tool_call>{"))]
+        calls = [
+            rng.choice(
+                (
+                    call("toy", do=rng.choice(does), text=odd_text(rng)),
+                    call("nobody"),
+                    call("toy", wrong=1),
+                    "<tool_call>{",
+                )
+            )
+        ]
         text = "".join([odd_text(rng), *calls * rng.choice((0, 1, 1, 2))])
         ids = respelled(template, text, rng) if rng.random() < 0.5 else template.encode(text)
         ids = [*ids, template.end_id] if rng.random() < 0.8 or not ids else ids
@@ -110,20 +162,31 @@ def odd_model(template: ChatTemplate, seed: int) -> ScriptedEngine:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_whatever_tools_and_models_do_the_record_holds(tmp_path: Path, template: ChatTemplate, seed: int) -> None:
+def test_whatever_tools_and_models_do_the_record_holds(
+    tmp_path: Path, template: ChatTemplate, seed: int
+) -> None:
     """Hundreds of odd conversations: what the loop writes, verify understands."""
     room = (4000, 600)[seed]
-    limits: dict[str, Any] = {"max_turns": 4, "response_length": room, "max_model_len": 4096 + room, "max_consecutive_invalid_calls": 3}
+    limits: dict[str, Any] = {
+        "max_turns": 4,
+        "response_length": room,
+        "max_model_len": 4096 + room,
+        "max_consecutive_invalid_calls": 3,
+    }
     toy = Toy(create=("say", "long")[seed], calc_reward="reward")
     cut = lambda text, limit=50, side="middle": cut_to_tokens(text, limit, side, template)  # noqa: E731
-    shared = runtime(template, odd_model(template, seed), [toy], cut=cut, max_parallel_calls=1, **limits)
+    shared = runtime(
+        template, odd_model(template, seed), [toy], cut=cut, max_parallel_calls=1, **limits
+    )
     defects, verdict = verified(ran(tmp_path / "run", shared, tasks=20, n=2))
     assert defects == []
     assert verdict.counts["done"] == 40
 
 
 @pytest.mark.parametrize("tokens", [5, 500])
-def test_a_functions_decorator_may_say_how_long_its_answers_are(tmp_path: Path, smollm2: ChatTemplate, tokens: int) -> None:
+def test_a_functions_decorator_may_say_how_long_its_answers_are(
+    tmp_path: Path, smollm2: ChatTemplate, tokens: int
+) -> None:
     """Less or more than the run's 50: tools.yaml names the function, and what stands in its code is not in run.json."""
 
     @tool(max_response_tokens=tokens)
@@ -159,7 +222,9 @@ def lines_of(run: Path, name: str = TRAJECTORIES) -> list[bytes]:
 
 def edit_manifest(run: Path, **changes: Any) -> None:
     changed = {**json.loads((run / RUN).read_text()), **changes}
-    (run / RUN).write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
+    (run / RUN).write_text(
+        json.dumps({key: value for key, value in changed.items() if value is not ...})
+    )
 
 
 def test_a_run_that_was_stopped_is_verified_as_far_as_it_is(run: Path) -> None:
@@ -169,12 +234,31 @@ def test_a_run_that_was_stopped_is_verified_as_far_as_it_is(run: Path) -> None:
     rollout = manifest["config"]["rollout"]
     (run / TRAJECTORIES).write_bytes(b"".join(lines[:7]))
     for changes, note in (
-        ({"counts": ...}, "the run is going on, or was killed: 7 finished trajectories are here; missing samples were not looked for"),
-        ({"counts": {"asked": 20, "done": 7}}, "the run stopped at 7 of 20 conversations: 7 finished trajectories are here; missing"),
-        ({"counts": {"asked": 5, "done": 5}, "limit": 2}, "a larger run was gone on with for 5 conversations (--limit): 7 finished"),
-        ({"config": {**manifest["config"], "rollout": {**rollout, "over_sample_rate": 0.7}}, "counts": {"asked": 6, "done": 7}}, "who"),
+        (
+            {"counts": ...},
+            "the run is going on, or was killed: 7 finished trajectories are here; missing samples were not looked for",
+        ),
+        (
+            {"counts": {"asked": 20, "done": 7}},
+            "the run stopped at 7 of 20 conversations: 7 finished trajectories are here; missing",
+        ),
+        (
+            {"counts": {"asked": 5, "done": 5}, "limit": 2},
+            "a larger run was gone on with for 5 conversations (--limit): 7 finished",
+        ),
+        (
+            {
+                "config": {**manifest["config"], "rollout": {**rollout, "over_sample_rate": 0.7}},
+                "counts": {"asked": 6, "done": 7},
+            },
+            "who",
+        ),
     ):
-        (run / RUN).write_text(json.dumps({key: value for key, value in {**manifest, **changes}.items() if value is not ...}))
+        (run / RUN).write_text(
+            json.dumps(
+                {key: value for key, value in {**manifest, **changes}.items() if value is not ...}
+            )
+        )
         defects, verdict = verified(run)
         assert defects == []
         assert len(verdict.notes) == 1
@@ -206,7 +290,10 @@ def test_a_group_too_many_is_noticed(run: Path) -> None:
     with (run / TRAJECTORIES).open("ab") as out:
         out.write(json.dumps({**record, "sha256": record_hash(record)}).encode() + b"\n")
     defects, _ = verified(run)
-    assert defects[0] == "trajectories.jsonl trajectory more-1: the group of task more has 1 of 4 samples, missing: 1, 2, 3"
+    assert (
+        defects[0]
+        == "trajectories.jsonl trajectory more-1: the group of task more has 1 of 4 samples, missing: 1, 2, 3"
+    )
     assert "the number of finished trajectories, found 21, expected 20" in defects[1]
 
 
@@ -217,7 +304,9 @@ def test_no_finished_sample_may_stand_twice(run: Path) -> None:
     for other in (UNFINISHED, SUPERSEDED):  # there it may, until a run is closed, or for good
         (run / other).write_bytes(lines[3] * 2)
     sample = json.loads(lines[3])["sample"]
-    twice = f"trajectory {name}: sample {sample} of this task stands already at trajectories.jsonl:4"
+    twice = (
+        f"trajectory {name}: sample {sample} of this task stands already at trajectories.jsonl:4"
+    )
     assert verified(run)[0] == [f"trajectories.jsonl:21 {twice}"]
 
 
@@ -225,15 +314,22 @@ def test_a_torn_line_is_named_and_the_rest_verified(run: Path) -> None:
     data = (run / TRAJECTORIES).read_bytes()
     (run / TRAJECTORIES).write_bytes(data[:-1])
     defects, _ = verified(run)
-    assert defects[0].startswith("trajectories.jsonl:20: the line is torn: no newline ends it; `turntrace run --resume` cuts it")
+    assert defects[0].startswith(
+        "trajectories.jsonl:20: the line is torn: no newline ends it; `turntrace run --resume` cuts it"
+    )
 
 
 def test_the_other_files_are_checked_too(run: Path) -> None:
     record = json.loads(lines_of(run)[0])
     for name in (UNFINISHED, SUPERSEDED):
         changed = {**record, "task_id": "u", "sample": 1, "id": "u-1"}
-        good, bad = ({**changed, "sha256": record_hash(changed)}, {**changed, "sha256": "0" * 64, "id": "u-2", "sample": 2})
-        (run / name).write_bytes(b"".join(json.dumps(each).encode() + b"\n" for each in (good, bad)))
+        good, bad = (
+            {**changed, "sha256": record_hash(changed)},
+            {**changed, "sha256": "0" * 64, "id": "u-2", "sample": 2},
+        )
+        (run / name).write_bytes(
+            b"".join(json.dumps(each).encode() + b"\n" for each in (good, bad))
+        )
     defects, verdict = verified(run)
     assert [line.split(" found")[0] for line in defects] == [
         f"{name}:2 trajectory u-2: the record does not match its hash: it was changed after it was written,"
@@ -254,7 +350,10 @@ def test_what_was_cut_off_is_told_from_what_finished(tmp_path: Path, smollm2: Ch
     toy = Toy()
     shared = runtime(smollm2, odd_model(smollm2, 0), [toy])
     ids = [*smollm2.encode(call("toy", do="hang")), smollm2.end_id]
-    shared = dataclasses.replace(shared, engine=ScriptedEngine(lambda prompt, sampling: Generation(ids, [-0.5] * len(ids), "stop")))
+    shared = dataclasses.replace(
+        shared,
+        engine=ScriptedEngine(lambda prompt, sampling: Generation(ids, [-0.5] * len(ids), "stop")),
+    )
     with RunFolder.create(tmp_path, manifest(shared, n=1)) as folder:
         smollm2.tokenizer.save_pretrained(tmp_path / "tokenizer")
         asyncio.run(cancelled(folder, shared, toy))
@@ -262,22 +361,36 @@ def test_what_was_cut_off_is_told_from_what_finished(tmp_path: Path, smollm2: Ch
     assert defects == []
     assert "0 finished trajectories are here, 1 unfinished" in verdict.notes[0]
     (tmp_path / UNFINISHED).rename(tmp_path / TRAJECTORIES)
-    assert verified(tmp_path)[0] == ["trajectories.jsonl:1 trajectory t-0: a conversation that was cut off stands among the finished ones"]
+    assert verified(tmp_path)[0] == [
+        "trajectories.jsonl:1 trajectory t-0: a conversation that was cut off stands among the finished ones"
+    ]
 
 
-def test_a_record_of_what_could_not_be_written_is_said_to_be_partial(tmp_path: Path, smollm2: ChatTemplate) -> None:
-    shared = runtime(smollm2, ScriptedEngine(lambda prompt, sampling: Generation([5, smollm2.end_id], [-0.5, -0.5], "stop")))
+def test_a_record_of_what_could_not_be_written_is_said_to_be_partial(
+    tmp_path: Path, smollm2: ChatTemplate
+) -> None:
+    shared = runtime(
+        smollm2,
+        ScriptedEngine(
+            lambda prompt, sampling: Generation([5, smollm2.end_id], [-0.5, -0.5], "stop")
+        ),
+    )
     with RunFolder.create(tmp_path, manifest(shared, n=1)) as folder:
         smollm2.tokenizer.save_pretrained(tmp_path / "tokenizer")
         asyncio.run(run_tasks([task("t", extra={1, 2})], shared, store=folder))
     defects, verdict = verified(tmp_path)
     assert defects == []
-    assert "1 records of failures hold only the part that could be written: their text was not checked" in verdict.notes
+    assert (
+        "1 records of failures hold only the part that could be written: their text was not checked"
+        in verdict.notes
+    )
 
 
 def test_counts_that_are_not_those_of_the_records_are_named(run: Path) -> None:
     counts = json.loads((run / RUN).read_text())["counts"]
-    edit_manifest(run, counts={**counts, "turns": 1, "mean_reward": 9.0, "stop_reasons": {"stop": 20}})
+    edit_manifest(
+        run, counts={**counts, "turns": 1, "mean_reward": 9.0, "stop_reasons": {"stop": 20}}
+    )
     defects, _ = verified(run)
     assert [line.split(",")[0] for line in defects] == [
         "run.json: counts.turns", "run.json: counts.stop_reasons", "run.json: counts.mean_reward",
@@ -293,7 +406,10 @@ def test_samples_of_a_task_share_what_the_task_gave(run: Path) -> None:
     edit_manifest(run, digest=...)
     defects, _ = verified(run)
     assert len(defects) == 1
-    assert f"trajectories.jsonl:6 trajectory {record['id']}: data_source, extra: not as in the group's other samples" in defects[0]
+    assert (
+        f"trajectories.jsonl:6 trajectory {record['id']}: data_source, extra: not as in the group's other samples"
+        in defects[0]
+    )
 
 
 # ---------------------------------------------------------------------- what cannot be checked is said
@@ -308,7 +424,9 @@ def test_a_run_without_its_tokenizer_says_what_was_not_checked(run: Path) -> Non
 
 
 def test_a_run_json_that_says_nothing_is_said_to(run: Path) -> None:
-    (run / RUN).write_text(json.dumps({"schema": "turntrace/1", "config": [], "n": "4", "counts": 7, "tools": 5}))
+    (run / RUN).write_text(
+        json.dumps({"schema": "turntrace/1", "config": [], "n": "4", "counts": 7, "tools": 5})
+    )
     defects, verdict = verified(run)
     assert defects == []
     assert len(verdict.notes) == 3
@@ -318,11 +436,15 @@ def test_a_run_json_that_says_nothing_is_said_to(run: Path) -> None:
 
 def test_an_imported_run_is_checked_for_what_it_can_know(run: Path) -> None:
     edit_manifest(run, imported={"from": "verl", "files": {}})
-    assert verified(run)[1].notes == ["the run was imported from verl: how conversations ended was not checked"]
+    assert verified(run)[1].notes == [
+        "the run was imported from verl: how conversations ended was not checked"
+    ]
     shutil.rmtree(run / "tokenizer")
     defects, verdict = verified(run)
     assert defects == []
-    assert verdict.notes[0].endswith("there is no tokenizer: tokens were not checked against messages")
+    assert verdict.notes[0].endswith(
+        "there is no tokenizer: tokens were not checked against messages"
+    )
 
 
 def test_a_template_that_reads_the_clock_has_its_prompts_taken_as_recorded(run: Path) -> None:
@@ -352,19 +474,28 @@ def test_a_template_that_never_ends_is_given_up(run: Path, monkeypatch: pytest.M
     template.write_text("{% if 'apples' in (messages | string) %}" + loop + "{% endif %}" + whole)
     (run / TRAJECTORIES).write_bytes(b"".join(lines_of(run)[:1]))
     edit_manifest(run, counts=...)
-    assert [line.partition(": ")[2] for line in verified(run)[0]] == ["the record could not be checked within 3 s"]
+    assert [line.partition(": ")[2] for line in verified(run)[0]] == [
+        "the record could not be checked within 3 s"
+    ]
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(run: Path) -> None:
     template = run / "tokenizer" / "chat_template.jinja"
     mark = run / "was_here"
-    template.write_text("{{ cycler.__init__.__globals__.os.system('touch " + str(mark) + "') }}" + template.read_text())
+    template.write_text(
+        "{{ cycler.__init__.__globals__.os.system('touch "
+        + str(mark)
+        + "') }}"
+        + template.read_text()
+    )
     defects, _ = verified(run)
     assert "SecurityError" in defects[0] or "unsafe" in defects[0]
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", [RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED, "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", [RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED, "tokenizer/tokenizer.json"]
+)
 @pytest.mark.parametrize("target", ["pipe", "folder", "/dev/zero", "dangling"])
 def test_files_that_are_none_are_defects_or_absent(run: Path, name: str, target: str) -> None:
     """Never a hang, and never an exception of Python's own."""
@@ -449,30 +580,64 @@ def test_ranges_cover_every_line_once(run: Path) -> None:
     lines = lines_of(run)
     file.write_bytes(b"".join(lines[:3]) + b"\n" + b"x\n" * 3 + lines[4])
     size = file.stat().st_size
-    edges = {0, 1, len(lines[0]) - 1, len(lines[0]), len(lines[0]) + 1, size - 1, size - len(lines[4]), size - len(lines[4]) - 1}
-    whole = [checked.id for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, size), Facts())]
+    edges = {
+        0,
+        1,
+        len(lines[0]) - 1,
+        len(lines[0]),
+        len(lines[0]) + 1,
+        size - 1,
+        size - len(lines[4]),
+        size - len(lines[4]) - 1,
+    }
+    whole = [
+        checked.id
+        for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, size), Facts())
+    ]
     assert len(whole) == 8
     for edge in sorted(edges):
-        parts = [verify_module.Chunk(file, TRAJECTORIES, start, end) for start, end in ((0, edge), (edge, size)) if start < end]
+        parts = [
+            verify_module.Chunk(file, TRAJECTORIES, start, end)
+            for start, end in ((0, edge), (edge, size))
+            if start < end
+        ]
         assert [checked.id for part in parts for checked in check_chunk(part, Facts())] == whole
 
 
-def test_lines_beyond_all_bounds_are_not_read_into_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_beyond_all_bounds_are_not_read_into_memory(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify_module, "MAX_LINE", 1000)
     file = run / TRAJECTORIES
     file.write_bytes(b"x" * 5000 + b"\n" + b"y\n" + b"z" * 999 + b"\n" + b"w" * 3000)
-    findings = [checked.findings[0].what[:20] for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, 10**6), Facts())]
-    assert findings == ["the line is longer t", "not a JSON line: Exp", "the line is longer t", "the line is longer t"]
+    findings = [
+        checked.findings[0].what[:20]
+        for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, 10**6), Facts())
+    ]
+    assert findings == [
+        "the line is longer t",
+        "not a JSON line: Exp",
+        "the line is longer t",
+        "the line is longer t",
+    ]
 
 
 def test_processes_find_what_one_finds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_module, "CHUNK", 30_000)
     lines = lines_of(run)
-    lines[4], lines[11] = lines[4][:-30] + b"\n", lines[11].replace(b'"num_turns":', b'"num_turns":1', 1)
+    lines[4], lines[11] = (
+        lines[4][:-30] + b"\n",
+        lines[11].replace(b'"num_turns":', b'"num_turns":1', 1),
+    )
     (run / TRAJECTORIES).write_bytes(b"".join(lines))
     moved: list[tuple[int, int]] = []
     defects: list[Defect] = []
-    verify_run(run, jobs=3, on_defect=defects.append, on_progress=lambda done, total: moved.append((done, total)))
+    verify_run(
+        run,
+        jobs=3,
+        on_defect=defects.append,
+        on_progress=lambda done, total: moved.append((done, total)),
+    )
     assert [str(defect) for defect in defects] == verified(run)[0]
     assert {line.split(":")[1].split(" ")[0] for line in verified(run)[0]} >= {"5", "12"}
     assert len(moved) > 5
@@ -489,7 +654,9 @@ def test_a_process_that_dies_is_a_defect(run: Path, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_written(run: Path) -> None:
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in run.rglob("*")}
     verified(run, jobs=2)
-    assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in run.rglob("*")} == before
+    assert {
+        file: (file.stat().st_mtime_ns, file.stat().st_size) for file in run.rglob("*")
+    } == before
 
 
 def test_a_record_made_by_hand_is_no_run_of_ours(tmp_path: Path) -> None:
@@ -510,7 +677,9 @@ def test_the_digest_reveals_a_change_that_no_record_does(run: Path) -> None:
     before = json.loads((run / RUN).read_text())["digest"]
     defects, verdict = verified(run)
     assert verdict.digest != before
-    assert [defect.partition(",")[0] for defect in defects] == ["run.json: the digest of all finished records"]
+    assert [defect.partition(",")[0] for defect in defects] == [
+        "run.json: the digest of all finished records"
+    ]
 
 
 PARENT = {"run": "other", "id": "t-0", "turn": None}
@@ -531,10 +700,16 @@ PARENT = {"run": "other", "id": "t-0", "turn": None}
         ({"resumed": [0]}, "not its own"),
     ],
 )
-def test_where_a_record_says_it_comes_from(run: Path, changes: dict[str, Any], told: str | None) -> None:
+def test_where_a_record_says_it_comes_from(
+    run: Path, changes: dict[str, Any], told: str | None
+) -> None:
     """A parent would allow what no conversation's first run may hold."""
     lines = lines_of(run)
-    number, record = next((number, record) for number, line in enumerate(lines) if (record := json.loads(line))["turns"])
+    number, record = next(
+        (number, record)
+        for number, line in enumerate(lines)
+        if (record := json.loads(line))["turns"]
+    )
     turn = record["turns"][0]
     if resumed := changes.pop("resumed", None):
         turn["resumed"] = [[turn["start"] + place, "2"] for place in resumed]
@@ -553,4 +728,6 @@ def test_where_a_record_says_it_comes_from(run: Path, changes: dict[str, Any], t
 def test_a_run_made_from_another_names_the_parent_of_each_record(run: Path) -> None:
     edit_manifest(run, parent={"run": "other"})
     defects, _ = verified(run)
-    assert len([line for line in defects if "the parent, found null, expected one" in line]) == len(lines_of(run))
+    assert len([line for line in defects if "the parent, found null, expected one" in line]) == len(
+        lines_of(run)
+    )

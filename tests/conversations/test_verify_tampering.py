@@ -20,7 +20,15 @@ from conversations.store import TRAJECTORIES
 from conversations.template import ChatTemplate
 from conversations.trajectory import record_hash
 from conversations.verify import verify_run
-from tests.conversations.corruptions import ANY, LINES, REVEALED, UNDER_HASH_ONLY, Place, Unsuited, as_line
+from tests.conversations.corruptions import (
+    ANY,
+    LINES,
+    REVEALED,
+    UNDER_HASH_ONLY,
+    Place,
+    Unsuited,
+    as_line,
+)
 from tests.conversations.synthetic import GROUP, make_run
 
 COUNT, SEED = 200, 20261123
@@ -45,7 +53,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tampered(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Spoilt], list[Defect]]:
+def tampered(
+    clean: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Spoilt], list[Defect]]:
     """The run with one record of each group spoilt, and what verify says of it."""
     folder = shutil.copytree(clean, tmp_path_factory.mktemp("tampered") / "run")
     lines = (folder / TRAJECTORIES).read_bytes().splitlines(keepends=True)
@@ -68,7 +78,9 @@ def _lines_by_group(lines: list[bytes], rng: random.Random) -> list[list[int]]:
     return dealt
 
 
-def _spoil(number: int, lines: list[bytes], group: list[int], rng: random.Random, template: ChatTemplate) -> Spoilt:
+def _spoil(
+    number: int, lines: list[bytes], group: list[int], rng: random.Random, template: ChatTemplate
+) -> Spoilt:
     """Spoils one line of a group; kinds take turns, and every second hash is forged."""
     forged = number % 2 == 1
     record_kinds = REVEALED if forged else [*REVEALED, *UNDER_HASH_ONLY]
@@ -115,8 +127,13 @@ def test_each_corruption_is_named(tampered: tuple[list[Spoilt], list[Defect]], n
     assert all(defect.file == TRAJECTORIES for defect in named)
     if spoilt.readable:
         assert {defect.trajectory for defect in named} == {spoilt.id}
-        assert any(_fits(spoilt.place, defect) for defect in named), "\n".join(map(str, [spoilt, *named]))
-        assert spoilt.forged == (not any("does not match its hash" in str(defect) for defect in named)) or "infinite" in spoilt.name
+        assert any(_fits(spoilt.place, defect) for defect in named), "\n".join(
+            map(str, [spoilt, *named])
+        )
+        assert (
+            spoilt.forged == (not any("does not match its hash" in str(defect) for defect in named))
+            or "infinite" in spoilt.name
+        )
 
 
 def _fits(place: Place, defect: Defect) -> bool:

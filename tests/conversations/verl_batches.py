@@ -24,25 +24,39 @@ def main() -> None:
 
         asyncio.set_event_loop(peer._loop)
         length = 3 * verl_peer.TOKENS_PER_TURN
-        config = verl_peer.rollout_config(peer._tools, 3, verl_peer.PROMPT_LENGTH, length, "disable")
+        config = verl_peer.rollout_config(
+            peer._tools, 3, verl_peer.PROMPT_LENGTH, length, "disable"
+        )
         rollout = verl_peer.rollout(config, peer._model, peer._engine)
         done = rollout.generate_sequences(verl_peer.batch(verl_peer.tasks(5), verl_peer.TOOL_NAME))
         tensors = {name: tensor.numpy() for name, tensor in done.batch.items()}
         ours = padded_batch(
-            list(map(_trajectory, *(tensors[name] for name in ("prompts", "responses", "response_mask", "attention_mask")))),
+            list(
+                map(
+                    _trajectory,
+                    *(
+                        tensors[name]
+                        for name in ("prompts", "responses", "response_mask", "attention_mask")
+                    ),
+                )
+            ),
             prompt_length=rollout.config.prompt_length,
             response_length=rollout.config.response_length,
             pad_id=rollout.pad_token_id,
             logprobs=False,
         )
     for name, array in ours.items():
-        assert array.dtype == tensors[name].dtype, f"{name}: {array.dtype}, verl's is {tensors[name].dtype}"
+        assert array.dtype == tensors[name].dtype, (
+            f"{name}: {array.dtype}, verl's is {tensors[name].dtype}"
+        )
         assert np.array_equal(array, tensors[name]), f"{name} differs"
     assert set(ours) == set(tensors), f"verl has {sorted(tensors)}"
     print("equal:", *sorted(ours))
 
 
-def _trajectory(prompt: np.ndarray, response: np.ndarray, mask: np.ndarray, attention: np.ndarray) -> Trajectory:
+def _trajectory(
+    prompt: np.ndarray, response: np.ndarray, mask: np.ndarray, attention: np.ndarray
+) -> Trajectory:
     """What verl's row holds, without its padding."""
     real = attention.astype(bool)
     count = int(real[len(prompt) :].sum())

@@ -25,14 +25,28 @@ SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
     "properties": {
-        "either": {"anyOf": [{"type": "string", "maxLength": 3}, {"$ref": "#/$defs/Point"}], "default": "abc"},
+        "either": {
+            "anyOf": [{"type": "string", "maxLength": 3}, {"$ref": "#/$defs/Point"}],
+            "default": "abc",
+        },
         "mode": {"enum": [1, "zwei", None, 2.5]},
-        "points": {"type": "array", "items": {"$ref": "#/$defs/Point"}, "minItems": 1, "default": []},
+        "points": {
+            "type": "array",
+            "items": {"$ref": "#/$defs/Point"},
+            "minItems": 1,
+            "default": [],
+        },
         "größe": {"type": "number", "description": "Ünïcode 漢字 🙂", "exclusiveMinimum": 0},
     },
     "required": ["either"],
     "additionalProperties": False,
-    "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}}, "required": ["x", "y"]}},
+    "$defs": {
+        "Point": {
+            "type": "object",
+            "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+            "required": ["x", "y"],
+        }
+    },
 }
 TEXT: dict[str, Any] = {"type": "object", "properties": {"text": {}}}
 NAMES = (
@@ -66,12 +80,16 @@ async def list_tools(request: types.ListToolsRequest) -> types.ServerResult:
     """One tool a page."""
     index = int(request.params.cursor or 0) if request.params else 0
     names = ["schema", *NAMES]
-    tool = types.Tool(name=names[index], description=f"The {names[index]}.", inputSchema=TEXT if index else SCHEMA)
+    tool = types.Tool(
+        name=names[index], description=f"The {names[index]}.", inputSchema=TEXT if index else SCHEMA
+    )
     following = str(index + 1) if index + 1 < len(names) else None
     return types.ServerResult(types.ListToolsResult(tools=[tool], nextCursor=following))
 
 
-server.request_handlers[types.ListToolsRequest] = list_tools  # the decorators look into calls, which is our task
+server.request_handlers[types.ListToolsRequest] = (
+    list_tools  # the decorators look into calls, which is our task
+)
 
 
 async def call_tool(request: types.CallToolRequest) -> types.ServerResult:
@@ -102,7 +120,9 @@ async def answer(name: str, text: Any, arguments: dict[str, Any]) -> types.CallT
     if name == "add":
         kept.append(text)
     if name == "error":
-        return types.CallToolResult(content=[types.TextContent(type="text", text="it did not work")], isError=True)
+        return types.CallToolResult(
+            content=[types.TextContent(type="text", text="it did not work")], isError=True
+        )
     if name == "structured":
         return types.CallToolResult(content=[], structuredContent={"größe": [1, {"a": None}]})
     return types.CallToolResult(content=content(name, text, arguments))

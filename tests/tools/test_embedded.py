@@ -32,7 +32,9 @@ def children() -> set[psutil.Process]:
 
 
 def printed(server: EmbeddedServer) -> str:
-    answer = httpx.post(f"{server.url()}/run_code", json={"code": "print(2)", "language": "python"}, timeout=60)
+    answer = httpx.post(
+        f"{server.url()}/run_code", json={"code": "print(2)", "language": "python"}, timeout=60
+    )
     return str(answer.json()["run_result"]["stdout"])
 
 
@@ -43,13 +45,17 @@ async def test_a_tool_set_starts_it_once_and_stops_it() -> None:
         await tools.start()
     (server,) = children() - before
     await first.close()
-    assert (await second["code_interpreter"].tool.execute("t", {"code": "print(1)"}))[0].text == "1\n"
+    assert (await second["code_interpreter"].tool.execute("t", {"code": "print(1)"}))[
+        0
+    ].text == "1\n"
     await second.close()
     await second.close()
     assert not server.is_running()
 
 
-def test_one_that_never_says_where_it_is_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_never_says_where_it_is_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "silent.py").write_text("import time\ntime.sleep(600)\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(embedded, "START_S", 0.5)
@@ -62,7 +68,9 @@ def test_one_that_never_says_where_it_is_is_not_waited_for(tmp_path: Path, monke
 async def test_nobody_needs_to_start_it() -> None:
     before = children()
     tools = load_tools("sandbox")
-    assert (await tools["code_interpreter"].tool.execute("t", {"code": "print(1)"}))[0].text == "1\n"
+    assert (await tools["code_interpreter"].tool.execute("t", {"code": "print(1)"}))[
+        0
+    ].text == "1\n"
     await tools.close()
     assert children() == before
 
@@ -94,13 +102,17 @@ def test_killing_the_parent_leaves_no_process() -> None:
         body = {"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}
         httpx.post(sandbox.url() + "/run_code", json=body, timeout=60)
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE
+    )
     family = psutil.Process(parent.pid)
     try:
         assert parent.stdout is not None
         assert parent.stdout.readline().startswith(b"http")
         idle = len(family.children(recursive=True))
-        eventually(lambda: len(family.children(recursive=True)) >= idle + 2)  # The program, and the init of its sandbox.
+        eventually(
+            lambda: len(family.children(recursive=True)) >= idle + 2
+        )  # The program, and the init of its sandbox.
         started = family.children(recursive=True)
     finally:
         parent.kill()
@@ -116,7 +128,13 @@ def test_a_parent_that_just_ends_leaves_no_process_either() -> None:
         sandbox.url()
         print(*[child.pid for child in psutil.Process().children()])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr == ""
     assert len(done.stdout.split()) == 1
     assert not psutil.pid_exists(int(done.stdout))
@@ -132,13 +150,21 @@ def test_a_tools_folder_of_the_users_is_not_taken_for_ours(tmp_path: Path) -> No
         sandbox.acquire()
         print(sandbox.url())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.startswith("http://127.0.0.1:")
 
 
 def test_a_server_that_does_not_start_is_told_in_one_line() -> None:
     before = children()
-    with pytest.raises(SandboxUnavailable, match=r"^tools\.servers\.no_such_server ended at its start with code 1$"):
+    with pytest.raises(
+        SandboxUnavailable, match=r"^tools\.servers\.no_such_server ended at its start with code 1$"
+    ):
         EmbeddedServer("tools.servers.no_such_server").check()
     EmbeddedServer("tools.servers.sandbox").check()
     assert children() == before

@@ -26,7 +26,12 @@ class Point(pydantic.BaseModel):
 
 
 @tool
-def weather(city: str, unit: Literal["C", "F"] = "C", days: list[int] | None = None, where: Point | None = None) -> str:
+def weather(
+    city: str,
+    unit: Literal["C", "F"] = "C",
+    days: list[int] | None = None,
+    where: Point | None = None,
+) -> str:
     """Tells the weather.
 
     Rain and shine.
@@ -45,16 +50,25 @@ async def text(function: FunctionTool, **arguments: Any) -> str | None:
 
 def test_the_schema_comes_from_hints_and_docstring() -> None:
     function = weather.tool_schema["function"]
-    assert (function["name"], function["description"]) == ("weather", "Tells the weather.\n\nRain and shine.")
+    assert (function["name"], function["description"]) == (
+        "weather",
+        "Tells the weather.\n\nRain and shine.",
+    )
     parameters = function["parameters"]
-    assert parameters["properties"]["city"] == {"type": "string", "description": "The city, by its full name."}
+    assert parameters["properties"]["city"] == {
+        "type": "string",
+        "description": "The city, by its full name.",
+    }
     assert parameters["properties"]["unit"] == {
         "default": "C",
         "enum": ["C", "F"],
         "type": "string",
         "description": "Of the temperature.",
     }
-    assert parameters["properties"]["days"]["anyOf"][0] == {"type": "array", "items": {"type": "integer"}}
+    assert parameters["properties"]["days"]["anyOf"][0] == {
+        "type": "array",
+        "items": {"type": "integer"},
+    }
     assert parameters["$defs"]["Point"]["required"] == ["x"]
     assert (parameters["required"], parameters["additionalProperties"]) == (["city"], False)
 
@@ -86,19 +100,31 @@ async def test_results_become_text() -> None:
     assert await text(tool(lambda: {"a": [1, None]})) == '{"a":[1,null]}'
     assert await text(tool(lambda: Point(x=1))) == '{"x":1.0,"y":0.0}'
     assert await text(tool(lambda: None)) == "null"
-    assert await tool(lambda: (ToolResponse("x"), 0.5, {"n": 1})).execute("t", {}) == (ToolResponse("x"), 0.5, {"n": 1})
+    assert await tool(lambda: (ToolResponse("x"), 0.5, {"n": 1})).execute("t", {}) == (
+        ToolResponse("x"),
+        0.5,
+        {"n": 1},
+    )
     assert await tool(lambda: ToolResponse("x")).execute("t", {}) == (ToolResponse("x"), None, {})
-    assert await tool(lambda: ("x", 0.5, {"n": 1})).execute("t", {}) == (ToolResponse("x"), 0.5, {"n": 1})
+    assert await tool(lambda: ("x", 0.5, {"n": 1})).execute("t", {}) == (
+        ToolResponse("x"),
+        0.5,
+        {"n": 1},
+    )
     assert await tool(lambda: ("x", None, {})).execute("t", {}) == (ToolResponse("x"), None, {})
     assert await text(tool(lambda: ("x", 0.5, [1]))) == '["x",0.5,[1]]'
 
 
 async def test_numbers_and_arrays_become_json() -> None:
     assert await text(tool(lambda: np.float32(0.5))) == "0.5"
-    assert await text(tool(lambda: {"ids": np.arange(3), "n": np.int64(7)})) == '{"ids":[0,1,2],"n":7}'
+    assert (
+        await text(tool(lambda: {"ids": np.arange(3), "n": np.int64(7)})) == '{"ids":[0,1,2],"n":7}'
+    )
 
 
-@pytest.mark.parametrize(("result", "kind"), [(object(), "object"), ([object()], "list"), (b"\xff", "bytes")])
+@pytest.mark.parametrize(
+    ("result", "kind"), [(object(), "object"), ([object()], "list"), (b"\xff", "bytes")]
+)
 async def test_what_has_no_json_form_is_named(result: object, kind: str) -> None:
     with pytest.raises(TypeError, match=f"the function returned {kind}, not text or a JSON value"):
         await text(tool(lambda: result))
@@ -135,7 +161,10 @@ async def test_many_hung_calls_take_no_thread_from_the_next() -> None:
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "tool-hang")
     for task in hung:
         task.cancel()
-    assert all(isinstance(result, asyncio.CancelledError) for result in await asyncio.gather(*hung, return_exceptions=True))
+    assert all(
+        isinstance(result, asyncio.CancelledError)
+        for result in await asyncio.gather(*hung, return_exceptions=True)
+    )
     release.set()
 
 
@@ -179,7 +208,9 @@ async def test_exceptions_and_context_cross_the_thread() -> None:
     def fail(how: str) -> str:
         if how == "context":
             return trajectory.get()
-        raise {"tool": ToolError("no such city"), "stop": StopIteration(), "exit": SystemExit(1)}[how]
+        raise {"tool": ToolError("no such city"), "stop": StopIteration(), "exit": SystemExit(1)}[
+            how
+        ]
 
     trajectory.set("t7")
     assert await text(fail, how="context") == "t7"
@@ -200,7 +231,12 @@ def test_what_cannot_be_a_tool_is_refused_by_name() -> None:
 
     def opaque(a: threading.Event) -> None: ...
 
-    for function, said in [(rest, r"\*args"), (positional, "by name"), (unknown, "Missing"), (opaque, "Event")]:
+    for function, said in [
+        (rest, r"\*args"),
+        (positional, "by name"),
+        (unknown, "Missing"),
+        (opaque, "Event"),
+    ]:
         with pytest.raises(ToolConfigError, match=said):
             tool(function)
 
@@ -224,28 +260,52 @@ class Options(TypedDict):
 
 
 async def test_nested_types_are_described_and_built() -> None:
-    def place(order: Order, options: Options, mode: Literal["a", "b"] | None = None, more: list[Order] | None = None) -> Any:
-        return [type(order.node).__name__, [child.name for child in order.node.children], options, mode, more and more[0].amount]
+    def place(
+        order: Order,
+        options: Options,
+        mode: Literal["a", "b"] | None = None,
+        more: list[Order] | None = None,
+    ) -> Any:
+        return [
+            type(order.node).__name__,
+            [child.name for child in order.node.children],
+            options,
+            mode,
+            more and more[0].amount,
+        ]
 
     loaded = loaded_tool(FunctionTool(place))
     parameters = loaded.schema["function"]["parameters"]
     assert parameters["properties"]["order"] == {"$ref": "#/$defs/Order"}
     assert parameters["$defs"]["Order"] == {
         "type": "object",
-        "properties": {"node": {"$ref": "#/$defs/Node"}, "amount": {"type": "integer", "description": "How many.", "minimum": 1}},
+        "properties": {
+            "node": {"$ref": "#/$defs/Node"},
+            "amount": {"type": "integer", "description": "How many.", "minimum": 1},
+        },
         "required": ["node", "amount"],
     }
-    assert parameters["$defs"]["Node"]["properties"]["children"] == {"type": "array", "items": {"$ref": "#/$defs/Node"}}
+    assert parameters["$defs"]["Node"]["properties"]["children"] == {
+        "type": "array",
+        "items": {"$ref": "#/$defs/Node"},
+    }
     assert parameters["$defs"]["Options"]["required"] == ["exact"]
-    assert parameters["properties"]["mode"] == {"anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "null"}], "default": None}
+    assert parameters["properties"]["mode"] == {
+        "anyOf": [{"type": "string", "enum": ["a", "b"]}, {"type": "null"}],
+        "default": None,
+    }
     order = {"node": {"name": "x", "children": [{"name": "y"}]}, "amount": 2}
     given = {"order": order, "options": {"exact": True}, "more": [order]}
     assert loaded.validate(given) == []
     assert (await loaded.tool.execute("t", given))[0].text == '["Node",["y"],{"exact":true},null,2]'
     order["amount"] = 0
-    assert loaded.validate({**given, "more": None}) == ["order.amount: 0 is less than the minimum of 1"]
+    assert loaded.validate({**given, "more": None}) == [
+        "order.amount: 0 is less than the minimum of 1"
+    ]
 
 
 def test_an_object_that_is_no_function_is_refused_in_one_line() -> None:
-    with pytest.raises(ToolConfigError, match="partial: only a function or a method can become a tool"):
+    with pytest.raises(
+        ToolConfigError, match="partial: only a function or a method can become a tool"
+    ):
         FunctionTool(functools.partial(print, 1))

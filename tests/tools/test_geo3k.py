@@ -21,7 +21,11 @@ SCHEMA: dict[str, Any] = {
     "function": {
         "name": "calc_geo3k_reward",
         "description": "Submits the answer.",
-        "parameters": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"answer": {"type": "string"}},
+            "required": ["answer"],
+        },
     },
 }
 PIECES = (
@@ -34,7 +38,9 @@ PIECES = (
 
 def answers(count: int, seed: int) -> list[str]:
     rng = random.Random(seed)
-    return ["".join(rng.choices(PIECES, k=rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))) for _ in range(count)]
+    return [
+        "".join(rng.choices(PIECES, k=rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))) for _ in range(count)
+    ]
 
 
 @pytest_asyncio.fixture
@@ -45,7 +51,9 @@ async def geo3k() -> AsyncIterator[Geo3kTool]:
 
 
 def graders() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "tools.servers.grader" in child.cmdline()]
+    return [
+        child for child in psutil.Process().children() if "tools.servers.grader" in child.cmdline()
+    ]
 
 
 def test_grading_agrees_with_verl() -> None:
@@ -87,7 +95,9 @@ async def test_a_conversation_reads_and_pays_as_with_verls_own_tool(geo3k: Geo3k
     ],
     ids=lambda text: text[:12],
 )
-async def test_what_takes_forever_is_worth_nothing_and_holds_up_nobody(geo3k: Geo3kTool, hostile: str) -> None:
+async def test_what_takes_forever_is_worth_nothing_and_holds_up_nobody(
+    geo3k: Geo3kTool, hostile: str
+) -> None:
     for instance in ("a", "b"):
         await geo3k.create(instance, ground_truth="x")
     await geo3k.start()
@@ -105,7 +115,9 @@ async def test_what_takes_forever_is_worth_nothing_and_holds_up_nobody(geo3k: Ge
 
 async def test_an_answer_that_takes_too_long_says_so_in_its_metrics(geo3k: Geo3kTool) -> None:
     await geo3k.create("a", ground_truth="x")
-    assert (await geo3k.execute("a", {"answer": "9**9**9**9"}))[2] == {"grading": "it took too long"}
+    assert (await geo3k.execute("a", {"answer": "9**9**9**9"}))[2] == {
+        "grading": "it took too long"
+    }
 
 
 def test_what_python_would_run_is_not_evaluated(tmp_path: Path) -> None:
@@ -153,7 +165,9 @@ async def test_closing_leaves_nothing(geo3k: Geo3kTool) -> None:
     await geo3k.start()
     for instance in ("a", "b", "c"):
         await geo3k.create(instance, ground_truth="2")
-    await asyncio.gather(*(geo3k.execute(instance, {"answer": "2"}) for instance in ("a", "b", "c")))
+    await asyncio.gather(
+        *(geo3k.execute(instance, {"answer": "2"}) for instance in ("a", "b", "c"))
+    )
     assert graders() != []
     await geo3k.close()
     assert graders() == []
@@ -163,6 +177,10 @@ async def test_closing_leaves_nothing(geo3k: Geo3kTool) -> None:
 async def test_without_a_ground_truth_there_is_no_reward_and_no_process(geo3k: Geo3kTool) -> None:
     instance, _ = await geo3k.create()
     response, step, _ = await geo3k.execute(instance, {"answer": "8"})
-    assert (response.text, step, await geo3k.calc_reward(instance)) == ("Current parsed answer='8'", None, None)
+    assert (response.text, step, await geo3k.calc_reward(instance)) == (
+        "Current parsed answer='8'",
+        None,
+        None,
+    )
     await geo3k.release(instance)
     assert graders() == []

@@ -14,7 +14,11 @@ SCHEMA = {
     "function": {
         "name": "calculate_answer",
         "description": "Submit the answer.",
-        "parameters": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"answer": {"type": "string"}},
+            "required": ["answer"],
+        },
     },
 }
 
@@ -51,9 +55,14 @@ def test_extraction_and_grading_agree_with_verl() -> None:
     verl = pytest.importorskip("verl.utils.reward_score.gsm8k")
     for text in answers(2000, seed=1):
         for method in ("strict", "flexible"):
-            assert extract_answer(text, method) == verl.extract_solution(text, method), (text, method)
+            assert extract_answer(text, method) == verl.extract_solution(text, method), (
+                text,
+                method,
+            )
             for truth in ("42", "7", "1,000", "."):
-                assert repr(grade(text, truth, method)) == repr(verl.compute_score(text, truth, method)), (text, truth, method)
+                assert repr(grade(text, truth, method)) == repr(
+                    verl.compute_score(text, truth, method)
+                ), (text, truth, method)
 
 
 async def test_a_conversation_reads_and_pays_as_with_verls_own_tool() -> None:
@@ -75,7 +84,11 @@ async def test_a_conversation_reads_and_pays_as_with_verls_own_tool() -> None:
 
 async def test_the_ground_truth_comes_plain_or_nested() -> None:
     tool = Gsm8kTool({}, SCHEMA)
-    for kwargs in ({"ground_truth": "8"}, {"create_kwargs": {"ground_truth": "8"}}, {"ground_truth": 8}):
+    for kwargs in (
+        {"ground_truth": "8"},
+        {"create_kwargs": {"ground_truth": "8"}},
+        {"ground_truth": 8},
+    ):
         instance, response = await tool.create(**kwargs)
         assert response.text is None
         response, step, metrics = await tool.execute(instance, {"answer": "8"})
@@ -88,7 +101,11 @@ async def test_without_a_ground_truth_there_is_no_reward() -> None:
     tool = Gsm8kTool({}, SCHEMA)
     instance, _ = await tool.create()
     response, step, _ = await tool.execute(instance, {"answer": "8"})
-    assert (response.text, step, await tool.calc_reward(instance)) == ("Current parsed answer='8'", None, None)
+    assert (response.text, step, await tool.calc_reward(instance)) == (
+        "Current parsed answer='8'",
+        None,
+        None,
+    )
 
 
 async def test_strict_reads_only_a_marked_answer() -> None:

@@ -26,7 +26,11 @@ from tools.registry import load_tools
 from tools.toolset import ToolSet
 
 SERVER = str(Path(__file__).with_name("mcp_server.py"))
-EXAMPLE = {"command": "python", "args": ["-P", "-m", "tools.servers.mcp_example"], "env": {"PYTHONPATH": "${ROOT}"}}
+EXAMPLE = {
+    "command": "python",
+    "args": ["-P", "-m", "tools.servers.mcp_example"],
+    "env": {"PYTHONPATH": "${ROOT}"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,9 @@ class Server:
         """Over HTTP the server is ours to start, again on the same port if it was there before."""
         environment = {**os.environ, "PORT": str(self._port)}
         command = [sys.executable, SERVER, self.kind, str(self.log)]
-        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        self._child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
         assert self._child.stdout
         self._port = int(self._child.stdout.readline())
 
@@ -121,26 +127,37 @@ async def asked(tools: ToolSet, name: str, text: Any = "") -> str:
 
 def children() -> list[int]:
     """Servers that tools started, not the test."""
-    return [child.pid for child in psutil.Process().children(recursive=True) if {SERVER, "stdio"} <= set(child.cmdline())]
+    return [
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if {SERVER, "stdio"} <= set(child.cmdline())
+    ]
 
 
 async def killed(pid: int) -> None:
     """Returns when the process is gone and our loop has had the time to see its pipes end."""
     os.kill(pid, signal.SIGKILL)
-    await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    await until(
+        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    )
     await asyncio.sleep(0.2)
 
 
 # ---------------------------------------------------------------------- what is offered
 
 
-def test_every_page_is_listed_and_schemas_reach_the_prompt_as_the_server_says_them(either: Server, load: Any) -> None:
+def test_every_page_is_listed_and_schemas_reach_the_prompt_as_the_server_says_them(
+    either: Server, load: Any
+) -> None:
     tools = load(either.mcp)
     assert list(tools) == ["schema", *misbehaving.NAMES]
     function = {"name": "schema", "description": "The schema.", "parameters": misbehaving.SCHEMA}
     assert tools.schemas[0] == {"type": "function", "function": function}
     template = hermes_template()
-    prompt = "".join(template.decode(ids) for _, ids in template.prompt([{"role": "user", "content": "?"}], tools.schemas[:1]))
+    prompt = "".join(
+        template.decode(ids)
+        for _, ids in template.prompt([{"role": "user", "content": "?"}], tools.schemas[:1])
+    )
     assert json.dumps(tools.schemas[0], ensure_ascii=False) in prompt
     assert tools["schema"].validate({"either": {"x": 1}, "mode": 3}) != []
     assert tools["schema"].validate({"either": {"x": 1, "y": 2}, "mode": None, "größe": 0.5}) == []
@@ -169,16 +186,22 @@ def test_verls_form_reads_the_servers_of_a_json_file(stdio: Server, tmp_path: Pa
 def test_verls_tool_selected_list_filters(tmp_path: Path) -> None:
     (tmp_path / "servers.json").write_text(json.dumps({"mcpServers": {"example": EXAMPLE}}))
     mcp = {"mcp_servers_config_path": "servers.json", "tool_selected_list": ["convert"]}
-    (tmp_path / "tools.yaml").write_text(yaml.safe_dump([{"class_name": "tools.mcp.McpTool", "config": {"type": "mcp"}, "mcp": mcp}]))
+    (tmp_path / "tools.yaml").write_text(
+        yaml.safe_dump([{"class_name": "tools.mcp.McpTool", "config": {"type": "mcp"}, "mcp": mcp}])
+    )
     assert list(load_tools(tmp_path / "tools.yaml")) == ["convert"]
 
 
-async def test_a_subclass_shows_results_its_own_way(stdio: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_subclass_shows_results_its_own_way(
+    stdio: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_mcp.py").write_text(
         "from tools.mcp import McpTool\nclass Loud(McpTool):\n    def shown(self, result): return super().shown(result).upper()\n"
     )
-    (tmp_path / "tools.yaml").write_text(yaml.safe_dump([{"class_name": "my_mcp.Loud", "mcp": stdio.mcp}]))
+    (tmp_path / "tools.yaml").write_text(
+        yaml.safe_dump([{"class_name": "my_mcp.Loud", "mcp": stdio.mcp}])
+    )
     tools = load_tools(tmp_path / "tools.yaml")
     try:
         assert await ask(tools, "echo", "quiet") == "QUIET"
@@ -187,7 +210,9 @@ async def test_a_subclass_shows_results_its_own_way(stdio: Server, tmp_path: Pat
 
 
 def test_two_tools_of_one_name_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "tools.yaml").write_text(yaml.safe_dump([{"mcp": EXAMPLE}, {"mcp": {**EXAMPLE, "tools": ["clock"]}}]))
+    (tmp_path / "tools.yaml").write_text(
+        yaml.safe_dump([{"mcp": EXAMPLE}, {"mcp": {**EXAMPLE, "tools": ["clock"]}}])
+    )
     with pytest.raises(ToolConfigError, match="two tools are named 'clock'"):
         load_tools(tmp_path / "tools.yaml")
 
@@ -199,34 +224,59 @@ async def test_a_config_loads_where_a_loop_runs_already(load: Any) -> None:
 REFUSED: list[tuple[Any, str]] = [
     ("x", "mcp must be a mapping with command or url, got str"),
     ({"tools": ["a"]}, "mcp needs either command (a server to start) or url (a server to reach)"),
-    ({"command": "a", "url": "http://b"}, "mcp needs either command (a server to start) or url (a server to reach)"),
+    (
+        {"command": "a", "url": "http://b"},
+        "mcp needs either command (a server to start) or url (a server to reach)",
+    ),
     ({"comand": "a"}, "mcp has no key 'comand'; did you mean 'command'?"),
     ({"url": "ftp://b"}, "mcp.url must be an http(s) address, got 'ftp://b'"),
     ({"url": "http://[b"}, "mcp.url must be an http(s) address, got 'http://[b'"),
     ({"url": "http://"}, "mcp.url must be an http(s) address, got 'http://'"),
     ({"command": "a", "tools": []}, "mcp.tools: List should have at least 1 item"),
     ({"command": "a", "args": "b"}, "mcp.args: Input should be a valid list, got 'b'"),
-    ({"command": "a", "start_timeout_s": 0}, "mcp.start_timeout_s: Input should be greater than 0, got 0"),
+    (
+        {"command": "a", "start_timeout_s": 0},
+        "mcp.start_timeout_s: Input should be greater than 0, got 0",
+    ),
     ({"command": "a", "cwd": "/no/such"}, "mcp.cwd: there is no folder /no/such"),
-    ({"command": "a", "env": {"KEY": "${NO_SUCH_KEY}"}}, "mcp.env.KEY: the environment has no variable NO_SUCH_KEY"),
-    ({"mcp_servers_config_path": "no.json"}, "there is no no.json, neither here nor beside the tool config"),
+    (
+        {"command": "a", "env": {"KEY": "${NO_SUCH_KEY}"}},
+        "mcp.env.KEY: the environment has no variable NO_SUCH_KEY",
+    ),
+    (
+        {"mcp_servers_config_path": "no.json"},
+        "there is no no.json, neither here nor beside the tool config",
+    ),
     ({"command": "true"}, "the MCP server `true` could not be reached: it ended"),
     ({"command": "cat"}, "the MCP server `cat` could not be reached: Invalid request parameters"),
-    ({"command": "no-such-command"}, "the MCP server `no-such-command` could not be reached: FileNotFoundError"),
+    (
+        {"command": "no-such-command"},
+        "the MCP server `no-such-command` could not be reached: FileNotFoundError",
+    ),
     (
         {"command": "python", "args": ["-c", "import nothing_like_it"]},
         "its last words: ModuleNotFoundError: No module named 'nothing_like_it'",
     ),
-    ({"command": "sleep", "args": [60], "start_timeout_s": 0.2}, "`sleep 60` could not be reached: no answer within 0.2 s"),
-    ({"url": "http://me:secret@127.0.0.1:9/mcp?key=1"}, "the MCP server at http://127.0.0.1:9/mcp could not be reached: ConnectError"),
+    (
+        {"command": "sleep", "args": [60], "start_timeout_s": 0.2},
+        "`sleep 60` could not be reached: no answer within 0.2 s",
+    ),
+    (
+        {"url": "http://me:secret@127.0.0.1:9/mcp?key=1"},
+        "the MCP server at http://127.0.0.1:9/mcp could not be reached: ConnectError",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("mcp", "says"), REFUSED, ids=[says[:45] for _, says in REFUSED])
-def test_a_mistake_is_one_line(load: Any, mcp: Any, says: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mistake_is_one_line(
+    load: Any, mcp: Any, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ToolConfigError) as raised:
         load(mcp)
-    assert [each for each in caplog.records if each.name != "asyncio"] == []  # the SDK has nothing to add
+    assert [
+        each for each in caplog.records if each.name != "asyncio"
+    ] == []  # the SDK has nothing to add
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
@@ -235,14 +285,31 @@ def test_a_mistake_is_one_line(load: Any, mcp: Any, says: str, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ({"class_name": "tools.mcp.McpTool", "tool_schema": {"function": {"name": "x"}}}, "the entry has no mcp:"),
-        ({"class_name": "verl.tools.mcp_base_tool.MCPBaseTool", "config": {"type": "mcp"}}, "but the entry has no mcp:"),
-        ({"class_name": "tools.gsm8k.Gsm8kTool", "mcp": EXAMPLE}, "a class for mcp derives from tools.mcp.McpTool"),
-        ({"mcp": EXAMPLE, "tool_schema": {"function": {"name": "x"}}}, "tool_schema has no place beside mcp"),
-        ({"mcp": EXAMPLE, "config": {"timeot": 3}}, "config has no key 'timeot'; did you mean 'timeout'?"),
+        (
+            {"class_name": "tools.mcp.McpTool", "tool_schema": {"function": {"name": "x"}}},
+            "the entry has no mcp:",
+        ),
+        (
+            {"class_name": "verl.tools.mcp_base_tool.MCPBaseTool", "config": {"type": "mcp"}},
+            "but the entry has no mcp:",
+        ),
+        (
+            {"class_name": "tools.gsm8k.Gsm8kTool", "mcp": EXAMPLE},
+            "a class for mcp derives from tools.mcp.McpTool",
+        ),
+        (
+            {"mcp": EXAMPLE, "tool_schema": {"function": {"name": "x"}}},
+            "tool_schema has no place beside mcp",
+        ),
+        (
+            {"mcp": EXAMPLE, "config": {"timeot": 3}},
+            "config has no key 'timeot'; did you mean 'timeout'?",
+        ),
     ],
 )
-def test_a_mistake_in_the_entry_is_one_line(tmp_path: Path, entry: dict[str, Any], says: str) -> None:
+def test_a_mistake_in_the_entry_is_one_line(
+    tmp_path: Path, entry: dict[str, Any], says: str
+) -> None:
     (tmp_path / "tools.yaml").write_text(yaml.safe_dump([entry]))
     with pytest.raises(ToolConfigError) as raised:
         load_tools(tmp_path / "tools.yaml")
@@ -264,11 +331,16 @@ async def test_answers(server: Server, load: Any) -> None:
         assert await ask(tools, "nothing") == ""
         assert await asked(tools, "error") == "ToolError: it did not work"
         assert await asked(tools, "raise", 7) == "ToolError: Error: no: 7"
-        assert await asked(tools, "echo", float("nan")) == "ToolError: Error: nan is no number in JSON"
+        assert (
+            await asked(tools, "echo", float("nan")) == "ToolError: Error: nan is no number in JSON"
+        )
         nested: Any = 0
         for _ in range(5000):
             nested = [nested]
-        assert await asked(tools, "echo", nested) == "ToolError: Error: the arguments are nested too deeply"
+        assert (
+            await asked(tools, "echo", nested)
+            == "ToolError: Error: the arguments are nested too deeply"
+        )
         for _ in range(4945):
             nested = nested[0]
         assert await ask(tools, "echo", nested) == str(nested)
@@ -285,7 +357,9 @@ async def test_calls_at_once_get_each_its_own_answer(either: Server, load: Any) 
         await tools.close()
 
 
-async def test_what_a_server_prints_beside_the_protocol_harms_nobody(stdio: Server, load: Any, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_what_a_server_prints_beside_the_protocol_harms_nobody(
+    stdio: Server, load: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     tools = load(stdio.mcp)
     try:
         assert await ask(tools, "garbage", "still here") == "still here"
@@ -311,7 +385,9 @@ async def test_a_started_server_gets_little_of_our_environment(
 # ---------------------------------------------------------------------- servers that die, calls that are cancelled
 
 
-async def test_a_death_ends_what_is_in_flight_and_the_next_call_meets_the_server_again(server: Server, load: Any) -> None:
+async def test_a_death_ends_what_is_in_flight_and_the_next_call_meets_the_server_again(
+    server: Server, load: Any
+) -> None:
     tools = load(server.mcp)
     try:
         await tools.start()
@@ -338,9 +414,13 @@ async def test_an_idle_death_is_not_even_noticed(stdio: Server, load: Any) -> No
         await tools.close()
 
 
-async def test_a_server_that_stays_away_is_not_started_at_each_call(stdio: Server, load: Any, tmp_path: Path) -> None:
+async def test_a_server_that_stays_away_is_not_started_at_each_call(
+    stdio: Server, load: Any, tmp_path: Path
+) -> None:
     script = tmp_path / "starts.sh"
-    script.write_text(f'#!/bin/sh\necho start >> {tmp_path}/starts\n[ -e {tmp_path}/broken ] && exit 3\nexec "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\necho start >> {tmp_path}/starts\n[ -e {tmp_path}/broken ] && exit 3\nexec "$@"\n'
+    )
     script.chmod(0o755)
     tools = load({"command": str(script), "args": [sys.executable, *stdio.mcp["args"]]})
     try:
@@ -357,7 +437,9 @@ async def test_a_server_that_stays_away_is_not_started_at_each_call(stdio: Serve
         await tools.close()
 
 
-async def test_a_cancelled_call_is_told_to_the_server_and_leaves_the_others_alone(server: Server, load: Any) -> None:
+async def test_a_cancelled_call_is_told_to_the_server_and_leaves_the_others_alone(
+    server: Server, load: Any
+) -> None:
     tools = load(server.mcp)
     try:
         other = asyncio.create_task(ask(tools, "slow", 0.5))
@@ -377,7 +459,12 @@ async def test_through_the_dispatcher_each_end_has_its_status(either: Server, lo
     tools = load(either.mcp, timeout_s=3)
     await tools.start()
     conversation = await conversation_of(tools)
-    calls = [made("echo", {"text": "a"}), made("hang", {}), made("error", {}), made("schema", {"either": "long"})]
+    calls = [
+        made("echo", {"text": "a"}),
+        made("hang", {}),
+        made("error", {}),
+        made("schema", {"either": "long"}),
+    ]
     lines = ledger_lines([*calls, made("die", {})], 0)
     try:
         await conversation.run(calls, lines[:4])
@@ -385,8 +472,18 @@ async def test_through_the_dispatcher_each_end_has_its_status(either: Server, lo
         await conversation.release()
     finally:
         await tools.close()
-    assert [line.status for line in lines] == ["ok", "timeout", "tool_error", "invalid_arguments", "backend_error"]
-    assert [line.response for line in lines[:3]] == ["a", "Error: hang did not answer within 3 s", "it did not work"]
+    assert [line.status for line in lines] == [
+        "ok",
+        "timeout",
+        "tool_error",
+        "invalid_arguments",
+        "backend_error",
+    ]
+    assert [line.response for line in lines[:3]] == [
+        "a",
+        "Error: hang did not answer within 3 s",
+        "it did not work",
+    ]
     assert "dying" not in str(lines[4].response)
 
 
@@ -398,7 +495,9 @@ def made(name: str, arguments: dict[str, Any]) -> ToolCall:
 
 
 async def conversation_of(tools: ToolSet) -> ConversationTools:
-    dispatcher = Dispatcher(tools, max_parallel_calls=16, cut=lambda text, limit=None, side=None: None)
+    dispatcher = Dispatcher(
+        tools, max_parallel_calls=16, cut=lambda text, limit=None, side=None: None
+    )
     conversation = ConversationTools(dispatcher, {}, None)
     await conversation.create()
     assert conversation.failure is None
@@ -434,7 +533,9 @@ async def test_a_trajectory_has_the_state_of_the_server_to_itself_where_it_asks_
     assert children() == []
 
 
-async def test_lost_state_is_said_before_the_server_is_started_again(stdio: Server, load: Any) -> None:
+async def test_lost_state_is_said_before_the_server_is_started_again(
+    stdio: Server, load: Any
+) -> None:
     tools = load({**stdio.mcp, "tools": ["add", "count", "environment"], "per_trajectory": True})
     try:
         conversation = await conversation_of(tools)
@@ -493,7 +594,9 @@ async def main():
 asyncio.run(main())
 """
     environment = {**os.environ, "PYTHONPATH": os.environ["ROOT"]}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    ) as child:
         assert child.stdout
         pid = json.loads(child.stdout.readline())[2]
         child.kill()
@@ -501,7 +604,9 @@ asyncio.run(main())
     assert not psutil.pid_exists(pid)
 
 
-async def test_a_log_keeps_what_a_server_writes_to_stderr(stdio: Server, load: Any, tmp_path: Path) -> None:
+async def test_a_log_keeps_what_a_server_writes_to_stderr(
+    stdio: Server, load: Any, tmp_path: Path
+) -> None:
     tools = load({**stdio.mcp, "log": str(tmp_path / "server.log")})
     assert await asked(tools, "die") == "BackendError"
     await tools.close()

@@ -16,7 +16,12 @@ from tools.mcp_client import Connection, ConnectionLostError, Link, NotSentError
 from tools.mcp_config import McpServerConfig
 
 
-def http(body: bytes, content_type: str = "application/json", status: str = "200 OK", length: int | None = None) -> bytes:
+def http(
+    body: bytes,
+    content_type: str = "application/json",
+    status: str = "200 OK",
+    length: int | None = None,
+) -> bytes:
     head = f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body) if length is None else length}\r\n\r\n"
     return head.encode() + body
 
@@ -38,7 +43,11 @@ ANSWERS: dict[str, Any] = {
     "json": lambda i: http(said(i, "fine")),
     "events": lambda i: http(event(said(i, "fine")), EVENTS),
     "slow": lambda i: http(said(i, "slow but fine")),
-    "error": lambda i: http(json.dumps({"jsonrpc": "2.0", "id": i, "error": {"code": -32602, "message": "wrong"}}).encode()),
+    "error": lambda i: http(
+        json.dumps(
+            {"jsonrpc": "2.0", "id": i, "error": {"code": -32602, "message": "wrong"}}
+        ).encode()
+    ),
     "500": lambda i: http(b"oh no", "text/plain", "500 Internal Server Error"),
     "401": lambda i: http(b"{}", status="401 Unauthorized"),
     "404": lambda i: http(b"", status="404 Not Found"),
@@ -67,12 +76,26 @@ class Backend:
         try:
             while (line := await reader.readline()).strip():
                 headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = next((int(text.split(":")[1]) for text in headers.splitlines() if text.startswith("content-length")), 0)
+                length = next(
+                    (
+                        int(text.split(":")[1])
+                        for text in headers.splitlines()
+                        if text.startswith("content-length")
+                    ),
+                    0,
+                )
                 body = await reader.readexactly(length)
-                answer = await self.answer(json.loads(body)) if line.startswith(b"POST") else http(b"", status="405 Method Not Allowed")
+                answer = (
+                    await self.answer(json.loads(body))
+                    if line.startswith(b"POST")
+                    else http(b"", status="405 Method Not Allowed")
+                )
                 writer.write(answer)
                 await writer.drain()
-                if not answer.startswith(b"HTTP/1.1 200 OK") or b"content-length: 1000\r\n" in answer:
+                if (
+                    not answer.startswith(b"HTTP/1.1 200 OK")
+                    or b"content-length: 1000\r\n" in answer
+                ):
                     break
         finally:
             writer.close()
@@ -81,8 +104,14 @@ class Backend:
         request_id, method = message.get("id"), message["method"]
         if method == "initialize":
             self.sessions += 1
-            info = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}
-            return http(result(request_id, info)).replace(b"\r\n\r\n", f"\r\nmcp-session-id: {self.sessions}\r\n\r\n".encode(), 1)
+            info = {
+                "protocolVersion": "2025-06-18",
+                "capabilities": {},
+                "serverInfo": {"name": "x", "version": "1"},
+            }
+            return http(result(request_id, info)).replace(
+                b"\r\n\r\n", f"\r\nmcp-session-id: {self.sessions}\r\n\r\n".encode(), 1
+            )
         if request_id is None:
             return http(b"", status="202 Accepted")
         name = message["params"]["name"]
@@ -136,7 +165,9 @@ async def outcome(link: Link, name: str) -> str:
         ("no result", "answered what is not MCP"),
     ],
 )
-async def test_a_call_is_answered_and_the_others_live_on(backend: Backend, link: Link, name: str, says: str) -> None:
+async def test_a_call_is_answered_and_the_others_live_on(
+    backend: Backend, link: Link, name: str, says: str
+) -> None:
     async with asyncio.timeout(30):
         beside = asyncio.create_task(outcome(link, "slow"))
         found = await outcome(link, name)
@@ -147,13 +178,17 @@ async def test_a_call_is_answered_and_the_others_live_on(backend: Backend, link:
     assert backend.sessions == 1
 
 
-async def test_a_server_that_forgot_the_session_is_given_a_new_one(backend: Backend, link: Link) -> None:
+async def test_a_server_that_forgot_the_session_is_given_a_new_one(
+    backend: Backend, link: Link
+) -> None:
     assert await outcome(link, "json") == "fine"
     assert "has been started anew" in await outcome(link, "404")
     assert backend.sessions == 2
 
 
-async def test_what_is_in_flight_when_the_connection_closes_is_lost_and_what_comes_after_is_not_sent(backend: Backend) -> None:
+async def test_what_is_in_flight_when_the_connection_closes_is_lost_and_what_comes_after_is_not_sent(
+    backend: Backend,
+) -> None:
     with tempfile.TemporaryFile("a+") as log:
         connection = await Connection.open(McpServerConfig(url=backend.url), log, read_timeout_s=60)
         calling = asyncio.create_task(connection.call("slow", {}))

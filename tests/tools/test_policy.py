@@ -15,7 +15,10 @@ from tools.sandbox import SandboxFusionTool
 from tools.search import SearchTool
 from tools.toolset import loaded_tool
 
-SCHEMA: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object"}},
+}
 
 FULL: dict[str, Any] = {
     "ends_conversation": True,
@@ -53,7 +56,10 @@ def test_every_key_is_read() -> None:
     )
 
 
-@pytest.mark.parametrize("config", [{}, dict.fromkeys(("rate_limit", "max_response_tokens", "response_side", "circuit_breaker"))])
+@pytest.mark.parametrize(
+    "config",
+    [{}, dict.fromkeys(("rate_limit", "max_response_tokens", "response_side", "circuit_breaker"))],
+)
 def test_without_them_nothing_is_limited_but_time(config: dict[str, Any]) -> None:
     assert dataclasses.asdict(policy_of(config)) == {
         "timeout_s": 60.0, "max_concurrency": None, "rate_limit": None, "retries": 0,
@@ -105,20 +111,41 @@ def test_a_decorated_function_takes_them_as_keywords() -> None:
         return ""
 
     policy = loaded_tool(look).policy
-    assert (policy.rate_limit, policy.retries, policy.circuit_breaker) == (2.0, 1, BreakerPolicy(3, 30.0))
+    assert (policy.rate_limit, policy.retries, policy.circuit_breaker) == (
+        2.0,
+        1,
+        BreakerPolicy(3, 30.0),
+    )
 
 
-@pytest.mark.parametrize("config", [{"num_workers": 10, "enable_global_rate_limit": True, "rate_limit": 10}, {"rate_limit": "any"}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_workers": 10, "enable_global_rate_limit": True, "rate_limit": 10},
+        {"rate_limit": "any"},
+    ],
+)
 def test_the_rate_limit_of_verls_classes_is_their_own(config: dict[str, Any]) -> None:
     """There it is a number of calls at a time, by a semaphore that the class brings itself."""
     assert read_policy(config, object(), verl=True).rate_limit is None
 
 
 @pytest.mark.parametrize(("on", "rate"), [(True, 10.0), (False, None)])
-@pytest.mark.parametrize(("tool_class", "url"), [(SandboxFusionTool, "sandbox_fusion_url"), (SearchTool, "retrieval_service_url")])
-def test_verls_own_files_load(tool_class: type[BaseTool], url: str, on: bool, rate: float | None) -> None:
+@pytest.mark.parametrize(
+    ("tool_class", "url"),
+    [(SandboxFusionTool, "sandbox_fusion_url"), (SearchTool, "retrieval_service_url")],
+)
+def test_verls_own_files_load(
+    tool_class: type[BaseTool], url: str, on: bool, rate: float | None
+) -> None:
     """As in its examples; with our classes the rate is one."""
-    config = {url: "http://127.0.0.1:8000", "num_workers": 10, "enable_global_rate_limit": on, "rate_limit": 10, "type": "native"}
+    config = {
+        url: "http://127.0.0.1:8000",
+        "num_workers": 10,
+        "enable_global_rate_limit": on,
+        "rate_limit": 10,
+        "type": "native",
+    }
     policy = policy_of(config, tool_class)
     assert (policy.max_concurrency, policy.rate_limit) == (10, rate)
 
@@ -131,24 +158,63 @@ def test_the_sides_are_those_of_the_cut() -> None:
     ("config", "said"),
     [
         ({"rate_limit": 0}, "config.rate_limit must be a number above 0 and at most 1e+06, got 0"),
-        ({"rate_limit": "10/s"}, "config.rate_limit must be a number above 0 and at most 1e+06, got '10/s'"),
-        ({"rate_limit": 10**400}, "config.rate_limit must be a number above 0 and at most 1e+06, got 1000"),
+        (
+            {"rate_limit": "10/s"},
+            "config.rate_limit must be a number above 0 and at most 1e+06, got '10/s'",
+        ),
+        (
+            {"rate_limit": 10**400},
+            "config.rate_limit must be a number above 0 and at most 1e+06, got 1000",
+        ),
         ({"timeout_s": float("inf")}, "config.timeout_s must be a number above 0, got inf"),
         ({"timeout_s": True}, "config.timeout_s must be a number above 0, got True"),
         ({"max_concurrency": 0}, "config.max_concurrency must be a whole number above 0, got 0"),
         ({"num_workers": 1.5}, "config.num_workers must be a whole number above 0, got 1.5"),
         ({"idempotent": 1}, "config.idempotent must be true or false, got 1"),
-        ({"retries": 2}, "config.retries needs idempotent: true; a call that failed may have taken effect, and would again"),
-        ({"retries": 11, "idempotent": True}, "config.retries must be a whole number from 0 to 10, got 11"),
-        ({"retries": -1, "idempotent": True}, "config.retries must be a whole number from 0 to 10, got -1"),
-        ({"retries": None, "idempotent": True}, "config.retries must be a whole number from 0 to 10, got None"),
-        ({"max_response_tokens": 0}, "config.max_response_tokens must be a whole number above 0, got 0"),
-        ({"response_side": "top"}, "config.response_side must be one of left, middle, right, got 'top'"),
-        ({"response_side": ["left"]}, "config.response_side must be one of left, middle, right, got ['left']"),
-        ({"circuit_breaker": 5}, "config.circuit_breaker must be a mapping with failures and cooldown_s, got 5"),
-        ({"circuit_breaker": {"failure": 5}}, "config.circuit_breaker has no key 'failure'; did you mean 'failures'?"),
-        ({"circuit_breaker": {"failures": 0}}, "config.circuit_breaker.failures must be a whole number above 0, got 0"),
-        ({"circuit_breaker": {"cooldown_s": -1}}, "config.circuit_breaker.cooldown_s must be a number above 0, got -1"),
+        (
+            {"retries": 2},
+            "config.retries needs idempotent: true; a call that failed may have taken effect, and would again",
+        ),
+        (
+            {"retries": 11, "idempotent": True},
+            "config.retries must be a whole number from 0 to 10, got 11",
+        ),
+        (
+            {"retries": -1, "idempotent": True},
+            "config.retries must be a whole number from 0 to 10, got -1",
+        ),
+        (
+            {"retries": None, "idempotent": True},
+            "config.retries must be a whole number from 0 to 10, got None",
+        ),
+        (
+            {"max_response_tokens": 0},
+            "config.max_response_tokens must be a whole number above 0, got 0",
+        ),
+        (
+            {"response_side": "top"},
+            "config.response_side must be one of left, middle, right, got 'top'",
+        ),
+        (
+            {"response_side": ["left"]},
+            "config.response_side must be one of left, middle, right, got ['left']",
+        ),
+        (
+            {"circuit_breaker": 5},
+            "config.circuit_breaker must be a mapping with failures and cooldown_s, got 5",
+        ),
+        (
+            {"circuit_breaker": {"failure": 5}},
+            "config.circuit_breaker has no key 'failure'; did you mean 'failures'?",
+        ),
+        (
+            {"circuit_breaker": {"failures": 0}},
+            "config.circuit_breaker.failures must be a whole number above 0, got 0",
+        ),
+        (
+            {"circuit_breaker": {"cooldown_s": -1}},
+            "config.circuit_breaker.cooldown_s must be a number above 0, got -1",
+        ),
         ({"retry": 1}, "config has no key 'retry'; did you mean 'retries'?"),
         ({"rate_limits": 1}, "config has no key 'rate_limits'; did you mean 'rate_limit'?"),
     ],

@@ -29,7 +29,11 @@ ANSWER: dict[str, Any] = {
     "function": {
         "name": "calculate_answer",
         "description": "Submit the answer.",
-        "parameters": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"answer": {"type": "string"}},
+            "required": ["answer"],
+        },
     },
 }
 NESTED: dict[str, Any] = {
@@ -40,10 +44,18 @@ NESTED: dict[str, Any] = {
         "parameters": {
             "type": "object",
             "properties": {
-                "points": {"type": "array", "items": {"type": "array", "items": {"type": "number"}, "minItems": 2}, "default": []},
+                "points": {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "number"}, "minItems": 2},
+                    "default": [],
+                },
                 "mode": {"enum": [1, "two", None]},
                 "either": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "integer"}]},
-                "deep": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+                "deep": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                },
             },
             "required": ["points"],
         },
@@ -58,18 +70,25 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def write_yaml(document: Any) -> Path:
         path = tmp_path / "tools.yaml"
-        path.write_text(document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False))
+        path.write_text(
+            document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False)
+        )
         return path
 
     return write_yaml
 
 
-def entry(schema: dict[str, Any] = ANSWER, cls: str = "tools.gsm8k.Gsm8kTool", **config: Any) -> dict[str, Any]:
+def entry(
+    schema: dict[str, Any] = ANSWER, cls: str = "tools.gsm8k.Gsm8kTool", **config: Any
+) -> dict[str, Any]:
     return {"class_name": cls, "config": config, "tool_schema": schema}
 
 
 def schema_with(**parameters: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "f", "description": "", "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": "f", "description": "", "parameters": parameters},
+    }
 
 
 # -- what loads ----------------------------------------------------------------------------------------------------------
@@ -93,10 +112,20 @@ def test_schemas_stay_lossless_and_belong_to_nobody_else(write: Any) -> None:
 
 
 def test_limits_are_read_from_config(write: Any) -> None:
-    loaded = load_tools(write([entry(), entry(NESTED, ends_conversation=True, timeout_s=2, max_concurrency=3)]))
+    loaded = load_tools(
+        write([entry(), entry(NESTED, ends_conversation=True, timeout_s=2, max_concurrency=3)])
+    )
     default, given = loaded["calculate_answer"], loaded["nested"]
-    assert (default.ends_conversation, default.policy.timeout_s, default.policy.max_concurrency) == (False, 60.0, None)
-    assert (given.ends_conversation, given.policy.timeout_s, given.policy.max_concurrency) == (True, 2.0, 3)
+    assert (
+        default.ends_conversation,
+        default.policy.timeout_s,
+        default.policy.max_concurrency,
+    ) == (False, 60.0, None)
+    assert (given.ends_conversation, given.policy.timeout_s, given.policy.max_concurrency) == (
+        True,
+        2.0,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +133,10 @@ def test_limits_are_read_from_config(write: Any) -> None:
     [
         ({"points": [[1, 2]], "mode": None, "either": "abc", "deep": {"name": "x"}}, []),
         ({}, ['arguments: "points" is a required property']),
-        ({"points": [[1, "2"]], "mode": 2}, ['mode: 2 is not one of [1, "two", null]', 'points.0.1: "2" is not of type "number"']),
+        (
+            {"points": [[1, "2"]], "mode": 2},
+            ['mode: 2 is not one of [1, "two", null]', 'points.0.1: "2" is not of type "number"'],
+        ),
         ({"points": [], "deep": {}}, ['deep: "name" is a required property']),
         (
             {"points": [], "either": "long"},
@@ -116,7 +148,9 @@ def test_limits_are_read_from_config(write: Any) -> None:
         ([], ['arguments: [] is not of type "object"']),
     ],
 )
-def test_wrong_arguments_are_answered_with_field_and_reason(write: Any, arguments: Any, errors: list[str]) -> None:
+def test_wrong_arguments_are_answered_with_field_and_reason(
+    write: Any, arguments: Any, errors: list[str]
+) -> None:
     assert load_tools(write([entry(NESTED)]))["nested"].validate(arguments) == errors
 
 
@@ -128,7 +162,9 @@ def test_an_error_about_a_huge_argument_is_short(write: Any) -> None:
 
 
 def test_arguments_as_deep_as_a_json_parser_reads_them_are_checked(write: Any) -> None:
-    loaded = load_tools(write([entry(schema_with(type="object", additionalProperties={"$ref": "#"}))]))["f"]
+    loaded = load_tools(
+        write([entry(schema_with(type="object", additionalProperties={"$ref": "#"}))])
+    )["f"]
     arguments: Any = 7
     for _ in range(5000):
         arguments = {"a": arguments}
@@ -140,20 +176,35 @@ def test_no_pattern_takes_for_ever(write: Any) -> None:
     """A regular expression that backtracks without end would stop everybody: there is a limit to it."""
     slow = {"plain": {"pattern": "^(a+)+$"}, "back": {"pattern": "^(?:(a+)\\1?)+(?=c)$"}}
     loaded = load_tools(write([entry(schema_with(type="object", properties=slow))]))["f"]
-    assert loaded.validate({"back": "a" * 5000 + "b"}) == ["back: Error executing regex: Max limit for backtracking count exceeded"]
-    assert loaded.validate({"plain": "a" * 100 + "b"}) == [f'plain: "{"a" * 100}b" does not match "^(a+)+$"']
+    assert loaded.validate({"back": "a" * 5000 + "b"}) == [
+        "back: Error executing regex: Max limit for backtracking count exceeded"
+    ]
+    assert loaded.validate({"plain": "a" * 100 + "b"}) == [
+        f'plain: "{"a" * 100}b" does not match "^(a+)+$"'
+    ]
 
 
-async def test_verls_own_tool_runs_unchanged(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_verls_own_tool_runs_unchanged(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("verl.tools.gsm8k_tool")
-    schema = {**ANSWER, "function": {**ANSWER["function"], "parameters": NESTED["function"]["parameters"]}}
-    loaded = load_tools(write({"tools": [entry(schema, "verl.tools.gsm8k_tool.Gsm8kTool", type="native")]}))["calculate_answer"]
+    schema = {
+        **ANSWER,
+        "function": {**ANSWER["function"], "parameters": NESTED["function"]["parameters"]},
+    }
+    loaded = load_tools(
+        write({"tools": [entry(schema, "verl.tools.gsm8k_tool.Gsm8kTool", type="native")]})
+    )["calculate_answer"]
     assert type(loaded.tool).__module__ == "verl.tools.gsm8k_tool"
     assert loaded.schema == schema
     assert capsys.readouterr().out == ""
     instance, response = await loaded.tool.create("t", **loaded.create_kwargs({}, ground_truth="7"))
     response, step, _ = await loaded.tool.execute(instance, {"answer": "7"})
-    assert (response.text, step, await loaded.tool.calc_reward(instance)) == ("Current parsed answer='7' reward=1.0", 0.0, 1.0)
+    assert (response.text, step, await loaded.tool.calc_reward(instance)) == (
+        "Current parsed answer='7' reward=1.0",
+        0.0,
+        1.0,
+    )
     await loaded.tool.release(instance)
 
 
@@ -161,11 +212,17 @@ async def test_verls_own_tool_runs_unchanged(write: Any, capsys: pytest.CaptureF
     ("module", "cls", "truth"),
     [("verl.tools.gsm8k_tool", "Gsm8kTool", "7"), ("verl.tools.geo3k_tool", "Geo3kTool", "$7$")],
 )
-async def test_verls_own_tools_run_as_a_conversation_runs_them(write: Any, module: str, cls: str, truth: str) -> None:
+async def test_verls_own_tools_run_as_a_conversation_runs_them(
+    write: Any, module: str, cls: str, truth: str
+) -> None:
     pytest.importorskip(module)
     tools = load_tools(write({"tools": [entry(ANSWER, f"{module}.{cls}", type="native")]}))
-    conversation = ConversationTools(Dispatcher(tools, max_parallel_calls=16, cut=lambda text: None), {}, truth)
-    calls = [ToolCall("calculate_answer", {"answer": answer}, raw="") for answer in ("8", "7", "7", "8")]
+    conversation = ConversationTools(
+        Dispatcher(tools, max_parallel_calls=16, cut=lambda text: None), {}, truth
+    )
+    calls = [
+        ToolCall("calculate_answer", {"answer": answer}, raw="") for answer in ("8", "7", "7", "8")
+    ]
     lines = ledger_lines(calls, 0)
     await conversation.create()
     rewards = []
@@ -176,7 +233,10 @@ async def test_verls_own_tools_run_as_a_conversation_runs_them(write: Any, modul
     assert conversation.warnings == []
     assert [line.status for line in lines] == ["ok"] * 4
     assert lines[1].response == "Current parsed answer='7' reward=1.0"
-    assert ([line.reward for line in lines], rewards) == ([-0.05, 0.0, -0.05, -0.05], [0.0, 1.0, 1.0, 0.0])
+    assert ([line.reward for line in lines], rewards) == (
+        [-0.05, 0.0, -0.05, -0.05],
+        [0.0, 1.0, 1.0, 0.0],
+    )
 
 
 def test_a_users_class_and_functions_load_from_beside_the_yaml(write: Any, tmp_path: Path) -> None:
@@ -207,14 +267,21 @@ def test_a_users_class_and_functions_load_from_beside_the_yaml(write: Any, tmp_p
         )
     )
     assert list(loaded) == ["calculate_answer", "decorated", "plain"]
-    assert (loaded["decorated"].policy.timeout_s, loaded["decorated"].ends_conversation) == (7.0, True)
+    assert (loaded["decorated"].policy.timeout_s, loaded["decorated"].ends_conversation) == (
+        7.0,
+        True,
+    )
     assert loaded["decorated"].schema["function"]["description"] == "Doubles."
     assert loaded["calculate_answer"].create_kwargs({"size": 1}, ground_truth="4") == {"size": 1}
-    with pytest.raises(ToolConfigError, match="does not take 'colour' from the row's create_kwargs; it takes size"):
+    with pytest.raises(
+        ToolConfigError, match="does not take 'colour' from the row's create_kwargs; it takes size"
+    ):
         loaded["calculate_answer"].create_kwargs({"colour": 1})
 
 
-async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(write: Any, tmp_path: Path) -> None:
+async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(
+    write: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("verl.tools.base_tool")
     (tmp_path / "my_verl_tools.py").write_text(
         textwrap.dedent("""
@@ -227,16 +294,22 @@ async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(write: Any, 
         """)
     )
     loaded = load_tools(write([entry(cls="my_verl_tools.Late")]))["calculate_answer"]
-    assert (await loaded.tool.create("t", **loaded.create_kwargs({"ground_truth": "a"}, "b")))[1].text == "aa"
+    assert (await loaded.tool.create("t", **loaded.create_kwargs({"ground_truth": "a"}, "b")))[
+        1
+    ].text == "aa"
 
 
 UNIQUE: dict[str, Any] = {
     "type": "function",
-    "function": {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}},
+    "function": {
+        "name": "f",
+        "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}},
+    },
 }
 VALUES = st.recursive(
     st.sampled_from([None, True, False, 0, 1, 1.0, -0.0, 0.5, "", "a", "1"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
     max_leaves=4,
 )
 
@@ -275,7 +348,9 @@ async def test_a_tool_that_cannot_be_started_is_one_line() -> None:
         async def start(self) -> None:
             raise OSError("no route")
 
-    with pytest.raises(ToolsError, match=r"^tool calculate_answer cannot be started: OSError: no route$"):
+    with pytest.raises(
+        ToolsError, match=r"^tool calculate_answer cannot be started: OSError: no route$"
+    ):
         await ToolSet.from_tools([Broken({}, ANSWER)]).start()
 
 
@@ -298,7 +373,10 @@ async def test_a_set_from_python_objects() -> None:
     assert list(made) == ["double", "undecorated", "calculate_answer", "nested"]
     assert (made.source_text, made["double"].policy.max_concurrency) == ("", 2)
     assert (await made["double"].tool.execute("t", {"x": 2}))[0] == ToolResponse("4")
-    with pytest.raises(ToolsError, match=r"^closing failed: tool calculate_answer: OSError: gone; tool nested: OSError: gone$"):
+    with pytest.raises(
+        ToolsError,
+        match=r"^closing failed: tool calculate_answer: OSError: gone; tool nested: OSError: gone$",
+    ):
         await made.close()
     assert closed == ["calculate_answer", "nested"]
     with pytest.raises(ToolConfigError, match="instance of a tool class"):
@@ -309,35 +387,74 @@ async def test_a_set_from_python_objects() -> None:
 
 REFUSED = [
     (["x"], "entry 0: expected class_name, config and tool_schema, got str"),
-    ([{**entry(), "tool_shema": {}}], "entry 0: no key 'tool_shema' here; did you mean 'tool_schema'?"),
+    (
+        [{**entry(), "tool_shema": {}}],
+        "entry 0: no key 'tool_shema' here; did you mean 'tool_schema'?",
+    ),
     ([{"config": {}}], "expected one of class_name, class_path, function; got none of them"),
-    ([{**entry(), "function": "a:b"}], "expected one of class_name, class_path, function; got class_name, function"),
-    ([entry(cls="tools.gsm8k.Gsm8kTol")], "module tools.gsm8k has no 'Gsm8kTol'; did you mean 'Gsm8kTool'?"),
-    ([entry(cls="tools.gsm8.Gsm8kTool")], "there is no module 'tools.gsm8'; did you mean 'tools.gsm8k.Gsm8kTool'?"),
-    ([{"function": "nowhere:f"}], f"there is no module 'nowhere'; it is not installed, and not in {Path.cwd()} or "),
+    (
+        [{**entry(), "function": "a:b"}],
+        "expected one of class_name, class_path, function; got class_name, function",
+    ),
+    (
+        [entry(cls="tools.gsm8k.Gsm8kTol")],
+        "module tools.gsm8k has no 'Gsm8kTol'; did you mean 'Gsm8kTool'?",
+    ),
+    (
+        [entry(cls="tools.gsm8.Gsm8kTool")],
+        "there is no module 'tools.gsm8'; did you mean 'tools.gsm8k.Gsm8kTool'?",
+    ),
+    (
+        [{"function": "nowhere:f"}],
+        f"there is no module 'nowhere'; it is not installed, and not in {Path.cwd()} or ",
+    ),
     ([entry(cls="Gsm8kTool")], "Gsm8kTool: a class is written package.module.Class"),
     ([entry(cls="tools.gsm8k.grade")], "expected a class, got function"),
     ([entry(cls="fractions.Fraction")], "cannot be made: TypeError"),
-    ([entry(cls="types.SimpleNamespace")], "not a tool class: it has no create, execute, calc_reward, release"),
+    (
+        [entry(cls="types.SimpleNamespace")],
+        "not a tool class: it has no create, execute, calc_reward, release",
+    ),
     ([entry(metod="strict")], "config has no key 'metod'; did you mean 'method'?"),
     ([entry(method="loose")], "config.method must be flexible or strict, got 'loose'"),
     ([entry(timeout_s=0)], "config.timeout_s must be a number above 0, got 0"),
     ([entry(timeout_s=float("nan"))], "config.timeout_s must be a number above 0, got nan"),
-    ([entry(max_concurrency=True)], "config.max_concurrency must be a whole number above 0, got True"),
+    (
+        [entry(max_concurrency=True)],
+        "config.max_concurrency must be a whole number above 0, got True",
+    ),
     ([entry(ends_conversation="yes")], "config.ends_conversation must be true or false, got 'yes'"),
     ([entry(type="mpc")], "config.type 'mpc' is not supported; native and mcp are"),
     (
         [entry(cls="verl.tools.search_tool.SearchTool")],
         "verl.tools.search_tool.SearchTool: it runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema",
     ),
-    ([entry(cls="verl.tools.sandbox_fusion_tools.SandboxFusionTool")], "tools.sandbox.SandboxFusionTool takes the same config"),
-    ([entry(cls="verl.tools.image_zoom_in_tool.ImageZoomInTool")], "answers with images, which are not shown to models here"),
-    ([{**entry(), "config": []}, 1], "entry 1: expected class_name, config and tool_schema, got int"),
+    (
+        [entry(cls="verl.tools.sandbox_fusion_tools.SandboxFusionTool")],
+        "tools.sandbox.SandboxFusionTool takes the same config",
+    ),
+    (
+        [entry(cls="verl.tools.image_zoom_in_tool.ImageZoomInTool")],
+        "answers with images, which are not shown to models here",
+    ),
+    (
+        [{**entry(), "config": []}, 1],
+        "entry 1: expected class_name, config and tool_schema, got int",
+    ),
     ([{**entry(), "config": "x"}], "config must be a mapping, got str"),
     ([{"class_name": "tools.gsm8k.Gsm8kTool"}], "tool_schema is missing"),
-    ([entry({"name": "x"})], "tool_schema must be {type: function, function: {name, description, parameters}}"),
-    ([entry({"function": {"name": ""}})], "tool_schema.function.name must be a non-empty string, got ''"),
-    ([entry({"function": {"name": "f", "description": 5}})], "tool_schema.function.description must be a string, got 5"),
+    (
+        [entry({"name": "x"})],
+        "tool_schema must be {type: function, function: {name, description, parameters}}",
+    ),
+    (
+        [entry({"function": {"name": ""}})],
+        "tool_schema.function.name must be a non-empty string, got ''",
+    ),
+    (
+        [entry({"function": {"name": "f", "description": 5}})],
+        "tool_schema.function.description must be a string, got 5",
+    ),
     (
         [entry({"function": {"name": "f", "parameters": {"type": "string"}}})],
         "tool_schema.function.parameters must be a JSON schema of type object, got type string",
@@ -346,7 +463,10 @@ REFUSED = [
         [entry(schema_with(type="object", properties={"a": {"type": "strin"}}))],
         "tool_schema.function.parameters.properties.a.type is not valid JSON schema",
     ),
-    ([entry(schema_with(properties={"a": {"pattern": "("}}))], "parameters.properties.a.pattern is not valid JSON schema"),
+    (
+        [entry(schema_with(properties={"a": {"pattern": "("}}))],
+        "parameters.properties.a.pattern is not valid JSON schema",
+    ),
     (
         [entry(schema_with(properties={"a": {"$ref": "#/$defs/A"}}))],
         "a $ref points nowhere (Pointer '/$defs/A' does not exist); put what it names under $defs",
@@ -357,7 +477,10 @@ REFUSED = [
     ),
     ([entry(), entry()], "two tools are named 'calculate_answer'"),
     ([{"function": "json.dumps"}], "function must be written module:name"),
-    ([{"function": "json:dump"}], "json:dump: function dump: parameter **kw cannot be given by name"),
+    (
+        [{"function": "json:dump"}],
+        "json:dump: function dump: parameter **kw cannot be given by name",
+    ),
     ({"tool": []}, "the file has no key 'tool'; did you mean 'tools'?"),
     ({"tools": []}, "expected `tools:` over a list of tools"),
     ("tools: [", "not valid YAML (line 1, column 9)"),
@@ -378,23 +501,35 @@ def test_a_mistake_is_one_line_with_file_and_reason(write: Any, document: Any, s
 
 
 def test_an_unknown_name_lists_what_is_shipped() -> None:
-    with pytest.raises(ToolConfigError, match="'gsm8' is not a shipped tool config; did you mean 'gsm8k'"):
+    with pytest.raises(
+        ToolConfigError, match="'gsm8' is not a shipped tool config; did you mean 'gsm8k'"
+    ):
         load_tools("gsm8")
     with pytest.raises(ToolConfigError, match=r"no/such\.yaml: there is no such file"):
         load_tools("no/such.yaml")
 
 
-def test_a_shadowed_folder_of_the_users_is_named(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shadowed_folder_of_the_users_is_named(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "mine.py").write_text("class Thing: ...")
-    with pytest.raises(ToolConfigError, match=r"no module 'tools.mine'; your .*/tools is shadowed by turntrace's own package 'tools'"):
+    with pytest.raises(
+        ToolConfigError,
+        match=r"no module 'tools.mine'; your .*/tools is shadowed by turntrace's own package 'tools'",
+    ):
         load_tools(write([entry(cls="tools.mine.Thing")]))
 
 
-def test_a_module_that_fails_to_import_is_told_apart_from_a_missing_one(write: Any, tmp_path: Path) -> None:
+def test_a_module_that_fails_to_import_is_told_apart_from_a_missing_one(
+    write: Any, tmp_path: Path
+) -> None:
     (tmp_path / "needs_more.py").write_text("import not_installed_anywhere")
     (tmp_path / "breaks.py").write_text("1 / 0")
-    with pytest.raises(ToolConfigError, match="importing needs_more failed: No module named 'not_installed_anywhere'"):
+    with pytest.raises(
+        ToolConfigError,
+        match="importing needs_more failed: No module named 'not_installed_anywhere'",
+    ):
         load_tools(write([entry(cls="needs_more.Thing")]))
     with pytest.raises(ToolConfigError, match="importing breaks failed: ZeroDivisionError"):
         load_tools(write([entry(cls="breaks.Thing")]))
@@ -409,21 +544,39 @@ def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
     )
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd="/", env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=env,
+        check=True,
+    )
     assert json.loads(done.stdout) == []
 
 
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("2026-01-01", "function.parameters.properties.day.default is a date (2026-01-01), which JSON does not have; put it in quotes"),
+        (
+            "2026-01-01",
+            "function.parameters.properties.day.default is a date (2026-01-01), which JSON does not have; put it in quotes",
+        ),
         (".nan", "function.parameters.properties.day.default is nan, which is no number in JSON"),
-        ("[1, {a: .inf}]", "function.parameters.properties.day.default.1.a is inf, which is no number in JSON"),
-        ("{1: one}", "function.parameters.properties.day.default has the key 1, which YAML reads as int; put it in quotes"),
+        (
+            "[1, {a: .inf}]",
+            "function.parameters.properties.day.default.1.a is inf, which is no number in JSON",
+        ),
+        (
+            "{1: one}",
+            "function.parameters.properties.day.default has the key 1, which YAML reads as int; put it in quotes",
+        ),
         ("&me [*me]", "is nested too deeply, or holds itself"),
     ],
 )
-def test_what_yaml_can_say_and_json_cannot_is_refused_with_its_place(write: Any, value: str, says: str) -> None:
+def test_what_yaml_can_say_and_json_cannot_is_refused_with_its_place(
+    write: Any, value: str, says: str
+) -> None:
     text = f"""
 - class_name: tools.gsm8k.Gsm8kTool
   tool_schema:

@@ -22,8 +22,15 @@ from tools.servers import embedded
 
 
 def schema(**properties: Any) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {"code": {"type": "string"}, **properties}, "required": ["code"]}
-    return {"type": "function", "function": {"name": "code_interpreter", "description": "", "parameters": parameters}}
+    parameters = {
+        "type": "object",
+        "properties": {"code": {"type": "string"}, **properties},
+        "required": ["code"],
+    }
+    return {
+        "type": "function",
+        "function": {"name": "code_interpreter", "description": "", "parameters": parameters},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +72,17 @@ async def test_what_a_program_prints_is_the_answer() -> None:
 
 @pytest.mark.usefixtures("running")
 async def test_silence_is_said_plainly() -> None:
-    assert (await run({"sandbox_fusion_url": "embedded"}, "x = 1"))[0] == "The code ran and printed nothing."
+    assert (await run({"sandbox_fusion_url": "embedded"}, "x = 1"))[
+        0
+    ] == "The code ran and printed nothing."
 
 
 @pytest.mark.usefixtures("running")
 async def test_a_traceback_is_told_as_python_writes_it() -> None:
     error = await failing({}, "print('so far')\n1 / 0")
-    assert str(error).startswith('so far\nTraceback (most recent call last):\n  File "/tmp/main.py", line 2')
+    assert str(error).startswith(
+        'so far\nTraceback (most recent call last):\n  File "/tmp/main.py", line 2'
+    )
     assert str(error).endswith("ZeroDivisionError: division by zero\n")
     assert (error.metrics["status"], error.metrics["return_code"]) == ("Finished", 1)
 
@@ -95,7 +106,10 @@ async def test_config_reaches_the_sandbox() -> None:
 @pytest.mark.usefixtures("running")
 async def test_a_language_that_the_server_lacks_is_told_at_the_start() -> None:
     tool = SandboxFusionTool({"default_language": "cobol"}, schema())
-    with pytest.raises(ToolConfigError, match=r"config\.default_language: the sandbox does not run 'cobol'; it runs python, bash"):
+    with pytest.raises(
+        ToolConfigError,
+        match=r"config\.default_language: the sandbox does not run 'cobol'; it runs python, bash",
+    ):
         await tool.start()
     await tool.close()
     tool = SandboxFusionTool({"default_language": "bash"}, schema())
@@ -108,7 +122,9 @@ async def test_parameters_count_only_where_the_schema_offers_them() -> None:
     assert (await run({}, "print(1)", language="bash", timeout=1e-9))[0] == "1\n"
     offering = schema(language={"type": "string"}, timeout={"type": "number"})
     assert (await run({}, "echo 1", offering, language="bash", timeout=1000))[0] == "1\n"
-    with pytest.raises(ToolError, match="'cobol' is not supported here; supported are python, bash"):
+    with pytest.raises(
+        ToolError, match="'cobol' is not supported here; supported are python, bash"
+    ):
         await run({}, "x", offering, language="cobol")
 
 
@@ -168,7 +184,9 @@ async def test_the_demo_pair_serves_a_conversation() -> None:
 @pytest.mark.parametrize("config", [{"packages": ["no-such-package-at-all"]}])
 async def test_a_package_that_is_not_installed_is_told_at_the_start(config: dict[str, Any]) -> None:
     tool = SandboxFusionTool(config, schema())
-    with pytest.raises(SandboxUnavailable, match="the package 'no-such-package-at-all' is not installed here"):
+    with pytest.raises(
+        SandboxUnavailable, match="the package 'no-such-package-at-all' is not installed here"
+    ):
         await tool.start()
     await tool.close()
 
@@ -207,14 +225,20 @@ async def test_release_ends_the_session(session: Any) -> None:
     await session("x = 2", "two")
     await session.tool.release("one")
     await session.tool.release("never seen")
-    eventually(lambda: [process.status() for process in programs_of(embedded.sandbox)].count("stopped") == 1)
+    eventually(
+        lambda: [process.status() for process in programs_of(embedded.sandbox)].count("stopped")
+        == 1
+    )
     assert "NameError" in await session("print(x)", "one")
     assert await session("print(x)", "two") == "2\n"
 
 
 async def test_a_time_limit_ends_the_session_and_says_so(session: Any) -> None:
     await session("x = 1")
-    assert await session("print('a')\nwhile True: pass") == f"a\nThe time limit of 2 s was exceeded.\n{OVER}"
+    assert (
+        await session("print('a')\nwhile True: pass")
+        == f"a\nThe time limit of 2 s was exceeded.\n{OVER}"
+    )
     assert "NameError" in await session("print(x)")
 
 
@@ -258,7 +282,9 @@ def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
                 self.answer()
 
             def do_POST(self) -> None:
-                seen.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+                seen.append(
+                    (self.path, json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                )
                 if not close:
                     self.answer()
 
@@ -285,8 +311,13 @@ def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
 Serve = Callable[..., tuple[str, list[Any]]]
 
 
-@pytest.mark.parametrize(("status", "body"), [(200, {"status": "Success"}), (404, {"detail": "Not Found"}), (404, b"<html>"), (200, [1])])
-async def test_a_server_that_does_not_say_what_it_runs_is_taken_at_the_configs_word(serve: Serve, status: int, body: Any) -> None:
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, {"status": "Success"}), (404, {"detail": "Not Found"}), (404, b"<html>"), (200, [1])],
+)
+async def test_a_server_that_does_not_say_what_it_runs_is_taken_at_the_configs_word(
+    serve: Serve, status: int, body: Any
+) -> None:
     url, _ = serve(status, body)
     tool = SandboxFusionTool({"sandbox_fusion_url": url, "default_language": "verilog"}, schema())
     await tool.start()
@@ -294,18 +325,46 @@ async def test_a_server_that_does_not_say_what_it_runs_is_taken_at_the_configs_w
 
 
 async def test_what_goes_over_the_wire(serve: Serve) -> None:
-    url, seen = serve(200, {"status": "Success", "run_result": {"status": "Finished", "return_code": 0, "stdout": "hi"}})
-    config = {"default_timeout": 7, "memory_limit_mb": 512, "default_language": "cpp", "num_workers": 3, "rate_limit": 5}
+    url, seen = serve(
+        200,
+        {
+            "status": "Success",
+            "run_result": {"status": "Finished", "return_code": 0, "stdout": "hi"},
+        },
+    )
+    config = {
+        "default_timeout": 7,
+        "memory_limit_mb": 512,
+        "default_language": "cpp",
+        "num_workers": 3,
+        "rate_limit": 5,
+    }
     for address in (url, f"{url}/", f"{url}/run_code"):
         assert (await run({**config, "sandbox_fusion_url": address}, "int main(){}"))[0] == "hi"
-    wire = {"code": "int main(){}", "language": "cpp", "run_timeout": 7.0, "compile_timeout": 7.0, "memory_limit_MB": 512}
+    wire = {
+        "code": "int main(){}",
+        "language": "cpp",
+        "run_timeout": 7.0,
+        "compile_timeout": 7.0,
+        "memory_limit_MB": 512,
+    }
     assert seen == [("/run_code", {**wire, "stdin": None, "files": {}, "fetch_files": []})] * 3
 
 
 async def test_a_compile_error_is_told_to_the_model(serve: Serve) -> None:
-    compiled = {"status": "Finished", "return_code": 2, "stdout": "", "stderr": "error: expected ';'\n", "execution_time": 0.1}
-    url, _ = serve(200, {"status": "Failed", "message": "", "compile_result": compiled, "run_result": None})
-    assert str(await failing({"sandbox_fusion_url": url}, "x")) == "error: expected ';'\nExit code: 2"
+    compiled = {
+        "status": "Finished",
+        "return_code": 2,
+        "stdout": "",
+        "stderr": "error: expected ';'\n",
+        "execution_time": 0.1,
+    }
+    url, _ = serve(
+        200, {"status": "Failed", "message": "", "compile_result": compiled, "run_result": None}
+    )
+    assert (
+        str(await failing({"sandbox_fusion_url": url}, "x")) == "error: expected ';'\nExit code: 2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,18 +379,29 @@ async def test_a_compile_error_is_told_to_the_model(serve: Serve) -> None:
         (302, b"", "302"),
     ],
 )
-async def test_a_broken_sandbox_is_the_backends_fault(serve: Serve, status: int, body: Any, said: str) -> None:
+async def test_a_broken_sandbox_is_the_backends_fault(
+    serve: Serve, status: int, body: Any, said: str
+) -> None:
     url, seen = serve(status, body)
     with pytest.raises(BackendError, match=said):
         await run({"sandbox_fusion_url": url}, "x")
     assert len(seen) == 1, "code must not run twice"
 
 
-@pytest.mark.parametrize(("status", "body"), [(404, {"detail": "Not Found"}), (200, {"status": "ok"}), (200, b"<html>")])
-async def test_a_server_that_keeps_no_sessions_is_told_of_once_at_the_start(serve: Serve, status: int, body: Any) -> None:
+@pytest.mark.parametrize(
+    ("status", "body"), [(404, {"detail": "Not Found"}), (200, {"status": "ok"}), (200, b"<html>")]
+)
+async def test_a_server_that_keeps_no_sessions_is_told_of_once_at_the_start(
+    serve: Serve, status: int, body: Any
+) -> None:
     url, _ = serve(status, body)
-    tools = ToolSet.from_tools([SandboxFusionTool({"sandbox_fusion_url": url, "session": True}, schema())])
-    with pytest.raises(ToolConfigError, match=r"code_interpreter: config.session: the server at .* keeps no sessions; take"):
+    tools = ToolSet.from_tools(
+        [SandboxFusionTool({"sandbox_fusion_url": url, "session": True}, schema())]
+    )
+    with pytest.raises(
+        ToolConfigError,
+        match=r"code_interpreter: config.session: the server at .* keeps no sessions; take",
+    ):
         await tools.start()
     await tools.close()
 
@@ -351,15 +421,24 @@ async def test_nobody_there_is_the_backends_fault(serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"sandbox_fusion_url": "localhost:8080"}, "sandbox_fusion_url must be 'embedded' or an http"),
+        (
+            {"sandbox_fusion_url": "localhost:8080"},
+            "sandbox_fusion_url must be 'embedded' or an http",
+        ),
         ({"default_timeout": 0}, "config.default_timeout: Input should be greater than 0, got 0"),
         ({"default_timeout": "soon"}, "config.default_timeout: "),
         ({"memory_limit_mb": "1G"}, "config.memory_limit_mb: "),
         ({"default_language": 3}, "config.default_language: "),
         ({"session": "yes"}, "config.session must be true or false, got 'yes'"),
         ({"session": True, "default_language": "bash"}, "config.session: a session is Python"),
-        ({"packages": "numpy"}, "config.packages must be a list of names of installed packages, got 'numpy'"),
-        ({"packages": ["numpy"], "sandbox_fusion_url": "http://sandbox"}, "config.packages is for the embedded server"),
+        (
+            {"packages": "numpy"},
+            "config.packages must be a list of names of installed packages, got 'numpy'",
+        ),
+        (
+            {"packages": ["numpy"], "sandbox_fusion_url": "http://sandbox"},
+            "config.packages is for the embedded server",
+        ),
         ({"num_workers": 0}, "config.num_workers must be a whole number above 0, got 0"),
         ({"num_workers": True}, "config.num_workers must be a whole number above 0, got True"),
         ({"defualt_timeout": 3}, "no key 'defualt_timeout'; did you mean 'default_timeout'?"),

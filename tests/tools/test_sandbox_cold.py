@@ -72,15 +72,27 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_a_warm_program_is_as_a_cold_one(server: EmbeddedServer, warm: EmbeddedServer, name: str) -> None:
-    given = {"stdin": "one\ntwo\nthree\nfour", "files": {"helper.py": ""}, "memory_limit_MB": 512, "run_timeout": 30}
-    cold_run, warm_run = (run(each, SAME[name], **given)["run_result"] | {"execution_time": 0} for each in (server, warm))
+def test_a_warm_program_is_as_a_cold_one(
+    server: EmbeddedServer, warm: EmbeddedServer, name: str
+) -> None:
+    given = {
+        "stdin": "one\ntwo\nthree\nfour",
+        "files": {"helper.py": ""},
+        "memory_limit_MB": 512,
+        "run_timeout": 30,
+    }
+    cold_run, warm_run = (
+        run(each, SAME[name], **given)["run_result"] | {"execution_time": 0}
+        for each in (server, warm)
+    )
     assert warm_run == cold_run
 
 
 def test_what_was_not_flushed_is_in_the_files(server: EmbeddedServer, warm: EmbeddedServer) -> None:
     code = "f = open('global', 'w'); f.write('g')\ndef main():\n    f = open('local', 'w'); f.write('l')\n    return f\nkept = [main()]\nkept.append(kept)\n1 / 0"
-    cold_files, warm_files = (run(each, code, fetch_files=["global", "local"])["files"] for each in (server, warm))
+    cold_files, warm_files = (
+        run(each, code, fetch_files=["global", "local"])["files"] for each in (server, warm)
+    )
     assert warm_files == cold_files == {"global": "Zw==", "local": "bA=="}
 
 
@@ -101,22 +113,34 @@ def test_an_answer_is_as_the_warm_one(server: EmbeddedServer) -> None:
 
 def test_a_time_limit_ends_all_of_it(server: EmbeddedServer) -> None:
     answer = run(
-        server, "import os, time\nprint('a', flush=True)\nos.fork()\nos.setsid() if os.getpid() % 2 else 0\ntime.sleep(60)", run_timeout=1
+        server,
+        "import os, time\nprint('a', flush=True)\nos.fork()\nos.setsid() if os.getpid() % 2 else 0\ntime.sleep(60)",
+        run_timeout=1,
     )
-    assert (answer["run_result"]["status"], answer["run_result"]["stdout"]) == ("TimeLimitExceeded", "a\n")
+    assert (answer["run_result"]["status"], answer["run_result"]["stdout"]) == (
+        "TimeLimitExceeded",
+        "a\n",
+    )
     eventually(lambda: not programs_of(server))
 
 
 def test_memory_in_sum_is_bounded(server: EmbeddedServer) -> None:
-    code = (
-        "import os, time\nfor _ in range(8):\n    if os.fork() == 0: x = bytearray(60 << 20); time.sleep(5); os._exit(0)\ntime.sleep(1.5)"
-    )
+    code = "import os, time\nfor _ in range(8):\n    if os.fork() == 0: x = bytearray(60 << 20); time.sleep(5); os._exit(0)\ntime.sleep(1.5)"
     answer = run(server, code, memory_limit_MB=150, run_timeout=20)
     assert "reached the limit of 150 MiB" in answer["run_result"]["stderr"]
     eventually(lambda: not programs_of(server))
 
 
-@pytest.mark.parametrize("name", ["network", "kernel doors", "rarer kernel doors", "rights by a program", "the other tables of calls"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "network",
+        "kernel doors",
+        "rarer kernel doors",
+        "rights by a program",
+        "the other tables of calls",
+    ],
+)
 def test_an_attack_is_contained(server: EmbeddedServer, name: str) -> None:
     attack = ATTACKS[name]
     code = attack.full.replace("PORT", server.url().rsplit(":", 1)[1])
@@ -128,25 +152,36 @@ def test_an_attack_is_contained(server: EmbeddedServer, name: str) -> None:
 def test_a_session_is_cold_too(server: EmbeddedServer) -> None:
     with httpx.Client(base_url=server.url(), timeout=60) as client:
         path = f"/v1/sessions/{client.post('/v1/sessions', json={}).json()['id']}"
-        printed = [client.post(f"{path}/run_code", json={"code": code}).json()["run_result"]["stdout"] for code in ("x = 1", "print(x)")]
+        printed = [
+            client.post(f"{path}/run_code", json={"code": code}).json()["run_result"]["stdout"]
+            for code in ("x = 1", "print(x)")
+        ]
         assert printed == ["", "1\n"]
         assert client.delete(path).status_code == 204
     eventually(lambda: not programs_of(server))
 
 
 @pytest.mark.parametrize("way", ["server", "warm"])
-async def test_who_hangs_up_at_any_moment_of_a_start_leaves_nothing(request: pytest.FixtureRequest, way: str) -> None:
+async def test_who_hangs_up_at_any_moment_of_a_start_leaves_nothing(
+    request: pytest.FixtureRequest, way: str
+) -> None:
     server: EmbeddedServer = request.getfixturevalue(way)
     body = {"code": "import time; time.sleep(60)", "language": "python", "run_timeout": 60}
     before = orphans()
     async with httpx.AsyncClient(base_url=server.url()) as client:
         for milliseconds in range(1, 60, 2):
             with contextlib.suppress(httpx.ReadTimeout):
-                await client.post("/run_code", json=body, timeout=httpx.Timeout(30, read=milliseconds / 1000))
-        answer = await client.post("/run_code", json={"code": "print('next')", "language": "python"}, timeout=60)
+                await client.post(
+                    "/run_code", json=body, timeout=httpx.Timeout(30, read=milliseconds / 1000)
+                )
+        answer = await client.post(
+            "/run_code", json={"code": "print('next')", "language": "python"}, timeout=60
+        )
     assert answer.json()["run_result"]["stdout"] == "next\n"
     eventually(lambda: not programs_of(server))
-    eventually(lambda: orphans() <= before)  # what stays would stay for a minute; other tests' come and go
+    eventually(
+        lambda: orphans() <= before
+    )  # what stays would stay for a minute; other tests' come and go
 
 
 def orphans() -> set[int]:
@@ -156,6 +191,10 @@ def orphans() -> set[int]:
 
 def _is_orphan(process: psutil.Process) -> bool:
     try:
-        return process.ppid() == 1 and "/tmp/main.py" in process.cmdline() and "bwrap" in process.cmdline()[0]
+        return (
+            process.ppid() == 1
+            and "/tmp/main.py" in process.cmdline()
+            and "bwrap" in process.cmdline()[0]
+        )
     except psutil.Error:
         return False

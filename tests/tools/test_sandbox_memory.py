@@ -13,7 +13,11 @@ import pytest
 
 from tools.servers.memory import Groups, watch, working_groups
 
-HOLDS_100_MIB = [sys.executable, "-c", "import time; x = bytearray(b'x') * (100 << 20); print('held', flush=True); time.sleep(60)"]
+HOLDS_100_MIB = [
+    sys.executable,
+    "-c",
+    "import time; x = bytearray(b'x') * (100 << 20); print('held', flush=True); time.sleep(60)",
+]
 
 
 @pytest.fixture
@@ -64,7 +68,10 @@ async def test_where_no_group_can_be_made_there_is_none(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK), reason="needs a writable cgroup tree")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK),
+    reason="needs a writable cgroup tree",
+)
 async def test_a_group_is_entered_bounded_used_again_and_removed() -> None:
     groups = await working_groups({})
     assert groups.parent is not None
@@ -74,7 +81,9 @@ async def test_a_group_is_entered_bounded_used_again_and_removed() -> None:
             assert group.events is not None
             folders.add(group.events.parent)
             command = [*HOLDS_100_MIB[:2], HOLDS_100_MIB[2].replace("sleep(60)", "sleep(0)")]
-            ended = await asyncio.to_thread(subprocess.run, command, preexec_fn=group.join, capture_output=True)
+            ended = await asyncio.to_thread(
+                subprocess.run, command, preexec_fn=group.join, capture_output=True
+            )
             assert (ended.returncode, ended.stdout, group.kills()) == ends
     (folder,) = folders
     assert folder.exists()
@@ -82,7 +91,10 @@ async def test_a_group_is_entered_bounded_used_again_and_removed() -> None:
     assert not folder.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK), reason="needs a writable cgroup tree")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.access("/sys/fs/cgroup", os.W_OK),
+    reason="needs a writable cgroup tree",
+)
 async def test_what_a_killed_server_left_is_removed_and_what_lives_stays() -> None:
     groups = await working_groups({})
     assert groups.parent is not None

@@ -15,7 +15,11 @@ from tools.servers.packages import shown
 
 
 def printed(server: EmbeddedServer, code: str) -> str:
-    answer = httpx.post(f"{server.url()}/run_code", json={"code": code, "language": "python", "run_timeout": 30}, timeout=60)
+    answer = httpx.post(
+        f"{server.url()}/run_code",
+        json={"code": code, "language": "python", "run_timeout": 30},
+        timeout=60,
+    )
     result = answer.json()["run_result"]
     return str(result["stdout"] + result["stderr"])
 
@@ -47,23 +51,35 @@ def test_what_a_package_requires_comes_with_it() -> None:
     assert shown([]) == []
 
 
-def test_a_folder_that_packages_share_is_not_shown_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_packages_share_is_not_shown_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
         (tmp_path / "shared" / name).mkdir(parents=True)
         (tmp_path / "shared" / name / "__init__.py").touch()
         info = tmp_path / f"turntrace_test_{name}-1.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: turntrace-test-{name}\nVersion: 1\n")
-        (info / "RECORD").write_text(f"shared/{name}/__init__.py,,\n{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: turntrace-test-{name}\nVersion: 1\n"
+        )
+        (info / "RECORD").write_text(
+            f"shared/{name}/__init__.py,,\n{info.name}/METADATA,,\n{info.name}/RECORD,,\n"
+        )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert distribution("turntrace-test-one").version == "1"
-    assert [entry.path for entry in shown(["turntrace-test-one"])] == ["shared/one", "turntrace_test_one-1.dist-info"]
+    assert [entry.path for entry in shown(["turntrace-test-one"])] == [
+        "shared/one",
+        "turntrace_test_one-1.dist-info",
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no-such-package-at-all", "the package 'no-such-package-at-all' is not installed here; pip install it, or leave it out"),
+        (
+            "no-such-package-at-all",
+            "the package 'no-such-package-at-all' is not installed here; pip install it, or leave it out",
+        ),
         ("num py", "'num py' is not the name of a package"),
     ],
 )

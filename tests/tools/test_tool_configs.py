@@ -20,8 +20,17 @@ ROOT = Path(tools.__file__).parents[1]
 CONFIGS = sorted((ROOT / "tool_configs").glob("*.yaml"))
 
 CALLS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
-    "gsm8k": [("code_interpreter", {"code": "print(6 * 7)"}, "42"), ("calculate_answer", {"answer": "42"}, "reward=1.0")],
-    "geo3k": [("calc_geo3k_reward", {"answer": "\\frac{84}{2}"}, "Current parsed answer='\\\\frac{84}{2}' reward=0.0")],
+    "gsm8k": [
+        ("code_interpreter", {"code": "print(6 * 7)"}, "42"),
+        ("calculate_answer", {"answer": "42"}, "reward=1.0"),
+    ],
+    "geo3k": [
+        (
+            "calc_geo3k_reward",
+            {"answer": "\\frac{84}{2}"},
+            "Current parsed answer='\\\\frac{84}{2}' reward=0.0",
+        )
+    ],
     "search": [("search", {"query_list": ["capital of France"]}, "Paris")],
     "sandbox": [("code_interpreter", {"code": "print(6 * 7)"}, "42")],
     "mcp": [
@@ -41,7 +50,9 @@ CALLS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
 def turntrace(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False
+    )
 
 
 def test_each_is_called_here() -> None:
@@ -51,10 +62,15 @@ def test_each_is_called_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tool", "arguments", "says"), [pytest.param(name, *call, id=f"{name}-{call[0]}") for name in CALLS for call in CALLS[name]]
+    ("config", "tool", "arguments", "says"),
+    [pytest.param(name, *call, id=f"{name}-{call[0]}") for name in CALLS for call in CALLS[name]],
 )
-def test_it_works_as_shipped(config: str, tool: str, arguments: dict[str, Any], says: str, tmp_path: Path) -> None:
-    ran = turntrace("tools", "call", config, tool, json.dumps(arguments), "--ground-truth", "42", cwd=tmp_path)
+def test_it_works_as_shipped(
+    config: str, tool: str, arguments: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    ran = turntrace(
+        "tools", "call", config, tool, json.dumps(arguments), "--ground-truth", "42", cwd=tmp_path
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "status       ok" in ran.stdout
     assert says in ran.stdout

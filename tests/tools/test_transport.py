@@ -29,7 +29,14 @@ async def server(answer: Answer, port: int = 0) -> AsyncIterator[str]:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
+                length = next(
+                    (
+                        int(line.split(b":")[1])
+                        for line in head.split(b"\r\n")
+                        if line.lower().startswith(b"content-length")
+                    ),
+                    0,
+                )
                 await answer(head + await reader.readexactly(length), writer)
                 await writer.drain()
                 if writer.is_closing():
@@ -42,7 +49,10 @@ async def server(answer: Answer, port: int = 0) -> AsyncIterator[str]:
 
 def client(connections: int = 4, **kwargs: Any) -> httpx.AsyncClient:
     timeout = kwargs.pop("timeout", None)
-    return httpx.AsyncClient(transport=AiohttpTransport(connections=connections, keepalive_s=2.0, **kwargs), timeout=timeout)
+    return httpx.AsyncClient(
+        transport=AiohttpTransport(connections=connections, keepalive_s=2.0, **kwargs),
+        timeout=timeout,
+    )
 
 
 async def test_a_request_arrives_as_it_was_made_and_the_answer_as_it_was_written() -> None:
@@ -62,24 +72,38 @@ async def test_a_request_arrives_as_it_was_made_and_the_answer_as_it_was_written
 
     async with server(answer) as url, client() as http:
         first = await http.post(
-            f"{url.replace('//', '//me:secret@')}/p%20q?x=%2F&y=1", content=b'{"a": 1}', headers=[("x-two", "1"), ("x-two", "2")]
+            f"{url.replace('//', '//me:secret@')}/p%20q?x=%2F&y=1",
+            content=b'{"a": 1}',
+            headers=[("x-two", "1"), ("x-two", "2")],
         )
         http.cookies.clear()
         await http.get(url)
-    assert (first.status_code, first.reason_phrase, first.content) == (418, "Short And Stout", b"packed")
+    assert (first.status_code, first.reason_phrase, first.content) == (
+        418,
+        "Short And Stout",
+        b"packed",
+    )
     assert first.headers.get_list("set-cookie") == ["a=1", "b=2"]
     head, body = seen[0].split(b"\r\n\r\n")
     lines = head.lower().split(b"\r\n")
     assert head.startswith(b"POST /p%20q?x=%2F&y=1 HTTP/1.1")
-    assert [line for line in lines if line.startswith((b"x-two", b"content-"))] == [b"x-two: 1", b"x-two: 2", b"content-length: 8"]
-    assert [line for line in lines if b"bwu6c2vjcmv0" in line] == [b"authorization: basic bwu6c2vjcmv0"]
+    assert [line for line in lines if line.startswith((b"x-two", b"content-"))] == [
+        b"x-two: 1",
+        b"x-two: 2",
+        b"content-length: 8",
+    ]
+    assert [line for line in lines if b"bwu6c2vjcmv0" in line] == [
+        b"authorization: basic bwu6c2vjcmv0"
+    ]
     assert body == b'{"a": 1}'
     assert b"cookie" not in seen[1].lower()
 
 
 async def test_no_redirect_is_followed() -> None:
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n"
+        )
 
     async with server(answer) as url, client() as http:
         assert (await http.get(url)).status_code == 302
@@ -137,7 +161,9 @@ async def says_half(request: bytes, writer: asyncio.StreamWriter) -> None:
         (says_half, httpx.ReadTimeout),
     ],
 )
-async def test_no_whole_answer_is_httpxs_error_and_nothing_is_sent_again(answer: Answer, error: type[Exception]) -> None:
+async def test_no_whole_answer_is_httpxs_error_and_nothing_is_sent_again(
+    answer: Answer, error: type[Exception]
+) -> None:
     asked = 0
 
     async def counted(request: bytes, writer: asyncio.StreamWriter) -> None:
@@ -145,7 +171,10 @@ async def test_no_whole_answer_is_httpxs_error_and_nothing_is_sent_again(answer:
         asked += 1
         await answer(request, writer)
 
-    async with server(counted) as url, client(connect_retries=3, timeout=httpx.Timeout(None, read=0.3)) as http:
+    async with (
+        server(counted) as url,
+        client(connect_retries=3, timeout=httpx.Timeout(None, read=0.3)) as http,
+    ):
         with pytest.raises(error) as caught:
             await http.post(url, content=b"x")
     assert type(caught.value) is error
@@ -220,6 +249,11 @@ async def test_connections_of_a_loop_that_is_gone_are_let_go_in_silence() -> Non
 
     async with server(answer) as url:
         done = await asyncio.to_thread(
-            subprocess.run, [sys.executable, "-c", FORGOTTEN, url], cwd=ROOT, capture_output=True, text=True, timeout=60
+            subprocess.run,
+            [sys.executable, "-c", FORGOTTEN, url],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
     assert (done.stdout, done.stderr) == ("ok\nok\n", "")

@@ -55,16 +55,35 @@ class Cold:
     async def start(self, program: Program, streams: Streams, group: Group) -> Running:
         """See `Launcher`."""
         with contextlib.ExitStack() as stack:
-            given = {f"{WORK}/{path}": base64.b64decode(content) for path, content in program.files.items()}
-            files = {path: sealed_file(stack, content) for path, content in {**standing_files(), **given}.items()}
+            given = {
+                f"{WORK}/{path}": base64.b64decode(content)
+                for path, content in program.files.items()
+            }
+            files = {
+                path: sealed_file(stack, content)
+                for path, content in {**standing_files(), **given}.items()
+            }
             filter_fd, status = sealed_file(stack, filter_program()), memory_file(stack)
-            options = ["--disable-userns", "--seccomp", str(filter_fd), "--json-status-fd", str(status)]
+            options = [
+                "--disable-userns",
+                "--seccomp",
+                str(filter_fd),
+                "--json-status-fd",
+                str(status),
+            ]
             process = await asyncio.create_subprocess_exec(
-                *self._isolation.command(options, files, _limited(program, _fetching(program, streams.fetched))),
+                *self._isolation.command(
+                    options, files, _limited(program, _fetching(program, streams.fetched))
+                ),
                 stdin=streams.stdin,
                 stdout=streams.stdout.write_fd,
                 stderr=streams.stderr.write_fd,
-                pass_fds=[status, filter_fd, *([streams.fetched] if program.fetch else []), *files.values()],
+                pass_fds=[
+                    status,
+                    filter_fd,
+                    *([streams.fetched] if program.fetch else []),
+                    *files.values(),
+                ],
                 preexec_fn=group.join,
                 start_new_session=True,
                 cwd="/",
@@ -87,7 +106,14 @@ def _limited(program: Program, command: tuple[str, ...]) -> list[str]:
     """The command under the program's limits, in the shell's units: 512 bytes a block of a file, else KiB."""
     limits = program.limits
     memory = ("-v", limits["AS"] // 1024) if "AS" in limits else ("-d", limits["DATA"] // 1024)
-    values = (limits["CORE"], limits["CPU"], limits["FSIZE"] // 512, limits["NOFILE"], limits["NPROC"], *memory)
+    values = (
+        limits["CORE"],
+        limits["CPU"],
+        limits["FSIZE"] // 512,
+        limits["NOFILE"],
+        limits["NPROC"],
+        *memory,
+    )
     return ["/bin/sh", "-c", _LIMITS, "sh", *map(str, values), *command]
 
 
@@ -100,7 +126,9 @@ def kill_bubblewrap(pid: int, status: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     for line in os.pread(status, 1 << 16, 0).splitlines():
-        with contextlib.suppress(ProcessLookupError, ValueError):  # It may have died in the middle of a line.
+        with contextlib.suppress(
+            ProcessLookupError, ValueError
+        ):  # It may have died in the middle of a line.
             if inside := json.loads(line).get("child-pid"):
                 os.kill(int(inside), signal.SIGKILL)
 
@@ -132,7 +160,9 @@ class _Cold:
     async def ended(self) -> int | None:
         await self._process.wait()
         for line in os.pread(self._status, 1 << 16, 0).splitlines():
-            if (code := json.loads(line).get("exit-code")) is not None:  # bubblewrap's account, if the program was really started.
+            if (
+                code := json.loads(line).get("exit-code")
+            ) is not None:  # bubblewrap's account, if the program was really started.
                 return int(code)
         if self._is_killed:
             return None

@@ -23,7 +23,9 @@ class Streams:
     `overflown` is called when it prints too much.
     """
 
-    def __init__(self, stack: contextlib.ExitStack, stdin: int, overflown: Callable[[], None]) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, stdin: int, overflown: Callable[[], None]
+    ) -> None:
         self.stdin = stdin
         self.stdout, self.stderr = Drain(overflown), Drain(overflown)
         self.fetched = memory_file(stack)
@@ -49,7 +51,11 @@ class Streams:
             found = json.loads(content or b"{}")
         except ValueError:
             return {}
-        return {str(name): text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+        return (
+            {str(name): text for name, text in found.items() if isinstance(text, str)}
+            if isinstance(found, dict)
+            else {}
+        )
 
 
 class Drain:
@@ -119,5 +125,9 @@ def sealed_file(stack: contextlib.ExitStack, content: bytes) -> int:
     with open(fd, "wb", closefd=False) as file:
         file.write(content)
     os.lseek(fd, 0, os.SEEK_SET)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(
+        fd,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL,
+    )
     return fd

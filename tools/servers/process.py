@@ -30,7 +30,9 @@ _UVICORN: dict[str, Any] = {
 }
 
 
-def serve_until_ended(app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False) -> None:
+def serve_until_ended(
+    app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False
+) -> None:
     """Serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent; then the process ends with code 0.
 
     `says` follows the port in the line that announces it. Raises OSError (a port in use) before anything is served.
@@ -52,7 +54,13 @@ def announce(**says: Any) -> None:
 
 
 async def serve(
-    app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False, stopping: asyncio.Event | None = None
+    app: ASGIApp,
+    host: str,
+    port: int,
+    says: dict[str, Any],
+    *,
+    with_parent: bool = False,
+    stopping: asyncio.Event | None = None,
 ) -> None:
     """`serve_until_ended` as a coroutine. `stopping` is set when the server is about to wait for running requests."""
     _allow_many_files()

@@ -49,7 +49,9 @@ class Outcome:
     files: dict[str, str] | None
 
 
-async def run_code(sandbox: Sandbox, language: Language, request: RunCodeRequest) -> RunCodeResponse:
+async def run_code(
+    sandbox: Sandbox, language: Language, request: RunCodeRequest
+) -> RunCodeResponse:
     """Runs one request. Always answers, with SandboxError where the sandbox failed; cancelling it ends the program."""
     try:
         return await _answer(sandbox, language, request)
@@ -61,12 +63,18 @@ async def _answer(sandbox: Sandbox, language: Language, request: RunCodeRequest)
     program = _program(language, request)
     compiled = None
     if language.compile:
-        step = replace(program, command=language.compile, fetch=(BINARY,), timeout_s=request.compile_timeout)
+        step = replace(
+            program, command=language.compile, fetch=(BINARY,), timeout_s=request.compile_timeout
+        )
         outcome = await run_program(sandbox, step)
         compiled = result(outcome, step.memory_mib)
         binary = (outcome.files or {}).get(BINARY)
         if compiled.return_code != 0 or binary is None:
-            return RunCodeResponse(status="Failed", message="" if compiled.return_code else "nothing was compiled", compile_result=compiled)
+            return RunCodeResponse(
+                status="Failed",
+                message="" if compiled.return_code else "nothing was compiled",
+                compile_result=compiled,
+            )
         program = replace(program, files={**program.files, BINARY: binary})
     outcome = await run_program(sandbox, program, utf8(request.stdin or ""))
     ran = result(outcome, program.memory_mib)
@@ -104,7 +112,9 @@ def memory_mib(asked: int) -> int:
 def _missed(request: RunCodeRequest, outcome: Outcome) -> str:
     missed = [path for path in request.fetch_files if path not in (outcome.files or {})]
     why = f"no regular file of at most {MAX_FETCH_BYTES // MIB} MiB"
-    return f"not fetched, for it is {why}: {', '.join(missed)}" if missed and not outcome.cut else ""
+    return (
+        f"not fetched, for it is {why}: {', '.join(missed)}" if missed and not outcome.cut else ""
+    )
 
 
 async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") -> Outcome:
@@ -132,7 +142,9 @@ async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") ->
             files = streams.fetched_files() if program.fetch and code is not None else {}
             if cut is None and group.kills():
                 cut = "memory"
-            return Outcome(code, bytes(streams.stdout.kept), bytes(streams.stderr.kept), wall_s, cut, files)
+            return Outcome(
+                code, bytes(streams.stdout.kept), bytes(streams.stderr.kept), wall_s, cut, files
+            )
 
 
 async def _ended(running: Running, timeout_s: float, end: Callable[[Cut], None]) -> int | None:
@@ -150,7 +162,9 @@ async def _ended(running: Running, timeout_s: float, end: Callable[[Cut], None])
 
 
 @contextlib.asynccontextmanager
-async def watched(running: Running, memory_mib: int, group: Group, end: Callable[[Cut], None]) -> AsyncIterator[None]:
+async def watched(
+    running: Running, memory_mib: int, group: Group, end: Callable[[Cut], None]
+) -> AsyncIterator[None]:
     """Where there is no group to bound the memory, somebody looks."""
     if group.join_fd is not None:
         yield
@@ -165,14 +179,24 @@ async def watched(running: Running, memory_mib: int, group: Group, end: Callable
 
 def result(outcome: Outcome, memory_mib: int) -> CommandRunResult:
     """On the wire; what was cut is said at the end of stderr. Killed for memory is as the machine's own killing looks."""
-    stdout, stderr = (stream.decode(errors="replace") for stream in (outcome.stdout, outcome.stderr))
+    stdout, stderr = (
+        stream.decode(errors="replace") for stream in (outcome.stdout, outcome.stderr)
+    )
     if outcome.cut == "output":
         stderr += f"\nThe program printed more than {MAX_OUTPUT_BYTES // MIB} MiB and was stopped."
     if outcome.cut == "memory":
         stderr += f"\nThe program's processes reached the limit of {memory_mib} MiB of memory in sum and some were killed."
     status: Literal["Finished", "Error", "TimeLimitExceeded"]
-    status = "TimeLimitExceeded" if outcome.cut == "timeout" else "Error" if outcome.cut == "output" else "Finished"
+    status = (
+        "TimeLimitExceeded"
+        if outcome.cut == "timeout"
+        else "Error"
+        if outcome.cut == "output"
+        else "Finished"
+    )
     code = None
     if status == "Finished":
         code = _KILLED if outcome.exit_code is None else outcome.exit_code
-    return CommandRunResult(status=status, execution_time=outcome.wall_s, return_code=code, stdout=stdout, stderr=stderr)
+    return CommandRunResult(
+        status=status, execution_time=outcome.wall_s, return_code=code, stdout=stdout, stderr=stderr
+    )

@@ -55,7 +55,9 @@ async def serve_sandbox(options: Options) -> None:
         sessions = Sessions(working.sandbox, options.sessions, options.session_idle_s)
         stack.push_async_callback(sessions.close)
         app = make_app(working, sessions, options.workers or os.cpu_count() or 1, stopping)
-        await serve(app, options.host, options.port, {}, with_parent=options.with_parent, stopping=stopping)
+        await serve(
+            app, options.host, options.port, {}, with_parent=options.with_parent, stopping=stopping
+        )
 
 
 def serve_until_ended(options: Options) -> None:
@@ -72,15 +74,34 @@ def names(listed: str) -> tuple[str, ...]:
 def main() -> int:
     """The command. 0 after an orderly end, 1 where nothing could be served."""
     default = Options()
-    parser = argparse.ArgumentParser(prog="tools.servers.sandbox", description="SandboxFusion's /run_code, isolated by bubblewrap.")
+    parser = argparse.ArgumentParser(
+        prog="tools.servers.sandbox",
+        description="SandboxFusion's /run_code, isolated by bubblewrap.",
+    )
     parser.add_argument("--host", default=default.host)
     parser.add_argument("--port", type=int, default=default.port, help="0 takes a free one")
     parser.add_argument("--workers", type=int, help="programs at a time; default: one a CPU")
-    parser.add_argument("--packages", type=names, default=(), help="installed packages that programs see: numpy,sympy")
-    parser.add_argument("--sessions", type=int, default=default.sessions, help="at most so many at a time")
-    parser.add_argument("--session-idle-s", type=float, default=default.session_idle_s, help="a session ends when nobody calls for so long")
-    parser.add_argument("--cold", action="store_true", help="a bubblewrap of its own for each program")
-    parser.add_argument("--with-parent", action="store_true", help="end when stdin ends or the parent does")
+    parser.add_argument(
+        "--packages",
+        type=names,
+        default=(),
+        help="installed packages that programs see: numpy,sympy",
+    )
+    parser.add_argument(
+        "--sessions", type=int, default=default.sessions, help="at most so many at a time"
+    )
+    parser.add_argument(
+        "--session-idle-s",
+        type=float,
+        default=default.session_idle_s,
+        help="a session ends when nobody calls for so long",
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="a bubblewrap of its own for each program"
+    )
+    parser.add_argument(
+        "--with-parent", action="store_true", help="end when stdin ends or the parent does"
+    )
     try:
         serve_until_ended(Options(**vars(parser.parse_args())))
     except (ToolsError, OSError) as error:

@@ -27,14 +27,22 @@ from tools.servers.probe import Working
 from tools.servers.program import SandboxError
 from tools.servers.runner import memory_mib, result, run_code
 from tools.servers.sessions import Sessions, TooManySessions
-from tools.servers.wire import RunCodeRequest, RunCodeResponse, SessionCode, SessionRequest, SessionResponse
+from tools.servers.wire import (
+    RunCodeRequest,
+    RunCodeResponse,
+    SessionCode,
+    SessionRequest,
+    SessionResponse,
+)
 
 MAX_REQUEST_BYTES = 64 * MIB
 
 _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 
 
-def make_app(working: Working, sessions: Sessions, workers: int, stopping: asyncio.Event) -> Starlette:
+def make_app(
+    working: Working, sessions: Sessions, workers: int, stopping: asyncio.Event
+) -> Starlette:
     """The ASGI app that runs at most `workers` programs at a time, and ends them once `stopping` is set."""
     turn = asyncio.Semaphore(workers)
 
@@ -54,7 +62,12 @@ def make_app(working: Working, sessions: Sessions, workers: int, stopping: async
         language = working.languages.get(asked.language)
         if language is None:
             supported = ", ".join(working.languages)
-            return _refusal(422, "enum", ["body", "language"], f"{asked.language!r} is not supported here; supported are {supported}")
+            return _refusal(
+                422,
+                "enum",
+                ["body", "language"],
+                f"{asked.language!r} is not supported here; supported are {supported}",
+            )
 
         async def running() -> Response:
             return _json(await run_code(working.sandbox, language, asked))
@@ -86,7 +99,11 @@ def make_app(working: Working, sessions: Sessions, workers: int, stopping: async
         return await unless_left(request, running)
 
     async def end_session(request: Request) -> Response:
-        return Response(status_code=204) if await sessions.end(request.path_params["id"]) else _unknown_session()
+        return (
+            Response(status_code=204)
+            if await sessions.end(request.path_params["id"])
+            else _unknown_session()
+        )
 
     async def ping(_: Request) -> Response:
         return JSONResponse("pong")
@@ -125,11 +142,19 @@ async def _run_in_session(sessions: Sessions, name: str, asked: SessionCode) -> 
     if went is None:
         return _unknown_session()
     ran = result(went.outcome, went.memory_mib)
-    return _json(SessionResponse(status="Success" if ran.return_code == 0 else "Failed", run_result=ran, session_ended=went.is_over))
+    return _json(
+        SessionResponse(
+            status="Success" if ran.return_code == 0 else "Failed",
+            run_result=ran,
+            session_ended=went.is_over,
+        )
+    )
 
 
 def _unknown_session() -> Response:
-    return _refusal(404, "no_session", ["path", "id"], "there is no such session: it has ended, or never was")
+    return _refusal(
+        404, "no_session", ["path", "id"], "there is no such session: it has ended, or never was"
+    )
 
 
 async def _asked(request: Request, model: type[_Model]) -> _Model | Response:
@@ -144,7 +169,9 @@ async def _asked(request: Request, model: type[_Model]) -> _Model | Response:
         return model.model_validate_json(body)
     except pydantic.ValidationError as error:
         problems: Any = error.errors(include_url=False, include_context=False, include_input=False)
-        return JSONResponse({"detail": [{**wrong, "loc": ["body", *wrong["loc"]]} for wrong in problems]}, 422)
+        return JSONResponse(
+            {"detail": [{**wrong, "loc": ["body", *wrong["loc"]]} for wrong in problems]}, 422
+        )
 
 
 async def _body(request: Request) -> bytes | None:
@@ -164,9 +191,13 @@ def _refusal(code: int, kind: str, where: list[str], message: str) -> Response:
     return JSONResponse({"detail": [{"type": kind, "loc": where, "msg": message}]}, code)
 
 
-async def _unless(running: Coroutine[Any, Any, Response], *ends: Coroutine[Any, Any, Any]) -> Response | None:
+async def _unless(
+    running: Coroutine[Any, Any, Response], *ends: Coroutine[Any, Any, Any]
+) -> Response | None:
     """The result, or None where one of `ends` comes first: the program is then ended, for nobody waits for it."""
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(coroutine) for coroutine in (running, *ends)]
+    tasks: list[asyncio.Task[Any]] = [
+        asyncio.create_task(coroutine) for coroutine in (running, *ends)
+    ]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else None

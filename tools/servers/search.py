@@ -70,24 +70,37 @@ def make_app(index: SearchIndex) -> Starlette:
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         loop = asyncio.get_running_loop()
-        found = await asyncio.gather(*(loop.run_in_executor(threads, index.search, query, asked.topk) for query in asked.queries))
+        found = await asyncio.gather(
+            *(
+                loop.run_in_executor(threads, index.search, query, asked.topk)
+                for query in asked.queries
+            )
+        )
         return Response(_answer(found, asked.return_scores), media_type="application/json")
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", **describe(index)})
 
-    return Starlette(routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health)])
+    return Starlette(
+        routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health)]
+    )
 
 
 def describe(index: SearchIndex) -> dict[str, Any]:
     """What is searched: the corpus, the number of its documents, their license where it is known."""
-    said = {"corpus": index.manifest["name"], "documents": index.manifest["documents"], "license": index.manifest["license"]}
+    said = {
+        "corpus": index.manifest["name"],
+        "documents": index.manifest["documents"],
+        "license": index.manifest["license"],
+    }
     return {key: value for key, value in said.items() if value is not None}
 
 
 def _answer(found: Sequence[Sequence[Hit]], return_scores: bool) -> bytes:
     """The documents are JSON already: they are put together, not encoded again."""
-    lists = (b", ".join(_hit(hit) if return_scores else hit.document for hit in hits) for hits in found)
+    lists = (
+        b", ".join(_hit(hit) if return_scores else hit.document for hit in hits) for hits in found
+    )
     return b'{"result": [' + b", ".join(b"[" + each + b"]" for each in lists) + b"]}"
 
 
@@ -120,9 +133,17 @@ def _read(body: bytes) -> _Asked:
     topk = given.get("topk")
     topk = DEFAULT_TOPK if topk is None else topk
     if not isinstance(topk, int) or isinstance(topk, bool) or not 1 <= topk <= MAX_TOPK:
-        raise _Refused(422, ["topk"], f"must be a whole number from 1 to {MAX_TOPK}, got {json.dumps(topk)[:40]}")
+        raise _Refused(
+            422,
+            ["topk"],
+            f"must be a whole number from 1 to {MAX_TOPK}, got {json.dumps(topk)[:40]}",
+        )
     if len(queries) * topk > MAX_DOCUMENTS:
-        raise _Refused(422, ["queries"], f"{len(queries)} queries with topk {topk} ask for more than {MAX_DOCUMENTS} documents")
+        raise _Refused(
+            422,
+            ["queries"],
+            f"{len(queries)} queries with topk {topk} ask for more than {MAX_DOCUMENTS} documents",
+        )
     scores = given.get("return_scores", False)
     if not isinstance(scores, bool):
         raise _Refused(422, ["return_scores"], f"must be true or false, got {_kind(scores)}")
@@ -130,7 +151,14 @@ def _read(body: bytes) -> _Asked:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    names = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+    }
     return names.get(type(value), "null")
 
 
@@ -144,17 +172,30 @@ def serve(index: Path, host: str, port: int, *, with_parent: bool = False) -> No
 
 def main() -> int:
     """The command. 0 after an orderly end, 1 where nothing could be served."""
-    parser = argparse.ArgumentParser(prog="tools.servers.search", description="Search-R1's /retrieve over a BM25 index.")
+    parser = argparse.ArgumentParser(
+        prog="tools.servers.search", description="Search-R1's /retrieve over a BM25 index."
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--corpus", type=Path, help="JSONL; indexed first where that is to do; default: 10,033 Wikipedia leads")
+    what.add_argument(
+        "--corpus",
+        type=Path,
+        help="JSONL; indexed first where that is to do; default: 10,033 Wikipedia leads",
+    )
     what.add_argument("--index", type=Path, help="a folder that `turntrace index` made")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--with-parent", action="store_true", help="end when stdin ends or the parent does")
+    parser.add_argument(
+        "--with-parent", action="store_true", help="end when stdin ends or the parent does"
+    )
     options = parser.parse_args()
     end_quietly_on_signals()
     try:
-        serve(options.index or index_of(options.corpus), options.host, options.port, with_parent=options.with_parent)
+        serve(
+            options.index or index_of(options.corpus),
+            options.host,
+            options.port,
+            with_parent=options.with_parent,
+        )
     except (SearchUnavailable, OSError) as error:
         announce(error=str(error))
         return 1

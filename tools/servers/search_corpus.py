@@ -74,7 +74,11 @@ class JsonlCorpus:
             found = self.path.stat()
         except OSError as error:
             raise SearchUnavailable(f"{self.path}: cannot be read: {error.strerror}") from error
-        return {"path": str(self.path.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+        return {
+            "path": str(self.path.resolve()),
+            "size": found.st_size,
+            "mtime_ns": found.st_mtime_ns,
+        }
 
     def documents(self) -> Iterator[tuple[Document, float]]:
         try:
@@ -100,7 +104,10 @@ class WikipediaLeads:
     def documents(self) -> Iterator[tuple[Document, float]]:
         articles = json.loads(self._read())
         for number, (key, article) in enumerate(articles.items(), 1):
-            yield Document(key, _contents(article["title"], article["extract"])), number / len(articles)
+            yield (
+                Document(key, _contents(article["title"], article["extract"])),
+                number / len(articles),
+            )
 
     def _read(self) -> bytes:
         spec = importlib.util.find_spec(PACKAGE)  # looks for the package without running it
@@ -122,10 +129,14 @@ def _document(line: bytes, where: str) -> Document:
     except (ValueError, RecursionError) as error:
         raise SearchUnavailable(f"{where}: not JSON: {error or 'nested too deeply'}") from error
     if not isinstance(row, dict):
-        raise SearchUnavailable(f"{where}: expected an object with id and contents, got {_kind(row)}")
+        raise SearchUnavailable(
+            f"{where}: expected an object with id and contents, got {_kind(row)}"
+        )
     name = row.get("id", row.get("_id"))
     if isinstance(name, bool) or not isinstance(name, (str, int)):
-        raise SearchUnavailable(f"{where}: id must be a string or a whole number, got {_kind(name)}")
+        raise SearchUnavailable(
+            f"{where}: id must be a string or a whole number, got {_kind(name)}"
+        )
     if "contents" in row or "text" not in row:
         contents = _string(row, "contents", where)
     else:

@@ -74,16 +74,28 @@ def default_folder(path: Path | None) -> Path:
     """Where the index of a corpus lies in the cache: one place a file, so that a new version replaces the old."""
     if path is None:
         return cache_dir() / "search" / "wikipedia-leads"
-    return cache_dir() / "search" / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    return (
+        cache_dir()
+        / "search"
+        / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    )
 
 
 def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> bool:
     """Makes `folder` the index of `corpus`; returns whether there was anything to do. Raises SearchUnavailable."""
     origin = corpus.fingerprint()
     if folder.resolve() == Path.cwd():
-        raise SearchUnavailable(f"{folder} is the working folder, which an index would replace; choose another place")
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SearchUnavailable(f"{folder} is there and is not a search index; choose another place")
+        raise SearchUnavailable(
+            f"{folder} is the working folder, which an index would replace; choose another place"
+        )
+    if (
+        folder.exists()
+        and not (folder / MANIFEST).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise SearchUnavailable(
+            f"{folder} is there and is not a search index; choose another place"
+        )
     try:
         return build_folder(
             folder,
@@ -91,8 +103,13 @@ def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> b
             write=lambda target: _write(corpus, origin, target, progress),
             while_waiting=lambda: progress(0.0),
         )
-    except (OSError, ValueError) as error:  # tantivy's: a worker of its that fails says no more than that it did
-        raise SearchUnavailable(f"{folder}: the index cannot be written; is the disk full? ({error})") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # tantivy's: a worker of its that fails says no more than that it did
+        raise SearchUnavailable(
+            f"{folder}: the index cannot be written; is the disk full? ({error})"
+        ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -100,9 +117,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
-        raise SearchUnavailable(f"{folder} is not a search index; make one with `turntrace index CORPUS --out {folder}`") from error
+        raise SearchUnavailable(
+            f"{folder} is not a search index; make one with `turntrace index CORPUS --out {folder}`"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != _format():
-        raise SearchUnavailable(f"{folder} was made by another version; make it again with `turntrace index CORPUS --out {folder}`")
+        raise SearchUnavailable(
+            f"{folder} was made by another version; make it again with `turntrace index CORPUS --out {folder}`"
+        )
     return manifest
 
 
@@ -125,7 +146,9 @@ class SearchIndex:
             index.config_reader("manual", 0)  # what is served stays what was opened
             self._searcher = index.searcher()
         except (OSError, ValueError) as error:
-            raise SearchUnavailable(f"{folder} cannot be opened: {error}; make it again with `turntrace index`") from error
+            raise SearchUnavailable(
+                f"{folder} cannot be opened: {error}; make it again with `turntrace index`"
+            ) from error
         self._analyzer = _analyzer()
         self._schema = index.schema
 
@@ -136,15 +159,28 @@ class SearchIndex:
         time: such words are looked up only where the others find too little.
         """
         terms = self._terms(query)
-        telling = [term for term in terms if 2 * self._searcher.doc_freq("text", term) <= self._searcher.num_docs]
+        telling = [
+            term
+            for term in terms
+            if 2 * self._searcher.doc_freq("text", term) <= self._searcher.num_docs
+        ]
         found = self._search(telling, topk)
-        return self._search(terms, topk) if len(found) < topk and len(telling) < len(terms) else found
+        return (
+            self._search(terms, topk) if len(found) < topk and len(telling) < len(terms) else found
+        )
 
     def _search(self, terms: list[str], topk: int) -> list[Hit]:
-        lookups = [tantivy.Query.term_query(self._schema, field, term, "freq") for term in terms for field in FIELDS]
+        lookups = [
+            tantivy.Query.term_query(self._schema, field, term, "freq")
+            for term in terms
+            for field in FIELDS
+        ]
         asked = tantivy.Query.boolean_query([(tantivy.Occur.Should, lookup) for lookup in lookups])
         found = self._searcher.search(asked, topk, count=False).hits
-        return [Hit(bytes(self._searcher.doc(address)["document"][0]), score) for score, address in found]
+        return [
+            Hit(bytes(self._searcher.doc(address)["document"][0]), score)
+            for score, address in found
+        ]
 
     def _terms(self, query: str) -> list[str]:
         text = query[:MAX_QUERY_CHARS].encode("utf-8", errors="replace").decode()
@@ -165,7 +201,13 @@ def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: Progr
             writer.rollback()  # its thread writes no more: the folder can go
         raise
     writer.wait_merging_threads()
-    manifest = {"format": _format(), "origin": origin, "name": corpus.name, "license": corpus.license, "documents": count}
+    manifest = {
+        "format": _format(),
+        "origin": origin,
+        "name": corpus.name,
+        "license": corpus.license,
+        "documents": count,
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 

@@ -47,14 +47,25 @@ _MISSING: dict[str, tuple[int | None, int | None]] = {
 _NEWEST = 456  # futex_requeue
 
 # Looked at more closely: by a flag, by whether the process is another, by the address family.
-_CLONE, _PRLIMIT, _SOCKETS = (56, 220), (302, 261), ((41, 198), (53, 199))  # clone; prlimit64; socket and socketpair
+_CLONE, _PRLIMIT, _SOCKETS = (
+    (56, 220),
+    (302, 261),
+    ((41, 198), (53, 199)),
+)  # clone; prlimit64; socket and socketpair
 _NEW_NAMESPACES = 0x7E020000  # Every CLONE_NEW* that clone takes.
 _FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 
-_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
+_ARCHITECTURES = {
+    "x86_64": (0, 0xC000003E),
+    "aarch64": (1, 0xC00000B7),
+}  # column above, AUDIT_ARCH_*
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # Offsets; both architectures are little-endian, the low half is first.
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = (
+    0,
+    4,
+    16,
+)  # Offsets; both architectures are little-endian, the low half is first.
 _ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 
 
@@ -62,9 +73,13 @@ def filter_program() -> bytes:
     """The filter for this machine, an array of `struct sock_filter`. Raises OSError where its architecture is not known."""
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
-        raise OSError(f"no system call filter for {machine}; there is one for {' and '.join(_ARCHITECTURES)}")
+        raise OSError(
+            f"no system call filter for {machine}; there is one for {' and '.join(_ARCHITECTURES)}"
+        )
     column, architecture = _ARCHITECTURES[machine]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in _instructions(column, architecture))
+    return b"".join(
+        struct.pack("=HBBI", *instruction) for instruction in _instructions(column, architecture)
+    )
 
 
 def _instructions(column: int, architecture: int) -> Iterator[tuple[int, int, int, int]]:
@@ -85,13 +100,23 @@ def _instructions(column: int, architecture: int) -> Iterator[tuple[int, int, in
         _EQUAL, _PRLIMIT[column],
         (_LOAD, 0, 0, _FIRST_ARGUMENT), *_if(_EQUAL, 0, (_RETURN, 0, 0, _ALLOW)), _refuse(errno.EPERM),
     )  # fmt: skip
-    allowed = [part for family in _FAMILIES for part in _if(_EQUAL, family, (_RETURN, 0, 0, _ALLOW))]
+    allowed = [
+        part for family in _FAMILIES for part in _if(_EQUAL, family, (_RETURN, 0, 0, _ALLOW))
+    ]
     for numbers in _SOCKETS:
-        yield from _if(_EQUAL, numbers[column], (_LOAD, 0, 0, _FIRST_ARGUMENT), *allowed, _refuse(errno.EAFNOSUPPORT))
+        yield from _if(
+            _EQUAL,
+            numbers[column],
+            (_LOAD, 0, 0, _FIRST_ARGUMENT),
+            *allowed,
+            _refuse(errno.EAFNOSUPPORT),
+        )
     yield (_RETURN, 0, 0, _ALLOW)
 
 
-def _if(test: int, operand: int, *then: tuple[int, int, int, int], negated: bool = False) -> Iterator[tuple[int, int, int, int]]:
+def _if(
+    test: int, operand: int, *then: tuple[int, int, int, int], negated: bool = False
+) -> Iterator[tuple[int, int, int, int]]:
     """Does `then` where the loaded value passes the test (`negated`: fails it), otherwise goes on after it."""
     yield (test, len(then), 0, operand) if negated else (test, 0, len(then), operand)
     yield from then

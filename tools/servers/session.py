@@ -28,7 +28,9 @@ def main() -> None:
         if not message:
             return
         code = _call(module, f"<call {number}>", *fds)
-        if os.getpid() != process:  # A fork of the code's that ran on to the code's end: it is no second interpreter.
+        if (
+            os.getpid() != process
+        ):  # A fork of the code's that ran on to the code's end: it is no second interpreter.
             os._exit(code)
         requests.send(str(code).encode())
 
@@ -58,7 +60,9 @@ def _exit_code_of(module: types.ModuleType, name: str, source: str) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)  # Without this frame.
+        traceback.print_exception(
+            type(error), error, error.__traceback__ and error.__traceback__.tb_next
+        )  # Without this frame.
         return 1
     return 0
 

@@ -52,7 +52,9 @@ class Sessions:
     async def start(self, memory_mib: int) -> str:
         """Starts one; its id. Raises TooManySessions, SandboxError, OSError."""
         if len(self._lives) >= self._most:
-            raise TooManySessions(f"there are {self._most} sessions already, and no more are allowed at a time")
+            raise TooManySessions(
+                f"there are {self._most} sessions already, and no more are allowed at a time"
+            )
         session = _Session(memory_mib, self._idle_s)
         life = asyncio.create_task(session.live(self._sandbox))
         self._lives.add(life)
@@ -182,7 +184,9 @@ class _Session:
         """The exit code, or None where the session is over, or must be."""
         self._wake()
         with contextlib.ExitStack() as stack:
-            fds = [sealed_file(stack, text.encode("utf-8", errors="replace")) for text in (code, stdin)]
+            fds = [
+                sealed_file(stack, text.encode("utf-8", errors="replace")) for text in (code, stdin)
+            ]
             try:
                 socket.send_fds(self._socket, [b"call"], fds)
                 async with asyncio.timeout(timeout_s):

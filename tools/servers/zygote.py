@@ -37,7 +37,14 @@ _CLONE_NEWNS, _CLONE_NEWCGROUP, _CLONE_NEWIPC = 0x00020000, 0x02000000, 0x080000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
-_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 4, 24, 22, 38, 47, 4
+(
+    _PR_SET_DUMPABLE,
+    _PR_CAPBSET_DROP,
+    _PR_SET_SECCOMP,
+    _PR_SET_NO_NEW_PRIVS,
+    _PR_CAP_AMBIENT,
+    _PR_CAP_AMBIENT_CLEAR_ALL,
+) = 4, 24, 22, 38, 47, 4
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _MAX_FDS = 16
@@ -84,8 +91,12 @@ def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
     control = socket.socket(fileno=fds["c"])
     try:
         os.setsid()
-        _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # Its files in /proc are root's, not those of its user, who the program is, too.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Process 1 is deaf to what it has no handler for.
+        _check(
+            _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        )  # Its files in /proc are root's, not those of its user, who the program is, too.
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Process 1 is deaf to what it has no handler for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         socket.send_fds(control, [b"started"], [os.pidfd_open(os.getpid())])
         if "m" in fds:
@@ -111,8 +122,16 @@ def _tell(control: socket.socket, **facts: Any) -> None:
 
 def _fresh_world(settings: dict[str, Any]) -> None:
     _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET | _CLONE_NEWCGROUP))
-    for where, size in ((WORK, settings["scratch_bytes"]), ("/dev/shm", settings["shared_memory_bytes"])):
-        _mount("tmpfs", where, _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes={settings['max_files']},mode=1777")
+    for where, size in (
+        (WORK, settings["scratch_bytes"]),
+        ("/dev/shm", settings["shared_memory_bytes"]),
+    ):
+        _mount(
+            "tmpfs",
+            where,
+            _MS_NOSUID | _MS_NODEV,
+            f"size={size},nr_inodes={settings['max_files']},mode=1777",
+        )
     _mount("proc", "/proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP))
@@ -156,9 +175,19 @@ def _fetch(fds: dict[str, int], settings: dict[str, Any]) -> None:
     _enter_user_namespace()
     _give_up_rights(settings["filter"])
     os.chdir(WORK)
-    found = {name: content for name in request["fetch"] if (content := _content(name, settings["max_fetch_bytes"])) is not None}
+    found = {
+        name: content
+        for name in request["fetch"]
+        if (content := _content(name, settings["max_fetch_bytes"])) is not None
+    }
     with open(fds["f"], "w") as file:
-        json.dump({name: binascii.b2a_base64(content, newline=False).decode() for name, content in found.items()}, file)
+        json.dump(
+            {
+                name: binascii.b2a_base64(content, newline=False).decode()
+                for name, content in found.items()
+            },
+            file,
+        )
     os._exit(0)
 
 
@@ -166,7 +195,11 @@ def _content(name: str, most: int) -> bytes | None:
     """A regular file's, if it is not too large; a pipe does not hold us up."""
     try:
         with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            return file.read() if os.fstat(file.fileno()).st_size <= most and os.path.isfile(name) else None
+            return (
+                file.read()
+                if os.fstat(file.fileno()).st_size <= most and os.path.isfile(name)
+                else None
+            )
     except OSError:
         return None
 
@@ -201,7 +234,9 @@ def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> list[str]:
     os.chdir(WORK)
     for path, content in request["files"].items():
         _write_file(path, binascii.a2b_base64(content))
-        sys.modules.pop(path.split("/")[0].removesuffix(".py"), None)  # The program's own json.py, say, goes before ours.
+        sys.modules.pop(
+            path.split("/")[0].removesuffix(".py"), None
+        )  # The program's own json.py, say, goes before ours.
     _limit(request["limits"])
     _give_up_rights(settings["filter"])
     return list(request["program"])
@@ -224,10 +259,16 @@ def _enter_user_namespace() -> None:
     """One in which we own nothing, and in which no other can be made."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0))
     _check(_libc.unshare(_CLONE_NEWUSER))
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {NOBODY} 1"), ("gid_map", f"{NOBODY} {NOBODY} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{NOBODY} {NOBODY} 1"),
+        ("gid_map", f"{NOBODY} {NOBODY} 1"),
+    ):
         _write(f"/proc/self/{name}", text)
     _write("/proc/sys/user/max_user_namespaces", "0")
-    _write("/proc/self/oom_score_adj", "1000")  # Where memory runs out, it is never init that dies of it first.
+    _write(
+        "/proc/self/oom_score_adj", "1000"
+    )  # Where memory runs out, it is never init that dies of it first.
 
 
 def _limit(limits: dict[str, int]) -> None:
@@ -248,7 +289,10 @@ def _give_up_rights(filter_base64: str) -> None:
 
 
 def _run_command(program: list[str]) -> NoReturn:
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and what is ignored stays so.
+    for number in (
+        signal.SIGPIPE,
+        signal.SIGXFSZ,
+    ):  # Python ignores them, and what is ignored stays so.
         signal.signal(number, signal.SIG_DFL)
     os.execv(program[0], program)
 
@@ -257,7 +301,9 @@ def _run_python(arguments: list[str]) -> NoReturn:
     """Runs a script as the interpreter's own command line does: same `__main__`, tracebacks and exit codes."""
     _become_main(arguments)
     path = arguments[0].encode()
-    failed = ctypes.pythonapi.PyRun_SimpleFileExFlags(ctypes.c_void_p(_libc.fopen(path, b"r")), path, 1, None)
+    failed = ctypes.pythonapi.PyRun_SimpleFileExFlags(
+        ctypes.c_void_p(_libc.fopen(path, b"r")), path, 1, None
+    )
     _end_python(1 if failed else 0)
 
 

@@ -22,7 +22,11 @@ def guard_paths() -> list[str]:
     """The folders to put on the import path here: one per package that is not installed."""
     here = Path(__file__).parent
     folders = {name: str(here / f"for_{name}") for name in _GUARDED}
-    return [folder for name, folder in folders.items() if folder in sys.path or importlib.util.find_spec(name) is None]
+    return [
+        folder
+        for name, folder in folders.items()
+        if folder in sys.path or importlib.util.find_spec(name) is None
+    ]
 
 
 def install() -> None:

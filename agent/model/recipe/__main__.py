@@ -38,8 +38,15 @@ class Preset(StrEnum):
 
 @app.command()
 def data(
-    gsm8k: Annotated[Path, typer.Argument(help="JSONL in GSM8K's format: question, answer with <<annotations>> and a last line #### 42.")],
-    out: Annotated[Path, typer.Option(help="The file of token ids to write.")] = Path("runs/adapter/tokens.npz"),
+    gsm8k: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL in GSM8K's format: question, answer with <<annotations>> and a last line #### 42."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file of token ids to write.")] = Path(
+        "runs/adapter/tokens.npz"
+    ),
     preset: Annotated[Preset, typer.Option(help="How many conversations.")] = Preset.small,
     tools: Annotated[Path, typer.Option(help="The tools that ship.")] = _TOOLS,
     seed: int = 1,
@@ -58,30 +65,49 @@ def data(
 
 @app.command()
 def train(
-    tokens: Annotated[Path, typer.Argument(help="What `data` wrote.")] = Path("runs/adapter/tokens.npz"),
+    tokens: Annotated[Path, typer.Argument(help="What `data` wrote.")] = Path(
+        "runs/adapter/tokens.npz"
+    ),
     out: Annotated[Path, typer.Option(help="The adapter's folder.")] = Path("runs/adapter"),
-    preset: Annotated[Preset, typer.Option(help="Batch size, passes and time limit.")] = Preset.small,
+    preset: Annotated[
+        Preset, typer.Option(help="Batch size, passes and time limit.")
+    ] = Preset.small,
     lr: Annotated[float | None, typer.Option(help="Another learning rate.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Another time limit; the schedule fits itself to it.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Another time limit; the schedule fits itself to it.")
+    ] = None,
 ) -> None:
     """Train the adapter. Ctrl-C ends the training early and writes what there is."""
     from agent.model.base import base_model_dir
     from agent.model.recipe import train as recipe
 
     if not tokens.is_file():
-        raise AgentError(f"{tokens} is not there; make it with: python -m agent.model.recipe data train.jsonl")
+        raise AgentError(
+            f"{tokens} is not there; make it with: python -m agent.model.recipe data train.jsonl"
+        )
     settings = recipe.FULL if preset is Preset.full else recipe.SMALL
-    settings = replace(settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds)
+    settings = replace(
+        settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds
+    )
     result = recipe.train(base_model_dir(), recipe.Tokens.read(tokens), settings, out, _show)
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    typer.echo(f"\nadapter in {out}; held-out loss {result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s")
+    typer.echo(
+        f"\nadapter in {out}; held-out loss {result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s"
+    )
 
 
 @app.command()
 def evaluate(
-    gsm8k: Annotated[Path, typer.Argument(help="GSM8K-format JSONL, the same that `data` read: its held-out rows are asked.")],
+    gsm8k: Annotated[
+        Path,
+        typer.Argument(
+            help="GSM8K-format JSONL, the same that `data` read: its held-out rows are asked."
+        ),
+    ],
     adapter: Annotated[Path, typer.Option(help="The adapter to examine.")] = _ADAPTER,
-    out: Annotated[Path, typer.Option(help="Folder for report.json and the engines' logs.")] = Path("runs/adapter"),
+    out: Annotated[Path, typer.Option(help="Folder for report.json and the engines' logs.")] = Path(
+        "runs/adapter"
+    ),
     limit: Annotated[int, typer.Option(min=1, help="Problems of each kind.")] = 64,
 ) -> None:
     """Examine an adapter, and the base model beside it, on held-out problems. Ctrl-C ends early with what is done."""

@@ -29,14 +29,27 @@ class FirstCalls:
 
 
 def first_calls(
-    model: Any, tokenizer: Any, tokens: Tokens, source: str, limit: int, *, temperature: float, max_new_tokens: int = 320
+    model: Any,
+    tokenizer: Any,
+    tokens: Tokens,
+    source: str,
+    limit: int,
+    *,
+    temperature: float,
+    max_new_tokens: int = 320,
 ) -> FirstCalls:
     """Generates the first turn of up to `limit` held-out fault-free conversations of `source` and looks at its call."""
     wanted = (f"{source}/shipped/plain", f"{source}/other/plain")
     rows = [row for row in np.flatnonzero(tokens.held_out) if tokens.kinds[row] in wanted][:limit]
-    texts = _turns(model, tokenizer, [_prompt(tokens, row) for row in rows], temperature, max_new_tokens)
+    texts = _turns(
+        model, tokenizer, [_prompt(tokens, row) for row in rows], temperature, max_new_tokens
+    )
     grades = [_grade(text, tokens.answers[row]) for text, row in zip(texts, rows, strict=True)]
-    shares = [round(sum(column) / max(1, len(rows)), 4) for column in zip(*grades, strict=True)] if grades else [0.0, 0.0, 0.0]
+    shares = (
+        [round(sum(column) / max(1, len(rows)), 4) for column in zip(*grades, strict=True)]
+        if grades
+        else [0.0, 0.0, 0.0]
+    )
     return FirstCalls(len(rows), *shares)
 
 
@@ -47,14 +60,20 @@ def _prompt(tokens: Tokens, row: int) -> list[int]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _turns(model: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int) -> list[str]:
+def _turns(
+    model: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, max_new_tokens: int
+) -> list[str]:
     longest = max((len(prompt) for prompt in prompts), default=0)
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for at, prompt in enumerate(prompts):  # on the left: generation goes on at the right
         ids[at, longest - len(prompt) :] = torch.tensor(prompt)
         mask[at, longest - len(prompt) :] = 1
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),

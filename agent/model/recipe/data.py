@@ -47,7 +47,15 @@ class Mix:
     """Of GSM8K's rows and of generated problems, for the held-out loss."""
 
 
-SMALL = Mix(gsm8k_copies=1, renumbered_copies=0, generated=900, gsm8k_rows=400, fault_share=0.12, shipped_share=0.9, held_out=24)
+SMALL = Mix(
+    gsm8k_copies=1,
+    renumbered_copies=0,
+    generated=900,
+    gsm8k_rows=400,
+    fault_share=0.12,
+    shipped_share=0.9,
+    held_out=24,
+)
 FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
 
 
@@ -76,29 +84,47 @@ def read_gsm8k(path: Path) -> list[dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read: {error}; it is to be GSM8K's train.jsonl") from error
+        raise TaskError(
+            f"{path} cannot be read: {error}; it is to be GSM8K's train.jsonl"
+        ) from error
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"question": str(row["question"]), "answer": str(row["answer"])})
         except (ValueError, KeyError, TypeError) as error:
-            raise TaskError(f"{path}:{number} is no GSM8K row, expected {{question, answer}}: {error}") from error
+            raise TaskError(
+                f"{path}:{number} is no GSM8K row, expected {{question, answer}}: {error}"
+            ) from error
     return rows
 
 
 def training_problems(rows: Sequence[dict[str, str]], mix: Mix, rng: Random) -> Iterator[Problem]:
     """The problems to train on, a row's variants side by side (the file packs better)."""
-    kept = [problem for row in rows if not held_out(row["question"]) and (problem := from_gsm8k(row["question"], row["answer"]))]
-    for problem in kept if mix.gsm8k_rows is None else rng.sample(kept, min(mix.gsm8k_rows, len(kept))):
+    kept = [
+        problem
+        for row in rows
+        if not held_out(row["question"]) and (problem := from_gsm8k(row["question"], row["answer"]))
+    ]
+    for problem in (
+        kept if mix.gsm8k_rows is None else rng.sample(kept, min(mix.gsm8k_rows, len(kept)))
+    ):
         yield from [problem] * mix.gsm8k_copies
-        yield from (other for _ in range(mix.renumbered_copies) if (other := with_other_numbers(problem, rng)))
+        yield from (
+            other
+            for _ in range(mix.renumbered_copies)
+            if (other := with_other_numbers(problem, rng))
+        )
     yield from symbolic.problems(mix.generated)
 
 
 def held_out_problems(rows: Sequence[dict[str, str]], count: int) -> Iterator[Problem]:
     """Problems for the held-out loss: up to `count` GSM8K rows of those kept back, and as many generated ones of held-out seeds."""
-    kept = (problem for row in rows if held_out(row["question"]) and (problem := from_gsm8k(row["question"], row["answer"])))
+    kept = (
+        problem
+        for row in rows
+        if held_out(row["question"]) and (problem := from_gsm8k(row["question"], row["answer"]))
+    )
     yield from islice(kept, count)
     yield from symbolic.problems(count, HELD_OUT_SEED)
 
@@ -113,21 +139,34 @@ class Renderer:
         self.template = template
         self.shipped = shipped
 
-    def example(self, problem: Problem, rng: Random, *, mix: Mix, held_out: bool = False) -> Example | None:
+    def example(
+        self, problem: Problem, rng: Random, *, mix: Mix, held_out: bool = False
+    ) -> Example | None:
         """One conversation about the problem; None where it is longer than any other should wait for."""
         setup = draw(self.shipped, rng, mix.shipped_share)
         failing = _faults(problem, setup, rng, mix.fault_share)
         example = self._render(problem, setup, failing, rng, held_out)
         return example if len(example.ids) <= MAX_TOKENS else None
 
-    def _render(self, problem: Problem, setup: Setup, failing: Sequence[faults.Fault], rng: Random, held_out: bool) -> Example:
+    def _render(
+        self,
+        problem: Problem,
+        setup: Setup,
+        failing: Sequence[faults.Fault],
+        rng: Random,
+        held_out: bool,
+    ) -> Example:
         ids = self._prompt(problem, setup, rng)
         loss = [0] * len(ids)
         for fault in failing:
             self._turn(ids, loss, fault.text, fault.response, learn=False)
         for text, response in _good_turns(problem, setup, rng):
             self._turn(ids, loss, text, response, learn=True)
-        parts = [problem.source.split("+")[0], "shipped" if setup.shipped else "other", "fault" if failing else "plain"]
+        parts = [
+            problem.source.split("+")[0],
+            "shipped" if setup.shipped else "other",
+            "fault" if failing else "plain",
+        ]
         return Example(ids, loss, "/".join(parts), problem.answer, held_out)
 
     def _prompt(self, problem: Problem, setup: Setup, rng: Random) -> list[int]:
@@ -136,13 +175,19 @@ class Renderer:
             messages.insert(0, {"role": "system", "content": setup.system})
         return [token for _, ids in self.template.prompt(messages, setup.tools) for token in ids]
 
-    def _turn(self, ids: list[int], loss: list[int], text: str, response: str | None, *, learn: bool) -> None:
+    def _turn(
+        self, ids: list[int], loss: list[int], text: str, response: str | None, *, learn: bool
+    ) -> None:
         turn = [*self.template.encode(text), self.template.end_id]
         ids += turn
         loss += [int(learn)] * len(turn)
         if response is not None:
             block = [
-                token for _, part in self.template.delta([tool_message(response, call_id="call_0_0", name=None)]).pieces for token in part
+                token
+                for _, part in self.template.delta(
+                    [tool_message(response, call_id="call_0_0", name=None)]
+                ).pieces
+                for token in part
             ]
             ids += block
             loss += [0] * len(block)
@@ -155,7 +200,11 @@ def _faults(problem: Problem, setup: Setup, rng: Random, share: float) -> list[f
     found = [faults.failing_turn(setup, problem.code, rng) for _ in range(count)]
     path = SCRIPT_PATH if setup.shipped else rng.choice(_OTHER_PATHS)
     trim = not setup.shipped and rng.random() < 0.5
-    return [faults.Fault(fault.text, _shown(fault.response, path, trim=trim)) for fault in found if fault]
+    return [
+        faults.Fault(fault.text, _shown(fault.response, path, trim=trim))
+        for fault in found
+        if fault
+    ]
 
 
 def _shown(response: str, path: str, *, trim: bool) -> str:
@@ -166,7 +215,15 @@ def _shown(response: str, path: str, *, trim: bool) -> str:
 SCRIPT_PATH = "/tmp/main.py"
 """Where the shipped sandbox keeps the program that tracebacks name."""
 
-_OTHER_PATHS = ("main.py", "<string>", "/sandbox/main.py", "/work/main.py", "/tmp/tmp3k1x9w2a/main.py", "/code/script.py", "<stdin>")
+_OTHER_PATHS = (
+    "main.py",
+    "<string>",
+    "/sandbox/main.py",
+    "/work/main.py",
+    "/tmp/tmp3k1x9w2a/main.py",
+    "/code/script.py",
+    "<stdin>",
+)
 
 
 def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[str, str | None]]:
@@ -176,14 +233,30 @@ def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[s
     yield faults.call_text(setup.code_name, {setup.code_argument: problem.code}), shown
     answer = number_text(stdout) or stdout.strip()
     right = rng.random() < 0.8
-    response = f"Current parsed {answer=} reward={1.0 if right else 0.0}" if setup.graded else rng.choice(_RECEIPTS).format(answer)
+    response = (
+        f"Current parsed {answer=} reward={1.0 if right else 0.0}"
+        if setup.graded
+        else rng.choice(_RECEIPTS).format(answer)
+    )
     yield faults.call_text(setup.answer_name, {setup.answer_argument: answer}), response
     # The tool's verdict is not the model's to decide: it has to say so where its answer was not accepted.
     accepted = right or not setup.graded
-    yield f"The answer is {answer}." if accepted else f"My answer is {answer}, but it was not accepted as correct.", None
+    yield (
+        f"The answer is {answer}."
+        if accepted
+        else f"My answer is {answer}, but it was not accepted as correct.",
+        None,
+    )
 
 
-_RECEIPTS = ("Answer recorded: {}", "ok", "Submitted answer {!r}.", "received", '{{"status": "ok", "answer": "{}"}}', "Thank you.")
+_RECEIPTS = (
+    "Answer recorded: {}",
+    "ok",
+    "Submitted answer {!r}.",
+    "received",
+    '{{"status": "ok", "answer": "{}"}}',
+    "Thank you.",
+)
 _FINISH = " Give the result as your final answer. Do not include units."
 
 
@@ -195,7 +268,9 @@ def _asked(problem: Problem, setup: Setup, rng: Random) -> str:
         question += _FINISH
     if rng.random() < 0.85:
         return question
-    return rng.choice(_FRAMES).format(question=question, code=setup.code_name, answer=setup.answer_name)
+    return rng.choice(_FRAMES).format(
+        question=question, code=setup.code_name, answer=setup.answer_name
+    )
 
 
 _FRAMES = (
@@ -211,7 +286,9 @@ _FRAMES = (
 # ------------------------------------------------------------------ the file
 
 
-def build(rows: Sequence[dict[str, str]], renderer: Renderer, mix: Mix, seed: int = 1) -> Iterator[Example]:
+def build(
+    rows: Sequence[dict[str, str]], renderer: Renderer, mix: Mix, seed: int = 1
+) -> Iterator[Example]:
     """All examples, the held-out ones last. The same rows, mix and seed give the same examples."""
     rng = Random(seed)
     for problem in training_problems(rows, mix, rng):
@@ -249,4 +326,16 @@ def template_of(model_dir: Path) -> ChatTemplate:
     return ChatTemplate(AutoTokenizer.from_pretrained(model_dir))
 
 
-__all__ = ["FULL", "SMALL", "Example", "Mix", "Renderer", "build", "held_out", "read_gsm8k", "shipped_setup", "template_of", "write"]
+__all__ = [
+    "FULL",
+    "SMALL",
+    "Example",
+    "Mix",
+    "Renderer",
+    "build",
+    "held_out",
+    "read_gsm8k",
+    "shipped_setup",
+    "template_of",
+    "write",
+]

@@ -28,9 +28,17 @@ from tools.registry import load_tools
 from tools.toolset import ToolSet
 
 CONDITIONS = (
-    *(Condition(ADAPTER, problems, 0.0, reverse) for problems in (GENERATED, GSM8K) for reverse in (False, True)),
+    *(
+        Condition(ADAPTER, problems, 0.0, reverse)
+        for problems in (GENERATED, GSM8K)
+        for reverse in (False, True)
+    ),
     Condition(ADAPTER, RECOVERY, 0.0),
-    *(Condition(ADAPTER, problems, 1.0, reverse) for problems in (GENERATED, GSM8K) for reverse in (False, True)),
+    *(
+        Condition(ADAPTER, problems, 1.0, reverse)
+        for problems in (GENERATED, GSM8K)
+        for reverse in (False, True)
+    ),
     Condition(ADAPTER, RECOVERY, 1.0),
     *(Condition(BASE, problems, 0.0) for problems in (GENERATED, GSM8K)),
 )
@@ -56,22 +64,38 @@ class Examination:
 
         Raises ConfigError, TaskError and the errors of an engine's start.
         """
-        tasks = {GENERATED: heldout.generated_tasks(self.limit), GSM8K: heldout.gsm8k_tasks(self.gsm8k, self.limit)}
+        tasks = {
+            GENERATED: heldout.generated_tasks(self.limit),
+            GSM8K: heldout.gsm8k_tasks(self.gsm8k, self.limit),
+        }
         self.seen = heldout.trained_on(tasks[GENERATED], data.FULL.generated)
-        say(self.console, f"{len(self.seen)} of {len(tasks[GENERATED])} generated questions stand word for word in the training data")
+        say(
+            self.console,
+            f"{len(self.seen)} of {len(tasks[GENERATED])} generated questions stand word for word in the training data",
+        )
         try:
             self._examine(ADAPTER, str(model_dir(self.adapter)), (), tasks)
             self._examine(BASE, BASE_NAME, _BASE_LIMITS, tasks)
         except KeyboardInterrupt:
-            say(self.console, f"interrupted: {len(self.rows)} of {len(CONDITIONS)} conditions were examined, the last one perhaps in part")
+            say(
+                self.console,
+                f"interrupted: {len(self.rows)} of {len(CONDITIONS)} conditions were examined, the last one perhaps in part",
+            )
         return self.rows
 
-    def _examine(self, model: str, path: str, limits: tuple[str, ...], tasks: dict[str, list[Task]]) -> None:
+    def _examine(
+        self, model: str, path: str, limits: tuple[str, ...], tasks: dict[str, list[Task]]
+    ) -> None:
         log = self.out / f"engine-{model}.log"
         say(self.console, f"starting the engine with the {model} model (log: {log})")
         with Session(_config(path, limits), load_tools("gsm8k"), log_path=log) as session:
             if model == ADAPTER and session.runtime.dispatcher:
-                tasks = {**tasks, RECOVERY: session.run(heldout.recovery_tasks(session.runtime.dispatcher, self.limit))}
+                tasks = {
+                    **tasks,
+                    RECOVERY: session.run(
+                        heldout.recovery_tasks(session.runtime.dispatcher, self.limit)
+                    ),
+                }
             for condition in CONDITIONS:
                 if condition.model == model:
                     self._condition(session, condition, tasks[condition.problems])
@@ -92,7 +116,9 @@ class Examination:
             try:
                 session.run(running, poll=display.refresh)
             finally:
-                self.rows.append(report.row(condition, len(tasks), found, self.seen, display.wall_s))
+                self.rows.append(
+                    report.row(condition, len(tasks), found, self.seen, display.wall_s)
+                )
                 report.write(self.out / "report.json", self._about(session), self.rows)
 
     def _about(self, session: Session) -> dict[str, Any]:
@@ -107,13 +133,19 @@ class Examination:
 
 def _config(model_path: str, limits: tuple[str, ...]) -> Config:
     """The embedded config, which is what `turntrace run` uses without one, with another model."""
-    return load_config(None, (f"model_path={model_path}", "rollout.multi_turn.tool_config_path=gsm8k", *limits))
+    return load_config(
+        None, (f"model_path={model_path}", "rollout.multi_turn.tool_config_path=gsm8k", *limits)
+    )
 
 
 def runtime_for(session: Session, condition: Condition) -> Runtime:
     """The session's runtime, sampling and tool order as the condition says."""
-    runtime = session.runtime_with({**session.config.sampling(), "temperature": condition.temperature})
+    runtime = session.runtime_with(
+        {**session.config.sampling(), "temperature": condition.temperature}
+    )
     if not condition.reverse or session.tools is None:
         return runtime
     tools = ToolSet(reversed(list(session.tools.values())))
-    return dataclasses.replace(runtime, dispatcher=make_dispatcher(session.config, tools, session.template))
+    return dataclasses.replace(
+        runtime, dispatcher=make_dispatcher(session.config, tools, session.template)
+    )

@@ -51,7 +51,11 @@ def failing_turn(setup: Setup, code: str, rng: Random) -> Fault | None:
     """A turn that fails: mostly broken code, now and then a call that is no call, or not one of these tools."""
     if rng.random() < 0.8:
         broken = broken_code(code, rng)
-        return Fault(call_text(setup.code_name, {setup.code_argument: broken[0]}), broken[1]) if broken else None
+        return (
+            Fault(call_text(setup.code_name, {setup.code_argument: broken[0]}), broken[1])
+            if broken
+            else None
+        )
     return rng.choice((_malformed, _wrong_argument, _unknown_tool, _silent))(setup, code, rng)
 
 
@@ -68,7 +72,9 @@ def _typo(code: str, rng: Random) -> str | None:
     wrong = rng.choice((name[:-1], name + "s", name.split("_")[0] + "_total", "total_" + name))
     spots = list(re.finditer(rf"\b{name}\b(?! =)", code))
     spot = rng.choice(spots) if spots else None
-    return None if spot is None or wrong == name else code[: spot.start()] + wrong + code[spot.end() :]
+    return (
+        None if spot is None or wrong == name else code[: spot.start()] + wrong + code[spot.end() :]
+    )
 
 
 def _missing_line(code: str, rng: Random) -> str | None:
@@ -100,7 +106,14 @@ def _prose(code: str, rng: Random) -> str | None:
     lines = code.split("\n")
     lines.insert(
         rng.randrange(len(lines)),
-        rng.choice(("Let us compute the answer", "First we add them up", "Step 1: find the total", "so the answer is")),
+        rng.choice(
+            (
+                "Let us compute the answer",
+                "First we add them up",
+                "Step 1: find the total",
+                "so the answer is",
+            )
+        ),
     )
     return "\n".join(lines)
 
@@ -127,14 +140,22 @@ def _zero_division(code: str, rng: Random) -> str | None:
 
 
 def _unknown_function(code: str, rng: Random) -> str | None:
-    return re.sub(r"print\((\w+)\)$", rf"print({rng.choice(('solve', 'calculate', 'sqrt', 'floor', 'total'))}(\1))", code)
+    return re.sub(
+        r"print\((\w+)\)$",
+        rf"print({rng.choice(('solve', 'calculate', 'sqrt', 'floor', 'total'))}(\1))",
+        code,
+    )
 
 
 def _unit(code: str, rng: Random) -> str | None:
     """A number with its unit, as in the story."""
     spots = list(re.finditer(r"(?<![\w.])\d+(?![\w.])", code))
     spot = rng.choice(spots) if spots else None
-    return f"{code[: spot.end()]} {rng.choice(('dollars', 'hours', 'percent', 'units'))}{code[spot.end() :]}" if spot else None
+    return (
+        f"{code[: spot.end()]} {rng.choice(('dollars', 'hours', 'percent', 'units'))}{code[spot.end() :]}"
+        if spot
+        else None
+    )
 
 
 _Break = Callable[[str, Random], str | None]
@@ -166,21 +187,40 @@ def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
     if len(calls) != 1 or not isinstance(calls[0], MalformedToolCall):
         return None
     error = calls[0].error
-    return Fault(text, _told(setup, rng, f"Error: malformed tool call: {error}", error, f"Invalid tool call: {error}"))
+    return Fault(
+        text,
+        _told(
+            setup, rng, f"Error: malformed tool call: {error}", error, f"Invalid tool call: {error}"
+        ),
+    )
 
 
 def _wrong_argument(setup: Setup, code: str, rng: Random) -> Fault | None:
     name, argument = setup.code_name, setup.code_argument
-    wrong = rng.choice([word for word in ("code", "python", "script", "input", "text", "expression") if word != argument])
+    wrong = rng.choice(
+        [
+            word
+            for word in ("code", "python", "script", "input", "text", "expression")
+            if word != argument
+        ]
+    )
     problem = f'arguments: "{argument}" is a required property'
     shipped = f"Error: invalid arguments for {name}: {problem}"
-    told = _told(setup, rng, shipped, f"Invalid arguments: {problem}", f"missing argument '{argument}'")
+    told = _told(
+        setup, rng, shipped, f"Invalid arguments: {problem}", f"missing argument '{argument}'"
+    )
     return Fault(call_text(name, {wrong: code}), told)
 
 
 def _unknown_tool(setup: Setup, code: str, rng: Random) -> Fault | None:
     names = [str(tool["function"]["name"]) for tool in setup.tools]
-    wrong = rng.choice([word for word in ("python", "code_interpreter", "calculator", "run", "compute", "bash") if word not in names])
+    wrong = rng.choice(
+        [
+            word
+            for word in ("python", "code_interpreter", "calculator", "run", "compute", "bash")
+            if word not in names
+        ]
+    )
     offered = ", ".join(names)
     shipped = f"Error: there is no tool named {wrong!r}; the tools are: {offered}"
     told = _told(setup, rng, shipped, f"Unknown tool: {wrong}", f"Use one of: {offered}")

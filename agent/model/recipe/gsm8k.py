@@ -12,7 +12,15 @@ import re
 from fractions import Fraction
 from random import Random
 
-from agent.model.recipe.programs import CALLS, Problem, Step, check_arithmetic, evaluate, number_text, prints
+from agent.model.recipe.programs import (
+    CALLS,
+    Problem,
+    Step,
+    check_arithmetic,
+    evaluate,
+    number_text,
+    prints,
+)
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>([^<\n]*)")
 _WORD = re.compile(r"[A-Za-z]+")
@@ -46,7 +54,11 @@ _UNITS = [
     "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 ]  # fmt: skip
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred".split()  # noqa: SIM905
-_WORDS = dict(zip(_UNITS, range(20), strict=True)) | dict(zip(_TENS, range(20, 110, 10), strict=True)) | {"thousand": 1000}
+_WORDS = (
+    dict(zip(_UNITS, range(20), strict=True))
+    | dict(zip(_TENS, range(20, 110, 10), strict=True))
+    | {"thousand": 1000}
+)
 
 _FACTS = frozenset({0, 1, 2, 7, 12, 24, 30, 52, 60, 100, 365, 1000})
 """Numbers that are likely a fact (days of a week, minutes of an hour), not a quantity of the story."""
@@ -57,8 +69,14 @@ _SMALL = frozenset({3, 4, 5, 6, 8, 10, 16, 36, 0.1, 0.2, 0.25, 0.5, 0.75, 1.5, 3
 
 def _unexplained(problem: Problem) -> set[float]:
     """Numbers of the program that no one told: worked out in the head, or brought along by a step that was not annotated."""
-    told = set(_numbers(problem.question)) | {_WORDS[word] for word in _WORD.findall(problem.question.lower()) if word in _WORDS}
-    percent = {round(value, 6) for n in told for value in (n / 100, 1 + n / 100, 1 - n / 100, 100 - n, 100 + n)}
+    told = set(_numbers(problem.question)) | {
+        _WORDS[word] for word in _WORD.findall(problem.question.lower()) if word in _WORDS
+    }
+    percent = {
+        round(value, 6)
+        for n in told
+        for value in (n / 100, 1 + n / 100, 1 - n / 100, 100 - n, 100 + n)
+    }
     used = {n for step in problem.steps for n in _numbers(step.expression)}
     return used - told - percent - _FACTS - _SMALL
 
@@ -71,7 +89,10 @@ def _steps(answer: str, told: set[float]) -> list[Step]:
     for match in _ANNOTATION.finditer(answer):
         names = {v: n for n, v in values.items() if v not in told}
         # A number that the question and the step just before both gave is that step's, if the line names it once.
-        if steps and len(re.findall(rf"(?<![\d.]){re.escape(shown)}(?![\d.])", match.group(1))) == 1:
+        if (
+            steps
+            and len(re.findall(rf"(?<![\d.]){re.escape(shown)}(?![\d.])", match.group(1))) == 1
+        ):
             names[values[steps[-1].name]] = steps[-1].name
         expression = _expression(match.group(1), names, values)
         value = number_text(match.group(2))
@@ -121,7 +142,10 @@ class _Tidy(ast.NodeTransformer):
     def _exact(self, node: ast.BinOp) -> bool:
         try:
             left, right = (evaluate(side, self.values) for side in (node.left, node.right))
-            return right != 0 and left.denominator == right.denominator == (left / right).denominator == 1
+            return (
+                right != 0
+                and left.denominator == right.denominator == (left / right).denominator == 1
+            )
         except ValueError:
             return False
 
@@ -132,7 +156,11 @@ def _name(after: str, before: str) -> str:
     words = [word.lower() for word in _WORD.findall(sentence.replace("'s", ""))]
     words = _trim(_trim(words)[:4])
     if not words:
-        words = _trim([word.lower() for word in _WORD.findall(re.split(r"\d", before.replace("'s", ""))[0])][-4:])
+        words = _trim(
+            [word.lower() for word in _WORD.findall(re.split(r"\d", before.replace("'s", ""))[0])][
+                -4:
+            ]
+        )
     name = "_".join(words)
     return name if name and not keyword.iskeyword(name) and name not in CALLS else "result"
 
@@ -161,7 +189,13 @@ def with_other_numbers(problem: Problem, rng: Random, tries: int = 40) -> Proble
     """
     used = {n for step in problem.steps for n in _numbers(step.expression)}
     told = _numbers(problem.question)
-    free = sorted({int(n) for n in told if n in used and n == int(n) and n not in _FACTS and n < 1e7 and told.count(n) <= 2})
+    free = sorted(
+        {
+            int(n)
+            for n in told
+            if n in used and n == int(n) and n not in _FACTS and n < 1e7 and told.count(n) <= 2
+        }
+    )
     if not free or used - set(told) - _FACTS - _SMALL:
         return None  # nothing to redraw, or a number that would go stale
     before = _values(problem.steps)
@@ -171,14 +205,23 @@ def with_other_numbers(problem: Problem, rng: Random, tries: int = 40) -> Proble
         after = _values(steps)
         if before and after and all(_alike(a, b) for a, b in zip(before, after, strict=True)):
             answer = number_text(str(float(after[-1])))
-            changed = Problem(_replace(problem.question, mapping), steps, answer or "", problem.source + "+numbers")
+            changed = Problem(
+                _replace(problem.question, mapping),
+                steps,
+                answer or "",
+                problem.source + "+numbers",
+            )
             if answer and answer != problem.answer and prints(changed.code, answer):
                 return changed
     return None
 
 
 def _redraw(n: int, rng: Random) -> int:
-    unit = next(unit for unit in (1000, 100, 50, 10, 5, 1) if n % unit == 0 and n > unit) if n > 1 else 1
+    unit = (
+        next(unit for unit in (1000, 100, 50, 10, 5, 1) if n % unit == 0 and n > unit)
+        if n > 1
+        else 1
+    )
     low, high = max(1, n // (2 * unit)), max(3, 2 * n // unit)
     return unit * rng.randint(low, high)
 
@@ -210,4 +253,8 @@ def _values(steps: tuple[Step, ...]) -> list[Fraction]:
 
 def _alike(before: Fraction, after: Fraction) -> bool:
     whole = before.denominator == 1
-    return (after.denominator == 1) == whole and (after > 0) == (before > 0) and (whole or (after * 1000).denominator == 1)
+    return (
+        (after.denominator == 1) == whole
+        and (after > 0) == (before > 0)
+        and (whole or (after * 1000).denominator == 1)
+    )

@@ -33,13 +33,23 @@ def generated_tasks(count: int) -> list[Task]:
     from reasoning_gym import create_dataset
 
     dataset = create_dataset("gsm_symbolic", size=count, seed=min(symbolic.HELD_OUT_SEEDS))
-    return [_task(f"gsm_symbolic-{index}", dataset[index]["question"], whole_number(dataset[index]["answer"])) for index in range(count)]
+    return [
+        _task(
+            f"gsm_symbolic-{index}",
+            dataset[index]["question"],
+            whole_number(dataset[index]["answer"]),
+        )
+        for index in range(count)
+    ]
 
 
 def gsm8k_tasks(path: Path, count: int) -> list[Task]:
     """The first `count` rows of a GSM8K-format file that are never trained on. Raises TaskError for a row of another form."""
     rows = [(index, row) for index, row in enumerate(read_gsm8k(path)) if held_out(row["question"])]
-    return [_task(f"gsm8k-{index}", row["question"], _final(row["answer"])) for index, row in rows[:count]]
+    return [
+        _task(f"gsm8k-{index}", row["question"], _final(row["answer"]))
+        for index, row in rows[:count]
+    ]
 
 
 def _final(answer: str) -> str:
@@ -53,8 +63,17 @@ async def recovery_tasks(dispatcher: Dispatcher, count: int) -> list[Task]:
         call = ToolCall(name=CODE_TOOL, arguments={"code": broken}, raw="")
         line = await _run(dispatcher, call)
         if line.status == "tool_error" and len(tasks) < count:
-            given = [{"role": "user", "content": problem.question}, *_exchange(call, line.response or "")]
-            tasks.append(Task(f"recovery-{len(tasks)}", given_messages(given), ground_truth=whole_number(problem.answer)))
+            given = [
+                {"role": "user", "content": problem.question},
+                *_exchange(call, line.response or ""),
+            ]
+            tasks.append(
+                Task(
+                    f"recovery-{len(tasks)}",
+                    given_messages(given),
+                    ground_truth=whole_number(problem.answer),
+                )
+            )
     return tasks
 
 

@@ -55,11 +55,15 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, module in _layers(model):
         for part in ("lora_A", "lora_B"):
-            state[f"base_model.model.{name}.{part}.weight"] = getattr(module, part).detach().to("cpu", torch.bfloat16).contiguous()
+            state[f"base_model.model.{name}.{part}.weight"] = (
+                getattr(module, part).detach().to("cpu", torch.bfloat16).contiguous()
+            )
     return state
 
 
-def save_adapter(state: dict[str, Tensor], r: int, alpha: float, base_name: str, target: Path) -> None:
+def save_adapter(
+    state: dict[str, Tensor], r: int, alpha: float, base_name: str, target: Path
+) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` as peft does. `base_name` is a name, not a path."""
     from safetensors.torch import save_file
 
@@ -76,7 +80,9 @@ def save_adapter(state: dict[str, Tensor], r: int, alpha: float, base_name: str,
         "target_modules": list(TARGETS),
         "inference_mode": True,
     }
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (target / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -88,7 +94,9 @@ def load_adapter(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    )
 
 
 def unwrap(model: nn.Module) -> None:

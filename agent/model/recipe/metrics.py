@@ -67,7 +67,11 @@ def complete(trajectory: Trajectory) -> bool:
     ran = CODE_TOOL in names
     submitted = ran and ANSWER_TOOL in names[names.index(CODE_TOOL) + 1 :]
     last = trajectory.messages[-1] if trajectory.messages else {}
-    said = last.get("role") == "assistant" and not last.get("tool_calls") and bool(str(last.get("content", "")).strip())
+    said = (
+        last.get("role") == "assistant"
+        and not last.get("tool_calls")
+        and bool(str(last.get("content", "")).strip())
+    )
     return submitted and said and trajectory.stop_reason == "stop"
 
 
@@ -93,7 +97,9 @@ def scores(trajectories: Sequence[Trajectory]) -> Scores:
     outcomes = [outcome(trajectory) for trajectory in trajectories if not trajectory.infra_error]
     begun = [one.recovered for one in outcomes if one.recovered is not None]
     return Scores(
-        valid_calls=Share(sum(one.valid_calls for one in outcomes), sum(one.calls for one in outcomes)),
+        valid_calls=Share(
+            sum(one.valid_calls for one in outcomes), sum(one.calls for one in outcomes)
+        ),
         complete=Share(sum(one.complete for one in outcomes), len(outcomes)),
         right=Share(sum(one.right for one in outcomes), len(outcomes)),
         recovered=Share(sum(begun), len(begun)),

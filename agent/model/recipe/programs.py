@@ -82,16 +82,28 @@ def check_arithmetic(tree: ast.AST) -> None:
     for node in ast.walk(tree):
         if not isinstance(node, _NODES):
             raise ValueError(f"not arithmetic: {type(node).__name__}")
-        if isinstance(node, ast.Name) and node.id not in CALLS and (hasattr(builtins, node.id) or node.id.startswith("__")):
+        if (
+            isinstance(node, ast.Name)
+            and node.id not in CALLS
+            and (hasattr(builtins, node.id) or node.id.startswith("__"))
+        ):
             raise ValueError(f"not arithmetic: {node.id}")
         if isinstance(node, ast.Call) and (node.keywords or not isinstance(node.func, ast.Name)):
             raise ValueError("not arithmetic: a call of more than a number function")
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _small_exponent(node.right):
+        if (
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, ast.Pow)
+            and not _small_exponent(node.right)
+        ):
             raise ValueError("not arithmetic: an exponent that is not a small number")
 
 
 def _small_exponent(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, int | float) and abs(node.value) <= _MAX_EXPONENT
+    return (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, int | float)
+        and abs(node.value) <= _MAX_EXPONENT
+    )
 
 
 def number_text(text: str) -> str | None:
@@ -139,7 +151,12 @@ class Problem:
     @property
     def code(self) -> str:
         """The program's text."""
-        return "\n".join([*(f"{step.name} = {step.expression}" for step in self.steps), f"print({self.steps[-1].name})"])
+        return "\n".join(
+            [
+                *(f"{step.name} = {step.expression}" for step in self.steps),
+                f"print({self.steps[-1].name})",
+            ]
+        )
 
 
 def evaluate(node: ast.AST, values: dict[str, float]) -> Fraction:

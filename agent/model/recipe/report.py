@@ -52,16 +52,26 @@ class Row:
     wall_s: float
 
 
-def row(condition: Condition, asked: int, trajectories: Sequence[Trajectory], seen: set[str], wall_s: float) -> Row:
+def row(
+    condition: Condition,
+    asked: int,
+    trajectories: Sequence[Trajectory],
+    seen: set[str],
+    wall_s: float,
+) -> Row:
     """Sums up one condition's conversations; `seen` are the ids of the tasks that training saw word for word."""
     return Row(
         condition=condition,
         asked=asked,
         scores=scores(trajectories),
-        new=scores([trajectory for trajectory in trajectories if trajectory.task_id not in seen]).right,
+        new=scores(
+            [trajectory for trajectory in trajectories if trajectory.task_id not in seen]
+        ).right,
         stop_reasons=dict(Counter(trajectory.stop_reason for trajectory in trajectories)),
         infra_errors=sum(trajectory.infra_error for trajectory in trajectories),
-        sampled_tokens=sum(turn.end - turn.start for trajectory in trajectories for turn in trajectory.turns),
+        sampled_tokens=sum(
+            turn.end - turn.start for trajectory in trajectories for turn in trajectory.turns
+        ),
         wall_s=round(wall_s, 1),
     )
 
@@ -73,10 +83,17 @@ def targets(condition: Condition) -> dict[str, float]:
     if condition.problems == RECOVERY:
         return {"recovered": 0.60}
     wanted = {"valid_calls": 0.95, "complete": 0.90 if condition.temperature == 0 else 0.80}
-    return wanted | ({"right": 0.60} if condition.problems == GENERATED and condition.temperature == 0 else {})
+    return wanted | (
+        {"right": 0.60} if condition.problems == GENERATED and condition.temperature == 0 else {}
+    )
 
 
-_COLUMNS = {"valid_calls": "valid calls", "complete": "whole protocol", "right": "right answer", "recovered": "recovered"}
+_COLUMNS = {
+    "valid_calls": "valid calls",
+    "complete": "whole protocol",
+    "right": "right answer",
+    "recovered": "recovered",
+}
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -86,9 +103,18 @@ def table(rows: Sequence[Row]) -> Table:
         found.add_column(name, no_wrap=True)
     for one in rows:
         condition, wanted = one.condition, targets(one.condition)
-        names = condition.model, condition.problems, "greedy" if condition.temperature == 0 else f"T={condition.temperature:g}"
+        names = (
+            condition.model,
+            condition.problems,
+            "greedy" if condition.temperature == 0 else f"T={condition.temperature:g}",
+        )
         figures = [cell(getattr(one.scores, name), wanted.get(name)) for name in _COLUMNS]
-        found.add_row(*names, f"{condition.order} order", *figures, cell(one.new) if condition.problems != RECOVERY else "")
+        found.add_row(
+            *names,
+            f"{condition.order} order",
+            *figures,
+            cell(one.new) if condition.problems != RECOVERY else "",
+        )
     return found
 
 

@@ -41,7 +41,9 @@ def shipped_tools(config: Path) -> list[dict[str, Any]]:
     schemas = [entry["tool_schema"] for entry in entries]
     names = {schema["function"]["name"] for schema in schemas}
     if names != {CODE_TOOL, ANSWER_TOOL}:
-        raise ValueError(f"{config} must define exactly the tools {CODE_TOOL} and {ANSWER_TOOL}, got {', '.join(sorted(names))}")
+        raise ValueError(
+            f"{config} must define exactly the tools {CODE_TOOL} and {ANSWER_TOOL}, got {', '.join(sorted(names))}"
+        )
     return schemas
 
 
@@ -55,7 +57,16 @@ def draw(shipped: Sequence[dict[str, Any]], rng: Random, shipped_share: float = 
 def shipped_setup(shipped: Sequence[dict[str, Any]], *, reverse: bool) -> Setup:
     """Exactly what ships, the tools in the file's order or the other way round, no system prompt."""
     tools = tuple(reversed(shipped)) if reverse else tuple(shipped)
-    return Setup(None, tools, CODE_TOOL, _argument(shipped, CODE_TOOL), ANSWER_TOOL, _argument(shipped, ANSWER_TOOL), True, True)
+    return Setup(
+        None,
+        tools,
+        CODE_TOOL,
+        _argument(shipped, CODE_TOOL),
+        ANSWER_TOOL,
+        _argument(shipped, ANSWER_TOOL),
+        True,
+        True,
+    )
 
 
 def _argument(shipped: Sequence[dict[str, Any]], name: str) -> str:
@@ -67,24 +78,51 @@ def _other(shipped: Sequence[dict[str, Any]], rng: Random) -> Setup:
     by_name = {schema["function"]["name"]: schema for schema in shipped}
     code_name = _draw_name(rng, _CODE_NAMES, _CODE_VERBS, _CODE_NOUNS)
     answer_name = _draw_name(rng, _ANSWER_NAMES, _ANSWER_VERBS, _ANSWER_NOUNS)
-    code_argument = rng.choices(("code", "source", "script", "program", "python_code"), (12, 1, 1, 1, 1))[0]
+    code_argument = rng.choices(
+        ("code", "source", "script", "program", "python_code"), (12, 1, 1, 1, 1)
+    )[0]
     answer_argument = rng.choices(("answer", "result", "value", "final_answer"), (12, 1, 1, 1))[0]
-    code = _reworded(by_name[CODE_TOOL], code_name, code_argument, rng, _CODE_WORDS, _CODE_ARGUMENT_WORDS)
-    answer = _reworded(by_name[ANSWER_TOOL], answer_name, answer_argument, rng, _ANSWER_WORDS, _ANSWER_ARGUMENT_WORDS)
+    code = _reworded(
+        by_name[CODE_TOOL], code_name, code_argument, rng, _CODE_WORDS, _CODE_ARGUMENT_WORDS
+    )
+    answer = _reworded(
+        by_name[ANSWER_TOOL],
+        answer_name,
+        answer_argument,
+        rng,
+        _ANSWER_WORDS,
+        _ANSWER_ARGUMENT_WORDS,
+    )
     extra = rng.choices((0, 1, 2), (6, 3, 1))[0]
     tools = [code, answer, *rng.sample(_DISTRACTORS, extra)]
     rng.shuffle(tools)
     system = rng.choice(_SYSTEMS) if rng.random() < 0.5 else None
-    return Setup(system, tuple(tools), code_name, code_argument, answer_name, answer_argument, rng.random() < 0.7, False)
+    return Setup(
+        system,
+        tuple(tools),
+        code_name,
+        code_argument,
+        answer_name,
+        answer_argument,
+        rng.random() < 0.7,
+        False,
+    )
 
 
-def _draw_name(rng: Random, names: Sequence[str], verbs: Sequence[str], nouns: Sequence[str]) -> str:
+def _draw_name(
+    rng: Random, names: Sequence[str], verbs: Sequence[str], nouns: Sequence[str]
+) -> str:
     name = rng.choice(names) if rng.random() < 0.5 else f"{rng.choice(verbs)}_{rng.choice(nouns)}"
     return name if rng.random() < 0.95 else "".join(part.capitalize() for part in name.split("_"))
 
 
 def _reworded(
-    schema: dict[str, Any], name: str, argument: str, rng: Random, words: Sequence[str], argument_words: Sequence[str]
+    schema: dict[str, Any],
+    name: str,
+    argument: str,
+    rng: Random,
+    words: Sequence[str],
+    argument_words: Sequence[str],
 ) -> dict[str, Any]:
     schema = copy.deepcopy(schema)
     function = schema["function"]
@@ -103,9 +141,14 @@ def _reworded(
 
 
 def _tool(name: str, description: str, **properties: tuple[str, str]) -> dict[str, Any]:
-    described = {key: {"type": kind, "description": text} for key, (kind, text) in properties.items()}
+    described = {
+        key: {"type": kind, "description": text} for key, (kind, text) in properties.items()
+    }
     parameters = {"type": "object", "properties": described, "required": list(described)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 _CODE_NAMES = (
@@ -119,8 +162,33 @@ _CODE_NAMES = (
     "python_repl",
     "interpreter",
 )
-_CODE_VERBS = ("run", "execute", "exec", "eval", "evaluate", "interpret", "compute", "do", "launch", "start", "try", "call")
-_CODE_NOUNS = ("code", "python", "script", "program", "snippet", "python_code", "source", "cell", "py", "sandbox", "math")
+_CODE_VERBS = (
+    "run",
+    "execute",
+    "exec",
+    "eval",
+    "evaluate",
+    "interpret",
+    "compute",
+    "do",
+    "launch",
+    "start",
+    "try",
+    "call",
+)
+_CODE_NOUNS = (
+    "code",
+    "python",
+    "script",
+    "program",
+    "snippet",
+    "python_code",
+    "source",
+    "cell",
+    "py",
+    "sandbox",
+    "math",
+)
 _ANSWER_NAMES = (
     "calculate_answer",
     "calc_gsm8k_reward",
@@ -132,7 +200,21 @@ _ANSWER_NAMES = (
     "submit",
     "finish",
 )
-_ANSWER_VERBS = ("submit", "check", "grade", "report", "verify", "record", "send", "calc", "give", "score", "post", "deliver", "judge")
+_ANSWER_VERBS = (
+    "submit",
+    "check",
+    "grade",
+    "report",
+    "verify",
+    "record",
+    "send",
+    "calc",
+    "give",
+    "score",
+    "post",
+    "deliver",
+    "judge",
+)
 _ANSWER_NOUNS = (
     "answer",
     "result",
@@ -200,14 +282,45 @@ _SYSTEMS = (
     "Think with code. Never guess a number.",
 )
 _DISTRACTORS = (
-    _tool("search", "Searches documents and returns the best matches.", query=("string", "What to search for.")),
-    _tool("get_weather", "The weather in a city.", city=("string", "Name of the city."), unit=("string", "celsius or fahrenheit")),
+    _tool(
+        "search",
+        "Searches documents and returns the best matches.",
+        query=("string", "What to search for."),
+    ),
+    _tool(
+        "get_weather",
+        "The weather in a city.",
+        city=("string", "Name of the city."),
+        unit=("string", "celsius or fahrenheit"),
+    ),
     _tool("read_file", "Reads a text file.", path=("string", "Path of the file.")),
-    _tool("send_email", "Sends an email.", to=("string", "Address."), subject=("string", "Subject line."), body=("string", "Text.")),
-    _tool("get_time", "Returns the current time in a time zone.", timezone=("string", "IANA name of the time zone.")),
-    _tool("translate", "Translates a text.", text=("string", "Text to translate."), language=("string", "Target language.")),
-    _tool("web_search", "Search the web.", query_list=("string", "Queries, separated by newlines.")),
-    _tool("create_note", "Saves a note for later.", title=("string", "Title."), text=("string", "Content.")),
+    _tool(
+        "send_email",
+        "Sends an email.",
+        to=("string", "Address."),
+        subject=("string", "Subject line."),
+        body=("string", "Text."),
+    ),
+    _tool(
+        "get_time",
+        "Returns the current time in a time zone.",
+        timezone=("string", "IANA name of the time zone."),
+    ),
+    _tool(
+        "translate",
+        "Translates a text.",
+        text=("string", "Text to translate."),
+        language=("string", "Target language."),
+    ),
+    _tool(
+        "web_search", "Search the web.", query_list=("string", "Queries, separated by newlines.")
+    ),
+    _tool(
+        "create_note",
+        "Saves a note for later.",
+        title=("string", "Title."),
+        text=("string", "Content."),
+    ),
     _tool(
         "convert_currency",
         "Converts an amount of money.",

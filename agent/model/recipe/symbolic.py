@@ -78,7 +78,9 @@ class _Watch:
             self.seen = dict(frame.f_locals)
 
 
-def _problem(generator: Callable[..., Any], row: dict[str, Any], seen: dict[str, Any]) -> Problem | None:
+def _problem(
+    generator: Callable[..., Any], row: dict[str, Any], seen: dict[str, Any]
+) -> Problem | None:
     question = row["question"]
     try:
         steps = _steps(_derivation(generator), seen, question)
@@ -91,16 +93,22 @@ def _problem(generator: Callable[..., Any], row: dict[str, Any], seen: dict[str,
 @cache
 def _derivation(generator: Callable[..., Any]) -> _Derivation:
     tree = ast.parse(textwrap.dedent(inspect.getsource(generator)))
-    inner = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == _INNER)
+    inner = next(
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == _INNER
+    )
     body = [*inner.body, *ast.parse(_WRITTEN_OUT.get(generator.__name__, "")).body]
     assignments = tuple(
-        (node.targets[0].id, node.value) for node in body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        (node.targets[0].id, node.value)
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     )
     arguments = frozenset(argument.arg for argument in inner.args.args)
     result = next(node.value for node in inner.body if isinstance(node, ast.Return))
     if not isinstance(result, ast.Dict):
         raise ValueError("the generator returns no dict")
-    answer = next(value for key, value in zip(result.keys, result.values, strict=True) if _is(key, "answer"))
+    answer = next(
+        value for key, value in zip(result.keys, result.values, strict=True) if _is(key, "answer")
+    )
     return _Derivation(arguments, assignments, _bare(answer))
 
 
@@ -110,9 +118,17 @@ def _is(node: ast.expr | None, text: str) -> bool:
 
 def _bare(node: ast.expr) -> ast.expr:
     """The number under `format_number(...)`, `str(...)`, `float(...)` or an f-string."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("format_number", "str", "float"):
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("format_number", "str", "float")
+    ):
         return _bare(node.args[0])
-    if isinstance(node, ast.JoinedStr) and len(node.values) == 1 and isinstance(node.values[0], ast.FormattedValue):
+    if (
+        isinstance(node, ast.JoinedStr)
+        and len(node.values) == 1
+        and isinstance(node.values[0], ast.FormattedValue)
+    ):
         return _bare(node.values[0].value)
     return node
 
@@ -126,7 +142,11 @@ def _steps(derivation: _Derivation, seen: dict[str, Any], question: str) -> list
     for name, assigned in reversed(derivation.assignments):
         value = _Plain(seen).visit(copy.deepcopy(assigned))
         inputs = _names(value)
-        if name not in needed or name in inputs or _hidden(name, inputs & derivation.arguments, seen, question):
+        if (
+            name not in needed
+            or name in inputs
+            or _hidden(name, inputs & derivation.arguments, seen, question)
+        ):
             continue  # not used, or a story number in another spelling
         needed = (needed - {name}) | inputs
         check_arithmetic(value)
@@ -144,7 +164,11 @@ def _hidden(name: str, arguments: set[str], seen: dict[str, Any], question: str)
 
 
 def _names(node: ast.expr) -> set[str]:
-    called = {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+    called = {
+        call.func.id
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    }
     return {item.id for item in ast.walk(node) if isinstance(item, ast.Name)} - called
 
 
@@ -157,11 +181,19 @@ class _Plain(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id in ("Fraction", "eval"):
-            return ast.BinOp(node.args[0], ast.Div(), node.args[1]) if len(node.args) == 2 else node.args[0]
+            return (
+                ast.BinOp(node.args[0], ast.Div(), node.args[1])
+                if len(node.args) == 2
+                else node.args[0]
+            )
         return node
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
-        chosen: ast.expr = node.body if eval(ast.unparse(node.test), {"__builtins__": {}}, self.seen) else node.orelse
+        chosen: ast.expr = (
+            node.body
+            if eval(ast.unparse(node.test), {"__builtins__": {}}, self.seen)
+            else node.orelse
+        )
         simpler: ast.expr = self.visit(chosen)
         return simpler
 

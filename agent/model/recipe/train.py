@@ -71,7 +71,14 @@ class Tokens:
             names = [str(name) for name in file["kinds"]]
             kinds = [names[index] for index in file["kind"]]
             starts = np.concatenate([[0], np.cumsum(file["lengths"], dtype=np.int64)])
-            return cls(file["ids"], file["loss"], starts, kinds, [str(answer) for answer in file["answer"]], file["held_out"])
+            return cls(
+                file["ids"],
+                file["loss"],
+                starts,
+                kinds,
+                [str(answer) for answer in file["answer"]],
+                file["held_out"],
+            )
 
     def lengths(self) -> np.ndarray[Any, Any]:
         """Tokens of each conversation."""
@@ -133,12 +140,18 @@ def batches(
     cut: list[np.ndarray[Any, Any]] = []
     for start in range(0, len(rows), _BUCKET):
         bucket = rows[start : start + _BUCKET]
-        for group in [bucket] if groups is None else [bucket[groups[bucket] == name] for name in np.unique(groups[bucket])]:
+        for group in (
+            [bucket]
+            if groups is None
+            else [bucket[groups[bucket] == name] for name in np.unique(groups[bucket])]
+        ):
             cut += _cut(group[np.argsort(lengths[group], kind="stable")], lengths, batch_tokens)
     return (cut[index] for index in rng.permutation(len(cut)))
 
 
-def _cut(rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], batch_tokens: int) -> Iterator[np.ndarray[Any, Any]]:
+def _cut(
+    rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], batch_tokens: int
+) -> Iterator[np.ndarray[Any, Any]]:
     """Rows in order of length, in batches."""
     while len(rows):
         fits = np.arange(1, len(rows) + 1) * lengths[rows] <= batch_tokens
@@ -151,8 +164,12 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
     """Summed cross-entropy over the tokens with loss. Logits are made for those alone, and nothing waits for the GPU."""
     ids = batch.ids[:, batch.shared :]
     seen = _keys_and_values(model, batch) if batch.shared else None
-    hidden = model.model(input_ids=ids, past_key_values=seen, use_cache=seen is not None).last_hidden_state.flatten(0, 1)
-    logits = model.lm_head(hidden[batch.learned - 1])  # what is not shared starts with prompt: its first token has no loss
+    hidden = model.model(
+        input_ids=ids, past_key_values=seen, use_cache=seen is not None
+    ).last_hidden_state.flatten(0, 1)
+    logits = model.lm_head(
+        hidden[batch.learned - 1]
+    )  # what is not shared starts with prompt: its first token has no loss
     return functional.cross_entropy(logits.float(), ids.flatten()[batch.learned], reduction="sum")
 
 
@@ -172,7 +189,9 @@ def learning_rate(settings: Settings, progress: float) -> float:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def held_out_loss(model: nn.Module, tokens: Tokens, batch_tokens: int, device: str) -> dict[str, float]:
+def held_out_loss(
+    model: nn.Module, tokens: Tokens, batch_tokens: int, device: str
+) -> dict[str, float]:
     """Mean loss per trained token of the held-out conversations, by kind and over `all`."""
     rows = np.flatnonzero(tokens.held_out)
     sums: dict[str, list[float]] = {}
@@ -199,7 +218,13 @@ class Progress:
     elapsed_s: float
 
 
-def fit(model: nn.Module, tokens: Tokens, settings: Settings, device: str, report: Callable[[Progress], None]) -> None:
+def fit(
+    model: nn.Module,
+    tokens: Tokens,
+    settings: Settings,
+    device: str,
+    report: Callable[[Progress], None],
+) -> None:
     """Trains the LoRA parameters of `model` in place. Ends early, and well, on KeyboardInterrupt."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -214,7 +239,13 @@ def fit(model: nn.Module, tokens: Tokens, settings: Settings, device: str, repor
             lr = learning_rate(settings, share)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = _step(model, tokens.batch(part, device, share=settings.share_prompts), optimizer, parameters, settings.clip)
+            loss = _step(
+                model,
+                tokens.batch(part, device, share=settings.share_prompts),
+                optimizer,
+                parameters,
+                settings.clip,
+            )
             seen += int(tokens.lengths()[part].sum())
             if step % 10 == 0 or device == "cpu":  # reading the loss waits for the GPU
                 value = loss.item()
@@ -225,14 +256,22 @@ def fit(model: nn.Module, tokens: Tokens, settings: Settings, device: str, repor
         return
 
 
-def _epochs(tokens: Tokens, rows: np.ndarray[Any, Any], settings: Settings) -> Iterator[np.ndarray[Any, Any]]:
+def _epochs(
+    tokens: Tokens, rows: np.ndarray[Any, Any], settings: Settings
+) -> Iterator[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(settings.seed)
     groups = tokens.groups() if settings.share_prompts else None
     while True:
         yield from batches(tokens.lengths(), rows, settings.batch_tokens, rng, groups)
 
 
-def _step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float) -> Tensor:
+def _step(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    clip: float,
+) -> Tensor:
     loss = loss_sum(model, batch) / batch.learned.numel()
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, clip)
@@ -245,7 +284,9 @@ def load_base(model_dir: Path, device: str) -> Any:
     """The base model in bf16, ready for `add_lora`."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     return model.to(device).train()
 
 
@@ -254,7 +295,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train(base: Path, tokens: Tokens, settings: Settings, target: Path, report: Callable[[Progress], None]) -> dict[str, Any]:
+def train(
+    base: Path, tokens: Tokens, settings: Settings, target: Path, report: Callable[[Progress], None]
+) -> dict[str, Any]:
     """Trains an adapter and writes it to `target`. Returns the settings, the held-out losses and the seconds it took."""
     device = default_device()
     torch.manual_seed(settings.seed)
@@ -265,7 +308,24 @@ def train(base: Path, tokens: Tokens, settings: Settings, target: Path, report: 
     seconds = time.monotonic() - started
     save_adapter(adapter_state(model), settings.r, settings.alpha, BASE_NAME, target)
     losses = held_out_loss(model.eval(), tokens, settings.batch_tokens, device)
-    return {"settings": asdict(settings), "held_out_loss": losses, "seconds": round(seconds, 1), "device": device}
+    return {
+        "settings": asdict(settings),
+        "held_out_loss": losses,
+        "seconds": round(seconds, 1),
+        "device": device,
+    }
 
 
-__all__ = ["BASE_NAME", "FULL", "SMALL", "Progress", "Settings", "Tokens", "fit", "held_out_loss", "load_adapter", "load_base", "train"]
+__all__ = [
+    "BASE_NAME",
+    "FULL",
+    "SMALL",
+    "Progress",
+    "Settings",
+    "Tokens",
+    "fit",
+    "held_out_loss",
+    "load_adapter",
+    "load_base",
+    "train",
+]

@@ -25,8 +25,22 @@ def test_it_completes_the_protocol_on_problems_it_never_saw(tmp_path: Path) -> N
     """Through the command, in a process of its own: one engine start, and none of it is left."""
     tasks, out = tmp_path / "tasks.jsonl", tmp_path / "run"
     write_gsm_symbolic(tasks, 4, seed=0)
-    command = [sys.executable, "-m", "agent", "run", tasks, "--out", out, "--tools", "gsm8k", "--set", "rollout.do_sample=false"]
-    ran = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "agent",
+        "run",
+        tasks,
+        "--out",
+        out,
+        "--tools",
+        "gsm8k",
+        "--set",
+        "rollout.do_sample=false",
+    ]
+    ran = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = scores(list(read_trajectories(out)))
     assert found.valid_calls.value == 1.0

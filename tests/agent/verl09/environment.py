@@ -25,7 +25,12 @@ def variables(version: str) -> dict[str, str]:
 def _packages(version: str) -> Path:
     requirements = HERE / f"verl-{version}.txt"
     content = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
-    made = ROOT / ".cache" / "verl" / f"{version}-{content}-py{sys.version_info.major}.{sys.version_info.minor}"
+    made = (
+        ROOT
+        / ".cache"
+        / "verl"
+        / f"{version}-{content}-py{sys.version_info.major}.{sys.version_info.minor}"
+    )
     if not made.is_dir():
         with made_whole(made) as fresh:
             _install(requirements, fresh)
@@ -33,5 +38,15 @@ def _packages(version: str) -> Path:
 
 
 def _install(requirements: Path, target: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--target", target, "--requirement", requirements], check=True, timeout=600)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    subprocess.run(
+        [*pip, "--target", target, "--requirement", requirements], check=True, timeout=600
+    )

@@ -48,13 +48,17 @@ class LookTool(BaseTool):  # type: ignore[misc]
         super().__init__(config, tool_schema)
         self.calls: dict[str, int] = {}
 
-    async def create(self, instance_id: str | None = None, **kwargs: Any) -> tuple[str, ToolResponse]:
+    async def create(
+        self, instance_id: str | None = None, **kwargs: Any
+    ) -> tuple[str, ToolResponse]:
         made, _ = await super().create(instance_id, **kwargs)
         self.calls[made] = 0
         self.events.append(("create", json.dumps(kwargs.get("create_kwargs"))))
         return made, ToolResponse()
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, float, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
         self.calls[instance_id] += 1
         self.events.append(("execute", parameters["question"]))
         match parameters["question"]:
@@ -76,12 +80,21 @@ class LookTool(BaseTool):  # type: ignore[misc]
 class Server:
     """One of a trainer's servers, as SGLang's or vLLM's answers: `seen` holds (prompt ids, sampling params) of each request."""
 
-    def __init__(self, template: ChatTemplate, say: Say, *, backend: str = "sglang", step: int = 7) -> None:
+    def __init__(
+        self, template: ChatTemplate, say: Say, *, backend: str = "sglang", step: int = 7
+    ) -> None:
         self._template, self._say = template, say
         self._backend, self._step = backend, step
         self.seen: list[tuple[list[int], dict[str, Any]]] = []
 
-    async def generate(self, *, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **media: Any) -> TokenOutput:
+    async def generate(
+        self,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        **media: Any,
+    ) -> TokenOutput:
         assert not any(media.values())
         self.seen.append((prompt_ids, dict(sampling_params)))
         await asyncio.sleep(0)
@@ -108,7 +121,9 @@ class Server:
         return Generation(ids, logprobs(ids), "stop")
 
     def _ids(self, said: str | list[int]) -> list[int]:
-        return [*self._template.encode(said), self._template.end_id] if isinstance(said, str) else said
+        return (
+            [*self._template.encode(said), self._template.end_id] if isinstance(said, str) else said
+        )
 
 
 def logprobs(ids: Sequence[int]) -> list[float]:
@@ -127,7 +142,11 @@ class _Actor:
 
     def _remote(self, method: Any, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         async def answer() -> Any:
-            given_args, given = pickle.loads(pickle.dumps((args, kwargs))) if method.__name__ == "generate" else (args, kwargs)
+            given_args, given = (
+                pickle.loads(pickle.dumps((args, kwargs)))
+                if method.__name__ == "generate"
+                else (args, kwargs)
+            )
             result = method(*given_args, **given)
             return await result if asyncio.iscoroutine(result) else result
 
@@ -152,35 +171,59 @@ class Peers:
                 }
             )
         )
-        with initialize_config_dir(config_dir=str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
-            overrides = [f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.rollout.name=sglang"]
-            self._config = OmegaConf.create(OmegaConf.to_container(compose("ppo_trainer", overrides), resolve=False))
+        with initialize_config_dir(
+            config_dir=str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None
+        ):
+            overrides = [
+                f"actor_rollout_ref.model.path={model}",
+                "actor_rollout_ref.rollout.name=sglang",
+            ]
+            self._config = OmegaConf.create(
+                OmegaConf.to_container(compose("ppo_trainer", overrides), resolve=False)
+            )
         self._tokenizer = AgentLoopWorker(self._config, None).tokenizer
-        self.template = ChatTemplate(self._tokenizer)  # which transformers 5 does not load just as it was saved
-        self._config.actor_rollout_ref.model.load_tokenizer = False  # each worker would load it, twice
+        self.template = ChatTemplate(
+            self._tokenizer
+        )  # which transformers 5 does not load just as it was saved
+        self._config.actor_rollout_ref.model.load_tokenizer = (
+            False  # each worker would load it, twice
+        )
 
     def server(self, say: Say, **options: Any) -> Server:
         return Server(self.template, say, **options)
 
     def worker(
-        self, servers: Server | Sequence[Server], *, tools: bool = False, options: dict[str, Any] | None = None, **rollout: Any
+        self,
+        servers: Server | Sequence[Server],
+        *,
+        tools: bool = False,
+        options: dict[str, Any] | None = None,
+        **rollout: Any,
     ) -> Any:
         """An `AgentLoopWorker`; `options` are those of turntrace's entry, `rollout` overrides the trainer's config."""
         config = copy.deepcopy(self._config)
-        multi_turn = {"max_parallel_calls": 16, **({"tool_config_path": self.tools()} if tools else {}), **rollout.pop("multi_turn", {})}
+        multi_turn = {
+            "max_parallel_calls": 16,
+            **({"tool_config_path": self.tools()} if tools else {}),
+            **rollout.pop("multi_turn", {}),
+        }
         agent = {"agent_loop_config_path": self.entry(options or {})}
         shape = {"prompt_length": PROMPT, "response_length": RESPONSE, "calculate_log_probs": True}
         config.actor_rollout_ref.rollout.update({**shape, **rollout})
         config.actor_rollout_ref.rollout.multi_turn.update(multi_turn)
         config.actor_rollout_ref.rollout.agent.update(agent)
-        worker = AgentLoopWorker(config, self.client(config, [servers] if isinstance(servers, Server) else servers))
+        worker = AgentLoopWorker(
+            config, self.client(config, [servers] if isinstance(servers, Server) else servers)
+        )
         worker.tokenizer = copy.copy(self._tokenizer)
         return worker
 
     def client(self, config: Any, servers: Sequence[Server]) -> Any:
         """verl's client on verl's balancer."""
         balancer = llm_server.GlobalRequestLoadBalancer
-        balancer = getattr(balancer, "__ray_metadata__", SimpleNamespace(modified_class=balancer)).modified_class
+        balancer = getattr(
+            balancer, "__ray_metadata__", SimpleNamespace(modified_class=balancer)
+        ).modified_class
         handles = {str(index): _Actor(server) for index, server in enumerate(servers)}
         return llm_server.LLMServerClient(config, load_balancer_handle=_Actor(balancer(handles)))
 
@@ -195,7 +238,17 @@ class Peers:
         return self._write([{**target, **options}])
 
     def tools(self) -> str:
-        return self._write({"tools": [{"class_name": f"{__name__}.LookTool", "config": {"type": "native"}, "tool_schema": LOOK_SCHEMA}]})
+        return self._write(
+            {
+                "tools": [
+                    {
+                        "class_name": f"{__name__}.LookTool",
+                        "config": {"type": "native"},
+                        "tool_schema": LOOK_SCHEMA,
+                    }
+                ]
+            }
+        )
 
     def _write(self, content: Any) -> str:
         self._files += 1
@@ -205,13 +258,21 @@ class Peers:
 
 
 def batch(
-    questions: Sequence[str | list[Any]], *, agent: str = "turntrace", meta: dict[str, Any] | None = None, **columns: Any
+    questions: Sequence[str | list[Any]],
+    *,
+    agent: str = "turntrace",
+    meta: dict[str, Any] | None = None,
+    **columns: Any,
 ) -> DataProto:
     """A trainer's batch: a row for each question (or list of messages), with what `columns` adds, a list of one value a row."""
-    messages = [question if isinstance(question, list) else [{"role": "user", "content": question}] for question in questions]
+    messages = [
+        question if isinstance(question, list) else [{"role": "user", "content": question}]
+        for question in questions
+    ]
     given = {"raw_prompt": messages, "agent_name": [agent] * len(messages), **columns}
     return DataProto(
-        non_tensor_batch={name: _objects(values) for name, values in given.items()}, meta_info={"global_steps": 3, **(meta or {})}
+        non_tensor_batch={name: _objects(values) for name, values in given.items()},
+        meta_info={"global_steps": 3, **(meta or {})},
     )
 
 

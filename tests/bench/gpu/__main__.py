@@ -53,7 +53,11 @@ def main() -> None:
             continue
         began, code = time.perf_counter(), _in_a_process(part, options.until)
         ended = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
-        figures.add("ended", part, {"error" if code else "with": ended, "took_s": round(time.perf_counter() - began)})
+        figures.add(
+            "ended",
+            part,
+            {"error" if code else "with": ended, "took_s": round(time.perf_counter() - began)},
+        )
     found = figures.read()
     print(table(found))
     sys.exit(errors(found) > 0)
@@ -69,7 +73,16 @@ def _has_gpu() -> bool:
 def _in_a_process(part: str, until: float) -> int:
     """Its exit code. What has not ended some time after `--minutes` are over is killed with all that it started."""
     given = [argument for argument in sys.argv[1:] if argument not in PARTS]
-    command = [sys.executable, "-m", "tests.bench.gpu", *given, "--until", str(until), "--child", part]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.gpu",
+        *given,
+        "--until",
+        str(until),
+        "--child",
+        part,
+    ]
     quiet = {"PYTHONWARNINGS": "ignore", **({"OMP_NUM_THREADS": "1"} if "--dry" in given else {})}
     process = subprocess.Popen(command, env={**quiet, **os.environ})
     try:
@@ -96,21 +109,61 @@ def _run(options: argparse.Namespace) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one")
-    parser.add_argument("--dry", action="store_true", help="a tiny model, few conversations, one round; CPU engines where there is no GPU")
-    parser.add_argument("--minutes", type=float, default=60.0, help="how long this call may take")
-    parser.add_argument("--conversations", dest="sizes", type=_numbers, default=[64, 256, 1024], help="of part engine")
-    parser.add_argument("--tool-ms", dest="naps", type=_numbers, default=[0, 50, 500], help="of part engine")
-    parser.add_argument("--rounds", type=int, default=3, help="of each case of up to 256 conversations")
-    parser.add_argument("--model", type=Path, help="a folder with the load's tokenizer and config (default: Qwen3-0.6B's shape)")
-    parser.add_argument("--tasks", type=Path, help="the tasks of part real (default: generated grade-school problems)")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of the config, as for `turntrace run`"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all without one"
     )
-    parser.add_argument("--json", type=Path, help=f"where the figures go (default: {FILE}; where dry, a file that is thrown away)")
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="where engines and servers write")
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help="a tiny model, few conversations, one round; CPU engines where there is no GPU",
+    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long this call may take")
+    parser.add_argument(
+        "--conversations",
+        dest="sizes",
+        type=_numbers,
+        default=[64, 256, 1024],
+        help="of part engine",
+    )
+    parser.add_argument(
+        "--tool-ms", dest="naps", type=_numbers, default=[0, 50, 500], help="of part engine"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of each case of up to 256 conversations"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a folder with the load's tokenizer and config (default: Qwen3-0.6B's shape)",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=Path,
+        help="the tasks of part real (default: generated grade-school problems)",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the config, as for `turntrace run`",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help=f"where the figures go (default: {FILE}; where dry, a file that is thrown away)",
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where engines and servers write",
+    )
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -17,14 +17,27 @@ from verl.tools.schemas import ToolResponse
 from agent.rollout import AgentRollout
 from agent.trainer import TrainerBatches
 from tests.bench import verl_peer
-from tests.bench.gpu.load import ANSWER, PROMPT_LENGTH, RESPONSE_LENGTH, TOOL_NAME, TOOL_SCHEMA, TURNS, VARIANTS, Load, Outcome, tasks
+from tests.bench.gpu.load import (
+    ANSWER,
+    PROMPT_LENGTH,
+    RESPONSE_LENGTH,
+    TOOL_NAME,
+    TOOL_SCHEMA,
+    TURNS,
+    VARIANTS,
+    Load,
+    Outcome,
+    tasks,
+)
 from tests.bench.gpu.machine import measured
 
 
 class VerlNapTool(verl_peer.EchoTool):
     """`load.NapTool` in verl's terms."""
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, float, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
         await asyncio.sleep(self.config["nap_s"])
         return ToolResponse(text=ANSWER), 0.0, {}
 
@@ -35,9 +48,13 @@ class _Engine:
     def __init__(self, engine: Any, load: Load) -> None:
         self._engine, self._load = engine, load
 
-    async def async_generate(self, input_ids: list[int], return_logprob: bool = False, **request: Any) -> dict[str, Any]:
+    async def async_generate(
+        self, input_ids: list[int], return_logprob: bool = False, **request: Any
+    ) -> dict[str, Any]:
         with self._load.requests.one():
-            answer = await self._engine.async_generate(input_ids=input_ids, sampling_params=self._load.work, return_logprob=return_logprob)
+            answer = await self._engine.async_generate(
+                input_ids=input_ids, sampling_params=self._load.work, return_logprob=return_logprob
+            )
         meta = {**answer["meta_info"], "finish_reason": {"type": "stop"}}
         return {"output_ids": self._load.turns[len(input_ids) % VARIANTS], "meta_info": meta}
 
@@ -63,20 +80,34 @@ class Batches:
         """What runs a batch in our rollout, over scripted turns."""
         rollout, tools = self._rollout, self._tools("tests.bench.gpu.load.NapTool", nap_s)
         model = str(rollout.model_config.path)
-        return TrainerBatches(self._load.scripted(), rollout.processing_class, _config(tools), rollout.sampling_params, model)
+        return TrainerBatches(
+            self._load.scripted(),
+            rollout.processing_class,
+            _config(tools),
+            rollout.sampling_params,
+            model,
+        )
 
     def verl(self, conversations: int, nap_s: float) -> Outcome:
         config = _config(self._tools(f"{__name__}.VerlNapTool", nap_s))
-        return self.run(verl_peer.rollout(config, self._model, _Engine(self._rollout._engine, self._load)), conversations)[0]
+        return self.run(
+            verl_peer.rollout(config, self._model, _Engine(self._rollout._engine, self._load)),
+            conversations,
+        )[0]
 
     def run(self, rollout: Any, conversations: int) -> tuple[Outcome, DataProto]:
         given = batch(conversations)
         gc.collect()
         with measured(self._load.gpu, self._load.requests, self._load.loop) as usage:
             done = rollout.generate_sequences(given)
-        turns = {sum(message.role == "assistant" for message in holder["messages"]) for holder in done.non_tensor_batch["messages"]}
+        turns = {
+            sum(message.role == "assistant" for message in holder["messages"])
+            for holder in done.non_tensor_batch["messages"]
+        }
         if turns != {TURNS}:
-            raise RuntimeError(f"not every conversation made {TURNS} turns: {turns}; {done.non_tensor_batch['messages'][:1]}")
+            raise RuntimeError(
+                f"not every conversation made {TURNS} turns: {turns}; {done.non_tensor_batch['messages'][:1]}"
+            )
         return self._load.outcome(conversations, usage), done
 
     def _tools(self, class_name: str, nap_s: float) -> Path:

@@ -36,7 +36,11 @@ def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
 
     config, began = place.config(), perf_counter()
     rollout = start(config.verl_rollout(), place.model, log_path=place.options.logs / "engine.log")
-    place.figures.add("machine", "engine's start", start_figures(rollout, config.rollout.max_num_seqs, perf_counter() - began))
+    place.figures.add(
+        "machine",
+        "engine's start",
+        start_figures(rollout, config.rollout.max_num_seqs, perf_counter() - began),
+    )
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     gc.collect()
@@ -53,15 +57,23 @@ def start_figures(rollout: Any, seats: int, took_s: float) -> dict[str, Any]:
     """How long an engine took to start, and how much it holds where this SGLang tells."""
     told = getattr(rollout._engine, "scheduler_info", None)
     with suppress(AttributeError, IndexError):
-        told = told or rollout._engine._scheduler_init_result.scheduler_infos[0]  # as SGLang 0.5.12 has it
-    return {"start_s": round(took_s, 1), "max_num_seqs": seats, "kv_tokens": (told or {}).get("max_total_num_tokens")}
+        told = (
+            told or rollout._engine._scheduler_init_result.scheduler_infos[0]
+        )  # as SGLang 0.5.12 has it
+    return {
+        "start_s": round(took_s, 1),
+        "max_num_seqs": seats,
+        "kv_tokens": (told or {}).get("max_total_num_tokens"),
+    }
 
 
 def raw(rollout: Any) -> Any:
     """What the ideal loop awaits of an engine in this process."""
 
     async def ask(ids: list[int], sampling: dict[str, Any]) -> Any:
-        return await rollout._engine.async_generate(input_ids=ids, sampling_params=sampling, return_logprob=True)
+        return await rollout._engine.async_generate(
+            input_ids=ids, sampling_params=sampling, return_logprob=True
+        )
 
     return ask
 
@@ -82,7 +94,9 @@ def _load(place: Place, rollout: Any, load: Load) -> None:
     def empty_the_cache() -> None:
         load.loop.run_until_complete(rollout._engine.flush_cache())
 
-    place.measure("load", contenders, place.options.sizes, reset=empty_the_cache, once=("trainer", "verl"))
+    place.measure(
+        "load", contenders, place.options.sizes, reset=empty_the_cache, once=("trainer", "verl")
+    )
 
 
 def _sync(place: Place, rollout: Any, load: Load) -> None:
@@ -96,6 +110,8 @@ def _sync(place: Place, rollout: Any, load: Load) -> None:
     with place.noting("sync", "update_weights") as figures:
         figures |= run(weights.rows(2 if place.dry else 10))
     with place.noting("sync", "in flight") as figures:
-        figures |= run(load.interrupted(min(place.options.sizes), functools.partial(weights.send, 3))).figures
+        figures |= run(
+            load.interrupted(min(place.options.sizes), functools.partial(weights.send, 3))
+        ).figures
     with place.noting("sync", "release and resume") as figures:
         figures |= run(weights.release())

@@ -51,7 +51,11 @@ TOOL_SCHEMA: dict[str, Any] = {
     "function": {
         "name": TOOL_NAME,
         "description": "Looks a value up.",
-        "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "Its name."}}, "required": ["key"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "Its name."}},
+            "required": ["key"],
+        },
     },
 }
 
@@ -64,7 +68,9 @@ class NapTool(BaseTool):
 
     config_keys = frozenset({"nap_s"})
 
-    async def execute(self, instance_id: str, parameters: dict[str, Any], **kwargs: Any) -> tuple[ToolResponse, float, dict[str, Any]]:
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
         await asyncio.sleep(self.config["nap_s"])
         return ToolResponse(ANSWER), 0.0, {}
 
@@ -84,7 +90,10 @@ def scripted_turns(template: ChatTemplate, tokens: int) -> list[list[int]]:
 
 
 def tasks(count: int) -> list[Task]:
-    return [Task(str(index), [{"role": "user", "content": f"What is item {100_000 + index} worth?"}]) for index in range(count)]
+    return [
+        Task(str(index), [{"role": "user", "content": f"What is item {100_000 + index} worth?"}])
+        for index in range(count)
+    ]
 
 
 class ScriptedTurns:
@@ -96,10 +105,15 @@ class ScriptedTurns:
     def describe(self) -> dict[str, Any]:
         return self._engine.describe()
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str) -> Generation:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
         with self._load.requests.one():
             sampled = await self._engine.generate(prompt_ids, self._work, request_id=request_id)
-        ids = sampled.token_ids[: self._kept] + self._load.turns[len(prompt_ids) % VARIANTS][self._kept :]
+        ids = (
+            sampled.token_ids[: self._kept]
+            + self._load.turns[len(prompt_ids) % VARIANTS][self._kept :]
+        )
         return dataclasses.replace(sampled, token_ids=ids, finish_reason="stop")
 
     async def abort(self, request_id: str) -> None:
@@ -146,12 +160,18 @@ class Outcome:
         found = {
             **dataclasses.asdict(self.usage),
             "loop_ms_per_turn": 1e3 * self.usage.loop_cpu_s / (self.conversations * TURNS),
-            "cached_share": _share(sum(turn.cached_tokens or 0 for turn in turns), sum(turn.prompt_tokens or 0 for turn in turns)),
+            "cached_share": _share(
+                sum(turn.cached_tokens or 0 for turn in turns),
+                sum(turn.prompt_tokens or 0 for turn in turns),
+            ),
             "engine_share": _share(sum(turn.engine_s or 0.0 for turn in turns), wall_s),
             "tool_share": _share(tools_s, wall_s),
         }
         speed = round(self.tokens / self.usage.wall_s)
-        return {"tokens_per_s": speed, **{name: None if value is None else round(value, 3) for name, value in found.items()}}
+        return {
+            "tokens_per_s": speed,
+            **{name: None if value is None else round(value, 3) for name, value in found.items()},
+        }
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -165,11 +185,21 @@ class Load:
     """
 
     def __init__(
-        self, engine: Engine, raw: Raw, template: ChatTemplate, gpu: Gpu, loop: asyncio.AbstractEventLoop, turn_tokens: int = 128
+        self,
+        engine: Engine,
+        raw: Raw,
+        template: ChatTemplate,
+        gpu: Gpu,
+        loop: asyncio.AbstractEventLoop,
+        turn_tokens: int = 128,
     ) -> None:
         self.turns = scripted_turns(template, turn_tokens)
         self.turn_tokens = turn_tokens
-        self.work: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": turn_tokens, "ignore_eos": True}
+        self.work: dict[str, Any] = {
+            "temperature": 1.0,
+            "max_new_tokens": turn_tokens,
+            "ignore_eos": True,
+        }
         self.requests = Requests()
         self.engine, self.gpu, self.loop = engine, gpu, loop
         self._raw, self._template = raw, template
@@ -195,15 +225,24 @@ class Load:
             with self.requests.one():
                 answer = await raw(ids, self.work)
             if len(answer["output_ids"]) != self.turn_tokens:
-                raise RuntimeError(f"the engine sampled {len(answer['output_ids'])} tokens instead of {self.turn_tokens}")
+                raise RuntimeError(
+                    f"the engine sampled {len(answer['output_ids'])} tokens instead of {self.turn_tokens}"
+                )
             ids = ids + self.turns[len(ids) % VARIANTS] + delta
             await asyncio.sleep(nap_s)
 
     def _prompt(self, task: Task) -> list[int]:
-        return [token for _, ids in self._template.prompt(task.messages, [TOOL_SCHEMA], []) for token in ids]
+        return [
+            token
+            for _, ids in self._template.prompt(task.messages, [TOOL_SCHEMA], [])
+            for token in ids
+        ]
 
     def _delta(self) -> list[int]:
-        delta = self._template.delta([{"role": "tool", "content": ANSWER, "tool_call_id": "call_0_0", "name": TOOL_NAME}], TOOL)
+        delta = self._template.delta(
+            [{"role": "tool", "content": ANSWER, "tool_call_id": "call_0_0", "name": TOOL_NAME}],
+            TOOL,
+        )
         return [token for _, ids in delta.pieces for token in ids]
 
     def ours(self, conversations: int, nap_s: float, folder: Path | None = None) -> Outcome:
@@ -213,26 +252,47 @@ class Load:
         runtime = self.runtime(self.scripted(), nap_s)
         gc.collect()
         with measured(self.gpu, self.requests, self.loop) as usage:
-            running = run_tasks(tasks(conversations), runtime, max_concurrent=conversations, store=store, on_done=ended.append)
+            running = run_tasks(
+                tasks(conversations),
+                runtime,
+                max_concurrent=conversations,
+                store=store,
+                on_done=ended.append,
+            )
             progress = self.loop.run_until_complete(running)
             if store:
                 store.close()
         if store:
             usage.writing_s = store.took_s
             shutil.rmtree(store.folder.path)
-        if (progress.turns, progress.tool_calls, progress.tool_errors) != (TURNS * conversations, TURNS * conversations, 0):
-            raise RuntimeError(f"the conversations did not make the scripted turns and calls: {progress}; {ended[:1]}")
+        if (progress.turns, progress.tool_calls, progress.tool_errors) != (
+            TURNS * conversations,
+            TURNS * conversations,
+            0,
+        ):
+            raise RuntimeError(
+                f"the conversations did not make the scripted turns and calls: {progress}; {ended[:1]}"
+            )
         return self.outcome(conversations, usage, ended)
 
     async def interrupted(
-        self, conversations: int, interrupt: Callable[[], Awaitable[Any]], runtime: Runtime | None = None
+        self,
+        conversations: int,
+        interrupt: Callable[[], Awaitable[Any]],
+        runtime: Runtime | None = None,
     ) -> Interruption:
         """A run of ours, and what `interrupt` does once the conversations have, on average, made a turn and a half."""
         progress, ended = Progress(), dict[str, Trajectory]()
         shared = runtime or self.runtime(self.scripted(), 0.05)
         given = tasks(conversations)
         batch = asyncio.create_task(
-            run_tasks(given, shared, max_concurrent=conversations, progress=progress, on_done=lambda one: ended.update({one.task_id: one}))
+            run_tasks(
+                given,
+                shared,
+                max_concurrent=conversations,
+                progress=progress,
+                on_done=lambda one: ended.update({one.task_id: one}),
+            )
         )
         while progress.turns_so_far < 3 * conversations // 2 and not batch.done():  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.005)
@@ -240,7 +300,11 @@ class Load:
         await interrupt()
         took_s, after = perf_counter() - started, progress.turns_so_far
         await batch
-        figures: dict[str, Any] = {"conversations": conversations, "turns_before": before, "turns_meanwhile": after - before}
+        figures: dict[str, Any] = {
+            "conversations": conversations,
+            "turns_before": before,
+            "turns_meanwhile": after - before,
+        }
         figures |= {
             "took_s": round(took_s, 2),
             "turns": progress.turns,
@@ -253,7 +317,9 @@ class Load:
         """The engine as ours asks it; `work` changes the sampling params."""
         return ScriptedTurns(self, {**self.work, **work}, kept)
 
-    def outcome(self, conversations: int, usage: Usage, trajectories: Sequence[Trajectory] = ()) -> Outcome:
+    def outcome(
+        self, conversations: int, usage: Usage, trajectories: Sequence[Trajectory] = ()
+    ) -> Outcome:
         return Outcome(conversations, conversations * TURNS * self.turn_tokens, usage, trajectories)
 
     def runtime(self, engine: Engine, nap_s: float) -> Runtime:
@@ -269,7 +335,9 @@ class Load:
             return cut_to_tokens(text, 256, "middle", self._template)
 
         tools = ToolSet.from_tools([NapTool({"nap_s": nap_s}, TOOL_SCHEMA)])
-        return Runtime(engine, self._template, settings, Dispatcher(tools, max_parallel_calls=16, cut=cut))
+        return Runtime(
+            engine, self._template, settings, Dispatcher(tools, max_parallel_calls=16, cut=cut)
+        )
 
 
 @dataclass(frozen=True, slots=True)

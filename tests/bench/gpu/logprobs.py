@@ -21,8 +21,18 @@ async def differences(rollout: AgentRollout, prompts: Sequence[list[int]]) -> di
 
     sampled = await asyncio.gather(*(_sample(rollout, ids) for ids in prompts))
     await rollout._engine.flush_cache()
-    again = await asyncio.gather(*(_prefill(rollout, ids, answer["output_ids"]) for ids, answer in zip(prompts, sampled, strict=True)))
-    first = np.concatenate([[value for value, *_ in answer["meta_info"]["output_token_logprobs"]] for answer in sampled])
+    again = await asyncio.gather(
+        *(
+            _prefill(rollout, ids, answer["output_ids"])
+            for ids, answer in zip(prompts, sampled, strict=True)
+        )
+    )
+    first = np.concatenate(
+        [
+            [value for value, *_ in answer["meta_info"]["output_token_logprobs"]]
+            for answer in sampled
+        ]
+    )
     second = np.concatenate(again)
     size = np.abs(first - second)
     change = second - first
@@ -40,7 +50,9 @@ async def differences(rollout: AgentRollout, prompts: Sequence[list[int]]) -> di
 
 async def _sample(rollout: AgentRollout, ids: list[int]) -> Any:
     sampling = {"temperature": 1.0, "max_new_tokens": SAMPLED}
-    return await rollout._engine.async_generate(input_ids=ids, sampling_params=sampling, return_logprob=True)
+    return await rollout._engine.async_generate(
+        input_ids=ids, sampling_params=sampling, return_logprob=True
+    )
 
 
 async def _prefill(rollout: AgentRollout, ids: list[int], sampled: list[int]) -> list[float]:
@@ -51,5 +63,7 @@ async def _prefill(rollout: AgentRollout, ids: list[int], sampled: list[int]) ->
     )
     triples = answer["meta_info"]["input_token_logprobs"][-len(sampled) :]
     if [token for _, token, *_ in triples] != sampled:
-        raise RuntimeError("the engine's log-probs of the input are not those of the sampled tokens")
+        raise RuntimeError(
+            "the engine's log-probs of the input are not those of the sampled tokens"
+        )
     return [value for value, *_ in triples]

@@ -68,9 +68,19 @@ class Gpu:
 
     def start(self) -> None:
         listed = ",".join(map(str, range(self.count)))
-        query = ["nvidia-smi", "-i", listed, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", str(SAMPLE_MS)]
+        query = [
+            "nvidia-smi",
+            "-i",
+            listed,
+            "--query-gpu=utilization.gpu",
+            "--format=csv,noheader,nounits",
+            "-lms",
+            str(SAMPLE_MS),
+        ]
         with contextlib.suppress(OSError):
-            self.process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self.process = subprocess.Popen(
+                query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
             threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -102,9 +112,15 @@ def measured(gpu: Gpu, requests: Requests, loop: asyncio.AbstractEventLoop) -> I
     finally:
         watching.cancel()
     ended = perf_counter()
-    usage.wall_s, usage.cpu_s, usage.loop_cpu_s = ended - started, process_time() - cpu, thread_time() - thread
+    usage.wall_s, usage.cpu_s, usage.loop_cpu_s = (
+        ended - started,
+        process_time() - cpu,
+        thread_time() - thread,
+    )
     usage.lag_p50_ms, usage.lag_p99_ms = (1e3 * percentile(lags, share) for share in (0.5, 0.99))
-    usage.head_s, usage.tail_s, usage.idle_s, usage.in_flight = flight(requests.began, requests.ended, started, ended)
+    usage.head_s, usage.tail_s, usage.idle_s, usage.in_flight = flight(
+        requests.began, requests.ended, started, ended
+    )
     usage.gpu_busy = gpu.busy(started, ended)
 
 
@@ -120,7 +136,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
 
 
-def flight(began: Sequence[float], ended: Sequence[float], start: float, end: float) -> tuple[float, float, float, float]:
+def flight(
+    began: Sequence[float], ended: Sequence[float], start: float, end: float
+) -> tuple[float, float, float, float]:
     """Of requests within (start, end): `Usage`'s head_s, tail_s, idle_s and in_flight."""
     if not began or not ended:
         return 0.0, 0.0, end - start, 0.0
@@ -130,7 +148,12 @@ def flight(began: Sequence[float], ended: Sequence[float], start: float, end: fl
             idle += at - since
         running += step
         since = at
-    return min(began) - start, end - since, idle + end - since, (sum(ended) - sum(began)) / (end - start)
+    return (
+        min(began) - start,
+        end - since,
+        idle + end - since,
+        (sum(ended) - sum(began)) / (end - start),
+    )
 
 
 def process_mib() -> float:

@@ -41,7 +41,11 @@ QWEN3_06B: dict[str, Any] = {
 }
 """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
 TINY: dict[str, Any] = {
-    **{key: value for key, value in QWEN3_06B.items() if key not in ("vocab_size", "torch_dtype", "bos_token_id", "eos_token_id")},
+    **{
+        key: value
+        for key, value in QWEN3_06B.items()
+        if key not in ("vocab_size", "torch_dtype", "bos_token_id", "eos_token_id")
+    },
     "head_dim": 64,
     "hidden_size": 128,
     "initializer_range": 0.2,
@@ -76,9 +80,15 @@ def tiny_model(target: Path, tokenizer: Path | None = None) -> Path:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    shutil.copytree(tokenizer or resolve_tokenizer(BASE_NAME), target, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+    shutil.copytree(
+        tokenizer or resolve_tokenizer(BASE_NAME),
+        target,
+        ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"),
+    )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**TINY, vocab_size=len(AutoTokenizer.from_pretrained(target)))).save_pretrained(target)
+    Qwen3ForCausalLM(
+        Qwen3Config(**TINY, vocab_size=len(AutoTokenizer.from_pretrained(target)))
+    ).save_pretrained(target)
     return target
 
 
@@ -86,7 +96,11 @@ def conversations_held(model: Path, gpu_bytes: float, tokens_each: int) -> int:
     """How many conversations of `tokens_each` fit a GPU's share beside the weights, all in bf16, in steps of 32."""
     config = json.loads((model / "config.json").read_text())
     token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    weights = 2 * (12 * config["num_hidden_layers"] * config["hidden_size"] + config["vocab_size"]) * config["hidden_size"]  # about
+    weights = (
+        2
+        * (12 * config["num_hidden_layers"] * config["hidden_size"] + config["vocab_size"])
+        * config["hidden_size"]
+    )  # about
     return max(32, int((gpu_bytes - weights) / token / tokens_each) // 32 * 32)
 
 
@@ -97,11 +111,19 @@ def random_weights(model: Path, seed: int, device: str) -> Iterator[tuple[str, A
 
     with torch.device("meta"):
         shapes = [
-            (name, weight.shape) for name, weight in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).named_parameters()
+            (name, weight.shape)
+            for name, weight in AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(model)
+            ).named_parameters()
         ]
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in shapes:
         if len(shape) == 1:
             yield name, torch.ones(shape, dtype=torch.bfloat16, device=device)
         else:
-            yield name, torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0.0, 0.02, generator=generator)
+            yield (
+                name,
+                torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(
+                    0.0, 0.02, generator=generator
+                ),
+            )

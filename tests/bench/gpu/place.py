@@ -23,7 +23,15 @@ from typing import Any
 from agent.config import Config, load_config
 from agent.engines.engine import Engine
 from agent.session import load_template
-from tests.bench.gpu.load import CONVERSATION_TOKENS, PROMPT_LENGTH, RESPONSE_LENGTH, TURNS, Load, Outcome, Raw
+from tests.bench.gpu.load import (
+    CONVERSATION_TOKENS,
+    PROMPT_LENGTH,
+    RESPONSE_LENGTH,
+    TURNS,
+    Load,
+    Outcome,
+    Raw,
+)
 from tests.bench.gpu.machine import Gpu
 from tests.bench.gpu.model import conversations_held, qwen3_shape, tiny_model
 
@@ -46,14 +54,18 @@ class Figures:
         self._began = began
 
     def read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        found: dict[str, Any] = (
+            json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        )
         return found
 
     def add(self, part: str, case: str, value: Mapping[str, Any]) -> None:
         found = self.read()
         found.setdefault(part, {})[case] = value
         self.path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"[{time.time() - self._began:4.0f} s] {part} · {case}: {json.dumps(value)}", flush=True)
+        print(
+            f"[{time.time() - self._began:4.0f} s] {part} · {case}: {json.dumps(value)}", flush=True
+        )
 
 
 class Place:
@@ -83,7 +95,9 @@ class Place:
     def tiny(self) -> Path:
         return tiny_model(self.folder / "tiny", self.options.model)
 
-    def load(self, engine: Engine, raw: Raw, loop: asyncio.AbstractEventLoop, model: Path | None = None) -> Load:
+    def load(
+        self, engine: Engine, raw: Raw, loop: asyncio.AbstractEventLoop, model: Path | None = None
+    ) -> Load:
         """The contenders on an engine (of `model`, not the one under load); where dry, of shorter turns."""
         template = load_template(self.config(), model or self.model)
         template.require("tool")
@@ -96,7 +110,9 @@ class Place:
             import torch
 
             memory = torch.cuda.get_device_properties(0).total_memory
-            seats = min(seats, conversations_held(self.model, GPU_SHARE * memory, CONVERSATION_TOKENS))
+            seats = min(
+                seats, conversations_held(self.model, GPU_SHARE * memory, CONVERSATION_TOKENS)
+            )
         rollout: dict[str, Any] = {
             "prompt_length": PROMPT_LENGTH,
             "response_length": RESPONSE_LENGTH,
@@ -120,20 +136,39 @@ class Place:
         except Exception as error:
             traceback.print_exc()
             said = str(error).strip().splitlines() or [""]
-            figures["error"] = f"{type(error).__name__}: {said[-1]}"[:500]  # the last line: another process' error comes with its traceback
+            figures["error"] = f"{type(error).__name__}: {said[-1]}"[
+                :500
+            ]  # the last line: another process' error comes with its traceback
         self.figures.add(part, case, figures)
 
     def note_machine(self, part: str) -> None:
         """What the part runs on."""
         gpus: list[str] = []
         with suppress(OSError):
-            asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+            asked = [
+                "nvidia-smi",
+                "--query-gpu=name,memory.total,driver_version",
+                "--format=csv,noheader",
+            ]
             gpus = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
-        versions = {name: importlib.metadata.version(name) for name in ("sglang", "verl", "torch", "transformers")}
-        self.figures.add("machine", part, {"gpus": gpus, **versions, "set": self.options.overrides, "dry": self.dry})
+        versions = {
+            name: importlib.metadata.version(name)
+            for name in ("sglang", "verl", "torch", "transformers")
+        }
+        self.figures.add(
+            "machine",
+            part,
+            {"gpus": gpus, **versions, "set": self.options.overrides, "dry": self.dry},
+        )
 
     def measure(
-        self, part: str, contenders: Mapping[str, Contender], sizes: Sequence[int], *, reset: Callable[[], object], once: Sequence[str] = ()
+        self,
+        part: str,
+        contenders: Mapping[str, Contender],
+        sizes: Sequence[int],
+        *,
+        reset: Callable[[], object],
+        once: Sequence[str] = (),
     ) -> None:
         """Each contender in each case, after `reset`; round by round, so that what ends it early costs repeats first.
 
@@ -143,11 +178,16 @@ class Place:
         options, longest_s = self.options, dict[int, float]()
 
         def run(name: str, size: int, nap_ms: int, round_: int) -> None:
-            case, started = f"{size} conversations, {nap_ms} ms, {name}, round {round_}", time.perf_counter()
+            case, started = (
+                f"{size} conversations, {nap_ms} ms, {name}, round {round_}",
+                time.perf_counter(),
+            )
             if longest_s.get(size, 0.0) > self.left_s:
                 print(f"{part} · {case}: left out, {self.left_s:.0f} s are left", flush=True)
                 return
-            with self.noting(part if round_ else "warm-up", f"{part}: {case}" if not round_ else case) as figures:
+            with self.noting(
+                part if round_ else "warm-up", f"{part}: {case}" if not round_ else case
+            ) as figures:
                 reset()
                 figures |= contenders[name](size, nap_ms / 1000).figures()
             longest_s[size] = max(longest_s.get(size, 0.0), time.perf_counter() - started)

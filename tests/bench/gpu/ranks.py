@@ -49,7 +49,11 @@ def _rank(rank: int, world: int, port: int, options: argparse.Namespace, folder:
     asyncio.set_event_loop(loop)
     try:
         if rank == 0:
-            place.figures.add("tp", f"ranks: {world}, start", start_figures(rollout, seats, perf_counter() - began))
+            place.figures.add(
+                "tp",
+                f"ranks: {world}, start",
+                start_figures(rollout, seats, perf_counter() - began),
+            )
             _lead(place, rollout, world, loop)
         else:
             _follow(rollout)
@@ -71,7 +75,9 @@ def _start(place: Place, world: int) -> tuple[Any, int]:
     config = place.config(SIZES[-1], f"rollout.tensor_model_parallel_size={world}")
     mesh = init_device_mesh("cpu", (1, world, 1), mesh_dim_names=MESH_DIMS)
     given = _rollout_config({**config.verl_rollout(), "mode": "sync"})
-    return AgentRollout(given, model_config(place.model), mesh, place.options.logs / f"ranks-{world}.log"), config.rollout.max_num_seqs
+    return AgentRollout(
+        given, model_config(place.model), mesh, place.options.logs / f"ranks-{world}.log"
+    ), config.rollout.max_num_seqs
 
 
 def _lead(place: Place, rollout: Any, world: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -95,7 +101,12 @@ def _lead(place: Place, rollout: Any, world: int, loop: asyncio.AbstractEventLoo
         loop.run_until_complete(rollout._engine.flush_cache())
 
     sizes = place.options.sizes if place.dry else SIZES
-    place.measure(f"tp, ranks: {world}", {"ideal": load.ideal, "trainer": trainer}, sizes, reset=empty_the_cache)
+    place.measure(
+        f"tp, ranks: {world}",
+        {"ideal": load.ideal, "trainer": trainer},
+        sizes,
+        reset=empty_the_cache,
+    )
     _say(0)
     place.gpu.stop()
 
@@ -121,7 +132,9 @@ def _digests(done: Any) -> list[str]:
     """Of the batch as each rank has it."""
     import torch.distributed as dist
 
-    content = b"".join(done.batch[name].cpu().numpy().tobytes() for name in ("responses", "response_mask"))
+    content = b"".join(
+        done.batch[name].cpu().numpy().tobytes() for name in ("responses", "response_mask")
+    )
     found = [""] * dist.get_world_size()
     dist.all_gather_object(found, hashlib.sha256(content).hexdigest())
     return found

@@ -33,7 +33,11 @@ def real(place: Place) -> None:
     tasks = options.tasks or place.folder / "tasks.jsonl"
     if not options.tasks:
         write_gsm_symbolic(tasks, size, 1)
-    run = RealRun(load_config(None, [*(() if place.dry else WIDER), *options.overrides]), "gsm8k", options.logs / "engine-real.log")
+    run = RealRun(
+        load_config(None, [*(() if place.dry else WIDER), *options.overrides]),
+        "gsm8k",
+        options.logs / "engine-real.log",
+    )
     with run.session:
         for case in ("first", "second"):
             with place.noting("real", f"gsm8k tools, {case} run") as figures:
@@ -48,10 +52,14 @@ class RealRun:
     def __init__(self, config: Config, tools: str, log: Path) -> None:
         self._rollouts: list[AgentRollout] = []
         self._config = config
-        self.session = Session(config, load_tools(tools), log_path=log, start=functools.partial(self._start, log))
+        self.session = Session(
+            config, load_tools(tools), log_path=log, start=functools.partial(self._start, log)
+        )
 
     def _start(self, log: Path) -> Engine:
-        self._rollouts.append(start(self._config.verl_rollout(), self._config.model_dir(), log_path=log))
+        self._rollouts.append(
+            start(self._config.verl_rollout(), self._config.model_dir(), log_path=log)
+        )
         return self._rollouts[0].engine()
 
     def run(self, task_file: Path, limit: int, place: Place, folder: Path) -> dict[str, Any]:
@@ -68,24 +76,41 @@ class RealRun:
             "wall_s": round(usage.wall_s, 2),
             "loop_ms_per_turn": round(1e3 * usage.loop_cpu_s / max(1, progress.turns), 3),
             "gpu_busy": usage.gpu_busy,
-            "calls": dict(Counter(f"{call.name} {call.status}" for one in trajectories for call in one.tool_calls)),
+            "calls": dict(
+                Counter(
+                    f"{call.name} {call.status}" for one in trajectories for call in one.tool_calls
+                )
+            ),
             "ended": dict(progress.stop_reasons),
             "infra_errors": progress.infra_errors,
             "mean_reward": progress.mean_reward,
             "cached_share": round(
-                sum(turn.cached_tokens or 0 for turn in turns) / max(1, sum(turn.prompt_tokens or 0 for turn in turns)), 3
+                sum(turn.cached_tokens or 0 for turn in turns)
+                / max(1, sum(turn.prompt_tokens or 0 for turn in turns)),
+                3,
             ),
         }
 
-    async def _run(self, task_file: Path, limit: int, store: RunFolder, progress: Progress, place: Place) -> Usage:
+    async def _run(
+        self, task_file: Path, limit: int, store: RunFolder, progress: Progress, place: Place
+    ) -> Usage:
         seats = self._config.rollout.max_num_seqs
         with measured(place.gpu, Requests(), asyncio.get_running_loop()) as usage:
-            await run_tasks(read_tasks(task_file, limit), self.session.runtime, max_concurrent=seats, store=store, progress=progress)
+            await run_tasks(
+                read_tasks(task_file, limit),
+                self.session.runtime,
+                max_concurrent=seats,
+                store=store,
+                progress=progress,
+            )
         return usage
 
     def logprobs(self, task_file: Path, count: int) -> dict[str, Any]:
         """See `logprobs.differences`, over the tasks' prompts."""
         template = self.session.template
         schemas = self.session.tools.schemas if self.session.tools else []
-        prompts = [[token for _, ids in template.prompt(task.messages, schemas) for token in ids] for task in read_tasks(task_file, count)]
+        prompts = [
+            [token for _, ids in template.prompt(task.messages, schemas) for token in ids]
+            for task in read_tasks(task_file, count)
+        ]
         return self.session.run(differences(self._rollouts[0], prompts))

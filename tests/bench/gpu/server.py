@@ -38,13 +38,25 @@ SIZES = (64, 256)
 class ServerProcess:
     """`python -m sglang.launch_server` in a process group of its own, on a port of its own; it can be started again."""
 
-    def __init__(self, model: Path, flags: Mapping[str, Any], log: Path, *, cuda: bool, gpu: int = 0) -> None:
+    def __init__(
+        self, model: Path, flags: Mapping[str, Any], log: Path, *, cuda: bool, gpu: int = 0
+    ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        given = {"model_path": model, "port": port, "skip_tokenizer_init": True, "log_level": "warning", **flags}
+        given = {
+            "model_path": model,
+            "port": port,
+            "skip_tokenizer_init": True,
+            "log_level": "warning",
+            **flags,
+        }
         self._command = [sys.executable, "-m", "sglang.launch_server", *arguments(given)]
         paths = [str(ROOT), *guard_paths(), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._environment = {**os.environ, **start_variables(cuda=cuda), "PYTHONPATH": os.pathsep.join(paths)}
+        self._environment = {
+            **os.environ,
+            **start_variables(cuda=cuda),
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         if cuda:
             self._environment["CUDA_VISIBLE_DEVICES"] = _visible(gpu)
         self._log = log
@@ -53,7 +65,9 @@ class ServerProcess:
     def start(self) -> None:
         """Starts it; `ready` says when it is up."""
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def ready(self) -> float:
         """Waits until `/health` answers; seconds. Raises RuntimeError, with the end of the log, where it does not."""
@@ -63,7 +77,9 @@ class ServerProcess:
                 if httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200:
                     return perf_counter() - started
             time.sleep(0.2)
-        raise RuntimeError(f"the server did not start: {self._log.read_text(errors='replace')[-2000:]}")
+        raise RuntimeError(
+            f"the server did not start: {self._log.read_text(errors='replace')[-2000:]}"
+        )
 
     def kill(self) -> None:
         """`kill -9` of all of it, as a machine that goes away."""
@@ -81,8 +97,16 @@ def _visible(gpu: int) -> str:
 
 def arguments(flags: Mapping[str, Any]) -> list[str]:
     """A command line of them; what is None or False is left out."""
-    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value is not None and value is not False}
-    return [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
+    given = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in flags.items()
+        if value is not None and value is not False
+    }
+    return [
+        part
+        for flag, value in given.items()
+        for part in ([flag] if value is True else [flag, str(value)])
+    ]
 
 
 def server_flags(place: Place, conversations: int) -> dict[str, Any]:
@@ -103,11 +127,30 @@ def server_flags(place: Place, conversations: int) -> dict[str, Any]:
 
 def _exact_flags(place: Place, conversations: int) -> dict[str, Any]:
     """A server in float32, whose greedy tokens do not hang on the batch: the tiny model, kernels of torch's own."""
-    plain = {"disable_cuda_graph": True, "disable_overlap_schedule": True, "disable_piecewise_cuda_graph": True}
+    plain = {
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,
+        "disable_piecewise_cuda_graph": True,
+    }
     own = {key: value for key, value in plain.items() if key in (sglang_arguments() or plain)}
-    shape = {"context_length": MAX_MODEL_LEN + CONTEXT_SLACK, "max_running_requests": conversations, "max_total_tokens": 1 << 17}
-    backends = {"dtype": "float32", "attention_backend": "torch_native", "sampling_backend": "pytorch", "grammar_backend": "none"}
-    return {**({} if place.cuda else {"device": "cpu", "sleep_on_idle": True}), "mem_fraction_static": 0.3, **shape, **backends, **own}
+    shape = {
+        "context_length": MAX_MODEL_LEN + CONTEXT_SLACK,
+        "max_running_requests": conversations,
+        "max_total_tokens": 1 << 17,
+    }
+    backends = {
+        "dtype": "float32",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+    }
+    return {
+        **({} if place.cuda else {"device": "cpu", "sleep_on_idle": True}),
+        "mem_fraction_static": 0.3,
+        **shape,
+        **backends,
+        **own,
+    }
 
 
 class BareHttp:
@@ -118,13 +161,21 @@ class BareHttp:
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, ids: list[int], sampling: dict[str, Any]) -> Any:
-        body = {"rid": uuid.uuid4().hex, "input_ids": ids, "sampling_params": sampling, "return_logprob": True, "stream": False}
+        body = {
+            "rid": uuid.uuid4().hex,
+            "input_ids": ids,
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "stream": False,
+        }
         content = json.dumps(body).encode()
         head = f"POST /generate HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         reader, writer = await self._connection()
         writer.write(head.encode() + content)
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
-        length = next(int(line.partition(":")[2]) for line in lines if line.startswith("content-length:"))
+        length = next(
+            int(line.partition(":")[2]) for line in lines if line.startswith("content-length:")
+        )
         answer = await reader.readexactly(length)
         if " 200 " not in status:
             raise RuntimeError(f"{status}: {answer[:300]!r}")
@@ -148,13 +199,21 @@ def client(engine: SGLangServerEngine) -> Raw:
     """A bare loop's request through our client: no conversation, no record."""
 
     async def ask(ids: list[int], sampling: dict[str, Any]) -> Any:
-        return {"output_ids": (await engine.generate(ids, sampling, request_id=uuid.uuid4().hex)).token_ids}
+        return {
+            "output_ids": (
+                await engine.generate(ids, sampling, request_id=uuid.uuid4().hex)
+            ).token_ids
+        }
 
     return ask
 
 
 def contenders(load: Load, engine: SGLangServerEngine) -> dict[str, Contender]:
-    return {"ideal": load.ideal, "client": lambda size, nap_s: load.bare(client(engine), size, nap_s), "ours": load.ours}
+    return {
+        "ideal": load.ideal,
+        "client": lambda size, nap_s: load.bare(client(engine), size, nap_s),
+        "ours": load.ours,
+    }
 
 
 def empty_caches(servers: Sequence[ServerProcess]) -> None:
@@ -190,13 +249,23 @@ def server(place: Place) -> None:
 
 def _measure(place: Place, loop: asyncio.AbstractEventLoop) -> None:
     sizes = place.options.sizes if place.dry else SIZES
-    process = ServerProcess(place.model, server_flags(place, max(sizes)), place.options.logs / "server.log", cuda=place.cuda)
+    process = ServerProcess(
+        place.model,
+        server_flags(place, max(sizes)),
+        place.options.logs / "server.log",
+        cuda=place.cuda,
+    )
     with running([process]) as started:
         place.figures.add("server", "start", started)
-        bare, engine = BareHttp(process.url), SGLangServerEngine([process.url], max_connections=max(sizes))
+        bare, engine = (
+            BareHttp(process.url),
+            SGLangServerEngine([process.url], max_connections=max(sizes)),
+        )
         loop.run_until_complete(engine.connect())
         load = place.load(engine, bare.ask, loop)
-        place.measure("server", contenders(load, engine), sizes, reset=lambda: empty_caches([process]))
+        place.measure(
+            "server", contenders(load, engine), sizes, reset=lambda: empty_caches([process])
+        )
         bare.close()
         loop.run_until_complete(engine.close())
 
@@ -204,7 +273,12 @@ def _measure(place: Place, loop: asyncio.AbstractEventLoop) -> None:
 async def _killed(place: Place, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
     """Greedy conversations whose server is killed in their midst, beside two runs that nothing happens to."""
     conversations = min(place.options.sizes) if place.dry else SIZES[0]
-    process = ServerProcess(place.tiny, _exact_flags(place, conversations), place.options.logs / "killed.log", cuda=place.cuda)
+    process = ServerProcess(
+        place.tiny,
+        _exact_flags(place, conversations),
+        place.options.logs / "killed.log",
+        cuda=place.cuda,
+    )
 
     async def restart() -> None:
         process.kill()
@@ -219,9 +293,14 @@ async def _killed(place: Place, loop: asyncio.AbstractEventLoop) -> dict[str, An
         await engine.connect()
         load = place.load(engine, client(engine), loop, place.tiny)
         greedy = load.scripted(load.turn_tokens // 4, temperature=0.0)
-        runs = [await load.interrupted(conversations, happens, load.runtime(greedy, 0.05)) for happens in (nothing, nothing, restart)]
+        runs = [
+            await load.interrupted(conversations, happens, load.runtime(greedy, 0.05))
+            for happens in (nothing, nothing, restart)
+        ]
         await engine.close()
-    said = [{key: one.prompt_ids + one.response_ids for key, one in run.ended.items()} for run in runs]
+    said = [
+        {key: one.prompt_ids + one.response_ids for key, one in run.ended.items()} for run in runs
+    ]
     return {
         **started,
         **runs[-1].figures,

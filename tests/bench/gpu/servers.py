@@ -14,7 +14,15 @@ from agent.engines.server import Server
 from agent.engines.sglang_server import SGLangServerEngine
 from tests.bench.gpu.load import TURNS, in_turn
 from tests.bench.gpu.place import Place
-from tests.bench.gpu.server import SIZES, BareHttp, ServerProcess, contenders, empty_caches, running, server_flags
+from tests.bench.gpu.server import (
+    SIZES,
+    BareHttp,
+    ServerProcess,
+    contenders,
+    empty_caches,
+    running,
+    server_flags,
+)
 
 EACH = SIZES[-1]
 """Conversations for each server."""
@@ -38,7 +46,10 @@ class CountingEngine(SGLangServerEngine):
 
     def told(self) -> dict[str, Any]:
         """What was counted since the last time."""
-        found = {"turns_by_server": [self.turns[server.url] for server in self._servers], "conversations_moved": self.moves}
+        found = {
+            "turns_by_server": [self.turns[server.url] for server in self._servers],
+            "conversations_moved": self.moves,
+        }
         self.turns.clear()
         self.moves = 0
         return found
@@ -53,7 +64,10 @@ def servers(place: Place) -> None:
     asyncio.set_event_loop(loop)
     place.gpu.count = place.devices
     flags, logs = server_flags(place, each), Path(place.options.logs)
-    processes = [ServerProcess(place.model, flags, logs / f"server-{gpu}.log", cuda=place.cuda, gpu=gpu) for gpu in range(place.devices)]
+    processes = [
+        ServerProcess(place.model, flags, logs / f"server-{gpu}.log", cuda=place.cuda, gpu=gpu)
+        for gpu in range(place.devices)
+    ]
     with running(processes) as started:
         place.figures.add("dp", "start", started)
         for count in (1, place.devices):
@@ -67,14 +81,21 @@ def _part(count: int) -> str:
     return f"dp, servers: {count}"
 
 
-def _measure(place: Place, loop: asyncio.AbstractEventLoop, processes: Sequence[ServerProcess], each: int) -> None:
+def _measure(
+    place: Place, loop: asyncio.AbstractEventLoop, processes: Sequence[ServerProcess], each: int
+) -> None:
     """As many conversations for each server, whatever their number."""
     size = each * len(processes)
     bare = [BareHttp(process.url) for process in processes]
     engine = CountingEngine([process.url for process in processes], max_connections=size)
     loop.run_until_complete(engine.connect())
     load = place.load(engine, in_turn([one.ask for one in bare]), loop)
-    place.measure(_part(len(processes)), contenders(load, engine), [size], reset=functools.partial(empty_caches, processes))
+    place.measure(
+        _part(len(processes)),
+        contenders(load, engine),
+        [size],
+        reset=functools.partial(empty_caches, processes),
+    )
     with place.noting("dp", f"spread over {len(processes)}") as figures:
         empty_caches(processes)
         engine.told()
@@ -87,16 +108,24 @@ def _measure(place: Place, loop: asyncio.AbstractEventLoop, processes: Sequence[
 def _compare(place: Place, each: int) -> None:
     """Tokens/s of all servers as a share of so many times the one's."""
     found = place.figures.read()
-    with place.noting("dp", f"tokens/s of {place.devices} servers over {place.devices} times one's") as figures:
+    with place.noting(
+        "dp", f"tokens/s of {place.devices} servers over {place.devices} times one's"
+    ) as figures:
         for name in ("ideal", "client", "ours"):
             one, all_of_them = (
-                max(case["tokens_per_s"] for key, case in found[_part(count)].items() if f"conversations, 0 ms, {name}," in key)
+                max(
+                    case["tokens_per_s"]
+                    for key, case in found[_part(count)].items()
+                    if f"conversations, 0 ms, {name}," in key
+                )
                 for count in (1, place.devices)
             )
             figures[name] = round(all_of_them / (place.devices * one), 3)
 
 
-async def _killed(place: Place, loop: asyncio.AbstractEventLoop, processes: Sequence[ServerProcess], each: int) -> dict[str, Any]:
+async def _killed(
+    place: Place, loop: asyncio.AbstractEventLoop, processes: Sequence[ServerProcess], each: int
+) -> dict[str, Any]:
     """The first server is killed and stays away: its conversations go on elsewhere."""
     size = each * len(processes)
     engine = CountingEngine([process.url for process in processes], max_connections=size)

@@ -32,7 +32,12 @@ class Sync:
         """What the engine says now; nothing on a rank that has none."""
         if self._rollout._engine is None:
             return []
-        answers = await asyncio.gather(*(self._rollout._engine.async_generate(input_ids=ids, sampling_params=GREEDY) for ids in PROMPTS))
+        answers = await asyncio.gather(
+            *(
+                self._rollout._engine.async_generate(input_ids=ids, sampling_params=GREEDY)
+                for ids in PROMPTS
+            )
+        )
         return [answer["output_ids"] for answer in answers]
 
     async def send(self, seed: int) -> float:
@@ -70,7 +75,9 @@ class Sync:
             "outputs_differing_with_the_first_weights_again": _differing(one, again),
             "syncs": times,
             "processes_grew_mib": round(after[0] - before[0], 1),
-            "gpu_grew_mib": None if after[1] is None or before[1] is None else round(after[1] - before[1], 1),
+            "gpu_grew_mib": None
+            if after[1] is None or before[1] is None
+            else round(after[1] - before[1], 1),
         }
 
     async def release(self) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from conversations.messages import ToolCall
 from conversations.template import ChatTemplate
 
 TOOLS = Path(__file__).parents[4] / "tool_configs" / "gsm8k.yaml"
-PROBLEM = Problem("Ann has 3 bags of 5 nuts. How many nuts?", (Step("nuts", "3 * 5"),), "15", "gsm8k")
+PROBLEM = Problem(
+    "Ann has 3 bags of 5 nuts. How many nuts?", (Step("nuts", "3 * 5"),), "15", "gsm8k"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,16 @@ def render(template: ChatTemplate, mix: Mix, seed: int) -> tuple[str, list[str]]
             turns.append([])
         if flag:
             turns[-1].append(token)
-    assert all(turn[-1] == template.end_id for turn in turns), "the end of a turn is the model's to say"
+    assert all(turn[-1] == template.end_id for turn in turns), (
+        "the end of a turn is the model's to say"
+    )
     return template.decode(example.ids), [template.raw(turn) for turn in turns]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_protocol_is_code_then_answer_then_a_sentence(template: ChatTemplate, seed: int) -> None:
+def test_the_protocol_is_code_then_answer_then_a_sentence(
+    template: ChatTemplate, seed: int
+) -> None:
     _, turns = render(template, Mix(1, 0, 0, fault_share=0.0), seed)
     calls = [parse(turn).calls for turn in turns]
     assert [len(of_turn) for of_turn in calls] == [1, 1, 0]
@@ -69,12 +75,18 @@ def test_the_ids_are_the_templates_own(template: ChatTemplate) -> None:
     if text.index("calculate_answer") < text.index("code_interpreter"):
         tools.reverse()
     question = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
-    responses = [part.split("\n</tool_response>")[0] for part in text.split("<tool_response>\n")[1:]]
+    responses = [
+        part.split("\n</tool_response>")[0] for part in text.split("<tool_response>\n")[1:]
+    ]
     messages: list[dict[str, object]] = [{"role": "user", "content": question}]
     for call, response in zip(calls, responses, strict=True):
         assert isinstance(call, ToolCall)
         messages.append(
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": call.name, "arguments": call.arguments}}]}
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": call.name, "arguments": call.arguments}}],
+            }
         )
         messages.append({"role": "tool", "content": response})
     messages.append({"role": "assistant", "content": turns[2]})
@@ -92,21 +104,31 @@ def test_other_set_ups_name_what_their_schemas_name() -> None:
     tools = shipped_tools(TOOLS)
     for seed in range(50):
         setup = draw(tools, Random(seed), shipped_share=0.0)
-        schemas = {tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in setup.tools}
+        schemas = {
+            tool["function"]["name"]: tool["function"]["parameters"]["properties"]
+            for tool in setup.tools
+        }
         assert setup.code_argument in schemas[setup.code_name]
         assert setup.answer_argument in schemas[setup.answer_name]
 
 
-def test_held_out_rows_are_never_trained_on_and_the_same_seed_gives_the_same_ids(template: ChatTemplate) -> None:
+def test_held_out_rows_are_never_trained_on_and_the_same_seed_gives_the_same_ids(
+    template: ChatTemplate,
+) -> None:
     rows = [
-        {"question": f"Ann has {n} bags of 5 nuts. How many?", "answer": f"<<{n}*5={n * 5}>>{n * 5} nuts\n#### {n * 5}"}
+        {
+            "question": f"Ann has {n} bags of 5 nuts. How many?",
+            "answer": f"<<{n}*5={n * 5}>>{n * 5} nuts\n#### {n * 5}",
+        }
         for n in range(2, 200)
     ]
     kept_back = {row["question"] for row in rows if held_out(row["question"])}
     assert 0 < len(kept_back) < 20
     renderer, mix = Renderer(template, shipped_tools(TOOLS)), Mix(1, 0, 1)
     first = list(build(rows, renderer, mix))
-    assert [example.ids for example in build(rows, renderer, mix)] == [example.ids for example in first]
+    assert [example.ids for example in build(rows, renderer, mix)] == [
+        example.ids for example in first
+    ]
     trained = [template.decode(example.ids) for example in first if not example.held_out]
     assert len(trained) >= 150
     assert not any(question in text for text in trained for question in kept_back)

@@ -13,11 +13,19 @@ from tests.agent.model.recipe.test_metrics import record
 from tools.registry import load_tools
 
 
-def test_the_adapter_is_asked_greedy_and_sampled_in_both_orders_and_the_base_model_beside_it() -> None:
+def test_the_adapter_is_asked_greedy_and_sampled_in_both_orders_and_the_base_model_beside_it() -> (
+    None
+):
     asked = set(CONDITIONS)
     assert len(asked) == len(CONDITIONS)
-    assert asked >= {Condition(ADAPTER, *way) for way in product((GENERATED, GSM8K), (0.0, 1.0), (False, True))}
-    assert asked >= {Condition(ADAPTER, RECOVERY, 0.0), Condition(BASE, GENERATED, 0.0), Condition(BASE, GSM8K, 0.0)}
+    assert asked >= {
+        Condition(ADAPTER, *way) for way in product((GENERATED, GSM8K), (0.0, 1.0), (False, True))
+    }
+    assert asked >= {
+        Condition(ADAPTER, RECOVERY, 0.0),
+        Condition(BASE, GENERATED, 0.0),
+        Condition(BASE, GSM8K, 0.0),
+    }
 
 
 def test_a_condition_sets_temperature_and_tool_order(tmp_path: Path) -> None:
@@ -31,5 +39,8 @@ def test_a_condition_sets_temperature_and_tool_order(tmp_path: Path) -> None:
     assert other.dispatcher is not None
     assert list(shipped.dispatcher.tools) == ["code_interpreter", "calculate_answer"]
     assert list(other.dispatcher.tools) == ["calculate_answer", "code_interpreter"]
-    assert (shipped.settings.sampling["temperature"], other.settings.sampling["temperature"]) == (0.0, 1.0)
+    assert (shipped.settings.sampling["temperature"], other.settings.sampling["temperature"]) == (
+        0.0,
+        1.0,
+    )
     assert other.engine is shipped.engine

@@ -16,7 +16,10 @@ ANSWER = "She sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=
 def test_a_worked_answer_becomes_named_steps_that_use_one_another() -> None:
     problem = from_gsm8k(QUESTION, ANSWER)
     assert problem is not None
-    assert problem.code == "clips_in_may = 48 // 2\nclips_altogether = 48 + clips_in_may\nprint(clips_altogether)"
+    assert (
+        problem.code
+        == "clips_in_may = 48 // 2\nclips_altogether = 48 + clips_in_may\nprint(clips_altogether)"
+    )
     assert prints(problem.code, "72")
 
 

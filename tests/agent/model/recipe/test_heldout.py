@@ -10,7 +10,13 @@ import pytest
 from agent.dispatch import Dispatcher
 from agent.errors import TaskError
 from agent.model.recipe.data import held_out
-from agent.model.recipe.heldout import generated_tasks, gsm8k_tasks, question, recovery_tasks, trained_on
+from agent.model.recipe.heldout import (
+    generated_tasks,
+    gsm8k_tasks,
+    question,
+    recovery_tasks,
+    trained_on,
+)
 from agent.model.recipe.metrics import given_code
 from conversations.template import ChatTemplate
 from tests.agent.model.recipe.test_metrics import record
@@ -18,7 +24,13 @@ from tools.registry import load_tools
 
 
 def gsm8k(path: Path, count: int) -> Path:
-    rows = ({"question": f"Ann has {n} bags of 500 nuts. How many?", "answer": f"{n * 500} nuts\n#### {n * 500:,}"} for n in range(count))
+    rows = (
+        {
+            "question": f"Ann has {n} bags of 500 nuts. How many?",
+            "answer": f"{n * 500} nuts\n#### {n * 500:,}",
+        }
+        for n in range(count)
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -27,7 +39,9 @@ def test_gsm8k_tasks_are_the_rows_that_are_never_trained_on(tmp_path: Path) -> N
     tasks = gsm8k_tasks(gsm8k(tmp_path / "train.jsonl", 400), 5)
     assert len(tasks) == 5
     assert all(held_out(question(task)) for task in tasks)
-    assert [task.ground_truth for task in tasks] == [str(int(question(task).split()[2]) * 500) for task in tasks]
+    assert [task.ground_truth for task in tasks] == [
+        str(int(question(task).split()[2]) * 500) for task in tasks
+    ]
 
 
 def test_a_file_that_is_not_gsm8k_is_named(tmp_path: Path) -> None:
@@ -49,15 +63,21 @@ def test_questions_of_the_training_data_are_recognized() -> None:
     from agent.model.recipe.symbolic import FIRST_TRAINING_SEED
 
     tasks = generated_tasks(2)
-    tasks[1].messages[0]["content"] = create_dataset("gsm_symbolic", size=10, seed=FIRST_TRAINING_SEED)[7]["question"]
+    tasks[1].messages[0]["content"] = create_dataset(
+        "gsm_symbolic", size=10, seed=FIRST_TRAINING_SEED
+    )[7]["question"]
     assert trained_on(tasks, 10) == {tasks[1].id}
 
 
-async def test_a_recovery_task_holds_a_program_that_fails_and_what_the_sandbox_said(smollm2: ChatTemplate) -> None:
+async def test_a_recovery_task_holds_a_program_that_fails_and_what_the_sandbox_said(
+    smollm2: ChatTemplate,
+) -> None:
     tools = load_tools("gsm8k")
     await tools.start()
     try:
-        tasks = await recovery_tasks(Dispatcher(tools, max_parallel_calls=1, cut=lambda text: None), 6)
+        tasks = await recovery_tasks(
+            Dispatcher(tools, max_parallel_calls=1, cut=lambda text: None), 6
+        )
     finally:
         await tools.close()
     assert len(tasks) == 6
@@ -67,6 +87,13 @@ async def test_a_recovery_task_holds_a_program_that_fails_and_what_the_sandbox_s
         with pytest.raises((ArithmeticError, NameError, SyntaxError, TypeError)) as failure:
             exec(compile(code, "main.py", "exec"), {"print": lambda *_: None})
         assert failure.type.__name__ in task.messages[-1]["content"]
-        text = smollm2.decode([token for _, ids in smollm2.prompt(task.messages, tools.schemas) for token in ids])
+        text = smollm2.decode(
+            [token for _, ids in smollm2.prompt(task.messages, tools.schemas) for token in ids]
+        )
         assert text.rstrip().endswith("</tool_response><|im_end|>\n<|im_start|>assistant")
-        assert "<tool_call>\n" + json.dumps({"name": "code_interpreter", "arguments": {"code": code}}) + "\n</tool_call>" in text
+        assert (
+            "<tool_call>\n"
+            + json.dumps({"name": "code_interpreter", "arguments": {"code": code}})
+            + "\n</tool_call>"
+            in text
+        )

@@ -16,9 +16,21 @@ ANSWER = ToolCallRecord("call_1_0", 1, "calculate_answer", {"answer": "1"}, stat
 SAID = {"role": "assistant", "content": "The answer is 1.", "raw": "The answer is 1."}
 
 
-def record(calls: list[ToolCallRecord], last: dict[str, Any] | None = None, **changes: Any) -> Trajectory:
+def record(
+    calls: list[ToolCallRecord], last: dict[str, Any] | None = None, **changes: Any
+) -> Trajectory:
     messages = [{"role": "user", "content": "q"}, *changes.pop("given", []), last or SAID]
-    lists: dict[str, Any] = {name: [] for name in ("prompt_ids", "response_ids", "response_mask", "response_logprobs", "segments", "turns")}
+    lists: dict[str, Any] = {
+        name: []
+        for name in (
+            "prompt_ids",
+            "response_ids",
+            "response_mask",
+            "response_logprobs",
+            "segments",
+            "turns",
+        )
+    }
     trajectory = Trajectory(
         id="t-0", task_id="t", sample=0, messages=messages, tool_calls=calls, tools=[], stop_reason="stop", num_turns=3, infra_error=False,
         error=None, warnings=[], reward=1.0, reward_parts={}, ground_truth="1", data_source=None, extra=None, engine={}, sampling={},
@@ -28,8 +40,15 @@ def record(calls: list[ToolCallRecord], last: dict[str, Any] | None = None, **ch
 
 
 def failing(code: str) -> list[dict[str, Any]]:
-    call = {"id": "c", "type": "function", "function": {"name": "code_interpreter", "arguments": json.dumps({"code": code})}}
-    return [{"role": "assistant", "content": "", "tool_calls": [call], "raw": None}, {"role": "tool", "content": "NameError"}]
+    call = {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "code_interpreter", "arguments": json.dumps({"code": code})},
+    }
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call], "raw": None},
+        {"role": "tool", "content": "NameError"},
+    ]
 
 
 def test_code_then_answer_then_a_sentence_is_complete() -> None:
@@ -71,7 +90,13 @@ def test_recovery_asks_for_other_code_that_runs_and_the_whole_protocol() -> None
 def test_scores_count_conversations_and_leave_out_what_the_infrastructure_failed() -> None:
     broken = record([], infra_error=True, reward=None)
     found = scores([record([CODE, ANSWER]), record([CODE], reward=0.0), broken])
-    assert (found.complete, found.right, found.valid_calls) == (Share(1, 2), Share(1, 2), Share(3, 3))
+    assert (found.complete, found.right, found.valid_calls) == (
+        Share(1, 2),
+        Share(1, 2),
+        Share(3, 3),
+    )
     assert scores([broken]).right == Share(0, 0)
     assert Share(0, 0).value is None
-    assert scores([record([CODE, ANSWER], given=failing("print(x)")), record([CODE, ANSWER])]).recovered == Share(1, 1)
+    assert scores(
+        [record([CODE, ANSWER], given=failing("print(x)")), record([CODE, ANSWER])]
+    ).recovered == Share(1, 1)

@@ -14,7 +14,15 @@ transformers = pytest.importorskip("transformers")
 from agent.model.base import merge_lora  # noqa: E402
 from agent.model.recipe.data import Example, write  # noqa: E402
 from agent.model.recipe.lora import adapter_state, add_lora, save_adapter, unwrap  # noqa: E402
-from agent.model.recipe.train import Settings, Tokens, batches, fit, held_out_loss, learning_rate, loss_sum  # noqa: E402
+from agent.model.recipe.train import (
+    Settings,
+    Tokens,
+    batches,
+    fit,
+    held_out_loss,
+    learning_rate,
+    loss_sum,
+)  # noqa: E402
 
 R, ALPHA = 4, 8.0
 
@@ -28,7 +36,9 @@ def tiny_model() -> torch.nn.Module:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
-    shape["initializer_range"] = 0.3  # with the default the frozen head could say nothing with certainty
+    shape["initializer_range"] = (
+        0.3  # with the default the frozen head could say nothing with certainty
+    )
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **shape))
 
 
@@ -37,7 +47,15 @@ def tokens(path: Path, count: int = 24) -> Tokens:
     examples = []
     for index in range(count):
         prompt, turn = rng.integers(3, 64, rng.integers(4, 12)).tolist(), [7, 8, 9, 2]
-        examples.append(Example(prompt + turn, [0] * len(prompt) + [1] * 4, "kind/plain", "1", held_out=index % 6 == 0))
+        examples.append(
+            Example(
+                prompt + turn,
+                [0] * len(prompt) + [1] * 4,
+                "kind/plain",
+                "1",
+                held_out=index % 6 == 0,
+            )
+        )
     write(examples, path / "tokens.npz")
     return Tokens.read(path / "tokens.npz")
 
@@ -64,9 +82,19 @@ def alike(path: Path, rows: int = 20) -> Tokens:
     start = rng.integers(3, 64, 130).tolist()
     examples = []
     for index in range(rows + 3):
-        prompt = (start if index < rows else rng.integers(3, 64, 130).tolist()) + rng.integers(3, 64, rng.integers(4, 12)).tolist()
+        prompt = (start if index < rows else rng.integers(3, 64, 130).tolist()) + rng.integers(
+            3, 64, rng.integers(4, 12)
+        ).tolist()
         turns = [7, 8, 2, 5, 6, 9, 2]
-        examples.append(Example(prompt + turns, [0] * len(prompt) + [1, 1, 1, 0, 0, 1, 1], "kind/plain", "1", held_out=False))
+        examples.append(
+            Example(
+                prompt + turns,
+                [0] * len(prompt) + [1, 1, 1, 0, 0, 1, 1],
+                "kind/plain",
+                "1",
+                held_out=False,
+            )
+        )
     write(examples, path / "alike.npz")
     return Tokens.read(path / "alike.npz")
 
@@ -78,7 +106,9 @@ def test_a_shared_beginning_changes_neither_loss_nor_gradient(tmp_path: Path) ->
         model = tiny_model()
         parameters = add_lora(model, R, ALPHA)
         for parameter in parameters:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+            torch.nn.init.normal_(
+                parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel())
+            )
         batch = data.batch(rows, "cpu", share=share)
         assert (batch.shared >= 130) == share
         loss = loss_sum(model, batch)
@@ -86,12 +116,20 @@ def test_a_shared_beginning_changes_neither_loss_nor_gradient(tmp_path: Path) ->
         found.append((loss.detach(), [parameter.grad for parameter in parameters]))
     (plain, plain_gradients), (shared, shared_gradients) = found
     assert torch.allclose(plain, shared, rtol=1e-5)
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(plain_gradients, shared_gradients, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+        for a, b in zip(plain_gradients, shared_gradients, strict=True)
+    )
 
 
-def test_rows_that_are_the_same_throughout_still_have_a_token_that_predicts_the_first_with_loss(tmp_path: Path) -> None:
+def test_rows_that_are_the_same_throughout_still_have_a_token_that_predicts_the_first_with_loss(
+    tmp_path: Path,
+) -> None:
     data = alike(tmp_path)
-    batch, plain = data.batch(np.array([2, 2]), "cpu", share=True), data.batch(np.array([2, 2]), "cpu")
+    batch, plain = (
+        data.batch(np.array([2, 2]), "cpu", share=True),
+        data.batch(np.array([2, 2]), "cpu"),
+    )
     assert batch.learned.min() == 1
     assert torch.allclose(loss_sum(tiny_model(), batch), loss_sum(tiny_model(), plain), rtol=1e-5)
     assert data.batch(np.array([2]), "cpu", share=True).shared == 0
@@ -111,11 +149,23 @@ def test_batches_of_conversations_that_begin_alike_hold_no_others(tmp_path: Path
 def test_training_lowers_the_held_out_loss_and_touches_the_adapter_alone(tmp_path: Path) -> None:
     model, data = tiny_model(), tokens(tmp_path)
     add_lora(model, R, ALPHA)
-    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    frozen = {
+        name: value.clone() for name, value in model.named_parameters() if not value.requires_grad
+    }
     before = held_out_loss(model, data, 256, "cpu")["all"]
-    fit(model, data, Settings(lr=2e-2, batch_tokens=256, epochs=30, max_seconds=60, r=R, alpha=ALPHA), "cpu", lambda progress: None)
+    fit(
+        model,
+        data,
+        Settings(lr=2e-2, batch_tokens=256, epochs=30, max_seconds=60, r=R, alpha=ALPHA),
+        "cpu",
+        lambda progress: None,
+    )
     assert held_out_loss(model, data, 256, "cpu")["all"] < 0.7 * before
-    assert all(torch.equal(value, frozen[name]) for name, value in model.named_parameters() if name in frozen)
+    assert all(
+        torch.equal(value, frozen[name])
+        for name, value in model.named_parameters()
+        if name in frozen
+    )
 
 
 def test_the_file_merged_into_the_base_is_the_trained_model(tmp_path: Path) -> None:

@@ -4,4 +4,6 @@ from typing import Any
 
 
 def rotary_embedding(*_args: object, **_kwargs: object) -> Any:
-    raise NotImplementedError("vllm._custom_ops.rotary_embedding was called, but vLLM is not installed")
+    raise NotImplementedError(
+        "vllm._custom_ops.rotary_embedding was called, but vLLM is not installed"
+    )
