@@ -46,8 +46,8 @@ lint: $(DEV) ## Check format, lint rules and types
 
 train: $(RUN) ## Train the tool-calling adapter within 15 minutes on two cores: make train GSM8K=train.jsonl
 	@if [ -z "$(GSM8K)" ]; then echo "make train: say which problems to learn from: make train GSM8K=path/to/train.jsonl" >&2; exit 1; fi
-	@$(BIN)/python -m agent.model.recipe data "$(GSM8K)"
-	@$(BIN)/python -m agent.model.recipe train
+	@$(BIN)/python -m agent.recipe data "$(GSM8K)"
+	@$(BIN)/python -m agent.recipe train
 
 # ---------------------------------------------------------------------- set-up
 

@@ -104,7 +104,7 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """Run every task to its end; trajectories are written as they finish."""
-    from agent.config import load_config
+    from agent.config.config import load_config
 
     overrides = [*(set_ or []), *_tools_override(tools), *_n_override(n, validate)]
     loaded = load_config(config, overrides)
@@ -112,8 +112,8 @@ def run(
         print(f"note: {notice}", file=sys.stderr)
     from rich.console import Console
 
-    from agent.run import RunRequest
-    from agent.run import run as run_request
+    from agent.runs.job import RunRequest
+    from agent.runs.job import run as run_request
 
     request = RunRequest(
         tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after
@@ -153,7 +153,7 @@ def gsm_symbolic(
     ] = None,
 ) -> None:
     """Generated grade-school problems with answers (reasoning-gym)."""
-    from agent.task_sources import write_gsm_symbolic
+    from agent.commands.task_sources import write_gsm_symbolic
 
     path = out or Path(f"gsm_symbolic-{size}-{seed}.jsonl")
     print(f"{write_gsm_symbolic(path, size, seed)} tasks written to {path}")
@@ -167,7 +167,7 @@ def gsm8k(
     out: Annotated[Path, typer.Option(help="File to write.")],
 ) -> None:
     """GSM8K's problems as tasks."""
-    from agent.task_sources import write_gsm8k
+    from agent.commands.task_sources import write_gsm8k
 
     print(f"{write_gsm8k(source, out)} tasks written to {out}")
 
@@ -210,7 +210,7 @@ def serve_sandbox(
 @app.command()
 def doctor(config: ConfigOption = None, set_: SetOption = None) -> None:
     """Check this machine, one line a finding; exit code 1 where something would fail."""
-    from agent.doctor import examine
+    from agent.commands.doctor import examine
 
     raise typer.Exit(examine(config, set_ or []))
 
@@ -230,7 +230,7 @@ def model(
 @app.command()
 def version() -> None:
     """Print the versions that a run depends on."""
-    from agent.manifest import versions
+    from agent.runs.manifest import versions
 
     for name, found in versions().items():
         print(f"{name} {found or 'not installed'}")

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import PositiveInt, ValidationError
 
-from agent.batch import run_tasks
-from agent.config import Config, load_config
-from agent.config_schema import Section, Share, Temperature, TopK
+from agent.config.config import Config, load_config
+from agent.config.schema import Section, Share, Temperature, TopK
 from agent.errors import ConfigError, TaskError
-from agent.session import Session
-from agent.tasks import Task
+from agent.loop.batch import run_tasks
+from agent.loop.tasks import Task
+from agent.runs.session import Session
 from conversations.errors import MessageError
 from conversations.messages import given_messages
 from conversations.trajectory import Trajectory

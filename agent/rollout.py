@@ -2,7 +2,7 @@
 
 Inherited: engine start-up, tensor parallelism, sampling params, weight sync (`update_weights`, `release`, `resume`),
 single-turn batches, config checks. Replaced: the server arguments that assume a GPU, the start of child processes
-(`processes.Children`), tool set-up (ours lives outside the engine), multi_turn batches (`agent.trainer`), and the process
+(`processes.Children`), tool set-up (ours lives outside the engine), multi_turn batches (`agent.trainers.batches`), and the process
 group of a process that drives the engine alone.
 
 This is the only file that imports verl's rollout and starts an engine. Importing it imports torch, sglang and verl,
@@ -41,14 +41,14 @@ from verl.workers.rollout.schemas import Message
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 from verl.workers.rollout.sglang_rollout.utils import get_named_tensor_buckets
 
-from agent.answers import describe
+from agent.engines.arguments import environment, longer_context, server_args
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
-from agent.engines.sglang_args import environment, longer_context, server_args
 from agent.errors import AgentError, ConfigError, EngineError
+from agent.loop.boundary import describe
 from agent.model.base import model_name
-from agent.trainer import TrainerBatches
-from agent.verl_batch import Shape, batch_arrays, batch_columns
+from agent.trainers.batches import TrainerBatches
+from agent.trainers.layout import Shape, batch_arrays, batch_columns
 
 _Made = tuple[dict[str, Any], dict[str, Any]]
 """A batch's arrays and columns."""

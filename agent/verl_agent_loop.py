@@ -28,16 +28,14 @@ from verl.experimental.agent_loop.utils import resolve_config_path
 from verl.tools.function_tool import FunctionTool, normalize_function_tool_return
 from verl.utils.rollout_trace import rollout_trace_op
 
-from agent.batch import run_conversations
-from agent.dispatch import Dispatcher
-from agent.engines.verl_client import VerlClientEngine
 from agent.errors import ConfigError
-from agent.interactions import load_interactions
-from agent.loop import Conversation, LoopSettings, Runtime
-from agent.manifest import versions
-from agent.step_folders import StepFolders
-from agent.tasks import Task
-from agent.trainer import (
+from agent.loop.batch import run_conversations
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import Conversation, LoopSettings, Runtime
+from agent.loop.tasks import Task
+from agent.loop.users import load_interactions
+from agent.runs.manifest import versions
+from agent.trainers.batches import (
     TrainerOptions,
     checked_options,
     loop_settings,
@@ -45,7 +43,9 @@ from agent.trainer import (
     run_config,
     tool_dispatcher,
 )
-from agent.verl_batch import batch_tasks, why_not_trained
+from agent.trainers.client import VerlClientEngine
+from agent.trainers.layout import batch_tasks, why_not_trained
+from agent.trainers.step_folders import StepFolders
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
 from conversations.trajectory import Trajectory

@@ -28,9 +28,9 @@ from conversations.checks.finding import Defect, Finding, differs, printable
 from conversations.checks.group import Whole
 from conversations.checks.record import Checked, check_line
 from conversations.errors import ConversationsError, RunFolderError
-from conversations.open_run import TOKENIZER, template_kwargs
-from conversations.saved_tokenizer import is_failure, load_tokenizer, one_line
-from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
+from conversations.run.open_run import TOKENIZER, template_kwargs
+from conversations.run.saved_tokenizer import is_failure, load_tokenizer, one_line
+from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
 
 CHUNK = 4 << 20

@@ -100,8 +100,10 @@ class Tab:
         page.on("dialog", self._dialog)
         page.on(
             "console",
-            lambda message: message.type in ("error", "warning")
-            and self.trouble.append(f"console: {message.text}"),
+            lambda message: (
+                message.type in ("error", "warning")
+                and self.trouble.append(f"console: {message.text}")
+            ),
         )
         page.on("pageerror", lambda error: self.trouble.append(f"error: {error}"))
         page.on("crash", lambda _: self.trouble.append("crashed"))

@@ -19,13 +19,13 @@ from typing import Any
 
 import httpx
 
-from agent.attempts import GRACE_S
-from agent.batch import run_tasks
-from agent.dispatch import Dispatcher
 from agent.engines.engine import Generation, SamplingParams
-from agent.loop import Runtime
-from agent.tasks import Task
-from conversations.store import RunFolder
+from agent.loop.attempts import GRACE_S
+from agent.loop.batch import run_tasks
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import Runtime
+from agent.loop.tasks import Task
+from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.truncate import cut_to_tokens
 from tests.chaos_server import DELAY_S, HUGE_BYTES

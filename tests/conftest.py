@@ -22,11 +22,11 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 ENGINE_FILES = {
     "tests/agent/model/test_adapter.py",
-    "tests/agent/test_replay_engine.py",
+    "tests/agent/replay/test_replay_engine.py",
     "tests/agent/test_rollout.py",
-    "tests/agent/test_sglang_server.py",
-    "tests/agent/test_sglang_servers.py",
-    "tests/agent/test_trainer.py",
+    "tests/agent/engines/test_sglang_server.py",
+    "tests/agent/engines/test_sglang_servers.py",
+    "tests/agent/trainers/test_trainer.py",
     "tests/conversations/test_verify_engine.py",
 }
 """One worker runs these, one after the other: no two engines at once, and the tests that share one are in one process."""

@@ -19,12 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from agent.dispatch import Dispatcher
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
-from agent.loop import Conversation, LoopSettings, Runtime, converse
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import Conversation, LoopSettings, Runtime, converse
+from agent.loop.tasks import Task
 from agent.model.base import base_model_dir
-from agent.tasks import Task
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse

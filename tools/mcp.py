@@ -110,8 +110,10 @@ class McpServer:
         if self._log is None:
             try:
                 self._log = (
-                    open(self.config.log, "a+") if self.config.log else tempfile.TemporaryFile("a+")
-                )  # noqa: SIM115 - see close
+                    open(self.config.log, "a+")  # noqa: SIM115 - closed with the server
+                    if self.config.log
+                    else tempfile.TemporaryFile("a+")  # noqa: SIM115
+                )
             except OSError as error:
                 raise ToolConfigError(
                     f"mcp.log: {self.config.log} cannot be written: {error.strerror}"

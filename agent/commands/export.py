@@ -68,10 +68,10 @@ def export(
     """Write a run's trajectories in a trainer's format, with a dataset card."""
     from rich.console import Console
 
-    from agent.manifest import command_line
+    from agent.runs.manifest import command_line
     from conversations.export import job
     from conversations.export.filters import Filters
-    from conversations.open_run import open_run
+    from conversations.run.open_run import open_run
 
     if dedupe not in (None, "exact", "near"):
         raise AgentError(f"--dedupe {dedupe}: allowed are exact and near")
@@ -113,7 +113,7 @@ def stats(
     from rich.console import Console
 
     from conversations.export.groups import Statistics
-    from conversations.open_run import open_run
+    from conversations.run.open_run import open_run
 
     statistics = Statistics(pass_reward)
     for record in open_run(run).records(check=False):

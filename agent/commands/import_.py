@@ -30,7 +30,7 @@ def import_(
     ] = None,
 ) -> None:
     """Take ATIF documents or verl's rollout dumps in as a run; what they lack is said, and no token id is invented."""
-    from agent.manifest import command_line
+    from agent.runs.manifest import command_line
     from conversations.imports.job import import_run
 
     try:

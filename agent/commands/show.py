@@ -21,7 +21,7 @@ from agent.terminal import one_line, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from conversations.open_run import Run
+    from conversations.run.open_run import Run
 
 Record = dict[str, Any]
 
@@ -51,7 +51,7 @@ def show(
     """Show one trajectory: its messages, calls and rewards, and who wrote its tokens."""
     from rich.console import Console
 
-    from conversations.open_run import open_run
+    from conversations.run.open_run import open_run
 
     opened = open_run(run)
     record = opened.record(trajectory, check=False)
@@ -140,8 +140,8 @@ class Screen:
 
     def tokens(self, run: Run, record: Record) -> None:
         """The text of the tokens, segment by segment."""
-        from conversations.open_run import TOKENIZER
         from conversations.page.pieces import pieces
+        from conversations.run.open_run import TOKENIZER
 
         ids = record["prompt_ids"] + record["response_ids"]
         table = pieces(run.path / TOKENIZER / "tokenizer.json", set(ids))

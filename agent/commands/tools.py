@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from agent.config import Config
+    from agent.config.config import Config
 
 tools_app = typer.Typer(help="Look at a tool config, call a tool by hand.", no_args_is_help=True)
 
@@ -44,7 +44,7 @@ def check(
     ] = False,
 ) -> None:
     """Load a tool config, start what it needs, show each tool as the model will see it; exit code 1 where one does not start."""
-    from agent import by_hand
+    from agent.commands import tool_check as by_hand
 
     raise typer.Exit(by_hand.check(file, _config(config, model), start=not no_start))
 
@@ -62,7 +62,7 @@ def call(
     config: ConfigOption = None,
 ) -> None:
     """Call a tool once, as a run would; exit code 1 where its status is not ok. With a model, its answer is cut as a run would cut it."""
-    from agent import by_hand
+    from agent.commands import tool_check as by_hand
 
     raise typer.Exit(by_hand.call(file, name, arguments, ground_truth, _config(config, model)))
 
@@ -71,6 +71,6 @@ def _config(path: Path | None, model: str | None) -> Config | None:
     """None where neither is given: then no tokenizer is needed, nor loaded."""
     if path is None and model is None:
         return None
-    from agent.config import load_config
+    from agent.config.config import load_config
 
     return load_config(path, [f"model_path={json.dumps(model)}"] if model else [])

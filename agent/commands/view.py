@@ -11,7 +11,7 @@ import typer
 from agent.errors import AgentError
 
 if TYPE_CHECKING:
-    from conversations.open_run import Run
+    from conversations.run.open_run import Run
 
 
 def view(
@@ -44,7 +44,7 @@ def view(
         raise AgentError(
             "--serve writes no page and has no limit: leave out --out and --limit, or --serve"
         )
-    from agent.viewer import serve_until_ended
+    from agent.commands.viewer import serve_until_ended
 
     try:
         serve_until_ended(run, against, port)
@@ -55,8 +55,8 @@ def view(
 
 
 def _write(path: Path, out: Path | None, against: Path | None, limit: int | None) -> None:
-    from conversations.open_run import open_run
     from conversations.page import LIMIT, MAX_BYTES, build
+    from conversations.run.open_run import open_run
 
     run = open_run(path)
     target = out or _beside(run)
@@ -72,8 +72,8 @@ def _write(path: Path, out: Path | None, against: Path | None, limit: int | None
 
 
 def _other(run: Run, against: Path | None) -> Run | None:
-    from conversations.open_run import open_run
     from conversations.page import parent_of
+    from conversations.run.open_run import open_run
 
     if against is not None:
         return open_run(against)

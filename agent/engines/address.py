@@ -11,8 +11,8 @@ import urllib.request
 
 import httpx
 
+from agent.config.secrets import without_userinfo
 from agent.errors import ConfigError
-from agent.redact import without_userinfo
 from tools.transport import AiohttpTransport
 
 CONNECT_TIMEOUT_S = 10.0

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from agent.redact import without_userinfo
+from agent.config.secrets import without_userinfo
 
 INFO_PATHS = ("/get_server_info", "/get_model_info")
 """Where a server says what it serves. A router may have one, the other or neither."""

@@ -72,7 +72,7 @@ class Children:
         name = f"{target.__module__}:{target.__qualname__}"
         process = _Child(target=run_child, args=(name, self.log_path, *args))
         if target.__name__ == "run_detokenizer_process" and args[0].skip_tokenizer_init:
-            process.start = lambda: None  # type: ignore[method-assign]  # nothing is ever sent to it
+            process.start = lambda: None  # type: ignore[method-assign, assignment]  # nothing is ever sent to it
         self._processes.append(process)
         return process
 
@@ -219,11 +219,12 @@ def run_child(target: str, log_path: Path | None, *args: Any) -> None:
         os.dup2(log, 2)
     # SGLang's children tell of a failure by SIGQUIT to their parent, which would kill it; ours watches them instead.
     send = psutil.Process.send_signal
-    setattr(
-        psutil.Process,
-        "send_signal",
-        lambda self, sig: None if sig == signal.SIGQUIT else send(self, sig),
-    )  # noqa: B010
+
+    def send_unless_quit(process: psutil.Process, sig: int) -> None:
+        if sig != signal.SIGQUIT:
+            send(process, sig)
+
+    psutil.Process.send_signal = send_unless_quit  # type: ignore[method-assign, assignment]
     module, name = target.split(":")
     getattr(importlib.import_module(module), name)(*args)
 

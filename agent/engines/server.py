@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import orjson
 
+from agent.config.secrets import without_userinfo
 from agent.engines.address import CONNECT_TIMEOUT_S, authorization, client, proxied, server_url
 from agent.engines.health import NotReadyError, reason, refusal, what_it_serves
 from agent.errors import EngineError
-from agent.redact import without_userinfo
 
 HEALTH_EVERY_S = 1.0
 HEALTH_S = 30.0

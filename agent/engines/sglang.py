@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines import cpu_guards
+from agent.engines.arguments import environment, start_variables
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.processes import Children, explain
-from agent.engines.sglang_args import environment, start_variables
 from agent.errors import AgentError, ConfigError, EngineError, EngineStartError
 
 if TYPE_CHECKING:

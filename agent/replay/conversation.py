@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from agent.dispatch import ConversationTools
 from agent.engines.scripted import Playback
-from agent.interactions import SimulatedUser
-from agent.loop import Conversation, Runtime
+from agent.loop.calls import ConversationTools
+from agent.loop.loop import Conversation, Runtime
+from agent.loop.tasks import recorded_task
+from agent.loop.users import SimulatedUser
 from agent.replay.tools import LiveTools
-from agent.tasks import recorded_task
 from conversations.messages import Message
 from conversations.tokens import SAMPLED
 from conversations.trajectory import INVALID_STATUSES, Trajectory

@@ -25,7 +25,7 @@ from agent.replay.compare import (
 from agent.replay.conversation import ReplayedConversation
 from agent.replay.tools import LiveTools
 from conversations.errors import RunFolderError
-from conversations.store import RunFolder
+from conversations.run.store import RunFolder
 from conversations.trajectory import Trajectory
 
 REPLAY = "replay.jsonl"

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agent.progress import say
 from agent.replay.outcome import DIVERGED, FAILED, IDENTICAL, Line, Tally
 from agent.replay.request import ReplayRequest
+from agent.runs.progress import say
 from agent.terminal import one_line
 
 SHOWN = 5

@@ -8,13 +8,13 @@ from itertools import chain
 from pathlib import Path
 
 from agent.errors import AgentError, TaskError
-from agent.manifest import command_line
+from agent.loop.tasks import recorded_task
 from agent.replay.tools import stand_ins
-from agent.tasks import recorded_task
+from agent.runs.manifest import command_line
 from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import RecordError
-from conversations.open_run import Run
+from conversations.run.open_run import Run
 from conversations.trajectory import Trajectory
 from tools.base import ToolsError
 

@@ -14,15 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
-from agent.batch import Progress, run_conversations
-from agent.config import Config
-from agent.dispatch import ConversationTools
+from agent.config.config import Config
 from agent.engines.scripted import recorded
 from agent.errors import AgentError
-from agent.interactions import load_interactions
-from agent.loop import Runtime
-from agent.manifest import command_line, model_entry, parent_entry, source, versions
-from agent.progress import Display, counts, say
+from agent.loop.batch import Progress, run_conversations
+from agent.loop.calls import ConversationTools
+from agent.loop.loop import Runtime
+from agent.loop.users import load_interactions
 from agent.replay.compare import Scope
 from agent.replay.conversation import ReplayedConversation, played_back
 from agent.replay.outcome import (
@@ -40,7 +38,7 @@ from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_tools, replay_config, started_config
 from agent.replay.user import RecordedUser, has_user
-from agent.run import (
+from agent.runs.job import (
     DONE,
     INCOMPLETE,
     INTERRUPTED,
@@ -51,10 +49,12 @@ from agent.run import (
     sigterm_as_interrupt,
     starting,
 )
-from agent.session import Session, load_template, make_dispatcher
+from agent.runs.manifest import command_line, model_entry, parent_entry, source, versions
+from agent.runs.progress import Display, counts, say
+from agent.runs.session import Session, load_template, make_dispatcher
 from conversations.errors import ConversationsError
-from conversations.open_run import Run, open_run
-from conversations.store import RUN, UNFINISHED, RunFolder
+from conversations.run.open_run import Run, open_run
+from conversations.run.store import RUN, UNFINISHED, RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json
 from tools.toolset import ToolSet

@@ -13,10 +13,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agent.dispatch import Call, ConversationTools, Dispatcher
 from agent.errors import EndConversation
+from agent.loop.calls import Call, ConversationTools, Dispatcher
+from agent.loop.tasks import Task, given_length
 from agent.replay.compare import answer_difference, same_call
-from agent.tasks import Task, given_length
 from conversations.messages import Message, ToolCall
 from conversations.trajectory import ToolCallRecord, Trajectory
 from tools.base import BaseTool, ToolResponse

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.config import Config, load_config
+from agent.config.config import Config, load_config
 from agent.errors import AgentError, ConfigError
 from agent.replay.request import ReplayRequest
-from conversations.open_run import Run
+from conversations.run.open_run import Run
 from tools.registry import load_tools, tool_entries, tools_from_text
 from tools.toolset import ToolSet
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agent.errors import EndConversation
-from agent.interactions import SimulatedUser
+from agent.loop.users import SimulatedUser
 from conversations.messages import Message
 from conversations.trajectory import Trajectory
 

@@ -21,7 +21,7 @@ from conversations.checks.shape import shape_findings
 from conversations.checks.text import text_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import RecordError
-from conversations.open_run import ID
+from conversations.run.open_run import ID
 from conversations.trajectory import (
     INVALID_STATUSES,
     SCHEMA,

@@ -8,11 +8,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 
-from conversations import hermes
 from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
 from conversations.checks.rounds import Round, Rounds
 from conversations.checks.tokens import turn_of
 from conversations.errors import TemplateError
+from conversations.formats import hermes
 from conversations.messages import Message, ParsedTurn, assistant_message
 from conversations.template import ChatTemplate, Piece
 from conversations.tokens import TEMPLATE, TOOL, TokenSequence

@@ -100,9 +100,11 @@ def _mask(trajectory: Trajectory) -> Iterator[Finding]:
                 if mask[token - prompt] != expected
             ]
             what = differs(f"the response mask in a {kind} segment", 1 - expected, expected)
-            yield from first_of(
-                wrong, lambda token, what=what: Finding(what, turn_of(trajectory, token), token)
-            )  # type: ignore[misc]
+
+            def finding(token: int, what: str = what) -> Finding:
+                return Finding(what, turn_of(trajectory, token), token)
+
+            yield from first_of(wrong, finding)
 
 
 def _unknown_ids(trajectory: Trajectory, known: int) -> Iterator[Finding]:

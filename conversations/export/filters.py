@@ -15,7 +15,7 @@ from typing import Any, Literal
 from conversations.errors import ExportError
 from conversations.export.dedupe import ExactDuplicates, NearDuplicates
 from conversations.export.groups import PASS_REWARD, Statistics
-from conversations.open_run import Run
+from conversations.run.open_run import Run
 from conversations.trajectory import INVALID_STATUSES, STOP_REASONS
 
 REASONS = {

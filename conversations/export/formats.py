@@ -15,7 +15,7 @@ from typing import Any
 
 from conversations.errors import ConversationsError, ExportError
 from conversations.export.text import Refused, TextView, Tokens, verdict
-from conversations.open_run import Run, template_kwargs
+from conversations.run.open_run import Run, template_kwargs
 
 Record = dict[str, Any]
 Row = dict[str, Any]

@@ -17,9 +17,9 @@ from conversations.export.card import card
 from conversations.export.filters import Filters, Selection
 from conversations.export.formats import Format, Source, get_format
 from conversations.export.groups import Statistics
-from conversations.new_folder import new_folder
-from conversations.open_run import Run
-from conversations.store import RUN, TRAJECTORIES
+from conversations.run.new_folder import new_folder
+from conversations.run.open_run import Run
+from conversations.run.store import RUN, TRAJECTORIES
 
 CARD = "README.md"
 

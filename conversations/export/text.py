@@ -222,8 +222,6 @@ def _scaffold(record: Mapping[str, Any], template: ChatTemplate) -> Callable[[in
         for place in range(start, stop)
     }
     complete = own[end - 1] in template.end_ids
-    return (
-        lambda place: complete
-        if place >= end
-        else place in places and own[place] not in template.end_ids
+    return lambda place: (
+        complete if place >= end else place in places and own[place] not in template.end_ids
     )

@@ -12,7 +12,7 @@ from typing import Any
 from conversations.export.formats import Format, Row, Source
 from conversations.export.text import Refused, TextView, Tokens, last_sampled
 from conversations.export.writers import json_text, write_parquet
-from conversations.open_run import template_kwargs
+from conversations.run.open_run import template_kwargs
 
 
 def retokenised(messages: Sequence[Mapping[str, Any]], view: TextView) -> Tokens:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from conversations import hermes
 from conversations.errors import ImportFileError, TemplateError
+from conversations.formats import hermes
 from conversations.imports.blank import EPOCH, blank, reward_fields
 from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
 from conversations.template import ChatTemplate, Piece

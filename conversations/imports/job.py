@@ -16,10 +16,10 @@ from typing import Any
 
 from conversations.errors import ImportFileError, RecordError
 from conversations.imports.files import Defect, Document, documents, source_files
-from conversations.new_folder import new_folder
-from conversations.open_run import TOKENIZER
-from conversations.saved_tokenizer import load_tokenizer
-from conversations.store import RunFolder
+from conversations.run.new_folder import new_folder
+from conversations.run.open_run import TOKENIZER
+from conversations.run.saved_tokenizer import load_tokenizer
+from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 

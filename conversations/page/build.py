@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 from conversations.errors import RecordError, RunFolderError
-from conversations.open_run import TOKENIZER, Run
 from conversations.page.blocks import Blocks, packed
 from conversations.page.html import shell
 from conversations.page.pieces import pieces
 from conversations.page.record import Record, Summary, text_line, token_line
+from conversations.run.open_run import TOKENIZER, Run
 
 LIMIT, MAX_BYTES = 20_000, 256 << 20
 """Trajectories, and bytes of their blocks, that a page on disk holds unless told otherwise."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from conversations.open_run import Run, open_run
-from conversations.store import RUN
+from conversations.run.open_run import Run, open_run
+from conversations.run.store import RUN
 
 
 def parent_of(run: Run) -> Run | None:

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.batch import run_tasks
-from agent.dispatch import Dispatcher
 from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
-from agent.loop import LoopSettings, Runtime
-from agent.tasks import Task
-from conversations.store import RUN, RunFolder
+from agent.loop.batch import run_tasks
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.tasks import Task
+from conversations.run.store import RUN, RunFolder
 from conversations.template import ChatTemplate
 from tests.helpers import call, float32, hermes_template
 from tools.function import tool

@@ -24,8 +24,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from agent.engines.arguments import start_variables
 from agent.engines.cpu_guards import guard_paths
-from agent.engines.sglang_args import start_variables
 from tests.helpers import ROOT
 
 Behaviour = Callable[["Server", dict[str, Any]], Awaitable[Response]]

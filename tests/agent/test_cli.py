@@ -19,13 +19,13 @@ import httpx
 import pytest
 
 from agent import cli
-from agent.batch import run_tasks
-from agent.dispatch import Dispatcher
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
-from agent.loop import LoopSettings, Runtime
-from agent.tasks import read_tasks, task_file_hash
-from conversations.store import RunFolder, read_manifest, read_trajectories
+from agent.loop.batch import run_tasks
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.tasks import read_tasks, task_file_hash
+from conversations.run.store import RunFolder, read_manifest, read_trajectories
 from conversations.verify import verify_run
 from tests.helpers import call, hermes_template
 from tools.function import tool
@@ -464,8 +464,10 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_how_to_go_on(
         command, cwd=project, env=env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True
     ) as process:
         wait_for(
-            lambda: lines(out / "trajectories.jsonl") == QUICK
-            and len(list(look.glob("called-*"))) == TASKS,
+            lambda: (
+                lines(out / "trajectories.jsonl") == QUICK
+                and len(list(look.glob("called-*"))) == TASKS
+            ),
             process,
         )
         process.send_signal(number)

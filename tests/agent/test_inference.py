@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from agent.config import load_config
+from agent.config.config import load_config
 from agent.errors import ConfigError, TaskError
 from agent.inference import InferenceEngine
-from conversations.store import RunFolder
+from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from tests.helpers import ROOT, call, run_one, runtime, says, task
 from tools.base import ToolConfigError
@@ -247,8 +247,8 @@ def test_a_closed_engine_says_so(recording: Path) -> None:
 
 _SLOW = """
 import sys
-from agent.config import load_config
-from agent.session import Session
+from agent.config.config import load_config
+from agent.runs.session import Session
 from tools.function import FunctionTool, tool
 from tools.toolset import ToolSet
 import asyncio

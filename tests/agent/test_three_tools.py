@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conversations.open_run import open_run
+from conversations.run.open_run import open_run
 from conversations.verify import verify_run
 from tests.agent.three_tools import QUESTIONS, run
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
-from agent.loop import Conversation, Runtime
-from conversations.hermes import parse
+from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.loop import Conversation, Runtime
+from conversations.formats.hermes import parse
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.helpers import call, run_one, says, settings, task

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.batch import run_tasks
-from agent.dispatch import Dispatcher
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
-from agent.loop import LoopSettings, Runtime
-from agent.tasks import Task
-from conversations.store import RunFolder
+from agent.loop.batch import run_tasks
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.tasks import Task
+from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.truncate import cut_to_tokens
 from tests.helpers import call, hermes_template

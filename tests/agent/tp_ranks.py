@@ -14,7 +14,7 @@ from typing import Any
 import torch.multiprocessing as processes
 
 from agent.engines import cpu_guards
-from agent.engines.sglang_args import start_variables
+from agent.engines.arguments import start_variables
 
 WORLD = 2
 

@@ -14,10 +14,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from agent.commands.task_sources import write_gsm_symbolic
 from agent.engines import cpu_guards
-from agent.engines.sglang_args import environment, start_variables
+from agent.engines.arguments import environment, start_variables
 from agent.model.base import TOOLS_NAME, resolve_model
-from agent.task_sources import write_gsm_symbolic
 
 PROBLEMS, SAMPLES = 3, 2
 TOOLS = str(Path(__file__).resolve().parents[2] / "tool_configs" / "gsm8k.yaml")

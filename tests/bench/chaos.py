@@ -12,7 +12,7 @@ from tests.bench.workload import Workload
 
 
 def rows(workload: Workload, *, quick: bool) -> list[Row]:
-    """One row; what it ran is checked by `tests/agent/test_chaos.py`."""
+    """One row; what it ran is checked by `tests/agent/runs/test_chaos.py`."""
     conversations = 300 if quick else chaos.CONVERSATIONS
     with tempfile.TemporaryDirectory() as folder:
         run = asyncio.run(chaos.run(workload.template, Path(folder) / "run", conversations))

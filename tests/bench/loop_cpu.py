@@ -20,11 +20,11 @@ from statistics import median
 from time import process_time
 from typing import TYPE_CHECKING
 
-from agent.batch import Progress, run_tasks
 from agent.engines import cpu_guards
+from agent.engines.arguments import start_variables
 from agent.engines.scripted import ScriptedEngine
-from agent.engines.sglang_args import start_variables
-from conversations.store import RunFolder
+from agent.loop.batch import Progress, run_tasks
+from conversations.run.store import RunFolder
 from conversations.truncate import cut_to_tokens
 from tests.bench.row import Row
 from tests.bench.workload import TOOL_SCHEMA, EchoTool, Workload, tasks

@@ -12,9 +12,9 @@ import sys
 import tracemalloc
 from collections.abc import Sequence
 
-from agent.batch import run_tasks
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
+from agent.loop.batch import run_tasks
 from tests.bench.row import Row
 from tests.bench.workload import TOOL_SCHEMA, EchoTool, Workload, tasks
 from tests.helpers import runtime

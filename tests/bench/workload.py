@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from agent.engines.engine import Generation, SamplingParams
+from agent.loop.tasks import Task
 from agent.model.base import base_model_dir
-from agent.tasks import Task
 from conversations.template import ChatTemplate
 from tests.helpers import float32, npm_models, tokenizer_at
 from tools.base import BaseTool, ToolResponse

@@ -10,7 +10,7 @@ from typing import Any
 
 from conversations.export import job
 from conversations.export.job import Export
-from conversations.open_run import Run, open_run
+from conversations.run.open_run import Run, open_run
 from tests.conversations.synthetic import make_run
 from tests.helpers import fresh_tokenizer, npm_models
 

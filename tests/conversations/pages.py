@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from conversations.open_run import open_run
 from conversations.page import build
-from conversations.store import RUN, TRAJECTORIES
+from conversations.run.open_run import open_run
+from conversations.run.store import RUN, TRAJECTORIES
 from conversations.trajectory import record_hash
 
 Record = dict[str, Any]

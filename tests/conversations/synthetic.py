@@ -19,18 +19,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.batch import Progress, run_tasks
-from agent.config import Config, load_config
+from agent.config.config import Config, load_config
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
-from agent.loop import Runtime
-from agent.manifest import run_manifest
+from agent.loop.batch import Progress, run_tasks
+from agent.loop.loop import Runtime
+from agent.loop.tasks import read_tasks
 from agent.model.base import base_model_dir
-from agent.progress import counts
-from agent.session import loop_settings, make_dispatcher
-from agent.tasks import read_tasks
-from conversations.store import RUN, TRAJECTORIES, RunFolder
+from agent.runs.manifest import run_manifest
+from agent.runs.progress import counts
+from agent.runs.session import loop_settings, make_dispatcher
+from conversations.run.store import RUN, TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json
 from tests.helpers import call, float32, tokenizer_at
@@ -237,13 +237,17 @@ def _number(rng: random.Random) -> int:
 _SAYS: dict[str, tuple[int, Any]] = {
     "multiply": (
         30,
-        lambda rng: f"Let me work that out. {call('calculator', op='multiply', a=_number(rng), b=_number(rng))}",
+        lambda rng: (
+            f"Let me work that out. {call('calculator', op='multiply', a=_number(rng), b=_number(rng))}"
+        ),
     ),
     "add": (10, lambda rng: call("calculator", op="add", a=_number(rng), b=_number(rng))),
     "look up": (
         14,
-        lambda rng: "I look it up.\n"
-        + call("lookup", topic=rng.choice(("apples", "box é", "漢字", "<|im_end|>"))),
+        lambda rng: (
+            "I look it up.\n"
+            + call("lookup", topic=rng.choice(("apples", "box é", "漢字", "<|im_end|>")))
+        ),
     ),
     "submit": (12, lambda rng: call("submit", answer=str(_number(rng) * _number(rng)))),
     "answer": (16, lambda rng: f"That makes {_number(rng) * _number(rng)} apples. 🍎"),

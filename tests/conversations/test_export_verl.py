@@ -60,7 +60,7 @@ def test_the_rl_dataset_gives_the_tasks_back() -> None:
 
 
 def test_turntrace_runs_the_same_tasks_again() -> None:
-    from agent.tasks import read_tasks
+    from agent.loop.tasks import read_tasks
 
     folder, done = exported("verl-rl")
     tasks = {task.id: task for task in read_tasks(folder / "train.parquet")}
@@ -166,7 +166,7 @@ def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(
     import torch
     from verl import DataProto
 
-    from agent.verl_batch import Shape, batch_arrays
+    from agent.trainers.layout import Shape, batch_arrays
     from conversations.export import job
     from conversations.export.filters import Filters
 

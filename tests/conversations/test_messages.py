@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conversations.errors import MessageError
-from conversations.hermes import parse
+from conversations.formats.hermes import parse
 from conversations.messages import assistant_message, given_messages, template_view, tool_message
 from tests.helpers import call
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from conversations.errors import RecordError, RunFolderError
-from conversations.open_run import TOKENIZER, Run, open_run
 from conversations.page import build, html, parent_of
 from conversations.page import record as page_record
 from conversations.page.build import first_difference
 from conversations.page.pieces import pieces
-from conversations.store import RUN, TRAJECTORIES
+from conversations.run.open_run import TOKENIZER, Run, open_run
+from conversations.run.store import RUN, TRAJECTORIES
 from tests.conversations.pages import (
     Record,
     changed_run,

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from conversations.open_run import open_run
+from conversations.run.open_run import open_run
 from tests.browser import Tab, tab
 from tests.conversations.pages import Record, changed_run, write_page
 from tests.conversations.synthetic import make_run
@@ -98,9 +98,9 @@ async def test_the_list_has_every_trajectory_and_makes_only_the_rows_in_sight(
         ("only=warned", lambda r: bool(r["warnings"])),
         (
             "stop=stop&status=ok&length=..300",
-            lambda r: r["stop_reason"] == "stop"
-            and "ok" in calls_of(r)
-            and len(r["response_ids"]) <= 300,
+            lambda r: (
+                r["stop_reason"] == "stop" and "ok" in calls_of(r) and len(r["response_ids"]) <= 300
+            ),
         ),
         (
             "q=division by zero",

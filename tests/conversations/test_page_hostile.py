@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conversations.open_run import open_run
+from conversations.run.open_run import open_run
 from conversations.trajectory import canonical_json
 from tests.browser import Tab, tab
 from tests.conversations.pages import Record, changed_run, write_page, write_run

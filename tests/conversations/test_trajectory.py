@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversations.errors import RecordError
-from conversations.hermes import parse
+from conversations.formats.hermes import parse
 from conversations.messages import assistant_message
 from conversations.trajectory import (
     CALL_STATUSES,

@@ -15,26 +15,26 @@ from typing import Any
 
 import pytest
 
-from agent.batch import Progress, run_tasks
 from agent.engines.engine import Generation
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
-from agent.loop import LoopSettings, Runtime
-from agent.progress import counts
+from agent.loop.batch import Progress, run_tasks
+from agent.loop.loop import LoopSettings, Runtime
+from agent.runs.progress import counts
 from conversations import verify as verify_module
 from conversations.checks.clock import OutOfTime, time_limit
 from conversations.checks.facts import Facts
 from conversations.checks.finding import Defect, printable
 from conversations.checks.record import check_line
 from conversations.errors import RunFolderError
-from conversations.open_run import open_run
-from conversations.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder
+from conversations.run.open_run import open_run
+from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import record_hash
 from conversations.truncate import cut_to_tokens
 from conversations.verify import Verdict, check_chunk, verify_run
+from tests.conversations.run.test_open_run import numbered, written
 from tests.conversations.synthetic import make_run
-from tests.conversations.test_open_run import numbered, written
 from tests.helpers import BEHAVIOURS, Toy, call, float32, odd_text, respelled, runtime, says, task
 from tools.function import tool
 

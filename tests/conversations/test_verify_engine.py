@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from agent.batch import run_tasks
-from agent.loop import Runtime
+from agent.loop.batch import run_tasks
+from agent.loop.loop import Runtime
 from conversations.checks.facts import Facts, facts_of
 from conversations.checks.finding import Defect
 from conversations.checks.record import check_line
-from conversations.store import RunFolder
+from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from conversations.truncate import SIDES
 from conversations.verify import verify_run
-from tests.agent.test_fidelity import World, writer_for
-from tests.agent.test_interactions import asks, patient
+from tests.agent.loop.test_fidelity import World, writer_for
+from tests.agent.loop.test_users import asks, patient
 from tests.helpers import QUESTION, Toy, call, hermes_template, runtime, says, settings, task
 
 WORLDS = 150

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from conversations.checks.finding import Defect
-from conversations.open_run import open_run
-from conversations.store import TRAJECTORIES
+from conversations.run.open_run import open_run
+from conversations.run.store import TRAJECTORIES
 from conversations.template import ChatTemplate
 from conversations.trajectory import record_hash
 from conversations.verify import verify_run

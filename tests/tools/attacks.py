@@ -4,8 +4,6 @@ One that gets out prints ESCAPED, or is seen by a witness of the test. `PORT` in
 `VICTIM` the id of a process of the machine, `NAME` a name that the attacks of one round agree on.
 """
 
-# ruff: noqa: E501 - programs
-
 from __future__ import annotations
 
 import textwrap

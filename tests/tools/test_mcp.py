@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
 from conversations.messages import ToolCall
 from tests.helpers import hermes_template, until
 from tests.tools import mcp_server as misbehaving

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from agent.dispatch import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
 from conversations.messages import ToolCall
 from tools.base import BaseTool, ToolConfigError, ToolResponse, ToolsError
 from tools.function import tool
@@ -308,8 +308,9 @@ UNIQUE: dict[str, Any] = {
 }
 VALUES = st.recursive(
     st.sampled_from([None, True, False, 0, 1, 1.0, -0.0, 0.5, "", "a", "1"]),
-    lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 

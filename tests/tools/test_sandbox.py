@@ -226,8 +226,9 @@ async def test_release_ends_the_session(session: Any) -> None:
     await session.tool.release("one")
     await session.tool.release("never seen")
     eventually(
-        lambda: [process.status() for process in programs_of(embedded.sandbox)].count("stopped")
-        == 1
+        lambda: (
+            [process.status() for process in programs_of(embedded.sandbox)].count("stopped") == 1
+        )
     )
     assert "NameError" in await session("print(x)", "one")
     assert await session("print(x)", "two") == "2\n"

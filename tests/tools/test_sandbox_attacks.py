@@ -3,8 +3,6 @@
 All of it over HTTP, on one real server, the attacks a few at a time and eight honest clients without a pause.
 """
 
-# ruff: noqa: E501 - programs
-
 from __future__ import annotations
 
 import asyncio

@@ -1,7 +1,5 @@
 """Rules: where there is no zygote, every program has a bubblewrap of its own, with the same answers and the same limits."""
 
-# ruff: noqa: E501 - programs
-
 from __future__ import annotations
 
 import contextlib

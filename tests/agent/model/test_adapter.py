@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.commands.task_sources import write_gsm_symbolic
 from agent.model.base import ADAPTER_DIR
-from agent.model.recipe.metrics import scores
-from agent.task_sources import write_gsm_symbolic
-from conversations.store import read_trajectories
+from agent.recipe.metrics import scores
+from conversations.run.store import read_trajectories
 
 REPO = Path(__file__).parents[3]
 

@@ -1,6 +1,6 @@
 """TurntraceAgentLoop in verl's own workers: equal to verl's loops where they are right, and each place where they are not.
 
-Run by `tests/agent/test_verl_agent_loop.py`, in an environment that has verl 0.8 or later.
+Run by `tests/agent/trainers/test_verl_agent_loop.py`, in an environment that has verl 0.8 or later.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from verl.workers.config.rollout import MultiTurnConfig
 from verl.workers.rollout import llm_server
 from verl.workers.rollout.replica import TokenOutput
 
-from agent.config import load_config
+from agent.config.config import load_config
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import ConfigError, TaskError
-from agent.trainer import tool_dispatcher
-from conversations.open_run import open_run
-from conversations.store import read_manifest
+from agent.trainers.batches import tool_dispatcher
+from conversations.run.open_run import open_run
+from conversations.run.store import read_manifest
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
 from tests.agent.verl09.peer import PROMPT, RESPONSE, VERSION, LookTool, Peers, batch, logprobs

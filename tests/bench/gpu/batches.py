@@ -15,7 +15,7 @@ from verl import DataProto
 from verl.tools.schemas import ToolResponse
 
 from agent.rollout import AgentRollout
-from agent.trainer import TrainerBatches
+from agent.trainers.batches import TrainerBatches
 from tests.bench import verl_peer
 from tests.bench.gpu.load import (
     ANSWER,

@@ -26,12 +26,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from agent.batch import Progress, run_tasks
-from agent.dispatch import Dispatcher
 from agent.engines.engine import Engine, Generation, SamplingParams
-from agent.loop import LoopSettings, Runtime
-from agent.tasks import Task
-from conversations.store import RunFolder
+from agent.loop.batch import Progress, run_tasks
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.tasks import Task
+from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL
 from conversations.trajectory import Trajectory

@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agent.config import Config, load_config
+from agent.config.config import Config, load_config
 from agent.engines.engine import Engine
-from agent.session import load_template
+from agent.runs.session import load_template
 from tests.bench.gpu.load import (
     CONVERSATION_TOKENS,
     PROMPT_LENGTH,

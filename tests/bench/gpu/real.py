@@ -8,14 +8,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.batch import Progress, run_tasks
-from agent.config import Config, load_config
+from agent.commands.task_sources import write_gsm_symbolic
+from agent.config.config import Config, load_config
 from agent.engines.engine import Engine
 from agent.engines.sglang import start
-from agent.session import Session
-from agent.task_sources import write_gsm_symbolic
-from agent.tasks import read_tasks
-from conversations.store import RunFolder, read_trajectories
+from agent.loop.batch import Progress, run_tasks
+from agent.loop.tasks import read_tasks
+from agent.runs.session import Session
+from conversations.run.store import RunFolder, read_trajectories
 from tests.bench.gpu.logprobs import differences
 from tests.bench.gpu.machine import Requests, Usage, measured
 from tests.bench.gpu.place import Place

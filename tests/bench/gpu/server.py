@@ -22,10 +22,10 @@ from typing import Any
 
 import httpx
 
-from agent.config_hints import sglang_arguments
+from agent.config.hints import sglang_arguments
+from agent.engines.arguments import CONTEXT_SLACK, server_args, start_variables
 from agent.engines.cpu_guards import guard_paths
-from agent.engines.sglang_args import CONTEXT_SLACK, server_args, start_variables
-from agent.engines.sglang_server import SGLangServerEngine
+from agent.engines.servers import SGLangServerEngine
 from tests.agent.native_api import free_port
 from tests.bench.gpu.load import Load, Raw
 from tests.bench.gpu.place import MAX_MODEL_LEN, Contender, Place

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.engines.server import Server
-from agent.engines.sglang_server import SGLangServerEngine
+from agent.engines.servers import SGLangServerEngine
 from tests.bench.gpu.load import TURNS, in_turn
 from tests.bench.gpu.place import Place
 from tests.bench.gpu.server import (

@@ -1,0 +1,274 @@
+"""`turntrace rescore`: rewards anew, by a function of the user's, without a model or a tool.
+
+Invariant: everything of a record but `reward`, `reward_parts`, `parent` and the hash stays as it was. Infrastructure's
+failures keep their null. A new run that could not be finished is taken away again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from agent.errors import AgentError
+from agent.loop.batch import Progress
+from agent.loop.boundary import describe
+from agent.loop.tasks import task_file_hash
+from agent.runs.job import save_tokenizer
+from agent.runs.manifest import command_line, parent_entry, versions
+from agent.runs.progress import counts
+from conversations.run.open_run import Run, open_run
+from conversations.run.saved_tokenizer import load_tokenizer
+from conversations.run.store import RUN, TRAJECTORIES, RunFolder
+from conversations.trajectory import Trajectory, total_reward
+
+VERL_PARAMETERS = frozenset({"data_source", "solution_str", "ground_truth"})
+"""What tells verl's `compute_score(data_source, solution_str, ground_truth, extra_info=None)` from our own signature."""
+
+Score = Callable[[Trajectory], Any]
+CHUNK = 16
+"""Trajectories handed to a process at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """What came of it: `changed` counts rewards that are not what they were, `unscored` trajectories whose reward is null."""
+
+    progress: Progress
+    changed: int
+    unscored: int
+
+
+def rescore(
+    run: Path, reward: str, out: Path, *, jobs: int = 1, argv: Iterable[str] = ()
+) -> Rescored:
+    """A new run in `out`: that of `run` with the rewards that `reward` gives.
+
+    `reward` is `module:function` or `file.py:function`. The function takes a Trajectory and returns a number, a dict of
+    numbers (the parts), or None for no reward; or it is verl's `compute_score`, called with the decoded response.
+    `jobs` processes call it. Raises AgentError naming the trajectory that it failed on.
+    """
+    if run.resolve() == out.resolve():
+        raise AgentError(f"--out {out} is the run itself; rewards go into a run of their own")
+    parent = open_run(run)
+    if len(parent) == 0:
+        raise AgentError(f"{run} has no finished trajectories to score")
+    function = load_function(reward)
+    progress, changed, unscored = Progress(total=len(parent)), 0, 0
+    with _new_run(out, _manifest(parent, reward, function, argv)) as folder:
+        if (run / "tokenizer").is_dir():
+            save_tokenizer(out, parent.tokenizer())
+        for old, new in _scored(parent, reward, jobs):
+            folder.append(new)
+            progress.count(new)
+            changed += old != new.reward
+            unscored += new.reward is None
+        folder.close(counts(progress))
+    return Rescored(progress, changed, unscored)
+
+
+@contextlib.contextmanager
+def _new_run(out: Path, manifest: dict[str, Any]) -> Iterator[RunFolder]:
+    with RunFolder.create(out, manifest) as folder:
+        try:
+            yield folder
+        except BaseException:
+            folder.close()
+            for name in (RUN, TRAJECTORIES):
+                (out / name).unlink(missing_ok=True)
+            raise
+
+
+def _manifest(
+    parent: Run, reward: str, function: Callable[..., Any], argv: Iterable[str]
+) -> dict[str, Any]:
+    source = _source_file(function)
+    return {
+        **{
+            key: value
+            for key, value in parent.manifest.items()
+            if key not in ("schema", "counts", "digest", "replay")
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(list(argv)),
+        "versions": versions(),
+        "parent": parent_entry(parent.path),
+        "rescore": {"reward": reward, "sha256": task_file_hash(source) if source else None},
+    }
+
+
+def _source_file(function: Callable[..., Any]) -> str | None:
+    try:
+        return inspect.getsourcefile(function)
+    except TypeError:  # a builtin, or an object that can be called
+        return None
+
+
+# ---------------------------------------------------------------------- scoring
+
+
+def _scored(parent: Run, reward: str, jobs: int) -> Iterator[tuple[float | None, Trajectory]]:
+    """(old reward, new trajectory) of each, in order; a few chunks ahead of what is written, never the whole run."""
+    score = functools.partial(_score_ids, str(parent.path), reward, sys.path[:])
+    if jobs == 1:
+        for ids in _chunks(parent.ids):
+            yield from score(ids)
+        return
+    pending: deque[Future[list[tuple[float | None, Trajectory]]]] = deque()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        try:
+            for ids in _chunks(parent.ids):
+                pending.append(pool.submit(score, ids))
+                if len(pending) > 2 * jobs:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _chunks(ids: Iterable[str]) -> Iterator[list[str]]:
+    names = list(ids)
+    return (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
+
+
+def _score_ids(
+    path: str, reward: str, search: list[str], ids: list[str]
+) -> list[tuple[float | None, Trajectory]]:
+    run, score = _scorer(path, reward, tuple(search))
+    return [
+        (record.reward, scored(record, score, run.path)) for record in map(run.__getitem__, ids)
+    ]
+
+
+@functools.lru_cache(1)
+def _scorer(path: str, reward: str, search: tuple[str, ...]) -> tuple[Run, Score]:
+    sys.path += [folder for folder in search if folder not in sys.path]
+    run = open_run(path)
+    return run, as_score(load_function(reward), run)
+
+
+def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
+    """The record with its reward anew. Raises AgentError naming it where the function fails or returns no reward."""
+    parent = {"run": run.resolve().name, "id": record.id, "turn": (record.parent or {}).get("turn")}
+    if record.infra_error:
+        return dataclasses.replace(record, parent=parent)
+    try:
+        parts = _parts(score(record))
+        reward = total_reward(parts)
+        if reward is not None and not math.isfinite(reward):
+            raise ValueError(f"the parts sum up to {reward}")
+    except Exception as error:
+        raise AgentError(
+            f"trajectory {record.id}: the reward function failed: {_one_line(error)}"
+        ) from error
+    return dataclasses.replace(record, reward=reward, reward_parts=parts, parent=parent)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(describe(error).split())
+
+
+def _parts(value: Any) -> dict[str, float]:
+    if value is None:
+        return {}
+    named = value if isinstance(value, Mapping) else {"reward": value}
+    return {str(name): _number(part) for name, part in named.items()}
+
+
+def _number(value: Any) -> float:
+    value = value.item() if hasattr(value, "item") else value  # numpy's and torch's scalars
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    raise TypeError(f"expected a finite number, a dict of them, or None; got {value!r:.100}")
+
+
+def as_score(function: Callable[..., Any], run: Run) -> Score:
+    """The function as one of a trajectory; verl's signature is known by its parameters' names."""
+    if not _parameters(function).keys() >= VERL_PARAMETERS:
+        return function
+    tokenizer = load_tokenizer(run.path / "tokenizer")
+
+    def compute_score(record: Trajectory) -> Any:
+        """As verl's reward managers call it: the whole response as text, special tokens left out."""
+        extra = record.extra if isinstance(record.extra, dict) else {}
+        found = function(
+            data_source=record.data_source,
+            solution_str=tokenizer.decode(record.response_ids, skip_special_tokens=True),
+            ground_truth=record.ground_truth,
+            **_extra_info(
+                function, {**(extra.get("extra_info") or {}), "num_turns": record.num_turns}
+            ),
+        )
+        return (
+            found["score"] if isinstance(found, Mapping) else found
+        )  # its other keys are for verl's logs
+
+    return compute_score
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # some builtins do not tell
+        return {}
+
+
+def _extra_info(function: Callable[..., Any], info: dict[str, Any]) -> dict[str, Any]:
+    parameters = _parameters(function)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {"extra_info": info} if "extra_info" in parameters or takes_any else {}
+
+
+# ---------------------------------------------------------------------- finding the function
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """What `module:function` or `file.py:function` names. Raises AgentError, in one line."""
+    place, colon, attribute = name.rpartition(":")
+    if not colon or not place or not attribute:
+        raise AgentError(f"--reward {name}: write it as module:function, or as file.py:function")
+    try:
+        module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
+    except Exception as error:  # whatever the user's module raises
+        raise AgentError(
+            f"--reward {name}: importing {place} failed: {_one_line(error)}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise AgentError(f"--reward {name}: {place} has no function {attribute!r}")
+    if inspect.iscoroutinefunction(function):
+        raise AgentError(f"--reward {name}: an async function is not called here; give a plain one")
+    found: Callable[..., Any] = function
+    return found
+
+
+def _file_module(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"turntrace_reward_{file.stem}", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _named_module(name: str) -> ModuleType:
+    """An installed module, else one in the current folder, which can shadow nothing that is installed."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)

@@ -1,0 +1,255 @@
+"""Many conversations at once: admission, groups, progress, and what is kept when a run is cut off.
+
+Invariant: each (task, sample) that was begun ends on exactly one line, in `trajectories.jsonl` when it finished and
+in `unfinished.jsonl` when it was cancelled. At most `max_concurrent` conversations are alive; tasks are read as they
+are admitted, so memory does not grow with the task file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from agent.loop.loop import Conversation, Runtime, converse
+from agent.loop.tasks import Task
+from agent.replay.continuation import continued
+from conversations.errors import RecordError
+from conversations.trajectory import INVALID_STATUSES, Trajectory
+
+_OPEN_PARTS: dict[str, Any] = {
+    "messages": [],
+    "tool_calls": [],
+    "tools": [],
+    "ground_truth": None,
+    "data_source": None,
+    "extra": None,
+    "engine": {},
+    "sampling": {},
+}
+"""The parts of a record that hold whatever a row, a tool or an engine gave, and their empty forms."""
+
+
+class Store(Protocol):
+    """Where conversations are kept: a `RunFolder`, or something in front of one."""
+
+    done: set[tuple[str, int]]
+
+    def append(self, trajectory: Trajectory) -> None: ...
+
+    def append_unfinished(self, trajectory: Trajectory) -> None: ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counters of a run as it goes, of finished conversations but for `live`, those being run.
+
+    `total` is None while the number of tasks is not known. `live` changes on the loop's thread and is read on others:
+    copy it before walking it. `lost` says of each conversation that could not be written why not.
+    """
+
+    total: int | None = None
+    done: int = 0
+    live: set[Conversation] = field(default_factory=set)
+    skipped: int = 0
+    turns: int = 0
+    sampled_tokens: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    invalid_calls: int = 0
+    infra_errors: int = 0
+    rewards: int = 0
+    reward_sum: float = 0.0
+    stop_reasons: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def running(self) -> int:
+        """Conversations that are being run."""
+        return len(self.live)
+
+    @property
+    def turns_so_far(self) -> int:
+        """`turns`, and those of the conversations that are being run."""
+        return self.turns + sum(len(conversation.turns) for conversation in tuple(self.live))
+
+    @property
+    def sampled_tokens_so_far(self) -> int:
+        """`sampled_tokens`, and those of the conversations that are being run."""
+        return self.sampled_tokens + sum(
+            turn.end - turn.start
+            for conversation in tuple(self.live)
+            for turn in conversation.turns
+        )
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Over the conversations that have a reward."""
+        return self.reward_sum / self.rewards if self.rewards else None
+
+    def count(self, trajectory: Trajectory) -> None:
+        """Counts a finished conversation."""
+        statuses = Counter(call.status for call in trajectory.tool_calls)
+        self.done += 1
+        self.stop_reasons[trajectory.stop_reason] += 1
+        self.turns += trajectory.num_turns
+        self.sampled_tokens += sum(turn.end - turn.start for turn in trajectory.turns)
+        self.tool_calls += statuses.total()
+        self.tool_errors += statuses.total() - statuses["ok"]
+        self.invalid_calls += sum(statuses[status] for status in INVALID_STATUSES)
+        self.infra_errors += trajectory.infra_error
+        if trajectory.reward is not None:
+            self.rewards += 1
+            self.reward_sum += trajectory.reward
+
+
+async def run_tasks(
+    tasks: Iterable[Task],
+    runtime: Runtime,
+    *,
+    n: int = 1,
+    max_concurrent: int = 64,
+    target: int | None = None,
+    unfinished: Mapping[tuple[str, int], Trajectory] = MappingProxyType({}),
+    store: Store | None = None,
+    progress: Progress | None = None,
+    on_done: Callable[[Trajectory], None] | None = None,
+) -> Progress:
+    """Runs `n` samples of every task; what `store` already holds is skipped, what `unfinished` holds is gone on with.
+
+    Once `target` conversations are done that did not fail, the rest is cut off: aborted in the engine, and kept as unfinished.
+    `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
+    records written as unfinished, and CancelledError is raised. An error of the store ends the run.
+    """
+    conversations = (
+        continued(task, sample, unfinished.get((task.id, sample)), runtime)
+        for task in tasks
+        for sample in range(n)
+    )
+    return await run_conversations(
+        conversations,
+        max_concurrent=max_concurrent,
+        target=target,
+        store=store,
+        progress=progress,
+        on_done=on_done,
+    )
+
+
+async def run_conversations(
+    conversations: Iterable[Conversation],
+    *,
+    max_concurrent: int = 64,
+    target: int | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    on_done: Callable[[Trajectory], None] | None = None,
+) -> Progress:
+    """`run_tasks` for conversations that are not all alike; each is made when there is room to run it."""
+    batch = _Batch(store, progress or Progress(), on_done, target)
+    missing = filter(batch.is_missing, conversations)
+    slots = asyncio.Semaphore(max_concurrent)
+    try:
+        async with asyncio.TaskGroup() as group:
+            while (
+                await slots.acquire()
+                and not batch.has_enough
+                and (conversation := next(missing, None))
+            ):
+                running = group.create_task(batch.run(conversation))
+                batch.running.add(running)
+                running.add_done_callback(batch.running.discard)
+                running.add_done_callback(lambda _: slots.release())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return batch.progress
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    store: Store | None
+    progress: Progress
+    on_done: Callable[[Trajectory], None] | None
+    target: int | None
+    running: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether what has not ended by now is not waited for: failures, which come fast, do not crowd out the rest."""
+        failed = self.progress.infra_errors + self.progress.stop_reasons["prompt_too_long"]
+        return self.target is not None and self.progress.done - failed >= self.target
+
+    def is_missing(self, conversation: Conversation) -> bool:
+        """False, and counted as skipped, where the store has it already."""
+        is_there = (
+            self.store is not None
+            and (conversation.task.id, conversation.sample) in self.store.done
+        )
+        self.progress.skipped += is_there
+        return not is_there
+
+    async def run(self, conversation: Conversation) -> None:
+        tracing = conversation.runtime.tracing
+        self.progress.live.add(conversation)
+        try:
+            with tracing.conversation(conversation) if tracing else contextlib.nullcontext():
+                await converse(conversation)
+        except asyncio.CancelledError:
+            if self.has_enough:
+                conversation.warnings.append(
+                    f"cut off when {self.target} conversations were done (over_sample_rate)"
+                )
+            if self.store:
+                self._keep(self.store.append_unfinished, conversation.trajectory())
+            raise
+        finally:
+            self.progress.live.discard(conversation)
+        trajectory = conversation.trajectory()
+        kept = self._keep(self.store.append, trajectory) if self.store else trajectory
+        if kept is None:
+            return
+        self.progress.count(kept)
+        if self.on_done:
+            self.on_done(kept)
+        if self.has_enough:
+            for other in self.running - {asyncio.current_task()}:
+                other.cancel()
+
+    def _keep(
+        self, append: Callable[[Trajectory], None], trajectory: Trajectory
+    ) -> Trajectory | None:
+        """What `append` took: the trajectory, or what of it has a JSON form; None where that cannot be written either."""
+        try:
+            append(trajectory)
+            return trajectory
+        except RecordError as error:
+            bare = _bare(trajectory, str(error))
+        try:
+            append(bare)
+            return bare
+        except RecordError as error:
+            self.progress.lost.append(str(error))
+            return None
+
+
+def _bare(trajectory: Trajectory, error: str) -> Trajectory:
+    """A record of a failure, with those open parts of the trajectory that have a JSON form."""
+    failed: dict[str, Any] = {
+        "stop_reason": "engine_error",
+        "infra_error": True,
+        "error": error,
+        "reward": None,
+        "reward_parts": {},
+    }
+    bare = dataclasses.replace(trajectory, **failed, **_OPEN_PARTS)
+    for name in _OPEN_PARTS:
+        fuller = dataclasses.replace(bare, **{name: getattr(trajectory, name)})
+        with contextlib.suppress(RecordError):
+            fuller.to_line()
+            bare = fuller
+    return bare

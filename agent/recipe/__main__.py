@@ -1,0 +1,142 @@
+"""`python -m agent.recipe`: data, train, evaluate. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.errors import AgentError
+from conversations.errors import ConversationsError
+from tools.base import ToolsError
+
+if TYPE_CHECKING:
+    from agent.recipe.train import Progress
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make the tool-calling adapter: data, then training; evaluate says what it is worth.",
+)
+
+_TOOLS = Path(__file__).parents[2] / "tool_configs" / "gsm8k.yaml"
+_ADAPTER = Path(__file__).parents[1] / "model" / "adapter"
+
+
+class Preset(StrEnum):
+    """`small`: within 15 minutes on two CPU cores. `full`: all of GSM8K and more, on a GPU."""
+
+    small = "small"
+    full = "full"
+
+
+@app.command()
+def data(
+    gsm8k: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL in GSM8K's format: question, answer with <<annotations>> and a last line #### 42."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file of token ids to write.")] = Path(
+        "runs/adapter/tokens.npz"
+    ),
+    preset: Annotated[Preset, typer.Option(help="How many conversations.")] = Preset.small,
+    tools: Annotated[Path, typer.Option(help="The tools that ship.")] = _TOOLS,
+    seed: int = 1,
+) -> None:
+    """Build training conversations, as token ids with a loss mask."""
+    from agent.model.base import base_model_dir
+    from agent.recipe import data as recipe
+    from agent.recipe.setups import shipped_tools
+
+    renderer = recipe.Renderer(recipe.template_of(base_model_dir()), shipped_tools(tools))
+    mix = recipe.FULL if preset is Preset.full else recipe.SMALL
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count = recipe.write(recipe.build(recipe.read_gsm8k(gsm8k), renderer, mix, seed), out)
+    typer.echo(f"{count} conversations in {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def train(
+    tokens: Annotated[Path, typer.Argument(help="What `data` wrote.")] = Path(
+        "runs/adapter/tokens.npz"
+    ),
+    out: Annotated[Path, typer.Option(help="The adapter's folder.")] = Path("runs/adapter"),
+    preset: Annotated[
+        Preset, typer.Option(help="Batch size, passes and time limit.")
+    ] = Preset.small,
+    lr: Annotated[float | None, typer.Option(help="Another learning rate.")] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Another time limit; the schedule fits itself to it.")
+    ] = None,
+) -> None:
+    """Train the adapter. Ctrl-C ends the training early and writes what there is."""
+    from agent.model.base import base_model_dir
+    from agent.recipe import train as recipe
+
+    if not tokens.is_file():
+        raise AgentError(
+            f"{tokens} is not there; make it with: python -m agent.recipe data train.jsonl"
+        )
+    settings = recipe.FULL if preset is Preset.full else recipe.SMALL
+    settings = replace(
+        settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds
+    )
+    result = recipe.train(base_model_dir(), recipe.Tokens.read(tokens), settings, out, _show)
+    (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    typer.echo(
+        f"\nadapter in {out}; held-out loss {result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s"
+    )
+
+
+@app.command()
+def evaluate(
+    gsm8k: Annotated[
+        Path,
+        typer.Argument(
+            help="GSM8K-format JSONL, the same that `data` read: its held-out rows are asked."
+        ),
+    ],
+    adapter: Annotated[Path, typer.Option(help="The adapter to examine.")] = _ADAPTER,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and the engines' logs.")] = Path(
+        "runs/adapter"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Problems of each kind.")] = 64,
+) -> None:
+    """Examine an adapter, and the base model beside it, on held-out problems. Ctrl-C ends early with what is done."""
+    from rich.console import Console
+
+    from agent.recipe.evaluate import Examination
+    from agent.recipe.report import table
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = Examination(adapter, gsm8k, out, limit, Console()).run()
+    Console(width=200).print(table(rows))
+    typer.echo(f"report in {out / 'report.json'}")
+
+
+def _show(progress: Progress) -> None:
+    left = progress.elapsed_s * (1 / progress.share - 1) if progress.share > 0 else 0
+    line = f"step {progress.step}  {progress.share:4.0%}  loss {progress.loss:.3f}  lr {progress.lr:.1e}  {progress.tokens_per_s:.0f} tok/s"
+    typer.echo(f"\r{line}  {left / 60:.1f} min left ", nl=False)
+
+
+def main() -> int:
+    """Runs the command of `sys.argv`; returns 2 after a user's mistake, which is one line."""
+    try:
+        app(prog_name="python -m agent.recipe")
+    except (AgentError, ConversationsError, ToolsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

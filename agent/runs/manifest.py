@@ -1,0 +1,148 @@
+"""run.json: what a run was, so that it can be told from another and done again.
+
+Invariant: no secret and nothing that changes from one start to the next stands in the fields that a resume compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.config.config import Config
+from agent.model.base import ADAPTER_DIR, TOOLS_NAME
+from agent.config.secrets import hidden_in, hidden_in_yaml
+from agent.loop.tasks import task_file_hash
+from conversations.run.store import RUN, TRAJECTORIES
+
+if TYPE_CHECKING:
+    from agent.loop.users import Interactions
+    from tools.toolset import ToolSet
+
+PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
+WHOLE_FILE = 1 << 30
+"""Bytes up to which a model file is hashed whole; of a longer one the size and both ends count."""
+_END = 1 << 20
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map*",
+    "added_tokens*",
+    "chat_template*",
+    "*.tiktoken",
+)
+
+
+def run_manifest(
+    config: Config,
+    tools: ToolSet | None,
+    model_dir: Path,
+    tasks: Path,
+    *,
+    limit: int | None,
+    validate: bool,
+    argv: Sequence[str],
+    interactions: Interactions | None = None,
+) -> dict[str, Any]:
+    """The fields of run.json but for schema and counts. All values are JSON."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(argv),
+        "config": config.resolved(),
+        "tools": source(tools),
+        "interactions": source(interactions),
+        "model": model_entry(config, model_dir),
+        "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
+        "limit": limit,
+        "n": config.n(validate),
+        "validate": validate,
+        "seed": config.seed if config.rollout.name == "sglang" else None,
+        "versions": versions(),
+        "parent": None,
+    }
+
+
+def source(loaded: ToolSet | Interactions | None) -> str | None:
+    """The YAML that tools or interactions came from, without the secrets in it; None without any."""
+    return hidden_in_yaml(loaded.source_text) if loaded else None
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command as a shell takes it, without keys and passwords."""
+    return shlex.join(["turntrace", *map(hidden_in, argv)])
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a run depends on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def parent_entry(run: Path) -> dict[str, Any]:
+    """`parent` of a run made from another: its name, where it lay, and the hashes of what it was."""
+    hashes = {
+        f"{name}_sha256": task_file_hash(run / file)
+        for name, file in (("run", RUN), ("trajectories", TRAJECTORIES))
+    }
+    return {"run": run.resolve().name, "path": str(run.resolve()), **hashes}
+
+
+def model_entry(config: Config, folder: Path) -> dict[str, Any]:
+    """The model's path and what is known of it: all where it is loaded here, elsewhere the tokenizer (records say what a server serves)."""
+    return {"path": config.model_path, **_model(config, folder)}
+
+
+def _model(config: Config, folder: Path) -> dict[str, Any]:
+    tokenizer = {"tokenizer_sha256": model_hash(folder, TOKENIZER_FILES)["sha256"]}
+    if config.rollout.name != "sglang":
+        return {"sha256": None, **tokenizer}
+    return {**model_hash(folder), **tokenizer, **_adapter(config)}
+
+
+def model_hash(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, Any]:
+    """`sha256` over the names and contents of a model's files, and which files counted only by size and ends.
+
+    Only files that match one of `names` count.
+    """
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name[0] != "." and any(map(path.match, names))
+    )
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}:{_file_hash(path)}\n".encode())
+    return {
+        "sha256": digest.hexdigest(),
+        "hashed_in_part": [path.name for path in files if path.stat().st_size > WHOLE_FILE],
+    }
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        if path.stat().st_size <= WHOLE_FILE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        head = file.read(_END)
+        file.seek(-_END, 2)
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+def _adapter(config: Config) -> dict[str, str]:
+    weights = ADAPTER_DIR / "adapter_model.safetensors"
+    return (
+        {"adapter_sha256": _file_hash(weights)}
+        if config.model_path == TOOLS_NAME and weights.is_file()
+        else {}
+    )

@@ -1,0 +1,129 @@
+"""The inference servers of a verl 0.8 or 0.9 trainer, behind the client that its agent loops are given.
+
+Invariant: one engine is one conversation's. All of its turns go to verl under one request id, by which verl's balancer
+keeps a conversation on the server that has its prefix in the cache.
+
+verl's client cannot abort one request: where a turn is cancelled (a deadline, say) the server samples on to the turn's
+budget, and nobody waits for it. Requests that the trainer aborts itself (for new weights) come back as `aborted`; the
+client of its asynchronous modes goes on with them under the new weights, and the conversation notices nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from agent.engines.engine import Generation, SamplingParams
+from agent.errors import EndConversation, EngineError
+from agent.loop.boundary import describe
+
+ABORTED = ("abort", "aborted")
+SUMMED = ("spec_num_draft_tokens", "spec_num_accepted_tokens", "spec_num_verify_steps")
+"""verl's counters of speculative decoding, kept for its metrics."""
+
+
+class VerlClientEngine:
+    """`client` is verl's `LLMServerClient`, or anything with its `generate`.
+
+    `generate_s` is the time spent in the servers, `num_preempted` None where they do not tell, `fields` what verl's
+    trainers read of a conversation: the first and last weights' step and the counters of speculative decoding.
+    """
+
+    def __init__(
+        self, client: Any, description: dict[str, Any], request_id: str | None = None
+    ) -> None:
+        self._client = client
+        self._description = description
+        self._request_id = request_id or uuid.uuid4().hex
+        self.generate_s = 0.0
+        self.num_preempted: int | None = None
+        self.fields: dict[str, Any] = {"min_global_steps": None, "max_global_steps": None}
+
+    def describe(self) -> dict[str, Any]:
+        """The record's `engine` field."""
+        return self._description
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
+        """One turn. Raises EngineError where verl's servers failed, EndConversation where the trainer aborted the turn."""
+        limit = sampling["max_new_tokens"]
+        params = {key: value for key, value in sampling.items() if key != "max_new_tokens"}
+        params |= {
+            "max_tokens": limit,
+            "logprobs": True,
+        }  # `max_tokens`: the name that all of verl's servers know
+        started = perf_counter()
+        try:
+            output = await self._client.generate(
+                self._request_id, prompt_ids=list(prompt_ids), sampling_params=params
+            )
+        except Exception as error:
+            raise EngineError(f"verl's server failed: {_one_line(error)}") from error
+        finally:
+            self.generate_s += perf_counter() - started
+        self._note(output)
+        generation = _generation(output, limit, sampling["stop_token_ids"])
+        if generation.finish_reason == "abort":
+            raise EndConversation(
+                "cancelled",
+                "the trainer aborted the request",
+                generation if generation.token_ids else None,
+            )
+        return generation
+
+    async def abort(self, request_id: str) -> None:
+        """verl's client has nothing to abort one request with."""
+
+    async def close(self) -> None:
+        """The servers are the trainer's."""
+
+    def _note(self, output: Any) -> None:
+        if output.num_preempted is not None:
+            self.num_preempted = (self.num_preempted or 0) + output.num_preempted
+        told, fields = output.extra_fields, self.fields
+        first, last = _steps(told)
+        if fields["min_global_steps"] is None:
+            fields["min_global_steps"] = first
+        if last is not None:
+            fields["max_global_steps"] = last
+        for key in SUMMED:
+            if key in told:
+                fields[key] = fields.get(key, 0) + int(told[key])
+
+
+def _one_line(error: Exception) -> str:
+    """What failed. Ray's errors bring what was raised on the other side as `cause`, and its whole traceback as their text."""
+    cause = getattr(error, "cause", None)
+    return " ".join(describe(cause if isinstance(cause, Exception) else error).split())
+
+
+def _steps(told: Mapping[str, Any]) -> list[int | None]:
+    """The first and the last weights' step of a turn; None where the server does not tell."""
+    return [
+        told.get(key, told.get("global_steps")) for key in ("min_global_steps", "max_global_steps")
+    ]
+
+
+def _weight_version(told: Mapping[str, Any]) -> str | None:
+    """The weights' step, of a turn that was gone on with under new ones `FIRST-LAST`: verl's client does not say where."""
+    return "-".join(dict.fromkeys(str(step) for step in _steps(told) if step is not None)) or None
+
+
+def _generation(output: Any, limit: int, stop_token_ids: Sequence[int]) -> Generation:
+    """verl's `TokenOutput`. vLLM says `completed` whether a turn ended or was cut; TensorRT-LLM knows no limit of a turn."""
+    ids, logprobs = list(output.token_ids)[:limit], list(output.log_probs or [])[:limit]
+    ended = output.stop_reason == "stop" or (bool(ids) and ids[-1] in stop_token_ids)
+    return Generation(
+        ids,
+        logprobs,
+        "abort"
+        if output.stop_reason in ABORTED
+        else "stop"
+        if ended and len(output.token_ids) <= limit
+        else "length",
+        cached_tokens=output.extra_fields.get("num_cached_tokens"),
+        weight_version=_weight_version(output.extra_fields),
+    )

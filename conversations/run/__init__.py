@@ -1,0 +1,1 @@
+"""The run folder: written by one, read by many."""

@@ -1,0 +1,240 @@
+"""A run folder read: its trajectories in file order, by id, by group, or as a table.
+
+    run = conversations.open_run("out")
+    for trajectory in run: ...          # one at a time, each checked against its hash
+    run["gsm8k-17-2"].reward
+    run.to_pandas(columns=["id", "reward", "stop_reason"])
+
+Invariant: a `Run` is what was on disk when it was opened, and reading changes nothing: no lock is taken, nothing is written, and a
+torn last line (a run still being written) is not there yet. Beside the tokenizer, memory holds an id and an offset a trajectory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import weakref
+from array import array
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conversations.errors import RecordError, RunFolderError
+from conversations.run.store import TRAJECTORIES, UNFINISHED, read_manifest
+from conversations.trajectory import Trajectory, parse_record, read_record
+
+if TYPE_CHECKING:
+    from conversations.template import ChatTemplate
+
+TOKENIZER = "tokenizer"
+
+ID = re.compile(rb'"id":("(?:[^"\\]|\\.)*"),"infra_error":(?:true|false),"messages":')
+"""Where a record line as we write it has its id: keys are sorted. Found twice (a record inside `extra`), the line is parsed whole."""
+_BLOCK = 1 << 20
+
+
+def open_run(path: str | Path) -> Run:
+    """The run in a folder, as it is on disk now: finished, still being written, or copied from elsewhere.
+
+    Raises RunFolderError where there is none.
+    """
+    return Run(path)
+
+
+class Run:
+    """A run folder open for reading. `path` is its folder, `manifest` its run.json; `len()` counts finished trajectories.
+
+    What is wrong with a line is a RunFolderError naming file and line. Open it again to see what was written since.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = read_manifest(self.path)
+        self._finished = _Lines(self.path / TRAJECTORIES)
+        self._unfinished = _Lines(self.path / UNFINISHED)
+
+    # ------------------------------------------------------------------ trajectories
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The ids of the finished trajectories, in file order."""
+        return self._index.keys()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, trajectory_id: object) -> bool:
+        return trajectory_id in self._index
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        """The finished trajectories, in file order, one in memory at a time."""
+        return (self._finished.trajectory(row) for row in self._index.values())
+
+    def __getitem__(self, trajectory_id: str) -> Trajectory:
+        """One trajectory by its id. Raises RunFolderError, naming ids like it, where there is none."""
+        return self._finished.trajectory(self._row(trajectory_id))
+
+    def records(self, *, check: bool = True) -> Iterator[dict[str, Any]]:
+        """The finished trajectories as the plain dicts on disk; `check=False` leaves the hash out, at half the time."""
+        return (self._finished.record(row, check=check) for row in self._index.values())
+
+    def record(self, trajectory_id: str, *, check: bool = True) -> dict[str, Any]:
+        """One trajectory as a plain dict."""
+        return self._finished.record(self._row(trajectory_id), check=check)
+
+    def groups(self) -> Iterator[tuple[str, list[Trajectory]]]:
+        """Each task's id and samples, by sample, wherever they stand in the file; one group in memory at a time."""
+        for task_id, ids in self.group_ids().items():
+            yield task_id, [self[trajectory_id] for trajectory_id in ids]
+
+    def group_ids(self) -> dict[str, list[str]]:
+        """The ids of each task's samples, by sample; tasks in order of their first trajectory."""
+        groups: dict[str, list[str]] = {}
+        for trajectory_id in self._index:
+            groups.setdefault(trajectory_id.rpartition("-")[0], []).append(trajectory_id)
+        for ids in groups.values():
+            ids.sort(key=_sample)
+        return groups
+
+    def unfinished(self) -> Iterator[Trajectory]:
+        """What was cut off and not yet gone on with."""
+        return (self._unfinished.trajectory(row) for row in range(len(self._unfinished)))
+
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        """Row by id, found without parsing the records."""
+        index: dict[str, int] = {}
+        for row in range(len(self._finished)):
+            trajectory_id = self._finished.id(row)
+            first = index.setdefault(trajectory_id, row)
+            if first != row:
+                raise self._finished.error(
+                    row, f"trajectory {trajectory_id} stands already on line {first + 1}"
+                )
+        return index
+
+    def _row(self, trajectory_id: str) -> int:
+        row = self._index.get(trajectory_id)
+        if row is None:
+            raise RunFolderError(
+                f"{self.path} has no trajectory {trajectory_id!r}; {self._near(trajectory_id)}"
+            )
+        return row
+
+    def _near(self, name: str) -> str:
+        """What may have been meant: the task's samples, ids that look alike, or simply the first ones."""
+        from difflib import get_close_matches
+
+        alike = [known for known in self._index if known.startswith(str(name))][
+            :3
+        ] or get_close_matches(str(name), self._index)
+        shown = alike or list(self._index)[:3]
+        return (
+            f"{'there is' if alike else 'its first are'} {', '.join(shown)}"
+            if shown
+            else "it has none yet"
+        )
+
+    # ------------------------------------------------------------------ the tokenizer
+
+    def tokenizer(self) -> Any:
+        """The run's own tokenizer, out of its `tokenizer/`; code that may lie there is never run."""
+        from conversations.run.saved_tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / TOKENIZER)
+
+    def template(self) -> ChatTemplate:
+        """The run's chat template, with the template arguments of its config. Raises TemplateError where it cannot be used."""
+        from conversations.template import ChatTemplate
+
+        return ChatTemplate(self.tokenizer(), kwargs=template_kwargs(self.manifest))
+
+    # ------------------------------------------------------------------ tables
+
+    def to_arrow(self, columns: Collection[str] | None = None) -> Any:
+        """The finished trajectories as a `pyarrow.Table`, one row each; `conversations.arrow` documents its columns."""
+        from conversations.arrow import table
+
+        return table(self.records(check=False), columns)
+
+    def to_pandas(self, columns: Collection[str] | None = None) -> Any:
+        """The same as a `pandas.DataFrame`."""
+        return self.to_arrow(columns).to_pandas()
+
+
+def template_kwargs(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the run's config hands to the chat template (`enable_thinking` and the like)."""
+    found: Any = manifest
+    for key in ("config", "rollout", "turntrace", "apply_chat_template_kwargs"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _sample(trajectory_id: str) -> int:
+    return int(trajectory_id.rpartition("-")[2])
+
+
+class _Lines:
+    """The whole lines of a file as it was when opened; a missing file has none. Later appends and replacements are not seen."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._descriptor = os.open(
+                file, os.O_RDONLY | os.O_NONBLOCK
+            )  # a named pipe would wait for its writer
+            weakref.finalize(self, os.close, self._descriptor)
+            self._size = os.fstat(self._descriptor).st_size
+            os.pread(self._descriptor, 1, 0)  # a directory opens, and cannot be read
+        except FileNotFoundError:
+            self._descriptor, self._size = -1, 0
+        except OSError as error:
+            raise RunFolderError(f"{file} cannot be read: {error.strerror}") from error
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @functools.cached_property
+    def _ends(self) -> array[int]:
+        """Where each line ends, its newline included; what stands behind the last newline is torn."""
+        ends = array("Q")
+        for start in range(0, self._size, _BLOCK):
+            block = os.pread(self._descriptor, min(_BLOCK, self._size - start), start)
+            position = block.find(b"\n")
+            while position >= 0:
+                ends.append(start + position + 1)
+                position = block.find(b"\n", position + 1)
+        return ends
+
+    def line(self, row: int) -> bytes:
+        start = self._ends[row - 1] if row else 0
+        return os.pread(self._descriptor, self._ends[row] - start, start)
+
+    def id(self, row: int) -> str:
+        """The record's id. Raises RunFolderError where it has none that ends in `-sample`."""
+        found = ID.findall(line := self.line(row))
+        try:
+            name = json.loads(found[0]) if len(found) == 1 else parse_record(line.decode())["id"]
+        except (RecordError, ValueError) as error:
+            raise self.error(row, str(error)) from error
+        if not isinstance(name, str) or not name.rpartition("-")[2].isdecimal():
+            raise self.error(row, f"the id is {name!r}, expected task-sample")
+        return name
+
+    def record(self, row: int, *, check: bool = True) -> dict[str, Any]:
+        try:
+            text = self.line(row).decode()
+            return read_record(text) if check else parse_record(text)
+        except (RecordError, UnicodeDecodeError) as error:
+            raise self.error(row, str(error)) from error
+
+    def trajectory(self, row: int) -> Trajectory:
+        try:
+            return Trajectory.from_record(self.record(row))
+        except RecordError as error:
+            raise self.error(row, str(error)) from error
+
+    def error(self, row: int, what: str) -> RunFolderError:
+        return RunFolderError(f"{self.file}:{row + 1}: {what}")

@@ -1,0 +1,489 @@
+"""config.yaml: every key of verl's RolloutConfig is known, and works, is refused or is reported; mistakes are one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.config.checks import ROLLOUT_OWNED
+from agent.config.config import Config, load_config
+from agent.config.hints import sglang_arguments
+from agent.config.schema import OUR_DEFAULTS, OURS, ConfigFile, Profiler, Rollout, known_paths
+from agent.errors import ConfigError
+
+WORKS_IN_PROCESS = {
+    *(
+        "name",
+        "mode",
+        "skip_tokenizer_init",
+        "temperature",
+        "top_k",
+        "top_p",
+        "do_sample",
+        "n",
+        "ignore_eos",
+    ),
+    *(
+        "prompt_length",
+        "response_length",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "over_sample_rate",
+    ),
+    *(
+        "dtype",
+        "gpu_memory_utilization",
+        "enforce_eager",
+        "cudagraph_capture_sizes",
+        "disable_log_stats",
+        "load_format",
+    ),
+    "free_cache_engine",
+    *(
+        "data_parallel_size",
+        "expert_parallel_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    ),
+    *("enable_chunked_prefill", "enable_prefix_caching", "engine_kwargs.sglang"),
+    *(
+        "val_kwargs.temperature",
+        "val_kwargs.top_k",
+        "val_kwargs.top_p",
+        "val_kwargs.do_sample",
+        "val_kwargs.n",
+    ),
+    *(
+        "multi_turn.enable",
+        "multi_turn.max_assistant_turns",
+        "multi_turn.tool_config_path",
+        "multi_turn.max_parallel_calls",
+    ),
+    *(
+        "multi_turn.max_tool_response_length",
+        "multi_turn.tool_response_truncate_side",
+        "multi_turn.interaction_config_path",
+    ),
+    *("multi_turn.format", "multi_turn.use_inference_chat_template"),
+    *(
+        "turntrace.apply_chat_template_kwargs",
+        "turntrace.max_consecutive_invalid_calls",
+        "turntrace.conversation_deadline_s",
+    ),
+    "turntrace.max_tokens",
+}
+"""Leaves under `rollout` that have an effect (or are refused) with `name: sglang`; every other one must be reported."""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def rollout_yaml(folder: Path, body: str) -> Path:
+    return write(folder, f"model_path: m\nrollout: {body}\n")
+
+
+def error_of(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def leaves() -> list[str]:
+    paths = list(known_paths(Rollout))
+    return [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
+
+
+@pytest.mark.slow
+def test_the_table_is_verls_rollout_config() -> None:
+    rollout = pytest.importorskip("verl.workers.config.rollout")
+    table = {
+        path: value
+        for path, value in known_paths(Rollout).items()
+        if path not in OURS and not path.startswith("turntrace.")
+    }
+    theirs = dict(verl_leaves(rollout.RolloutConfig))
+    ours = {
+        path: value
+        for path, value in table.items()
+        if path in leaves() and not path.startswith(("profiler.", "engine_kwargs."))
+    }
+    assert set(ours) == set(theirs) - {"engine_kwargs", "profiler"}
+    assert {path for path in ours if ours[path] != theirs[path]} == set(OUR_DEFAULTS)
+    assert set(Profiler.model_fields) == {
+        field.name for field in dataclasses.fields(rollout.ProfilerConfig)
+    } - {"_target_"}
+
+
+def verl_leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for field in dataclasses.fields(config_class):
+        default = (
+            field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        )
+        if field.name == "_target_":
+            continue
+        if dataclasses.is_dataclass(default):
+            yield from verl_leaves(type(default), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", default
+
+
+@pytest.mark.slow
+def test_what_verl_gets_builds_its_real_config() -> None:
+    rollout = pytest.importorskip("verl.workers.config.rollout")
+    values = load_config(
+        None, ["rollout.turntrace.max_tokens=7", "rollout.server.urls=[http://a]"]
+    ).verl_rollout()
+    built = rollout.RolloutConfig(**values)
+    assert built.max_model_len == 2048
+    assert rollout.ServerConfig(**values["server"]).timeout == 3600.0
+    assert rollout.MultiTurnConfig(**values["multi_turn"]).max_parallel_calls == 16
+
+
+@pytest.mark.parametrize("path", leaves())
+def test_every_key_works_or_is_reported(path: str) -> None:
+    default = known_paths(Rollout)[path]
+    config = load_config(None, [f"rollout.{path}={json.dumps(default)}"])
+    reported = any(f"rollout.{path}" in notice for notice in config.notices())
+    assert reported == (path not in WORKS_IN_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rollout.temprature=1", "did you mean rollout.temperature?"),
+        ("rollout.max_assistant_turns=3", "write it at rollout.multi_turn.max_assistant_turns"),
+        ("rollout.multi_turn_enable=true", "write it at rollout.multi_turn.enable"),
+        ("temperature=1", "write it at rollout.temperature"),
+        ("multi_turn.enable=true", "write it at rollout.multi_turn"),
+        ("rollout.urls=[]", "write it at rollout.server.urls"),
+        ("rollout.max_tokens=5", "write it at rollout.turntrace.max_tokens"),
+        (
+            "rollout.multi_turn.max_paralel_calls=3",
+            "did you mean rollout.multi_turn.max_parallel_calls?",
+        ),
+        ("rollout.val_kwargs.nn=3", "did you mean rollout.val_kwargs.n?"),
+        ("rollout.nonsense=3", "verl's RolloutConfig keys"),
+        ("rollout.val_kwargs.nonsense=3", "allowed there: temperature, top_k, top_p, do_sample, n"),
+        ("actor_rollout_ref.rollout.n=3", "verl's trainer config"),
+        ("rollout.stop=['</s>']", "stop strings"),
+        ("rollout.stop_token_ids=[1]", "a turn ends at the chat template's own end token"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_right_one(override: str, says: str) -> None:
+    text = error_of(None, override)
+    assert text.startswith("--set ")
+    assert "unknown key" in text
+    assert says in text
+
+
+def test_an_unknown_key_is_named_with_its_file_and_dotted_path(tmp_path: Path) -> None:
+    path = rollout_yaml(tmp_path, "{multi_turn: {max_asistant_turns: 3}}")
+    assert (
+        error_of(path)
+        == f"{path}: rollout.multi_turn.max_asistant_turns: unknown key; did you mean rollout.multi_turn.max_assistant_turns?"
+    )
+
+
+def test_a_dotted_name_written_as_one_key_is_named(tmp_path: Path) -> None:
+    assert "write it at rollout.multi_turn.enable" in error_of(
+        write(tmp_path, "model_path: m\nrollout.multi_turn.enable: true\n")
+    )
+
+
+def test_an_unknown_sglang_argument_is_found_without_importing_sglang() -> None:
+    if sglang_arguments() is None:
+        pytest.skip("SGLang is not installed")
+    assert "did you mean rollout.engine_kwargs.sglang.max_total_tokens?" in error_of(
+        None, "rollout.engine_kwargs.sglang.max_total_token=9"
+    )
+    assert ROLLOUT_OWNED.keys() <= sglang_arguments()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "rollout.temperature=hot",
+            "--set rollout.temperature: input should be a valid number, got str 'hot'",
+        ),
+        ("rollout.temperature=-1", "greater than or equal to 0, got int -1"),
+        ("rollout.n=true", "input should be a valid integer, got bool True"),
+        ("rollout.n=0", "greater than 0"),
+        ("rollout.top_p=1e-1", "YAML reads that as text; write 0.1"),
+        ("rollout.gpu_memory_utilization=.nan", "not a finite number"),
+        ("rollout.multi_turn=true", "must be a mapping of keys, got bool True"),
+        (
+            "rollout.multi_turn.tool_response_truncate_side=top",
+            "'left', 'middle' or 'right', got str 'top'",
+        ),
+        ("rollout.name=vllm", "'sglang', 'sglang_server' or 'scripted', got str 'vllm'"),
+        ("rollout.server.urls=[localhost:3]", "every address must start with http://"),
+        ("rollout.prompt_length=${data.max}", "OmegaConf interpolation is not resolved here"),
+    ],
+)
+def test_a_wrong_value_is_one_line(override: str, says: str) -> None:
+    assert says in error_of(None, override)
+
+
+def test_more_findings_are_counted() -> None:
+    assert error_of(None, "rollout.n=x", "rollout.top_k=y").endswith("(and 1 more)")
+
+
+def test_a_secret_is_neither_shown_nor_kept() -> None:
+    assert "1234" not in error_of(None, "rollout.server.api_key=1234")
+    secrets = (
+        "server.api_key=s3cret",
+        "engine_kwargs.sglang.api_key=s3cret",
+        "server.urls=['https://me:s3cret@host:1']",
+    )
+    resolved = load_config(None, [f"rollout.{secret}" for secret in secrets]).resolved()
+    assert "s3cret" not in json.dumps(resolved)
+    assert resolved["rollout"]["server"]["urls"] == ["https://host:1"]
+    assert "s3cret" not in error_of(None, "rollout.server={api_key: s3cret")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model_path: m\nrollout:\n  n: [1\n", "line 4: not valid YAML"),
+        (
+            "model_path: m\nrollout: {n: 1}\nrollout: {n: 2}\n",
+            "line 3: not valid YAML: the key rollout stands there twice",
+        ),
+        ("- a\n", "must hold `model_path:` and `rollout:`, found list"),
+        ("", "found nothing"),
+        ("rollout: {n: 1}\n", "model_path: is missing"),
+        ("model_path: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path, text)
+    message = error_of(path)
+    assert message.startswith(str(path))
+    assert says in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "no such config file" in error_of(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.skip_tokenizer_init=false"], "mode async needs skip_tokenizer_init: true"),
+        (["rollout.multi_turn.format=llama3_json"], "only hermes"),
+        (["rollout.multi_turn.use_inference_chat_template=true"], "never a re-rendered history"),
+        (["rollout.multi_turn.interaction_config_path=i.yaml"], "there is no i.yaml"),
+        (["rollout.skip_rollout=true"], "never served"),
+        (["rollout.pipeline_model_parallel_size=2"], "no pipeline parallelism"),
+        (["rollout.expert_parallel_size=2"], "tensor_model_parallel_size * data_parallel_size"),
+        (["rollout.max_model_len=2047"], "smaller than prompt_length + response_length"),
+        (["rollout.load_format=hf"], "no such loader"),
+        (["rollout.top_k=0"], "write -1"),
+        (["rollout.val_kwargs.top_k=0"], "write -1"),
+        (["rollout.top_k=2147483648"], "less than or equal to 2147483647"),
+        (["rollout.name=sglang_server"], "at least one address"),
+        (["rollout.name=scripted"], "needs the run folder"),
+        (
+            ["rollout.engine_kwargs.sglang.tp_size=2"],
+            "is set by rollout.tensor_model_parallel_size",
+        ),
+        (["rollout.sglang_engine_mode=server"], "name: sglang_server"),
+    ],
+)
+def test_what_would_change_results_if_ignored_is_refused(overrides: list[str], says: str) -> None:
+    assert says in error_of(None, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.multi_turn.tokenization_sanity_check_mode=disable"], "nothing to check"),
+        (["rollout.multi_turn.num_repeat_rollouts=4"], "rollout.n is the number of samples"),
+        (
+            [
+                "rollout.name=sglang_server",
+                "rollout.server.urls=[http://a]",
+                "rollout.data_parallel_size=2",
+            ],
+            "the server was started with",
+        ),
+        (
+            ["rollout.name=scripted", "rollout.turntrace.recorded=.", "rollout.temperature=0.5"],
+            "nothing is sampled",
+        ),
+        (["rollout.server.timeout=3.0"], "only with name: sglang_server"),
+        (
+            ["rollout.multi_turn.enable=false", "rollout.multi_turn.max_parallel_calls=3"],
+            "one turn without tools",
+        ),
+        (["rollout.mode=sync"], "warning: rollout.mode: sync is deprecated"),
+        (["rollout.mode=sync", "rollout.skip_tokenizer_init=false"], "in mode sync too"),
+        (["rollout.load_format=dummy_hf"], "RANDOM weights"),
+        (["rollout.n=4", "rollout.do_sample=false"], "are all the same"),
+    ],
+)
+def test_what_is_harmless_is_reported(overrides: list[str], says: str) -> None:
+    assert says in "\n".join(load_config(None, overrides).notices())
+
+
+def test_the_embedded_config_has_nothing_to_report() -> None:
+    config = load_config(None)
+    assert config.notices() == []
+    assert (config.model_path, config.rollout.name, config.rollout.multi_turn.enable) == (
+        "smollm2-tools",
+        "sglang",
+        True,
+    )
+
+
+def test_notices_about_one_reason_are_one_line(tmp_path: Path) -> None:
+    config = load_config(rollout_yaml(tmp_path, "{trace: {backend: weave, token2text: true}}"))
+    assert [notice.partition(": verl's")[0] for notice in config.notices()] == [
+        "no effect: rollout.trace.backend, rollout.trace.token2text"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "validate", "expected"),
+    [
+        ([], False, {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False}),
+        ([], True, {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False}),
+        (
+            ["rollout.do_sample=false", "rollout.top_k=5"],
+            False,
+            {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False},
+        ),
+        (
+            ["rollout.temperature=0", "rollout.top_p=0.5"],
+            False,
+            {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "ignore_eos": False},
+        ),
+        (
+            ["rollout.temperature=0.5", "rollout.top_k=9"],
+            False,
+            {"temperature": 0.5, "top_p": 1.0, "top_k": 9, "ignore_eos": False},
+        ),
+        (
+            [
+                "rollout.val_kwargs={do_sample: true, temperature: 0.6, top_p: 0.9}",
+                "rollout.ignore_eos=true",
+            ],
+            True,
+            {"temperature": 0.6, "top_p": 0.9, "top_k": -1, "ignore_eos": True},
+        ),
+    ],
+)
+def test_sampling_params(overrides: list[str], validate: bool, expected: dict[str, object]) -> None:
+    assert load_config(None, overrides).sampling(validate) == expected
+
+
+def test_n_is_val_kwargs_when_validating() -> None:
+    config = load_config(None, ["rollout.n=4", "rollout.val_kwargs.n=2"])
+    assert (config.n(), config.n(validate=True)) == (4, 2)
+
+
+def test_what_sglangrollout_drops_reaches_sglang_by_its_own_name() -> None:
+    config = load_config(
+        None,
+        [
+            "rollout.engine_kwargs={sglang: {page_size: 16}, vllm: {a: 1}}",
+            "rollout.cudagraph_capture_sizes=[1, 2]",
+        ],
+    )
+    assert config.verl_rollout()["engine_kwargs"] == {
+        "sglang": {"page_size": 16, "cuda_graph_bs": [1, 2], "random_seed": 0}
+    }
+    assert config.rollout.engine_kwargs.sglang == {"page_size": 16}
+
+
+def test_the_seed_is_known_whoever_set_it() -> None:
+    for overrides, seed in (([], 0), (["rollout.engine_kwargs.sglang.random_seed=7"], 7)):
+        config = load_config(None, overrides)
+        assert (
+            config.seed == config.verl_rollout()["engine_kwargs"]["sglang"]["random_seed"] == seed
+        )
+    assert "must be a whole number, got 'x'" in error_of(
+        None, "rollout.engine_kwargs.sglang.random_seed=x"
+    )
+
+
+def test_limits_that_follow_from_others() -> None:
+    config = load_config(None, ["rollout.multi_turn.max_assistant_turns=null"])
+    assert (config.max_model_len, config.max_assistant_turns) == (2048, 682)
+    assert load_config(None, ["rollout.multi_turn.enable=false"]).max_assistant_turns == 1
+    assert config.resolved()["rollout"]["max_model_len"] == 2048
+
+
+def test_resolved_is_json_and_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        [
+            "rollout.turntrace.apply_chat_template_kwargs={enable_thinking: false}",
+            "rollout.temperature=0.7",
+        ],
+    )
+    path = tmp_path / "again.yaml"
+    path.write_text(json.dumps(config.resolved()), encoding="utf-8")
+    assert load_config(path).resolved() == config.resolved()
+
+
+def test_paths_are_found_beside_the_config_file_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, here = tmp_path / "configs", tmp_path / "cwd"
+    for folder in (beside, here):
+        folder.mkdir()
+        (folder / "tools.yaml").touch()
+    (here / "only_here.yaml").touch()
+    (beside / "model").mkdir()
+    monkeypatch.chdir(here)
+
+    def load(name: str) -> Config:
+        return load_config(
+            write(
+                beside,
+                f"model_path: model\nrollout: {{multi_turn: {{enable: true, tool_config_path: {name}}}}}\n",
+            )
+        )
+
+    assert load("tools.yaml").tool_config_path == str(beside / "tools.yaml")
+    assert load("only_here.yaml").tool_config_path == str(here / "only_here.yaml")
+    assert load("gsm8k").tool_config_path == "gsm8k"
+    assert load("tools.yaml").model_path == str(beside / "model")
+    with pytest.raises(
+        ConfigError, match=r"there is no none\.yaml, neither beside the config file nor in"
+    ):
+        load("none.yaml")
+
+
+def test_verls_target_keys_are_let_pass(tmp_path: Path) -> None:
+    body = "{_target_: verl.workers.config.RolloutConfig, val_kwargs: {_target_: verl.workers.config.SamplingConfig, n: 2}}"
+    config = load_config(rollout_yaml(tmp_path, body))
+    assert config.n(validate=True) == 2
+    assert config.given == ("model_path", "rollout.val_kwargs.n")
+
+
+def test_the_api_key_may_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_API_KEY", "from-env")
+    assert load_config(None).api_key == "from-env"
+    assert load_config(None, ["rollout.server.api_key=from-file"]).api_key == "from-file"
+
+
+def test_every_section_of_the_table_is_known() -> None:
+    assert {
+        "rollout.multi_turn.format",
+        "rollout.profiler.tool",
+        "rollout.server.urls",
+        "model_path",
+    } <= set(known_paths(ConfigFile))
