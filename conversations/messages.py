@@ -20,11 +20,15 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that parsed: a name and a JSON object. `raw` is the block as sampled, tags included."""
+    """A call that parsed: a name and a JSON object. `raw` is the block as sampled, tags included.
+
+    `id` is the id that the model wrote, in the formats that have one (Kimi, Mistral).
+    """
 
     name: str
     arguments: dict[str, Any]
     raw: str
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,14 @@ class MalformedToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ParsedTurn:
-    """What one assistant turn says: `content` is its text without the call blocks, `calls` are in order."""
+    """What one assistant turn says: `content` is its text without the call blocks, `calls` are in order.
+
+    `reasoning` is the text of its thoughts, None if it has none or they were not taken out of `content`.
+    """
 
     content: str
     calls: tuple[ToolCall | MalformedToolCall, ...] = ()
+    reasoning: str | None = None
 
 
 def assistant_message(raw: str, parsed: ParsedTurn, call_ids: Sequence[str]) -> Message:

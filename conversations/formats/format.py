@@ -1,0 +1,60 @@
+"""A call format: how a family of models writes tool calls in the text of a turn.
+
+Contract of every `parse`, whatever the format (hermes.py is the model of it):
+- It never raises on text, and takes linear time on any text.
+- Nothing vanishes: what opens a call and is not a well-formed call becomes a `MalformedToolCall` with its verbatim
+  block and a reason that the model can act on. A call that was not finished is malformed, never run.
+- A good call stays good beside a bad one. Calls are in the order in which they were written.
+- `content` is the text with the call blocks cut out, nothing stripped.
+- Calls inside a thought are thoughts, not calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from conversations.messages import ParsedTurn
+
+Schema = Mapping[str, Any]
+"""A JSON schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterTypes:
+    """The declared schema of each parameter of each offered tool, for formats that write values as plain text."""
+
+    by_tool: Mapping[str, Mapping[str, Schema]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tools: Sequence[Mapping[str, Any]]) -> ParameterTypes:
+        """The parameters of OpenAI tool schemas, as a record's `tools` has them."""
+        functions = [tool["function"] for tool in tools]
+        return cls(
+            {
+                function["name"]: (function.get("parameters") or {}).get("properties") or {}
+                for function in functions
+            }
+        )
+
+    def schema(self, tool: str, parameter: str) -> Schema | None:
+        """The schema of a parameter, None if the tool is not offered or does not declare it."""
+        return self.by_tool.get(tool, {}).get(parameter)
+
+
+class Parse(Protocol):
+    """Reads one sampled turn. `in_think`: the generation prompt already opened a `<think>` block."""
+
+    def __call__(
+        self, raw: str, types: ParameterTypes, *, in_think: bool = False
+    ) -> ParsedTurn: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """A format by name. `aliases` are what verl, SGLang or vLLM call the same parser."""
+
+    name: str
+    parse: Parse
+    aliases: tuple[str, ...] = ()
