@@ -2,6 +2,7 @@
 
 ConversationsError
 ├── TemplateError      a chat template that cannot be used, and why
+├── CallFormatError    a call format that does not exist, or that a model's template does not write
 ├── MessageError       a message that is not in the OpenAI chat schema
 ├── RecordError        a trajectory that is not a valid `turntrace/1` record
 ├── RunFolderError     a run folder that cannot be opened, locked or resumed
@@ -16,6 +17,10 @@ class ConversationsError(Exception):
 
 class TemplateError(ConversationsError):
     """The chat template cannot be rendered turn by turn, or at all."""
+
+
+class CallFormatError(ConversationsError):
+    """There is no call format of this name, or the model's chat template does not write it."""
 
 
 class MessageError(ConversationsError):

@@ -53,8 +53,13 @@ class Parse(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """A format by name. `aliases` are what verl, SGLang or vLLM call the same parser."""
+    """A format by name. `aliases` are what verl, SGLang or vLLM call the same parser.
+
+    `taught_by` are pieces of text that all stand in a prompt whose system text teaches the format.
+    They count only for templates that never print a call.
+    """
 
     name: str
     parse: Parse
     aliases: tuple[str, ...] = ()
+    taught_by: tuple[str, ...] = ()

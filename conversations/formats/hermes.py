@@ -21,6 +21,7 @@ import math
 import re
 from typing import Any, NoReturn
 
+from conversations.formats.format import CallFormat, ParameterTypes
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -232,3 +233,16 @@ def _no_constant(text: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+
+
+def _parse_untyped(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
+    """`parse`, in the shape that every format has: JSON values need no declared types."""
+    return parse(raw, in_think=in_think)
+
+
+FORMAT = CallFormat(
+    "hermes",
+    _parse_untyped,
+    aliases=("qwen", "qwen25", "qwen2_5"),
+    taught_by=("<tool_call>", "</tool_call>", "arguments"),
+)
