@@ -195,7 +195,7 @@ def serve_sandbox(
     ] = False,
 ) -> None:
     """SandboxFusion's /run_code, isolated by bubblewrap. Prints its port, ends on Ctrl-C or SIGTERM."""
-    from tools.servers.sandbox import Options, names, serve_until_ended
+    from tools.servers.sandbox.server import Options, names, serve_until_ended
 
     options = Options(host, port, workers, names(packages), sessions, session_idle_s, cold)
     try:

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pydantic
 
+from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
-from tools.http import Backend, remote_url
 from tools.sandbox_sessions import Sessions
 from tools.servers import embedded
-from tools.servers.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
+from tools.servers.sandbox.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
 
 PATH = "/run_code"
 

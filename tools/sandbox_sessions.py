@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import httpx
 import pydantic
 
+from tools.backend import Backend
 from tools.base import BackendError, ToolConfigError
-from tools.http import Backend
-from tools.servers.wire import RunCodeRequest, SessionCode, SessionRequest, SessionResponse
+from tools.servers.sandbox.wire import RunCodeRequest, SessionCode, SessionRequest, SessionResponse
 
 _PATH = "v1/sessions"
 _END_S = 5.0

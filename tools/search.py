@@ -17,8 +17,8 @@ from typing import Any
 
 import pydantic
 
+from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
-from tools.http import Backend, remote_url
 from tools.policy import flag
 from tools.servers import embedded
 
@@ -112,7 +112,7 @@ class SearchTool(BaseTool):
 
     async def _embedded(self) -> embedded.EmbeddedServer:
         """The server of the corpus' index, which is made first where there is none; cancelling that leaves nothing behind."""
-        from tools.servers.search_index import index_of
+        from tools.servers.search.index import index_of
 
         cancelled = threading.Event()
 

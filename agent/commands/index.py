@@ -25,7 +25,7 @@ def index(
     ] = None,
 ) -> None:
     """Make a corpus searchable; an index that is still true of it is left as it is."""
-    from tools.servers.search_index import build_index, default_folder, find_corpus, read_manifest
+    from tools.servers.search.index import build_index, default_folder, find_corpus, read_manifest
 
     folder = out or default_folder(corpus)
     started = time.monotonic()

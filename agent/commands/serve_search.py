@@ -28,8 +28,8 @@ def serve_search(
         raise AgentError("--corpus and --index both say what to search; give one of them")
     from agent.commands.index import with_progress
     from tools.servers.process import end_quietly_on_signals
-    from tools.servers.search import serve
-    from tools.servers.search_index import index_of
+    from tools.servers.search.index import index_of
+    from tools.servers.search.server import serve
 
     end_quietly_on_signals()
     folder = index or with_progress(

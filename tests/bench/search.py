@@ -25,8 +25,8 @@ from tests.bench.row import Row
 from tools.registry import load_tools
 from tools.search import SearchTool
 from tools.servers import embedded
-from tools.servers.search_corpus import JsonlCorpus
-from tools.servers.search_index import build_index
+from tools.servers.search.corpus import JsonlCorpus
+from tools.servers.search.index import build_index
 
 DOCUMENTS = 100_000
 VOCABULARY = 50_000

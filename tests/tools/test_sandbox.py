@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.tools.sandboxes import eventually, process_of, programs_of
+from tests.tools.servers.sandbox.processes import eventually, process_of, programs_of
 from tools.base import BackendError, SandboxUnavailable, ToolConfigError, ToolError
 from tools.registry import ToolSet, load_tools
 from tools.sandbox import SandboxFusionTool

@@ -21,8 +21,8 @@ from tests.tools.verl_search import verl_client
 from tools.base import BackendError, SearchUnavailable, ToolConfigError, ToolError, ToolsError
 from tools.registry import ToolSet, load_tools
 from tools.search import MAX_QUERIES, MAX_TOPK, SearchTool
-from tools.servers import search_corpus
-from tools.servers.search_index import index_of
+from tools.servers.search import corpus as search_corpus
+from tools.servers.search.index import index_of
 
 SCHEMA: dict[str, Any] = load_tools("search").schemas[0]
 

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from tests.helpers import ROOT
-from tools.servers.search_corpus import JsonlCorpus
-from tools.servers.search_index import build_index
+from tools.servers.search.corpus import JsonlCorpus
+from tools.servers.search.index import build_index
 
 CORPUS = '{"id": "1", "contents": "\\"Cats\\"\\nCats chase mice."}\n{"id": "2", "title": "Dogs", "text": "Dogs chase cats."}\n'
 

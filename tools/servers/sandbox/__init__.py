@@ -1,0 +1,1 @@
+"""A code sandbox: SandboxFusion's HTTP routes, each program isolated by bubblewrap."""

@@ -1,0 +1,254 @@
+"""BM25 over a corpus, by tantivy: built once, kept whole with its documents, opened read-only.
+
+A query is words, never tantivy's query language: it goes through the analyzer that the documents went through, and each
+word that comes out is looked up as it is. So there is no query that is not answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tantivy
+
+from tools.base import SearchUnavailable
+from tools.cache import build_folder, cache_dir
+from tools.servers.search.corpus import Corpus, JsonlCorpus, WikipediaLeads
+
+MANIFEST = "turntrace-index.json"
+_FORMAT = 1
+"""Counts up when what is written into an index changes."""
+
+ANALYZER = "english"
+FIELDS = ("title", "text")
+"""Both are searched. A title is short, so a word in it counts for more without a boost of its own."""
+
+# What is looked at of a query; a question has fifty words, and each costs a walk through its documents.
+MAX_QUERY_CHARS = 10_000
+MAX_QUERY_TERMS = 128
+
+_HEAP_BYTES = 256_000_000
+_PROGRESS_EVERY = 1000
+
+Progress = Callable[[float], None]
+"""Told now and then how much of a corpus is indexed, 0 to 1. What it raises ends the build."""
+
+
+def _silent(_: float) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """`document` is JSON: `{"id": ..., "contents": ...}`; `score` is BM25's, over the title and the text."""
+
+    document: bytes
+    score: float
+
+
+def find_corpus(path: Path | None) -> Corpus:
+    """The corpus of a JSONL file; None: the Wikipedia leads."""
+    return WikipediaLeads() if path is None else JsonlCorpus(path)
+
+
+def index_of(path: Path | None, progress: Progress = _silent) -> Path:
+    """The index folder of a corpus: `path` itself where it is one, else the one in the cache, made anew where it is stale.
+
+    Raises SearchUnavailable.
+    """
+    if path is not None and path.is_dir():
+        read_manifest(path)
+        return path.resolve()
+    target = default_folder(path)
+    build_index(find_corpus(path), target, progress)
+    return target
+
+
+def default_folder(path: Path | None) -> Path:
+    """Where the index of a corpus lies in the cache: one place a file, so that a new version replaces the old."""
+    if path is None:
+        return cache_dir() / "search" / "wikipedia-leads"
+    return (
+        cache_dir()
+        / "search"
+        / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    )
+
+
+def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> bool:
+    """Makes `folder` the index of `corpus`; returns whether there was anything to do. Raises SearchUnavailable."""
+    origin = corpus.fingerprint()
+    if folder.resolve() == Path.cwd():
+        raise SearchUnavailable(
+            f"{folder} is the working folder, which an index would replace; choose another place"
+        )
+    if (
+        folder.exists()
+        and not (folder / MANIFEST).is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise SearchUnavailable(
+            f"{folder} is there and is not a search index; choose another place"
+        )
+    try:
+        return build_folder(
+            folder,
+            is_good=lambda target: _is_of(target, origin),
+            write=lambda target: _write(corpus, origin, target, progress),
+            while_waiting=lambda: progress(0.0),
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # tantivy's: a worker of its that fails says no more than that it did
+        raise SearchUnavailable(
+            f"{folder}: the index cannot be written; is the disk full? ({error})"
+        ) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What an index says of itself: format, origin, name, license, documents. Raises SearchUnavailable."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise SearchUnavailable(
+            f"{folder} is not a search index; make one with `turntrace index CORPUS --out {folder}`"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _format():
+        raise SearchUnavailable(
+            f"{folder} was made by another version; make it again with `turntrace index CORPUS --out {folder}`"
+        )
+    return manifest
+
+
+def staleness(folder: Path) -> str | None:
+    """Why an index is no longer true of the file it was made from; None where it is, or where that cannot be told."""
+    origin = read_manifest(folder)["origin"]
+    path = Path(origin.get("path", ""))
+    if not path.is_file() or JsonlCorpus(path).fingerprint() == origin:
+        return None
+    return f"{path} has changed since {folder} was made of it; run `turntrace index {path} --out {folder}`"
+
+
+class SearchIndex:
+    """An index that answers queries, from several threads at a time. Raises SearchUnavailable where it cannot be opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = read_manifest(folder)
+        try:
+            index = tantivy.Index.open(str(folder))
+            index.config_reader("manual", 0)  # what is served stays what was opened
+            self._searcher = index.searcher()
+        except (OSError, ValueError) as error:
+            raise SearchUnavailable(
+                f"{folder} cannot be opened: {error}; make it again with `turntrace index`"
+            ) from error
+        self._analyzer = _analyzer()
+        self._schema = index.schema
+
+    def search(self, query: str, topk: int) -> list[Hit]:
+        """The `topk` best documents, the best first; none where no word of the query is known.
+
+        A word that most documents have tells little (Robertson's idf is below 0 from half of them on) and costs most of the
+        time: such words are looked up only where the others find too little.
+        """
+        terms = self._terms(query)
+        telling = [
+            term
+            for term in terms
+            if 2 * self._searcher.doc_freq("text", term) <= self._searcher.num_docs
+        ]
+        found = self._search(telling, topk)
+        return (
+            self._search(terms, topk) if len(found) < topk and len(telling) < len(terms) else found
+        )
+
+    def _search(self, terms: list[str], topk: int) -> list[Hit]:
+        lookups = [
+            tantivy.Query.term_query(self._schema, field, term, "freq")
+            for term in terms
+            for field in FIELDS
+        ]
+        asked = tantivy.Query.boolean_query([(tantivy.Occur.Should, lookup) for lookup in lookups])
+        found = self._searcher.search(asked, topk, count=False).hits
+        return [
+            Hit(bytes(self._searcher.doc(address)["document"][0]), score)
+            for score, address in found
+        ]
+
+    def _terms(self, query: str) -> list[str]:
+        text = query[:MAX_QUERY_CHARS].encode("utf-8", errors="replace").decode()
+        return list(dict.fromkeys(self._analyzer.analyze(text)))[:MAX_QUERY_TERMS]
+
+
+def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: Progress) -> None:
+    folder.mkdir()
+    index = tantivy.Index(_schema(), str(folder))
+    index.register_tokenizer(ANALYZER, _analyzer())
+    # One thread: the same corpus makes the same index, ties between documents included.
+    writer = index.writer(_HEAP_BYTES, 1)
+    try:
+        count = _add_all(writer, corpus, progress)
+        writer.commit()
+    except BaseException:
+        with contextlib.suppress(ValueError):  # where it failed itself
+            writer.rollback()  # its thread writes no more: the folder can go
+        raise
+    writer.wait_merging_threads()
+    manifest = {
+        "format": _format(),
+        "origin": origin,
+        "name": corpus.name,
+        "license": corpus.license,
+        "documents": count,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _add_all(writer: tantivy.IndexWriter, corpus: Corpus, progress: Progress) -> int:
+    count = 0
+    for count, (document, done) in enumerate(corpus.documents(), 1):
+        fields = {"title": document.title, "text": document.text, "document": document.to_json()}
+        writer.add_document(tantivy.Document(**fields))
+        if count % _PROGRESS_EVERY == 0:
+            progress(done)
+    if not count:
+        raise SearchUnavailable(f"{corpus.name} holds no document")
+    return count
+
+
+def _is_of(folder: Path, origin: dict[str, Any]) -> bool:
+    try:
+        return bool(read_manifest(folder)["origin"] == origin)
+    except SearchUnavailable:
+        return False
+
+
+def _schema() -> tantivy.Schema:
+    builder = tantivy.SchemaBuilder()
+    for field in FIELDS:
+        builder.add_text_field(field, tokenizer_name=ANALYZER, index_option="freq")
+    builder.add_bytes_field("document", stored=True)
+    return builder.build()
+
+
+def _analyzer() -> tantivy.TextAnalyzer:
+    builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
+    for step in (
+        tantivy.Filter.remove_long(64),
+        tantivy.Filter.lowercase(),
+        tantivy.Filter.ascii_fold(),
+        tantivy.Filter.stemmer("english"),
+    ):
+        builder = builder.filter(step)
+    return builder.build()
+
+
+def _format() -> str:
+    return f"{_FORMAT}, tantivy {importlib.metadata.version('tantivy')}"
