@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from typing import Any, NoReturn
 
 from conversations.formats.format import CallFormat, ParameterTypes
@@ -33,7 +34,8 @@ _MAX_DEPTH = 64
 _SPACE = " \t\r\n"
 _OPENING = re.compile(f"{OPEN}|{THINK_OPEN}")
 _TAG = re.compile(f"{OPEN}|{CLOSE}")
-_NAME = re.compile(r'"name"\s*:\s*"([^"\\]{1,200})"')
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}\[\]]', re.DOTALL)
+_NAME_VALUE = re.compile(r'\s*:\s*"([^"\\]{1,200})"')
 _HINT = f'write {OPEN}{{"name": ..., "arguments": {{...}}}}{CLOSE}'
 
 
@@ -116,11 +118,8 @@ class _Scan:
         block = self.text[start:end]
         if not closed:
             reason = f"{reason}; {CLOSE} is missing" if "followed by" not in reason else reason
-        found = _NAME.search(block)
         self.calls.append(
-            MalformedToolCall(
-                block, f"{reason}; {_HINT}", name or (found.group(1) if found else None)
-            )
+            MalformedToolCall(block, f"{reason}; {_HINT}", name or _written_name(block))
         )
         return end
 
@@ -171,6 +170,20 @@ def _name_of(value: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _written_name(block: str) -> str | None:
+    """The name that a block which is not JSON gives its call: never one that stands deeper in it."""
+    depth = 0
+    for token in _STRING_OR_BRACKET.finditer(block):
+        text = token.group()
+        if text in ("{", "["):
+            depth += 1
+        elif text in ("}", "]"):
+            depth -= 1
+        elif depth <= 1 and text == '"name"' and (value := _NAME_VALUE.match(block, token.end())):
+            return value.group(1)
+    return None
+
+
 def _kind(value: object) -> str:
     return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(
         type(value), "a number"
@@ -213,23 +226,30 @@ def _ends_in_string(error: json.JSONDecodeError) -> bool:
 
 def _json_error(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return (
-            f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos} of the call"
-        )
+        place = f"{error.msg.removesuffix(' at')} at character {error.pos} of the call"
+        if error.msg.startswith("Invalid control character"):
+            place += r" (inside a string write \n for a newline and \t for a tab)"
+        return f"not valid JSON: {place}"
     if isinstance(error, RecursionError):
         return "not valid JSON: nested too deeply"
-    return f"not valid JSON: {error}"
+    if isinstance(error, _NotAValueError):
+        return f"not valid JSON: {error}"
+    return f"not valid JSON: a number has more than {sys.get_int_max_str_digits()} digits"  # int() refused it
+
+
+class _NotAValueError(ValueError):
+    """Python's decoder reads it, JSON does not have it."""
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is out of range")
+        raise _NotAValueError(f"the number {text[:40]} is out of range")
     return value
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
+    raise _NotAValueError(f"{text} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
@@ -245,4 +265,5 @@ FORMAT = CallFormat(
     _parse_untyped,
     aliases=("qwen", "qwen25", "qwen2_5"),
     taught_by=("<tool_call>", "</tool_call>", "arguments"),
+    is_typed=False,
 )

@@ -407,3 +407,29 @@ def test_work_grows_with_the_text_not_with_its_square(prefix: str, unit: str) ->
 )
 def test_a_megabyte_of_it_parses(unit: str) -> None:
     parse(unit * (1_000_000 // len(unit)))  # with anything but linear time this would take hours
+
+
+# ---------------------------------------------------------------------- what the model is told
+
+
+def test_a_name_inside_the_arguments_is_not_the_calls_name() -> None:
+    raw = '<tool_call>{"arguments": {"payload": {"name": "browse"}}, "other": "cut"</tool_call>'
+    assert only_bad(raw).name is None
+    escaped = (
+        r'<tool_call>{"arguments": {"x": "\"name\": \"browse\""}, "name": "look", }</tool_call>'
+    )
+    assert only_bad(escaped).name == "look"
+
+
+def test_a_number_of_too_many_digits_is_told_without_python() -> None:
+    digits = "9" * 5_000
+    malformed = only_bad(f'<tool_call>{{"name": "f", "arguments": {{"x": {digits}}}}}</tool_call>')
+    assert "digits" in malformed.error
+    assert "sys." not in malformed.error
+    assert malformed.name == "f"
+
+
+@pytest.mark.parametrize("character", ["\n", "\t"])
+def test_a_raw_newline_or_tab_in_a_string_says_what_to_write(character: str) -> None:
+    raw = f'<tool_call>{{"name": "f", "arguments": {{"x": "a{character}b"}}}}</tool_call>'
+    assert r"\n" in only_bad(raw).error
