@@ -20,7 +20,9 @@ from typing import Any
 
 from conversations.encoding import SegmentEncoder, without_lone_surrogates
 from conversations.errors import TemplateError
-from conversations.messages import Message, template_view
+from conversations.formats import hermes
+from conversations.formats.format import NO_TYPES, CallFormat, ParameterTypes
+from conversations.messages import Message, ParsedTurn, template_view
 from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER
 
 Piece = tuple[str, list[int]]
@@ -172,6 +174,25 @@ class ChatTemplate:
         """The text of a sampled turn without a trailing end token: an assistant message's `raw`."""
         ends = len(sampled_ids) > 0 and sampled_ids[-1] in self.end_ids
         return self.decode(sampled_ids[:-1] if ends else sampled_ids)
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How this model writes tool calls."""
+        return hermes.FORMAT
+
+    def read(
+        self, raw: str, tools: Sequence[Mapping[str, Any]], *, after: Message | None = None
+    ) -> ParsedTurn:
+        """What a sampled turn says: the one place that reads `raw`.
+
+        `tools` are the OpenAI schemas offered; without any there are no calls. `after` is the
+        message before the turn, whose generation prompt may have opened a thought.
+        """
+        if not tools:
+            return ParsedTurn(raw)
+        form = self.call_format
+        types = ParameterTypes.of(tools) if form.is_typed else NO_TYPES
+        return form.parse(raw, types, in_think=self.opens_think)
 
     def control_tokens(self, text: str) -> list[str]:
         """Special tokens that stand in a text as plain characters; the tokenizer will take them for control tokens."""

@@ -24,7 +24,6 @@ from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
 from agent.loop.tasks import Task
 from agent.loop.tracing import Tracing
 from agent.loop.users import Interactions, SimulatedUser
-from conversations.formats import hermes
 from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
 from conversations.template import ChatTemplate
 from conversations.tokens import TEMPLATE, TOOL, USER, TokenSequence
@@ -316,9 +315,7 @@ class Conversation:
         self.turns.append(turn)
         self.tokens.append_sampled(generation.token_ids, generation.logprobs)
         self.turn_is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
-        parsed = (
-            hermes.parse(raw, in_think=template.opens_think) if self.schemas else ParsedTurn(raw)
-        )
+        parsed = template.read(raw, self.schemas, after=self.messages[-1])
         lines = ledger_lines(parsed.calls, len(self.turns) - 1)
         self.ledger += lines
         self.messages.append(assistant_message(raw, parsed, [line.call_id for line in lines]))

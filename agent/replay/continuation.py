@@ -14,8 +14,6 @@ from agent.loop.loop import Conversation, Runtime
 from agent.loop.tasks import Task, given_length, recorded_task
 from agent.replay.conversation import ReplayedConversation
 from agent.replay.tools import LiveTools
-from conversations.formats import hermes
-from conversations.messages import ParsedTurn
 from conversations.trajectory import Trajectory
 
 WARNING = "gone on with"
@@ -136,11 +134,7 @@ class ContinuedConversation(ReplayedConversation):
                 turn, finish_reason="stop" if ended else "length"
             )
         self.turn_is_complete = ended or turn.finish_reason == "stop"
-        self.unanswered = (
-            hermes.parse(message["raw"], in_think=template.opens_think)
-            if self.schemas
-            else ParsedTurn(message["raw"])
-        )
+        self.unanswered = template.read(message["raw"], self.schemas, after=self.messages[-2])
         self.ledger += ledger_lines(self.unanswered.calls, len(self.turns) - 1)
 
 

@@ -12,8 +12,7 @@ from conversations.checks.finding import Finding, differs, first_difference, sho
 from conversations.checks.rounds import Round, Rounds
 from conversations.checks.tokens import turn_of
 from conversations.errors import TemplateError
-from conversations.formats import hermes
-from conversations.messages import Message, ParsedTurn, assistant_message
+from conversations.messages import Message, assistant_message
 from conversations.template import ChatTemplate, Piece
 from conversations.tokens import TEMPLATE, TOOL, TokenSequence
 from conversations.trajectory import Trajectory, canonical_json
@@ -26,8 +25,10 @@ def text_findings(
 
     `trust_prompt` takes the prompt as recorded: one with a date in it cannot be rendered again.
     """
+    before = parts.opening[-1] if parts.opening else None
     for k, each in enumerate(parts.rounds[: len(trajectory.turns)]):
-        yield from _turn_findings(trajectory, k, each.message, template)
+        yield from _turn_findings(trajectory, k, each.message, before, template)
+        before = each.replies[-1] if each.replies else each.message
     try:
         yield from _rebuilt_findings(trajectory, parts, template, trust_prompt)
     except TemplateError as error:
@@ -38,7 +39,11 @@ def text_findings(
 
 
 def _turn_findings(
-    trajectory: Trajectory, k: int, message: Message, template: ChatTemplate
+    trajectory: Trajectory,
+    k: int,
+    message: Message,
+    before: Message | None,
+    template: ChatTemplate,
 ) -> Iterator[Finding]:
     """`raw` is the text of the sampled ids, content and calls are what parsing it gives."""
     turn, prompt = trajectory.turns[k], len(trajectory.prompt_ids)
@@ -49,9 +54,7 @@ def _turn_findings(
         yield Finding(
             f"raw is not the text of the sampled tokens, {show_difference(raw, decoded)}", k, token
         )
-    parsed = (
-        hermes.parse(raw, in_think=template.opens_think) if trajectory.tools else ParsedTurn(raw)
-    )
+    parsed = template.read(raw, trajectory.tools, after=before)
     expected = assistant_message(
         raw, parsed, [f"call_{k}_{index}" for index in range(len(parsed.calls))]
     )

@@ -43,6 +43,9 @@ class ParameterTypes:
         return self.by_tool.get(tool, {}).get(parameter)
 
 
+NO_TYPES = ParameterTypes()
+
+
 class Parse(Protocol):
     """Reads one sampled turn. `in_think`: the generation prompt already opened a `<think>` block."""
 
@@ -56,10 +59,12 @@ class CallFormat:
     """A format by name. `aliases` are what verl, SGLang or vLLM call the same parser.
 
     `taught_by` are pieces of text that all stand in a prompt whose system text teaches the format.
-    They count only for templates that never print a call.
+    They count only for templates that never print a call. `is_typed` is False if values need no
+    declared types: then `parse` gets `NO_TYPES`.
     """
 
     name: str
     parse: Parse
     aliases: tuple[str, ...] = ()
     taught_by: tuple[str, ...] = ()
+    is_typed: bool = True

@@ -13,9 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from conversations.errors import ImportFileError, TemplateError
-from conversations.formats import hermes
 from conversations.imports.blank import EPOCH, blank, reward_fields
-from conversations.messages import Message, ParsedTurn, assistant_message, tool_message
+from conversations.messages import Message, assistant_message, tool_message
 from conversations.template import ChatTemplate, Piece
 from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER, TokenSequence
 
@@ -218,11 +217,8 @@ class Conversation:
             raw = text
         else:
             raw = self._template.raw(ids)
-            parsed = (
-                hermes.parse(raw, in_think=self._template.opens_think)
-                if self._tools
-                else ParsedTurn(raw)
-            )
+            before = self._messages[-1] if self._messages else None
+            parsed = self._template.read(raw, self._tools, after=before)
             found = [(call.name, getattr(call, "arguments", None)) for call in parsed.calls]
             if found == [(call["function_name"], call["arguments"]) for call in calls]:
                 return assistant_message(raw, parsed, names)
