@@ -1,0 +1,220 @@
+"""JSON as models write it inside calls: strict, in linear time, with reasons that a model can act on.
+
+Strict means what RFC 8259 allows and a record can hold: no NaN or Infinity, no raw newline inside a
+string, no number that Python cannot hold, no nesting deeper than `MAX_DEPTH`, no half of a surrogate
+pair. All call formats that write JSON share these rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from conversations.messages import MalformedToolCall, ToolCall
+
+MAX_DEPTH = 64
+"""Deeper arguments are malformed: schema checks and JSON writers walk them recursively."""
+
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}\[\]]', re.DOTALL)
+_NAME_VALUE = re.compile(r'\s*:\s*"([^"\\]{1,200})"')
+_KINDS = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+
+
+class InvalidJsonError(ValueError):
+    """The text is not the JSON value that it should be. The message is the reason for the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallObject:
+    """The keys of a call that is one JSON object, and the hint that ends every reason.
+
+    `id` is the key of the call's id, None if the format has no ids.
+    """
+
+    hint: str
+    name: str = "name"
+    arguments: tuple[str, ...] = ("arguments",)
+    id: str | None = None
+
+    def read(self, value: object, block: str) -> ToolCall | MalformedToolCall:
+        """The call that the JSON value is. `block` is its verbatim text."""
+        if not isinstance(value, Mapping):
+            return MalformedToolCall(
+                block, f"a call must be a JSON object, not {kind(value)}; {self.hint}"
+            )
+        name = self.name_of(value)
+        if not name:
+            reason = f'"{self.name}" must be a non-empty string'
+            return MalformedToolCall(block, f"{reason}; {self.hint}")
+        written = [key for key in self.arguments if key in value]
+        if not written and (others := [key for key in value if key not in (self.name, self.id)]):
+            keys = ", ".join(map(repr, others))[:200]
+            reason = f'the key is "{self.arguments[0]}", not {keys}'
+            return MalformedToolCall(block, f"{reason}; {self.hint}", name)
+        arguments = value[written[0]] if written else {}
+        call_id = value.get(self.id) if self.id else None
+        return checked_call(
+            name, arguments, block, self.hint, call_id if isinstance(call_id, str) else None
+        )
+
+    def name_of(self, value: object) -> str | None:
+        """The name in a JSON value that may not be a call."""
+        name = value.get(self.name) if isinstance(value, Mapping) else None
+        return name if isinstance(name, str) else None
+
+    def is_call(self, value: object, offered: Mapping[str, Any]) -> bool:
+        """Whether a bare JSON value is meant as a call: it has a name, and arguments or an offered
+        tool's name. Other JSON is text, such as a final answer."""
+        if not isinstance(value, Mapping) or (name := self.name_of(value)) is None:
+            return False
+        return name in offered or any(key in value for key in self.arguments)
+
+
+def checked_call(
+    name: str, arguments: object, block: str, hint: str, call_id: str | None = None
+) -> ToolCall | MalformedToolCall:
+    """A call with these arguments, or why there is none.
+
+    A string that holds a JSON object is that object: some models encode twice.
+    """
+    arguments = _decoded_twice(arguments)
+    if not isinstance(arguments, dict):
+        reason = f'"arguments" must be a JSON object, not {kind(arguments)}'
+        return MalformedToolCall(block, f"{reason}; {hint}", name)
+    if (reason := unstorable(name, arguments, block)) is not None:
+        return MalformedToolCall(block, f"{reason}; {hint}", name)
+    return ToolCall(name, arguments, block, call_id or None)
+
+
+def unstorable(name: str, arguments: dict[str, Any], block: str) -> str | None:
+    """Why a record cannot hold these arguments, None if it can."""
+    if block.count("{") + block.count("[") > MAX_DEPTH and _depth(arguments) > MAX_DEPTH:
+        return f"nested more than {MAX_DEPTH} deep"
+    if "\\u" in block and not _is_encodable([name, arguments]):
+        return "a string holds half of a surrogate pair"
+    return None
+
+
+class JsonReader:
+    """Reads the JSON values of one call block, in order, in linear time.
+
+    `stops` finds what can stand inside a JSON string, but nowhere else in JSON: the format's tags.
+    The text up to the next stop is read first, and twice as far only if a string is still open
+    there: an error costs the length of the text that was looked at, not of the whole turn.
+    """
+
+    def __init__(self, text: str, start: int, stops: re.Pattern[str]) -> None:
+        self._text, self._start, self._stops = text, start, stops
+        self._end = self._next_stop(start)
+        self._window = text[start : self._end]
+
+    def value(self, position: int) -> tuple[object, int]:
+        """The value at `position` and where it ends. Raises InvalidJsonError."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._window, position - self._start)
+            except json.JSONDecodeError as error:
+                if self._end == len(self._text) or not _ends_in_string(error):
+                    raise InvalidJsonError(_reason(error, position - self._start)) from error
+                self._widen()
+            except (ValueError, RecursionError) as error:
+                raise InvalidJsonError(_reason(error)) from error
+            else:
+                return value, self._start + end
+
+    def _widen(self) -> None:
+        self._end = self._next_stop(self._end + (self._end - self._start) + 1)
+        self._window = self._text[self._start : self._end]
+
+    def _next_stop(self, position: int) -> int:
+        stop = self._stops.search(self._text, position)
+        return stop.start() if stop else len(self._text)
+
+
+def written_name(block: str, key: str = "name") -> str | None:
+    """The name that a block which is not JSON gives its call: never one that stands deeper in it."""
+    depth, quoted = 0, f'"{key}"'
+    for token in _STRING_OR_BRACKET.finditer(block):
+        text = token.group()
+        if text in ("{", "["):
+            depth += 1
+        elif text in ("}", "]"):
+            depth -= 1
+        elif depth <= 1 and text == quoted and (value := _NAME_VALUE.match(block, token.end())):
+            return value.group(1)
+    return None
+
+
+def kind(value: object) -> str:
+    """What a JSON value other than an object is, with its article."""
+    return _KINDS.get(type(value), "a number")
+
+
+def _decoded_twice(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return _DECODER.decode(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            item
+            for part in level
+            if isinstance(part, (dict, list))
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+    return depth
+
+
+def _is_encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _ends_in_string(error: json.JSONDecodeError) -> bool:
+    r"""Whether a string was still open at the end; a \uXXXX there is reported as a bad one."""
+    return error.msg.startswith("Unterminated string") or (
+        error.msg.startswith("Invalid \\u") and error.pos >= len(error.doc) - 5
+    )
+
+
+def _reason(error: Exception, start: int = 0) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        position = error.pos - start
+        place = f"{error.msg.removesuffix(' at')} at character {position} of the call"
+        if error.msg.startswith("Invalid control character"):
+            place += r" (inside a string write \n for a newline and \t for a tab)"
+        return f"not valid JSON: {place}"
+    if isinstance(error, RecursionError):
+        return "not valid JSON: nested too deeply"
+    if isinstance(error, InvalidJsonError):
+        return f"not valid JSON: {error}"
+    return f"not valid JSON: a number has more than {sys.get_int_max_str_digits()} digits"  # int() refused it
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise InvalidJsonError(f"the number {text[:40]} is out of range")
+    return value
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise InvalidJsonError(f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
