@@ -9,10 +9,26 @@ from __future__ import annotations
 import difflib
 
 from conversations.errors import CallFormatError
-from conversations.formats import hermes
+from conversations.formats import (
+    deepseek_v4,
+    deepseek_v32,
+    glm45,
+    hermes,
+    minimax_m2,
+    qwen3_coder,
+    seed_oss,
+)
 from conversations.formats.format import CallFormat
 
-FORMATS: tuple[CallFormat, ...] = (hermes.FORMAT,)
+FORMATS: tuple[CallFormat, ...] = (
+    hermes.FORMAT,
+    qwen3_coder.FORMAT,
+    glm45.FORMAT,
+    minimax_m2.FORMAT,
+    seed_oss.FORMAT,
+    deepseek_v4.FORMAT,
+    deepseek_v32.FORMAT,
+)
 
 _BY_NAME = {name: each for each in FORMATS for name in (each.name, *each.aliases)}
 

@@ -1,0 +1,96 @@
+"""What all call formats share: the walk over a turn's text, thoughts, and searches that cost linear
+time.
+
+A turn is content, thoughts and call blocks. `read_turn` walks over it once: a thought stays in the
+content and is skipped, a block is handed to the format, which appends its calls and returns where
+the block ends. So content pieces and the `raw` of the calls, in order, always cover the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
+
+Call = ToolCall | MalformedToolCall
+
+SPACE = " \t\r\n"
+"""What may stand between tags without a meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The tags around a thought. A thought that is not closed covers the rest of the turn."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+
+    def after(self, text: str, position: int) -> int:
+        """Where the thought ends that is open at `position`."""
+        close = text.find(self.close, position)
+        return len(text) if close < 0 else close + len(self.close)
+
+
+THINK = Thought()
+
+ReadBlock = Callable[[int, list[Call]], int]
+"""Reads the block that opens at a position, appends its calls, returns where the text goes on
+(further right)."""
+
+
+def opening(thought: Thought, *tags: str) -> re.Pattern[str]:
+    """Finds what opens a thought or a block. `tags` are regular expressions."""
+    return re.compile("|".join((re.escape(thought.open), *tags)))
+
+
+def read_turn(
+    text: str, opens: re.Pattern[str], thought: Thought, in_think: bool, block: ReadBlock
+) -> ParsedTurn:
+    """The content and the calls of a turn. `opens` comes from `opening`."""
+    content: list[str] = []
+    calls: list[Call] = []
+    copied = 0
+    position = thought.after(text, 0) if in_think else 0
+    while (found := opens.search(text, position)) is not None:
+        if found.group() == thought.open:
+            position = thought.after(text, found.end())
+            continue
+        content.append(text[copied : found.start()])
+        copied = position = block(found.start(), calls)
+    content.append(text[copied:])
+    return ParsedTurn("".join(content), tuple(calls))
+
+
+class NextMatch:
+    """The next match of a pattern in one text, remembered: many questions cost one walk over the
+    text.
+
+    Linear as long as the positions asked for do not go back before an earlier question.
+    """
+
+    def __init__(self, pattern: re.Pattern[str], text: str) -> None:
+        self._pattern, self._text = pattern, text
+        self._asked = -1
+        self._match: re.Match[str] | None = None
+
+    def at(self, position: int) -> re.Match[str] | None:
+        """The first match that starts at or after `position`."""
+        known = 0 <= self._asked <= position
+        if not known or (self._match is not None and self._match.start() < position):
+            self._match = self._pattern.search(self._text, position)
+            self._asked = position
+        return self._match
+
+
+def skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in SPACE:
+        position += 1
+    return position
+
+
+def excerpt(text: str, position: int, length: int = 40) -> str:
+    """What stands at a position, for a message: quoted and short, or "the end of the turn"."""
+    piece = text[position : position + length]
+    return repr(piece) if piece else "the end of the turn"

@@ -1,0 +1,302 @@
+"""Calls written in tags, with parameters as text: the grammar that several formats share.
+
+```text
+turn       text, thoughts and blocks
+block      BLOCK_OPEN call+ BLOCK_CLOSE            several calls only if the format writes them so
+call       CALL(name) parameter* CALL_CLOSE
+parameter  PARAMETER(key) value PARAMETER_CLOSE
+```
+
+Blanks may stand between tags. Nothing escapes a value, so a text can have several readings. The
+rules:
+- A value ends at the first PARAMETER_CLOSE that another parameter or the end of the call follows:
+  `</parameter>` alone, `</tool_call>` or `<tool_call>` inside a value belong to the value.
+- A whole call inside a value belongs to the value: its tags are balanced. So an example of a call
+  that a model writes into a file is not run. A value that opens a call and does not close it is
+  malformed.
+- A value with more parameters opened than closed in it is a parameter that was not closed: never
+  run.
+- A malformed call ends at its own end tag, else before the next call, else with its block. Its
+  neighbors stay good.
+- A call outside a block is malformed. A closing tag that closes nothing is content.
+- Calls that share a block share its text: the first has the opening tag in its `raw`, the last the
+  closing one.
+
+| malformed | the model is told (and an example of a call) |
+|---|---|
+| no call in a block, other text (JSON) in a block | expected CALL, got ... |
+| a call outside a block | BLOCK_OPEN is missing before the call |
+| a parameter without its end tag | parameter 'x' is not closed: PARAMETER_CLOSE is missing |
+| other text between parameters | expected PARAMETER or CALL_CLOSE, got ... |
+| a call or a block without its end tag | expected CALL_CLOSE or BLOCK_CLOSE, got ... |
+| a parameter given twice | parameter 'x' is given twice |
+| a value that its schema cannot have | parameter 'x' must be integer in JSON (...) |
+
+Linear time: a value is searched no further than the next call that is not inside it, and tags are
+balanced once a turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from conversations.formats.blocks import (
+    THINK,
+    Call,
+    Thought,
+    excerpt,
+    opening,
+    read_turn,
+    skip_space,
+)
+from conversations.formats.format import CallFormat, ParameterTypes, Schema
+from conversations.formats.values import read_value
+from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
+
+_NAME = r"""[^\s<>"'{}]+"""
+_KEY = r"""[^<>"\n]*"""
+_NOT_A_STRING: Schema = {"type": ["integer", "number", "boolean", "null", "array", "object"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The tags of one format, as literal text but for the two that hold a name.
+
+    `call` and `parameter` are the text before the name, and a regular expression for what stands
+    behind it. A group in the latter says `true` or `false` to "this value is a string", if the
+    format says so itself. `call_close` is empty if the block's end ends the call. `newlines`: the
+    template writes a newline at each end of a value.
+    """
+
+    block: tuple[str, str]
+    call: tuple[str, str]
+    call_close: str
+    parameter: tuple[str, str]
+    parameter_close: str
+    example: str
+    several: bool = False
+    newlines: bool = False
+    thought: Thought = THINK
+
+
+def tagged_format(name: str, tags: Tags, aliases: tuple[str, ...] = ()) -> CallFormat:
+    """The call format of a family of tags."""
+    grammar = _Grammar(tags)
+
+    def parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
+        turn = _Turn(grammar, raw, types)
+        return read_turn(raw, grammar.opens, tags.thought, in_think, turn.block)
+
+    return CallFormat(name, parse, aliases)
+
+
+class _Grammar:
+    """The patterns of a format. CALL is where a call begins, END where it ends: with its block, if
+    it has its own."""
+
+    def __init__(self, tags: Tags) -> None:
+        literal = (*tags.block, tags.call_close, tags.parameter_close)
+        block_open, block_close, call_close, parameter_close = map(re.escape, literal)
+        start, behind = re.escape(tags.call[0]), tags.call[1]
+        key_start = re.escape(tags.parameter[0])
+        call = (
+            f"{start}{_NAME}{behind}" if tags.several else f"{block_open}\\s*{start}{_NAME}{behind}"
+        )
+        end = call_close if tags.several else f"{call_close}\\s*{block_close}"
+        after_value = end if tags.several else f"{call_close}\\s*(?:{block_close}|{block_open}|\\Z)"
+        value_end = f"{parameter_close}(?=\\s*(?:{key_start}|{after_value}))"
+        stray = f"{start}{_NAME}{behind}" if start else key_start
+
+        self.tags = tags
+        self.opens = opening(tags.thought, block_open, stray)
+        self.call = re.compile(f"{start}({_NAME}){behind}")
+        self.parameter = re.compile(f"{key_start}({_KEY}){tags.parameter[1]}")
+        self.in_value = re.compile(f"(?P<value_end>{value_end})|(?P<call>{call})|(?P<end>{end})")
+        self.balance = re.compile(f"(?P<call>{call})|(?P<end>{end})")
+        self.resume = re.compile(
+            f"(?P<done>{block_close})|(?P<call>{call})|(?P<block>{block_open})"
+        )
+        closes = f"{call_close}(?:\\s*{block_close})?" if call_close else block_close
+        others = f"{block_open}|{stray}" if start else block_open
+        self.stray_end = re.compile(f"(?P<done>{closes})|{others}")
+
+
+class _TagError(Exception):
+    """The tags of a call are wrong at a position; what stands before it was read."""
+
+    def __init__(self, reason: str, position: int, name: str | None = None) -> None:
+        super().__init__(reason)
+        self.position, self.name = position, name
+
+
+@dataclass(slots=True)
+class _Read:
+    """A call whose tags are right. `problem` is what is wrong with its parameters."""
+
+    name: str
+    end: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+class _Turn:
+    """Reads the blocks of one turn."""
+
+    def __init__(self, grammar: _Grammar, text: str, types: ParameterTypes) -> None:
+        self.grammar, self.tags, self.text, self.types = grammar, grammar.tags, text, types
+        self._ends: dict[int, int] | None = None
+
+    def block(self, start: int, calls: list[Call]) -> int:
+        """Reads a block, appends its calls, returns where it ends. The text of a call begins at
+        `start`."""
+        if not self.text.startswith(self.tags.block[0], start):
+            return self._stray(start, calls)
+        position, last = start + len(self.tags.block[0]), False
+        while not last:
+            position = skip_space(self.text, position)
+            try:
+                read = self._call(position)
+                end, last = self._behind(read)
+                raw = self.text[start:end]
+                calls.append(
+                    self._malformed(raw, read.problem, read.name)
+                    if read.problem
+                    else ToolCall(read.name, read.arguments, raw)
+                )
+            except _TagError as error:
+                end, last = self._resume(start, position, error)
+                calls.append(self._malformed(self.text[start:end], str(error), error.name))
+            start = position = end
+        return end
+
+    def _call(self, position: int) -> _Read:
+        """The call that opens at a position, up to and with its own end tag."""
+        opened = self.grammar.call.match(self.text, position)
+        if opened is None:
+            expected = f"{self.tags.call[0]}NAME" if self.tags.call[0] else "a function's name"
+            raise self._unexpected(f"{expected} after {self.tags.block[0]}", position)
+        read = _Read(opened.group(1), opened.end())
+        position = skip_space(self.text, opened.end())
+        while (parameter := self.grammar.parameter.match(self.text, position)) is not None:
+            position = skip_space(self.text, self._parameter(parameter, read))
+        close = self.tags.call_close
+        if not self.text.startswith(close, position):
+            raise self._unexpected(f"{self.tags.parameter[0]} or {close}", position, read.name)
+        read.end = position + len(close)
+        return read
+
+    def _parameter(self, parameter: re.Match[str], read: _Read) -> int:
+        """Reads a parameter into the call, returns where it ends."""
+        key, start = parameter.group(1), parameter.end()
+        end = self._value_end(start)
+        value = self.text[start : end.start()] if end else ""
+        if end is None or self._opens_more(value):
+            reason = f"parameter {key!r} is not closed: {self.tags.parameter_close} is missing"
+            raise _TagError(reason, start, read.name)
+        if key in read.arguments:
+            read.problem = read.problem or f"parameter {key!r} is given twice"
+            return end.end()
+        if self.tags.newlines:
+            value = value.removeprefix("\n").removesuffix("\n")
+        says = parameter.group(2) if parameter.re.groups > 1 else None
+        try:
+            read.arguments[key] = self._value(value, read.name, key, says)
+        except ValueError as error:
+            read.arguments[key] = value
+            read.problem = read.problem or f"parameter {key!r} {error}"
+        return end.end()
+
+    def _value(self, value: str, name: str, key: str, is_string: str | None) -> Any:
+        if is_string == "true":
+            return value
+        return read_value(value, _NOT_A_STRING if is_string else self.types.schema(name, key))
+
+    def _value_end(self, position: int) -> re.Match[str] | None:
+        """The tag that ends the value at a position: see the module's rules."""
+        closed = False
+        while (tag := self.grammar.in_value.search(self.text, position)) is not None:
+            if tag.lastgroup == "value_end":
+                return tag
+            position = tag.end()
+            if tag.lastgroup == "end":
+                closed = True
+                continue
+            inside = None if closed else self._end_of_call(tag.start())
+            if inside is None:
+                return None
+            position = inside
+        return None
+
+    def _opens_more(self, value: str) -> bool:
+        if self.tags.parameter[0] not in value:
+            return False
+        opened = sum(1 for _ in self.grammar.parameter.finditer(value))
+        return opened > value.count(self.tags.parameter_close)
+
+    def _behind(self, read: _Read) -> tuple[int, bool]:
+        """Where the text of a call ends, and whether its block ends with it."""
+        position = skip_space(self.text, read.end)
+        if self.text.startswith(self.tags.block[1], position):
+            return position + len(self.tags.block[1]), True
+        if not self.tags.several or self._is_over(position):
+            raise self._unexpected(self.tags.block[1], position, read.name)
+        return read.end, False
+
+    def _resume(self, start: int, position: int, error: _TagError) -> tuple[int, bool]:
+        """Where a malformed call ends, and whether its block ends with it."""
+        end = self._end_of_call(position if self.tags.several else start)
+        if end is None:
+            found = self.grammar.resume.search(self.text, error.position)
+            if found is None:
+                return len(self.text), True
+            if found.lastgroup == "done":
+                return found.end(), True
+            return found.start(), not self.tags.several or found.lastgroup == "block"
+        if not self.tags.several:
+            return end, True
+        behind = skip_space(self.text, end)
+        if self.text.startswith(self.tags.block[1], behind):
+            return behind + len(self.tags.block[1]), True
+        return end, self._is_over(behind)
+
+    def _is_over(self, position: int) -> bool:
+        """Whether nothing of this block can follow."""
+        return position == len(self.text) or self.text.startswith(self.tags.block[0], position)
+
+    def _stray(self, start: int, calls: list[Call]) -> int:
+        """A call without a block around it."""
+        found = self.grammar.stray_end.search(self.text, start + 1)
+        end = len(self.text)
+        if found is not None:
+            end = found.end() if found.lastgroup == "done" else found.start()
+        opened = self.grammar.call.match(self.text, start) if self.tags.call[0] else None
+        reason = f"{self.tags.block[0]} is missing before the call"
+        name = opened.group(1) if opened else None
+        calls.append(self._malformed(self.text[start:end], reason, name))
+        return end
+
+    def _end_of_call(self, start: int) -> int | None:
+        """Where the call ends that opens at `start`, by the balance of tags; None if nothing closes
+        it."""
+        if self._ends is None:
+            self._ends = dict(_balanced(self.grammar.balance, self.text))
+        return self._ends.get(start)
+
+    def _unexpected(self, expected: str, position: int, name: str | None = None) -> _TagError:
+        return _TagError(f"expected {expected}, got {excerpt(self.text, position)}", position, name)
+
+    def _malformed(self, raw: str, reason: str, name: str | None) -> MalformedToolCall:
+        return MalformedToolCall(raw, f"{reason}; write {self.tags.example}", name)
+
+
+def _balanced(balance: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    """The start and the end of each call whose tags are balanced."""
+    opened: list[int] = []
+    for tag in balance.finditer(text):
+        if tag.lastgroup == "call":
+            opened.append(tag.start())
+        elif opened:
+            yield opened.pop(), tag.end()
