@@ -332,6 +332,6 @@ def _extras(one: Trajectory) -> dict[str, Any]:
         "reward",
         "reward_parts",
         "num_turns",
-        "warnings",
     )
-    return {name: getattr(one, name) for name in names}
+    warnings = [dataclasses.asdict(warning) for warning in one.warnings]
+    return {**{name: getattr(one, name) for name in names}, "warnings": warnings}

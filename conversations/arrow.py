@@ -9,9 +9,9 @@
     sample, num_turns           int32
     infra_error                 bool
     reward, wall_s              double
-    warnings                    list<string>
+    warnings                    list<struct<kind: string, text: string>>
     schema, id, task_id, stop_reason, error, started_at, sha256    string
-    messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine, sampling, parent    JSON text
+    messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine, sampling, parent, branches    JSON text
 
 JSON text reads back with `json.loads` and is null where the field is null. Log-probs lose nothing: they were float32 when sampled.
 """
@@ -27,6 +27,7 @@ from conversations.errors import RunFolderError
 
 JSON_COLUMNS = (
     "messages", "tool_calls", "tools", "reward_parts", "ground_truth", "data_source", "extra", "engine", "sampling", "parent",
+    "branches",
 )  # fmt: skip
 BATCH = 256
 
@@ -96,6 +97,7 @@ def _value(record: dict[str, Any], name: str) -> Any:
 def _types(pa: Any) -> dict[str, Any]:
     ids, text, whole, seconds = pa.list_(pa.int32()), pa.string(), pa.int32(), pa.float64()
     segment = pa.struct([("kind", text), ("start", whole), ("end", whole)])
+    warning = pa.struct([("kind", text), ("text", text)])
     turn = pa.struct([
         ("start", whole), ("end", whole), ("finish_reason", text), ("prompt_tokens", whole), ("cached_tokens", whole),
         ("queue_s", seconds), ("engine_s", seconds), ("weight_version", text),
@@ -105,7 +107,7 @@ def _types(pa: Any) -> dict[str, Any]:
         "schema": text, "id": text, "task_id": text, "sample": whole, "prompt_ids": ids, "response_ids": ids,
         "response_mask": pa.list_(pa.int8()), "response_logprobs": pa.list_(pa.float32()), "segments": pa.list_(segment),
         "turns": pa.list_(turn), "messages": text, "tool_calls": text, "tools": text, "stop_reason": text, "num_turns": whole,
-        "infra_error": pa.bool_(), "error": text, "warnings": pa.list_(text), "reward": seconds, "reward_parts": text,
+        "infra_error": pa.bool_(), "error": text, "warnings": pa.list_(warning), "reward": seconds, "reward_parts": text,
         "ground_truth": text, "data_source": text, "extra": text, "engine": text, "sampling": text, "parent": text,
-        "started_at": text, "wall_s": seconds, "sha256": text,
+        "started_at": text, "wall_s": seconds, "branches": text, "sha256": text,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conversations.errors import RecordError
-from conversations.trajectory import SCHEMA
+from conversations.upgrade import SCHEMA, as_written
 
 VERSION = "ATIF-v1.8"
 OWN = "turntrace"
@@ -40,6 +40,7 @@ _CARRIED = frozenset(
 def document(record: Mapping[str, Any]) -> Document:
     """The record as an ATIF document. Raises RecordError where its tokens do not line up or a log-prob is no number."""
     check_tokens(record)
+    record = as_written(record)
     steps = _Steps(record)
     for message in record["messages"]:
         steps.add(message)

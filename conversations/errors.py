@@ -4,7 +4,7 @@ ConversationsError
 ├── TemplateError      a chat template that cannot be used, and why
 ├── CallFormatError    a call format that does not exist, or that a model's template does not write
 ├── MessageError       a message that is not in the OpenAI chat schema
-├── RecordError        a trajectory that is not a valid `turntrace/1` record
+├── RecordError        a trajectory that is not a valid record of a schema that is read
 ├── RunFolderError     a run folder that cannot be opened, locked or resumed
 ├── ExportError        an export that was asked for and cannot be made
 └── ImportFileError    a file that holds no trajectories that can be imported

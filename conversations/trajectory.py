@@ -1,4 +1,4 @@
-"""The trajectory record, `turntrace/1`: everything about one finished conversation, on one JSON line.
+"""The trajectory record, `turntrace/2`: everything about one finished conversation, on one JSON line.
 
 Invariant: `sha256` is the hash of the canonical JSON of all other fields, so a record can be checked anywhere with
 nothing but a JSON library. Field by field meaning: the class docstrings below.
@@ -16,8 +16,8 @@ from typing import Any
 from conversations.errors import RecordError
 from conversations.messages import Message
 from conversations.number_list import number_list_json
-
-SCHEMA = "turntrace/1"
+from conversations.upgrade import SCHEMA, as_written, check_schema, upgraded
+from conversations.warning import RecordWarning
 
 STOP_REASONS = (
     "stop",
@@ -132,7 +132,7 @@ class Trajectory:
     num_turns: int
     infra_error: bool
     error: str | None
-    warnings: list[str]
+    warnings: list[RecordWarning]
     reward: float | None
     reward_parts: dict[str, Any]
     ground_truth: Any
@@ -143,6 +143,7 @@ class Trajectory:
     parent: dict[str, Any] | None
     started_at: str
     wall_s: float
+    branches: list[dict[str, Any]] = field(default_factory=list)
 
     def to_line(self) -> str:
         """The record as one JSON line without the newline, `sha256` last. Messages and tools keep the order of their keys.
@@ -169,6 +170,7 @@ class Trajectory:
             values["segments"] = [tuple(segment) for segment in record["segments"]]
             values["turns"] = [Turn(**turn) for turn in record["turns"]]
             values["tool_calls"] = [_read_call(call) for call in record["tool_calls"]]
+            values["warnings"] = [RecordWarning(**warning) for warning in record["warnings"]]
         except (TypeError, KeyError) as error:
             raise RecordError(f"trajectory {record['id']} is damaged: {error}") from error
         return cls(**values)
@@ -226,34 +228,46 @@ def total_reward(parts: Mapping[str, Any]) -> float | None:
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
-    """The hash a record must carry: SHA-256 of the canonical JSON of all fields but `sha256`."""
-    parts = _canonical_parts({key: value for key, value in record.items() if key != "sha256"})
+    """The hash that a record must carry, as its own schema defines it."""
+    return line_hash(as_written(record))
+
+
+def line_hash(line: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of all of a line's fields but `sha256`, as they stand there."""
+    parts = _canonical_parts({key: value for key, value in line.items() if key != "sha256"})
     return _sha256(f"{{{','.join(text for _, text in parts)}}}")
 
 
 def read_record(line: str) -> dict[str, Any]:
-    """One line as a checked dict: valid JSON, this schema, exactly its fields, the right hash."""
-    record = parse_record(line)
+    """One line as a checked dict: valid JSON, a readable schema, exactly its fields, the right hash.
+
+    The dict has the form of `SCHEMA`; `schema` and `sha256` are those of the line.
+    """
+    found = _parsed(line)
+    name = f"trajectory {str(found.get('id'))[:200]}"
     try:
-        expected = record_hash(record)
+        expected = line_hash(found)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"trajectory {record['id']} has no canonical JSON: {error}") from error
-    if record["sha256"] != expected:
-        raise RecordError(
-            f"trajectory {record['id']} does not match its hash: it was changed after it was written"
-        )
-    return record
+        raise RecordError(f"{name} has no canonical JSON: {error}") from error
+    if found.get("sha256", expected) != expected:
+        raise RecordError(f"{name} does not match its hash: it was changed after it was written")
+    return _with_all_fields(upgraded(found))
 
 
 def parse_record(line: str) -> dict[str, Any]:
-    """`read_record` without the hash: valid JSON, this schema, exactly its fields."""
+    """`read_record` without the hash."""
+    return _with_all_fields(upgraded(_parsed(line)))
+
+
+def _parsed(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"not a JSON line: {error}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise RecordError(f"schema is {found!r}, expected {SCHEMA!r}")
+    return check_schema(record)
+
+
+def _with_all_fields(record: dict[str, Any]) -> dict[str, Any]:
     missing = [name for name in (*_FIELDS, "sha256") if name not in record]
     unknown = [name for name in record if name not in (*_FIELDS, "sha256", "schema")]
     if missing or unknown:
@@ -273,7 +287,11 @@ def _read_call(call: dict[str, Any]) -> ToolCallRecord:
 
 def _plain(value: Any) -> Any:
     """Dataclasses of the record as dicts; everything else is JSON already."""
-    if isinstance(value, list) and value and isinstance(value[0], (Turn, ToolCallRecord)):
+    if (
+        isinstance(value, list)
+        and value
+        and isinstance(value[0], (Turn, ToolCallRecord, RecordWarning))
+    ):
         return [_plain_slots(item) for item in value]
     return value
 

@@ -100,7 +100,8 @@ class Screen:
                     "red",
                 )
             )
-        for text in filter(None, (record["error"], *record["warnings"])):
+        warnings = (f"{warning['kind']}: {warning['text']}" for warning in record["warnings"])
+        for text in filter(None, (record["error"], *warnings)):
             self._line(("", one_line(str(text)), "yellow"))
 
     def messages(self, record: Record) -> None:

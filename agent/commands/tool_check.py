@@ -160,7 +160,7 @@ async def _called(
     clock.note("release")
     for text in (
         *_about(line, rewards, clock.noted),
-        *conversation.warnings,
+        *(warning.text for warning in conversation.warnings),
         *filter(None, (conversation.failure,)),
     ):
         print(one_line(text))

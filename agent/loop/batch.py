@@ -21,6 +21,7 @@ from agent.loop.tasks import Task
 from agent.replay.continuation import continued
 from conversations.errors import RecordError
 from conversations.trajectory import INVALID_STATUSES, Trajectory
+from conversations.warning import RecordWarning
 
 _OPEN_PARTS: dict[str, Any] = {
     "messages": [],
@@ -201,9 +202,8 @@ class _Batch:
                 await converse(conversation)
         except asyncio.CancelledError:
             if self.has_enough:
-                conversation.warnings.append(
-                    f"cut off when {self.target} conversations were done (over_sample_rate)"
-                )
+                text = f"cut off when {self.target} conversations were done (over_sample_rate)"
+                conversation.warnings.append(RecordWarning("over_sampled", text))
             if self.store:
                 self._keep(self.store.append_unfinished, conversation.trajectory())
             raise
@@ -245,6 +245,10 @@ def _bare(trajectory: Trajectory, error: str) -> Trajectory:
         "error": error,
         "reward": None,
         "reward_parts": {},
+        "warnings": [
+            *trajectory.warnings,
+            RecordWarning("partial", "parts that have no JSON form were left out"),
+        ],
     }
     bare = dataclasses.replace(trajectory, **failed, **_OPEN_PARTS)
     for name in _OPEN_PARTS:

@@ -21,6 +21,7 @@ from conversations.encoding import without_lone_surrogates
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
 from conversations.trajectory import ToolCallRecord
 from conversations.truncate import Shortened
+from conversations.warning import RecordWarning
 from tools.policy import Policy
 from tools.toolset import LoadedTool, ToolSet
 
@@ -101,7 +102,10 @@ class ConversationTools:
             name: known[name] for name in known if name in tools_kwargs or not tools_kwargs
         }
         self.warnings = [
-            f"tools_kwargs names {name!r}, which is not a tool of this run"
+            RecordWarning(
+                "unknown_tool_kwargs",
+                f"tools_kwargs names {name!r}, which is not a tool of this run",
+            )
             for name in tools_kwargs
             if name not in known
         ]
@@ -187,7 +191,8 @@ class ConversationTools:
                     tool.policy.timeout_s,
                 )
             except Exception as error:
-                self.warnings.append(f"tool {name}: release failed: {describe(error)}")
+                text = f"tool {name}: release failed: {describe(error)}"
+                self.warnings.append(RecordWarning("release_failed", text))
 
     def _given(self, tool: LoadedTool, key: str) -> dict[str, Any]:
         """The row's keywords for one coroutine of one tool, as a copy: the task's other samples need them too."""

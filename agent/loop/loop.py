@@ -34,6 +34,7 @@ from conversations.trajectory import (
     Turn,
     total_reward,
 )
+from conversations.warning import RecordWarning
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class Conversation:
         self.messages: list[Message] = list(task.messages)
         self.turns: list[Turn] = []
         self.ledger: list[ToolCallRecord] = []
-        self.warnings: list[str] = []
+        self.warnings: list[RecordWarning] = []
         self.rewards: dict[str, Any] = {}
         self.tools: ConversationTools | None = None
         self.user: SimulatedUser | None = None
@@ -248,12 +249,13 @@ class Conversation:
             if self.user:
                 await self.user.finalize()
                 self.warnings += [
-                    failure for failure in self.user.failures if failure != self.error
+                    RecordWarning("user_failed", failure)
+                    for failure in self.user.failures
+                    if failure != self.error
                 ]
         if max(self.tokens.ids, default=0) >= self.runtime.template.vocabulary_size:
-            self.warnings.append(
-                "the model sampled ids that the tokenizer does not have: does the engine run the model of model_path?"
-            )
+            text = "the model sampled ids that the tokenizer does not have: does the engine run the model of model_path?"
+            self.warnings.append(RecordWarning("unknown_ids", text))
         self.wall_s = perf_counter() - self._opened
 
     @property
@@ -411,11 +413,11 @@ class Conversation:
         template = self.runtime.template
         for line in lines:
             if found := template.control_tokens(line.response or ""):
-                self.warnings.append(
-                    f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}"
-                )
+                text = f"the response of {line.call_id} holds control tokens as text: {', '.join(found)}"
+                self.warnings.append(RecordWarning("control_tokens", text))
         if template.rewrites_history and "</think>" in turn["raw"]:
-            warning = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
+            text = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
+            warning = RecordWarning("history_rewritten", text)
             if warning not in self.warnings:
                 self.warnings.append(warning)
 

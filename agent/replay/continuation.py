@@ -15,9 +15,10 @@ from agent.loop.tasks import Task, given_length, recorded_task
 from agent.replay.conversation import ReplayedConversation
 from agent.replay.tools import LiveTools
 from conversations.trajectory import Trajectory
+from conversations.warning import RecordWarning
 
-WARNING = "gone on with"
-"""How a record says where it was cut off, and what was not as before when it went on."""
+RESUME_WARNINGS = frozenset({"resumed", "tools_differ"})
+"""The kinds that a resumed record keeps from its earlier parts."""
 
 
 def continued(task: Task, sample: int, record: Trajectory | None, runtime: Runtime) -> Conversation:
@@ -71,11 +72,12 @@ class ContinuedConversation(ReplayedConversation):
         """Puts everything recorded in its place; a turn that was not answered is, one that was cut off goes on."""
         fits = await super().open()
         self.warnings += [
-            warning for warning in self.record.warnings if warning.startswith(WARNING)
+            warning for warning in self.record.warnings if warning.kind in RESUME_WARNINGS
         ]
         if isinstance(self.tools, LiveTools):
             self._note_differences(self.tools)
-        place = f"{WARNING} from token {len(self.record.prompt_ids) + len(self.record.response_ids)}, where it was cut off"
+        token = len(self.record.prompt_ids) + len(self.record.response_ids)
+        place = RecordWarning("resumed", f"gone on with from token {token}, where it was cut off")
         self.warnings += [place] if place not in self.warnings else []
         if len(self.turns) < len(self.record.turns):
             self._put_back_last()
@@ -107,7 +109,10 @@ class ContinuedConversation(ReplayedConversation):
             }
         )
         self.warnings += [
-            f"{WARNING}: {name} answered otherwise when its calls were made again" for name in names
+            RecordWarning(
+                "tools_differ", f"{name} answered otherwise when its calls were made again"
+            )
+            for name in names
         ]
 
     def _put_back_last(self) -> None:

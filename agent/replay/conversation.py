@@ -18,6 +18,7 @@ from agent.replay.tools import LiveTools
 from conversations.messages import Message
 from conversations.tokens import SAMPLED
 from conversations.trajectory import INVALID_STATUSES, Trajectory
+from conversations.warning import RecordWarning
 
 
 def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime:
@@ -119,9 +120,8 @@ class ReplayedConversation(Conversation):
                 and is_user
                 and await self.user.reply(self.messages) != answers[0]["content"]
             ):
-                self.warnings.append(
-                    f"the user, asked again, answers turn {turn} otherwise than recorded; the recorded answer stands"
-                )
+                text = f"the user, asked again, answers turn {turn} otherwise than recorded; the recorded answer stands"
+                self.warnings.append(RecordWarning("user_differs", text))
             self.messages += answers
             lines = [line for line in self.ledger if line.turn == turn]
             self.warn(said, lines)

@@ -22,8 +22,8 @@ from conversations.trajectory import ToolCallRecord, Trajectory
 from tools.base import BaseTool, ToolResponse
 from tools.toolset import LoadedTool, ToolSet, loaded_tool
 
-LOOP_WARNINGS = ("the response of ", "the chat template ", "the model sampled ")
-"""How the loop's own warnings begin; the others of a record came from its tools."""
+LOOP_WARNINGS = frozenset({"control_tokens", "history_rewritten", "unknown_ids"})
+"""The kinds that the loop finds again in a replay; the others of a record are copied."""
 
 _ANSWER_FIELDS = (
     "status",
@@ -68,7 +68,7 @@ class RecordedTools(ConversationTools):
             if line.turn >= kept and reached_a_tool(line)
         }
         self.warnings = [
-            warning for warning in record.warnings if not warning.startswith(LOOP_WARNINGS)
+            warning for warning in record.warnings if warning.kind not in LOOP_WARNINGS
         ]
 
     async def create(self) -> list[Message]:

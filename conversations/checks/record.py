@@ -22,13 +22,8 @@ from conversations.checks.text import text_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import RecordError
 from conversations.run.open_run import ID
-from conversations.trajectory import (
-    INVALID_STATUSES,
-    SCHEMA,
-    Trajectory,
-    canonical_json,
-    record_hash,
-)
+from conversations.trajectory import INVALID_STATUSES, Trajectory, canonical_json, line_hash
+from conversations.upgrade import check_schema, upgraded
 
 GROUP_FIELDS = ("prompt", "tools", "ground_truth", "data_source", "extra")
 """What the samples of a task have in common, each with a digest of its own in `Checked.common`."""
@@ -56,9 +51,10 @@ def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
     """Everything that one record alone can tell. `finished` is False for what was cut off."""
     checked = Checked(id=_id_in(line))
     try:
-        record = _parsed(line)
-        checked.id = record["id"] if isinstance(record.get("id"), str) else None
-        checked.findings += hash_findings(record)
+        found = _parsed(line)
+        checked.id = found["id"] if isinstance(found.get("id"), str) else None
+        checked.findings += hash_findings(found)
+        record = upgraded(found)
         if shape := list(shape_findings(record)):
             checked.findings += shape
             return checked
@@ -83,7 +79,7 @@ def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
 def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:
     """Whether the record is what was written."""
     try:
-        expected = record_hash(record)
+        expected = line_hash(record)
     except (ValueError, RecursionError) as error:
         yield Finding(f"it has no canonical JSON, and so no hash: {error}")
         return
@@ -132,13 +128,8 @@ def _turns_lie_in_order(trajectory: Trajectory) -> bool:
 
 
 def _is_partial(trajectory: Trajectory) -> bool:
-    """A failure whose messages, tools or ledger had no JSON form: the run wrote down what of it had one."""
-    unwritable = f"trajectory {trajectory.id} cannot be written as JSON"
-    return (
-        trajectory.infra_error
-        and trajectory.error is not None
-        and trajectory.error.startswith(unwritable)
-    )
+    """Whether the record is of a failure and holds only those parts that have a JSON form."""
+    return trajectory.infra_error and any(one.kind == "partial" for one in trajectory.warnings)
 
 
 # ---------------------------------------------------------------------- JSON
@@ -152,10 +143,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"not a JSON line: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise RecordError(differs("the schema", found, SCHEMA))
-    return record
+    return check_schema(record)
 
 
 def _id_in(line: bytes) -> str | None:

@@ -16,7 +16,9 @@ from typing_extensions import TypedDict
 from conversations.checks.finding import Finding, show
 from conversations.messages import ROLES
 from conversations.tokens import KINDS
-from conversations.trajectory import CALL_STATUSES, SCHEMA, STOP_REASONS
+from conversations.trajectory import CALL_STATUSES, STOP_REASONS
+from conversations.upgrade import READABLE
+from conversations.warning import KINDS as WARNING_KINDS
 
 MAX_SHOWN = 20
 """Findings shown of one record's form."""
@@ -103,6 +105,7 @@ class Message(TypedDict):
     role: Annotated[str, AfterValidator(_among(*ROLES))]
     content: str
     raw: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[Call]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
@@ -118,6 +121,12 @@ class Tool(TypedDict):
     function: ToolName
 
 
+class Warning(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    kind: Annotated[str, AfterValidator(_among(*WARNING_KINDS))]
+    text: str
+
+
 class Parent(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     run: str
@@ -127,7 +136,7 @@ class Parent(TypedDict):
 
 class Record(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
-    schema: Annotated[str, AfterValidator(_among(SCHEMA))]
+    schema: Annotated[str, AfterValidator(_among(*READABLE))]
     id: str
     task_id: str
     sample: Place
@@ -144,7 +153,7 @@ class Record(TypedDict):
     num_turns: Place
     infra_error: bool
     error: str | None
-    warnings: list[str]
+    warnings: list[Warning]
     reward: float | None
     reward_parts: dict[str, Any]
     ground_truth: Any
@@ -155,6 +164,7 @@ class Record(TypedDict):
     parent: Parent | None
     started_at: str
     wall_s: Seconds
+    branches: Annotated[list[Any], Field(max_length=0)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

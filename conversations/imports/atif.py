@@ -19,7 +19,8 @@ from conversations.errors import ImportFileError, RecordError
 from conversations.imports.atif_steps import Conversation
 from conversations.imports.files import Document
 from conversations.template import ChatTemplate
-from conversations.trajectory import SCHEMA, Trajectory, canonical_json, record_hash
+from conversations.trajectory import Trajectory, canonical_json, line_hash
+from conversations.upgrade import READABLE, upgraded
 
 MAX_ERRORS = 10
 MAX_ID = 1 << 31
@@ -44,7 +45,7 @@ class reader:  # noqa: N801 - a function that remembers
         own = (found.get("extra") or {}).get(OWN)
         record = (
             _own(found)
-            if isinstance(own, dict) and own.get("schema") == SCHEMA
+            if isinstance(own, dict) and own.get("schema") in READABLE
             else self._foreign(found)
         )
         return Trajectory.from_record(record)
@@ -125,8 +126,9 @@ def _check_numbers(found: dict[str, Any]) -> None:
 def _own(found: dict[str, Any]) -> dict[str, Any]:
     """The record that turntrace wrote. Raises ImportFileError where what is left of it is none any more."""
     try:
-        record = record_of(found)
-        unchanged = record_hash(record) == record["sha256"]
+        written = record_of(found)
+        unchanged = line_hash(written) == written["sha256"]
+        record = upgraded(written)
     except RecordError as error:
         raise ImportFileError(str(error)) from error
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -135,7 +137,7 @@ def _own(found: dict[str, Any]) -> dict[str, Any]:
         ) from error
     if not unchanged:
         _check_record(record)
-        record["warnings"] = [*record["warnings"], CHANGED]
+        record["warnings"] = [*record["warnings"], {"kind": "imported", "text": CHANGED}]
     return record
 
 

@@ -60,7 +60,7 @@ class Conversation:
             "tool_calls": self._ledger,
             "tools": self._tools,
             "stop_reason": self._stop_reason(),
-            "warnings": list(self._warnings),
+            "warnings": [{"kind": "imported", "text": text} for text in self._warnings],
             "engine": {
                 "name": agent["name"],
                 "version": agent["version"],

@@ -18,7 +18,7 @@ def blank(task_id: str, sample: int) -> dict[str, Any]:
         "prompt_ids": [], "response_ids": [], "response_mask": [], "response_logprobs": [], "segments": [], "turns": [],
         "messages": [], "tool_calls": [], "tools": [], "stop_reason": "stop", "num_turns": 0, "infra_error": False, "error": None,
         "warnings": [], "reward": None, "reward_parts": {}, "ground_truth": None, "data_source": None, "extra": None, "engine": {},
-        "sampling": {}, "parent": None, "started_at": EPOCH, "wall_s": 0.0,
+        "sampling": {}, "parent": None, "started_at": EPOCH, "wall_s": 0.0, "branches": [],
     }  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def _take(document: Document | Defect, reader: Reader, store: RunFolder, done: I
         return
     done.trajectories += 1
     done.with_ids += bool(trajectory.turns)
-    done.warnings.update(trajectory.warnings)
+    done.warnings.update(warning.text for warning in trajectory.warnings)
 
 
 def _manifest(source: Path, kind: str, files: list[Path], command: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class reader:  # noqa: N801 - a function that remembers
         record = {
             **blank(task_id, self._samples[task_id]),
             **reward,
-            "warnings": [WARNING],
+            "warnings": [{"kind": "imported", "text": WARNING}],
             "engine": {"name": "verl"},
         }
         self._samples[task_id] += 1

@@ -27,7 +27,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from conversations.errors import RecordError, RunFolderError
-from conversations.trajectory import SCHEMA, Trajectory, read_record
+from conversations.trajectory import Trajectory, read_record
+from conversations.upgrade import READABLE, SCHEMA
 
 RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = (
     "run.json",
@@ -125,9 +126,8 @@ class RunFolder:
             unfinished = _retire_unfinished(path, done)
             for name in ("counts", "digest"):  # they are what a run says when it closes
                 earlier.pop(name, None)
-            manifest = _write_manifest(
-                path, {**earlier, **manifest, "created": earlier.get("created")}
-            )
+            fresh = {**earlier, **manifest, "schema": SCHEMA, "created": earlier.get("created")}
+            manifest = _write_manifest(path, fresh)
             return cls(path, manifest, lock, done, unfinished, digest)
         except OSError as error:
             lock.close()
@@ -197,8 +197,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise RunFolderError(f"{path} holds no run: there is no {RUN}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise RunFolderError(f"{file} is not the run.json of a {SCHEMA} run")
+    if not isinstance(manifest, dict) or manifest.get("schema") not in READABLE:
+        raise RunFolderError(f"{file} is not the run.json of a {' or '.join(READABLE)} run")
     return manifest
 
 

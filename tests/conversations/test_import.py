@@ -122,7 +122,7 @@ def test_tokens_of_another_harness_become_a_record(tmp_path: Path) -> None:
         ("call_0_0", "ok", "42")
     ]
     assert (one.id, one.stop_reason, one.reward, one.wall_s) == ("s-0", "stop", 1.0, 2.0)
-    assert one.warnings == [atif_steps.NO_STOP_REASON, atif_steps.LEDGER]
+    assert texts(one) == [atif_steps.NO_STOP_REASON, atif_steps.LEDGER]
     verdict = []
     verify_run(tmp_path / "run", jobs=1, on_defect=lambda defect: verdict.append(str(defect)))
     assert [line for line in verdict if "stop_token_ids" not in line] == [], (
@@ -133,7 +133,13 @@ def test_tokens_of_another_harness_become_a_record(tmp_path: Path) -> None:
 def test_without_the_tokenizer_what_was_not_known_is_said(tmp_path: Path) -> None:
     _, [one] = take(tmp_path, foreign())
     assert [kind for kind, _, _ in one.segments] == ["prompt", "sampled", "tool", "sampled"]
-    assert {atif_steps.RAW_IS_TEXT, atif_steps.GAPS_WHOLE} <= set(one.warnings)
+    assert {atif_steps.RAW_IS_TEXT, atif_steps.GAPS_WHOLE} <= set(texts(one))
+
+
+def texts(one: Trajectory) -> list[str]:
+    """The texts of its warnings, all of the kind that an import has."""
+    assert {warning.kind for warning in one.warnings} <= {"imported"}
+    return [warning.text for warning in one.warnings]
 
 
 def without_ids(found: dict[str, Any]) -> None:
@@ -163,7 +169,7 @@ def test_no_token_id_is_invented(tmp_path: Path, damage: Callable[[Any], None], 
         [],
         0,
     )
-    assert any(why in warning for warning in one.warnings)
+    assert any(why in text for text in texts(one))
     assert [message["role"] for message in one.messages] == [
         "user",
         "assistant",
@@ -182,7 +188,7 @@ def test_log_probs_that_are_missing_or_no_float32_are_named(tmp_path: Path) -> N
     shift = len(one.prompt_ids)
     assert one.response_logprobs[: first.end - shift] == [None] * (first.end - first.start)
     assert one.response_logprobs[second.start - shift] == pytest.approx(-0.1)
-    assert {atif_steps.NO_LOGPROBS, atif_steps.NOT_FLOAT32} <= set(one.warnings)
+    assert {atif_steps.NO_LOGPROBS, atif_steps.NOT_FLOAT32} <= set(texts(one))
 
 
 def at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -246,7 +252,7 @@ def test_a_document_of_ours_that_was_edited_says_so(tmp_path: Path) -> None:
     found = own()
     found["steps"][-1]["message"] += "!"
     _, [one] = take(tmp_path, found)
-    assert CHANGED in one.warnings
+    assert CHANGED in texts(one)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def test_a_verl_dump_is_messages_and_rewards(tmp_path: Path) -> None:
     assert [one.sample for one in found] == [0, 1, 0]
     assert found[0].task_id == found[1].task_id != found[2].task_id
     assert all(
-        "no token ids" in one.warnings[0] and not one.prompt_ids + one.response_ids for one in found
+        "no token ids" in texts(one)[0] and not one.prompt_ids + one.response_ids for one in found
     )
     assert (found[0].ground_truth, found[0].extra) == ("42", {"step": 3, "acc": True})
     assert [line.partition(":")[2].partition(":")[0] for line in done.defects] == [

@@ -79,7 +79,7 @@ def poisoned(record: Record, number: int, text: str) -> Record:
     segments = [[text, 0, 5], *record["segments"][1:]]
     more = {
         "error": text,
-        "warnings": [text],
+        "warnings": [{"kind": text, "text": text}],
         "ground_truth": text,
         "extra": {text: text},
         "reward_parts": {text: 1.0, "__proto__": 2},

@@ -169,7 +169,7 @@ function remarks(record) {
   const found = [];
   if (record.infra_error) found.push(['infra', 'Infrastructure failed: this trajectory has no reward and is left out of exports.']);
   if (record.error) found.push(['bad', record.error]);
-  for (const warning of record.warnings || []) found.push(['warn', warning]);
+  for (const warning of record.warnings || []) found.push(['warn', `${warning.kind}: ${warning.text}`]);
   if (record.parent) found.push(['note', `From ${pairs(record.parent)}`]);
   return found.map(([kind, text]) => h('div', { class: 'remark', 'data-tone': kind }, textBlock(text)));
 }

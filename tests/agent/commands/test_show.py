@@ -121,7 +121,7 @@ def test_nothing_of_a_record_reaches_the_terminal_as_a_control(run: Path, tmp_pa
             }
         record |= {
             "error": EVIL,
-            "warnings": [EVIL],
+            "warnings": [{"kind": EVIL, "text": EVIL}],
             "stop_reason": EVIL,
             "ground_truth": EVIL,
             "parent": {EVIL: EVIL},

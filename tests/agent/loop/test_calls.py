@@ -441,14 +441,14 @@ async def test_a_release_that_fails_stops_no_other(do: str) -> None:
     await run(tools)
     bad.stuck.set()
     assert bad.count("release") == other.count("released") == 1
-    assert len(tools.warnings) == 1
-    assert tools.warnings[0].startswith("tool toy: release failed: ")
+    assert [warning.kind for warning in tools.warnings] == ["release_failed"]
 
 
 async def test_the_row_chooses_the_tools() -> None:
     tools = tools_of(Toy(), Toy("other"), kwargs={"other": {}, "missing": {}})
     assert list(tools.offered) == ["other"]
-    assert tools.warnings == ["tools_kwargs names 'missing', which is not a tool of this run"]
+    [warning] = tools.warnings
+    assert (warning.kind, "'missing'" in warning.text) == ("unknown_tool_kwargs", True)
     (line,) = await run(tools, call("toy", do="say"))
     assert line.status == "unknown_tool"
 

@@ -205,7 +205,7 @@ async def test_a_user_who_cannot_be_finalized_is_a_warning(smollm2: ChatTemplate
     assert (record.infra_error, record.reward) == (False, 1.0)
     assert (
         "interaction patient: finalize_interaction failed: RuntimeError: broken finalize"
-        in record.warnings[0]
+        in record.warnings[0].text
     )
 
 
@@ -221,9 +221,8 @@ async def test_a_class_that_does_not_take_what_it_is_given_costs_one_conversatio
     setattr(user, step, refuses)
     record = await talk(smollm2, interactions, "It is 42.")
     assert record.stop_reason == "stop"
-    assert any(
-        f"{step} failed: TypeError" in said for said in (record.error or "", *record.warnings)
-    )
+    texts = [record.error or "", *(warning.text for warning in record.warnings)]
+    assert any(f"{step} failed: TypeError" in text for text in texts)
 
 
 # ---------------------------------------------------------------------- the YAML

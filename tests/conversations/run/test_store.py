@@ -78,7 +78,7 @@ def test_the_manifest_says_what_was_run(tmp_path: Path) -> None:
     run.close({"done": 3})
     run.close({"done": 4})
     manifest = read_manifest(tmp_path)
-    assert manifest["schema"] == "turntrace/1"
+    assert manifest["schema"] == "turntrace/2"
     assert (manifest["counts"], manifest["created"], manifest["config"]) == (
         {"done": 3},
         "now",
@@ -496,7 +496,7 @@ def test_killed_while_replacing_a_file(tmp_path: Path, leftover: str) -> None:
     (tmp_path / leftover).write_text('{"half')
     with RunFolder.resume(tmp_path, MANIFEST) as run:
         assert run.done == {("a", 0)}
-    assert read_manifest(tmp_path)["schema"] == "turntrace/1"
+    assert read_manifest(tmp_path)["schema"] == "turntrace/2"
 
 
 def test_killed_before_the_manifest_was_there(tmp_path: Path) -> None:
