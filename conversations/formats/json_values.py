@@ -1,8 +1,8 @@
-"""JSON as models write it inside calls: strict, in linear time, with reasons that a model can act on.
+"""JSON as models write it inside calls: strict, linear, with reasons that a model can act on.
 
-Strict means what RFC 8259 allows and a record can hold: no NaN or Infinity, no raw newline inside a
-string, no number that Python cannot hold, no nesting deeper than `MAX_DEPTH`, no half of a surrogate
-pair. All call formats that write JSON share these rules.
+Strict means what RFC 8259 allows and a record can hold: no NaN or Infinity, no raw newline in a
+string, no number that Python cannot hold, no nesting deeper than `MAX_DEPTH`, no half of a
+surrogate pair. All call formats that write JSON share these rules.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CallObject:
 
     def read(self, value: object, block: str) -> ToolCall | MalformedToolCall:
         """The call that the JSON value is. `block` is its verbatim text."""
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             return MalformedToolCall(
                 block, f"a call must be a JSON object, not {kind(value)}; {self.hint}"
             )
@@ -56,21 +56,24 @@ class CallObject:
             keys = ", ".join(map(repr, others))[:200]
             reason = f'the key is "{self.arguments[0]}", not {keys}'
             return MalformedToolCall(block, f"{reason}; {self.hint}", name)
-        arguments = value[written[0]] if written else {}
         call_id = value.get(self.id) if self.id else None
         return checked_call(
-            name, arguments, block, self.hint, call_id if isinstance(call_id, str) else None
+            name,
+            value[written[0]] if written else {},
+            block,
+            self.hint,
+            call_id if isinstance(call_id, str) else None,
         )
 
     def name_of(self, value: object) -> str | None:
         """The name in a JSON value that may not be a call."""
-        name = value.get(self.name) if isinstance(value, Mapping) else None
+        name = value.get(self.name) if isinstance(value, dict) else None
         return name if isinstance(name, str) else None
 
     def is_call(self, value: object, offered: Mapping[str, Any]) -> bool:
         """Whether a bare JSON value is meant as a call: it has a name, and arguments or an offered
         tool's name. Other JSON is text, such as a final answer."""
-        if not isinstance(value, Mapping) or (name := self.name_of(value)) is None:
+        if not isinstance(value, dict) or (name := self.name_of(value)) is None:
             return False
         return name in offered or any(key in value for key in self.arguments)
 
@@ -82,12 +85,13 @@ def checked_call(
 
     A string that holds a JSON object is that object: some models encode twice.
     """
-    arguments = _decoded_twice(arguments)
+    if isinstance(arguments, str):
+        arguments = _decoded(arguments)
     if not isinstance(arguments, dict):
         reason = f'"arguments" must be a JSON object, not {kind(arguments)}'
         return MalformedToolCall(block, f"{reason}; {hint}", name)
-    if (reason := unstorable(name, arguments, block)) is not None:
-        return MalformedToolCall(block, f"{reason}; {hint}", name)
+    if (flaw := unstorable(name, arguments, block)) is not None:
+        return MalformedToolCall(block, f"{flaw}; {hint}", name)
     return ToolCall(name, arguments, block, call_id or None)
 
 
@@ -107,6 +111,8 @@ class JsonReader:
     The text up to the next stop is read first, and twice as far only if a string is still open
     there: an error costs the length of the text that was looked at, not of the whole turn.
     """
+
+    __slots__ = ("_end", "_start", "_stops", "_text", "_window")
 
     def __init__(self, text: str, start: int, stops: re.Pattern[str]) -> None:
         self._text, self._start, self._stops = text, start, stops
@@ -137,7 +143,7 @@ class JsonReader:
 
 
 def written_name(block: str, key: str = "name") -> str | None:
-    """The name that a block which is not JSON gives its call: never one that stands deeper in it."""
+    """The name that a block which is not JSON gives its call, never one that stands deeper."""
     depth, quoted = 0, f'"{key}"'
     for token in _STRING_OR_BRACKET.finditer(block):
         text = token.group()
@@ -155,13 +161,11 @@ def kind(value: object) -> str:
     return _KINDS.get(type(value), "a number")
 
 
-def _decoded_twice(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _decoded(text: str) -> object:
     try:
-        return _DECODER.decode(value)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError):
-        return value
+        return text
 
 
 def _depth(value: object) -> int:
@@ -203,7 +207,8 @@ def _reason(error: Exception, start: int = 0) -> str:
         return "not valid JSON: nested too deeply"
     if isinstance(error, InvalidJsonError):
         return f"not valid JSON: {error}"
-    return f"not valid JSON: a number has more than {sys.get_int_max_str_digits()} digits"  # int() refused it
+    limit = sys.get_int_max_str_digits()  # beyond it, int() raises
+    return f"not valid JSON: a number has more than {limit} digits"
 
 
 def _finite(text: str) -> float:
