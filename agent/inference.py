@@ -15,6 +15,7 @@ from agent.config.schema import Section, Share, Temperature, TopK
 from agent.errors import ConfigError, TaskError
 from agent.loop.batch import run_tasks
 from agent.loop.tasks import Task
+from agent.runs.parts import config_interactions, prepare
 from agent.runs.session import Session
 from conversations.errors import MessageError
 from conversations.messages import given_messages
@@ -57,7 +58,8 @@ class InferenceEngine:
         log_path: Path | None = None,
     ) -> None:
         self.config = config if isinstance(config, Config) else load_config(config, overrides)
-        self._session = Session(self.config, tool_set(self.config, tools), log_path=log_path)
+        parts = prepare(self.config, tool_set(self.config, tools), config_interactions(self.config))
+        self._session = Session(parts, log_path=log_path)
 
     def generate(
         self,

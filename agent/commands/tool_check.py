@@ -15,7 +15,7 @@ from typing import Any
 from agent.config.config import Config
 from agent.errors import AgentError
 from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
-from agent.runs.session import load_template, make_dispatcher
+from agent.runs.parts import load_template, make_dispatcher
 from agent.terminal import one_line, visible
 from conversations.messages import ToolCall
 from conversations.template import ChatTemplate
@@ -40,7 +40,7 @@ def check(file: str, config: Config | None, *, start: bool) -> int:
         f"{file} offers {len(tools)} tool{'s' * (len(tools) != 1)}: {', '.join(map(one_line, tools))}"
     )
     failures = asyncio.run(_shown_and_started(tools, start=start))
-    template = load_template(config, config.model_dir()) if config else None
+    template = load_template(config) if config else None
     print("\nWhat the model sees:")
     for line in _offered(tools, template):
         print(line)
@@ -176,7 +176,7 @@ def _dispatcher(tools: ToolSet, config: Config | None) -> Dispatcher:
     """As a run would have it; without a config there is no model whose tokens a response could be measured in."""
     if config is None:
         return Dispatcher(tools, max_parallel_calls=1, cut=lambda text, **limits: None)
-    return make_dispatcher(config, tools, load_template(config, config.model_dir()))
+    return make_dispatcher(config, tools, load_template(config))
 
 
 def _about(

@@ -127,7 +127,13 @@ def _write_tokenizer(field: Any, chat_template: str, target: Path) -> None:
 
 
 def _write_tokens(field: Any, target: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
+    from tokenizers import (  # type: ignore[import-untyped]
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+    )
 
     tokens: list[str] = field["tokenizer.ggml.tokens"]()
     types: list[int] = field["tokenizer.ggml.token_type"]()

@@ -21,10 +21,10 @@ from agent.model.base import BASE_NAME, model_dir
 from agent.recipe import data, heldout, report
 from agent.recipe.report import ADAPTER, BASE, GENERATED, GSM8K, RECOVERY, Condition, Row
 from agent.runs.manifest import versions
+from agent.runs.parts import config_tools, make_dispatcher, prepare
 from agent.runs.progress import Display, say
-from agent.runs.session import Session, make_dispatcher
+from agent.runs.session import Session
 from conversations.trajectory import Trajectory
-from tools.registry import load_tools
 from tools.toolset import ToolSet
 
 CONDITIONS = (
@@ -88,7 +88,8 @@ class Examination:
     ) -> None:
         log = self.out / f"engine-{model}.log"
         say(self.console, f"starting the engine with the {model} model (log: {log})")
-        with Session(_config(path, limits), load_tools("gsm8k"), log_path=log) as session:
+        config = _config(path, limits)
+        with Session(prepare(config, config_tools(config)), log_path=log) as session:
             if model == ADAPTER and session.runtime.dispatcher:
                 tasks = {
                     **tasks,
@@ -108,7 +109,7 @@ class Examination:
         running = run_tasks(
             tasks,
             runtime_for(session, condition),
-            max_concurrent=session.config.rollout.max_num_seqs,
+            max_concurrent=session.parts.config.rollout.max_num_seqs,
             progress=progress,
             on_done=found.append,
         )
@@ -140,12 +141,13 @@ def _config(model_path: str, limits: tuple[str, ...]) -> Config:
 
 def runtime_for(session: Session, condition: Condition) -> Runtime:
     """The session's runtime, sampling and tool order as the condition says."""
+    parts = session.parts
     runtime = session.runtime_with(
-        {**session.config.sampling(), "temperature": condition.temperature}
+        {**parts.config.sampling(), "temperature": condition.temperature}
     )
-    if not condition.reverse or session.tools is None:
+    if not condition.reverse or parts.tools is None:
         return runtime
-    tools = ToolSet(reversed(list(session.tools.values())))
+    tools = ToolSet(reversed(list(parts.tools.values())))
     return dataclasses.replace(
-        runtime, dispatcher=make_dispatcher(session.config, tools, session.template)
+        runtime, dispatcher=make_dispatcher(parts.config, tools, parts.template)
     )

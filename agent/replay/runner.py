@@ -20,7 +20,6 @@ from agent.errors import AgentError
 from agent.loop.batch import Progress, run_conversations
 from agent.loop.calls import ConversationTools
 from agent.loop.loop import Runtime
-from agent.loop.users import load_interactions
 from agent.replay.compare import Scope
 from agent.replay.conversation import ReplayedConversation, played_back
 from agent.replay.outcome import (
@@ -36,7 +35,7 @@ from agent.replay.outcome import (
 from agent.replay.report import as_json, show
 from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
-from agent.replay.trust import live_tools, replay_config, started_config
+from agent.replay.trust import live_interactions, live_tools, replay_config
 from agent.replay.user import RecordedUser, has_user
 from agent.runs.job import (
     DONE,
@@ -50,9 +49,9 @@ from agent.runs.job import (
     starting,
 )
 from agent.runs.manifest import command_line, model_entry, parent_entry, source, versions
+from agent.runs.parts import Parts, load_template, make_dispatcher, prepare
 from agent.runs.progress import Display, counts, say
-from agent.runs.session import Session, load_template, make_dispatcher
-from conversations.errors import ConversationsError
+from agent.runs.session import Session
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import RUN, UNFINISHED, RunFolder
 from conversations.template import ChatTemplate
@@ -70,9 +69,19 @@ class Plan:
     request: ReplayRequest
     run: Run
     choice: Choice
-    config: Config
-    tools: ToolSet | None
-    template: ChatTemplate
+    parts: Parts
+
+    @property
+    def config(self) -> Config:
+        return self.parts.config
+
+    @property
+    def tools(self) -> ToolSet | None:
+        return self.parts.tools
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self.parts.template
 
     @property
     def total(self) -> int:
@@ -143,22 +152,11 @@ def make_plan(request: ReplayRequest) -> Plan:
     if request.resume and request.live_model:
         config = fresh_seed(config, request.out)
     tools = live_tools(run, request, config) if request.live_tools else None
-    template = _live_template(config) if request.live_model else run.template()
+    interactions = live_interactions(request, config)
+    template = load_template(config) if request.live_model else run.template()
     if request.from_turn is not None:
         _check_same_tokenizer(run, template)
-    return Plan(request, run, choice, config, tools, template)
-
-
-def _live_template(config: Config) -> ChatTemplate:
-    folder = config.model_dir()
-    try:
-        return load_template(config, folder)
-    except ConversationsError:
-        raise
-    except Exception as error:  # transformers raises what it likes about a folder that holds no tokenizer, or code in its place
-        raise AgentError(
-            f"model_path: no tokenizer could be loaded from {folder}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    return Plan(request, run, choice, prepare(config, tools, interactions, template=template))
 
 
 def _notes(plan: Plan) -> Iterator[str]:
@@ -210,10 +208,8 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "command": command_line(request.argv),
         "config": config.resolved(),
         "tools": source(plan.tools) if request.live_tools else earlier.get("tools"),
-        "interactions": _interactions(plan),
-        "model": model_entry(config, config.model_dir())
-        if request.live_model
-        else earlier.get("model"),
+        "interactions": source(plan.parts.interactions) or earlier.get("interactions"),
+        "model": model_entry(config) if request.live_model else earlier.get("model"),
         "tasks": earlier.get("tasks"),
         "limit": None,
         "n": samples * request.n if plan.choice.is_all and isinstance(samples, int) else None,
@@ -228,15 +224,6 @@ def _manifest(plan: Plan) -> dict[str, Any]:
             "n": request.n,
         },
     }
-
-
-def _interactions(plan: Plan) -> str | None:
-    """The text of the interactions: those that will run, else the parent's."""
-    path = started_config(plan.config, plan.request).interaction_config_path
-    text: str | None = (
-        source(load_interactions(path)) if path else plan.run.manifest.get("interactions")
-    )
-    return text
 
 
 def _run_missing(
@@ -264,13 +251,12 @@ def _run_missing(
 def _started(plan: Plan, console: Console) -> Session:
     """The session: the config's engine, or none where the model is recorded."""
     request = plan.request
-    config = started_config(plan.config, request)
     save_tokenizer(request.out, plan.template.tokenizer)
     if not request.live_model:
-        return Session(config, plan.tools, start=lambda: recorded([]), template=plan.template)
+        return Session(plan.parts, start=lambda: recorded([]))
     log, validate = request.out / "engine.log", bool(plan.run.manifest.get("validate"))
-    say(console, starting(config, log))
-    return Session(config, plan.tools, validate=validate, log_path=log, template=plan.template)
+    say(console, starting(plan.config, log))
+    return Session(plan.parts, validate=validate, log_path=log)
 
 
 async def _conversations(

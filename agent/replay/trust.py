@@ -6,14 +6,15 @@ own tools may be had for the asking, where they stay on this machine.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from agent.config.config import Config, load_config
 from agent.errors import AgentError, ConfigError
+from agent.loop.users import Interactions
 from agent.replay.request import ReplayRequest
+from agent.runs.parts import config_interactions
 from conversations.run.open_run import Run
 from tools.registry import load_tools, tool_entries, tools_from_text
 from tools.toolset import ToolSet
@@ -88,20 +89,14 @@ def _check_engine(config: Config, run: Run) -> None:
         )
 
 
-def started_config(config: Config, request: ReplayRequest) -> Config:
-    """The config as far as a session may start it: interactions are code, and run only where tools do and the user named them."""
-    multi_turn = config.rollout.multi_turn
+def live_interactions(request: ReplayRequest, config: Config) -> Interactions | None:
+    """The interactions to run. They are code: only if tools are live, and the user named them or trusts the run."""
     is_given = (
         request.trust_tools
         or request.config is not None
         or "rollout.multi_turn.interaction_config_path" in config.given
     )
-    if multi_turn.interaction_config_path is None or (request.live_tools and is_given):
-        return config
-    quiet = multi_turn.model_copy(update={"interaction_config_path": None})
-    return dataclasses.replace(
-        config, rollout=config.rollout.model_copy(update={"multi_turn": quiet})
-    )
+    return config_interactions(config) if request.live_tools and is_given else None
 
 
 def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | None:

@@ -17,15 +17,16 @@ from typing import Any
 
 from rich.console import Console
 
-from agent.loop.batch import Progress, run_tasks
 from agent.config.config import Config
 from agent.engines.servers import SGLangServerEngine
 from agent.errors import TaskError
-from agent.loop.users import Interactions, load_interactions
-from agent.runs.manifest import command_line, run_manifest
-from agent.runs.progress import Display, counts, say, shortfall, summary
-from agent.runs.session import Session, load_template
+from agent.loop.batch import Progress, run_tasks
 from agent.loop.tasks import Task, read_tasks
+from agent.loop.users import Interactions
+from agent.runs.manifest import command_line, run_manifest
+from agent.runs.parts import Parts, config_interactions, config_tools, prepare
+from agent.runs.progress import Display, counts, say, shortfall, summary
+from agent.runs.session import Session
 from conversations.errors import RunFolderError
 from conversations.run.open_run import TOKENIZER
 from conversations.run.store import (
@@ -36,8 +37,6 @@ from conversations.run.store import (
     read_manifest,
     read_trajectories,
 )
-from tools.registry import load_tools
-from tools.toolset import ToolSet
 
 DONE, INCOMPLETE, INTERRUPTED, TERMINATED = 0, 1, 130, 143
 """Exit codes; 2 is a user's mistake."""
@@ -74,12 +73,7 @@ def run(request: RunRequest, console: Console) -> int:
     """Runs the tasks into the run folder; returns the exit code. Raises the packages' own errors for a user's mistake."""
     request = with_fresh_seed(request)
     config = request.config
-    tools = load_tools(config.tool_config_path) if config.tool_config_path else None
-    interactions = (
-        load_interactions(config.interaction_config_path)
-        if config.interaction_config_path
-        else None
-    )
+    tools, interactions = config_tools(config), config_interactions(config)
     chosen = _RowChoice(tools or {}, interactions)
     # The whole file once: a bad row is found now, not after hours.
     tasks = read_tasks(request.tasks, request.limit, chosen.check)
@@ -89,16 +83,17 @@ def run(request: RunRequest, console: Console) -> int:
             console,
             f"note: tools_kwargs of some rows name {', '.join(chosen.unknown)}, which the tool config lacks: not offered there",
         )
+    parts = prepare(config, tools, interactions)
     target = enough_of(len(pairs), config)
     progress = Progress(total=target)
-    with _open_store(request, tools, interactions) as store:
+    with _open_store(request, parts) as store:
         if request.resume:
             _count_earlier(request.out, set(pairs), progress)
         if sum(pair in store.done for pair in pairs) >= target:
             store.close(counts(progress))
             say(console, f"nothing to do: all {target} conversations are in {request.out}")
             return DONE
-        return _run_missing(request, tools, store, progress, console)
+        return _run_missing(request, parts, store, progress, console)
 
 
 def enough_of(conversations: int, config: Config) -> int:
@@ -155,18 +150,13 @@ def _count_earlier(folder: Path, asked: set[tuple[str, int]], progress: Progress
                 progress.count(trajectory)
 
 
-def _open_store(
-    request: RunRequest, tools: ToolSet | None, interactions: Interactions | None
-) -> RunFolder:
+def _open_store(request: RunRequest, parts: Parts) -> RunFolder:
     manifest = run_manifest(
-        request.config,
-        tools,
-        request.config.model_dir(),
+        parts,
         request.tasks,
         limit=request.limit,
         validate=request.validate,
         argv=request.argv,
-        interactions=interactions,
     )
     if request.resume:
         return RunFolder.resume(request.out, manifest, force=request.force)
@@ -175,7 +165,7 @@ def _open_store(
 
 def _run_missing(
     request: RunRequest,
-    tools: ToolSet | None,
+    parts: Parts,
     store: RunFolder,
     progress: Progress,
     console: Console,
@@ -183,7 +173,7 @@ def _run_missing(
     try:
         with (
             sigterm_as_interrupt(),
-            _started(request, tools, store, progress, console) as session,
+            _started(request, parts, store, progress, console) as session,
             Display(progress, console) as display,
         ):
             gc.collect()
@@ -234,7 +224,7 @@ async def _conversations(
 @contextmanager
 def _started(
     request: RunRequest,
-    tools: ToolSet | None,
+    parts: Parts,
     store: RunFolder,
     progress: Progress,
     console: Console,
@@ -242,10 +232,8 @@ def _started(
     """The session; a new run folder whose engine never started holds no run afterwards, an earlier one what it held."""
     with ExitStack() as stack:
         try:
-            save_tokenizer(
-                request.out, load_template(request.config, request.config.model_dir()).tokenizer
-            )
-            session = stack.enter_context(_start(request, tools, console))
+            save_tokenizer(request.out, parts.template.tokenizer)
+            session = stack.enter_context(_start(request, parts, console))
             _note_served(request, session, store, console)
         except BaseException:
             if request.resume:
@@ -290,10 +278,10 @@ def save_tokenizer(run: Path, tokenizer: Any) -> None:
         ) from error
 
 
-def _start(request: RunRequest, tools: ToolSet | None, console: Console) -> Session:
+def _start(request: RunRequest, parts: Parts, console: Console) -> Session:
     log = request.out / "engine.log"
     say(console, starting(request.config, log))
-    return Session(request.config, tools, validate=request.validate, log_path=log)
+    return Session(parts, validate=request.validate, log_path=log)
 
 
 def starting(config: Config, log: Path) -> str:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.config.config import Config
-from agent.model.base import ADAPTER_DIR, TOOLS_NAME
 from agent.config.secrets import hidden_in, hidden_in_yaml
 from agent.loop.tasks import task_file_hash
+from agent.model.base import ADAPTER_DIR, TOOLS_NAME
 from conversations.run.store import RUN, TRAJECTORIES
 
 if TYPE_CHECKING:
     from agent.loop.users import Interactions
+    from agent.runs.parts import Parts
     from tools.toolset import ToolSet
 
 PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
@@ -40,24 +41,22 @@ TOKENIZER_FILES = (
 
 
 def run_manifest(
-    config: Config,
-    tools: ToolSet | None,
-    model_dir: Path,
+    parts: Parts,
     tasks: Path,
     *,
     limit: int | None,
     validate: bool,
     argv: Sequence[str],
-    interactions: Interactions | None = None,
 ) -> dict[str, Any]:
     """The fields of run.json but for schema and counts. All values are JSON."""
+    config = parts.config
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(argv),
         "config": config.resolved(),
-        "tools": source(tools),
-        "interactions": source(interactions),
-        "model": model_entry(config, model_dir),
+        "tools": source(parts.tools),
+        "interactions": source(parts.interactions),
+        "model": model_entry(config),
         "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
         "limit": limit,
         "n": config.n(validate),
@@ -99,9 +98,9 @@ def parent_entry(run: Path) -> dict[str, Any]:
     return {"run": run.resolve().name, "path": str(run.resolve()), **hashes}
 
 
-def model_entry(config: Config, folder: Path) -> dict[str, Any]:
+def model_entry(config: Config) -> dict[str, Any]:
     """The model's path and what is known of it: all where it is loaded here, elsewhere the tokenizer (records say what a server serves)."""
-    return {"path": config.model_path, **_model(config, folder)}
+    return {"path": config.model_path, **_model(config, config.model_dir())}
 
 
 def _model(config: Config, folder: Path) -> dict[str, Any]:

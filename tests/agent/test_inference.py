@@ -248,6 +248,7 @@ def test_a_closed_engine_says_so(recording: Path) -> None:
 _SLOW = """
 import sys
 from agent.config.config import load_config
+from agent.runs.parts import prepare
 from agent.runs.session import Session
 from tools.function import FunctionTool, tool
 from tools.toolset import ToolSet
@@ -268,7 +269,7 @@ if sys.argv[1] == "tools":
     tools["nothing"].tool.start = start
 else:
     print("starting", flush=True)
-Session(load_config(None, overrides), tools)
+Session(prepare(load_config(None, overrides), tools))
 """
 
 

@@ -28,8 +28,8 @@ from agent.loop.loop import Runtime
 from agent.loop.tasks import read_tasks
 from agent.model.base import base_model_dir
 from agent.runs.manifest import run_manifest
+from agent.runs.parts import loop_settings, make_dispatcher, prepare
 from agent.runs.progress import counts
-from agent.runs.session import loop_settings, make_dispatcher
 from conversations.run.store import RUN, TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json
@@ -66,9 +66,7 @@ def make_run(
         )
         tools = load_tools(TOOLS)
         manifest = run_manifest(
-            config,
-            tools,
-            config.model_dir(),
+            prepare(config, tools, template=template),
             tasks,
             limit=None,
             validate=False,

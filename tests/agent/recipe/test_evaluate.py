@@ -8,6 +8,7 @@ from pathlib import Path
 from agent.config.config import load_config
 from agent.recipe.evaluate import CONDITIONS, runtime_for
 from agent.recipe.report import ADAPTER, BASE, GENERATED, GSM8K, RECOVERY, Condition
+from agent.runs.parts import prepare
 from agent.runs.session import Session
 from tests.agent.recipe.test_metrics import record
 from tools.registry import load_tools
@@ -32,7 +33,7 @@ def test_a_condition_sets_temperature_and_tool_order(tmp_path: Path) -> None:
     (tmp_path / "recorded.jsonl").write_text(record([]).to_line() + "\n")
     recorded = f"rollout.turntrace.recorded={tmp_path / 'recorded.jsonl'}"
     config = load_config(None, ("model_path=smollm2-base", "rollout.name=scripted", recorded))
-    with Session(config, load_tools("gsm8k")) as session:
+    with Session(prepare(config, load_tools("gsm8k"))) as session:
         shipped = runtime_for(session, Condition(ADAPTER, GENERATED, 0.0))
         other = runtime_for(session, Condition(ADAPTER, GENERATED, 1.0, reverse=True))
     assert shipped.dispatcher is not None

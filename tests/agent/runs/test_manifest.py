@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent.config.config import load_config
-from agent.runs.manifest import WHOLE_FILE, command_line, model_hash, run_manifest, versions
+from agent.runs.manifest import WHOLE_FILE, command_line, model_entry, model_hash, versions
 
 
 @pytest.fixture
@@ -43,19 +43,16 @@ def test_a_file_too_long_to_read_counts_by_its_ends_and_is_named(model: Path) ->
 def test_where_a_server_has_the_weights_only_the_tokenizer_is_hashed(
     tmp_path: Path, name: str
 ) -> None:
-    model, tasks = tmp_path / "model", tmp_path / "tasks.jsonl"
+    model = tmp_path / "model"
     model.mkdir()
     for file in ("config.json", "model.safetensors", "tokenizer.json", "merges.txt"):
         (model / file).write_text(file, encoding="utf-8")
-    tasks.touch()
     config = load_config(
         None, [f"model_path={model}", f"rollout.name={name}", "rollout.server.urls=[http://h]"]
     )
 
     def described() -> dict[str, Any]:
-        found: dict[str, Any] = run_manifest(
-            config, None, model, tasks, limit=None, validate=False, argv=[]
-        )["model"]
+        found: dict[str, Any] = model_entry(config)
         return found
 
     before = described()

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from agent.loop.batch import Progress
 from agent.loop.loop import Conversation, Runtime
-from agent.runs.progress import Display, counts, say, shortfall, summary
 from agent.loop.tasks import Task
+from agent.runs.progress import Display, counts, say, shortfall, summary
 from conversations.trajectory import Turn
 from tests.helpers import ROOT
 

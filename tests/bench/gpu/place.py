@@ -22,7 +22,7 @@ from typing import Any
 
 from agent.config.config import Config, load_config
 from agent.engines.engine import Engine
-from agent.runs.session import load_template
+from agent.runs.parts import load_template
 from tests.bench.gpu.load import (
     CONVERSATION_TOKENS,
     PROMPT_LENGTH,
@@ -99,7 +99,7 @@ class Place:
         self, engine: Engine, raw: Raw, loop: asyncio.AbstractEventLoop, model: Path | None = None
     ) -> Load:
         """The contenders on an engine (of `model`, not the one under load); where dry, of shorter turns."""
-        template = load_template(self.config(), model or self.model)
+        template = load_template(replace(self.config(), model_path=str(model or self.model)))
         template.require("tool")
         return Load(engine, raw, template, self.gpu, loop, turn_tokens=64 if self.dry else 128)
 

@@ -14,6 +14,7 @@ from agent.engines.engine import Engine
 from agent.engines.sglang import start
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.tasks import read_tasks
+from agent.runs.parts import prepare
 from agent.runs.session import Session
 from conversations.run.store import RunFolder, read_trajectories
 from tests.bench.gpu.logprobs import differences
@@ -53,7 +54,9 @@ class RealRun:
         self._rollouts: list[AgentRollout] = []
         self._config = config
         self.session = Session(
-            config, load_tools(tools), log_path=log, start=functools.partial(self._start, log)
+            prepare(config, load_tools(tools)),
+            log_path=log,
+            start=functools.partial(self._start, log),
         )
 
     def _start(self, log: Path) -> Engine:
@@ -107,8 +110,8 @@ class RealRun:
 
     def logprobs(self, task_file: Path, count: int) -> dict[str, Any]:
         """See `logprobs.differences`, over the tasks' prompts."""
-        template = self.session.template
-        schemas = self.session.tools.schemas if self.session.tools else []
+        template = self.session.parts.template
+        schemas = self.session.parts.tools.schemas if self.session.parts.tools else []
         prompts = [
             [token for _, ids in template.prompt(task.messages, schemas) for token in ids]
             for task in read_tasks(task_file, count)

@@ -1,0 +1,157 @@
+"""The parts of a run, made from a config: chat template, tools, interactions, limits, engine.
+
+This is the only place that makes them, for runs, replays, trainers, `InferenceEngine` and the tool commands. A trainer
+maps its own config to a `Config` first.
+
+Invariant: each part is loaded once. Nothing is started here but by `start_engine`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.config.config import Config
+from agent.engines.engine import Engine
+from agent.engines.scripted import recorded
+from agent.errors import ConfigError
+from agent.loop.calls import Dispatcher
+from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.users import Interactions, load_interactions
+from conversations.run.store import read_trajectories
+from conversations.template import ChatTemplate
+from conversations.tokens import TOOL, USER
+from conversations.truncate import cut_to_tokens
+from tools.registry import load_tools
+from tools.toolset import ToolSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the conversations of a run share, but for the engine. `prepare` makes one.
+
+    `dispatcher` holds `tools` and their limits; None if there are no tools.
+    """
+
+    config: Config
+    template: ChatTemplate
+    tools: ToolSet | None
+    interactions: Interactions | None
+    dispatcher: Dispatcher | None
+
+    def runtime(
+        self, engine: Engine, sampling: Mapping[str, Any], max_tokens: int | None = None
+    ) -> Runtime:
+        """The parts with their engine. See `loop_settings` for `sampling` and `max_tokens`."""
+        settings = loop_settings(self.config, sampling, max_tokens)
+        return Runtime(
+            engine, self.template, settings, self.dispatcher, interactions=self.interactions
+        )
+
+
+def prepare(
+    config: Config,
+    tools: ToolSet | None = None,
+    interactions: Interactions | None = None,
+    *,
+    template: ChatTemplate | None = None,
+) -> Parts:
+    """Puts the parts together. `template` takes the place of the one that `model_path` has.
+
+    Raises TemplateError if the template cannot render what tools or users say, and what `load_template` raises.
+    """
+    template = template or load_template(config)
+    if tools:
+        template.require(TOOL)
+    if interactions:
+        template.require(USER)
+    dispatcher = make_dispatcher(config, tools, template) if tools else None
+    return Parts(config, template, tools, interactions, dispatcher)
+
+
+def config_tools(config: Config) -> ToolSet | None:
+    """The tools that the config names; None if it names none. Raises ToolConfigError."""
+    return load_tools(config.tool_config_path) if config.tool_config_path else None
+
+
+def config_interactions(config: Config) -> Interactions | None:
+    """The interactions that the config names; None if it names none. Raises ConfigError."""
+    path = config.interaction_config_path
+    return load_interactions(path) if path else None
+
+
+def load_template(config: Config) -> ChatTemplate:
+    """The chat template of `model_path`. Raises TemplateError, and ConfigError if it has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = config.model_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds of errors for a folder without one
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"model_path: no tokenizer could be loaded from {folder}: {reason}"
+        ) from error
+    return make_template(config, tokenizer)
+
+
+def make_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The tokenizer's chat template with the config's arguments. Raises TemplateError."""
+    return ChatTemplate(tokenizer, kwargs=config.rollout.turntrace.apply_chat_template_kwargs)
+
+
+def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> Dispatcher:
+    """The tools with the config's limits."""
+    multi_turn = config.rollout.multi_turn
+    limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
+    cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
+    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls, cut=cut)
+
+
+def loop_settings(
+    config: Config, sampling: Mapping[str, Any], max_tokens: int | None = None
+) -> LoopSettings:
+    """The loop's limits. `sampling` are the engine's sampling params, `max_tokens` overrides the config's."""
+    rollout, ours = config.rollout, config.rollout.turntrace
+    return LoopSettings(
+        prompt_length=rollout.prompt_length,
+        response_length=rollout.response_length,
+        max_model_len=config.max_model_len,
+        max_tokens=max_tokens or ours.max_tokens,
+        max_turns=config.max_assistant_turns,
+        max_user_turns=rollout.multi_turn.max_user_turns,
+        max_consecutive_invalid_calls=ours.max_consecutive_invalid_calls,
+        deadline_s=ours.conversation_deadline_s,
+        sampling=dict(sampling),
+    )
+
+
+def start_engine(config: Config, log_path: Path | None) -> Engine:
+    """The engine that `rollout.name` names. `sglang` blocks until its processes are up.
+
+    `log_path` is where they write; None: this process's output. Raises EngineStartError.
+    """
+    rollout = config.rollout
+    if rollout.name == "sglang":
+        from agent.engines.sglang import start
+
+        return start(config.verl_rollout(), config.model_dir(), log_path=log_path).engine()
+    if rollout.name == "sglang_server":
+        from agent.engines.servers import SGLangServerEngine
+
+        server = rollout.server
+        return SGLangServerEngine(
+            server.urls,
+            config.api_key,
+            max_connections=server.max_connections,
+            read_timeout_s=server.timeout,
+            attempts=server.max_attempts,
+            wait_s=server.max_start_wait_time,
+        )
+    return recorded(read_trajectories(rollout.turntrace.recorded or ""))
