@@ -23,7 +23,7 @@ def rescore(
     None. verl's compute_score(data_source, solution_str, ground_truth, extra_info) works too. What infrastructure failed
     keeps its null.
     """
-    from agent.commands.rescoring import rescore as run_rescore
+    from agent.commands.rescore_work import rescore as run_rescore
 
     done = run_rescore(run, reward, out, jobs=jobs, argv=sys.argv[1:])
     mean = "-" if done.progress.mean_reward is None else f"{done.progress.mean_reward:.3f}"

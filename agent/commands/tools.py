@@ -44,9 +44,9 @@ def check(
     ] = False,
 ) -> None:
     """Load a tool config, start what it needs, show each tool as the model will see it; exit code 1 where one does not start."""
-    from agent.commands import tool_check as by_hand
+    from agent.commands import tools_work
 
-    raise typer.Exit(by_hand.check(file, _config(config, model), start=not no_start))
+    raise typer.Exit(tools_work.check(file, _config(config, model), start=not no_start))
 
 
 @tools_app.command("call")
@@ -62,9 +62,9 @@ def call(
     config: ConfigOption = None,
 ) -> None:
     """Call a tool once, as a run would; exit code 1 where its status is not ok. With a model, its answer is cut as a run would cut it."""
-    from agent.commands import tool_check as by_hand
+    from agent.commands import tools_work
 
-    raise typer.Exit(by_hand.call(file, name, arguments, ground_truth, _config(config, model)))
+    raise typer.Exit(tools_work.call(file, name, arguments, ground_truth, _config(config, model)))
 
 
 def _config(path: Path | None, model: str | None) -> Config | None:

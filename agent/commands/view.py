@@ -44,7 +44,7 @@ def view(
         raise AgentError(
             "--serve writes no page and has no limit: leave out --out and --limit, or --serve"
         )
-    from agent.commands.viewer import serve_until_ended
+    from agent.commands.view_server import serve_until_ended
 
     try:
         serve_until_ended(run, against, port)

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from agent.commands.task_sources import whole_number
+from agent.commands.tasks_work import whole_number
 from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
 from agent.loop.tasks import Task
 from agent.recipe import symbolic

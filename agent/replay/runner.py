@@ -37,20 +37,25 @@ from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_interactions, live_tools, replay_config
 from agent.replay.user import RecordedUser, has_user
-from agent.runs.job import (
+from agent.runs.ending import (
     DONE,
     INCOMPLETE,
     INTERRUPTED,
     TERMINATED,
-    Terminated,
-    fresh_seed,
-    save_tokenizer,
+    exit_code,
     sigterm_as_interrupt,
-    starting,
 )
-from agent.runs.manifest import command_line, model_entry, parent_entry, source, versions
+from agent.runs.manifest import (
+    command_line,
+    fresh_seed,
+    model_entry,
+    parent_entry,
+    save_tokenizer,
+    source,
+    versions,
+)
 from agent.runs.parts import Parts, load_template, make_dispatcher, prepare
-from agent.runs.progress import Display, counts, say
+from agent.runs.progress import Display, counts, say, starting
 from agent.runs.session import Session
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import RUN, UNFINISHED, RunFolder
@@ -240,7 +245,7 @@ def _run_missing(
                 _conversations(plan, session, folder, tally, progress), poll=display.refresh
             )
     except KeyboardInterrupt as interrupt:
-        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+        return exit_code(interrupt)
     except BaseException:
         if not request.resume and progress.done == 0:
             (request.out / RUN).unlink(missing_ok=True)  # nothing was run: the folder holds no run

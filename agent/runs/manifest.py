@@ -1,6 +1,6 @@
-"""run.json: what a run was, so that it can be told from another and done again.
+"""What a run folder says about its run: run.json, and the tokenizer beside it.
 
-Invariant: no secret and nothing that changes from one start to the next stands in the fields that a resume compares.
+Invariant: the fields that a resume compares hold no secret, and nothing that changes from one start to the next.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.metadata
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,20 @@ from agent.config.config import Config
 from agent.config.secrets import hidden_in, hidden_in_yaml
 from agent.loop.tasks import task_file_hash
 from agent.model.base import ADAPTER_DIR, TOOLS_NAME
-from conversations.run.store import RUN, TRAJECTORIES
+from conversations.errors import RunFolderError
+from conversations.run.open_run import TOKENIZER
+from conversations.run.store import RUN, TRAJECTORIES, read_manifest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from agent.loop.users import Interactions
     from agent.runs.parts import Parts
     from tools.toolset import ToolSet
 
 PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
 WHOLE_FILE = 1 << 30
-"""Bytes up to which a model file is hashed whole; of a longer one the size and both ends count."""
+"""A model file of more bytes is hashed in part: its size and both ends."""
 _END = 1 << 20
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -48,7 +53,7 @@ def run_manifest(
     validate: bool,
     argv: Sequence[str],
 ) -> dict[str, Any]:
-    """The fields of run.json but for schema and counts. All values are JSON."""
+    """The fields of run.json without schema and counts. All values are JSON."""
     config = parts.config
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,18 +72,39 @@ def run_manifest(
     }
 
 
+def fresh_seed(config: Config, folder: Path) -> Config:
+    """The config with another seed than the run in `folder` had; unchanged if there is no run or no seed."""
+    seed = read_manifest(folder).get("seed") if (folder / RUN).exists() else None
+    return replace(config, seed=seed + 1) if isinstance(seed, int) else config
+
+
+def save_tokenizer(run: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the tokenizer into the run folder. Raises RunFolderError if it cannot be written.
+
+    Call it before the engine starts: then a full disk is reported in a second, not after a minute.
+    """
+    folder = run / TOKENIZER
+    try:
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises a plain Exception for a full disk
+        raise RunFolderError(
+            f"{folder} cannot be written: {error}; make room there, or choose another --out"
+        ) from error
+
+
 def source(loaded: ToolSet | Interactions | None) -> str | None:
-    """The YAML that tools or interactions came from, without the secrets in it; None without any."""
+    """The YAML that tools or interactions came from, secrets hidden; None if there are none."""
     return hidden_in_yaml(loaded.source_text) if loaded else None
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command as a shell takes it, without keys and passwords."""
+    """The command as a shell takes it, keys and passwords hidden."""
     return shlex.join(["turntrace", *map(hidden_in, argv)])
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that a run depends on; None for one that is not installed."""
+    """Versions of Python and of the packages that a run depends on; None if not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -90,7 +116,7 @@ def _version(name: str) -> str | None:
 
 
 def parent_entry(run: Path) -> dict[str, Any]:
-    """`parent` of a run made from another: its name, where it lay, and the hashes of what it was."""
+    """`parent` of a run made from another run: its name, its path, and the hashes of its files."""
     hashes = {
         f"{name}_sha256": task_file_hash(run / file)
         for name, file in (("run", RUN), ("trajectories", TRAJECTORIES))
@@ -99,7 +125,7 @@ def parent_entry(run: Path) -> dict[str, Any]:
 
 
 def model_entry(config: Config) -> dict[str, Any]:
-    """The model's path and what is known of it: all where it is loaded here, elsewhere the tokenizer (records say what a server serves)."""
+    """The model's path and hashes. If a server has the weights, only the tokenizer is hashed."""
     return {"path": config.model_path, **_model(config, config.model_dir())}
 
 
@@ -111,10 +137,7 @@ def _model(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def model_hash(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, Any]:
-    """`sha256` over the names and contents of a model's files, and which files counted only by size and ends.
-
-    Only files that match one of `names` count.
-    """
+    """`sha256` over the names and contents of the files that match `names`, and the files hashed in part."""
     files = sorted(
         path
         for path in folder.iterdir()

@@ -1,46 +1,49 @@
-"""What a run looks like while it goes and when it has ended: one live line, plain lines without a terminal, a table."""
+"""How far a run is, in one line, and what came of it, in a table."""
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
+from agent.config.config import Config
 from agent.loop.batch import Progress
+from agent.terminal import LiveLine, say
 
-PLAIN_INTERVAL_S = 10.0
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Display", "counts", "say", "shortfall", "starting", "summary"]
 
 
-def say(console: Console, text: str) -> None:
-    """Prints text as it is: not wrapped, not coloured, brackets no markup. Where its reader has gone, nobody is told: a run goes on."""
-    with contextlib.suppress(
-        SystemExit
-    ):  # rich would end the program; it prints no more from here on
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+def starting(config: Config, log: Path) -> str:
+    """The line before the engine starts. Only an engine in this process has a log of its own."""
+    name = config.rollout.name
+    where = f" (log: {log})" if name == "sglang" else ""
+    return f"starting {name} with {config.model_path}{where}"
 
 
 class Display:
-    """Shows `progress` on `console` while in the `with` block. Call `refresh` often."""
+    """Shows `progress` on `console` inside the `with` block. Call `refresh` often.
 
-    def __init__(self, progress: Progress, console: Console) -> None:
+    `tokens_in_flight` is the engine's: tokens sampled so far of turns that are not complete.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        console: Console,
+        tokens_in_flight: Callable[[], int] | None = None,
+    ) -> None:
         self._progress = progress
-        self._console = console
-        self._live = (
-            Live(console=console, auto_refresh=False, transient=True)
-            if console.is_terminal
-            else None
-        )
-        self._started = self._printed = perf_counter()
+        self._in_flight = tokens_in_flight or (lambda: 0)
+        self._line = LiveLine(console, self.line)
+        self._started = perf_counter()
         self._turns, self._tokens = progress.turns_so_far, progress.sampled_tokens_so_far
 
     def __enter__(self) -> Display:
-        if self._live:
-            self._live.start()
         return self
 
     def __exit__(
@@ -49,8 +52,7 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._live:
-            self._live.stop()
+        self._line.hide()
 
     @property
     def wall_s(self) -> float:
@@ -58,21 +60,19 @@ class Display:
         return perf_counter() - self._started
 
     def refresh(self) -> None:
-        """Shows the counters as they are: at once on a terminal, every ten seconds elsewhere."""
-        if self._live:
-            self._live.update(Text(self.line()), refresh=True)
-        elif perf_counter() - self._printed >= PLAIN_INTERVAL_S:
-            self._printed = perf_counter()
-            say(self._console, self.line())
+        """Shows the counters: at once on a terminal, every ten seconds elsewhere."""
+        self._line.refresh()
 
     def line(self) -> str:
-        """The counters in one line; rates are means since the start."""
+        """The counters in one line. Rates are means since the display was made."""
         progress, seconds = self._progress, max(self.wall_s, 1e-9)
+        turns = progress.turns_so_far - self._turns
+        tokens = progress.sampled_tokens_so_far - self._tokens + self._in_flight()
         parts = [
             f"{progress.done}/{progress.total} done",
             f"{progress.running} running",
-            f"{(progress.turns_so_far - self._turns) / seconds:.1f} turns/s",
-            f"{(progress.sampled_tokens_so_far - self._tokens) / seconds:.0f} tokens/s",
+            f"{turns} turns ({turns / seconds:.1f}/s)",
+            f"{tokens} tokens ({tokens / seconds:.0f}/s)",
             f"{progress.tool_errors} tool errors",
             f"mean reward {_number(progress.mean_reward)}",
         ]
@@ -80,12 +80,13 @@ class Display:
 
 
 def summary(progress: Progress, folder: Path, wall_s: float) -> str:
-    """The table at a run's end."""
+    """The table at the end of a run."""
+    calls, invalid = progress.tool_calls, progress.invalid_calls
     rows = {
         "conversations": f"{progress.done} of {progress.total}",
         **{f"  {reason}": str(count) for reason, count in progress.stop_reasons.most_common()},
         "infrastructure errors": str(progress.infra_errors),
-        "tool calls": f"{progress.tool_calls}, {_share(progress.tool_calls - progress.invalid_calls, progress.tool_calls)} valid",
+        "tool calls": f"{calls}, {_share(calls - invalid, calls)} valid",
         "tool errors": str(progress.tool_errors),
         "mean reward": f"{_number(progress.mean_reward)} over {progress.rewards}",
         "turns": str(progress.turns),
@@ -97,11 +98,12 @@ def summary(progress: Progress, folder: Path, wall_s: float) -> str:
 
 
 def shortfall(progress: Progress) -> str:
-    """Why a run is not whole: conversations that infrastructure failed, and those that are not on disk; "" where it is."""
+    """Why a run is incomplete: conversations that failed, and those that are not on disk; "" if it is complete."""
     problems = []
     if progress.infra_errors:
         problems.append(
-            f"{progress.infra_errors} conversations failed by infrastructure (see `error` in their records)"
+            f"{progress.infra_errors} conversations failed because of infrastructure "
+            "(see `error` in their records)"
         )
     if (missing := (progress.total or 0) - progress.done) > 0:
         first = f" ({progress.lost[0]})" if progress.lost else ""

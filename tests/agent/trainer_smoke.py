@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from agent.commands.task_sources import write_gsm_symbolic
+from agent.commands.tasks_work import write_gsm_symbolic
 from agent.engines import cpu_guards
 from agent.engines.arguments import environment, start_variables
 from agent.model.base import TOOLS_NAME, resolve_model

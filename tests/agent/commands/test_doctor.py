@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.responses import Response
 
-from agent.commands.doctor import (
+from agent.commands.doctor_work import (
     CHECKS,
     GIB,
     Finding,

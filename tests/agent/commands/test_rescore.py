@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.commands.rescoring import rescore
+from agent.commands.rescore_work import rescore
 from agent.errors import AgentError
 from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run

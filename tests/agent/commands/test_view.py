@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from agent.commands import viewer
+from agent.commands import view_server as viewer
 from conversations.run.open_run import open_run
 from conversations.run.store import RUN, TRAJECTORIES
 from tests.agent.test_cli import env, turntrace

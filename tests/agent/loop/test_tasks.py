@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from agent.commands.task_sources import whole_number, write_gsm8k, write_gsm_symbolic
+from agent.commands.tasks_work import whole_number, write_gsm8k, write_gsm_symbolic
 from agent.errors import TaskError
 from agent.loop.tasks import Task, read_tasks, task_file_hash, without_nulls
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.commands.task_sources import write_gsm_symbolic
+from agent.commands.tasks_work import write_gsm_symbolic
 from agent.model.base import ADAPTER_DIR
 from agent.recipe.metrics import scores
 from conversations.run.store import read_trajectories

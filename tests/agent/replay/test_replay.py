@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from agent.commands.run_work import RunRequest, run
 from agent.config.config import load_config
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
@@ -30,7 +31,7 @@ from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import DIVERGED, replay
 from agent.replay.trust import OWN_TOOLS
-from agent.runs.job import DONE, INCOMPLETE, RunRequest, run
+from agent.runs.ending import DONE, INCOMPLETE
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import TRAJECTORIES, RunFolder, read_manifest

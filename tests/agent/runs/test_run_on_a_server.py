@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 from starlette.responses import Response
 
+from agent.commands.run_work import RunRequest, run
 from agent.config.config import load_config
 from agent.errors import EngineStartError
-from agent.runs.job import DONE, INCOMPLETE, RunRequest, run
+from agent.runs.ending import DONE, INCOMPLETE
 from conversations.errors import RunFolderError
 from conversations.run.store import UNFINISHED, read_manifest, read_trajectories
 from tests.agent.native_api import Server, in_a_thread, status

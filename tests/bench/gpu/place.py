@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -99,7 +100,9 @@ class Place:
         self, engine: Engine, raw: Raw, loop: asyncio.AbstractEventLoop, model: Path | None = None
     ) -> Load:
         """The contenders on an engine (of `model`, not the one under load); where dry, of shorter turns."""
-        template = load_template(replace(self.config(), model_path=str(model or self.model)))
+        template = load_template(
+            dataclasses.replace(self.config(), model_path=str(model or self.model))
+        )
         template.require("tool")
         return Load(engine, raw, template, self.gpu, loop, turn_tokens=64 if self.dry else 128)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.commands.task_sources import write_gsm_symbolic
+from agent.commands.tasks_work import write_gsm_symbolic
 from agent.config.config import Config, load_config
 from agent.engines.engine import Engine
 from agent.engines.sglang import start

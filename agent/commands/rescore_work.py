@@ -28,8 +28,7 @@ from agent.errors import AgentError
 from agent.loop.batch import Progress
 from agent.loop.boundary import describe
 from agent.loop.tasks import task_file_hash
-from agent.runs.job import save_tokenizer
-from agent.runs.manifest import command_line, parent_entry, versions
+from agent.runs.manifest import command_line, parent_entry, save_tokenizer, versions
 from agent.runs.progress import counts
 from conversations.run.open_run import Run, open_run
 from conversations.run.saved_tokenizer import load_tokenizer

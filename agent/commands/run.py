@@ -1,0 +1,84 @@
+"""`turntrace run`: its options. The work is in `run_work.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agent.commands.options import ConfigOption, SetOption
+from agent.errors import AgentError
+
+
+def run(
+    tasks: Annotated[
+        Path, typer.Argument(help="JSONL or Parquet, in verl's schema or plain prompts.")
+    ],
+    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    config: ConfigOption = None,
+    tools: Annotated[
+        str | None,
+        typer.Option(
+            help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all."
+        ),
+    ] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Run only the first N tasks.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="With --resume: continue even if config, tools, model or tasks changed."
+        ),
+    ] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="Sample with val_kwargs.")] = False,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Stop after N seconds. --resume continues the unfinished conversations."
+        ),
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Run every task to its end. Each trajectory is written as it finishes."""
+    from agent.config.config import load_config
+
+    overrides = [*(set_ or []), *_tools_override(tools), *_n_override(n, validate)]
+    loaded = load_config(config, overrides)
+    for notice in loaded.notices():
+        print(f"note: {notice}", file=sys.stderr)
+    from rich.console import Console
+
+    from agent.commands.run_work import RunRequest
+    from agent.commands.run_work import run as run_request
+
+    request = RunRequest(
+        tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after
+    )
+    raise typer.Exit(run_request(request, Console()))
+
+
+def _tools_override(tools: str | None) -> list[str]:
+    """`--tools` sets a config key, but its path is relative to the current folder."""
+    if tools is None:
+        return []
+    path = Path(tools)
+    is_file = bool(path.suffix) or path.name != tools  # a bare name is a shipped config's
+    if is_file and not path.is_file():
+        raise AgentError(
+            f"--tools {tools}: no such file; give a shipped config by its bare name (gsm8k)"
+        )
+    value = str(path.resolve()) if is_file else tools
+    return [
+        f"rollout.multi_turn.tool_config_path={json.dumps(value)}",
+        "rollout.multi_turn.enable=true",
+    ]
+
+
+def _n_override(n: int | None, validate: bool) -> list[str]:
+    if n is None:
+        return []
+    return [f"rollout.val_kwargs.n={n}" if validate else f"rollout.n={n}"]

@@ -1,0 +1,318 @@
+"""The work of `turntrace run`: prepare, open, run, sum up.
+
+Invariant: exit code 0 means that every conversation is on disk and none failed because of infrastructure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from agent.config.config import Config
+from agent.engines.servers import SGLangServerEngine
+from agent.errors import TaskError
+from agent.loop.batch import Progress, run_tasks
+from agent.loop.tasks import Task, read_tasks
+from agent.loop.users import Interactions
+from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
+from agent.runs.manifest import command_line, fresh_seed, run_manifest, save_tokenizer
+from agent.runs.parts import Parts, config_interactions, config_tools, prepare
+from agent.runs.progress import Display, counts, shortfall, starting, summary
+from agent.runs.session import Session
+from agent.terminal import say
+from conversations.errors import RunFolderError
+from conversations.run.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What the command line asks for. `argv` are its words, for run.json and for the advice how to resume.
+
+    After `stop_after_s` seconds of conversations the run stops, as after Ctrl-C.
+    """
+
+    tasks: Path
+    out: Path
+    config: Config
+    limit: int | None
+    resume: bool
+    force: bool
+    validate: bool
+    argv: Sequence[str]
+    stop_after_s: float | None = None
+
+    @property
+    def resume_command(self) -> str:
+        """The command that resumes this run."""
+        return command_line(self.argv if self.resume else [*self.argv, "--resume"])
+
+
+def run(request: RunRequest, console: Console) -> int:
+    """Runs the tasks into the run folder; returns the exit code.
+
+    Raises the packages' own errors for a user's mistake.
+    """
+    plan = prepare_run(request)
+    for note in plan.notes:
+        say(console, f"note: {note}")
+    with open_folder(plan) as folder:
+        progress = Progress(total=plan.target)
+        if request.resume:
+            _count_earlier(plan, progress)
+        if len(folder.done & plan.asked) >= plan.target:
+            folder.close(counts(progress))
+            say(console, f"nothing to do: all {plan.target} conversations are in {request.out}")
+            return DONE
+        return run_missing(plan, folder, progress, console)
+
+
+# ---------------------------------------------------------------------- prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that can start: its parts are loaded and its rows are checked.
+
+    `asked` are the (task, sample) pairs, `target` how many of them the run waits for.
+    """
+
+    request: RunRequest
+    parts: Parts
+    asked: frozenset[tuple[str, int]]
+    target: int
+    notes: tuple[str, ...]
+
+
+def prepare_run(request: RunRequest) -> Plan:
+    """Loads and checks everything that needs no engine. Reads the task file once, whole.
+
+    A new start gets a new seed: the same seed would sample the same conversations again.
+    """
+    if request.resume:
+        request = replace(request, config=fresh_seed(request.config, request.out))
+    config = request.config
+    tools, interactions = config_tools(config), config_interactions(config)
+    rows = _RowChecks(tools or {}, interactions)
+    samples = range(config.n(request.validate))
+    asked = frozenset(
+        (task.id, sample)
+        for task in read_tasks(request.tasks, request.limit, rows.check)
+        for sample in samples
+    )
+    parts = prepare(config, tools, interactions)
+    return Plan(request, parts, asked, enough_of(len(asked), config), tuple(rows.notes()))
+
+
+def enough_of(conversations: int, config: Config) -> int:
+    """How many conversations a run waits for: all but the share `over_sample_rate` (verl's formula)."""
+    return max(1, int(conversations * (1 - config.rollout.over_sample_rate)))
+
+
+class _RowChecks:
+    """Checks the tools and interactions that rows choose against those of the run."""
+
+    def __init__(self, offered: Collection[str], interactions: Interactions | None) -> None:
+        self._offered = offered
+        self._interactions = interactions
+        self._unknown_tools: dict[str, None] = {}
+        self._without_user = 0
+
+    def check(self, task: Task) -> None:
+        """Raises TaskError if the row chooses tools and none of them is there, or an unknown interaction."""
+        if task.interaction_kwargs:
+            if self._interactions is None:
+                self._without_user += 1
+            else:
+                self._interactions.chosen(task.interaction_kwargs)
+        unknown = [name for name in task.tools_kwargs if name not in self._offered]
+        if unknown and len(unknown) == len(task.tools_kwargs):
+            raise TaskError(
+                f"the row chooses the tools {', '.join(unknown)}, but {self._offer()}; give a tool "
+                "config that has them (--tools FILE), or take tools_kwargs and tool_selection "
+                "out of the row"
+            )
+        self._unknown_tools.update(dict.fromkeys(unknown))
+
+    def _offer(self) -> str:
+        if not self._offered:
+            return "this run has no tools"
+        return f"the tool config offers {', '.join(self._offered)}"
+
+    def notes(self) -> Iterator[str]:
+        """What the user should know about rows that can be run."""
+        if self._unknown_tools:
+            yield (
+                f"some rows choose the tools {', '.join(self._unknown_tools)}, which the tool "
+                "config does not have: they are not offered"
+            )
+        if self._without_user:
+            yield (
+                f"{self._without_user} rows have interaction_kwargs, but this run has no "
+                "interactions: no user answers there; rollout.multi_turn.interaction_config_path "
+                "names the interactions"
+            )
+
+
+# ---------------------------------------------------------------------- open
+
+
+def open_folder(plan: Plan) -> RunFolder:
+    """The run folder, new or resumed, with its run.json."""
+    request = plan.request
+    manifest = run_manifest(
+        plan.parts,
+        request.tasks,
+        limit=request.limit,
+        validate=request.validate,
+        argv=request.argv,
+    )
+    if request.resume:
+        return RunFolder.resume(request.out, manifest, force=request.force)
+    return RunFolder.create(request.out, manifest)
+
+
+def _count_earlier(plan: Plan, progress: Progress) -> None:
+    """Counts the trajectories that are in the run folder already."""
+    folder = plan.request.out
+    if (folder / TRAJECTORIES).exists():
+        for trajectory in read_trajectories(folder):
+            if (trajectory.task_id, trajectory.sample) in plan.asked:
+                progress.count(trajectory)
+
+
+# ---------------------------------------------------------------------- run
+
+
+class _StoppedError(Exception):
+    """`stop_after_s` is over."""
+
+
+def run_missing(plan: Plan, folder: RunFolder, progress: Progress, console: Console) -> int:
+    """Runs the conversations that are not in the folder, closes it and sums up; returns the exit code."""
+    request = plan.request
+    try:
+        with sigterm_as_interrupt(), _started(plan, folder, progress, console) as session:
+            in_flight = getattr(session.engine, "tokens_in_flight", None)
+            with Display(progress, console, in_flight) as display:
+                gc.collect()
+                gc.freeze()  # the garbage collector skips what is loaded by now
+                session.run(_conversations(plan, session, folder, progress), poll=display.refresh)
+                wall_s = display.wall_s
+    except KeyboardInterrupt as interrupt:
+        folder.close(counts(progress))
+        say(console, _cut_short(request, progress, "interrupted"))
+        return exit_code(interrupt)
+    except _StoppedError:
+        folder.close(counts(progress))
+        say(console, _cut_short(request, progress, f"stopped after {request.stop_after_s:g} s"))
+        return INCOMPLETE
+    folder.close(counts(progress))
+    return _sum_up(request, progress, wall_s, console)
+
+
+@contextmanager
+def _started(
+    plan: Plan, folder: RunFolder, progress: Progress, console: Console
+) -> Iterator[Session]:
+    """The session. If the engine does not start, a new folder holds no run, a resumed one what it held."""
+    request = plan.request
+    try:
+        save_tokenizer(request.out, plan.parts.template.tokenizer)
+        log = request.out / "engine.log"
+        say(console, starting(request.config, log))
+        session = Session(plan.parts, validate=request.validate, log_path=log)
+    except BaseException:
+        _forget(request, folder, progress)
+        raise
+    with session:
+        try:
+            _note_served(request, session, folder, console)
+        except BaseException:
+            _forget(request, folder, progress)
+            raise
+        yield session
+
+
+def _forget(request: RunRequest, folder: RunFolder, progress: Progress) -> None:
+    if request.resume:
+        folder.close(counts(progress))
+    else:
+        (request.out / RUN).unlink(missing_ok=True)
+
+
+def _note_served(
+    request: RunRequest, session: Session, folder: RunFolder, console: Console
+) -> None:
+    """Writes into run.json what the servers serve.
+
+    Raises RunFolderError if a resumed run was made with another model, or with other weights.
+    """
+    if not isinstance(session.engine, SGLangServerEngine):
+        return
+    served, earlier = session.engine.served(), folder.manifest.get("served") or {}
+    if "model_path" not in served:
+        say(
+            console,
+            "note: the server does not report its model, so it cannot be compared with model_path",
+        )
+    differences = [
+        f"{key} was {earlier[key]}, is {served[key]}"
+        for key in served
+        if key in earlier and earlier[key] != served[key]
+    ]
+    if differences and not request.force:
+        raise RunFolderError(
+            f"{request.out} was made with another model: the server's {'; '.join(differences)}; "
+            "use --force to continue"
+        )
+    folder.note("served", {**earlier, **served})
+
+
+async def _conversations(
+    plan: Plan, session: Session, folder: RunFolder, progress: Progress
+) -> None:
+    request = plan.request
+    deadline = asyncio.timeout(request.stop_after_s)
+    try:
+        async with deadline:
+            await run_tasks(
+                read_tasks(request.tasks, request.limit),
+                session.runtime,
+                n=request.config.n(request.validate),
+                max_concurrent=request.config.rollout.max_num_seqs,
+                target=plan.target,
+                unfinished=folder.unfinished,
+                store=folder,
+                progress=progress,
+            )
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise _StoppedError from error
+
+
+# ---------------------------------------------------------------------- sum up
+
+
+def _sum_up(request: RunRequest, progress: Progress, wall_s: float, console: Console) -> int:
+    say(console, summary(progress, request.out, wall_s))
+    problem = shortfall(progress)
+    if not problem:
+        return DONE
+    say(console, f"{problem}; run them again with: {request.resume_command}")
+    return INCOMPLETE
+
+
+def _cut_short(request: RunRequest, progress: Progress, how: str) -> str:
+    file = request.out / UNFINISHED
+    unfinished = sum(1 for _ in file.open("rb")) if file.exists() else 0
+    return (
+        f"{how}: {progress.done} of {progress.total} conversations are in {request.out}, "
+        f"{unfinished} unfinished ones beside them; resume with: {request.resume_command}"
+    )
