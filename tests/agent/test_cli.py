@@ -108,11 +108,11 @@ def test_help_imports_nothing_heavy() -> None:
         ),
         (
             ["run", "tasks.jsonl", "--out", "run", "--tools", "./none.yaml"],
-            "error: --tools ./none.yaml: there is no such file",
+            "error: --tools ./none.yaml: no such file",
         ),
         (
             ["run", "tasks.jsonl", "--out", "run", "--tools", "none.yaml"],
-            "error: --tools none.yaml: there is no such file",
+            "error: --tools none.yaml: no such file",
         ),
         (
             ["run", "tasks.jsonl", "--out", "run", "--resume", "--set", "model_path=smollm2-base"],
