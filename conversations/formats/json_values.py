@@ -90,16 +90,16 @@ def checked_call(
     if not isinstance(arguments, dict):
         reason = f'"arguments" must be a JSON object, not {kind(arguments)}'
         return MalformedToolCall(block, f"{reason}; {hint}", name)
-    if (flaw := unstorable(name, arguments, block)) is not None:
+    if (flaw := unstorable(arguments, block) or unstorable(name, block)) is not None:
         return MalformedToolCall(block, f"{flaw}; {hint}", name)
     return ToolCall(name, arguments, block, call_id or None)
 
 
-def unstorable(name: str, arguments: dict[str, Any], block: str) -> str | None:
-    """Why a record cannot hold these arguments, None if it can."""
-    if block.count("{") + block.count("[") > MAX_DEPTH and _depth(arguments) > MAX_DEPTH:
+def unstorable(value: object, text: str) -> str | None:
+    """Why a record cannot hold a value that was read from this text, None if it can."""
+    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         return f"nested more than {MAX_DEPTH} deep"
-    if "\\u" in block and not _is_encodable([name, arguments]):
+    if ("\\u" in text or "\\U" in text) and not _is_encodable(value):
         return "a string holds half of a surrogate pair"
     return None
 
@@ -156,6 +156,17 @@ def written_name(block: str, key: str = "name") -> str | None:
     return None
 
 
+def whole_value(text: str) -> object:
+    """The JSON value that is the whole text, blanks around it aside. Raises InvalidJsonError."""
+    try:
+        value: object = _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidJsonError(_reason(error, of="the value")) from error
+    if (reason := unstorable(value, text)) is not None:
+        raise InvalidJsonError(reason)
+    return value
+
+
 def kind(value: object) -> str:
     """What a JSON value other than an object is, with its article."""
     return _KINDS.get(type(value), "a number")
@@ -196,10 +207,10 @@ def _ends_in_string(error: json.JSONDecodeError) -> bool:
     )
 
 
-def _reason(error: Exception, start: int = 0) -> str:
+def _reason(error: Exception, start: int = 0, of: str = "the call") -> str:
     if isinstance(error, json.JSONDecodeError):
         position = error.pos - start
-        place = f"{error.msg.removesuffix(' at')} at character {position} of the call"
+        place = f"{error.msg.removesuffix(' at')} at character {position} of {of}"
         if error.msg.startswith("Invalid control character"):
             place += r" (inside a string write \n for a newline and \t for a tab)"
         return f"not valid JSON: {place}"

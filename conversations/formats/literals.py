@@ -1,57 +1,34 @@
-"""Values as models write them: strict JSON, Python literals, and Gemma's own quotes.
+"""Values that are not JSON: what Python prints, and strings in a format's own quotes.
 
-JSON is strict: no NaN or Infinity, no number, nesting or string that JSON and Python cannot both
-hold. Every function raises ValueError with a reason for the model, and nothing else. Linear time.
+As strict as JSON is in `json_values.py`, on top of which this stands: a value that a record cannot
+hold is refused. Everything here raises LiteralError with a reason, and nothing else. Linear time.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-MAX_DEPTH = 64
-"""Deeper values are refused: what walks them (schema checks, JSON writers) recurses."""
-
-
-def read_json(text: str) -> Any:
-    """The JSON value that is the whole text, blanks around it aside."""
-    try:
-        value = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg.removesuffix(' at')} at character {error.pos}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(_short(error)) from None
-    check_json(text, value)
-    return value
-
-
-def check_json(text: str, value: Any) -> None:
-    """Raises ValueError if a value that was read from `text` is too deep or holds half of a
-    surrogate pair."""
-    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
-    if "\\u" in text or "\\U" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a string holds half of a surrogate pair") from None
-
+from conversations.formats.json_values import MAX_DEPTH, unstorable
 
 ReadString = Callable[[str, int], tuple[str, int]]
-"""Reads the string that opens at a position of a text, returns it and where it ends. Raises
-ValueError."""
+"""Reads the string that opens at a position of a text, returns it and where it ends."""
+
+
+class LiteralError(ValueError):
+    """The text is no value from `position` on. The message is the reason for the model."""
+
+    def __init__(self, reason: str, position: int) -> None:
+        super().__init__(reason)
+        self.position = position
 
 
 @dataclass(frozen=True, slots=True)
 class Literals:
-    """A grammar of values: numbers, `true/false/null`, `True/False/None`, lists, objects, and
-    strings.
+    """A grammar of values: numbers, JSON's and Python's words, lists, objects, strings.
 
     `bare_key` finds a key without quotes; without it keys are strings.
     """
@@ -63,14 +40,15 @@ class Literals:
         """The value that is the whole text, blanks around it aside."""
         value, end = self.read_at(text, _space(text, 0))
         if _space(text, end) < len(text):
-            raise ValueError(f"more text after the value at character {end}")
-        check_json(text, value)
+            raise LiteralError("expected nothing after the value", end)
+        if (reason := unstorable(value, text)) is not None:
+            raise LiteralError(reason, 0)
         return value
 
     def read_at(self, text: str, position: int, depth: int = 0) -> tuple[Any, int]:
         """The value at a position, and where it ends."""
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+            raise LiteralError(f"nested more than {MAX_DEPTH} deep", position)
         if text.startswith("{", position):
             return self._object(text, position + 1, depth + 1)
         if text.startswith("[", position):
@@ -90,9 +68,9 @@ class Literals:
             key, position = self._key(text, position)
             position = _space(text, position)
             if not text.startswith(":", position):
-                raise ValueError(f"expected ':' at character {position}")
+                raise LiteralError("expected ':'", position)
             if key in members:
-                raise ValueError(f"the key {key[:40]!r} is given twice")
+                raise LiteralError(f"the key {key[:40]!r} is given twice", position)
             members[key], position = self.read_at(text, _space(text, position + 1), depth)
             position, closed = _next_item(text, position, "}")
             if closed:
@@ -116,17 +94,15 @@ class Literals:
 
 
 def python_string(text: str, position: int) -> tuple[str, int]:
-    """A string in single or double quotes, as Python writes it."""
+    """A string in single or double quotes, as Python writes it. An unknown escape stays."""
     string = _PYTHON_STRING.match(text, position)
     if string is None:
-        raise ValueError(f"expected a value at character {position}")
-    return unescape(string.group("body")), string.end()
-
-
-def unescape(body: str) -> str:
-    """The text of a Python string literal's body. An unknown escape keeps its backslash, as in
-    Python."""
-    return _ESCAPE.sub(_escaped, body) if "\\" in body else body
+        raise LiteralError("expected a value", position)
+    body = string.group("body")
+    try:
+        return (_ESCAPE.sub(_escaped, body) if "\\" in body else body), string.end()
+    except ValueError as error:
+        raise LiteralError(str(error), position) from None
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -139,38 +115,26 @@ def _escaped(match: re.Match[str]) -> str:
     return _ESCAPES.get(code, "\\" + code)
 
 
-def _short(error: ValueError) -> str:
-    """Our own reason, or one line in place of Python's lesson on integers of more than 4,300
-    digits."""
-    text = str(error)
-    return "an integer has too many digits" if text.startswith("Exceeds") else text
-
-
 def _next_item(text: str, position: int, close: str) -> tuple[int, bool]:
     """The position after a comma or after the closing bracket, and whether it was the bracket."""
     position = _space(text, position)
     if text.startswith(close, position):
         return position + 1, True
     if not text.startswith(",", position):
-        raise ValueError(f"expected ',' or '{close}' at character {position}")
+        raise LiteralError(f"expected ',' or '{close}'", position)
     position = _space(text, position + 1)
     return (position + 1, True) if text.startswith(close, position) else (position, False)
 
 
 def _number(match: re.Match[str]) -> int | float:
     text = match.group()
-    return int(text) if match.group("fraction") == "" else _finite(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
+    try:
+        value = int(text) if match.group("fraction") == "" else float(text)
+    except ValueError:
+        raise LiteralError("an integer has too many digits", match.start()) from None
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is out of range")
+        raise LiteralError(f"the number {text[:40]} is out of range", match.start())
     return value
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _space(text: str, position: int) -> int:
@@ -179,21 +143,6 @@ def _space(text: str, position: int) -> int:
     return position
 
 
-def _depth(value: object) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [item for part in level for item in _items(part)]
-    return depth
-
-
-def _items(part: object) -> list[Any]:
-    if isinstance(part, dict):
-        return list(part.values())
-    return part if isinstance(part, list) else []
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
 _WORDS = {
     "true": True,
     "false": False,

@@ -12,6 +12,8 @@ from conversations.errors import CallFormatError
 from conversations.formats import (
     deepseek_v4,
     deepseek_v32,
+    functiongemma,
+    gemma4,
     glm45,
     hermes,
     minimax_m2,
@@ -28,6 +30,8 @@ FORMATS: tuple[CallFormat, ...] = (
     seed_oss.FORMAT,
     deepseek_v4.FORMAT,
     deepseek_v32.FORMAT,
+    gemma4.FORMAT,
+    functiongemma.FORMAT,
 )
 
 _BY_NAME = {name: each for each in FORMATS for name in (each.name, *each.aliases)}

@@ -30,7 +30,7 @@ rules:
 | other text between parameters | expected PARAMETER or CALL_CLOSE, got ... |
 | a call or a block without its end tag | expected CALL_CLOSE or BLOCK_CLOSE, got ... |
 | a parameter given twice | parameter 'x' is given twice |
-| a value that its schema cannot have | parameter 'x' must be integer in JSON (...) |
+| a value that its schema cannot have | parameter 'x' must be integer; not valid JSON: ... |
 
 Linear time: a value is searched no further than the next call that is not inside it, and tags are
 balanced once a turn.

@@ -21,7 +21,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from conversations.formats.format import Schema
-from conversations.formats.literals import PYTHON, read_json
+from conversations.formats.json_values import whole_value
+from conversations.formats.literals import PYTHON
 
 _ALL = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 _STRING = frozenset({"string"})
@@ -89,11 +90,11 @@ def _types_of_value(value: object) -> frozenset[str]:
 
 def _literal(text: str, types: frozenset[str]) -> Any:
     try:
-        return read_json(text)
+        return whole_value(text)
     except ValueError as error:
         reason = str(error)
     try:
         return PYTHON.read(text)
     except ValueError:
         wanted = " or ".join(sorted(types))
-        raise ValueError(f"must be {wanted} in JSON ({reason})") from None
+        raise ValueError(f"must be {wanted}; {reason}") from None

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversations.formats.literals import PYTHON, read_json
+from conversations.formats.json_values import whole_value
+from conversations.formats.literals import PYTHON
 from conversations.formats.values import read_value, types_of
 
 STRING, INTEGER, OBJECT = {"type": "string"}, {"type": "integer"}, {"type": "object"}
@@ -107,14 +108,14 @@ VALUES = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(VALUES)
 def test_json_and_what_python_prints_come_back(value: Any) -> None:
-    assert read_json(json.dumps(value)) == value
+    assert whole_value(json.dumps(value)) == value
     assert PYTHON.read(repr(value)) == value
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.text(alphabet="{}[]'\"\\,:1-.eE uxTrueNone\n"))
 def test_no_text_raises_anything_but_value_error(text: str) -> None:
-    for read in (PYTHON.read, read_json):
+    for read in (PYTHON.read, whole_value):
         with contextlib.suppress(ValueError):
             json.dumps(read(text), allow_nan=False).encode()
     assert read_value(text, STRING) == text
