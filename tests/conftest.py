@@ -83,7 +83,7 @@ def sglang_rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     A test that uses it says `pytest.mark.asyncio(loop_scope="session")`.
     """
-    from agent.engines.sglang import start
+    from agent.engines.start import start
     from agent.model.base import base_model_dir
 
     config = {

@@ -1,1 +1,4 @@
-"""Engines: what turns token ids into token ids. `engine.py` is the protocol, every other file one implementation."""
+"""Engines: what turns token ids into token ids.
+
+`engine.py` is the protocol, every other file one implementation.
+"""

@@ -1,6 +1,7 @@
 """A server's address and key, checked before anything is sent, and the httpx client for them.
 
-Invariant: what cannot be an address or a header is a ConfigError here, in one line that shows neither key nor password.
+Invariant: an invalid address or header is a ConfigError here, in one line that shows neither key
+nor password.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from tools.transport import AiohttpTransport
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
-"""Idle connections are dropped before the server does it (after 5 s), which would break the turn that takes one up then."""
+"""Idle connections are dropped before the server drops them (after 5 s), which would break a turn.
+"""
 
 
 def server_url(given: str) -> httpx.URL:
-    """The address without a slash at its end. Raises ConfigError where it is none."""
+    """The server URL without a trailing slash. Raises ConfigError if it is not a valid URL."""
     shown = f"rollout.server.urls: {without_userinfo(given)!r}"
     if not given.startswith(("http://", "https://")):
         raise ConfigError(f"{shown} must start with http:// or https://")
     try:
         url = httpx.URL(given.strip().rstrip("/"))
     except (httpx.InvalidURL, ValueError) as error:
-        raise ConfigError(f"{shown} is no address: {error}") from error
+        raise ConfigError(f"{shown} is not a valid URL: {error}") from error
     if not url.host or not 0 < (url.port or 1) < 1 << 16 or url.query or url.fragment:
         raise ConfigError(
             f"{shown} must be an address like http://HOST:30000, with nothing after its path"
@@ -37,12 +39,13 @@ def server_url(given: str) -> httpx.URL:
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
-    """The header that carries the key, blanks around it left out: a file's last newline is no part of it."""
+    """The header with the key, without blanks around it, such as a file's last newline."""
     if not api_key or not (key := api_key.strip()):
         return {}
     if not key.isascii() or not key.isprintable():
         raise ConfigError(
-            "rollout.server.api_key (or SGLANG_API_KEY) holds characters that no HTTP header can carry; was it cut out whole?"
+            "rollout.server.api_key (or SGLANG_API_KEY) holds characters that no HTTP header can "
+            "carry; copy the key again"
         )
     return {"Authorization": f"Bearer {key}"}
 
@@ -54,7 +57,10 @@ def client(
     context: ssl.SSLContext,
     size: int,
 ) -> httpx.AsyncClient:
-    """A client of at most `size` connections, by the environment's proxy. Raises ConfigError for one that cannot be used."""
+    """A client of at most `size` connections, through the environment's proxy if it names one.
+
+    Raises ConfigError if that proxy cannot be used.
+    """
     transport = AiohttpTransport(
         connections=size, keepalive_s=KEEPALIVE_S, context=context, proxy=_proxy(url)
     )
@@ -62,17 +68,15 @@ def client(
 
 
 def proxied(url: httpx.URL) -> str:
-    """What an error should add where a proxy of the environment stands before the server; else nothing."""
-    proxy = _proxy(url)
-    return (
-        f" (by way of the environment's proxy {without_userinfo(proxy)}; NO_PROXY={url.host} goes past it)"
-        if proxy
-        else ""
-    )
+    """The end of an error message if a proxy of the environment stands before the server."""
+    if not (proxy := _proxy(url)):
+        return ""
+    shown = without_userinfo(proxy)
+    return f" (through the environment's proxy {shown}; NO_PROXY={url.host} avoids it)"
 
 
 def _proxy(url: httpx.URL) -> str | None:
-    """The proxy that the environment names for the address. Raises ConfigError for one that is no HTTP proxy."""
+    """The environment's proxy for the address. Raises ConfigError if it is not an HTTP proxy."""
     with contextlib.suppress(OSError):  # a name that cannot be looked up
         proxies = urllib.request.getproxies()
         proxy = proxies.get(url.scheme) or proxies.get("all")
@@ -81,7 +85,8 @@ def _proxy(url: httpx.URL) -> str | None:
             if not proxy.startswith(("http://", "https://")):
                 shown = without_userinfo(proxy)
                 raise ConfigError(
-                    f"rollout.server.urls: the environment's proxy {shown} is no HTTP proxy; NO_PROXY={url.host} goes past it"
+                    f"rollout.server.urls: the environment's proxy {shown} is not an HTTP proxy; "
+                    f"NO_PROXY={url.host} avoids it"
                 )
             return proxy
     return None

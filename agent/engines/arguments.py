@@ -1,7 +1,8 @@
-"""From verl's rollout keys to SGLang 0.5.5's server arguments, and the environment its processes start in.
+"""From verl's rollout keys to SGLang's server arguments, and the environment its processes start
+in.
 
-`SGLangRollout` passes on only some of the keys and assumes a GPU; this is what it leaves out. What a user writes
-under `engine_kwargs.sglang` always wins.
+`SGLangRollout` passes on only some of the keys and assumes a GPU; these are the rest. A value under
+`engine_kwargs.sglang` always wins.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 CONTEXT_SLACK = 8
-"""SGLang keeps some positions of the context for itself: asked for this many more, all of `max_model_len` can be used."""
+"""SGLang keeps some positions of the context for itself; with so many more all of `max_model_len`
+is usable.
+"""
 CPU_KV_TOKENS = 65536
-"""At most so much KV cache on a CPU, whose memory SGLang would otherwise take a share of: 1.5 GB for SmolLM2-135M."""
+"""The most KV cache on a CPU, 1.5 GB for SmolLM2-135M; SGLang would take a share of all memory."""
 
 
 def server_args(rollout: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
-    """The arguments to add to those of `SGLangRollout`, from a complete rollout config (verl's names)."""
+    """The arguments to add to those of `SGLangRollout`. `rollout` has all of verl's keys."""
     batched = rollout["max_num_batched_tokens"]
     args = {
         "context_length": rollout["max_model_len"] + CONTEXT_SLACK,
@@ -52,11 +55,11 @@ def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start_variables(*, cuda: bool) -> dict[str, str]:
-    """What the engine's processes need in their environment; a value the user has set stays."""
+    """Environment variables for the engine's processes; a value that the user has set stays."""
     wanted = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if not cuda:
-        # torch.compile would spend half a minute on the first call; threads that spin while they wait for each other
-        # make a busy machine ten times slower.
+        # torch.compile would spend half a minute on the first call. Threads that spin while they
+        # wait for each other make a busy machine ten times slower.
         wanted |= {
             "SGLANG_USE_CPU_ENGINE": "1",
             "TORCH_COMPILE_DISABLE": "1",
@@ -66,13 +69,19 @@ def start_variables(*, cuda: bool) -> dict[str, str]:
 
 
 def longer_context() -> dict[str, str]:
-    """Without it SGLang refuses a context longer than the model's; ours is longer by the slack only, which is never filled."""
+    """The variable that allows a context longer than the model's.
+
+    Ours is longer by `CONTEXT_SLACK` only, which is never filled.
+    """
     return {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets the variables for as long as an engine starts: its processes inherit them, the user's later ones do not."""
+    """Sets the variables while an engine starts.
+
+    Its processes inherit them; processes that the user starts later do not.
+    """
     before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
     try:

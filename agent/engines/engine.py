@@ -1,6 +1,7 @@
 """The engine protocol: token ids in, token ids and log-probs out. An engine never sees text.
 
-Invariant: what `generate` returns is exactly what was sampled. An engine that cannot say so raises `EngineError`.
+Invariant: `generate` returns exactly what was sampled. An engine that cannot do so raises
+`EngineError`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 SamplingParams = Mapping[str, Any]
-"""SGLang's own names: temperature, top_p, top_k, min_p, max_new_tokens, stop_token_ids, ignore_eos, ..."""
+"""SGLang's own names: temperature, top_p, top_k, min_p, max_new_tokens, stop_token_ids, ignore_eos,
+...
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One assistant turn as the engine sampled it.
 
-    `token_ids` [T] and `logprobs` [T] belong together, the end token included when it was sampled;
+    `token_ids` [T] and `logprobs` [T] belong together, the end token included if it was sampled;
     log-probs are those of the temperature-scaled distribution, as returned.
     `finish_reason` is the engine's: "stop", "length" or "abort".
-    `prompt_tokens` and `cached_tokens` count tokens, times are seconds; None where the engine does not tell.
-    `resumed` is the record's (see `Turn`), of a turn played back.
+    `prompt_tokens` and `cached_tokens` count tokens, times are seconds; None if the engine does not
+    report them. `resumed` is the record's (see `Turn`), of a turn played back.
     """
 
     token_ids: list[int]
@@ -37,9 +40,9 @@ class Generation:
 
 
 class Interrupted(asyncio.CancelledError):
-    """A cancelled generation of which something had been sampled: `generation`, its finish reason "abort".
+    """A generation that was cancelled after some tokens: `generation`, its finish reason "abort".
 
-    Whoever catches it goes on with a plain CancelledError: `asyncio.timeout` knows no other.
+    Code that catches it must raise a plain CancelledError: `asyncio.timeout` knows no other.
     """
 
     def __init__(self, generation: Generation) -> None:
@@ -48,7 +51,7 @@ class Interrupted(asyncio.CancelledError):
 
 
 class Engine(Protocol):
-    """What a conversation asks of an engine, and nothing else."""
+    """All that a conversation asks of an engine."""
 
     def describe(self) -> dict[str, Any]:
         """Name, model and versions, for the record's `engine` field. JSON values only."""
@@ -59,15 +62,15 @@ class Engine(Protocol):
     ) -> Generation:
         """Samples one turn after `prompt_ids`.
 
-        `prompt_ids` is the conversation's own live sequence: read it before the call returns, never keep it.
-        `request_id` is a fixed-length uuid4 hex, used once. When cancelled, aborts the request in the engine and
-        raises `CancelledError`: `Interrupted`, with what was sampled by then, where the engine tells in time.
-        Raises `EngineError` when the engine failed.
+        `prompt_ids` is the conversation's own live sequence: read it before the first await, never
+        keep it. `request_id` is a fixed-length uuid4 hex, used once. If cancelled, aborts the
+        request in the engine and raises `CancelledError`: `Interrupted`, with the tokens sampled so
+        far, if the engine reports them in time. Raises `EngineError` if the engine failed.
         """
         ...
 
     async def abort(self, request_id: str) -> None:
-        """Stops a running or queued request; unknown ids are ignored."""
+        """Stops a running or queued request; an unknown id is ignored."""
         ...
 
     async def close(self) -> None:

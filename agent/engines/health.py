@@ -1,6 +1,6 @@
-"""Whether an SGLang server is well and what it serves; where it is not, why, in one line.
+"""Whether an SGLang server is well and what it serves; if it is not well, why, in one line.
 
-Invariant: `/generate` is asked for no tokens here. A router that does not say what it serves is well all the same.
+Invariant: no tokens are sampled here. A router that does not report its model is well all the same.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import httpx
 from agent.config.secrets import without_userinfo
 
 INFO_PATHS = ("/get_server_info", "/get_model_info")
-"""Where a server says what it serves. A router may have one, the other or neither."""
+"""The paths at which a server reports its model. A router may have one, the other or neither."""
 INFO_KEYS = ("model_path", "version", "dtype", "weight_version")
 _NOT_THERE = (404, 405, 501)
 
 
 class NotReadyError(Exception):
-    """The server is not there, not well, or none of SGLang's."""
+    """The server is not there, not well, or not an SGLang server."""
 
 
 async def what_it_serves(client: httpx.AsyncClient) -> dict[str, Any]:
-    """Those of INFO_KEYS that the server tells, once it is well. Raises NotReadyError."""
+    """Those of INFO_KEYS that the server reports, once it is well. Raises NotReadyError."""
     await _get(client, "/health")
     for path in INFO_PATHS:
         answer = await _get(client, path, *_NOT_THERE)
         if answer.is_success:
             return _info(path, answer)
-    if (
-        await _get(client, "/generate", *_NOT_THERE)
-    ).status_code == 404:  # it is for POST: 405 where it is there
-        raise NotReadyError("it has no /generate, so it is no SGLang server")
+    answer = await _get(client, "/generate", *_NOT_THERE)
+    if answer.status_code == 404:  # an SGLang server answers 405, because it is for POST
+        raise NotReadyError("it has no /generate, so it is not an SGLang server")
     return {}
 
 
@@ -47,16 +46,14 @@ async def _get(client: httpx.AsyncClient, path: str, *allowed: int) -> httpx.Res
 
 def _info(path: str, answer: httpx.Response) -> dict[str, Any]:
     try:
-        told = answer.json()
+        reported = answer.json()
     except (ValueError, RecursionError) as error:
         raise NotReadyError(
-            f"GET {path} was answered with no JSON but {answer.text[:200]!r}; is that an SGLang server?"
+            f"GET {path} returned {answer.text[:200]!r} instead of JSON; is that an SGLang server?"
         ) from error
-    return (
-        {key: told[key] for key in INFO_KEYS if isinstance(told.get(key), str)}
-        if isinstance(told, dict)
-        else {}
-    )
+    if not isinstance(reported, dict):
+        return {}
+    return {key: reported[key] for key in INFO_KEYS if isinstance(reported.get(key), str)}
 
 
 def reason(error: httpx.HTTPError) -> str:
@@ -69,7 +66,7 @@ def reason(error: httpx.HTTPError) -> str:
 
 
 def refusal(response: httpx.Response) -> str:
-    """An answer that is not what was asked for, in one line and in the server's own words."""
+    """An answer with an error status, in one line and in the server's own words."""
     said = _message(response)
     if response.has_redirect_location:
         said = f"a redirect to {without_userinfo(response.headers['location'])}; redirects are not followed"

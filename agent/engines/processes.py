@@ -1,12 +1,14 @@
-"""SGLang's child processes: started apart from the terminal, watched, and explained in one line when one dies.
+"""SGLang's child processes: started apart from the terminal, watched, their death explained in one
+line.
 
-SGLang starts children through `multiprocessing` and expects a failing child to kill its parent; a child that was
-killed itself leaves the parent waiting for ever. `Children` stands in for that module while an engine starts. With
-it a child's death is an `EngineStartError` at start and an `EngineError` for whatever waits later, and no signal
-handler of the user's process is touched.
+SGLang starts children through `multiprocessing` and expects a failing child to kill its parent; a
+child that was killed itself leaves the parent waiting for ever. `Children` stands in for that
+module while an engine starts. A child's death is then an `EngineStartError` at start and an
+`EngineError` for every request that waits later, and no signal handler of the user's process is
+touched.
 
-Children leave the terminal's process group (Ctrl-C is for the parent to handle), do not import the user's
-`__main__` again (a script needs no `if __name__ == "__main__"`), and write to a log file.
+Children leave the terminal's process group (Ctrl-C is for the parent to handle), do not import the
+user's `__main__` again (a script needs no `if __name__ == "__main__"`), and write to a log file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -32,30 +34,35 @@ T = TypeVar("T")
 _ADVICE = (
     (
         r"Not enough memory\. Please try to increase|Memory pool size is too small",
-        "rollout.gpu_memory_utilization leaves no room for the KV cache after the weights: raise it, or rollout.tensor_model_parallel_size",
+        "rollout.gpu_memory_utilization leaves no room for the KV cache after the weights: "
+        "raise it, or rollout.tensor_model_parallel_size",
     ),
     (
         r"CUDA out of memory|OutOfMemoryError",
-        "CUDA out of memory: lower rollout.gpu_memory_utilization or rollout.max_model_len, raise rollout.tensor_model_parallel_size, "
-        "or free the GPU (`nvidia-smi` shows who holds it)",
+        "CUDA out of memory: lower rollout.gpu_memory_utilization or rollout.max_model_len, "
+        "raise rollout.tensor_model_parallel_size, or free the GPU (`nvidia-smi` shows who holds it)",
     ),
     (
         r"libnvrtc",
-        "CUDA's runtime compiler is missing: `pip install nvidia-cuda-nvrtc-cu12` or put its folder on LD_LIBRARY_PATH",
+        "CUDA's runtime compiler is missing: `pip install nvidia-cuda-nvrtc-cu12` "
+        "or put its folder on LD_LIBRARY_PATH",
     ),
     (
         r"Address already in use|EADDRINUSE",
         "a port is taken: stop the other engine, or set SGLANG_PORT to a free one",
     ),
 )
-_KILLED = "it was killed from outside, most likely because the machine ran out of memory: free some, or lower max_model_len"
+_KILLED = (
+    "it was killed from outside, most likely because the machine ran out of memory: "
+    "free some, or lower max_model_len"
+)
 _ERROR_LINE = re.compile(r"^\w*(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)
 
 
 class Children:
-    """The processes of one engine, and the sockets it talks to them through.
+    """The processes of one engine, and the sockets that connect it to them.
 
-    `log_path` receives what they print; None lets them print.
+    `log_path` receives their output; None leaves it with this process's.
     """
 
     def __init__(self, log_path: Path | None = None) -> None:
@@ -67,17 +74,25 @@ class Children:
         self._end_reason: str | None = None
         self._waiting: set[asyncio.Future[None]] = set()
 
-    def Process(self, target: Callable[..., Any], args: tuple[Any, ...]) -> SpawnProcess:  # noqa: N802 - multiprocessing's own name
-        """A process that runs `target` apart from the terminal, started by SGLang."""
+    def Process(  # noqa: N802 - multiprocessing's own name
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> SpawnProcess:
+        """A process that runs `target` apart from the terminal, for SGLang to start.
+
+        The detokenizer is never started if the engine has no tokenizer: nothing is ever sent to it.
+        """
         name = f"{target.__module__}:{target.__qualname__}"
-        process = _Child(target=run_child, args=(name, self.log_path, *args))
-        if target.__name__ == "run_detokenizer_process" and args[0].skip_tokenizer_init:
-            process.start = lambda: None  # type: ignore[method-assign, assignment]  # nothing is ever sent to it
+        is_idle = target.__name__ == "run_detokenizer_process" and args[0].skip_tokenizer_init
+        kind = _IdleChild if is_idle else _Child
+        process = kind(target=run_child, args=(name, self.log_path, *args), kwargs=kwargs or {})
         self._processes.append(process)
         return process
 
     def Pipe(self, duplex: bool = True) -> tuple[Any, Any]:  # noqa: N802 - multiprocessing's own name
-        """A pipe whose first end notices when a child dies before it has written."""
+        """A pipe whose first end notices if a child dies before it has written."""
         reader, writer = connection.Pipe(duplex)
         return _WatchedReader(reader, self), writer
 
@@ -85,23 +100,22 @@ class Children:
         """Children are spawned whatever the process default is."""
 
     def sentinels(self) -> list[int]:
-        """A file descriptor per child, readable when it has ended."""
+        """A file descriptor for each child, readable once it has ended."""
         return [process.sentinel for process in self._started()]
 
     def _started(self) -> list[_Child]:
         return [process for process in self._processes if process.pid is not None]
 
     def wait_for(self, reader: Any) -> None:
-        """Returns when `reader` has something to read. Raises EngineStartError when a child ended first."""
+        """Returns once `reader` can be read. Raises EngineStartError if a child ends first."""
         if reader not in connection.wait([reader, *self.sentinels()]):
             raise EngineStartError(f"the engine did not start: {self.why_ended()}")
 
     def why_ended(self) -> str:
-        """One line about the child that ended first: its reason in plain words, and where its log is."""
+        """One line about the child that ended first: the reason in plain words, and the log's path."""
         for process in self._started():
-            process.join(
-                timeout=1 if process.sentinel in connection.wait(self.sentinels(), timeout=0) else 0
-            )
+            has_ended = process.sentinel in connection.wait(self.sentinels(), timeout=0)
+            process.join(timeout=1 if has_ended else 0)
         codes = [process.exitcode for process in self._started() if process.exitcode is not None]
         text = self._printed()
         return explain(text, codes[0] if codes else None) + (
@@ -109,13 +123,16 @@ class Children:
         )
 
     def _printed(self) -> str:
-        """What these children have printed; the log may hold an earlier engine's words too."""
+        """The output of these children; an earlier engine's may stand before it in the log."""
         if not self.log_path or not self.log_path.exists():
             return ""
         return self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
 
     def watch(self) -> None:
-        """Binds the children to the running event loop, which notices their end. Raises RuntimeError on another loop."""
+        """Binds the children to the running event loop, which notices their end.
+
+        Raises RuntimeError on another loop.
+        """
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
@@ -123,13 +140,14 @@ class Children:
                 loop.add_reader(sentinel, lambda: self.end(self.why_ended()))
         if self._loop is not loop:
             raise RuntimeError(
-                "an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine"
+                "an SGLang engine serves one event loop, that of its first generate: "
+                "use that one, or start another engine"
             )
 
     async def answer(self, task: asyncio.Task[T]) -> T:
-        """The task's result, or EngineError when a child has ended first: then nobody is left to answer.
+        """The task's result. Raises EngineError if a child ends first: then no answer can come.
 
-        Cancelling this leaves the task alone.
+        Cancelling this does not cancel the task.
         """
         self.watch()
         waiter = asyncio.get_running_loop().create_future()
@@ -146,7 +164,10 @@ class Children:
         return task.result()
 
     def end(self, reason: str) -> None:
-        """Makes whatever waits, now or later, fail with `reason`; the first one counts. Call it on the engine's loop."""
+        """Fails every request, now or later, with `reason`; the first reason counts.
+
+        Call it on the engine's loop.
+        """
         if self._end_reason is not None:
             return
         self._end_reason = reason
@@ -157,11 +178,14 @@ class Children:
             _wake(waiter)
 
     def stop(self) -> None:
-        """Kills the children and theirs, waits for them and closes the sockets. Safe to call twice."""
+        """Kills the children and theirs, waits for them and closes the sockets.
+
+        Safe to call twice.
+        """
         import psutil
 
         for socket in self.sockets:
-            socket.close()  # pyzmq waits for ever at exit for one that is open
+            socket.close()  # at exit pyzmq would wait for ever for one that is open
         for process in self._started():
             with contextlib.suppress(psutil.NoSuchProcess):
                 for descendant in psutil.Process(process.pid).children(recursive=True):
@@ -182,10 +206,25 @@ class _Child(SpawnProcess):
             super().start()
 
 
+class _IdleChild(_Child):
+    def start(self) -> None:
+        """Starts nothing."""
+
+
 class _WatchedReader:
+    """The reading end of a pipe; other methods than these are the end's own."""
+
     def __init__(self, reader: Any, children: Children) -> None:
         self._reader = reader
         self._children = children
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        """Waits, whatever the time-out: a child's death ends the wait."""
+        self._children.wait_for(self._reader)
+        return True
 
     def recv(self) -> Any:
         self._children.wait_for(self._reader)
@@ -198,7 +237,7 @@ class _WatchedReader:
 
 
 def explain(log: str, exit_code: int | None) -> str:
-    """What went wrong and what to do, from what a child printed and its exit code (negative: a signal)."""
+    """What went wrong and what to do, from a child's output and exit code (negative: a signal)."""
     for pattern, advice in _ADVICE:
         if re.search(pattern, log):
             return advice
@@ -208,7 +247,7 @@ def explain(log: str, exit_code: int | None) -> str:
     return errors[-1].strip() if errors else f"its process ended with exit code {exit_code}"
 
 
-def run_child(target: str, log_path: Path | None, *args: Any) -> None:
+def run_child(target: str, log_path: Path | None, *args: Any, **kwargs: Any) -> None:
     """The body of every child process: `target` is `module:function`."""
     import psutil
 
@@ -217,7 +256,8 @@ def run_child(target: str, log_path: Path | None, *args: Any) -> None:
         log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-    # SGLang's children tell of a failure by SIGQUIT to their parent, which would kill it; ours watches them instead.
+    # SGLang's children report a failure by SIGQUIT to their parent, which would kill it; ours
+    # watches them instead.
     send = psutil.Process.send_signal
 
     def send_unless_quit(process: psutil.Process, sig: int) -> None:
@@ -226,12 +266,12 @@ def run_child(target: str, log_path: Path | None, *args: Any) -> None:
 
     psutil.Process.send_signal = send_unless_quit  # type: ignore[method-assign, assignment]
     module, name = target.split(":")
-    getattr(importlib.import_module(module), name)(*args)
+    getattr(importlib.import_module(module), name)(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """A spawned child imports the parent's `__main__`; for this long there is none worth importing."""
+    """Hides `__main__`, which a spawned child would import again."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -1,4 +1,4 @@
-"""An engine without a model: it plays token ids back. For exact properties, benchmarks and recorded runs."""
+"""Engines without a model, which play token ids back: for tests, benchmarks and recorded runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from agent.errors import EndConversation, EngineError
 from conversations.trajectory import Trajectory, Turn
 
 Respond = Callable[[Sequence[int], SamplingParams], Generation]
-"""What to answer to a prompt; may raise EngineError."""
+"""Makes the answer to a prompt; may raise EngineError."""
 
 
 class ScriptedEngine:
-    """Answers each prompt with what `respond` says, after `delay_s` seconds."""
+    """Answers each prompt with what `respond` returns, after `delay_s` seconds."""
 
     def __init__(self, respond: Respond, *, delay_s: float = 0.0) -> None:
         self._respond = respond
@@ -30,7 +30,7 @@ class ScriptedEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
     ) -> Generation:
-        """The scripted answer, cut to `max_new_tokens` as a real engine would."""
+        """The scripted answer, cut to `max_new_tokens` as a real engine cuts it."""
         await asyncio.sleep(self._delay_s)
         generation = self._respond(prompt_ids, sampling)
         limit = sampling.get("max_new_tokens", len(generation.token_ids))
@@ -46,10 +46,11 @@ class ScriptedEngine:
 
 
 def recorded(trajectories: Iterable[Trajectory]) -> ScriptedEngine:
-    """An engine that samples what the trajectories sampled: the same tokens after the same tokens.
+    """An engine that samples the recorded tokens: after a recorded prefix the turn that followed
+    it.
 
-    Where several samples go on differently from one prompt, they are handed out in order, round and round.
-    `generate` raises EngineError for a prompt that no trajectory holds.
+    If several turns follow one prefix, they are handed out in order, round and round. `generate`
+    raises EngineError for a prompt that no trajectory holds.
     """
     answers: dict[int, deque[Generation]] = defaultdict(deque)
     for trajectory in trajectories:
@@ -75,10 +76,12 @@ def recorded(trajectories: Iterable[Trajectory]) -> ScriptedEngine:
 
 
 class Playback:
-    """The model of one recorded trajectory: from turn `first` on it samples what it sampled, where it sees what it saw.
+    """The model of one recorded trajectory: it samples the recorded turns again, from turn `first`
+    on.
 
-    Everything the record has on a turn comes back with it. Where the record has no next turn, the conversation ends as
-    the recorded one did; where the tokens before a turn are others, or the turn does not fit, it ends as `cancelled`.
+    Each turn comes back with everything that the record has on it. After the last turn the
+    conversation ends as the recorded one did. It ends as `cancelled` if the tokens before a turn
+    differ from the recorded ones, or if the turn does not fit into the budgets.
     """
 
     def __init__(self, trajectory: Trajectory, first: int = 0) -> None:
@@ -87,7 +90,7 @@ class Playback:
         self._next = first
 
     def describe(self) -> dict[str, Any]:
-        """The engine that sampled the tokens: nothing new is sampled here."""
+        """The record's `engine` field: the engine that sampled the tokens."""
         return self._record.engine
 
     async def generate(
@@ -101,13 +104,14 @@ class Playback:
         if (at := first_difference(prompt_ids, self._ids[: turn.start])) is not None:
             raise EndConversation(
                 "cancelled",
-                f"replay: turn {self._next} was sampled after other tokens, from token {at} on",
+                f"replay: turn {self._next} was sampled after other tokens, "
+                f"the first of them token {at}",
             )
         if turn.end - turn.start > sampling["max_new_tokens"]:
-            room = sampling["max_new_tokens"]
             raise EndConversation(
                 "cancelled",
-                f"replay: turn {self._next} has {turn.end - turn.start} tokens, the budgets leave {room}",
+                f"replay: turn {self._next} has {turn.end - turn.start} tokens, "
+                f"the budgets leave {sampling['max_new_tokens']}",
             )
         self._next += 1
         if turn.finish_reason == "abort":
@@ -118,9 +122,8 @@ class Playback:
 
     def _generation(self, turn: Turn) -> Generation:
         shift = len(self._record.prompt_ids)
-        logprobs: Any = self._record.response_logprobs[
-            turn.start - shift : turn.end - shift
-        ]  # floats: these tokens were sampled
+        # All of them are floats: these tokens were sampled.
+        logprobs: Any = self._record.response_logprobs[turn.start - shift : turn.end - shift]
         more = {
             field.name: getattr(turn, field.name)
             for field in dataclasses.fields(Generation)
@@ -146,7 +149,10 @@ class Playback:
 
 
 def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int | None:
-    """The first index at which two sequences differ, the shorter one's end included; None where they are equal."""
+    """The first index at which two sequences differ; None if they are equal.
+
+    If one is the beginning of the other, it is the shorter one's length.
+    """
     if first == second:
         return None
     return next(

@@ -1,7 +1,8 @@
 """One SGLang server: its native HTTP API, and whether it is up.
 
-Invariant: `is_up` is false from the moment a request found the server gone, or a check found it unwell, until `/health`
-answers again and it still serves the model it served before; nobody but the watcher asks meanwhile.
+Invariant: `is_up` becomes false if a request finds the server gone or a check finds it unwell. It
+becomes true again once `/health` answers and the server still serves the same model. Only the
+watcher sends requests meanwhile.
 """
 
 from __future__ import annotations
@@ -25,25 +26,28 @@ from agent.errors import EngineError
 
 HEALTH_EVERY_S = 1.0
 HEALTH_S = 30.0
-"""How long a check may take: SGLang's `/health` has the model sample a token, and waits 20 s for it."""
+"""Time limit of a check: SGLang's `/health` lets the model sample a token and waits 20 s for it."""
 SILENCE_S = 30.0
-"""While turns are waited for and none has come for so long, the server is asked whether it is well."""
+"""If no answer has come for so long while turns are pending, the server is checked."""
 CONTROL_CONNECTIONS = 100
 JSON = {"content-type": "application/json"}
 BUSY = (408, 429, 502, 503)
-"""A queue that is full, the server's own or a router's, and a proxy whose server is not there just now."""
+"""A full queue, the server's own or a router's, and a proxy whose server is away for the moment."""
 
 
 class ServerLostError(Exception):
-    """No connection, or one that broke before the answer: what the server sampled, nobody has seen."""
+    """No connection, or one that broke before the answer: the sampled tokens are lost."""
 
 
 class ServerFailedError(Exception):
-    """The server is there and answered with a 5xx."""
+    """The server answered with a 5xx."""
 
 
 class ServerBusyError(Exception):
-    """The server takes no request just now. `retry_after_s` is when it will, None where it does not say."""
+    """The server takes no request now.
+
+    `retry_after_s`: seconds until it will, None if not stated.
+    """
 
     def __init__(self, text: str, retry_after_s: float | None) -> None:
         super().__init__(text)
@@ -51,10 +55,11 @@ class ServerBusyError(Exception):
 
 
 class Server:
-    """`conversations` are the tasks whose turns it serves. `changed` is called when `is_up` changes.
+    """A server at `url`.
 
-    `info` is what it said of itself first. `outages` counts the times it was found to hang: what was asked before is lost.
-    Raises ConfigError for an address or a key that is none.
+    `conversations` are the tasks whose turns it serves. `changed` is called when `is_up` changes.
+    `info` is its first report of itself. `outages` counts the times it was found to hang; requests
+    sent before are lost. Raises ConfigError if the address or the key is not valid.
     """
 
     def __init__(
@@ -72,10 +77,9 @@ class Server:
             httpx.create_ssl_context(),
         )
         self.url = without_userinfo(str(address))
-        self._generate_url = httpx.URL(
-            f"{address}/generate"
-        )  # made once: it is parsed for each request else
-        # A turn that waits in the pool would wait in the server's queue otherwise: no limit on that time.
+        # Parsed once, not for each request.
+        self._generate_url = httpx.URL(f"{address}/generate")
+        # No limit on the wait for a connection: the turn would wait in the server's queue instead.
         timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
         self._client = client(address, headers, timeout, context, max_connections)
         # Aborts and health checks must not queue behind the generations that fill the pool.
@@ -92,22 +96,20 @@ class Server:
         self.conversations: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     async def ready(self) -> dict[str, Any]:
-        """What the server says of itself; nothing, where it is a router that does not. Raises NotReadyError unless it is well."""
+        """The server's report of itself; empty for a router without one. Raises NotReadyError."""
         try:
             return await what_it_serves(self._control)
         except NotReadyError as error:
             raise NotReadyError(f"{error}{self._proxied}") from error.__cause__
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """`POST /generate`, once. Raises the errors above, and EngineError where asking again is no use."""
+        """`POST /generate`, once. Raises the errors above, and EngineError if a retry is no use."""
         try:
             response = await self._client.post(
                 self._generate_url, content=orjson.dumps(body), headers=JSON
             )
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
-            await self.abort(
-                body["rid"]
-            )  # it may still be generating an answer that nobody will read
+            await self.abort(body["rid"])  # it may still be sampling
             raise EngineError(
                 f"{self.url} did not answer within its timeout: {reason(error)}"
             ) from error
@@ -121,22 +123,22 @@ class Server:
         return _answer(response)
 
     async def abort(self, rid: str) -> None:
-        """Stops a request; one that the server does not know is ignored."""
-        with contextlib.suppress(httpx.HTTPError):  # the server is gone, and the request with it
+        """Stops a request; the server ignores an unknown one."""
+        with contextlib.suppress(httpx.HTTPError):  # the request is gone with the server
             await self._control.post("/abort_request", json={"rid": rid}, timeout=CONNECT_TIMEOUT_S)
 
     def lost(self, trouble: str) -> None:
-        """Takes the server out until it is well again."""
+        """Takes the server out of use until a check finds it well."""
         self._set_up(False, trouble)
         self.doubt()
 
     def doubt(self) -> None:
-        """Has the server checked, and taken out unless it is well."""
+        """Starts a check; a server that is not well is taken out of use."""
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
 
     def doubt_if_silent(self) -> None:
-        """The same where nothing has come from it for a while, as from one that hangs."""
+        """Starts a check if no answer has come for `SILENCE_S`."""
         if time.monotonic() - self._heard >= SILENCE_S:
             self.doubt()
 
@@ -152,21 +154,20 @@ class Server:
         self._changed()
 
     async def _unwell(self) -> str:
-        """What is wrong with the server; empty where nothing is."""
+        """What is wrong with the server; empty if it is well."""
         try:
             found = await self.ready()
         except NotReadyError as error:
             self.outages += isinstance(error.__cause__, httpx.TimeoutException)
             return str(error)
         served, serves = self.info.get("model_path"), found.get("model_path")
-        if (
-            served and serves and serves != served
-        ):  # one conversation is never sampled by two models
+        # One conversation is never sampled by two models.
+        if served and serves and serves != served:
             return f"it came back with {serves} where it had {served}"
         return ""
 
     async def close(self) -> None:
-        """Closes the connections; the server goes on. Safe to call twice."""
+        """Closes the connections; the server keeps running. Safe to call twice."""
         if self._watcher:
             self._watcher.cancel()
         await self._client.aclose()

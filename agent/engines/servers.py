@@ -1,10 +1,11 @@
 """Running SGLang servers as one engine: sticky routing, retries, fail-over.
 
-Invariants: `/generate` is called for a conversation's turns only. A conversation stays with one server while that is
-up, where its prefix is cached. A turn is sent again only when its answer can no longer come (no connection, one that
-broke, a server that hangs, a 5xx, a full queue), each time under a request id of its own, the one before aborted; since
-a conversation owns its tokens it goes on from its last turn, on any server. A cancelled turn is aborted on its server.
-Answers are checked as those of the in-process engine are.
+Invariants: `/generate` is called for a conversation's turns only. A conversation stays with one
+server while that is up, because its prefix is cached there. A turn is sent again only if its answer
+can no longer come (no connection, a broken one, a server that hangs, a 5xx, a full queue), each
+time under a new request id, and the one before is aborted. A conversation owns its tokens, so it
+continues from its last turn on any server. A cancelled turn is aborted on its server. Answers are
+checked like those of the in-process engine.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
 
 
 class SGLangServerEngine:
-    """The servers at `urls`. `max_connections`, of each, should be the number of conversations that run at once.
+    """The servers at `urls`.
 
-    A turn may take `read_timeout_s` and is sent `attempts` times at most; while no server is up, or its server's queue
-    is full, it waits, `wait_s` at most, which is what a restart may take. Raises ConfigError for an address that is none.
+    `max_connections`, to each server, should be the number of conversations that run at once. A
+    turn may take `read_timeout_s` and is sent at most `attempts` times. While no server is up, or
+    the queue of its server is full, it waits up to `wait_s`, the time that a restart may take.
+    Raises ConfigError if an address is not valid.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class SGLangServerEngine:
     ) -> None:
         if not urls or len({url.rstrip("/") for url in urls}) < len(urls):
             raise ConfigError(
-                f"rollout.server.urls must name one server or several different ones, got {len(urls)}"
+                "rollout.server.urls must name one server or several different ones, "
+                f"got {len(urls)}"
             )
         self._servers = [
             Server(
@@ -70,7 +74,10 @@ class SGLangServerEngine:
         self._aborts: dict[asyncio.Task[None], tuple[Server, str]] = {}
 
     async def connect(self) -> None:
-        """Checks that every server is up and that all serve the same model. Raises EngineStartError, everything closed."""
+        """Checks that every server is up and that all serve the same model.
+
+        Raises EngineStartError, after closing all connections.
+        """
         try:
             await asyncio.gather(*(self._connect(server) for server in self._servers))
             models = {
@@ -96,29 +103,38 @@ class SGLangServerEngine:
             ) from error
 
     def describe(self) -> dict[str, Any]:
-        """Name and addresses, and after `connect` what the servers say of themselves; a turn says with which weights it was sampled."""
-        told = {key: value for key, value in self._told().items() if key != "weight_version"}
+        """Name and addresses; after `connect` also the model and version that the servers report.
+
+        The weights are not among them: each turn records those that sampled it.
+        """
+        reported = {k: value for k, value in self._reported().items() if k != "weight_version"}
         return {
             "name": "sglang_server",
             "url": " ".join(server.url for server in self._servers),
-            **told,
+            **reported,
         }
 
     def served(self) -> dict[str, str]:
-        """The model and the version of its weights as `connect` found them; without what nobody tells."""
+        """The model and weights that the servers reported to `connect`.
+
+        Keys `model_path` and `weight_version`; a key that no server reports is left out.
+        """
         return {
             key: value
-            for key, value in self._told().items()
+            for key, value in self._reported().items()
             if key in ("model_path", "weight_version")
         }
 
-    def _told(self) -> dict[str, str]:
+    def _reported(self) -> dict[str, str]:
         return next((server.info for server in self._servers if server.info), {})
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
     ) -> Generation:
-        """Samples one turn. Raises EngineError when a server refuses, answers nonsense, or none can be reached."""
+        """Samples one turn.
+
+        Raises EngineError if a server refuses, its answer is not data, or no server can be reached.
+        """
         if request_id in self._requests:
             raise EngineError(
                 f"request id {request_id} is already in flight; each request needs its own"
@@ -136,7 +152,7 @@ class SGLangServerEngine:
             self._requests.pop(request_id, None)
 
     async def _ask(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
-        tries = Tries(self._attempts, self._wait_s)
+        budget = RetryBudget(self._attempts, self._wait_s)
         rid = request_id
         while True:
             server = await self._server()
@@ -145,17 +161,17 @@ class SGLangServerEngine:
                 return await self._answer(server, {"rid": rid, **body})
             except ServerBusyError as error:
                 server.doubt()
-                pause_s = tries.after_busy_s(server.url, error)
+                pause_s = budget.after_busy_s(server.url, error)
             except (ServerFailedError, ServerLostError) as error:
                 if isinstance(error, ServerLostError):
                     server.lost(str(error))
                 self._abort_in_background(server, rid)
-                pause_s = tries.after_failure_s(server.url, error)
+                pause_s = budget.after_failure_s(server.url, error)
             await asyncio.sleep(pause_s)
             rid = uuid.uuid4().hex
 
     async def _answer(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
-        """The server's answer, waited for while it is not found to hang."""
+        """The server's answer. Raises ServerLostError if the server is found to hang."""
         outages = server.outages
         answer = asyncio.ensure_future(server.generate(body))
         try:
@@ -172,7 +188,10 @@ class SGLangServerEngine:
             raise cut_off from None
 
     async def _server(self) -> Server:
-        """The server of the conversation that asks, which is the running task; where that is down, the least loaded one."""
+        """The server of the conversation that asks, which is the running task.
+
+        If that server is down, the least loaded one of the others.
+        """
         try:
             async with asyncio.timeout(self._wait_s):
                 while not self._any_up.is_set():
@@ -201,7 +220,7 @@ class SGLangServerEngine:
             self._any_up.clear()
 
     async def abort(self, request_id: str) -> None:
-        """Stops a running or queued request: its `generate` returns what it has, with finish reason "abort"."""
+        """Stops a running or queued request: its `generate` returns what was sampled, as "abort"."""
         if request := self._requests.get(request_id):
             server, rid = request
             await server.abort(rid)
@@ -214,9 +233,10 @@ class SGLangServerEngine:
         )
 
     async def close(self) -> None:
-        """Closes the connections, after the aborts that are on their way; the servers go on. Safe to call twice.
+        """Closes the connections; the servers keep running. Safe to call twice.
 
-        Whoever ends a loop cancels all that runs on it, those aborts as well: they are sent from here then.
+        Aborts that are under way are sent first: at the end of a loop all its tasks are cancelled,
+        those aborts among them.
         """
         aborts, self._aborts = self._aborts, {}
         for task in aborts:
@@ -226,8 +246,8 @@ class SGLangServerEngine:
             await server.close()
 
 
-class Tries:
-    """How often and how long one turn is tried: `attempts` times where servers fail, for `wait_s` where they are busy."""
+class RetryBudget:
+    """The retries of one turn: `attempts` times if servers fail, for `wait_s` if they are busy."""
 
     def __init__(self, attempts: int, wait_s: float) -> None:
         self._attempts, self._wait_s = attempts, wait_s
@@ -235,7 +255,7 @@ class Tries:
         self._until: float | None = None
 
     def after_failure_s(self, url: str, error: Exception) -> float:
-        """How long to wait before the next try. Raises EngineError after the last one."""
+        """Seconds to wait before the next try. Raises EngineError after the last one."""
         self._failed, self._busy, self._until = self._failed + 1, 0, None
         if self._failed == self._attempts:
             raise EngineError(
@@ -244,7 +264,10 @@ class Tries:
         return _backoff_s(self._failed)
 
     def after_busy_s(self, url: str, error: ServerBusyError) -> float:
-        """The same after an answer that the server takes none now: no sooner than it said, and not counted among the tries."""
+        """The same after a busy server's answer, which does not count as a try.
+
+        At least as long as the server said.
+        """
         now = time.monotonic()
         self._until = self._until or now + self._wait_s
         if now >= self._until:
@@ -256,5 +279,5 @@ class Tries:
 
 
 def _backoff_s(attempt: int) -> float:
-    """Exponential with jitter: servers that come back are not met by everybody at once."""
+    """Exponential with jitter: a server that comes back does not get all requests at once."""
     return random.uniform(0.5, 1.0) * min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (attempt - 1))

@@ -1,32 +1,22 @@
 """The in-process SGLang engine behind the engine protocol.
 
-Invariants: all calls come from one event loop; a request id is in flight once; what SGLang returns is either data
-that adds up (ids, log-probs, lengths) or an `EngineError`. A cancelled request is aborted in SGLang, and its state
-there is kept until SGLang has answered: it kills the process when it must answer a request it no longer knows.
+Invariants: all calls come from one event loop; a request id is in flight once; what SGLang returns
+is either data that adds up (ids, log-probs, lengths) or an `EngineError`. A cancelled request is
+aborted in SGLang, and its state there is kept until SGLang has answered: it kills the process when
+it must answer a request it no longer knows.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import logging
 import math
-import multiprocessing
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from agent.engines import cpu_guards
-from agent.engines.arguments import environment, start_variables
 from agent.engines.engine import Generation, Interrupted, SamplingParams
-from agent.engines.processes import Children, explain
-from agent.errors import AgentError, ConfigError, EngineError, EngineStartError
-
-if TYPE_CHECKING:
-    from agent.rollout import AgentRollout
+from agent.engines.processes import Children
+from agent.errors import EngineError
 
 REFUSED_SAMPLING = {
     "stop": "stop strings need a tokenizer in the engine; use stop_token_ids",
@@ -36,69 +26,14 @@ REFUSED_SAMPLING = {
 """Each of these kills SGLang's scheduler when it runs without a tokenizer."""
 
 ABORT_S = 2.0
-"""How long the tokens of an aborted request are waited for: a step of the model and the way back."""
-
-
-def start(
-    rollout: Mapping[str, Any], model_path: Path, *, log_path: Path | None = None
-) -> AgentRollout:
-    """Starts SGLang in this process's children, on the GPUs if there are any, and returns the rollout that drives it.
-
-    `rollout` holds keys of verl's RolloutConfig, `model_path` is a local directory. Call it on a thread that lives as
-    long as the engine: Linux ends the children with the thread that started them. Blocks for 10 to 60 s.
-    Raises EngineStartError, in one line, when the engine does not start, and ConfigError for a config verl refuses.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        cpu_guards.install()
-    with environment(start_variables(cuda=cuda)), _process_state_kept():
-        try:
-            from agent.rollout import AgentRollout
-
-            return AgentRollout.alone(rollout, model_path, log_path)
-        except AgentError:
-            raise
-        except AssertionError as error:  # verl's config checks
-            raise ConfigError(
-                f"verl refuses the rollout config: {' '.join(str(error).split())}"
-            ) from error
-        except Exception as error:  # verl, SGLang and torch raise what they like
-            raise EngineStartError(
-                f"the engine did not start: {explain(f'{type(error).__name__}: {error}', None)}"
-            ) from error
-
-
-@contextlib.contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Importing and starting SGLang changes the event loop policy, the start method, the root logger and more; this undoes it."""
-    register_atexit = threading._register_atexit  # type: ignore[attr-defined]  # without it, idle executor threads hang the exit
-    policy, start_method = (
-        asyncio.get_event_loop_policy(),
-        multiprocessing.get_start_method(allow_none=True),
-    )
-    root, sglang = logging.getLogger(), logging.getLogger("sglang")
-    handlers, level = root.handlers[:], root.level
-    sglang.setLevel(
-        logging.ERROR
-    )  # and stays so: its warnings are about defaults that were chosen on purpose
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about hardware that is not there, and about SGLangRollout's age
-            yield
-    finally:
-        threading._register_atexit = register_atexit  # type: ignore[attr-defined]
-        asyncio.set_event_loop_policy(policy)
-        multiprocessing.set_start_method(start_method, force=True)
-        root.handlers[:] = handlers
-        root.setLevel(level)
+"""How long the tokens of an aborted request are waited for: a step of the model and the way back.
+"""
 
 
 class SGLangEngine:
-    """`manager` is SGLang's TokenizerManager, `children` its processes, `description` what `describe` returns."""
+    """`manager` is SGLang's TokenizerManager, `children` its processes, `description` what
+    `describe` returns.
+    """
 
     def __init__(self, manager: Any, children: Children, description: dict[str, Any]) -> None:
         self._manager = manager
@@ -114,7 +49,10 @@ class SGLangEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
     ) -> Generation:
-        """Samples one turn. Raises EngineError as the protocol says, RuntimeError on a second event loop."""
+        """Samples one turn.
+
+        Raises EngineError as the protocol says, RuntimeError on a second event loop.
+        """
         self._children.watch()
         if request_id in self._running:
             raise EngineError(
@@ -167,7 +105,9 @@ class SGLangEngine:
             task.exception()  # of a request nobody waits for any more
 
     async def abort(self, request_id: str) -> None:
-        """Stops a running or queued request: its `generate` returns what it has, with finish reason "abort"."""
+        """Stops a running or queued request: its `generate` returns what it has, with finish reason
+        "abort".
+        """
         self._stop(request_id)
 
     def _stop(self, request_id: str) -> None:
@@ -177,7 +117,10 @@ class SGLangEngine:
             task.cancel()
 
     async def close(self) -> None:
-        """Ends the engine's processes; what is in flight fails with EngineError. Safe to call twice."""
+        """Ends the engine's processes; what is in flight fails with EngineError.
+
+        Safe to call twice.
+        """
         self._children.end("it was closed")
         tasks = [*self._running.values(), *self._manager.asyncio_tasks]
         for task in tasks:
@@ -187,7 +130,8 @@ class SGLangEngine:
 
 
 async def interruption(answer: asyncio.Future[dict[str, Any]]) -> asyncio.CancelledError:
-    """What to raise for a request that was aborted: `Interrupted` with what was sampled, once SGLang's answer has come.
+    """What to raise for a request that was aborted: `Interrupted` with what was sampled, once
+    SGLang's answer has come.
 
     Waits for that, ABORT_S at most.
     """
@@ -231,7 +175,10 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def read_answer(answer: Mapping[str, Any]) -> Generation:
-    """SGLang's answer to one `/generate` with `return_logprob`, checked. Raises EngineError where it is not data."""
+    """SGLang's answer to one `/generate` with `return_logprob`, checked.
+
+    Raises EngineError where it is not data.
+    """
     try:
         ids, meta = list(answer["output_ids"]), answer["meta_info"]
         reason = meta["finish_reason"]
@@ -265,5 +212,7 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
 
 
 def _number(told: Any) -> Any:
-    """What is told beside the tokens, where it can stand in a record: a conversation is not lost for a latency of NaN."""
+    """What is told beside the tokens, where it can stand in a record: a conversation is not lost
+    for a latency of NaN.
+    """
     return told if type(told) in (int, float) and math.isfinite(told) else None

@@ -1,8 +1,8 @@
 """Where the model lies on disk: names and adapters resolved to plain Hugging Face directories.
 
-Each directory is built once, in the cache, under a lock, and appears there whole or not at all. Nothing here uses
-the network. `smollm2-base` is SmolLM2-135M-Instruct with the hermes chat template, `smollm2-tools` the same with
-the shipped tool-calling adapter merged in.
+Each directory is built once, in the cache, under a lock, and appears there whole or not at all.
+Nothing here uses the network. `smollm2-base` is SmolLM2-135M-Instruct with the hermes chat
+template, `smollm2-tools` the same with the shipped tool-calling adapter merged in.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _FORMAT = b"1"
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """The local directory of a `model_path`: `smollm2-tools`, `smollm2-base`, a directory, or a cached hub id.
+    """The local directory of a `model_path`: `smollm2-tools`, `smollm2-base`, a directory, or a
+    cached hub id.
 
     Raises ConfigError when there is none; nothing is downloaded.
     """
@@ -50,7 +51,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def resolve_tokenizer(name_or_path: str | Path) -> Path:
-    """The local directory of a `model_path` for its tokenizer alone: an embedded name has no weights built for it.
+    """The local directory of a `model_path` for its tokenizer alone: an embedded name has no
+    weights built for it.
 
     Raises ConfigError as `resolve_model` does.
     """
@@ -60,7 +62,9 @@ def resolve_tokenizer(name_or_path: str | Path) -> Path:
 
 
 def model_name(folder: Path) -> str:
-    """What to call a model that `resolve_model` found, the same on every machine: a hub id, else the folder's own name."""
+    """What to call a model that `resolve_model` found, the same on every machine: a hub id, else
+    the folder's own name.
+    """
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/", 1)
@@ -120,7 +124,8 @@ def _gguf_file() -> Path:
 def model_dir(adapter: Path | None) -> Path:
     """The base model with a LoRA adapter in peft's format merged in; the base itself for None.
 
-    Cached by the adapter's content. Raises ConfigError for an adapter that is missing or of another kind.
+    Cached by the adapter's content. Raises ConfigError for an adapter that is missing or of another
+    kind.
     """
     if adapter is None:
         return base_model_dir()
@@ -149,10 +154,11 @@ def _write_merged(base: Path, adapter: Path, target: Path) -> None:
 
 
 def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[str, Any]) -> None:
-    """Adds `scale * B @ A` to each weight that the adapter names, in float32, in place (Hu et al., 2021).
+    """Adds `scale * B @ A` to each weight that the adapter names, in float32, in place (Hu et al.,
+    2021).
 
-    `scale` is alpha / r, or alpha / sqrt(r) with `use_rslora`. Raises ConfigError for kinds of adapter other than
-    plain LoRA on linear layers.
+    `scale` is alpha / r, or alpha / sqrt(r) with `use_rslora`. Raises ConfigError for kinds of
+    adapter other than plain LoRA on linear layers.
     """
     import torch
 

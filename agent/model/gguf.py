@@ -1,7 +1,9 @@
-"""Reads SmolLM2's GGUF file into what a Hugging Face model directory holds: weights, config, tokenizer.
+"""Reads SmolLM2's GGUF file into what a Hugging Face model directory holds: weights, config,
+tokenizer.
 
-transformers can read the file too, but takes half a minute and gets this tokenizer wrong: another end token, no
-padding token, a BOS in front, no splitting of digits. Here every value comes from the file's own fields.
+transformers can read the file too, but takes half a minute and gets this tokenizer wrong: another
+end token, no padding token, a BOS in front, no splitting of digits. Here every value comes from the
+file's own fields.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _CONTROL = 3
 
 
 def write_model(gguf_file: Path, chat_template: str, target: Path) -> None:
-    """Writes `target` as a plain HF directory: bf16 safetensors, config, generation config, tokenizer, template."""
+    """Writes `target` as a plain HF directory: bf16 safetensors, config, generation config,
+    tokenizer, template.
+    """
     reader, field = _open(gguf_file)
     target.mkdir(parents=True)
     _write_weights(
@@ -75,7 +79,10 @@ def _write_weights(tensors: Any, heads: int, kv_heads: int, target: Path) -> Non
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """The Hugging Face name of a GGUF tensor.
+
+    `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
+    """
     if name in _OUTER:
         return _OUTER[name]
     _, layer, part, kind = name.split(".")
@@ -83,7 +90,9 @@ def hf_name(name: str) -> str:
 
 
 def _unpermute(values: Any, heads: int) -> Any:
-    """GGUF interleaves each head's two rotary halves (llama.cpp's convert script); this puts them back."""
+    """GGUF interleaves each head's two rotary halves (llama.cpp's convert script); this puts them
+    back.
+    """
     rows, columns = values.shape
     return (
         values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)

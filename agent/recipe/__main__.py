@@ -1,4 +1,7 @@
-"""`python -m agent.recipe`: data, train, evaluate. Heavy modules are imported by the command that needs them."""
+"""`python -m agent.recipe`: data, train, evaluate.
+
+Heavy modules are imported by the command that needs them.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,10 @@ def evaluate(
     ),
     limit: Annotated[int, typer.Option(min=1, help="Problems of each kind.")] = 64,
 ) -> None:
-    """Examine an adapter, and the base model beside it, on held-out problems. Ctrl-C ends early with what is done."""
+    """Examine an adapter, and the base model beside it, on held-out problems.
+
+    Ctrl-C ends early with what is done.
+    """
     from rich.console import Console
 
     from agent.recipe.evaluate import Examination

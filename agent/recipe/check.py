@@ -1,7 +1,8 @@
 """A quick look at a model in training: what its first calls are worth on held-out conversations.
 
-The model writes the first turn only; its program is run if it is plain arithmetic (`programs.run`), so no sandbox and no
-engine is needed. The real measurement, whole conversations through the runtime, is `evaluate.py`.
+The model writes the first turn only; its program is run if it is plain arithmetic (`programs.run`),
+so no sandbox and no engine is needed. The real measurement, whole conversations through the
+runtime, is `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from conversations.messages import ToolCall
 
 @dataclass(frozen=True, slots=True)
 class FirstCalls:
-    """Shares of held-out conversations whose first turn is one valid call, whose program ran, whose output is the answer."""
+    """Shares of held-out conversations whose first turn is one valid call, whose program ran, whose
+    output is the answer.
+    """
 
     count: int
     valid: float
@@ -38,7 +41,9 @@ def first_calls(
     temperature: float,
     max_new_tokens: int = 320,
 ) -> FirstCalls:
-    """Generates the first turn of up to `limit` held-out fault-free conversations of `source` and looks at its call."""
+    """Generates the first turn of up to `limit` held-out fault-free conversations of `source` and
+    looks at its call.
+    """
     wanted = (f"{source}/shipped/plain", f"{source}/other/plain")
     rows = [row for row in np.flatnonzero(tokens.held_out) if tokens.kinds[row] in wanted][:limit]
     texts = _turns(

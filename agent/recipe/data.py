@@ -1,9 +1,9 @@
 """Training conversations as token ids, with the loss on what the model itself must say.
 
-A conversation is rendered exactly as the runtime renders it: the prompt's ids, then for each turn the ids of its text
-and the end token (loss), then the delta with the tool's response (no loss). A faulty first call carries no loss; the
-turn after it does. What is held out is decided by content, not by chance: GSM8K rows by the hash of their question,
-generated problems by their seed.
+A conversation is rendered exactly as the runtime renders it: the prompt's ids, then for each turn
+the ids of its text and the end token (loss), then the delta with the tool's response (no loss). A
+faulty first call carries no loss; the turn after it does. What is held out is decided by content,
+not by chance: GSM8K rows by the hash of their question, generated problems by their seed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ HELD_OUT_SEED = 900_000
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """How many conversations of each kind: copies of each GSM8K row (as it is, and with other numbers), generated problems."""
+    """How many conversations of each kind: copies of each GSM8K row (as it is, and with other
+    numbers), generated problems.
+    """
 
     gsm8k_copies: int
     renumbered_copies: int
@@ -61,7 +63,10 @@ FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation: `ids` [T], `loss` [T] 1 where the model is trained, and what it is made of."""
+    """One conversation.
+
+    `ids` [T], `loss` [T] 1 where the model is trained, and what it is made of.
+    """
 
     ids: list[int]
     loss: list[int]
@@ -80,7 +85,10 @@ def held_out(question: str) -> bool:
 
 
 def read_gsm8k(path: Path) -> list[dict[str, str]]:
-    """The rows of a JSONL file in GSM8K's format (`question`, `answer`). Raises TaskError naming the line that is not."""
+    """The rows of a JSONL file in GSM8K's format (`question`, `answer`).
+
+    Raises TaskError naming the line that is not.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -119,7 +127,9 @@ def training_problems(rows: Sequence[dict[str, str]], mix: Mix, rng: Random) -> 
 
 
 def held_out_problems(rows: Sequence[dict[str, str]], count: int) -> Iterator[Problem]:
-    """Problems for the held-out loss: up to `count` GSM8K rows of those kept back, and as many generated ones of held-out seeds."""
+    """Problems for the held-out loss: up to `count` GSM8K rows of those kept back, and as many
+    generated ones of held-out seeds.
+    """
     kept = (
         problem
         for row in rows
@@ -142,7 +152,10 @@ class Renderer:
     def example(
         self, problem: Problem, rng: Random, *, mix: Mix, held_out: bool = False
     ) -> Example | None:
-        """One conversation about the problem; None where it is longer than any other should wait for."""
+        """One conversation about the problem.
+
+        None where it is longer than any other should wait for.
+        """
         setup = draw(self.shipped, rng, mix.shipped_share)
         failing = _faults(problem, setup, rng, mix.fault_share)
         example = self._render(problem, setup, failing, rng, held_out)
@@ -227,7 +240,10 @@ _OTHER_PATHS = (
 
 
 def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[str, str | None]]:
-    """The protocol: run code, submit what it printed, say it. Each turn's text with the response it gets."""
+    """The protocol: run code, submit what it printed, say it.
+
+    Each turn's text with the response it gets.
+    """
     stdout = run(problem.code).stdout
     shown = stdout if setup.shipped or rng.random() < 0.5 else stdout.rstrip("\n")
     yield faults.call_text(setup.code_name, {setup.code_argument: problem.code}), shown
@@ -239,7 +255,8 @@ def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[s
         else rng.choice(_RECEIPTS).format(answer)
     )
     yield faults.call_text(setup.answer_name, {setup.answer_argument: answer}), response
-    # The tool's verdict is not the model's to decide: it has to say so where its answer was not accepted.
+    # The tool's verdict is not the model's to decide: it has to say so where its answer was not
+    # accepted.
     accepted = right or not setup.graded
     yield (
         f"The answer is {answer}."
@@ -300,7 +317,10 @@ def build(
 
 
 def write(examples: Iterable[Example], path: Path) -> int:
-    """Writes the examples as one compressed `.npz`; returns their number. Ids are 16 bit where the vocabulary allows."""
+    """Writes the examples as one compressed `.npz`; returns their number.
+
+    Ids are 16 bit where the vocabulary allows.
+    """
     import numpy as np
 
     kept = list(examples)

@@ -1,7 +1,9 @@
-"""Examines an adapter: whole conversations through the runtime, on the real engine, with the real tools.
+"""Examines an adapter: whole conversations through the runtime, on the real engine, with the real
+tools.
 
-One engine is started for each model, and all of its conditions run on it one after the other. What is finished stays:
-the report is written after each condition, and Ctrl-C ends the examination with the rows there are.
+One engine is started for each model, and all of its conditions run on it one after the other. What
+is finished stays: the report is written after each condition, and Ctrl-C ends the examination with
+the rows there are.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Examination:
     seen: set[str] = field(default_factory=set)
 
     def run(self) -> list[Row]:
-        """Runs every condition and writes `report.json` into `out`; returns the rows. Ctrl-C leaves the finished ones.
+        """Runs every condition and writes `report.json` into `out`; returns the rows. Ctrl-C leaves
+        the finished ones.
 
         Raises ConfigError, TaskError and the errors of an engine's start.
         """

@@ -1,7 +1,8 @@
 """First calls that fail, and what the tool really says to them.
 
-A fault is a way to break a good program or the call around it. What the model is told comes from really running the
-broken program, or from really parsing the broken call; a fault that turns out to do no harm is not one.
+A fault is a way to break a good program or the call around it. What the model is told comes from
+really running the broken program, or from really parsing the broken call; a fault that turns out to
+do no harm is not one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def call_text(name: str, arguments: dict[str, object]) -> str:
 
 
 def broken_code(code: str, rng: Random) -> tuple[str, str] | None:
-    """A program that fails where `code` did not, and its output and traceback. None where no try broke it."""
+    """A program that fails where `code` did not, and its output and traceback.
+
+    None where no try broke it.
+    """
     for _ in range(8):
         broken = rng.choice(_BREAKS)(code, rng)
         if broken is None or broken == code:
@@ -48,7 +52,9 @@ def broken_code(code: str, rng: Random) -> tuple[str, str] | None:
 
 
 def failing_turn(setup: Setup, code: str, rng: Random) -> Fault | None:
-    """A turn that fails: mostly broken code, now and then a call that is no call, or not one of these tools."""
+    """A turn that fails: mostly broken code, now and then a call that is no call, or not one of
+    these tools.
+    """
     if rng.random() < 0.8:
         broken = broken_code(code, rng)
         return (

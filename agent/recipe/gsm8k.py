@@ -1,7 +1,8 @@
-"""GSM8K's worked answers as programs: each `<<48/2=24>>` of the text becomes a line, and the program must print the answer.
+"""GSM8K's worked answers as programs: each `<<48/2=24>>` of the text becomes a line, and the
+program must print the answer.
 
-Rows whose annotations make no such program, or one with numbers that nobody told, are left out. A problem can also be
-told again with other numbers, in the story and in the program alike.
+Rows whose annotations make no such program, or one with numbers that nobody told, are left out. A
+problem can also be told again with other numbers, in the story and in the program alike.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _FINAL = re.compile(r"####\s*(-?[\d,]+(?:\.\d+)?)\s*$")
 
 
 def from_gsm8k(question: str, answer: str) -> Problem | None:
-    """A GSM8K row as a problem; None where its annotations do not make a program that prints its answer."""
+    """A GSM8K row as a problem.
+
+    None where its annotations do not make a program that prints its answer.
+    """
     final = _FINAL.search(answer)
     steps = _steps(answer, set(_numbers(question)))
     wanted = number_text(final.group(1)) if final else None
@@ -61,14 +65,17 @@ _WORDS = (
 )
 
 _FACTS = frozenset({0, 1, 2, 7, 12, 24, 30, 52, 60, 100, 365, 1000})
-"""Numbers that are likely a fact (days of a week, minutes of an hour), not a quantity of the story."""
+"""Numbers that are likely a fact (days of a week, minutes of an hour), not a quantity of the story.
+"""
 
 _SMALL = frozenset({3, 4, 5, 6, 8, 10, 16, 36, 0.1, 0.2, 0.25, 0.5, 0.75, 1.5, 3600, 5280})
 """Numbers a story tells in other words: three, half, feet in a yard."""
 
 
 def _unexplained(problem: Problem) -> set[float]:
-    """Numbers of the program that no one told: worked out in the head, or brought along by a step that was not annotated."""
+    """Numbers of the program that no one told: worked out in the head, or brought along by a step
+    that was not annotated.
+    """
     told = set(_numbers(problem.question)) | {
         _WORDS[word] for word in _WORD.findall(problem.question.lower()) if word in _WORDS
     }
@@ -82,13 +89,17 @@ def _unexplained(problem: Problem) -> set[float]:
 
 
 def _steps(answer: str, told: set[float]) -> list[Step]:
-    """The annotations as steps; `told` are the numbers the question names. Empty where one is no arithmetic."""
+    """The annotations as steps.
+
+    `told` are the numbers the question names. Empty where one is no arithmetic.
+    """
     steps: list[Step] = []
     shown = ""
     values: dict[str, float] = {}
     for match in _ANNOTATION.finditer(answer):
         names = {v: n for n, v in values.items() if v not in told}
-        # A number that the question and the step just before both gave is that step's, if the line names it once.
+        # A number that the question and the step just before both gave is that step's, if the line
+        # names it once.
         if (
             steps
             and len(re.findall(rf"(?<![\d.]){re.escape(shown)}(?![\d.])", match.group(1))) == 1
@@ -108,7 +119,10 @@ def _steps(answer: str, told: set[float]) -> list[Step]:
 
 
 def _expression(text: str, names: dict[float, str], values: dict[str, float]) -> str | None:
-    """The annotation's left side as Python, earlier results by name; None where it is no arithmetic."""
+    """The annotation's left side as Python, earlier results by name.
+
+    None where it is no arithmetic.
+    """
     text = text.replace(",", "").replace("$", "").replace("x", "*").strip()
     text = re.sub(r"(\d+(?:\.\d+)?)%", r"\1/100", text)
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
@@ -151,7 +165,9 @@ class _Tidy(ast.NodeTransformer):
 
 
 def _name(after: str, before: str) -> str:
-    """A variable name from the words after the result ("24 clips in May" is clips_in_may), else from those before."""
+    """A variable name from the words after the result ("24 clips in May" is clips_in_may), else
+    from those before.
+    """
     sentence = re.split(r"[.,;:!?()=+*/]|\s-\s", re.sub(r"^\W*[\d,.]*\d%?", "", after))[0]
     words = [word.lower() for word in _WORD.findall(sentence.replace("'s", ""))]
     words = _trim(_trim(words)[:4])
@@ -179,13 +195,16 @@ def _fresh(name: str, taken: dict[str, float]) -> str:
     return next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in taken)
 
 
-# ------------------------------------------------------------------ the same problem with other numbers
+# ------------------------------------------------------------------ the same problem with other
+# numbers
 
 
 def with_other_numbers(problem: Problem, rng: Random, tries: int = 40) -> Problem | None:
-    """The problem with the whole numbers of its story redrawn, in the question and in the program alike.
+    """The problem with the whole numbers of its story redrawn, in the question and in the program
+    alike.
 
-    What was whole stays whole and what was positive stays positive, in every step. None where no draw does that.
+    What was whole stays whole and what was positive stays positive, in every step. None where no
+    draw does that.
     """
     used = {n for step in problem.steps for n in _numbers(step.expression)}
     told = _numbers(problem.question)

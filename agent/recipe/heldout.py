@@ -1,8 +1,9 @@
-"""The tasks that an adapter is examined on: problems that its training never saw, asked as a user would ask them.
+"""The tasks that an adapter is examined on: problems that its training never saw, asked as a user
+would ask them.
 
-Generated problems come from seeds below every training seed, GSM8K's rows from those that `data.held_out` keeps back,
-whether or not the recipe could have made a program of them. A recovery task begins with a program that fails and what
-the sandbox really said to it.
+Generated problems come from seeds below every training seed, GSM8K's rows from those that
+`data.held_out` keeps back, whether or not the recipe could have made a program of them. A recovery
+task begins with a program that fails and what the sandbox really said to it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def generated_tasks(count: int) -> list[Task]:
 
 
 def gsm8k_tasks(path: Path, count: int) -> list[Task]:
-    """The first `count` rows of a GSM8K-format file that are never trained on. Raises TaskError for a row of another form."""
+    """The first `count` rows of a GSM8K-format file that are never trained on.
+
+    Raises TaskError for a row of another form.
+    """
     rows = [(index, row) for index, row in enumerate(read_gsm8k(path)) if held_out(row["question"])]
     return [
         _task(f"gsm8k-{index}", row["question"], _final(row["answer"]))
@@ -57,7 +61,9 @@ def _final(answer: str) -> str:
 
 
 async def recovery_tasks(dispatcher: Dispatcher, count: int) -> list[Task]:
-    """`count` generated problems, each with a first call already made, whose program failed in the tools' own sandbox."""
+    """`count` generated problems, each with a first call already made, whose program failed in the
+    tools' own sandbox.
+    """
     tasks: list[Task] = []
     for problem, broken in _broken_problems(count):
         call = ToolCall(name=CODE_TOOL, arguments={"code": broken}, raw="")
@@ -78,7 +84,9 @@ async def recovery_tasks(dispatcher: Dispatcher, count: int) -> list[Task]:
 
 
 def _broken_problems(count: int) -> Iterator[tuple[Problem, str]]:
-    """Problems with a program that fails; a few more than `count`, as not every program can be broken."""
+    """Problems with a program that fails; a few more than `count`, as not every program can be
+    broken.
+    """
     rng = Random(RECOVERY_SEED)
     for problem in symbolic.problems(count + 8, RECOVERY_SEED):
         if found := broken_code(problem.code, rng):
@@ -116,7 +124,9 @@ def question(task: Task) -> str:
 
 
 def trained_on(tasks: Sequence[Task], generated: int) -> set[str]:
-    """Ids of the tasks whose question stands, word for word, among the `generated` problems of a training mix."""
+    """Ids of the tasks whose question stands, word for word, among the `generated` problems of a
+    training mix.
+    """
     from reasoning_gym import create_dataset
 
     dataset = create_dataset("gsm_symbolic", size=generated, seed=symbolic.FIRST_TRAINING_SEED)

@@ -1,8 +1,9 @@
 """LoRA on the linear layers of a Llama-like model, read and written in peft's format.
 
-`W' = W + scale * B A` with `W` frozen, `A` and `B` trained in float32 (Hu et al., 2021). The sum is made once a step and
-rounded to the model's own type, so training sees exactly the weights that merging the adapter gives; on small models it
-is also much faster than adding `B (A x)` to every layer's output. The file is what peft writes and reads.
+`W' = W + scale * B A` with `W` frozen, `A` and `B` trained in float32 (Hu et al., 2021). The sum is
+made once a step and rounded to the model's own type, so training sees exactly the weights that
+merging the adapter gives; on small models it is also much faster than adding `B (A x)` to every
+layer's output. The file is what peft writes and reads.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class LoraLinear(nn.Module):  # type: ignore[misc]
 
 
 def add_lora(model: nn.Module, r: int, alpha: float) -> list[nn.Parameter]:
-    """Freezes the model, puts LoRA on all its linear layers but the head, and returns the parameters to train."""
+    """Freezes the model, puts LoRA on all its linear layers but the head, and returns the
+    parameters to train.
+    """
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -64,7 +67,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(
     state: dict[str, Tensor], r: int, alpha: float, base_name: str, target: Path
 ) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json` as peft does. `base_name` is a name, not a path."""
+    """Writes `adapter_model.safetensors` and `adapter_config.json` as peft does.
+
+    `base_name` is a name, not a path.
+    """
     from safetensors.torch import save_file
 
     target.mkdir(parents=True, exist_ok=True)
@@ -100,7 +106,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Replaces every LoRA layer by the plain linear layer it amounts to, in place: what generation wants."""
+    """Replaces every LoRA layer by the plain linear layer it amounts to, in place: what generation
+    wants.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoraLinear):

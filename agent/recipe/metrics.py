@@ -1,6 +1,7 @@
 """What a finished conversation says about the model: pure functions over trajectory records.
 
-The protocol is: a program that runs, then an answer submitted, then a sentence and an end of its own.
+The protocol is: a program that runs, then an answer submitted, then a sentence and an end of its
+own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Shares of conversations, but `valid_calls`: of calls. `recovered` counts those that began with a failing call."""
+    """Shares of conversations, but `valid_calls`: of calls.
+
+    `recovered` counts those that began with a failing call.
+    """
 
     valid_calls: Share
     complete: Share
@@ -48,7 +52,10 @@ class Scores:
 
 
 def outcome(trajectory: Trajectory) -> Outcome:
-    """The outcome of one conversation. A conversation that the infrastructure failed is not the model's: leave it out."""
+    """The outcome of one conversation.
+
+    A conversation that the infrastructure failed is not the model's: leave it out.
+    """
     ledger = trajectory.tool_calls
     done = complete(trajectory)
     given = given_code(trajectory)
@@ -62,7 +69,9 @@ def outcome(trajectory: Trajectory) -> Outcome:
 
 
 def complete(trajectory: Trajectory) -> bool:
-    """True where a program ran, an answer was submitted after it, and the model ended with text and no call."""
+    """True where a program ran, an answer was submitted after it, and the model ended with text and
+    no call.
+    """
     names = [call.name for call in trajectory.tool_calls if call.status == "ok"]
     ran = CODE_TOOL in names
     submitted = ran and ANSWER_TOOL in names[names.index(CODE_TOOL) + 1 :]
@@ -76,7 +85,10 @@ def complete(trajectory: Trajectory) -> bool:
 
 
 def given_code(trajectory: Trajectory) -> str | None:
-    """The program of a failing call that the task itself began with; None where it began with none."""
+    """The program of a failing call that the task itself began with.
+
+    None where it began with none.
+    """
     for message in trajectory.messages:
         if message.get("raw") is None and message.get("tool_calls"):
             arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])

@@ -1,8 +1,8 @@
 """Small arithmetic programs, really run.
 
-A program is plain text, a few lines `name = expression` and a last `print(name)`. What it prints and what it raises are
-never guessed: `run` executes it. Only arithmetic can be executed (`check_arithmetic`), so a data file cannot make this
-process do anything else.
+A program is plain text, a few lines `name = expression` and a last `print(name)`. What it prints
+and what it raises are never guessed: `run` executes it. Only arithmetic can be executed
+(`check_arithmetic`), so a data file cannot make this process do anything else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class Execution:
 
 
 def run(code: str) -> Execution:
-    """Executes an arithmetic program in this process. Raises ValueError where it is anything but arithmetic."""
+    """Executes an arithmetic program in this process.
+
+    Raises ValueError where it is anything but arithmetic.
+    """
     stdout = io.StringIO()
     try:
         tree = ast.parse(code)
@@ -54,7 +57,9 @@ def run(code: str) -> Execution:
 
 
 def _error(code: str) -> str:
-    """What the interpreter itself prints for a program that fails: run again from a file, whose lines it shows."""
+    """What the interpreter itself prints for a program that fails: run again from a file, whose
+    lines it shows.
+    """
     path = Path(_folder().name, SCRIPT_NAME)
     path.write_text(code, encoding="utf-8")
     stderr = io.StringIO()
@@ -75,7 +80,8 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def check_arithmetic(tree: ast.AST) -> None:
-    """Raises ValueError on any node that is not assignment, arithmetic on numbers, or one of a few pure calls.
+    """Raises ValueError on any node that is not assignment, arithmetic on numbers, or one of a few
+    pure calls.
 
     A name that no one defined may be called: that raises NameError, as it should.
     """
@@ -107,7 +113,10 @@ def _small_exponent(node: ast.expr) -> bool:
 
 
 def number_text(text: str) -> str | None:
-    """A number as an answer is written ("72.0" and "72" are "72", "0.30000000000000004" is "0.3"); None if it is none."""
+    """A number as an answer is written ("72.0" and "72" are "72", "0.30000000000000004" is "0.3").
+
+    None if it is none.
+    """
     try:
         value = float(text.replace(",", "").strip())
     except ValueError:

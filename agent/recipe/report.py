@@ -1,4 +1,6 @@
-"""What an examination found: one row a condition, its counts beside what was asked for, as a table and as JSON."""
+"""What an examination found: one row a condition, its counts beside what was asked for, as a table
+and as JSON.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one condition gave. `new` are the right answers among problems that training did not see word for word."""
+    """What one condition gave.
+
+    `new` are the right answers among problems that training did not see word for word.
+    """
 
     condition: Condition
     asked: int
@@ -59,7 +64,10 @@ def row(
     seen: set[str],
     wall_s: float,
 ) -> Row:
-    """Sums up one condition's conversations; `seen` are the ids of the tasks that training saw word for word."""
+    """Sums up one condition's conversations.
+
+    `seen` are the ids of the tasks that training saw word for word.
+    """
     return Row(
         condition=condition,
         asked=asked,
@@ -77,7 +85,9 @@ def row(
 
 
 def targets(condition: Condition) -> dict[str, float]:
-    """What the shipped adapter has to reach, by the names of `Scores`; the base model is only there to compare."""
+    """What the shipped adapter has to reach, by the names of `Scores`; the base model is only there
+    to compare.
+    """
     if condition.model != ADAPTER:
         return {}
     if condition.problems == RECOVERY:
@@ -97,7 +107,9 @@ _COLUMNS = {
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table that is Markdown, too: each figure with its counts and, where there is one, its target."""
+    """The rows as a table that is Markdown, too: each figure with its counts and, where there is
+    one, its target.
+    """
     found = Table(box=box.MARKDOWN)
     for name in ("model", "problems", "sampling", "tools in", *_COLUMNS.values(), "right, new"):
         found.add_column(name, no_wrap=True)

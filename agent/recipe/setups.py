@@ -1,8 +1,8 @@
 """What a training conversation is told about its tools: names, descriptions, order, system prompt.
 
-About half of the conversations see exactly the tools that ship (`tool_configs/gsm8k.yaml`), in either order. The others
-see the same two tools under other names and words, and sometimes tools that are of no use here, so that the model
-reads its tools instead of remembering them.
+About half of the conversations see exactly the tools that ship (`tool_configs/gsm8k.yaml`), in
+either order. The others see the same two tools under other names and words, and sometimes tools
+that are of no use here, so that the model reads its tools instead of remembering them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ CODE_TOOL, ANSWER_TOOL = "code_interpreter", "calculate_answer"
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The tools offered, in order, and which of them runs code and which takes the answer, by name and argument."""
+    """The tools offered, in order, and which of them runs code and which takes the answer, by name
+    and argument.
+    """
 
     system: str | None
     tools: tuple[dict[str, Any], ...]
@@ -35,7 +37,10 @@ class Setup:
 
 
 def shipped_tools(config: Path) -> list[dict[str, Any]]:
-    """The OpenAI schemas of a tools.yaml, as written there: `code_interpreter` and `calculate_answer`, in its order."""
+    """The OpenAI schemas of a tools.yaml, as written there.
+
+    `code_interpreter` and `calculate_answer`, in its order.
+    """
     loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
     entries = loaded["tools"] if isinstance(loaded, dict) else loaded
     schemas = [entry["tool_schema"] for entry in entries]

@@ -1,9 +1,9 @@
 """Problems of reasoning-gym's `gsm_symbolic`, each with a program that prints its answer.
 
-The generators compute their answer in a nested function, `generate_from_variables(...)`. Its own statements are the
-program: the story's numbers it uses, then the steps the answer depends on. What they evaluated to is read off the
-running function, and every program is executed before it is kept, so a generator that changes costs examples, never
-correctness.
+The generators compute their answer in a nested function, `generate_from_variables(...)`. Its own
+statements are the program: the story's numbers it uses, then the steps the answer depends on. What
+they evaluated to is read off the running function, and every program is executed before it is kept,
+so a generator that changes costs examples, never correctness.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _WRITTEN_OUT = {
 
 @dataclass(frozen=True, slots=True)
 class _Derivation:
-    """How one generator computes: its arguments, its assignments in order, and the expression of its answer."""
+    """How one generator computes: its arguments, its assignments in order, and the expression of
+    its answer.
+    """
 
     arguments: frozenset[str]
     assignments: tuple[tuple[str, ast.expr], ...]
@@ -47,7 +49,10 @@ class _Derivation:
 
 
 def problems(count: int, seed: int = FIRST_TRAINING_SEED) -> Iterator[Problem]:
-    """`count` problems drawn from `seed` on. Those without a program that prints the answer are left out."""
+    """`count` problems drawn from `seed` on.
+
+    Those without a program that prints the answer are left out.
+    """
     from reasoning_gym import create_dataset
 
     dataset = create_dataset("gsm_symbolic", size=count, seed=seed)
@@ -134,7 +139,9 @@ def _bare(node: ast.expr) -> ast.expr:
 
 
 def _steps(derivation: _Derivation, seen: dict[str, Any], question: str) -> list[Step]:
-    """The program's lines: story numbers first, then the steps the answer needs, in the generator's order."""
+    """The program's lines: story numbers first, then the steps the answer needs, in the generator's
+    order.
+    """
     needed = _names(derivation.answer)
     lines: list[Step] = []
     if not isinstance(derivation.answer, ast.Name):
@@ -173,7 +180,9 @@ def _names(node: ast.expr) -> set[str]:
 
 
 class _Plain(ast.NodeTransformer):
-    """`Fraction(a, b)` as a / b, `eval(x)` and `Fraction(x)` as x, and `a if ... else b` as what it was for this story."""
+    """`Fraction(a, b)` as a / b, `eval(x)` and `Fraction(x)` as x, and `a if ... else b` as what it
+    was for this story.
+    """
 
     def __init__(self, seen: dict[str, Any]) -> None:
         self.seen = seen
@@ -203,7 +212,10 @@ _RATIO = re.compile(r"\d+/\d+")
 
 
 def _told(value: Any, question: str) -> str:
-    """The literal of a number the question tells. Raises ValueError where it does not, or where it is no number."""
+    """The literal of a number the question tells.
+
+    Raises ValueError where it does not, or where it is no number.
+    """
     literal = _literal(value, question)
     if literal is None:
         raise ValueError(f"{value!r} is not in the question")

@@ -1,9 +1,11 @@
-"""Trains the adapter on a file of token ids: one pass of shuffled, length-bucketed batches, loss on the model's own tokens.
+"""Trains the adapter on a file of token ids: one pass of shuffled, length-bucketed batches, loss on
+the model's own tokens.
 
-Needs torch, transformers, safetensors and numpy, nothing of the runtime, so the same file runs on a bare GPU machine.
-Batches are right-padded: attention is causal, so no token ever sees the padding and no attention mask is needed.
-Where many prompts begin alike, a batch takes such conversations together and computes their common beginning once; the
-gradient is the same, and with the tools' schemas in every prompt that is half of the work on a CPU.
+Needs torch, transformers, safetensors and numpy, nothing of the runtime, so the same file runs on a
+bare GPU machine. Batches are right-padded: attention is causal, so no token ever sees the padding
+and no attention mask is needed. Where many prompts begin alike, a batch takes such conversations
+together and computes their common beginning once; the gradient is the same, and with the tools'
+schemas in every prompt that is half of the work on a CPU.
 """
 
 from __future__ import annotations
@@ -24,14 +26,19 @@ from agent.recipe.lora import adapter_state, add_lora, load_adapter, save_adapte
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUCKET = 4096
-"""Conversations sorted by length together: large enough for tight batches, small enough to stay shuffled."""
+"""Conversations sorted by length together: large enough for tight batches, small enough to stay
+shuffled.
+"""
 _ALIKE_TOKENS, _ALIKE_ROWS = 128, 16
-"""Conversations begin alike when so many tokens are the same, and only a group of so many is worth batches of its own."""
+"""Conversations begin alike when so many tokens are the same, and only a group of so many is worth
+batches of its own.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train. A batch is at most `batch_tokens` tokens, padding included; the run ends after `epochs` or `max_seconds`.
+    """How to train. A batch is at most `batch_tokens` tokens, padding included; the run ends after
+    `epochs` or `max_seconds`.
 
     `share_prompts`: a batch's common beginning is computed once.
     """
@@ -86,7 +93,9 @@ class Tokens:
         return lengths
 
     def groups(self) -> np.ndarray[Any, Any]:
-        """A number for each conversation: the same, above 0, for those of a large group that begins alike."""
+        """A number for each conversation: the same, above 0, for those of a large group that begins
+        alike.
+        """
         starts = [self.ids[start : start + _ALIKE_TOKENS].tobytes() for start in self.starts[:-1]]
         _, group, count = np.unique(starts, return_inverse=True, return_counts=True)
         groups: np.ndarray[Any, Any] = np.where(count[group] >= _ALIKE_ROWS, group + 1, 0)
@@ -105,7 +114,9 @@ class Tokens:
 
 
 def _common(ids: np.ndarray[Any, Any], learned: np.ndarray[Any, Any]) -> int:
-    """Columns that are the same in every row, ending before the token that predicts the first one with loss."""
+    """Columns that are the same in every row, ending before the token that predicts the first one
+    with loss.
+    """
     same = (ids == ids[0]).all(axis=0)
     first_difference = len(same) if same.all() else int(np.argmin(same))
     return min(first_difference, int(np.argmax(learned.any(axis=0))) - 1)
@@ -135,7 +146,9 @@ def batches(
     rng: np.random.Generator,
     groups: np.ndarray[Any, Any] | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The rows once each, in random order, in batches of one group, of like length, of at most `batch_tokens` padded tokens."""
+    """The rows once each, in random order, in batches of one group, of like length, of at most
+    `batch_tokens` padded tokens.
+    """
     rows = rng.permutation(rows)
     cut: list[np.ndarray[Any, Any]] = []
     for start in range(0, len(rows), _BUCKET):
@@ -161,7 +174,10 @@ def _cut(
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
-    """Summed cross-entropy over the tokens with loss. Logits are made for those alone, and nothing waits for the GPU."""
+    """Summed cross-entropy over the tokens with loss.
+
+    Logits are made for those alone, and nothing waits for the GPU.
+    """
     ids = batch.ids[:, batch.shared :]
     seen = _keys_and_values(model, batch) if batch.shared else None
     hidden = model.model(
@@ -174,7 +190,9 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
 
 
 def _keys_and_values(model: Any, batch: Batch) -> Any:
-    """What attention keeps of the shared beginning, once computed and then repeated for each row, gradient included."""
+    """What attention keeps of the shared beginning, once computed and then repeated for each row,
+    gradient included.
+    """
     seen = model.model(input_ids=batch.ids[:1, : batch.shared], use_cache=True).past_key_values
     seen.batch_repeat_interleave(len(batch.ids))
     return seen
@@ -225,7 +243,10 @@ def fit(
     device: str,
     report: Callable[[Progress], None],
 ) -> None:
-    """Trains the LoRA parameters of `model` in place. Ends early, and well, on KeyboardInterrupt."""
+    """Trains the LoRA parameters of `model` in place.
+
+    Ends early, and well, on KeyboardInterrupt.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
     rows = np.flatnonzero(~tokens.held_out)
@@ -298,7 +319,10 @@ def default_device() -> str:
 def train(
     base: Path, tokens: Tokens, settings: Settings, target: Path, report: Callable[[Progress], None]
 ) -> dict[str, Any]:
-    """Trains an adapter and writes it to `target`. Returns the settings, the held-out losses and the seconds it took."""
+    """Trains an adapter and writes it to `target`.
+
+    Returns the settings, the held-out losses and the seconds it took.
+    """
     device = default_device()
     torch.manual_seed(settings.seed)
     model = load_base(base, device)

@@ -139,7 +139,7 @@ def start_engine(config: Config, log_path: Path | None) -> Engine:
     """
     rollout = config.rollout
     if rollout.name == "sglang":
-        from agent.engines.sglang import start
+        from agent.engines.start import start
 
         return start(config.verl_rollout(), config.model_dir(), log_path=log_path).engine()
     if rollout.name == "sglang_server":

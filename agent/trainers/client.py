@@ -1,11 +1,13 @@
-"""The inference servers of a verl 0.8 or 0.9 trainer, behind the client that its agent loops are given.
+"""The inference servers of a verl 0.8 or 0.9 trainer, behind the client that its agent loops are
+given.
 
-Invariant: one engine is one conversation's. All of its turns go to verl under one request id, by which verl's balancer
-keeps a conversation on the server that has its prefix in the cache.
+Invariant: one engine serves one conversation. All of its turns go to verl under one request id, by
+which verl's balancer keeps a conversation on the server that has its prefix in the cache.
 
-verl's client cannot abort one request: where a turn is cancelled (a deadline, say) the server samples on to the turn's
-budget, and nobody waits for it. Requests that the trainer aborts itself (for new weights) come back as `aborted`; the
-client of its asynchronous modes goes on with them under the new weights, and the conversation notices nothing.
+verl's client cannot abort one request: if a turn is cancelled (by a deadline, say) the server keeps
+sampling up to the turn's budget, and the result is dropped. Requests that the trainer aborts itself
+(for new weights) come back as `aborted`; the client of its asynchronous modes continues them under
+the new weights, and the conversation does not notice.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ from agent.loop.boundary import describe
 
 ABORTED = ("abort", "aborted")
 SUMMED = ("spec_num_draft_tokens", "spec_num_accepted_tokens", "spec_num_verify_steps")
-"""verl's counters of speculative decoding, kept for its metrics."""
+"""verl's counters of speculative decoding, summed up for its metrics."""
 
 
 class VerlClientEngine:
-    """`client` is verl's `LLMServerClient`, or anything with its `generate`.
+    """One conversation's engine. `client` is verl's `LLMServerClient`, or anything with its
+    `generate`.
 
-    `generate_s` is the time spent in the servers, `num_preempted` None where they do not tell, `fields` what verl's
-    trainers read of a conversation: the first and last weights' step and the counters of speculative decoding.
+    `generate_s` is the time spent in the servers. `num_preempted` is None if they do not report it.
+    `fields` is what verl's trainers read of a conversation: the first and last weights' step and
+    the counters of speculative decoding.
     """
 
     def __init__(
@@ -48,13 +52,15 @@ class VerlClientEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
     ) -> Generation:
-        """One turn. Raises EngineError where verl's servers failed, EndConversation where the trainer aborted the turn."""
+        """Samples one turn.
+
+        Raises EngineError if verl's servers failed, EndConversation if the trainer aborted the
+        turn.
+        """
         limit = sampling["max_new_tokens"]
         params = {key: value for key, value in sampling.items() if key != "max_new_tokens"}
-        params |= {
-            "max_tokens": limit,
-            "logprobs": True,
-        }  # `max_tokens`: the name that all of verl's servers know
+        # `max_tokens` is the name that all of verl's servers know.
+        params |= {"max_tokens": limit, "logprobs": True}
         started = perf_counter()
         try:
             output = await self._client.generate(
@@ -75,55 +81,68 @@ class VerlClientEngine:
         return generation
 
     async def abort(self, request_id: str) -> None:
-        """verl's client has nothing to abort one request with."""
+        """Does nothing: verl's client cannot abort one request."""
 
     async def close(self) -> None:
-        """The servers are the trainer's."""
+        """Does nothing: the servers are the trainer's."""
 
     def _note(self, output: Any) -> None:
         if output.num_preempted is not None:
             self.num_preempted = (self.num_preempted or 0) + output.num_preempted
-        told, fields = output.extra_fields, self.fields
-        first, last = _steps(told)
+        reported, fields = output.extra_fields, self.fields
+        first, last = _steps(reported)
         if fields["min_global_steps"] is None:
             fields["min_global_steps"] = first
         if last is not None:
             fields["max_global_steps"] = last
         for key in SUMMED:
-            if key in told:
-                fields[key] = fields.get(key, 0) + int(told[key])
+            if key in reported:
+                fields[key] = fields.get(key, 0) + int(reported[key])
 
 
 def _one_line(error: Exception) -> str:
-    """What failed. Ray's errors bring what was raised on the other side as `cause`, and its whole traceback as their text."""
+    """What failed.
+
+    Ray's errors carry the original one as `cause`; their text is its whole traceback.
+    """
     cause = getattr(error, "cause", None)
     return " ".join(describe(cause if isinstance(cause, Exception) else error).split())
 
 
-def _steps(told: Mapping[str, Any]) -> list[int | None]:
-    """The first and the last weights' step of a turn; None where the server does not tell."""
+def _steps(reported: Mapping[str, Any]) -> list[int | None]:
+    """The first and the last weights' step of a turn; None if the server does not report them."""
     return [
-        told.get(key, told.get("global_steps")) for key in ("min_global_steps", "max_global_steps")
+        reported.get(key, reported.get("global_steps"))
+        for key in ("min_global_steps", "max_global_steps")
     ]
 
 
-def _weight_version(told: Mapping[str, Any]) -> str | None:
-    """The weights' step, of a turn that was gone on with under new ones `FIRST-LAST`: verl's client does not say where."""
-    return "-".join(dict.fromkeys(str(step) for step in _steps(told) if step is not None)) or None
+def _weight_version(reported: Mapping[str, Any]) -> str | None:
+    """The weights' step; `FIRST-LAST` if new weights came during the turn.
+
+    verl's client does not say at which token they came.
+    """
+    return (
+        "-".join(dict.fromkeys(str(step) for step in _steps(reported) if step is not None)) or None
+    )
 
 
 def _generation(output: Any, limit: int, stop_token_ids: Sequence[int]) -> Generation:
-    """verl's `TokenOutput`. vLLM says `completed` whether a turn ended or was cut; TensorRT-LLM knows no limit of a turn."""
+    """Reads verl's `TokenOutput`.
+
+    vLLM reports `completed` both for a turn that ended and for one that was cut; TensorRT-LLM knows
+    no limit of a turn.
+    """
     ids, logprobs = list(output.token_ids)[:limit], list(output.log_probs or [])[:limit]
     ended = output.stop_reason == "stop" or (bool(ids) and ids[-1] in stop_token_ids)
+    if output.stop_reason in ABORTED:
+        reason = "abort"
+    else:
+        reason = "stop" if ended and len(output.token_ids) <= limit else "length"
     return Generation(
         ids,
         logprobs,
-        "abort"
-        if output.stop_reason in ABORTED
-        else "stop"
-        if ended and len(output.token_ids) <= limit
-        else "length",
+        reason,
         cached_tokens=output.extra_fields.get("num_cached_tokens"),
         weight_version=_weight_version(output.extra_fields),
     )

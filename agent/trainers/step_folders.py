@@ -1,8 +1,11 @@
-"""Run folders of a trainer: a new one for each batch, or for each step of a worker that is never told where one ends.
+"""Run folders of a trainer: one for each batch, or one for each step where a worker sees no end of
+a step.
 
-Invariants. Each folder is one writer's, whoever else makes some beside it. A record of `StepFolders` stands in the folder
-of the weights that sampled its last token. At most `MAX_OPEN` are open; a record for one that was closed since (a
-straggler of an asynchronous trainer) opens another beside it.
+Invariants. Each folder has one writer, although others make folders beside it. A record of
+`StepFolders` stands in the folder of the weights that sampled its last token. At most `MAX_OPEN`
+are open; a record for one that has been closed (a straggler of an asynchronous trainer) opens
+another beside it. A conversation that the trainer aborted is unfinished, so it stands in
+`unfinished.jsonl`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ MAX_OPEN = 4
 
 
 class NewFolders:
-    """Run folders under `root`. The tokenizer is saved in the first, and copied: a large one takes most of a second to save."""
+    """Makes run folders under `root`.
+
+    The tokenizer is saved in the first one and copied from there: saving a large one takes most of
+    a second.
+    """
 
     def __init__(self, root: Path, tokenizer: Any) -> None:
         self._root = root
@@ -34,7 +41,10 @@ class NewFolders:
         self._saved: Path | None = None
 
     def create(self, name: str, manifest: Mapping[str, Any]) -> RunFolder:
-        """`name`, or `name-1` and so on where somebody has that. Raises ConfigError where nothing can be written."""
+        """Makes the folder `name`, or `name-1` and so on if that exists.
+
+        Raises ConfigError if it cannot be written.
+        """
         try:
             path = self._claimed(name)
             if self._saved and self._saved.is_dir():
@@ -71,17 +81,17 @@ class _Open:
 
 
 class StepFolders:
-    """`step-STEP-HOST-PID` under `root`; STEP is the weights' that the engine tells, `none` where it tells none.
+    """The folders `step-STEP-HOST-PID` under `root`.
 
-    `manifest` makes the run.json of a step.
+    STEP is the weights' step that the engine reports, `none` if it reports none. `manifest` makes
+    the run.json of a step.
     """
 
     def __init__(
         self, root: Path, manifest: Callable[[str], dict[str, Any]], tokenizer: Any
     ) -> None:
-        self.done: set[tuple[str, int]] = (
-            set()
-        )  # nothing is run again: see `agent.loop.batch.Store`
+        # Nothing is run again: see `agent.loop.batch.Store`.
+        self.done: set[tuple[str, int]] = set()
         self._new = NewFolders(root, tokenizer)
         self._manifest = manifest
         self._worker = f"{socket.gethostname()}-{os.getpid()}"
@@ -89,7 +99,10 @@ class StepFolders:
         self._step = "none"
 
     def append(self, trajectory: Trajectory) -> None:
-        """Writes a finished conversation as the next sample of its task."""
+        """Writes a conversation that has ended as the next sample of its task."""
+        if trajectory.stop_reason == "cancelled":  # the trainer aborted it
+            self.append_unfinished(trajectory)
+            return
         place = self._place(trajectory)
         place.add(place.folder.append, trajectory)
 
@@ -99,7 +112,7 @@ class StepFolders:
         place.add(place.folder.append_unfinished, trajectory)
 
     def close(self) -> None:
-        """Closes what is open. Safe to call twice."""
+        """Closes the open folders. Safe to call twice."""
         while self._open:
             self._close_oldest()
 

@@ -1,4 +1,6 @@
-"""SGLang's native HTTP API for tests: a server in this process that does as it is told, and SGLang's own as a process."""
+"""SGLang's native HTTP API for tests: a server in this process that does as it is told, and
+SGLang's own as a process.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ Behaviour = Callable[["Server", dict[str, Any]], Awaitable[Response]]
 
 
 class Server:
-    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the last one for ever.
+    """Speaks SGLang's native API on a free port: each `/generate` takes the next behaviour, the
+    last one for ever.
 
-    `says` has answers to GET that are others than a server's own, by path. One that `hangs` takes connections, and no more.
+    `says` has answers to GET that are others than a server's own, by path. One that `hangs` takes
+    connections, and no more.
     """
 
     def __init__(self, *behaviours: Behaviour) -> None:
@@ -272,7 +276,9 @@ def wait_for_health(server: Launched, log: Path) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody has, and that nobody gets who asks for any; one that a server is started on again and again cannot be 0."""
+    """A port that nobody has, and that nobody gets who asks for any; one that a server is started
+    on again and again cannot be 0.
+    """
     while True:
         port = random.SystemRandom().randrange(
             20_000, 30_000

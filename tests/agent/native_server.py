@@ -1,8 +1,9 @@
-"""Servers that sample what a test says, each a process that can be killed: `python -m tests.agent.native_server`.
+"""Servers that sample what a test says, each a process that can be killed: `python -m
+tests.agent.native_server`.
 
-Imports once, then forks one server for each port on its stdin and prints the server's pid, and once it is gone "gone".
-Three calls of `look` a conversation, then a sentence; ids are a function of the prompt alone, with spellings that do
-not survive decode and encode.
+Imports once, then forks one server for each port on its stdin and prints the server's pid, and once
+it is gone "gone". Three calls of `look` a conversation, then a sentence; ids are a function of the
+prompt alone, with spellings that do not survive decode and encode.
 """
 
 from __future__ import annotations

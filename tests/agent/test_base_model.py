@@ -1,4 +1,6 @@
-"""The embedded model's directory: written once and whole, right as a tokenizer, merged by plain LoRA arithmetic."""
+"""The embedded model's directory: written once and whole, right as a tokenizer, merged by plain
+LoRA arithmetic.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""AgentRollout on the real SGLang engine, started once for all of these tests: ids in, ids out, nothing lost on the way."""
+"""AgentRollout on the real SGLang engine, started once for all of these tests: ids in, ids out,
+nothing lost on the way.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from typing import Any
 import pytest
 
 from agent.engines.engine import Generation, Interrupted
-from agent.engines.sglang import SGLangEngine, start
+from agent.engines.sglang import SGLangEngine
+from agent.engines.start import start
 from agent.errors import ConfigError, EngineError, EngineStartError
 from agent.model.base import base_model_dir
 from tests.conftest import ENGINE_CONTEXT, ENGINE_SLOTS
@@ -372,7 +375,9 @@ def test_it_is_verls_own_rollout_class(sglang_rollout: Any) -> None:
 
 @pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told_when_its_engine_dies(tmp_path: Path) -> None:
-    """Also: weights before the first generation, no signal handler taken, a clean exit with nothing left behind."""
+    """Also: weights before the first generation, no signal handler taken, a clean exit with nothing
+    left behind.
+    """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(DYING).replace("LOG", repr(str(tmp_path / "engine.log"))))
     done = subprocess.run(
@@ -419,7 +424,7 @@ RANKS = """
     import asyncio, json, pathlib, uuid
     import torch
     from safetensors.torch import load_file
-    from agent.engines.sglang import start
+    from agent.engines.start import start
     from agent.model.base import base_model_dir
 
     config = {"prompt_length": 64, "response_length": 64, "tensor_model_parallel_size": 2}
@@ -447,7 +452,7 @@ RANKS = """
 DYING = """
     import asyncio, json, os, pathlib, signal, uuid
     import psutil, torch
-    from agent.engines.sglang import start
+    from agent.engines.start import start
     from agent.errors import EngineError
     from agent.model.base import base_model_dir
 

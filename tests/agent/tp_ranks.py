@@ -1,6 +1,7 @@
-"""Two tensor-parallel ranks of one AgentRollout on CPU: `python -m tests.agent.tp_ranks FOLDER`. Prints a JSON line a rank.
+"""Two tensor-parallel ranks of one AgentRollout on CPU: `python -m tests.agent.tp_ranks FOLDER`.
 
-The first has the (scripted) engine, the second none, as verl's workers have it; gloo between them.
+The first rank has the (scripted) engine, the second none, as verl's workers have it; gloo between
+them. Each writes `rank-R.json` in FOLDER: two processes' lines in one pipe would interleave.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ WORLD = 2
 
 
 def become_rank(rank: int, world: int, port: int) -> None:
-    """Makes this process one rank of `world`, on a GPU of its own where there is one, as a trainer starts its workers."""
+    """Makes this process one rank of `world`, as a trainer starts its workers.
+
+    Each rank gets a GPU of its own if there is one. Call it before anything asks CUDA.
+    """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    own = (
-        listed.split(",")[rank] if listed else str(rank)
-    )  # before anything asks CUDA what is there
+    own = listed.split(",")[rank] if listed else str(rank)
     named = {
         "RANK": rank,
         "WORLD_SIZE": world,
@@ -43,14 +45,12 @@ def become_rank(rank: int, world: int, port: int) -> None:
     cuda = torch.cuda.is_available()
     os.environ |= start_variables(cuda=cuda)
     if cuda:
-        torch.zeros(
-            1, device="cuda"
-        )  # holds on to the one GPU: verl names all of them to the engine's processes later
+        # Holds on to the one GPU: verl names all of them to the engine's processes later.
+        torch.zeros(1, device="cuda")
     else:
         cpu_guards.install()
-        cores = sorted(
-            os.sched_getaffinity(0)
-        )  # SGLang's CPU engine wants its ranks on cores of their own
+        # SGLang's CPU engine wants its ranks on cores of their own.
+        cores = sorted(os.sched_getaffinity(0))
         os.environ.setdefault(
             "SGLANG_CPU_OMP_THREADS_BIND",
             "|".join(str(cores[index % len(cores)]) for index in range(world)),
@@ -73,8 +73,7 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     )
     given = batch(template, ["one", "two"])
     done = peers.run(rollout, given)
-    told: dict[str, Any] = {
-        "rank": rank,
+    outcome: dict[str, Any] = {
         "responses": done.batch["responses"].tolist(),
         "mask": int(done.batch["response_mask"].sum()),
     }
@@ -82,8 +81,8 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     try:
         peers.run(rollout, given)
     except Exception as error:
-        told["error"] = f"{type(error).__name__}: {error}"
-    print("RANK " + json.dumps(told), flush=True)
+        outcome["error"] = f"{type(error).__name__}: {error}"
+    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,7 @@
-"""verl 0.6.1's own rollout and ours, built for the same batches on the same scripted engine. Importing this imports verl."""
+"""verl 0.6.1's own rollout and ours, built for the same batches on the same scripted engine.
+
+Importing this imports verl.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,13 @@ from conversations.template import ChatTemplate
 from tests.helpers import LOOK_SCHEMA
 
 Say = Callable[[str], str | list[int] | Exception]
-"""What the model says after the text of a prompt: a text, to which the end token is added, or ids."""
+"""What the model says after the text of a prompt: a text, to which the end token is added, or ids.
+"""
 
 
 class LookTool(BaseTool):  # type: ignore[misc]
-    """A tool of verl's kind: answers, or breaks where the question says so; its reward is the number of its calls.
+    """A tool of verl's kind: answers, or breaks where the question says so; its reward is the
+    number of its calls.
 
     A row's `calc_reward_kwargs` may say `wait_s`.
     """
@@ -76,10 +81,11 @@ class LookTool(BaseTool):  # type: ignore[misc]
 
 
 class Script:
-    """One scripted engine in both shapes: SGLang's `async_generate`, as verl asks it, and turntrace's protocol.
+    """One scripted engine in both shapes: SGLang's `async_generate`, as verl asks it, and
+    turntrace's protocol.
 
-    `seen` holds each request: (prompt ids, sampling params). `slow` is asked how many seconds a prompt takes. The cache
-    cannot be flushed the first `busy` times.
+    `seen` holds each request: (prompt ids, sampling params). `slow` is asked how many seconds a
+    prompt takes. The cache cannot be flushed the first `busy` times.
     """
 
     def __init__(
@@ -188,7 +194,9 @@ class Peers:
         return self._made(_Ours, script, config)
 
     def run(self, rollout: Any, batch: DataProto, **overrides: Any) -> DataProto:
-        """`generate_sequences`, as a worker calls it: from a thread whose event loop is the engine's."""
+        """`generate_sequences`, as a worker calls it: from a thread whose event loop is the
+        engine's.
+        """
         asyncio.set_event_loop(self._loop)
         return rollout.generate_sequences(batch, **overrides)
 
@@ -261,7 +269,9 @@ def batch(
     meta: dict[str, Any] | None = None,
     **columns: Any,
 ) -> DataProto:
-    """A trainer's batch: left-padded prompts of 256 tokens, `raw_prompt`, and what `columns` adds, a list of one value a row."""
+    """A trainer's batch: left-padded prompts of 256 tokens, `raw_prompt`, and what `columns` adds,
+    a list of one value a row.
+    """
     messages = [[{"role": "user", "content": question}] for question in questions]
     prompts = [
         template.tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=True)

@@ -1,8 +1,9 @@
-"""Two steps of a verl 0.6.1 trainer on CPU, up to the advantages: `python -m tests.agent.trainer_smoke FOLDER`.
+"""Two steps of a verl 0.6.1 trainer on CPU, up to the advantages: `python -m
+tests.agent.trainer_smoke FOLDER`.
 
-verl's own data loading, batch handling, reward manager and advantages around AgentRollout on the embedded model, made
-as its workers make it, with a weight sync before each step. What needs a GPU or Ray (the workers, the policy update) is
-left out. Prints one JSON line.
+verl's own data loading, batch handling, reward manager and advantages around AgentRollout on the
+embedded model, made as its workers make it, with a weight sync before each step. What needs a GPU
+or Ray (the workers, the policy update) is left out. Prints one JSON line.
 """
 
 from __future__ import annotations

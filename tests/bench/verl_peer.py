@@ -34,8 +34,8 @@ from verl.workers.rollout import schemas
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 
 from agent.engines.engine import Generation
+from agent.engines.rollout import MESH_DIMS
 from agent.loop.tasks import Task
-from agent.rollout import MESH_DIMS
 from tests.bench.workload import TOOL_NAME, TOOL_SCHEMA, VARIANTS, Workload, answer, tasks
 
 PROMPT_LENGTH = 1024

@@ -1,4 +1,6 @@
-"""What surrounds the engine and needs none to be checked: its arguments, its answers, its failures, its import guards."""
+"""What surrounds the engine and needs none to be checked: its arguments, its answers, its failures,
+its import guards.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ async def sample(
     )
 
 
-# ---------------------------------------------------------------------- what is sent, what comes back
+# ---------------------------------------------------------------------- what is sent, what comes
+# back
 
 
 async def test_the_native_request_and_its_answer() -> None:
@@ -174,7 +175,7 @@ async def test_a_full_queue_is_not_waited_for_without_end() -> None:
 def test_no_sooner_than_the_server_says(given: str | None, least_s: float, most_s: float) -> None:
     response = httpx.Response(429, headers={"Retry-After": given} if given else {})
     busy = one_server.ServerBusyError("full", one_server.retry_after_s(response))
-    assert least_s <= servers.Tries(8, 300.0).after_busy_s("http://h", busy) <= most_s
+    assert least_s <= servers.RetryBudget(8, 300.0).after_busy_s("http://h", busy) <= most_s
 
 
 async def test_a_refused_connection_is_waited_for() -> None:

@@ -151,7 +151,9 @@ async def test_nobody_asks_a_server_that_is_down_but_the_watcher() -> None:
 async def test_a_server_that_hangs_loses_its_conversations_to_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It takes connections and never answers, neither the turn nor whether it is well: a stopped process, a machine cut off."""
+    """It takes connections and never answers, neither the turn nor whether it is well: a stopped
+    process, a machine cut off.
+    """
     monkeypatch.setattr(one_server, "HEALTH_S", 0.2)
     for module in (one_server, sglang_server):
         monkeypatch.setattr(module, "SILENCE_S", 0.1)
@@ -297,7 +299,9 @@ SGLANG_KILLS = int(os.environ.get("TURNTRACE_SGLANG_KILLS", "1"))
 
 @pytest.mark.slow
 async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTemplate) -> None:
-    """Whole conversations with tool calls: every record is the one that an undisturbed server gives."""
+    """Whole conversations with tool calls: every record is the one that an undisturbed server
+    gives.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     engine = SGLangServerEngine([url])
@@ -353,7 +357,9 @@ def look(question: str) -> str:
 
 
 def tiny_model(folder: Path) -> Path:
-    """A random two-layer model in float32: tokens of a greedy run do not depend on what else is in the batch."""
+    """A random two-layer model in float32: tokens of a greedy run do not depend on what else is in
+    the batch.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,6 @@
-"""The adapter that ships does what the demo needs of it, on the real engine and in the real sandbox."""
+"""The adapter that ships does what the demo needs of it, on the real engine and in the real
+sandbox.
+"""
 
 from __future__ import annotations
 

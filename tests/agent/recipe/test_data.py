@@ -1,4 +1,6 @@
-"""A training conversation is, id for id, what the runtime would feed the engine, with the loss on the model's turns."""
+"""A training conversation is, id for id, what the runtime would feed the engine, with the loss on
+the model's turns.
+"""
 
 from __future__ import annotations
 

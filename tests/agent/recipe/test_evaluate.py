@@ -1,4 +1,6 @@
-"""An examination asks every question in every way, and a condition changes sampling and tool order and nothing else."""
+"""An examination asks every question in every way, and a condition changes sampling and tool order
+and nothing else.
+"""
 
 from __future__ import annotations
 

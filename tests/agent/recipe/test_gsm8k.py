@@ -1,4 +1,6 @@
-"""Programs come from worked answers, print the answer, and follow their story when its numbers change."""
+"""Programs come from worked answers, print the answer, and follow their story when its numbers
+change.
+"""
 
 from __future__ import annotations
 

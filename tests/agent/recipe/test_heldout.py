@@ -1,4 +1,6 @@
-"""What an adapter is examined on was never trained on, and a recovery task begins with a failure that really happened."""
+"""What an adapter is examined on was never trained on, and a recovery task begins with a failure
+that really happened.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Programs print what they claim, fail as the interpreter fails, and nothing but arithmetic is ever run."""
+"""Programs print what they claim, fail as the interpreter fails, and nothing but arithmetic is ever
+run.
+"""
 
 from __future__ import annotations
 

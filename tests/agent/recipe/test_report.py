@@ -1,4 +1,6 @@
-"""A report's row counts what happened, and its table and JSON say beside each figure what was asked for."""
+"""A report's row counts what happened, and its table and JSON say beside each figure what was asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ GREEDY = Condition(ADAPTER, GENERATED, 0.0)
 
 
 def found() -> Row:
-    """Two conversations of three asked for: one right on a question of the training data, one wrong on a new one."""
+    """Two conversations of three asked for: one right on a question of the training data, one wrong
+    on a new one.
+    """
     right = dataclasses.replace(
         record([CODE, ANSWER], turns=[Turn(10, 30, "stop", 10)]), task_id="old"
     )

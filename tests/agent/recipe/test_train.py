@@ -1,4 +1,6 @@
-"""The loss is that of the masked tokens, and the adapter that is written is the model that was trained."""
+"""The loss is that of the masked tokens, and the adapter that is written is the model that was
+trained.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_batches_hold_every_row_once_and_keep_to_the_limit(tmp_path: Path) -> No
 
 
 def alike(path: Path, rows: int = 20) -> Tokens:
-    """Conversations whose first 130 tokens are the same, as with the same tools in the prompt, and a few others."""
+    """Conversations whose first 130 tokens are the same, as with the same tools in the prompt, and
+    a few others.
+    """
     rng = np.random.default_rng(0)
     start = rng.integers(3, 64, 130).tolist()
     examples = []

@@ -1,4 +1,6 @@
-"""Run folders of a trainer's worker: a record stands with the weights that sampled it, however late it comes."""
+"""Run folders of a trainer's worker: a record stands with the weights that sampled it, however late
+it comes.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_a_turn_gone_on_with_under_new_weights_stands_with_the_last(
 
 
 def test_writers_of_one_name_have_a_folder_each(tmp_path: Path, smollm2: ChatTemplate) -> None:
-    """Two trainers that keep their batches in one place, say; what was taken away meanwhile is no harm."""
+    """Two trainers that keep their batches in one place, say; what was taken away meanwhile is no
+    harm.
+    """
     makers = [NewFolders(tmp_path / "kept", smollm2.tokenizer) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
         made = list(threads.map(lambda maker: maker.create("train-1", {}), makers))

@@ -1,4 +1,6 @@
-"""TurntraceAgentLoop in the real verl 0.9.1 and 0.8.0, each in an environment of its own; the cases are `verl09/cases.py`."""
+"""TurntraceAgentLoop in the real verl 0.9.1 and 0.8.0, each in an environment of its own; the cases
+are `verl09/cases.py`.
+"""
 
 from __future__ import annotations
 

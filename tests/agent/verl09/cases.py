@@ -1,4 +1,5 @@
-"""TurntraceAgentLoop in verl's own workers: equal to verl's loops where they are right, and each place where they are not.
+"""TurntraceAgentLoop in verl's own workers: equal to verl's loops where they are right, and each
+place where they are not.
 
 Run by `tests/agent/trainers/test_verl_agent_loop.py`, in an environment that has verl 0.8 or later.
 """
@@ -25,7 +26,7 @@ from verl.workers.rollout.replica import TokenOutput
 from agent.config.config import load_config
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import ConfigError, TaskError
-from agent.trainers.batches import tool_dispatcher
+from agent.trainers.options import tool_dispatcher
 from conversations.run.open_run import open_run
 from conversations.run.store import read_manifest
 from conversations.template import ChatTemplate
@@ -102,7 +103,9 @@ def assert_equal(ours: Any, verls: Any) -> None:
 
 
 def assert_equal_turns(peers: Peers, ours: Any, verls: Any) -> None:
-    """verl 0.8's own loop leaves out the newline that the template puts after an end token; 0.9's does not."""
+    """verl 0.8's own loop leaves out the newline that the template puts after an end token; 0.9's
+    does not.
+    """
     if VERSION >= (0, 9):
         return assert_equal(ours, verls)
     for row in range(len(ours)):
@@ -157,7 +160,9 @@ async def test_tool_turns_are_verls_tensor_for_tensor(
 
 
 async def test_what_goes_back_is_what_was_sampled(peers: Peers) -> None:
-    """Ids that do not survive decode and encode, mask and log-probs: as the servers gave them, whatever stands between."""
+    """Ids that do not survive decode and encode, mask and log-probs: as the servers gave them,
+    whatever stands between.
+    """
 
     def odd(text: str) -> list[int]:
         return [
@@ -265,7 +270,8 @@ async def test_two_workers_make_one_batch_though_a_row_of_one_failed(peers: Peer
     assert done.meta_info["timing"]["agent_loop/generate_sequences/max"] > 0
 
 
-# ---------------------------------------------------------------------- where verl's own loop is otherwise
+# ---------------------------------------------------------------------- where verl's own loop is
+# otherwise
 
 
 async def test_calls_past_the_limit_are_answered_where_verls_vanish(peers: Peers) -> None:
@@ -322,7 +328,9 @@ async def test_long_answers_are_cut_by_tokens_where_verl_counts_characters(peers
 
 
 async def test_a_tool_lives_as_long_as_its_conversation(peers: Peers) -> None:
-    """verl makes an instance for each call: state, and a reward for the trajectory, are not to be had."""
+    """verl makes an instance for each call: state, and a reward for the trajectory, are not to be
+    had.
+    """
     worker = peers.worker(peers.server(looks("a")), tools=True)
     done = await run(worker, "x", tools_kwargs=[{"look": {"create_kwargs": {"k": 1}}}])
     assert LookTool.events == [
@@ -338,7 +346,9 @@ async def test_a_tool_lives_as_long_as_its_conversation(peers: Peers) -> None:
 
 
 async def test_a_prompt_over_the_budget_is_not_sampled_after(peers: Peers) -> None:
-    """verl cuts its beginning off, the system prompt and the tools with it, and samples all the same."""
+    """verl cuts its beginning off, the system prompt and the tools with it, and samples all the
+    same.
+    """
     server = peers.server(echo)
     ours, verls = await both(peers.worker(server), "fine", "long " * 900)
     assert len(server.seen) == 1 + 2
@@ -387,7 +397,9 @@ async def test_what_the_trainer_aborts_is_not_trained_on(peers: Peers, ids: list
 async def test_a_turn_that_is_resumed_under_new_weights_is_one_turn(
     peers: Peers, tmp_path: Path
 ) -> None:
-    """By verl's client for asynchronous trainers: the conversation notices nothing but the weights' steps."""
+    """By verl's client for asynchronous trainers: the conversation notices nothing but the weights'
+    steps.
+    """
     ids = [*peers.template.encode("It is forty-two."), peers.template.end_id]
     parts = [
         TokenOutput(
@@ -700,7 +712,10 @@ async def test_routing_replay_is_refused(peers: Peers) -> None:
 async def test_the_v1_trainers_worker_puts_each_sample_into_its_queue(
     peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tensors are not padded: one dict a sample, the score on the last token. The queue alone is not verl's."""
+    """Its tensors are not padded: one dict a sample, the score on the last token.
+
+    The queue alone is not verl's.
+    """
     from verl.trainer.ppo.v1 import agent_loop_tq
 
     queue = Queue()

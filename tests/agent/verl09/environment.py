@@ -1,7 +1,9 @@
-"""An environment for another verl than 0.6.1: the packages in which it differs, laid over the tests' own.
+"""An environment for another verl than 0.6.1: the packages in which it differs, laid over the
+tests' own.
 
-One folder of `.cache/verl` for each requirements file, named by its content and the Python, installed once: 207 MB and
-about 20 s for 0.9.1. It stands first on PYTHONPATH; whatever is not in it comes from the environment of the tests.
+One folder of `.cache/verl` for each requirements file, named by its content and the Python,
+installed once: 207 MB and about 20 s for 0.9.1. It stands first on PYTHONPATH; whatever is not in
+it comes from the environment of the tests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""verl's own agent loop workers, its client and its balancer, around servers that answer from a script.
+"""verl's own agent loop workers, its client and its balancer, around servers that answer from a
+script.
 
-Everything but the servers and Ray is verl's: the trainer's config, `AgentLoopWorker`, `AgentLoopManager`,
-`LLMServerClient`, `GlobalRequestLoadBalancer`. What would be a Ray actor is called in process, its arguments pickled as
-Ray would do. Importing this imports verl 0.8 or later.
+Everything but the servers and Ray is verl's: the trainer's config, `AgentLoopWorker`,
+`AgentLoopManager`, `LLMServerClient`, `GlobalRequestLoadBalancer`. What would be a Ray actor is
+called in process, its arguments pickled as Ray would do. Importing this imports verl 0.8 or later.
 """
 
 from __future__ import annotations
@@ -36,11 +37,16 @@ VERSION = tuple(int(part) for part in verl.__version__.split(".")[:2])
 PROMPT, RESPONSE = 512, 512
 
 Say = Callable[[str], Any]
-"""What the model says after the text of a prompt: a text (the end token is added), ids, a TokenOutput, or an exception."""
+"""What the model says after the text of a prompt: a text (the end token is added), ids, a
+TokenOutput, or an exception.
+"""
 
 
 class LookTool(BaseTool):  # type: ignore[misc]
-    """A tool of verl's kind. It notes what is done to it in `events`, and its reward is the number of its calls."""
+    """A tool of verl's kind.
+
+    It notes what is done to it in `events`, and its reward is the number of its calls.
+    """
 
     events: list[tuple[str, str]] = []  # noqa: RUF012 - of all instances: verl makes some of its own
 
@@ -78,7 +84,10 @@ class LookTool(BaseTool):  # type: ignore[misc]
 
 
 class Server:
-    """One of a trainer's servers, as SGLang's or vLLM's answers: `seen` holds (prompt ids, sampling params) of each request."""
+    """One of a trainer's servers, as SGLang's or vLLM's answers.
+
+    `seen` holds (prompt ids, sampling params) of each request.
+    """
 
     def __init__(
         self, template: ChatTemplate, say: Say, *, backend: str = "sglang", step: int = 7
@@ -200,7 +209,10 @@ class Peers:
         options: dict[str, Any] | None = None,
         **rollout: Any,
     ) -> Any:
-        """An `AgentLoopWorker`; `options` are those of turntrace's entry, `rollout` overrides the trainer's config."""
+        """An `AgentLoopWorker`.
+
+        `options` are those of turntrace's entry, `rollout` overrides the trainer's config.
+        """
         config = copy.deepcopy(self._config)
         multi_turn = {
             "max_parallel_calls": 16,
@@ -264,7 +276,9 @@ def batch(
     meta: dict[str, Any] | None = None,
     **columns: Any,
 ) -> DataProto:
-    """A trainer's batch: a row for each question (or list of messages), with what `columns` adds, a list of one value a row."""
+    """A trainer's batch: a row for each question (or list of messages), with what `columns` adds, a
+    list of one value a row.
+    """
     messages = [
         question if isinstance(question, list) else [{"role": "user", "content": question}]
         for question in questions

@@ -1,6 +1,8 @@
-"""The runtime on GPUs, measured: `python -m tests.bench.gpu [PART ...]` prints tables and writes benchmarks-gpu.json.
+"""The runtime on GPUs, measured: `python -m tests.bench.gpu [PART ...]` prints tables and writes
+benchmarks-gpu.json.
 
-Each part runs in a process of its own, so that one that fails costs the others nothing. Minutes are of an H100:
+Each part runs in a process of its own, so that one that fails costs the others nothing. Minutes are
+of an H100:
 
 engine    7   the runtime, a trainer's batches and verl's own loop against an ideal loop on one in-process engine, for
               `--conversations` and `--tool-ms`; then weight syncs, `release` and `resume`
@@ -9,9 +11,10 @@ dp        5   a server for each of two or more GPUs behind one pool: scaling, sp
 tp        5   a trainer's batch over tensor-parallel ranks, one for each of two or more GPUs, and their weight sync
 real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
 
-Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are left out first.
-Without a GPU, `--dry` runs every part with a tiny model on CPU engines and servers (5 to 12 minutes on 2 cores): what it
-prints is no figure, but what fails there would fail on a GPU. The exit code is 1 where a figure is missing for an error.
+Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are
+left out first. Without a GPU, `--dry` runs every part with a tiny model on CPU engines and servers
+(5 to 12 minutes on 2 cores): what it prints is no figure, but what fails there would fail on a GPU.
+The exit code is 1 where a figure is missing for an error.
 """
 
 from __future__ import annotations
@@ -71,7 +74,10 @@ def _has_gpu() -> bool:
 
 
 def _in_a_process(part: str, until: float) -> int:
-    """Its exit code. What has not ended some time after `--minutes` are over is killed with all that it started."""
+    """Its exit code.
+
+    What has not ended some time after `--minutes` are over is killed with all that it started.
+    """
     given = [argument for argument in sys.argv[1:] if argument not in PARTS]
     command = [
         sys.executable,

@@ -1,4 +1,5 @@
-"""The load as a verl trainer sends it: `generate_sequences(DataProto)`, through ours and through verl 0.6.1's own loop.
+"""The load as a verl trainer sends it: `generate_sequences(DataProto)`, through ours and through
+verl 0.6.1's own loop.
 
 Both are real rollouts on the one running engine; `verl_peer` says what is changed of verl's.
 Importing this imports torch, sglang and verl.

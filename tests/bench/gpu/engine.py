@@ -1,4 +1,5 @@
-"""Part `engine`: every contender on one in-process engine; weights and memory as a trainer handles them.
+"""Part `engine`: every contender on one in-process engine; weights and memory as a trainer handles
+them.
 
 Importing this imports nothing heavy; what it runs imports torch, sglang and verl.
 """
@@ -31,8 +32,10 @@ def engine(place: Place) -> None:
 
 @contextmanager
 def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
-    """An AgentRollout in this process and the load on it; both live on the main thread's event loop, as in a trainer."""
-    from agent.engines.sglang import start
+    """An AgentRollout in this process and the load on it; both live on the main thread's event
+    loop, as in a trainer.
+    """
+    from agent.engines.start import start
 
     config, began = place.config(), perf_counter()
     rollout = start(config.verl_rollout(), place.model, log_path=place.options.logs / "engine.log")

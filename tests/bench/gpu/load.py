@@ -1,7 +1,9 @@
-"""The load: conversations of 4 turns of 128 sampled tokens with a tool call after each, on one engine.
+"""The load: conversations of 4 turns of 128 sampled tokens with a tool call after each, on one
+engine.
 
-Every turn is really sampled, 128 tokens long; then a scripted turn of as many tokens takes its place, since a model
-with random weights calls no tools. All contenders ask the same engine on the same event loop for the same work:
+Every turn is really sampled, 128 tokens long; then a scripted turn of as many tokens takes its
+place, since a model with random weights calls no tools. All contenders ask the same engine on the
+same event loop for the same work:
 
 ideal      a bare loop: awaits the engine, appends ids, sleeps for as long as the tool does. What cannot be beaten.
 ours       `run_tasks`, records and all; `stored` with a run folder on disk besides
@@ -60,7 +62,9 @@ TOOL_SCHEMA: dict[str, Any] = {
 }
 
 Raw = Callable[[list[int], dict[str, Any]], Awaitable[Any]]
-"""What a bare loop awaits: prompt ids and sampling params to an object with `output_ids`, as SGLang answers."""
+"""What a bare loop awaits: prompt ids and sampling params to an object with `output_ids`, as SGLang
+answers.
+"""
 
 
 class NapTool(BaseTool):
@@ -79,7 +83,9 @@ class NapTool(BaseTool):
 
 
 def scripted_turns(template: ChatTemplate, tokens: int) -> list[list[int]]:
-    """The variants of the one turn, each of `tokens` ids with its end token; the last 48 at most are the call."""
+    """The variants of the one turn, each of `tokens` ids with its end token; the last 48 at most
+    are the call.
+    """
     turns = []
     for index in range(VARIANTS):
         call = json.dumps({"name": TOOL_NAME, "arguments": {"key": f"item {1000 + index}"}})
@@ -97,7 +103,9 @@ def tasks(count: int) -> list[Task]:
 
 
 class ScriptedTurns:
-    """The load's engine, whose sampled tokens but the first `kept` a scripted turn replaces; all else is the engine's."""
+    """The load's engine, whose sampled tokens but the first `kept` a scripted turn replaces; all
+    else is the engine's.
+    """
 
     def __init__(self, load: Load, work: Mapping[str, Any], kept: int) -> None:
         self._load, self._engine, self._work, self._kept = load, load.engine, work, kept
@@ -153,7 +161,10 @@ class Outcome:
     trajectories: Sequence[Trajectory] = ()
 
     def figures(self) -> dict[str, Any]:
-        """All of it, as JSON values. Shares are of the conversations' wall time but for `cached_share`, of prompt tokens."""
+        """All of it, as JSON values.
+
+        Shares are of the conversations' wall time but for `cached_share`, of prompt tokens.
+        """
         turns = [turn for one in self.trajectories for turn in one.turns]
         wall_s = sum(one.wall_s for one in self.trajectories)
         tools_s = sum(call.run_s or 0.0 for one in self.trajectories for call in one.tool_calls)
@@ -179,7 +190,8 @@ def _share(part: float, whole: float) -> float | None:
 
 
 class Load:
-    """The contenders over one engine, whose event loop is `loop`. `raw` is what the ideal loop awaits.
+    """The contenders over one engine, whose event loop is `loop`. `raw` is what the ideal loop
+    awaits.
 
     `work` are the sampling params of every turn of every contender, `turn_tokens` its length.
     """
@@ -208,7 +220,9 @@ class Load:
         return self.bare(self._raw, conversations, nap_s)
 
     def bare(self, raw: Raw, conversations: int, nap_s: float) -> Outcome:
-        """The bare loop over `raw`; prompts and what follows a turn are made before the clock starts."""
+        """The bare loop over `raw`; prompts and what follows a turn are made before the clock
+        starts.
+        """
         prompts = [self._prompt(task) for task in tasks(conversations)]
         delta = self._delta()
 
@@ -281,7 +295,9 @@ class Load:
         interrupt: Callable[[], Awaitable[Any]],
         runtime: Runtime | None = None,
     ) -> Interruption:
-        """A run of ours, and what `interrupt` does once the conversations have, on average, made a turn and a half."""
+        """A run of ours, and what `interrupt` does once the conversations have, on average, made a
+        turn and a half.
+        """
         progress, ended = Progress(), dict[str, Trajectory]()
         shared = runtime or self.runtime(self.scripted(), 0.05)
         given = tasks(conversations)
@@ -349,7 +365,9 @@ class Interruption:
 
 
 def in_turn(raws: Sequence[Raw]) -> Raw:
-    """Conversations over several engines: each stays with one, as prefix caches want it, and all have as many."""
+    """Conversations over several engines: each stays with one, as prefix caches want it, and all
+    have as many.
+    """
     turns, chosen = itertools.cycle(raws), weakref.WeakKeyDictionary[Any, Raw]()
 
     async def ask(ids: list[int], sampling: dict[str, Any]) -> Any:

@@ -1,4 +1,6 @@
-"""The log-probs of the sampling call against those of a prefill over the same tokens: what a trainer's ratio starts from."""
+"""The log-probs of the sampling call against those of a prefill over the same tokens: what a
+trainer's ratio starts from.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ SAMPLED = 128
 
 
 async def differences(rollout: AgentRollout, prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Of |sampling - prefill| per token, at temperature 1, the cache empty in between: mean, p50, p99, max.
+    """Of |sampling - prefill| per token, at temperature 1, the cache empty in between: mean, p50,
+    p99, max.
 
-    `k3` is the mean of exp(d) - 1 - d with d = prefill - sampling (Schulman's estimate of the KL divergence).
+    `k3` is the mean of exp(d) - 1 - d with d = prefill - sampling (Schulman's estimate of the KL
+    divergence).
     """
     import numpy as np
 

@@ -1,7 +1,9 @@
-"""What happens while something runs: requests at the engine, the event loop's lag, CPU, the GPUs' busy share, memory.
+"""What happens while something runs: requests at the engine, the event loop's lag, CPU, the GPUs'
+busy share, memory.
 
-A run's wall time is accounted for from the engine's side: with no request there the GPU has nothing to do, be it at
-the start (prompts are rendered), at the end (records are written) or in between (tools run, the loop is behind).
+A run's wall time is accounted for from the engine's side: with no request there the GPU has nothing
+to do, be it at the start (prompts are rendered), at the end (records are written) or in between
+(tools run, the loop is behind).
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ LAG_EVERY_S = 0.005
 class Usage:
     """Of one stretch of work, in seconds but for what its name says.
 
-    `loop_cpu_s` is CPU of the event loop's thread, `cpu_s` of the whole process. `head_s` is before the first request
-    at the engine, `tail_s` after its last answer, `idle_s` all time without one, these two included; `in_flight` is the
-    mean number of requests. `gpu_busy` is percent of the time, None where it could not be read.
+    `loop_cpu_s` is CPU of the event loop's thread, `cpu_s` of the whole process. `head_s` is before
+    the first request at the engine, `tail_s` after its last answer, `idle_s` all time without one,
+    these two included; `in_flight` is the mean number of requests. `gpu_busy` is percent of the
+    time, None where it could not be read.
     """
 
     wall_s: float = 0.0
@@ -60,7 +63,9 @@ class Requests:
 
 @dataclass(slots=True)
 class Gpu:
-    """`nvidia-smi`'s utilization (the share of the time in which a kernel ran), mean of the first `count` GPUs."""
+    """`nvidia-smi`'s utilization (the share of the time in which a kernel ran), mean of the first
+    `count` GPUs.
+    """
 
     count: int = 1
     process: subprocess.Popen[str] | None = None

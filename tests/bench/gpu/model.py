@@ -1,7 +1,8 @@
-"""The models under load: the shape of Qwen3-0.6B, a tiny one with weights on disk, and weights to send to an engine.
+"""The models under load: the shape of Qwen3-0.6B, a tiny one with weights on disk, and weights to
+send to an engine.
 
-A runtime's cost per token does not depend on what the weights are, so nothing has to be downloaded; only the tokenizer
-must be a real one.
+A runtime's cost per token does not depend on what the weights are, so nothing has to be downloaded;
+only the tokenizer must be a real one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ TINY: dict[str, Any] = {
     "num_hidden_layers": 2,
     "tie_word_embeddings": False,
 }
-"""Its weights are drawn so wide that in float32 the best token is far ahead: greedy tokens do not hang on the batch."""
+"""Its weights are drawn so wide that in float32 the best token is far ahead: greedy tokens do not
+hang on the batch.
+"""
 
 
 def tokenizer_folder() -> Path:
@@ -74,7 +77,10 @@ def qwen3_shape(target: Path) -> Path:
 
 
 def tiny_model(target: Path, tokenizer: Path | None = None) -> Path:
-    """A model folder with float32 weights and the vocabulary of `tokenizer` (default: SmolLM2's): each id has a text. Made once."""
+    """A model folder with float32 weights and the vocabulary of `tokenizer` (default.
+
+    SmolLM2's): each id has a text. Made once.
+    """
     if target.exists():
         return target
     import torch
@@ -93,7 +99,9 @@ def tiny_model(target: Path, tokenizer: Path | None = None) -> Path:
 
 
 def conversations_held(model: Path, gpu_bytes: float, tokens_each: int) -> int:
-    """How many conversations of `tokens_each` fit a GPU's share beside the weights, all in bf16, in steps of 32."""
+    """How many conversations of `tokens_each` fit a GPU's share beside the weights, all in bf16, in
+    steps of 32.
+    """
     config = json.loads((model / "config.json").read_text())
     token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     weights = (
@@ -105,7 +113,9 @@ def conversations_held(model: Path, gpu_bytes: float, tokens_each: int) -> int:
 
 
 def random_weights(model: Path, seed: int, device: str) -> Iterator[tuple[str, Any]]:
-    """Every weight of the model by its Hugging Face name, drawn anew, one at a time; the same for the same seed."""
+    """Every weight of the model by its Hugging Face name, drawn anew, one at a time; the same for
+    the same seed.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,7 +1,8 @@
-"""Where a part of the measurement runs: what was asked for, the time that is left, and the figures so far.
+"""Where a part of the measurement runs: what was asked for, the time that is left, and the figures
+so far.
 
-Invariant: each figure is in the file and on the terminal before the next is measured, so that whatever ends a part
-costs what was not measured yet, and nothing else.
+Invariant: each figure is in the file and on the terminal before the next is measured, so that
+whatever ends a part costs what was not measured yet, and nothing else.
 """
 
 from __future__ import annotations
@@ -41,14 +42,19 @@ GPU_SHARE = 0.8
 WARM_UP = 64
 """Conversations with which everything is run once, before it counts."""
 REPEATED = 256
-"""Cases of more conversations run in the first round only: they take long, and long runs vary little."""
+"""Cases of more conversations run in the first round only: they take long, and long runs vary
+little.
+"""
 
 Contender = Callable[[int, float], Outcome]
 """A run of so many conversations with tools that take so many seconds."""
 
 
 class Figures:
-    """The figures so far: a line on the terminal for each, the file written anew. `began` is when the call did."""
+    """The figures so far: a line on the terminal for each, the file written anew.
+
+    `began` is when the call did.
+    """
 
     def __init__(self, path: Path, began: float) -> None:
         self.path = path
@@ -70,7 +76,10 @@ class Figures:
 
 
 class Place:
-    """`devices` is the number of GPUs, or, where `dry`, of what stands for them. `folder` is for scratch."""
+    """`devices` is the number of GPUs, or, where `dry`, of what stands for them.
+
+    `folder` is for scratch.
+    """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         import torch
@@ -99,7 +108,9 @@ class Place:
     def load(
         self, engine: Engine, raw: Raw, loop: asyncio.AbstractEventLoop, model: Path | None = None
     ) -> Load:
-        """The contenders on an engine (of `model`, not the one under load); where dry, of shorter turns."""
+        """The contenders on an engine (of `model`, not the one under load); where dry, of shorter
+        turns.
+        """
         template = load_template(
             dataclasses.replace(self.config(), model_path=str(model or self.model))
         )
@@ -107,7 +118,9 @@ class Place:
         return Load(engine, raw, template, self.gpu, loop, turn_tokens=64 if self.dry else 128)
 
     def config(self, conversations: int | None = None, *overrides: str) -> Config:
-        """The product's defaults, in the load's sizes: as many conversations at once as `conversations`, or as fit."""
+        """The product's defaults, in the load's sizes: as many conversations at once as
+        `conversations`, or as fit.
+        """
         seats = conversations or max(self.options.sizes)
         if self.cuda:
             import torch
@@ -173,10 +186,12 @@ class Place:
         reset: Callable[[], object],
         once: Sequence[str] = (),
     ) -> None:
-        """Each contender in each case, after `reset`; round by round, so that what ends it early costs repeats first.
+        """Each contender in each case, after `reset`; round by round, so that what ends it early
+        costs repeats first.
 
-        Before, every contender runs at a small size and the first one at each, which loads and compiles (not where dry). Those
-        of `once` run in the first round only. A run that would not end in the time that is left is left out, and said so.
+        Before, every contender runs at a small size and the first one at each, which loads and
+        compiles (not where dry). Those of `once` run in the first round only. A run that would not
+        end in the time that is left is left out, and said so.
         """
         options, longest_s = self.options, dict[int, float]()
 

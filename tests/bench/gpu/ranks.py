@@ -1,7 +1,8 @@
-"""Part `tp`: a trainer's batches through an AgentRollout over all GPUs, a process for each rank as verl's workers are.
+"""Part `tp`: a trainer's batches through an AgentRollout over all GPUs, a process for each rank as
+verl's workers are.
 
-The first rank leads, the others do as it does; batches come back on all of them, and all of them send the weights. One
-rank on one GPU is what they are compared with.
+The first rank leads, the others do as it does; batches come back on all of them, and all of them
+send the weights. One rank on one GPU is what they are compared with.
 """
 
 from __future__ import annotations
@@ -66,15 +67,18 @@ def _rank(rank: int, world: int, port: int, options: argparse.Namespace, folder:
 
 
 def _start(place: Place, world: int) -> tuple[Any, int]:
-    """The rank's rollout, made as verl's worker makes it, and how many conversations its engine runs at once."""
+    """The rank's rollout, made as verl's worker makes it, and how many conversations its engine
+    runs at once.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
-    from agent.rollout import MESH_DIMS, AgentRollout, _rollout_config
+    from agent.engines.rollout import MESH_DIMS, rollout_config
+    from agent.rollout import AgentRollout
     from tests.bench.verl_peer import model_config
 
     config = place.config(SIZES[-1], f"rollout.tensor_model_parallel_size={world}")
     mesh = init_device_mesh("cpu", (1, world, 1), mesh_dim_names=MESH_DIMS)
-    given = _rollout_config({**config.verl_rollout(), "mode": "sync"})
+    given = rollout_config({**config.verl_rollout(), "mode": "sync"})
     return AgentRollout(
         given, model_config(place.model), mesh, place.options.logs / f"ranks-{world}.log"
     ), config.rollout.max_num_seqs
@@ -119,7 +123,9 @@ def _follow(rollout: Any) -> None:
 
 
 def _say(conversations: int) -> int:
-    """What the first rank says, on all of them: the size of the batch that comes, 0 where none does."""
+    """What the first rank says, on all of them: the size of the batch that comes, 0 where none
+    does.
+    """
     import torch
     import torch.distributed as dist
 

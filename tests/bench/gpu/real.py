@@ -1,4 +1,6 @@
-"""Part `real`: the embedded model, calls that it really makes, tools that really run; its log-probs against a prefill's."""
+"""Part `real`: the embedded model, calls that it really makes, tools that really run; its log-probs
+against a prefill's.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from agent.commands.tasks_work import write_gsm_symbolic
 from agent.config.config import Config, load_config
 from agent.engines.engine import Engine
-from agent.engines.sglang import start
+from agent.engines.start import start
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.tasks import read_tasks
 from agent.runs.parts import prepare

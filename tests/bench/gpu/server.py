@@ -1,7 +1,9 @@
-"""Part `server`: the load through `python -m sglang.launch_server`, and the server's death under it.
+"""Part `server`: the load through `python -m sglang.launch_server`, and the server's death under
+it.
 
-The server gets what the in-process engine gets. Its ideal loop is HTTP/1.1 on plain sockets, a connection for each
-request in flight: what is between it and the in-process engine is the server's, what is between it and ours is ours.
+The server gets what the in-process engine gets. Its ideal loop is HTTP/1.1 on plain sockets, a
+connection for each request in flight: what is between it and the in-process engine is the server's,
+what is between it and ours is ours.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ SIZES = (64, 256)
 
 
 class ServerProcess:
-    """`python -m sglang.launch_server` in a process group of its own, on a port of its own; it can be started again."""
+    """`python -m sglang.launch_server` in a process group of its own, on a port of its own; it can
+    be started again.
+    """
 
     def __init__(
         self, model: Path, flags: Mapping[str, Any], log: Path, *, cuda: bool, gpu: int = 0
@@ -70,7 +74,10 @@ class ServerProcess:
             )
 
     def ready(self) -> float:
-        """Waits until `/health` answers; seconds. Raises RuntimeError, with the end of the log, where it does not."""
+        """Waits until `/health` answers; seconds.
+
+        Raises RuntimeError, with the end of the log, where it does not.
+        """
         started = perf_counter()
         while perf_counter() - started < START_S and self._process and self._process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
@@ -126,7 +133,9 @@ def server_flags(place: Place, conversations: int) -> dict[str, Any]:
 
 
 def _exact_flags(place: Place, conversations: int) -> dict[str, Any]:
-    """A server in float32, whose greedy tokens do not hang on the batch: the tiny model, kernels of torch's own."""
+    """A server in float32, whose greedy tokens do not hang on the batch: the tiny model, kernels of
+    torch's own.
+    """
     plain = {
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,
@@ -217,7 +226,9 @@ def contenders(load: Load, engine: SGLangServerEngine) -> dict[str, Contender]:
 
 
 def empty_caches(servers: Sequence[ServerProcess]) -> None:
-    """Raises HTTPError where one does not empty it: it refuses while it still clears up after a request."""
+    """Raises HTTPError where one does not empty it: it refuses while it still clears up after a
+    request.
+    """
     for one in servers:
         for _ in range(50):
             answer = httpx.post(f"{one.url}/flush_cache", timeout=30.0)
@@ -271,7 +282,9 @@ def _measure(place: Place, loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _killed(place: Place, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
-    """Greedy conversations whose server is killed in their midst, beside two runs that nothing happens to."""
+    """Greedy conversations whose server is killed in their midst, beside two runs that nothing
+    happens to.
+    """
     conversations = min(place.options.sizes) if place.dry else SIZES[0]
     process = ServerProcess(
         place.tiny,

@@ -1,4 +1,6 @@
-"""Part `dp`: one server for each GPU, behind the pool of `sglang_server`: scaling, spread, sticky caches, one server's death."""
+"""Part `dp`: one server for each GPU, behind the pool of `sglang_server`: scaling, spread, sticky
+caches, one server's death.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a trainer does between two batches: new weights into the engine, GPU memory given up and taken back.
+"""What a trainer does between two batches: new weights into the engine, GPU memory given up and
+taken back.
 
 Greedy generations tell which weights the engine has.
 """
@@ -20,7 +21,9 @@ PROMPTS = [[1000 + 7 * index, 2000, 3000 + index] for index in range(16)]
 
 
 class Sync:
-    """Weight syncs and memory releases of one rollout, from the engine's event loop; on all ranks at once where there are several."""
+    """Weight syncs and memory releases of one rollout, from the engine's event loop; on all ranks
+    at once where there are several.
+    """
 
     def __init__(self, rollout: AgentRollout, model: Path) -> None:
         import torch
@@ -41,7 +44,10 @@ class Sync:
         return [answer["output_ids"] for answer in answers]
 
     async def send(self, seed: int) -> float:
-        """Seconds that a sync of all weights took. Ranks go on together: what one sent must be there until it is read."""
+        """Seconds that a sync of all weights took.
+
+        Ranks go on together: what one sent must be there until it is read.
+        """
         import torch.distributed as dist
 
         weights = list(random_weights(self._model, seed, self._device))

@@ -1,4 +1,6 @@
-"""`rotary_embedding` is looked up when a layer is built; on a CPU SGLang then calls its own pure-torch code."""
+"""`rotary_embedding` is looked up when a layer is built; on a CPU SGLang then calls its own
+pure-torch code.
+"""
 
 from typing import Any
 
