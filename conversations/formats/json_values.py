@@ -70,12 +70,14 @@ class CallObject:
         name = value.get(self.name) if isinstance(value, dict) else None
         return name if isinstance(name, str) else None
 
-    def is_call(self, value: object, offered: Mapping[str, Any]) -> bool:
-        """Whether a bare JSON value is meant as a call: it has a name, and arguments or an offered
-        tool's name. Other JSON is text, such as a final answer."""
-        if not isinstance(value, dict) or (name := self.name_of(value)) is None:
+    def is_meant(self, value: object, offered: Mapping[str, Any]) -> bool:
+        """Whether a JSON value without a token around it is meant as a call.
+
+        It is if it has arguments, or the name of an offered tool. Other JSON is an answer.
+        """
+        if not isinstance(value, dict):
             return False
-        return name in offered or any(key in value for key in self.arguments)
+        return any(key in value for key in self.arguments) or self.name_of(value) in offered
 
 
 def checked_call(

@@ -1,6 +1,6 @@
 """All call formats, by name.
 
-A format is one module with a `FORMAT`; it is listed here and nowhere else. If two formats read the
+Formats are listed here and nowhere else. If two formats read the
 calls of a template and agree on everything, the earlier one is taken.
 """
 
@@ -10,14 +10,20 @@ import difflib
 
 from conversations.errors import CallFormatError
 from conversations.formats import (
+    bare_json,
     deepseek_v4,
     deepseek_v32,
     functiongemma,
     gemma4,
     glm45,
+    gpt_oss,
     hermes,
+    json_lists,
     minimax_m2,
+    mistral,
+    pythonic,
     qwen3_coder,
+    sections,
     seed_oss,
 )
 from conversations.formats.format import CallFormat
@@ -32,6 +38,16 @@ FORMATS: tuple[CallFormat, ...] = (
     deepseek_v32.FORMAT,
     gemma4.FORMAT,
     functiongemma.FORMAT,
+    sections.KIMI_K2,
+    sections.DEEPSEEK_V3,
+    sections.DEEPSEEK_V31,
+    gpt_oss.FORMAT,
+    mistral.FORMAT,
+    pythonic.LFM2,
+    *json_lists.FORMATS,
+    bare_json.LLAMA3_JSON,
+    bare_json.JSON_LIST,
+    pythonic.LLAMA4_PYTHONIC,
 )
 
 _BY_NAME = {name: each for each in FORMATS for name in (each.name, *each.aliases)}

@@ -1,0 +1,148 @@
+r"""Formats whose calls are JSON objects behind a token, most of them in a list.
+
+| format | models | calls |
+|---|---|---|
+| granite | Granite 3 | `<|tool_call|>[OBJECT, ...]` |
+| phi4_mini | Phi-4-mini | `functools[OBJECT, ...]` |
+| nemotron_nano | Nemotron-Nano v2 | `<TOOLCALL>[OBJECT, ...]</TOOLCALL>` |
+| apriel | Apriel, Hunyuan-A13B, Jamba | `<tool_calls>[OBJECT, ...]</tool_calls>` |
+| cohere | Command-R7B, Cohere2 | `<|START_ACTION|>[OBJECT, ...]<|END_ACTION|>` |
+| apertus | Apertus | `<|tools_prefix|>[{NAME: ARGUMENTS}, ...]<|tools_suffix|>` |
+| minimax_m1 | MiniMax-M1 | `<tool_calls>OBJECT OBJECT ...</tool_calls>` |
+| internlm2 | InternLM 2.5 | `<|action_start|><|plugin|>OBJECT<|action_end|>` |
+| granite_20b_fc | Granite-20b-functioncalling | `<function_call> OBJECT` |
+
+OBJECT is `{"name": NAME, "arguments": ARGUMENTS}`, in some formats with an id; Cohere has the keys
+`tool_call_id`, `tool_name` and `parameters`. Written after the models' own chat templates.
+
+A construct without a closing token ends at its bracket or brace; the text behind it is content.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+
+from conversations.formats.blocks import THINK, Call, opening, read_turn, skip_space
+from conversations.formats.call_list import (
+    BlockRun,
+    CallList,
+    ReadObject,
+    UnreadableError,
+    json_call,
+)
+from conversations.formats.format import CallFormat, ParameterTypes
+from conversations.formats.json_values import CallObject, JsonReader, checked_call
+from conversations.messages import MalformedToolCall, ParsedTurn
+
+
+class JsonLists:
+    """Reads calls between `open` and `close` (empty if nothing closes them).
+
+    `opens` is a regular expression for `open` if more than the token decides that a call opens.
+    """
+
+    def __init__(
+        self, form: tuple[str, str, str], read: ReadObject, *, opens: str = "", listed: bool = True
+    ) -> None:
+        start, self._close, hint = form
+        tags = [opens or re.escape(start), *([re.escape(self._close)] if self._close else [])]
+        self._token = start
+        self._opens = opening(THINK, tags[0])
+        self._list = CallList(hint, re.compile("|".join(tags)), self._close)
+        self._read, self._is_list = read, listed
+
+    def parse(self, raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
+        """The calls and the remaining content of one assistant turn."""
+        if not in_think and self._token not in raw:
+            return ParsedTurn(raw)
+
+        def block(start: int, calls: list[Call]) -> int:
+            body = start + len(self._token)
+            reader = JsonReader(raw, body, self._list.tags)
+            if self._is_list:
+                element = partial(json_call, reader, raw, self._read)
+                return self._list.read(raw, start, body, calls, element)
+            return self._objects(raw, body, reader, BlockRun(raw, start, calls, self._list.hint))
+
+        return read_turn(raw, self._opens, THINK, in_think, block)
+
+    def _objects(self, text: str, body: int, reader: JsonReader, run: BlockRun) -> int:
+        """Reads one object, or up to the closing token as many as there are."""
+        position = skip_space(text, body)
+        try:
+            while run.is_empty or (self._close and position < len(text)):
+                if text.startswith(self._close, position) and not run.is_empty:
+                    run.close(position + len(self._close), "")
+                    return run.end
+                call, end = json_call(reader, text, self._read, position)
+                run.add(call, end)
+                position = skip_space(text, end)
+        except UnreadableError as error:
+            run.add_unreadable(error, self._list.after(text, position))
+            return run.end
+        if self._close:
+            run.leave_open(len(text), f"{self._close} is missing")
+        return run.end
+
+
+def _single_key(hint: str) -> ReadObject:
+    """Reads `{NAME: ARGUMENTS}`."""
+
+    def read(value: object, block: str) -> Call:
+        if not isinstance(value, dict) or len(value) != 1:
+            reason = "a call must be a JSON object with one key, the name of the tool"
+            return MalformedToolCall(block, f"{reason}; {hint}")
+        ((name, arguments),) = value.items()
+        return checked_call(name, arguments, block, hint)
+
+    return read
+
+
+_OBJECT = CallObject("", id="id")
+
+
+def _listed(
+    name: str,
+    tokens: tuple[str, str],
+    aliases: tuple[str, ...] = (),
+    *,
+    opens: str = "",
+    call: CallObject = _OBJECT,
+    listed: bool = True,
+) -> CallFormat:
+    """The format of calls that are objects with the keys of `call`."""
+    start, close = tokens
+    shape = f'{{"{call.name}": ..., "{call.arguments[0]}": {{...}}}}'
+    hint = f"write {start}{f'[{shape}]' if listed else shape}{close}"
+    read = replace(call, hint=hint).read
+    parser = JsonLists((start, close, hint), read, opens=opens, listed=listed)
+    return CallFormat(name, parser.parse, aliases)
+
+
+_APERTUS = ("<|tools_prefix|>", "<|tools_suffix|>")
+_APERTUS_HINT = "write <|tools_prefix|>[{NAME: {...}}]<|tools_suffix|>"
+
+FORMATS = (
+    _listed("granite", ("<|tool_call|>", ""), ("granite3",)),
+    _listed("phi4_mini", ("functools", ""), ("phi4_mini_json",), opens=r"functools(?=\[)"),
+    _listed("nemotron_nano", ("<TOOLCALL>", "</TOOLCALL>"), ("nemotron_nano_v2",)),
+    _listed("apriel", ("<tool_calls>", "</tool_calls>"), ("hunyuan_a13b", "jamba")),
+    CallFormat("apertus", JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT)).parse),
+    _listed(
+        "cohere",
+        ("<|START_ACTION|>", "<|END_ACTION|>"),
+        ("cohere2", "command_r7b"),
+        call=CallObject("", "tool_name", ("parameters",), "tool_call_id"),
+    ),
+    _listed("minimax_m1", ("<tool_calls>", "</tool_calls>"), ("minimax",), listed=False),
+    _listed(
+        "internlm2",
+        ("<|action_start|><|plugin|>", "<|action_end|>"),
+        ("internlm",),
+        call=CallObject("", arguments=("arguments", "parameters"), id="id"),
+        listed=False,
+    ),
+    _listed("granite_20b_fc", ("<function_call>", ""), ("granite-20b-fc",), listed=False),
+)
