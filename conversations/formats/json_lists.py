@@ -32,7 +32,7 @@ from conversations.formats.call_list import (
     UnreadableError,
     json_call,
 )
-from conversations.formats.format import CallFormat, ParameterTypes
+from conversations.formats.format import CallFormat, ParameterTypes, Parse
 from conversations.formats.json_values import CallObject, JsonReader, checked_call
 from conversations.messages import MalformedToolCall, ParsedTurn
 
@@ -101,48 +101,49 @@ def _single_key(hint: str) -> ReadObject:
 
 
 _OBJECT = CallObject("", id="id")
+_COHERE = CallObject("", "tool_name", ("parameters",), "tool_call_id")
+_INTERNLM = CallObject("", arguments=("arguments", "parameters"), id="id")
+_APERTUS = ("<|tools_prefix|>", "<|tools_suffix|>")
+_APERTUS_HINT = "write <|tools_prefix|>[{NAME: {...}}]<|tools_suffix|>"
 
 
-def _listed(
-    name: str,
-    tokens: tuple[str, str],
-    aliases: tuple[str, ...] = (),
+def _parser(
+    start: str,
+    close: str = "",
     *,
     opens: str = "",
     call: CallObject = _OBJECT,
     listed: bool = True,
-) -> CallFormat:
-    """The format of calls that are objects with the keys of `call`."""
-    start, close = tokens
+) -> Parse:
+    """Reads calls that are objects with the keys of `call`."""
     shape = f'{{"{call.name}": ..., "{call.arguments[0]}": {{...}}}}'
     hint = f"write {start}{f'[{shape}]' if listed else shape}{close}"
     read = replace(call, hint=hint).read
-    parser = JsonLists((start, close, hint), read, opens=opens, listed=listed)
-    return CallFormat(name, parser.parse, aliases)
+    return JsonLists((start, close, hint), read, opens=opens, listed=listed).parse
 
 
-_APERTUS = ("<|tools_prefix|>", "<|tools_suffix|>")
-_APERTUS_HINT = "write <|tools_prefix|>[{NAME: {...}}]<|tools_suffix|>"
+def _format(name: str, parse: Parse, *aliases: str, taught_by: tuple[str, ...] = ()) -> CallFormat:
+    return CallFormat(name, parse, aliases, taught_by, is_typed=False)
+
+
+GRANITE_20B = _parser("<function_call>", listed=False)
+GRANITE = _parser("<|tool_call|>")
+PHI4_MINI = _parser("functools", opens=r"functools(?=\[)")
+NEMOTRON_NANO = _parser("<TOOLCALL>", "</TOOLCALL>")
+APRIEL = _parser("<tool_calls>", "</tool_calls>")
+APERTUS = JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT)).parse
+COHERE = _parser("<|START_ACTION|>", "<|END_ACTION|>", call=_COHERE)
+MINIMAX_M1 = _parser("<tool_calls>", "</tool_calls>", listed=False)
+INTERNLM2 = _parser("<|action_start|><|plugin|>", "<|action_end|>", call=_INTERNLM, listed=False)
 
 FORMATS = (
-    _listed("granite", ("<|tool_call|>", ""), ("granite3",)),
-    _listed("phi4_mini", ("functools", ""), ("phi4_mini_json",), opens=r"functools(?=\[)"),
-    _listed("nemotron_nano", ("<TOOLCALL>", "</TOOLCALL>"), ("nemotron_nano_v2",)),
-    _listed("apriel", ("<tool_calls>", "</tool_calls>"), ("hunyuan_a13b", "jamba")),
-    CallFormat("apertus", JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT)).parse),
-    _listed(
-        "cohere",
-        ("<|START_ACTION|>", "<|END_ACTION|>"),
-        ("cohere2", "command_r7b"),
-        call=CallObject("", "tool_name", ("parameters",), "tool_call_id"),
-    ),
-    _listed("minimax_m1", ("<tool_calls>", "</tool_calls>"), ("minimax",), listed=False),
-    _listed(
-        "internlm2",
-        ("<|action_start|><|plugin|>", "<|action_end|>"),
-        ("internlm",),
-        call=CallObject("", arguments=("arguments", "parameters"), id="id"),
-        listed=False,
-    ),
-    _listed("granite_20b_fc", ("<function_call>", ""), ("granite-20b-fc",), listed=False),
+    _format("granite", GRANITE, "granite3", taught_by=("<|tool_call|>", "JSON list of tools")),
+    _format("granite_20b_fc", GRANITE_20B, "granite-20b-fc"),
+    _format("phi4_mini", PHI4_MINI, "phi4_mini_json", taught_by=("functools[",)),
+    _format("nemotron_nano", NEMOTRON_NANO, "nemotron_nano_v2"),
+    _format("apriel", APRIEL, "hunyuan_a13b", "jamba"),
+    _format("apertus", APERTUS),
+    _format("cohere", COHERE, "cohere2", "command_r7b"),
+    _format("minimax_m1", MINIMAX_M1, "minimax"),
+    _format("internlm2", INTERNLM2, "internlm"),
 )

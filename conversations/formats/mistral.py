@@ -7,7 +7,8 @@
 | Devstral, Ministral 3, Magistral | `[TOOL_CALLS]NAME[ARGS]{...}` |
 
 One parser reads all three: what stands behind `[TOOL_CALLS]` tells them apart. An id has nine
-characters. The token opens a call at any place; thoughts are `[THINK]...[/THINK]`. No token closes a call: it ends with its JSON.
+characters. The token opens a call at any place; thoughts are `[THINK]...[/THINK]`. No token closes
+a call: it ends with its JSON.
 
 | malformed | the model is told |
 |---|---|

@@ -31,7 +31,7 @@ from conversations.formats.blocks import THINK, Call, opening, read_turn, skip_s
 from conversations.formats.call_list import CallList, UnreadableError
 from conversations.formats.format import CallFormat, ParameterTypes
 from conversations.formats.json_values import checked_call
-from conversations.formats.literals import PYTHON
+from conversations.formats.literals import PYTHON, LiteralError
 from conversations.messages import ParsedTurn
 
 OPEN, CLOSE = "<|tool_call_start|>", "<|tool_call_end|>"
@@ -94,8 +94,9 @@ def _read_argument(text: str, position: int, arguments: dict[str, Any]) -> int:
         raise ValueError(f"the argument {argument[1]} is given twice")
     try:
         value, end = PYTHON.read_at(text, skip_space(text, argument.end()))
-    except ValueError as error:
-        reason = f"the value of {argument[1]} is not a literal: {error} of the turn"
+    except LiteralError as error:
+        place = f"character {error.position - position} of the argument"
+        reason = f"the value of {argument[1]} is not a literal: {error} at {place}"
         raise ValueError(reason) from error
     arguments[argument[1]] = value
     end = skip_space(text, end)
@@ -106,7 +107,7 @@ def _read_argument(text: str, position: int, arguments: dict[str, Any]) -> int:
     return end
 
 
-LFM2 = CallFormat("lfm2", parse_lfm2, is_typed=False)
+LFM2 = CallFormat("lfm2", parse_lfm2, taught_by=("<|tool_list_start|>",), is_typed=False)
 LLAMA4_PYTHONIC = CallFormat(
     "llama4_pythonic", parse_bare, aliases=("pythonic", "llama4", "toolace")
 )
