@@ -55,9 +55,9 @@ def export(
         typer.Option(min=1, help="Keep trajectories of at most so many tokens, prompt included."),
     ] = None,
     dedupe: Annotated[
-        str | None,
-        typer.Option(metavar="exact|near", help="Keep the first of several that are alike."),
-    ] = None,
+        bool,
+        typer.Option("--dedupe", help="Keep the first of several with the same token ids."),
+    ] = False,
     include_infra_errors: Annotated[
         bool, typer.Option("--include-infra-errors", help="Keep what infrastructure failed.")
     ] = False,
@@ -73,8 +73,6 @@ def export(
     from conversations.export.filters import Filters
     from conversations.run.open_run import open_run
 
-    if dedupe not in (None, "exact", "near"):
-        raise AgentError(f"--dedupe {dedupe}: allowed are exact and near")
     filters = Filters(
         min_reward=min_reward,
         max_reward=max_reward,
@@ -84,7 +82,7 @@ def export(
         pass_rate=_band(pass_rate),
         pass_reward=pass_reward,
         max_tokens=max_tokens,
-        dedupe=dedupe,  # type: ignore[arg-type]
+        dedupe=dedupe,
         include_infra_errors=include_infra_errors,
     )
     console, opened = Console(), open_run(run)

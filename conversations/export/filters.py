@@ -6,17 +6,17 @@ reason add up to the run. Filters on groups look at the whole run's groups, befo
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from conversations.errors import ExportError
-from conversations.export.dedupe import ExactDuplicates, NearDuplicates
 from conversations.export.groups import PASS_REWARD, Statistics
 from conversations.run.open_run import Run
-from conversations.trajectory import INVALID_STATUSES, STOP_REASONS
+from conversations.trajectory import INVALID_STATUSES, STOP_REASONS, canonical_json
 
 REASONS = {
     "infrastructure failed": "include_infra_errors",
@@ -48,7 +48,7 @@ class Filters:
     pass_rate: tuple[float, float] | None = None
     pass_reward: float = PASS_REWARD
     max_tokens: int | None = None
-    dedupe: Literal["exact", "near"] | None = None
+    dedupe: bool = False
     include_infra_errors: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +81,25 @@ class Filters:
         return self.mixed_groups or self.pass_rate is not None
 
 
+class Seen:
+    """Remembers records by their token ids, or by their messages if they have no ids.
+
+    Memory is 16 bytes a record.
+    """
+
+    def __init__(self) -> None:
+        self._hashes: set[bytes] = set()
+
+    def add(self, record: Mapping[str, Any]) -> bool:
+        """Remembers the record. Returns whether an equal one was added before."""
+        ids = [record["prompt_ids"], record["response_ids"]]
+        content = canonical_json(ids if any(ids) else record["messages"])
+        digest = hashlib.blake2b(content.encode("ascii"), digest_size=16).digest()
+        known = digest in self._hashes
+        self._hashes.add(digest)
+        return known
+
+
 @dataclass(slots=True)
 class Selection:
     """The kept records of a run, once through: iterating fills `whole`, `kept` and `dropped`."""
@@ -92,11 +111,10 @@ class Selection:
     whole: Statistics = field(init=False)
     kept: Statistics = field(init=False)
     dropped: Counter[str] = field(default_factory=Counter)
-    _duplicates: ExactDuplicates | NearDuplicates | None = field(init=False)
+    _seen: Seen = field(default_factory=Seen)
 
     def __post_init__(self) -> None:
         self.whole, self.kept = (Statistics(self.filters.pass_reward) for _ in range(2))
-        self._duplicates = _duplicates(self.filters)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         groups = self._groups()
@@ -154,13 +172,7 @@ class Selection:
             and len(record["prompt_ids"]) + len(record["response_ids"]) > filters.max_tokens
         ):
             return "too many tokens"
-        return "duplicate" if self._duplicates and self._duplicates.seen(record) else None
-
-
-def _duplicates(filters: Filters) -> ExactDuplicates | NearDuplicates | None:
-    if filters.dedupe == "near":
-        return NearDuplicates()
-    return ExactDuplicates() if filters.dedupe == "exact" else None
+        return "duplicate" if filters.dedupe and self._seen.add(record) else None
 
 
 def _in_band(passed_of: tuple[int, int], band: tuple[float, float]) -> bool:

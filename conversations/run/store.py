@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from conversations.errors import RecordError, RunFolderError
 from conversations.trajectory import Trajectory, read_record
-from conversations.upgrade import READABLE, SCHEMA
+from conversations.upgrade import OLD_SCHEMA, READABLE, SCHEMA
 
 RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = (
     "run.json",
@@ -345,7 +345,10 @@ def _sync_folder(path: Path) -> None:
 
 
 def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """What makes two runs different, one phrase a key."""
+    """What makes two runs different, one phrase a key.
+
+    A key that a run of an older schema does not have is no difference: that version had no such key.
+    """
     old, new = (
         {
             key: value
@@ -357,7 +360,7 @@ def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
     )
     return [
         f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
-        for key in {**old, **new}
+        for key in (old if earlier.get("schema") == OLD_SCHEMA else {**old, **new})
         if old.get(key) != new.get(key)
     ]
 

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import random
 import signal
 import subprocess
 import sys
@@ -22,8 +21,7 @@ from hypothesis import strategies as st
 from agent.commands.export import FORMATS
 from conversations.errors import ExportError
 from conversations.export import job
-from conversations.export.dedupe import ExactDuplicates, NearDuplicates
-from conversations.export.filters import Filters, Selection
+from conversations.export.filters import Filters, Seen, Selection
 from conversations.export.formats import get_format, names
 from conversations.export.groups import Statistics, pass_at_k
 from conversations.export.text import TextView
@@ -94,8 +92,7 @@ FILTERS = [
     Filters(pass_rate=(0.2, 0.6)),
     Filters(pass_rate=(0.0, 0.3), pass_reward=0.5),
     Filters(max_tokens=600),
-    Filters(dedupe="exact"),
-    Filters(dedupe="near"),
+    Filters(dedupe=True),
     Filters(min_reward=0.1, valid_calls_only=True, mixed_groups=True, max_tokens=900),
 ]
 
@@ -116,7 +113,7 @@ def test_what_is_kept_meets_every_filter_and_what_is_not_is_counted(filters: Fil
     assert len(kept) + selection.dropped.total() == selection.whole.trajectories == len(small_run())
     assert selection.kept.trajectories == len(kept) > 0
     expected = [record["id"] for record in records() if meets(record, filters)]
-    if filters.dedupe is None:
+    if not filters.dedupe:
         assert [record["id"] for record in kept] == expected
     else:
         assert {record["id"] for record in kept} <= set(expected)
@@ -169,32 +166,11 @@ def test_filters_that_mean_nothing_are_refused(fields: dict[str, Any], what: str
 
 def test_the_same_tokens_are_a_duplicate_and_other_ones_are_not() -> None:
     record = record_of("a", 1.0)
-    duplicates = ExactDuplicates()
+    duplicates = Seen()
     changed = {**record, "response_ids": [*record["response_ids"][:-1], 5]}
     assert [
-        duplicates.seen(one) for one in (record, changed, {**record, "id": "other"}, changed)
+        duplicates.add(one) for one in (record, changed, {**record, "id": "other"}, changed)
     ] == [False, False, True, True]
-
-
-def said(words: list[str], name: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "messages": [
-            {"role": "system", "content": "s"},
-            {"role": "user", "content": " ".join(words)},
-        ],
-    }
-
-
-def test_near_duplicates_differ_in_a_word_not_in_half_of_them() -> None:
-    rng = random.Random(1)
-    words = [str(rng.random()) for _ in range(200)]
-    near, far = [*words[:-1], "else"], words[:100] + [str(rng.random()) for _ in range(100)]
-    duplicates = NearDuplicates()
-    assert [
-        duplicates.seen(said(each, str(place)))
-        for place, each in enumerate((words, near, far, far))
-    ] == [False, True, False, True]
 
 
 # ---------------------------------------------------------------------- text
@@ -457,7 +433,6 @@ def test_the_command_exports_and_a_mistake_is_one_line(tmp_path: Path) -> None:
         "--min-reward",
         "0.5",
         "--dedupe",
-        "exact",
     )
     assert done.returncode == 0, done.stderr
     assert "left out: reward" in done.stdout
@@ -468,7 +443,6 @@ def test_the_command_exports_and_a_mistake_is_one_line(tmp_path: Path) -> None:
     for arguments, what in {
         ("--to", "trl"): "error: there is no format 'trl'",
         ("--to", "atif", "--pass-rate", "x"): "error: --pass-rate x: a band is LOW:HIGH",
-        ("--to", "atif", "--dedupe", "some"): "error: --dedupe some: allowed are exact and near",
     }.items():
         failed = turntrace("export", run, "--out", tmp_path / "no", *arguments)
         assert (failed.returncode, failed.stdout) == (2, "")
