@@ -1,7 +1,9 @@
-"""Every key of config.yaml by name, type and default: verl 0.6.1's `RolloutConfig` and ours.
+"""Every key of config.yaml: its name, type, default and fate. verl 0.6.1's `RolloutConfig`, and ours.
 
-A static table, because importing verl to ask it takes 8 s; a test compares the two. Where a default differs from
-verl's dataclass, `OUR_DEFAULTS` says so and why. What a key means is verl's; comments are on what is ours.
+The table is static, because importing verl takes 8 s; a test compares the two. `OUR_DEFAULTS` says which defaults are
+not those of verl's dataclass, and why. verl documents what its keys mean; the comments here are about ours.
+
+A key without a fate works with every engine. See `fates.py` for the others.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic_core import PydanticCustomError
 
+from agent.config.fates import Inside, NoEffect, Refused, Switch, Warned, When, fates_of
+
 
 def _not_zero(top_k: int) -> int:
     if top_k == 0:
         raise PydanticCustomError(
-            "top_k", "0 is verl's word for its HF rollout; write -1 to switch top_k off"
+            "top_k", "verl's HF rollout takes 0; write -1 to switch top_k off"
         )
     return top_k
 
@@ -23,8 +27,73 @@ def _not_zero(top_k: int) -> int:
 Temperature = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_not_zero)]
-"""SGLang's scheduler keeps it in 32 bits, and ends where it does not fit."""
+"""SGLang's scheduler keeps it in 32 bits, and ends if it does not fit."""
 Count = Annotated[int, Field(ge=0)]
+
+
+SGLANG_LOAD_FORMATS = (
+    "auto",
+    "pt",
+    "safetensors",
+    "npcache",
+    "dummy",
+    "sharded_state",
+    "gguf",
+    "bitsandbytes",
+    "layered",
+    "remote",
+    "remote_instance",
+)
+
+ROLLOUT_OWNED = {
+    "model_path": "model_path",
+    "skip_tokenizer_init": "rollout.skip_tokenizer_init",
+    "tp_size": "rollout.tensor_model_parallel_size",
+    "dp_size": "rollout.data_parallel_size",
+    "ep_size": "rollout.expert_parallel_size",
+    "pp_size": "rollout.pipeline_model_parallel_size",
+    "max_running_requests": "rollout.max_num_seqs",
+    "mem_fraction_static": "rollout.gpu_memory_utilization",
+    "dtype": "rollout.dtype",
+    "load_format": "rollout.load_format",
+}
+"""SGLang arguments that a rollout key sets: `engine_kwargs.sglang` must not set them a second time."""
+
+TEXT_ARGUMENTS = (
+    "tool_call_parser",
+    "reasoning_parser",
+    "chat_template",
+    "completion_template",
+    "tool_server",
+)
+"""SGLang arguments about text: they belong to its HTTP server, which does not run here."""
+
+
+def _engine_is(name: str) -> When:
+    return lambda rollout: bool(rollout.name == name)
+
+
+def _engine_is_not(name: str) -> When:
+    return lambda rollout: bool(rollout.name != name)
+
+
+def _sets(argument: str) -> When:
+    return lambda rollout: argument in rollout.engine_kwargs.sglang
+
+
+TRAINER = NoEffect("it belongs to verl's trainer; outside a trainer it changes nothing")
+AGENT_LOOP = NoEffect(
+    "verl's agent loop workers are not used; one loop of ours runs every conversation"
+)
+SERVER = NoEffect(
+    "the server was started with its own settings; only the tokenizer of model_path is read here",
+    _engine_is("sglang_server"),
+)
+SCRIPTED = NoEffect(
+    "the scripted engine plays recorded ids: nothing is loaded and nothing is sampled",
+    _engine_is("scripted"),
+)
+NEVER_READ = "verl 0.6.1 never reads it"
 
 
 class Section(BaseModel):
@@ -48,18 +117,43 @@ class Sampling(Section):
 class MultiTurn(Section):
     """Turns and tools. Lengths are tokens; None is no limit, `rollout.max_model_len // 3` for the turns."""
 
-    enable: bool = False
+    enable: Annotated[bool, Switch()] = False
     max_assistant_turns: PositiveInt | None = None
     tool_config_path: str | None = None
-    max_user_turns: Count | None = None
+    max_user_turns: Annotated[
+        Count | None,
+        NoEffect(
+            "without multi_turn.interaction_config_path no user answers",
+            lambda rollout: rollout.multi_turn.interaction_config_path is None,
+        ),
+    ] = None
     max_parallel_calls: PositiveInt = 16
     max_tool_response_length: PositiveInt = 256
     tool_response_truncate_side: Literal["left", "middle", "right"] = "middle"
     interaction_config_path: str | None = None
-    use_inference_chat_template: bool = False
-    tokenization_sanity_check_mode: Literal["disable", "strict", "ignore_strippable"] = "strict"
-    format: str = "hermes"
-    num_repeat_rollouts: int | None = None
+    use_inference_chat_template: Annotated[
+        bool,
+        Refused(
+            "the engine always sees the tokens that were sampled, never a history rendered "
+            "again; set it to false or leave it out",
+            lambda rollout: rollout.multi_turn.use_inference_chat_template,
+        ),
+    ] = False
+    tokenization_sanity_check_mode: Annotated[
+        Literal["disable", "strict", "ignore_strippable"],
+        NoEffect("there is nothing to check: tokens are never decoded and encoded again"),
+    ] = "strict"
+    format: Annotated[
+        str,
+        Refused(
+            "only hermes tool calls (<tool_call>{...}</tool_call>) are read; set it to hermes "
+            "or leave it out",
+            lambda rollout: rollout.multi_turn.format != "hermes",
+        ),
+    ] = "hermes"
+    num_repeat_rollouts: Annotated[
+        int | None, NoEffect(f"{NEVER_READ}; rollout.n is the number of samples of a task")
+    ] = None
 
 
 class CustomAsyncServer(Section):
@@ -88,18 +182,38 @@ class Trace(Section):
 class Server(Section):
     """The SGLang servers of `name: sglang_server`. Times are seconds. `urls` and `api_key` are ours.
 
-    `max_attempts`: how often one turn is sent at most; `max_start_wait_time`: how long turns wait while no server is up or
-    the queue is full.
+    One turn is sent at most `max_attempts` times. While no server is up, or the queue is full, turns wait for
+    `max_start_wait_time`.
     """
 
     timeout: PositiveFloat = 3600.0
     max_attempts: PositiveInt = 8
-    retry_delay: Annotated[float, Field(ge=0.0)] = 2.0
+    retry_delay: Annotated[
+        float,
+        Field(ge=0.0),
+        NoEffect(
+            "retries wait 0.25 to 0.5 s (at random), twice as long each time, 8 s at most",
+            _engine_is("sglang_server"),
+        ),
+    ] = 2.0
     max_connections: PositiveInt = 1000
     max_start_wait_time: PositiveFloat = 300.0
-    urls: list[str] = Field(default_factory=list)
+    urls: Annotated[
+        list[str],
+        Refused(
+            "name: sglang_server needs at least one address; "
+            "write server: {urls: ['http://HOST:30000']}",
+            lambda rollout: rollout.name == "sglang_server" and not rollout.server.urls,
+        ),
+        Refused(
+            "every address must start with http:// or https://",
+            lambda rollout: any(
+                not url.startswith(("http://", "https://")) for url in rollout.server.urls
+            ),
+        ),
+    ] = Field(default_factory=list)
     api_key: str | None = None
-    """None: the environment's SGLANG_API_KEY, so that no secret need stand in a file. Never written to a run."""
+    """None: the environment's SGLANG_API_KEY. It is never written to a run."""
 
 
 class Prometheus(Section):
@@ -123,80 +237,227 @@ class Profiler(Section):
     global_tool_config: Any = None
 
 
+_SGLANG_ARGUMENTS: dict[str, Refused | NoEffect] = {
+    **{
+        argument: Refused(f"is set by {key}; write it there", _sets(argument))
+        for argument, key in ROLLOUT_OWNED.items()
+    },
+    **dict.fromkeys(
+        TEXT_ARGUMENTS,
+        NoEffect(
+            "the engine sees token ids only: turntrace renders the prompt with the model's own "
+            "chat template and reads the calls itself"
+        ),
+    ),
+}
+
+
 class EngineKwargs(Section):
     """Arguments handed to the engine by its own names: SGLang's `ServerArgs`."""
 
-    sglang: dict[str, Any] = Field(default_factory=dict)
-    vllm: dict[str, Any] = Field(default_factory=dict)
+    sglang: Annotated[dict[str, Any], SERVER, SCRIPTED, Inside(_SGLANG_ARGUMENTS)] = Field(
+        default_factory=dict
+    )
+    vllm: Annotated[dict[str, Any], NoEffect("the engine is SGLang")] = Field(default_factory=dict)
 
 
 class Turntrace(Section):
-    """What this runtime adds; taken out before verl sees the rest."""
+    """Keys of this runtime. verl does not see them."""
 
     apply_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Handed to the chat template at every render: `enable_thinking: false` and the like."""
+    """Arguments of the chat template, such as `enable_thinking: false`."""
     max_consecutive_invalid_calls: PositiveInt | None = 8
-    """So many invalid tool calls in a row end a conversation with `invalid_tool_calls`; None: never."""
+    """After this many invalid tool calls in a row a conversation ends with `invalid_tool_calls`; None: never."""
     conversation_deadline_s: PositiveFloat | None = None
-    """Seconds that a conversation may run before it ends with `deadline`, those before `--resume` included; None: never."""
+    """Seconds after which a conversation ends with `deadline`, time before `--resume` included; None: never."""
     max_tokens: PositiveInt | None = None
-    """Tokens one turn may sample; None: whatever the other budgets leave."""
-    recorded: str | None = None
-    """With `name: scripted`: the run folder or trajectories.jsonl whose sampled tokens are played back."""
+    """Tokens one turn may sample; None: what the other budgets leave."""
+    recorded: Annotated[
+        str | None,
+        Refused(
+            "name: scripted needs the run folder whose turns it plays",
+            lambda rollout: rollout.name == "scripted" and not rollout.turntrace.recorded,
+        ),
+        NoEffect("recorded turns are played only with name: scripted", _engine_is_not("scripted")),
+    ] = None
+    """With `name: scripted`: the run folder or trajectories.jsonl whose tokens are played."""
 
 
 class Rollout(Section):
     """The `rollout:` block, in verl's order, then ours."""
 
     name: Literal["sglang", "sglang_server", "scripted"] = "sglang"
-    mode: Literal["async", "sync"] = "async"
-    temperature: Temperature = 1.0
-    top_k: TopK = -1
-    top_p: Share = 1.0
-    do_sample: bool = True
-    n: PositiveInt = 1
+    mode: Annotated[
+        Literal["async", "sync"],
+        SERVER,
+        SCRIPTED,
+        Warned(
+            lambda rollout: (
+                "warning: rollout.mode: sync is deprecated (only verl's own synchronous trainers "
+                "still need it); write async"
+            ),
+            lambda rollout: rollout.name == "sglang" and rollout.mode == "sync",
+        ),
+    ] = "async"
+    temperature: Annotated[Temperature, SCRIPTED] = 1.0
+    top_k: Annotated[TopK, SCRIPTED] = -1
+    top_p: Annotated[Share, SCRIPTED] = 1.0
+    do_sample: Annotated[bool, SCRIPTED] = True
+    n: Annotated[
+        PositiveInt,
+        Warned(
+            lambda rollout: (
+                f"warning: rollout.n: {rollout.n} greedy samples of a task are all the same; "
+                "set do_sample: true and a temperature above 0"
+            ),
+            lambda rollout: rollout.n > 1 and (not rollout.do_sample or rollout.temperature == 0),
+        ),
+    ] = 1
     over_sample_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     prompt_length: PositiveInt = 512
     response_length: PositiveInt = 512
-    dtype: Literal["auto", "bfloat16", "float16", "half", "float32", "float"] = "bfloat16"
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    ignore_eos: bool = False
-    enforce_eager: bool = False
-    cudagraph_capture_sizes: list[int] | None = None
-    free_cache_engine: bool = True
-    data_parallel_size: PositiveInt = 1
-    expert_parallel_size: PositiveInt = 1
-    tensor_model_parallel_size: PositiveInt = 1
-    pipeline_model_parallel_size: PositiveInt = 1
-    max_num_batched_tokens: PositiveInt = 8192
-    val_kwargs: Sampling = Sampling()
-    max_model_len: PositiveInt | None = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "half", "float32", "float"], SERVER, SCRIPTED
+    ] = "bfloat16"
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, lt=1.0), SERVER, SCRIPTED] = 0.5
+    ignore_eos: Annotated[bool, SCRIPTED] = False
+    enforce_eager: Annotated[bool, SERVER, SCRIPTED] = False
+    cudagraph_capture_sizes: Annotated[list[int] | None, SERVER, SCRIPTED] = None
+    free_cache_engine: Annotated[bool, SERVER, SCRIPTED] = True
+    data_parallel_size: Annotated[PositiveInt, SERVER, SCRIPTED] = 1
+    expert_parallel_size: Annotated[
+        PositiveInt,
+        SERVER,
+        SCRIPTED,
+        Refused(
+            "must be 1 or tensor_model_parallel_size * data_parallel_size",
+            lambda rollout: (
+                rollout.expert_parallel_size
+                not in (1, rollout.tensor_model_parallel_size * rollout.data_parallel_size)
+            ),
+        ),
+    ] = 1
+    tensor_model_parallel_size: Annotated[PositiveInt, SERVER, SCRIPTED] = 1
+    pipeline_model_parallel_size: Annotated[
+        PositiveInt,
+        SERVER,
+        SCRIPTED,
+        Refused(
+            "verl's SGLangRollout has no pipeline parallelism; use tensor_model_parallel_size, "
+            "or a server with name: sglang_server",
+            lambda rollout: rollout.name == "sglang" and rollout.pipeline_model_parallel_size > 1,
+        ),
+    ] = 1
+    max_num_batched_tokens: Annotated[PositiveInt, SERVER, SCRIPTED] = 8192
+    val_kwargs: Annotated[Sampling, SCRIPTED] = Sampling()
+    max_model_len: Annotated[
+        PositiveInt | None,
+        Refused(
+            "is smaller than prompt_length + response_length; raise it, or lower one of the two",
+            lambda rollout: (
+                rollout.max_model_len is not None
+                and rollout.max_model_len < rollout.prompt_length + rollout.response_length
+            ),
+        ),
+    ] = None
     max_num_seqs: PositiveInt = 1024
-    log_prob_micro_batch_size: int | None = None
-    log_prob_micro_batch_size_per_gpu: int | None = None
-    log_prob_use_dynamic_bsz: bool = False
-    log_prob_max_token_len_per_gpu: int = 16384
-    disable_log_stats: bool = True
-    multi_stage_wake_up: bool = False
+    log_prob_micro_batch_size: Annotated[int | None, TRAINER] = None
+    log_prob_micro_batch_size_per_gpu: Annotated[int | None, TRAINER] = None
+    log_prob_use_dynamic_bsz: Annotated[bool, TRAINER] = False
+    log_prob_max_token_len_per_gpu: Annotated[int, TRAINER] = 16384
+    disable_log_stats: Annotated[bool, SERVER, SCRIPTED] = True
+    multi_stage_wake_up: Annotated[bool, TRAINER] = False
     engine_kwargs: EngineKwargs = EngineKwargs()
-    calculate_log_probs: bool = False
-    agent: AgentLoop = AgentLoop()
-    trace: Trace = Trace()
-    multi_turn: MultiTurn = MultiTurn()
-    server: Server = Server()
-    prometheus: Prometheus = Prometheus()
-    update_weights_bucket_megabytes: int = 512
-    skip_rollout: bool = False
-    skip_dump_dir: str = "/tmp/rollout_dump"
-    profiler: Profiler | None = None
-    enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = True
-    load_format: str = "auto"
-    layered_summon: bool = False
-    layer_name_map: dict[str, Any] = Field(default_factory=dict)
-    sglang_engine_mode: str = "local"
-    limit_images: int | None = None
-    skip_tokenizer_init: bool = True
+    calculate_log_probs: Annotated[
+        bool,
+        NoEffect(
+            "log-probs are always recorded; the key decides about rollout_log_probs inside a "
+            "verl trainer only"
+        ),
+    ] = False
+    agent: Annotated[AgentLoop, AGENT_LOOP] = AgentLoop()
+    trace: Annotated[
+        Trace,
+        NoEffect(
+            "verl's tracing is not used; every conversation is in the run folder, with all of "
+            "its tokens"
+        ),
+    ] = Trace()
+    multi_turn: Annotated[
+        MultiTurn,
+        NoEffect(
+            "multi_turn.enable is false: each conversation is one turn without tools",
+            lambda rollout: not rollout.multi_turn.enable,
+        ),
+    ] = MultiTurn()
+    server: Annotated[
+        Server,
+        NoEffect(
+            "servers are asked only with name: sglang_server", _engine_is_not("sglang_server")
+        ),
+    ] = Server()
+    prometheus: Annotated[Prometheus, NoEffect("this version exports no metrics")] = Prometheus()
+    update_weights_bucket_megabytes: Annotated[int, TRAINER] = 512
+    skip_rollout: Annotated[
+        bool,
+        Refused(
+            "recorded rollouts are never served instead of new ones; set it to false",
+            lambda rollout: rollout.skip_rollout,
+        ),
+        TRAINER,
+    ] = False
+    skip_dump_dir: Annotated[str, TRAINER] = "/tmp/rollout_dump"
+    profiler: Annotated[Profiler | None, NoEffect("verl's profiler is not used")] = None
+    enable_chunked_prefill: Annotated[bool, SERVER, SCRIPTED] = True
+    enable_prefix_caching: Annotated[bool, SERVER, SCRIPTED] = True
+    load_format: Annotated[
+        str,
+        SERVER,
+        SCRIPTED,
+        Refused(
+            f"SGLang has no such loader; allowed are {', '.join(SGLANG_LOAD_FORMATS)}",
+            lambda rollout: (
+                not rollout.load_format.startswith("dummy")
+                and rollout.load_format not in SGLANG_LOAD_FORMATS
+            ),
+        ),
+        Warned(
+            lambda rollout: (
+                f"WARNING: rollout.load_format: {rollout.load_format}: RANDOM weights, the text "
+                "is noise; write auto to load the model"
+            ),
+            lambda rollout: rollout.name == "sglang" and rollout.load_format.startswith("dummy"),
+        ),
+    ] = "auto"
+    layered_summon: Annotated[bool, TRAINER] = False
+    layer_name_map: Annotated[dict[str, Any], TRAINER] = Field(default_factory=dict)
+    sglang_engine_mode: Annotated[
+        str,
+        Refused(
+            f"{NEVER_READ}; for servers write name: sglang_server and server.urls",
+            lambda rollout: rollout.sglang_engine_mode != "local",
+        ),
+        NoEffect(f"{NEVER_READ}; rollout.name chooses the engine"),
+    ] = "local"
+    limit_images: Annotated[int | None, NoEffect("messages are text only")] = None
+    skip_tokenizer_init: Annotated[
+        bool,
+        SERVER,
+        SCRIPTED,
+        Refused(
+            "mode async needs skip_tokenizer_init: true, because token ids go in and out; "
+            "set it to true or leave it out",
+            lambda rollout: (
+                rollout.name == "sglang"
+                and rollout.mode == "async"
+                and not rollout.skip_tokenizer_init
+            ),
+        ),
+        NoEffect(
+            "token ids go in and out in mode sync too, so the engine never loads a tokenizer",
+            lambda rollout: not rollout.skip_tokenizer_init,
+        ),
+    ] = True
     turntrace: Turntrace = Turntrace()
 
 
@@ -207,6 +468,9 @@ class ConfigFile(Section):
     rollout: Rollout = Rollout()
 
 
+FATES = fates_of(Rollout)
+"""The fates of all keys by their paths under `rollout`."""
+
 OURS = ("turntrace", "server.urls", "server.api_key")
 """Keys under `rollout` that verl does not have."""
 
@@ -216,14 +480,14 @@ OUR_DEFAULTS = {
     "skip_tokenizer_init": "token ids go in and out; rollout.yaml says so too",
     "tensor_model_parallel_size": "one device is what most machines have",
     "enforce_eager": "rollout.yaml's, because CUDA graphs are most of a small model's speed",
-    "load_format": "outside a trainer nobody syncs weights into a dummy",
+    "load_format": "outside a trainer no weights are synced into a dummy",
     "server.max_attempts": "each restart of a server costs the turns in flight one",
-    "server.timeout": "a long turn on a busy server takes more than verl's 60 s, and a turn cut off is sampled in vain",
+    "server.timeout": "a long turn on a busy server takes more than verl's 60 s",
     "multi_turn.max_parallel_calls": "one call a turn is not what parallel means",
     "val_kwargs.temperature": "rollout.yaml's, greedy, which is what verl's trainers use",
     "val_kwargs.do_sample": "rollout.yaml's, greedy, which is what verl's trainers use",
 }
-"""Where a default is not that of verl's dataclass, and why."""
+"""The defaults that are not those of verl's dataclass, and why."""
 
 
 def known_paths(section: type[Section] = ConfigFile, prefix: str = "") -> dict[str, Any]:

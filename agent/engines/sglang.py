@@ -46,6 +46,14 @@ class SGLangEngine:
         """Name, model, device and versions."""
         return dict(self._description)
 
+    def tokens_in_flight(self) -> int:
+        """Tokens sampled so far by the turns that run, for a progress line. Any thread may call it.
+
+        SGLang's scheduler sends them every 50 tokens of a turn, although nobody asked for a stream.
+        """
+        states = [self._manager.rid_to_state.get(request_id) for request_id in tuple(self._running)]
+        return sum(len(state.output_ids) for state in states if state is not None)
+
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
     ) -> Generation:
