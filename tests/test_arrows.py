@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,79 @@ def test_conversations_know_no_engine_and_no_network() -> None:
         for found in inside
         if (found.file, found.module, found.at_import) not in CONTAINERS
     ] == []
+
+
+ROOMS = (
+    ("errors", "packages", "terminal"),
+    ("model",),
+    ("config",),
+    ("engines",),
+    ("loop",),
+    ("runs",),
+    ("replay",),
+    ("trainers",),
+    ("inference", "interactions", "rollout", "verl_agent_loop"),
+    ("commands",),
+    ("cli",),
+    ("__main__", "entry", "recipe"),
+)
+"""The rooms of `agent/` from the lowest floor up: each may import its own floor and those below."""
+
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """The room of a module of `agent`: the folder or file beside `agent/__init__.py`."""
+    return module.split(".")[1]
+
+
+def module_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+INSIDE = [
+    found
+    for found in ALL
+    if found.file.startswith("agent/")
+    and found.file != "agent/__init__.py"
+    and found.module.startswith("agent.")
+]
+
+
+def test_every_room_of_agent_has_a_floor() -> None:
+    names = {path.stem for path in (ROOT / "agent").iterdir() if path.suffix == ".py"}
+    names |= {path.parent.name for path in (ROOT / "agent").glob("*/*.py")}
+    assert names - {"__init__"} == set(FLOOR)
+
+
+def test_no_arrow_inside_agent_points_up() -> None:
+    floors = [
+        (found, FLOOR[room_of(module_of(found.file))], FLOOR[room_of(found.module)])
+        for found in INSIDE
+    ]
+    assert [str(found) for found, here, there in floors if there > here] == []
+
+
+def test_rooms_on_one_floor_do_not_know_each_other() -> None:
+    pairs = [(found, room_of(module_of(found.file)), room_of(found.module)) for found in INSIDE]
+    beside = [
+        str(found) for found, here, there in pairs if here != there and FLOOR[here] == FLOOR[there]
+    ]
+    assert beside == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    graph: dict[str, set[str]] = {module_of(str(file.relative_to(ROOT))): set() for file in files()}
+    for found in ALL:
+        if found.module in graph and found.file.startswith(f"{package}/"):
+            graph[module_of(found.file)].add(found.module)
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_nothing_imports_the_recipe() -> None:
+    users = {found.file for found in ALL if found.module.startswith("agent.recipe")}
+    assert {file for file in users if not file.startswith("agent/recipe/")} == set()
 
 
 def test_packages_import_no_tests() -> None:

@@ -1,0 +1,295 @@
+"""The features that a fault is crossed with: each runs a world's conversation its own way, into `world.out`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from agent.engines.servers import SGLangServerEngine
+from agent.loop.batch import run_tasks
+from agent.loop.loop import Runtime
+from agent.loop.tracing import Tracing
+from agent.replay.request import ReplayRequest
+from agent.replay.runner import replay
+from agent.trainers.client import VerlClientEngine
+from conversations.run.store import RunFolder
+from tests import virtual_time
+from tests.agent.native_api import Server, serving
+from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Model, World
+from tests.helpers import logprobs
+
+
+def open_store(world: World) -> RunFolder:
+    store = RunFolder.create(world.out, world.manifest())
+    world.template.tokenizer.save_pretrained(world.out / "tokenizer")
+    return store
+
+
+async def run_in(world: World, runtime: Runtime, store: RunFolder, **options: Any) -> None:
+    """`run_tasks`, cancelled while the tool hangs if that is the fault."""
+    running = asyncio.ensure_future(run_tasks(world.tasks(), runtime, store=store, **options))
+    if world.fault.cancels:
+        await Desk.last.hanging.wait()
+        running.cancel()
+    await asyncio.wait((running,))
+    if not world.fault.cancels:
+        running.result()
+
+
+def in_virtual_time(run: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[World], None]:
+    def feature(world: World) -> None:
+        virtual_time.run(run(world))
+
+    return feature
+
+
+@in_virtual_time
+async def plain(world: World) -> None:
+    with open_store(world) as store:
+        await run_in(world, world.runtime(world.model()), store)
+        store.close({})
+
+
+@in_virtual_time
+async def traced(world: World) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracing = Tracing(provider)
+    with open_store(world) as store:
+        await run_in(world, tracing.traced(world.runtime(world.model())), store)
+        store.close({})
+    tracing.close()
+    kinds = [span.name.split()[0] for span in spans.get_finished_spans()]
+    assert kinds.count("invoke_agent") == 1
+
+
+@in_virtual_time
+async def resumed(world: World) -> None:
+    """Cut off while the second turn is sampled, then continued."""
+    with open_store(world) as store:
+        model = Model(world.template, waits_at=1)
+        begun = asyncio.ensure_future(run_tasks(world.tasks(), world.runtime(model), store=store))
+        await model.waiting.wait()
+        begun.cancel()
+        await asyncio.wait((begun,))
+        store.close({})
+    with RunFolder.resume(world.out, world.manifest()) as store:
+        runtime = world.runtime(world.model())
+        await run_in(world, runtime, store, unfinished=store.unfinished)
+        store.close({})
+
+
+@in_virtual_time
+async def stopped_after(world: World) -> None:
+    """Cut off by a time limit while the second turn's tool hangs, then continued."""
+    hanging = replace(world, fault=replace(world.fault, tool="hangs"))
+    with open_store(world) as store:
+        hanging.write_files()
+        runtime = hanging.runtime(world.model())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await run_tasks(world.tasks(), runtime, store=store)
+        store.close({})
+    world.write_files()
+    with RunFolder.resume(world.out, world.manifest()) as store:
+        runtime = world.runtime(world.model())
+        await run_in(world, runtime, store, unfinished=store.unfinished)
+        store.close({})
+
+
+@in_virtual_time
+async def over_sampled(world: World) -> None:
+    """Two conversations of which one is enough; the slow one is cut off, or ends by itself after a failure."""
+    model = world.model()
+    runtime = world.runtime(model)
+    with open_store(world) as store:
+        tasks = world.tasks(QUESTION, SLOW)
+        running = asyncio.ensure_future(
+            run_tasks(tasks, runtime, store=store, target=1, on_done=lambda _: model.let_go.set())
+        )
+        if world.fault.cancels:
+            await Desk.last.hanging.wait()
+            running.cancel()
+        await asyncio.wait((running,))
+        store.close({})
+
+
+# ---------------------------------------------------------------------- servers
+
+
+def server_of(world: World, *, breaks_at: int | None) -> Server:
+    """SGLang's API over the script; at turn `breaks_at` it is gone for good."""
+    model = Model(world.template)
+
+    async def answer(server: Server, body: dict[str, Any]) -> Response:
+        number, ids = model.turn(body["input_ids"])
+        if number == breaks_at:
+            server.up = False
+            return PlainTextResponse("gone", 503)
+        triples = [[value, token, None] for value, token in zip(logprobs(ids), ids, strict=True)]
+        meta = {
+            "id": body["rid"],
+            "finish_reason": {"type": "stop"},
+            "prompt_tokens": len(body["input_ids"]),
+            "cached_tokens": 0,
+            "output_token_logprobs": triples,
+        }
+        return JSONResponse({"output_ids": ids, "meta_info": meta})
+
+    return Server(answer)
+
+
+@contextlib.asynccontextmanager
+async def two_servers(world: World) -> AsyncIterator[SGLangServerEngine]:
+    """The first server goes away at the second turn; the second one later if the engine is to die."""
+    first = server_of(world, breaks_at=1)
+    second = server_of(world, breaks_at=DIES_AT if world.fault.dies else None)
+    async with serving(first), serving(second):
+        engine = SGLangServerEngine([first.url, second.url], attempts=3, wait_s=2.0)
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
+def failed_over(world: World) -> None:
+    async def run() -> None:
+        async with two_servers(world) as engine:
+            with open_store(world) as store:
+                await run_in(world, world.runtime(engine), store)
+                store.close({})
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------------- trainers
+
+
+class VerlClient:
+    """verl 0.8's and 0.9's `LLMServerClient`, over the script."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling_params: dict[str, Any]
+    ) -> Any:
+        made = await self.model.generate(prompt_ids, sampling_params, request_id=request_id)
+        return SimpleNamespace(
+            token_ids=made.token_ids,
+            log_probs=made.logprobs,
+            stop_reason="completed",
+            num_preempted=None,
+            extra_fields={"global_steps": 3},
+        )
+
+
+@in_virtual_time
+async def verl_agent_loop(world: World) -> None:
+    """A conversation of verl's agent loop: its servers' client as the engine."""
+    engine = VerlClientEngine(VerlClient(world.model()), {"name": "verl"})
+    with open_store(world) as store:
+        await run_in(world, world.runtime(engine), store)
+        store.close({})
+
+
+def verl_batch(world: World) -> None:
+    """A batch of a verl 0.6.1 trainer, saved as a run folder."""
+    import numpy as np
+    from verl.workers.config import RolloutConfig
+    from verl.workers.config.rollout import MultiTurnConfig
+
+    from agent.trainers.batches import TrainerBatches
+
+    deadline = {"conversation_deadline_s": world.fault.deadline_s} if world.fault.deadline_s else {}
+    multi_turn = {
+        "enable": True,
+        "tool_config_path": str(world.tools_path),
+        "max_tool_response_length": 256,
+    }
+    if world.with_user:
+        multi_turn["interaction_config_path"] = str(world.users_path)
+    config = RolloutConfig(
+        name="sglang",
+        prompt_length=4096,
+        response_length=4096,
+        max_model_len=8192,
+        multi_turn=MultiTurnConfig(**multi_turn),
+        engine_kwargs={"turntrace": {"save_to": str(world.folder / "steps"), **deadline}},
+    )
+    batches = TrainerBatches(world.model(), world.template.tokenizer, config, {}, "smollm2-base")
+    columns = {"raw_prompt": np.array([[{"role": "user", "content": QUESTION}]], dtype=object)}
+    if world.with_user:
+        columns["interaction_kwargs"] = np.array([{"name": "user"}], dtype=object)
+    prompts = SimpleNamespace(meta_info={"global_steps": 1}, non_tensor_batch=columns)
+
+    async def run() -> None:
+        running = asyncio.ensure_future(batches.run(prompts, {}))
+        if world.fault.cancels:
+            await Desk.last.hanging.wait()
+            running.cancel()
+        await asyncio.wait((running,))
+        if not world.fault.cancels:
+            running.result()
+
+    virtual_time.run(run())
+    (world.folder / "steps" / "train-1-rank-0").rename(world.out)
+
+
+# ---------------------------------------------------------------------- replay
+
+
+def replayed(world: World, **request: Any) -> None:
+    """A run with the fault, replayed; the replay is what is looked at."""
+    parent = replace(world, folder=world.folder / "parent")
+    parent.folder.mkdir()
+    parent.write_files()
+    plain(parent)
+    asked = ReplayRequest(parent.out, world.out, **request)
+    code, report = replay(asked, Console(file=io.StringIO()))
+    assert (code, report["identical"]) == (0, 1), report
+
+
+def replayed_recorded(world: World) -> None:
+    replayed(world)
+
+
+def replayed_live(world: World) -> None:
+    replayed(world, tools="live", tools_config=str(world.tools_path), trust_tools=True)
+
+
+FEATURES: dict[str, Callable[[World], None]] = {
+    "plain": plain,
+    "tracing": traced,
+    "resume": resumed,
+    "stop after": stopped_after,
+    "over-sampling": over_sampled,
+    "fail-over": failed_over,
+    "verl batch": verl_batch,
+    "verl agent loop": verl_agent_loop,
+    "recorded replay": replayed_recorded,
+    "live replay": replayed_live,
+}
+
+IMPOSSIBLE = {
+    ("over-sampling", "deadline"): "both conversations come to their deadline at once",
+    ("verl batch", "template refuses"): "the batch makes its own template",
+    ("recorded replay", "template refuses"): "a replay loads the run's own tokenizer",
+    ("live replay", "template refuses"): "a replay loads the run's own tokenizer",
+    ("recorded replay", "cancelled"): "there is no finished record to replay",
+    ("live replay", "cancelled"): "there is no finished record to replay",
+    ("live replay", "deadline"): "a replay has no deadline, and the tool would hang for ever",
+}
+"""Cells that cannot be, and why."""
