@@ -259,7 +259,7 @@ def replayed(world: World, **request: Any) -> None:
     plain(parent)
     asked = ReplayRequest(parent.out, world.out, **request)
     code, report = replay(asked, Console(file=io.StringIO()))
-    assert (code, report["identical"]) == (0, 1), report
+    assert (code, report["outcomes"]["identical"]) == (0, 1), report
 
 
 def replayed_recorded(world: World) -> None:

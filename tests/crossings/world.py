@@ -18,7 +18,7 @@ from agent.errors import EngineError
 from agent.interactions import load_interactions
 from agent.loop.calls import Dispatcher
 from agent.loop.loop import Runtime
-from agent.loop.tasks import Task
+from agent.loop.tasks import Task, row_task
 from conversations.errors import TemplateError
 from conversations.messages import Message
 from conversations.template import ChatTemplate, Delta
@@ -246,11 +246,9 @@ class World:
         self.users_path.write_text(USERS.format(behaviour=self.fault.user or "asks"))
 
     def tasks(self, *questions: str) -> list[Task]:
-        kwargs = {"name": "user"} if self.with_user else {}
-        return [
-            Task(f"t{i}", [{"role": "user", "content": text}], interaction_kwargs=kwargs)
-            for i, text in enumerate(questions or (QUESTION,))
-        ]
+        kwargs = {"interaction_kwargs": {"name": "user"}} if self.with_user else {}
+        rows = [{"prompt": text, "extra_info": kwargs} for text in questions or (QUESTION,)]
+        return [row_task(row, f"t{i}") for i, row in enumerate(rows)]
 
     def runtime(self, engine: Any) -> Runtime:
         tools = load_tools(self.tools_path)
