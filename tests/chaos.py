@@ -1,8 +1,9 @@
 """A run in which every tool misbehaves: 1,000 scripted conversations that know what they provoke.
 
-Tools raise, hang, ignore cancellation, answer 10 MB or nonsense; two real HTTP servers answer 500, hang up, answer half
-or garbage, and one of them is killed and comes back. Shared by the test, which compares each ledger line with what was
-provoked, and by the benchmark, which compares the wall time with that of an ideal schedule.
+Tools raise, hang, ignore cancellation, answer 10 MB or nonsense; two real HTTP servers answer 500,
+hang up, answer half or garbage, and one of them is killed and comes back. Shared by the test, which
+compares each ledger line with what was provoked, and by the benchmark, which compares the wall time
+with that of an ideal schedule.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ AT_ONCE = 100
 ENGINE_S = 0.2
 NAP_S = 0.3
 TIMEOUT_S = 0.5
-"""Of the tools that are asked to hang. All others have so long that no busy machine makes them late."""
+"""Of the tools that are asked to hang.
+
+All others have so long that no busy machine makes them late.
+"""
 PATIENCE_S = 60.0
 
 # ---------------------------------------------------------------------- what is provoked
@@ -46,7 +50,9 @@ PATIENCE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Some calls at once: as the model writes them, how each must end (None: as the tool saw it), and how long the slowest takes."""
+    """Some calls at once: as the model writes them, how each must end (None: as the tool saw it),
+    and how long the slowest takes.
+    """
 
     calls: tuple[str, ...]
     statuses: tuple[str | None, ...]
@@ -55,7 +61,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One sort of conversation: its turns, an answer after them. `share` of a thousand conversations are of it."""
+    """One sort of conversation: its turns, an answer after them.
+
+    `share` of a thousand conversations are of it.
+    """
 
     name: str
     share: int
@@ -102,9 +111,27 @@ KINDS = (
     Kind("toy huge", 5, (Turn((call("huge"), call("toy", do="say")), ("ok", "ok")), REST)),
     Kind("toy odd", 20, (toy("odd_metrics", "ok"), toy("surrogate", "ok"), toy("control", "ok"))),
     Kind("not created", 20, (toy("say", "backend_error", tool="weak"), REST), BROKEN),
-    Kind("malformed", 20, (Turn(("<tool_call>{oops</tool_call>", call("toy", do="say")), ("malformed", "ok")), REST)),
-    Kind("wrong calls", 20, (Turn((call("nobody"), call("toy", do=1)), ("unknown_tool", "invalid_arguments")), REST)),
-    Kind("too many", 20, (Turn((call("toy", do="say"),) * 6, ("ok",) * 4 + ("rejected",) * 2), REST)),
+    Kind(
+        "malformed",
+        20,
+        (
+            Turn(("<tool_call>{oops</tool_call>", call("toy", do="say")), ("malformed", "ok")),
+            REST,
+        ),
+    ),
+    Kind(
+        "wrong calls",
+        20,
+        (
+            Turn((call("nobody"), call("toy", do=1)), ("unknown_tool", "invalid_arguments")),
+            REST,
+        ),
+    ),
+    Kind(
+        "too many",
+        20,
+        (Turn((call("toy", do="say"),) * 6, ("ok",) * 4 + ("rejected",) * 2), REST),
+    ),
     Kind("web 500", 40, (web("500", "backend_error"), REST)),
     Kind("web close", 40, (web("close", "backend_error"), REST)),
     Kind("web half", 40, (web("half", "backend_error"), REST)),
@@ -113,7 +140,11 @@ KINDS = (
     Kind("web huge", 2, (web("huge", "ok"), REST)),
     Kind("patient", 60, (web("ok", "ok", tool="patient"),) * 3),
     Kind("brittle", 60, (web("ok", None, tool="brittle"),) * 3),
-    Kind("killer", 5, (web("die", "backend_error", tool="killer"), web("ok", "ok", tool="patient"))),
+    Kind(
+        "killer",
+        5,
+        (web("die", "backend_error", tool="killer"), web("ok", "ok", tool="patient")),
+    ),
 )  # fmt: skip
 
 
@@ -138,7 +169,9 @@ def chosen(conversations: int = CONVERSATIONS) -> list[Kind]:
 
 
 def ideal_s(kinds: Sequence[Kind], at_once: int = AT_ONCE) -> float:
-    """Wall time of the same admission where nothing but engine and tools takes time, and no server is down."""
+    """Wall time of the same admission where nothing but engine and tools takes time, and no server
+    is down.
+    """
     ends = [0.0] * at_once
     for kind in kinds:
         heapq.heapreplace(ends, ends[0] + kind.takes_s)
@@ -184,7 +217,10 @@ class Scripts:
 
 
 class WebTool(BaseTool):
-    """Asks a server to misbehave. `seen` is what became of each conversation's attempts, by the tool's own account."""
+    """Asks a server to misbehave.
+
+    `seen` is what became of each conversation's attempts, by the tool's own account.
+    """
 
     def __init__(self, name: str, port: int, **policy: Any) -> None:
         parameters = {
@@ -238,7 +274,9 @@ class HugeTool(BaseTool):
 
 
 class Server:
-    """A chaos server as a process; `revive` starts it again on its port after each death, once `down` says that was noticed."""
+    """A chaos server as a process; `revive` starts it again on its port after each death, once
+    `down` says that was noticed.
+    """
 
     def __init__(self) -> None:
         self.port = 0
@@ -340,7 +378,9 @@ def _tools(steady: int, mortal: int) -> dict[str, Any]:
 
 
 async def _noticed(patient: WebTool) -> None:
-    """The server stays down until a call that is tried again has found it so: the killer's own next call will."""
+    """The server stays down until a call that is tried again has found it so: the killer's own next
+    call will.
+    """
     before = _failures(patient)
     while _failures(patient) == before:  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0.01)

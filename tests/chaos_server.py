@@ -1,4 +1,6 @@
-"""An HTTP server that misbehaves on request: `{"do": ...}` in a POST's body says how. Run as a process of its own.
+"""An HTTP server that misbehaves on request: `{"do": ...}` in a POST's body says how.
+
+Run as a process of its own.
 
 python tests/chaos_server.py PORT    prints the port once it listens; 0 takes a free one
 """

@@ -14,11 +14,11 @@ from conversations.template import ChatTemplate
 from tests.browser import chromium
 from tests.helpers import hermes_template, qwen_template
 
-# Tests that run as a background job inherit that these are ignored, and would pass that on to every process they start.
+# A background job inherits that these signals are ignored, and would pass that on to its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
-# ---------------------------------------------------------------------- side by side (make test: pytest -n 2)
+# ------------------------------------------------------------ two files at a time (make test)
 
 ENGINE_FILES = {
     "tests/agent/model/test_adapter.py",
@@ -29,7 +29,9 @@ ENGINE_FILES = {
     "tests/agent/trainers/test_trainer.py",
     "tests/conversations/test_verify_engine.py",
 }
-"""One worker runs these, one after the other: no two engines at once, and the tests that share one are in one process."""
+"""One worker runs these, one after the other: no two engines at once, and the tests that share one
+are in one process.
+"""
 
 
 class Lanes(LoadFileScheduling):
@@ -79,7 +81,9 @@ ENGINE_CONTEXT, ENGINE_SLOTS = 1024, 4
 
 @pytest.fixture(scope="session")
 def sglang_rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An AgentRollout with SmolLM2 on the real SGLang: one for all tests. Its engine serves one event loop, the session's.
+    """An AgentRollout with SmolLM2 on the real SGLang: one for all tests.
+
+    Its engine serves one event loop, the session's.
 
     A test that uses it says `pytest.mark.asyncio(loop_scope="session")`.
     """

@@ -1,4 +1,6 @@
-"""The map of the house, kept by walking every import: `conversations <- agent -> tools`, and nothing heavy on the way in."""
+"""The map of the house, kept by walking every import: `conversations <- agent -> tools`, and
+nothing heavy on the way in.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ MAY_IMPORT = {
 }
 
 HEAVY = {
-    "torch", "ray", "sglang", "verl", "transformers", "tensordict", "datasets", "pandas", "numpy", "pyarrow", "safetensors", "gguf",
-    "peft", "accelerate", "reasoning_gym", "sgl_kernel", "vllm", "triton",
+    "torch", "ray", "sglang", "verl", "transformers", "tensordict", "datasets", "pandas", "numpy",
+    "pyarrow", "safetensors", "gguf", "peft", "accelerate", "reasoning_gym", "sgl_kernel", "vllm", "triton",
 }  # fmt: skip
 MAY_BE_HEAVY = (
     "agent/rollout.py",
@@ -51,12 +53,14 @@ ENGINES_AND_NETWORK = {
 }
 
 CONTAINERS = {("conversations/export/dataproto.py", "verl", False)}
-"""(file, module, at import): verl's `DataProto` is a container of tensors; only its own class writes the file that it reads."""
+"""(file, module, at import): verl's `DataProto` is a container of tensors; only its own class
+writes the file that it reads.
+"""
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import: where it stands, what it names, and whether it runs when its module is imported."""
+    """One import: its place, what it names, and whether it runs when its module is imported."""
 
     file: str
     line: int
@@ -254,7 +258,8 @@ before = dict(os.environ)
 modules = json.loads(sys.argv[1])
 for module in modules:
     __import__(module)
-print(json.dumps({"heavy": sorted(set(json.loads(sys.argv[2])) & set(sys.modules)), "environment": dict(os.environ) == before}))
+heavy = sorted(set(json.loads(sys.argv[2])) & set(sys.modules))
+print(json.dumps({"heavy": heavy, "environment": dict(os.environ) == before}))
 """
 
 

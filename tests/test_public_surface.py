@@ -1,4 +1,6 @@
-"""The names that users' scripts, YAML files and trainers' configs import: a rename here is a break for them."""
+"""The names that users' scripts, YAML files and trainers' configs import: a rename here is a break
+for them.
+"""
 
 from __future__ import annotations
 

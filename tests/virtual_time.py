@@ -1,4 +1,6 @@
-"""An event loop whose clock jumps to the next timer instead of waiting: hours of time-outs pass in no time, exactly."""
+"""An event loop whose clock jumps to the next timer instead of waiting: hours of time-outs pass in
+no time, exactly.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on such a loop, from second 0. Nothing in the coroutine may wait for threads or sockets."""
+    """`asyncio.run` on such a loop, from second 0.
+
+    Nothing in the coroutine may wait for threads or sockets.
+    """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(coroutine)

@@ -1,8 +1,10 @@
-"""`make bench`: prints what the budgets say beside what is measured here, and writes benchmarks.json.
+"""`make bench`: prints what the budgets say beside what is measured here, and writes
+benchmarks.json.
 
-    python -m tests.bench [--quick]
+python -m tests.bench [--quick]
 
-Nothing is asserted: figures belong to a machine and its load, so judge by the ratios, which come from one run.
+Nothing is asserted: figures belong to a machine and its load, so judge by the ratios, which come
+from one run.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def _view(console: Console, *, quick: bool) -> list[Row]:
 
 
 def _table(rows: list[Row], tokenizer_name: str) -> Table:
-    caption = f"median (lowest-highest) · {tokenizer_name} tokenizer · {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    caption = f"median (lowest-highest) · {tokenizer_name} tokenizer · {machine}"
     table = Table(*COLUMNS, title="turntrace benchmarks", caption=caption)
     for row in rows:
         table.add_row(*row.cells())

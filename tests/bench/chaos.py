@@ -1,4 +1,6 @@
-"""Wall time of a run full of misbehaving tools beside that of its schedule, were nothing but engine and tools to take time."""
+"""Wall time of a run full of misbehaving tools beside that of its schedule, were nothing but engine
+and tools to take time.
+"""
 
 from __future__ import annotations
 
@@ -16,5 +18,8 @@ def rows(workload: Workload, *, quick: bool) -> list[Row]:
     conversations = 300 if quick else chaos.CONVERSATIONS
     with tempfile.TemporaryDirectory() as folder:
         run = asyncio.run(chaos.run(workload.template, Path(folder) / "run", conversations))
-    note = f"{conversations} conversations, {chaos.AT_ONCE} at once, ideal {run.ideal_s:.1f} s; a server died {run.deaths} times"
+    note = (
+        f"{conversations} conversations, {chaos.AT_ONCE} at once, ideal {run.ideal_s:.1f} s; "
+        f"a server died {run.deaths} times"
+    )
     return [Row("chaos_wall_per_ideal", [run.wall_s / run.ideal_s], note=note)]

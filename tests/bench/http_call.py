@@ -1,7 +1,7 @@
 """CPU of a tool's call over HTTP with many beside it, by our connections and by httpx's own pool.
 
-The server is another process and answers every call after a while, so that all calls of a round are in the air at once;
-what is counted is the client's CPU alone.
+The server is another process and answers every call after a while, so that all calls of a round are
+in the air at once; what is counted is the client's CPU alone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ async def app(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
     await asyncio.sleep({NAP_S})
-    await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}})
+    headers = [(b"content-length", b"2")]
+    await send({{"type": "http.response.start", "status": 200, "headers": headers}})
     await send({{"type": "http.response.body", "body": b"{{}}"}})
 
 listening = socket.create_server(("127.0.0.1", 0))
 print(listening.getsockname()[1], flush=True)
-uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error", timeout_keep_alive=600)).run([listening])
+config = uvicorn.Config(app, lifespan="off", log_level="error", timeout_keep_alive=600)
+uvicorn.Server(config).run([listening])
 """
 
 

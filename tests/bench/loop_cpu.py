@@ -1,8 +1,10 @@
-"""CPU of the loop: process CPU from a task to its written record, over turns, ours and verl's in one process.
+"""CPU of the loop: process CPU from a task to its written record, over turns, ours and verl's in
+one process.
 
-Both contenders run the same turns, interleaved repeat by repeat, with the garbage collector on and what was imported
-frozen (as a session does), so that a collection costs each what its own objects cost. Ours also runs the last turn's
-call, which verl drops, and writes its records to disk; verl's end at its DataProto in memory.
+Both contenders run the same turns, interleaved repeat by repeat, with the garbage collector on and
+what was imported frozen (as a session does), so that a collection costs each what its own objects
+cost. Ours also runs the last turn's call, which verl drops, and writes its records to disk; verl's
+end at its DataProto in memory.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ PEER_CONVERSATIONS = {"disable": {4: 48, 16: 12, 64: 4}, "strict": {4: 16, 16: 4
 """As few as give a steady figure: the check's cost grows with the square of the turns."""
 
 Figures = dict[tuple[str, int], list[float]]
-"""CPU ms per turn by (contender, turns), one a repeat; contenders are "ours" and verl's check modes."""
+"""CPU ms per turn by (contender, turns), one a repeat; contenders are "ours" and verl's check
+modes.
+"""
 
 
 def rows(workload: Workload, *, quick: bool) -> list[Row]:

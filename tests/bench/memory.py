@@ -1,7 +1,8 @@
-"""Memory of a live conversation beyond its tokens: what Python holds for conversations that wait in the engine.
+"""Memory of a live conversation beyond its tokens: what Python holds for conversations that wait in
+the engine.
 
-Each has made some turns with calls. Counted by tracemalloc, so shared things count once and the tokenizer's own memory
-not at all; the token ids (lists and integers) are taken off.
+Each has made some turns with calls. Counted by tracemalloc, so shared things count once and the
+tokenizer's own memory not at all; the token ids (lists and integers) are taken off.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ BUDGET_KIB = 32.0
 
 
 class WaitingEngine(ScriptedEngine):
-    """Answers the first turns of each conversation, then keeps it waiting. `waiting` are the sequences it was given."""
+    """Answers the first turns of each conversation, then keeps it waiting.
+
+    `waiting` are the sequences it was given.
+    """
 
     def __init__(self, workload: Workload, conversations: int) -> None:
         super().__init__(workload.respond)

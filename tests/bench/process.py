@@ -13,7 +13,9 @@ code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
 """
-"""Runs a command and prints its peak in KiB. A process of its own: a child's peak is never below that of the process it was forked from."""
+"""Runs a command and prints its peak in KiB. A process of its own: a child's peak is never below
+that of the process it was forked from.
+"""
 
 
 def measured(arguments: Sequence[str]) -> tuple[float, float]:

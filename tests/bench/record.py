@@ -1,7 +1,9 @@
-"""The commands on a run: seconds and peak memory of each, on run folders of 1,000 and 10,000 trajectories (`--quick`: 1,000).
+"""The commands on a run: seconds and peak memory of each, on run folders of 1,000 and 10,000
+trajectories (`--quick`: 1,000).
 
-Each command is a process of its own, as a user starts it; the peak is that of its largest process. The time of the smaller run says
-what the start costs, the memory of the larger whether it stays flat.
+Each command is a process of its own, as a user starts it; the peak is that of its largest process.
+The time of the smaller run says what the start costs, the memory of the larger whether it stays
+flat.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`metric` and `case` are the keys in benchmarks.json; a row without a case stands there as a plain number.
+    """`metric` and `case` are the keys in benchmarks.json; a row without a case stands there as a
+    plain number.
 
-    `samples` are repeats of ours, `peer` those of the peer, in one run and interleaved; the figures are their medians.
-    `limit` is the budget, in the same unit. `more` goes into the file beside the figures.
+    `samples` are repeats of ours, `peer` those of the peer, in one run and interleaved; the figures
+    are their medians. `limit` is the budget, in the same unit. `more` goes into the file beside the
+    figures.
     """
 
     metric: str

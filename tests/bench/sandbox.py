@@ -1,10 +1,11 @@
-"""The embedded sandbox server: `print(1)` through HTTP, one client at a time and eight, warm and cold.
+"""The embedded sandbox server: `print(1)` through HTTP, one client at a time and eight, warm and
+cold.
 
-    python -m tests.bench.sandbox [REQUESTS]
+python -m tests.bench.sandbox [REQUESTS]
 
-The clients are bare sockets: what is measured is the server and the start of a program. The real SandboxFusion's figures
-stand beside ours as the peer's; they were measured on another day, on a machine like this one, without isolation
-(`none`), and so they are constants here.
+The clients are bare sockets: what is measured is the server and the start of a program. The real
+SandboxFusion's figures stand beside ours as the peer's; they were measured on another day, on a
+machine like this one, without isolation (`none`), and so they are constants here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _PROGRAM = {"code": "print(1)", "language": "python"}
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Milliseconds of each request by one client, of each call in a session, and requests per second with all clients."""
+    """Milliseconds of each request by one client, of each call in a session, and requests per
+    second with all clients.
+    """
 
     alone_ms: list[float]
     session_ms: list[float]
@@ -115,7 +118,10 @@ async def _post(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, body: dict[str, Any]
 ) -> dict[str, Any]:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: sandbox\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: sandbox\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    )
     writer.write(head.encode() + content)
     headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(headers.split("content-length:")[1].split("\r\n")[0])

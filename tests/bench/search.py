@@ -1,9 +1,11 @@
-"""The embedded search server over 100,000 documents: making the index, one query at a time, many clients at a time.
+"""The embedded search server over 100,000 documents: making the index, one query at a time, many
+clients at a time.
 
-    python -m tests.bench.search [DOCUMENTS]
+python -m tests.bench.search [DOCUMENTS]
 
-The documents are made on the spot, of words as frequent as words are (Zipf), so that a query meets the long lists that
-common words have. The clients are bare sockets: what is measured is the server; a call of the tool has a row of its own.
+The documents are made on the spot, of words as frequent as words are (Zipf), so that a query meets
+the long lists that common words have. The clients are bare sockets: what is measured is the server;
+a call of the tool has a row of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ P50_LIMIT_MS = 2.0
 
 
 def rows(*, quick: bool, documents: int = DOCUMENTS) -> list[Row]:
-    """Index time and size, latency one query at a time, throughput with 8 and 32 clients, and a call of the tool."""
+    """Index time and size, latency one query at a time, throughput with 8 and 32 clients, and a
+    call of the tool.
+    """
     with tempfile.TemporaryDirectory() as folder:
         corpus, index = Path(folder, "corpus.jsonl"), Path(folder, "index")
         _write_corpus(corpus, documents)

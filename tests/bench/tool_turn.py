@@ -1,6 +1,8 @@
-"""A turn with k concurrent tools: its wall time beside the slowest tool's, as the engine sees it; also with every limit set.
+"""A turn with k concurrent tools: its wall time beside the slowest tool's, as the engine sees it;
+also with every limit set.
 
-Measured from the moment the engine has answered with k calls to the moment it is asked for the next turn.
+Measured from the moment the engine has answered with k calls to the moment it is asked for the next
+turn.
 """
 
 from __future__ import annotations
@@ -85,4 +87,5 @@ async def _ratio(workload: Workload, calls: int, policy: dict[str, Any]) -> floa
 
 
 def _call(index: int) -> str:
-    return f"<tool_call>\n{json.dumps({'name': TOOL_NAME, 'arguments': {'code': f'print({index})'}})}\n</tool_call>"
+    call = {"name": TOOL_NAME, "arguments": {"code": f"print({index})"}}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"

@@ -1,10 +1,12 @@
-"""verl 0.6.1's own multi-turn loop as a peer: the real `SGLangRollout`, only its engine is replaced.
+"""verl 0.6.1's own multi-turn loop as a peer: the real `SGLangRollout`, only its engine is
+replaced.
 
-What is changed, each because verl cannot run here without it: the engine object, the process group of a machine
-without launcher and GPU, and the tool parser: verl picks `glm` for any vocabulary with `<tool_call>`, parses nothing,
-and every conversation would end after its first turn.
+What is changed, each because verl cannot run here without it: the engine object, the process group
+of a machine without launcher and GPU, and the tool parser: verl picks `glm` for any vocabulary with
+`<tool_call>`, parses nothing, and every conversation would end after its first turn.
 
-Importing this imports torch, sglang and verl; on a CPU the import guards must be there before (see `loop_cpu`).
+Importing this imports torch, sglang and verl; on a CPU the import guards must be there before (see
+`loop_cpu`).
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from tests.bench.workload import TOOL_NAME, TOOL_SCHEMA, VARIANTS, Workload, ans
 
 PROMPT_LENGTH = 1024
 TOKENS_PER_TURN = 128
-"""More than a turn and its tool response need: no conversation may end early, and padding costs verl little."""
+"""More than a turn and its tool response need: no conversation may end early, and padding costs
+verl little.
+"""
 
 
 class EchoTool(BaseTool):  # type: ignore[misc]
@@ -180,7 +184,9 @@ class VerlPeer:
         dist.destroy_process_group()
 
     def cpu_ms(self, turns: int, conversations: int, check: str) -> float:
-        """CPU ms per turn from a batch of prompts to the finished DataProto. `check`: disable or strict."""
+        """CPU ms per turn from a batch of prompts to the finished DataProto. `check`: disable or
+        strict.
+        """
         config = rollout_config(self._tools, turns, PROMPT_LENGTH, turns * TOKENS_PER_TURN, check)
         peer, given = (
             rollout(config, self._model, self._engine),
@@ -195,7 +201,9 @@ class VerlPeer:
 
 
 def _verify(done: DataProto, turns: int, conversations: int) -> None:
-    """That each conversation has really made its turns and calls; verl drops the calls of the last turn."""
+    """That each conversation has really made its turns and calls; verl drops the calls of the last
+    turn.
+    """
     expected = ["user", *["assistant", "tool"] * (turns - 1), "assistant"]
     found = [holder["messages"] for holder in done.non_tensor_batch["messages"]]
     if [[message.role for message in messages] for messages in found] != [expected] * conversations:

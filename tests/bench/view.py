@@ -1,8 +1,10 @@
 """A run as a page: time and memory to write it, its size, and how it behaves in Chromium.
 
-    python -m tests.bench.view N     # one run of N trajectories, by itself: 100000 takes a few minutes and 4 GB of disk
+python -m tests.bench.view N     # one run of N trajectories, by itself: 100000 takes a few minutes
+and 4 GB of disk
 
-Frames are measured while the list is scrolled by a screen at each of them; 16.7 ms is every frame of a 60 Hz screen.
+Frames are measured while the list is scrolled by a screen at each of them; 16.7 ms is every frame
+of a 60 Hz screen.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ BUDGET_INTERACTIVE_MS, BUDGET_FRAME_MS = 1000.0, 33.4
 READY = """new MutationObserver((_, observer) => {
   if (document.documentElement?.dataset.ready === undefined) return;
   observer.disconnect();
-  requestAnimationFrame(() => requestAnimationFrame(() => { window.interactive = performance.now(); }));
+  const done = () => { window.interactive = performance.now(); };
+  requestAnimationFrame(() => requestAnimationFrame(done));
 }).observe(document, { subtree: true, attributes: true, childList: true });"""
 SCROLL = """async () => {
   const grid = document.getElementById('grid');

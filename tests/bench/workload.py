@@ -1,7 +1,9 @@
-"""The workload of the loop's rows, the same for both contenders: turns of 60 tokens with one hermes call each.
+"""The workload of the loop's rows, the same for both contenders: turns of 60 tokens with one hermes
+call each.
 
-The engine costs nothing and the tool does nothing, so what is measured is what a runtime adds. Turns differ in their
-numbers alone, and so do the tool's answers: all as long as each other, no answer twice.
+The engine costs nothing and the tool does nothing, so what is measured is what a runtime adds.
+Turns differ in their numbers alone, and so do the tool's answers: all as long as each other, no
+answer twice.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ class EchoTool(BaseTool):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`turns` are the variants of the one turn, each with its end token: 60 tokens with Qwen's tokenizer."""
+    """`turns` are the variants of the one turn, each with its end token: 60 tokens with Qwen's
+    tokenizer.
+    """
 
     template: ChatTemplate
     tokenizer_name: str
@@ -74,8 +78,13 @@ class Workload:
         return self.turns[len(prompt_ids) % VARIANTS]
 
     def floor_ms(self, repeats: int) -> float:
-        """CPU ms of the least a turn needs: one decode, one encode of a tool's answer, one json of ids and log-probs."""
-        block = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+        """CPU ms of the least a turn needs: one decode, one encode of a tool's answer, one json of
+        ids and log-probs.
+        """
+        block = (
+            "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
         work = [(self.turns[index % VARIANTS], block.format(answer())) for index in range(repeats)]
         started = process_time()
         for turn, text in work:

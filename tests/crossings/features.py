@@ -1,4 +1,6 @@
-"""The features that a fault is crossed with: each runs a world's conversation its own way, into `world.out`."""
+"""The features that a fault is crossed with: each runs a world's conversation its own way, into
+`world.out`.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,9 @@ async def stopped_after(world: World) -> None:
 
 @in_virtual_time
 async def over_sampled(world: World) -> None:
-    """Two conversations of which one is enough; the slow one is cut off, or ends by itself after a failure."""
+    """Two conversations of which one is enough; the slow one is cut off, or ends by itself after a
+    failure.
+    """
     model = world.model()
     runtime = world.runtime(model)
     with open_store(world) as store:
@@ -153,7 +157,7 @@ def server_of(world: World, *, breaks_at: int | None) -> Server:
 
 @contextlib.asynccontextmanager
 async def two_servers(world: World) -> AsyncIterator[SGLangServerEngine]:
-    """The first server goes away at the second turn; the second one later if the engine is to die."""
+    """The first server goes away at the second turn; the second one later, if the engine dies."""
     first = server_of(world, breaks_at=1)
     second = server_of(world, breaks_at=DIES_AT if world.fault.dies else None)
     async with serving(first), serving(second):

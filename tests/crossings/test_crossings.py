@@ -1,6 +1,8 @@
-"""Features crossed with faults: each ends in the right record, which verifies without a defect and exports without an error.
+"""Features crossed with faults: each ends in the right record, which verifies without a defect and
+exports without an error.
 
-What broke before broke where two features met. Every pair of a feature and a fault runs with a user and without one.
+What broke before broke where two features met. Every pair of a feature and a fault runs with a user
+and without one.
 """
 
 from __future__ import annotations

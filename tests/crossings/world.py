@@ -1,8 +1,9 @@
-"""What every crossing is made of: a model that says a script, a tool, a user, and one fault among them.
+"""What every crossing is made of: a model that says a script, a tool, a user, and one fault among
+them.
 
-The script has two turns with a call, then an answer. A user, if there is one, asks once more. The fault strikes at the
-second turn or later, so that a conversation that is cut off, forked or moved to another server after its first turn
-still meets it.
+The script has two turns with a call, then an answer. A user, if there is one, asks once more. The
+fault strikes at the second turn or later, so that a conversation that is cut off, forked or moved
+to another server after its first turn still meets it.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ DIES_AT = 2
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong, and what must be in the record: stop reason, `infra_error`, the second call's status.
+    """What goes wrong, and what must be in the record: stop reason, `infra_error`, the second
+    call's status.
 
-    `error` is a word that the record's `error` must hold. `is_kept` is False if no finished record may be there.
+    `error` is a word that the record's `error` must hold. `is_kept` is False if no finished record
+    may be there.
     """
 
     name: str
@@ -86,7 +89,8 @@ FAULTS = {
 class Model:
     """Says `TURNS` one after the other, told apart by how many assistant turns it is shown.
 
-    At turn `waits_at` it waits until it is cancelled; a conversation that asks `SLOW` waits for `let_go` instead.
+    At turn `waits_at` it waits until it is cancelled; a conversation that asks `SLOW` waits for
+    `let_go` instead.
     """
 
     def __init__(
@@ -168,7 +172,9 @@ class Desk(BaseTool):
 
 
 class User:
-    """Asks once whether the answer is right, then is content; or does what its config's `behaviour` says."""
+    """Asks once whether the answer is right, then is content; or does what its config's `behaviour`
+    says.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.behaviour = config.get("behaviour", "asks")
