@@ -6,9 +6,13 @@ A trainer's workers import that module before they look up their rollout class: 
 makes `AgentRollout` the class of verl's `sglang` rollout.
 """
 
-from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+from agent.engines import compat
 
-from agent.trainers.rollout import AgentRollout, refuse_async
+compat.prepare()
+
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY  # noqa: E402
+
+from agent.trainers.rollout import AgentRollout, refuse_async  # noqa: E402
 
 __all__ = ["AgentRollout"]
 

@@ -18,9 +18,10 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+import random
 import socket
 import types
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 from verl.workers.rollout.sglang_rollout.utils import get_named_tensor_buckets
 
+from agent.engines import compat
 from agent.engines.arguments import environment, longer_context, server_args
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
@@ -45,6 +47,11 @@ from agent.errors import ConfigError, EngineError
 from agent.model.base import model_name
 
 MESH_DIMS = ("dp", "infer_tp", "pp")
+PORTS = range(20000, 32000)
+"""Ports for an engine, below those that the system hands out.
+
+SGLang derives others from one, up to 10000 above it: all of them exist.
+"""
 ALONE_DEFAULTS = {
     "name": "sglang",
     "mode": "async",
@@ -138,12 +145,13 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         )
         with (
             environment(longer_context()),
-            replaced(sglang_rollout, AsyncEngine=factory),
+            replaced(sglang_rollout, AsyncEngine=factory, **compat.kernel_names(sglang_rollout)),
             replaced(
                 sglang_engine,
                 mp=self._children,
                 configure_logger=_keep_logging,
                 get_zmq_socket=get_socket,
+                **compat.watchdogs(sglang_engine),
             ),
             replaced(sglang_manager, get_zmq_socket=get_socket),
         ):
@@ -188,8 +196,19 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         Tokens sampled afterwards have the number of this sync, from 1, as `weight_version`. A turn
         that begins during the sync may be sampled by both: weights go in buckets.
         """
-        if self._engine is not None:  # None on ranks beside the first
-            self._engine.weight_syncs += 1
+        async with self._weight_sync():
+            await self._send(weights, **kwargs)
+
+    @contextlib.asynccontextmanager
+    async def _weight_sync(self) -> AsyncIterator[None]:
+        if self._engine is None:  # on ranks beside the first
+            yield
+            return
+        self._engine.weight_syncs += 1
+        async with compat.weight_session(self._engine.tokenizer_manager, self._engine.answer):
+            yield
+
+    async def _send(self, weights: Iterator[tuple[str, torch.Tensor]], **kwargs: Any) -> None:
         is_one_for_all = self._tp_size > self.device_mesh["infer_tp"].size()
         send = self._update_all_ranks if is_one_for_all else super().update_weights
         if torch.cuda.is_available():
@@ -253,25 +272,29 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         # The loop that reads answers is started by the first request. Without it this would wait
         # for ever.
         self.tokenizer_manager.auto_create_handle_loop()
-        return await self._answer(super().flush_cache())
+        return await self.answer(super().flush_cache())
 
     async def update_weights_from_tensor(self, update_weights_request: Any) -> Any:
-        success, message = await self._answer(
+        update_weights_request.weight_version = str(self.weight_syncs)
+        success, message = await self.answer(
             super().update_weights_from_tensor(update_weights_request)
         )
         if not success:  # verl does not look
             raise EngineError(f"SGLang did not take the weights: {message}")
-        # SGLang puts this into its answers.
-        self.tokenizer_manager.server_args.weight_version = str(self.weight_syncs)
+        compat.set_weight_version(self.tokenizer_manager, str(self.weight_syncs))
         return success, message
 
     async def release_memory_occupation(self, tags: list[str] | None = None) -> Any:
-        return await self._answer(super().release_memory_occupation(tags))
+        return await self.answer(super().release_memory_occupation(tags))
 
     async def resume_memory_occupation(self, tags: list[str] | None = None) -> Any:
-        return await self._answer(super().resume_memory_occupation(tags))
+        return await self.answer(super().resume_memory_occupation(tags))
 
-    async def _answer(self, request: Coroutine[Any, Any, Any]) -> Any:
+    async def answer(self, request: Coroutine[Any, Any, Any]) -> Any:
+        """Awaits one of the manager's coroutines.
+
+        Raises EngineError if the engine ends meanwhile.
+        """
         return await self._children.answer(asyncio.create_task(request))
 
 
@@ -324,10 +347,18 @@ def _ports() -> dict[str, Any]:
     """
     if dist.get_world_size() > 1 or "SGLANG_PORT" in os.environ:
         return {}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {"port": port, "nccl_port": None}  # None: SGLang looks for a free one
+    return {"port": free_port(PORTS), "nccl_port": None}  # None: SGLang looks for a free one
+
+
+def free_port(ports: Sequence[int]) -> int:
+    """One of the ports that nothing listens on. Raises ConfigError if there is none."""
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(
+        f"no port from {ports[0]} to {ports[-1]} is free; set SGLANG_PORT to one that is"
+    )
 
 
 def _visible_devices(count: int) -> list[str]:

@@ -73,11 +73,8 @@ class VerlClientEngine:
         self._note(output)
         generation = _generation(output, limit, sampling["stop_token_ids"])
         if generation.finish_reason == "abort":
-            raise EndConversation(
-                "cancelled",
-                "the trainer aborted the request",
-                generation if generation.token_ids else None,
-            )
+            partial = generation if generation.token_ids else None
+            raise EndConversation("cancelled", None, partial)
         return generation
 
     async def abort(self, request_id: str) -> None:

@@ -244,6 +244,63 @@ def test_a_call_that_is_wrong_is_answered_where_verl_drops_it(
     assert len(verls.non_tensor_batch["messages"][0]["messages"]) == 2
 
 
+ARGUMENTS = '{"question": "x"}'
+ONE_OF_TWO = {
+    "key parameters": (
+        f'<tool_call>\n{{"name": "look", "parameters": {ARGUMENTS}}}\n</tool_call>',
+        "verl",
+    ),
+    "list of calls": (
+        f'<tool_call>\n[{{"name": "look", "arguments": {ARGUMENTS}}}]\n</tool_call>',
+        "verl",
+    ),
+    "wrong type": (
+        '<tool_call>\n{"name": "look", "arguments": {"question": 7}}\n</tool_call>',
+        "verl",
+    ),
+    "in a thought": (f"<think>\n{call('look', question='x')}\n</think>\n\nSo be it.", "verl"),
+    "no newline": (f'<tool_call>{{"name": "look", "arguments": {ARGUMENTS}}}</tool_call>', "ours"),
+    "string arguments": (
+        '<tool_call>\n{"name": "look", "arguments": "{\\"question\\": \\"x\\"}"}\n</tool_call>',
+        "ours",
+    ),
+}
+"""Calls that one of the two loops runs and the other does not: (the turn, who runs it)."""
+
+
+@pytest.mark.parametrize(("turn", "who"), ONE_OF_TWO.values(), ids=ONE_OF_TWO)
+def test_a_call_that_only_one_of_the_two_runs(peers: Any, turn: str, who: str) -> None:
+    given = batch(peers, "one", tools=True)
+    ran = {}
+    for name, make in (("ours", peers.ours), ("verl", peers.verls)):
+        done = peers.run(make(script(peers, once(turn)), tools=True), given)
+        ran[name] = done.non_tensor_batch["reward_scores"][0]["look"] == 1.0
+    assert [name for name, was_run in ran.items() if was_run] == [who]
+
+
+CUT_OFF = '<tool_call>\n{"name": "look", "arguments": {"question": "x'
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        call("look", question="x"),
+        f"Let me see. {call('nothing', question='x')}",
+        '<tool_call>\n{"name": "look"\n</tool_call>',
+        CUT_OFF,
+    ],
+    ids=["well-formed", "unknown", "malformed", "cut off"],
+)
+def test_messages_hold_the_raw_text_of_a_turn_with_calls(peers: Any, turn: str) -> None:
+    """verl's hold that of a call which it does not run, and lose one which it does."""
+    limit = {"response_length": len(peers.template.encode(turn))} if turn == CUT_OFF else {}
+    done = peers.run(
+        peers.ours(script(peers, once(turn)), tools=True, **limit), batch(peers, "one", tools=True)
+    )
+    said = done.non_tensor_batch["messages"][0]["messages"][1]
+    assert (said.role, said.content) == ("assistant", turn)
+
+
 @pytest.mark.parametrize(
     ("question", "limit", "shown"),
     [
@@ -355,6 +412,28 @@ def test_interactions_are_verls_but_for_the_newline_before_a_user_turn(
         texts[0].replace("<|im_end|>\n<|im_start|>user", "<|im_end|><|im_start|>user") == texts[1]
     )
     assert texts[0] != texts[1]
+
+
+def test_a_row_that_chooses_an_interaction_which_does_not_exist_is_refused_by_its_place(
+    peers: Any, tmp_path: Path
+) -> None:
+    """verl fails in the midst of the batch; a mask of 0 would hide a wrong name in a whole data set."""
+    from agent.errors import TaskError
+
+    kwargs = [{"name": "gsm8k", "ground_truth": "42"}, {"name": "gsm9k"}]
+    said = script(peers, echo)
+    rollout = peers.ours(said, multi_turn=interactions(tmp_path))
+    with pytest.raises(TaskError, match=r"^row 1 of the batch: [^\n]*'gsm9k'"):
+        peers.run(rollout, batch(peers, "one", "two", interaction_kwargs=kwargs))
+    assert said.seen == []
+
+
+def test_rows_that_lose_their_user_are_counted(
+    peers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = batch(peers, "one", "two", interaction_kwargs=[{"name": "gsm8k"}, {}])
+    peers.run(peers.ours(script(peers, echo)), given)
+    assert "1 of 2 rows have interaction_kwargs" in caplog.text
 
 
 def test_over_sampling_cuts_off_the_slow_and_pads_as_verl_does(peers: Any) -> None:

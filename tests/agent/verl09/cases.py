@@ -88,6 +88,12 @@ def text(peers: Peers, done: Any, row: int = 0) -> str:
     return peers.template.decode(done.batch["responses"][row][filled].tolist())
 
 
+def only_step(kept: Path) -> Path:
+    """The one run folder in a `save_to`."""
+    (folder,) = kept.glob("step-*")
+    return folder
+
+
 def defects(folder: Path) -> list[Any]:
     found: list[Any] = []
     verify_run(folder, on_defect=found.append)
@@ -380,17 +386,24 @@ async def test_a_server_that_fails_costs_one_row_where_verl_loses_the_batch(
 
 
 @pytest.mark.parametrize("ids", [[], [5416, 20022]])
-async def test_what_the_trainer_aborts_is_not_trained_on(peers: Peers, ids: list[int]) -> None:
+async def test_what_the_trainer_aborts_is_unfinished_and_not_trained_on(
+    peers: Peers, tmp_path: Path, ids: list[int]
+) -> None:
     aborted = TokenOutput(
         token_ids=ids,
         log_probs=logprobs(ids) or None,
         stop_reason="aborted",
         extra_fields={"global_steps": 7},
     )
-    done = await run(peers.worker(peers.server(lambda text: aborted)), "one")
+    options = {"save_to": str(tmp_path)}
+    done = await run(peers.worker(peers.server(lambda text: aborted), options=options), "one")
     assert extras(done)["stop_reason"] == "cancelled"
     assert done.batch["response_mask"].sum() == 0
     assert done.batch["responses"][0][: len(ids)].tolist() == ids
+    folder = only_step(tmp_path)
+    assert list(open_run(folder)) == []
+    assert [one.stop_reason for one in open_run(folder).unfinished()] == ["cancelled"]
+    assert defects(folder) == []
 
 
 @pytest.mark.skipif(VERSION < (0, 9), reason="verl 0.8 has this client elsewhere")
