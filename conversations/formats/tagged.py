@@ -14,8 +14,9 @@ rules:
 - A whole call inside a value belongs to the value: its tags are balanced. So an example of a call
   that a model writes into a file is not run. A value that opens a call and does not close it is
   malformed.
-- A value with more parameters opened than closed in it is a parameter that was not closed: never
-  run.
+- A value that opens a parameter and does not close it is a parameter that was not closed. A value
+  that closes one it did not open, and goes on in the next line or opens one, lost an opening tag.
+  Neither is run. `x</parameter>y` and balanced tags, as in an XML file, are values.
 - A malformed call ends at its own end tag, else before the next call, else with its block. Its
   neighbors stay good.
 - A call outside a block is malformed. A closing tag that closes nothing is content.
@@ -26,7 +27,8 @@ rules:
 |---|---|
 | no call in a block, other text (JSON) in a block | expected CALL, got ... |
 | a call outside a block | BLOCK_OPEN is missing before the call |
-| a parameter without its end tag | parameter 'x' is not closed: PARAMETER_CLOSE is missing |
+| a parameter without its end tag | parameter 'x': it is not closed: PARAMETER_CLOSE is missing |
+| a parameter without its opening tag | parameter 'x': PARAMETER is missing before PARAMETER_CLOSE |
 | other text between parameters | expected PARAMETER or CALL_CLOSE, got ... |
 | a call or a block without its end tag | expected CALL_CLOSE or BLOCK_CLOSE, got ... |
 | a parameter given twice | parameter 'x' is given twice |
@@ -58,6 +60,7 @@ from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 
 _NAME = r"""[^\s<>"'{}]+"""
 _KEY = r"""[^<>"\n]*"""
+_GOES_ON = re.compile(r"[ \t\r]*\n\s*\S")
 _NOT_A_STRING: Schema = {"type": ["integer", "number", "boolean", "null", "array", "object"]}
 
 
@@ -114,6 +117,8 @@ class _Grammar:
         self.opens = opening(tags.thought, block_open, stray)
         self.call = re.compile(f"{start}({_NAME}){behind}")
         self.parameter = re.compile(f"{key_start}({_KEY}){tags.parameter[1]}")
+        any_open = parameter_close.replace("</", "<", 1).replace(">", "\\b[^<>]*>")
+        self.parameters = re.compile(f"(?P<close>{parameter_close})|(?P<open>{any_open})")
         self.in_value = re.compile(f"(?P<value_end>{value_end})|(?P<call>{call})|(?P<end>{end})")
         self.balance = re.compile(f"(?P<call>{call})|(?P<end>{end})")
         self.resume = re.compile(
@@ -193,9 +198,9 @@ class _Turn:
         key, start = parameter.group(1), parameter.end()
         end = self._value_end(start)
         value = self.text[start : end.start()] if end else ""
-        if end is None or self._opens_more(value):
-            reason = f"parameter {key!r} is not closed: {self.tags.parameter_close} is missing"
-            raise _TagError(reason, start, read.name)
+        flaw = self._flaw(value) if end else self._not_closed
+        if end is None or flaw:
+            raise _TagError(f"parameter {key!r}: {flaw}", start, read.name)
         if key in read.arguments:
             read.problem = read.problem or f"parameter {key!r} is given twice"
             return end.end()
@@ -230,18 +235,43 @@ class _Turn:
             position = inside
         return None
 
-    def _opens_more(self, value: str) -> bool:
-        if self.tags.parameter[0] not in value:
-            return False
-        opened = sum(1 for _ in self.grammar.parameter.finditer(value))
-        return opened > value.count(self.tags.parameter_close)
+    def _flaw(self, value: str) -> str | None:
+        """What the parameter tags inside a value say is wrong with it, None if it can be one."""
+        if self.tags.parameter_close in value and self._lost_tag(value):
+            return f"{self.tags.parameter[0]} is missing before {self.tags.parameter_close}"
+        if self.tags.parameter[0] in value:
+            opened = sum(1 for _ in self.grammar.parameter.finditer(value))
+            if opened > value.count(self.tags.parameter_close):
+                return self._not_closed
+        return None
+
+    def _lost_tag(self, value: str) -> bool:
+        """Whether a tag closes a parameter that the value did not open, and more follows."""
+        opened, lost = 0, False
+        for tag in self.grammar.parameters.finditer(value):
+            if tag.lastgroup == "open":
+                if lost:
+                    return True
+                opened += 1
+            elif opened:
+                opened -= 1
+            elif _GOES_ON.match(value, tag.end()):
+                return True
+            else:
+                lost = True
+        return False
+
+    @property
+    def _not_closed(self) -> str:
+        return f"it is not closed: {self.tags.parameter_close} is missing"
 
     def _behind(self, read: _Read) -> tuple[int, bool]:
         """Where the text of a call ends, and whether its block ends with it."""
         position = skip_space(self.text, read.end)
         if self.text.startswith(self.tags.block[1], position):
             return position + len(self.tags.block[1]), True
-        if not self.tags.several or self._is_over(position):
+        follows = self.grammar.resume.search(self.text, position) if self.tags.several else None
+        if follows is None or follows.lastgroup == "block":
             raise self._unexpected(self.tags.block[1], position, read.name)
         return read.end, False
 
