@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conversations.errors import RecordError
+from conversations.rounds import is_sampled, sampled_places
 from conversations.upgrade import SCHEMA, as_written
 
 VERSION = "ATIF-v1.8"
@@ -81,7 +82,7 @@ def check_tokens(record: Mapping[str, Any]) -> None:
     values = [value for value in record["response_logprobs"] if value is not None]
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise RecordError(f"trajectory {record['id']}: a log-prob is not a finite number")
-    sampled = sum(message.get("raw") is not None for message in record["messages"])
+    sampled = len(sampled_places(record["messages"]))
     if sampled != len(record["turns"]):
         raise RecordError(
             f"trajectory {record['id']}: {len(record['turns'])} turns, but {sampled} sampled messages"
@@ -131,7 +132,7 @@ class _Steps:
             if calls is None
             else {"tool_calls": [self._call(call, place) for place, call in enumerate(calls)]}
         )
-        if message.get("raw") is None:
+        if not is_sampled(message):
             return {**found, "is_copied_context": True}
         return {**found, "metrics": self._metrics(next(self._turns)), "llm_call_count": 1}
 

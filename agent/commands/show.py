@@ -106,12 +106,14 @@ class Screen:
 
     def messages(self, record: Record) -> None:
         """The conversation, each call with its answer."""
+        from conversations.rounds import is_sampled
+
         calls = {call["call_id"]: call for call in record["tool_calls"]}
         turn = 0
         for message in record["messages"]:
             if message["role"] == "tool" and message.get("tool_call_id") in calls:
                 continue  # stands with its call
-            sampled = isinstance(message.get("raw"), str)
+            sampled = is_sampled(message)
             self._title(
                 message["role"],
                 _turn(record, turn)

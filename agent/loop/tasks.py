@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import TaskError
+from conversations import rounds
 from conversations.errors import MessageError
 from conversations.messages import Message, given_messages
-from conversations.tokens import TOOL
 from conversations.trajectory import Trajectory, canonical_json
 
 Row = dict[str, Any]
@@ -95,26 +95,10 @@ def recorded_task(trajectory: Trajectory) -> Task:
 
 
 def given_length(trajectory: Trajectory) -> int:
-    """How many of a trajectory's messages were the task's own: those before what tools said when created, and the first turn."""
-    messages = trajectory.messages
-    end = next(
-        (i for i, message in enumerate(messages) if message.get("raw") is not None), len(messages)
+    """How many of a trajectory's messages are the task's own."""
+    return rounds.given_length(
+        trajectory.messages, trajectory.tools, trajectory.segments, len(trajectory.prompt_ids)
     )
-    first_turn = trajectory.turns[0].start if trajectory.turns else len(trajectory.prompt_ids)
-    if not any(kind == TOOL and start < first_turn for kind, start, _ in trajectory.segments):
-        return end
-    names = [tool["function"]["name"] for tool in trajectory.tools]
-    while (
-        end
-        and names
-        and (message := messages[end - 1])["role"] == "tool"
-        and "tool_call_id" not in message
-    ):
-        if message.get("name") not in names:
-            break
-        names = names[: names.index(message["name"])]  # each tool once, in the order offered
-        end -= 1
-    return end
 
 
 def task_file_hash(path: str | Path) -> str:

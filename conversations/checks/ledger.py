@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from conversations.checks.facts import Facts
 from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
-from conversations.checks.rounds import Round, Rounds
 from conversations.messages import Message, tool_message
+from conversations.rounds import Round, Rounds
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
 from conversations.trajectory import ToolCallRecord, Trajectory, canonical_json

@@ -9,7 +9,7 @@ from datetime import datetime
 from conversations.checks.facts import Facts
 from conversations.checks.finding import Finding, differs, show
 from conversations.checks.ledger import response_tokens
-from conversations.checks.rounds import Rounds
+from conversations.rounds import Rounds
 from conversations.tokens import USER
 from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_reward
 

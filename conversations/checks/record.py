@@ -16,11 +16,12 @@ from conversations.checks.facts import Facts
 from conversations.checks.finding import Finding, differs, show
 from conversations.checks.ledger import ledger_findings
 from conversations.checks.outcome import outcome_findings
-from conversations.checks.rounds import round_findings, split
 from conversations.checks.shape import shape_findings
 from conversations.checks.text import text_findings
 from conversations.checks.tokens import token_findings
+from conversations.checks.turns import round_findings
 from conversations.errors import RecordError
+from conversations.rounds import given_length, split
 from conversations.run.open_run import ID
 from conversations.trajectory import INVALID_STATUSES, Trajectory, canonical_json, line_hash
 from conversations.upgrade import check_schema, upgraded
@@ -173,9 +174,11 @@ def _constant(text: str) -> None:
 
 def _common(trajectory: Trajectory) -> bytes:
     """Digests of what all samples of the task must share, `_DIGEST` bytes each."""
-    given = [message for message in split(trajectory.messages).opening if message["role"] != "tool"]
+    given = given_length(
+        trajectory.messages, trajectory.tools, trajectory.segments, len(trajectory.prompt_ids)
+    )
     values = (
-        given,
+        trajectory.messages[:given],
         trajectory.tools,
         trajectory.ground_truth,
         trajectory.data_source,

@@ -9,12 +9,12 @@ import bisect
 from collections.abc import Iterator
 
 from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
-from conversations.checks.rounds import Round, Rounds
 from conversations.checks.tokens import turn_of
 from conversations.errors import TemplateError
 from conversations.messages import Message, assistant_message
+from conversations.rounds import Round, Rounds, given_length
 from conversations.template import ChatTemplate, Piece
-from conversations.tokens import TEMPLATE, TOOL, TokenSequence
+from conversations.tokens import TEMPLATE, TokenSequence
 from conversations.trajectory import Trajectory, canonical_json
 
 
@@ -146,19 +146,9 @@ def _rebuilt(
 
 
 def _prompt(trajectory: Trajectory, opening: list[Message], template: ChatTemplate) -> list[Piece]:
-    """The opening, rendered. Which of its last tool messages were given and which created only the segments tell."""
-    created = 0
-    while created < min(len(opening), len(trajectory.tools)) and _is_created(
-        opening[len(opening) - created - 1]
-    ):
-        created += 1
-    if not any(
-        kind == TOOL and start < len(trajectory.prompt_ids)
-        for kind, start, _ in trajectory.segments
-    ):
-        created = 0
-    cut = len(opening) - created
-    return template.prompt(opening[:cut], trajectory.tools, opening[cut:])
+    """The opening, rendered: the task's messages, then what tools said at their creation."""
+    given = given_length(opening, trajectory.tools, trajectory.segments, len(trajectory.prompt_ids))
+    return template.prompt(opening[:given], trajectory.tools, opening[given:])
 
 
 def _recorded_prompt(trajectory: Trajectory, ids: list[int]) -> list[Piece]:
@@ -167,10 +157,6 @@ def _recorded_prompt(trajectory: Trajectory, ids: list[int]) -> list[Piece]:
         for kind, start, end in trajectory.segments
         if end <= len(trajectory.prompt_ids)
     ]
-
-
-def _is_created(message: Message) -> bool:
-    return bool(message["role"] == TOOL and "tool_call_id" not in message)
 
 
 def _answered(each: Round, sampled: list[int], template: ChatTemplate) -> list[Piece]:

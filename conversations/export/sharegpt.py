@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from conversations.export.formats import Format, Record, Row, Source
-from conversations.export.text import TextView, Tokens, last_sampled
+from conversations.export.text import TextView, Tokens
 from conversations.export.writers import json_text, write_json_lines
+from conversations.rounds import last_sampled, text_said
 
 FILE = "train.jsonl"
 JOINT = "\n</tool_response>\n<tool_response>\n"
@@ -40,14 +41,11 @@ def _turn(message: Mapping[str, Any]) -> dict[str, str]:
     if (
         calls
         and not message["content"].strip()
+        and not message.get("reasoning_content")
         and not any(call.get("malformed") for call in calls)
     ):
         return {"from": "function_call", "value": json_text(_functions(calls))}
-    raw = message.get("raw")
-    return {
-        "from": _TAGS.get(message["role"], message["role"]),
-        "value": message["content"] if raw is None else raw,
-    }
+    return {"from": _TAGS.get(message["role"], message["role"]), "value": text_said(message)}
 
 
 def _functions(calls: Sequence[Mapping[str, Any]]) -> Any:

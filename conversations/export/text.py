@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from conversations.rounds import last_sampled, text_said
 from conversations.template import ChatTemplate
 
 VERDICTS = {
@@ -150,18 +151,6 @@ class TextView:
         return content if found == prompt else None
 
 
-def last_sampled(messages: Sequence[Mapping[str, Any]]) -> int:
-    """The index of the last sampled message; -1 where nothing was sampled."""
-    return next(
-        (
-            index
-            for index in reversed(range(len(messages)))
-            if messages[index].get("raw") is not None
-        ),
-        -1,
-    )
-
-
 def whole_ids(record: Mapping[str, Any]) -> list[int]:
     """`prompt_ids + response_ids`."""
     ids: list[int] = record["prompt_ids"] + record["response_ids"]
@@ -188,8 +177,7 @@ def after_common(prompt: list[int], whole: list[int]) -> Tokens:
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, str]:
-    raw = message.get("raw")
-    return {"role": message["role"], "content": message["content"] if raw is None else raw}
+    return {"role": message["role"], "content": text_said(message)}
 
 
 # ---------------------------------------------------------------------- what that means

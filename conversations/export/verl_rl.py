@@ -12,6 +12,7 @@ from typing import Any
 from conversations.export.formats import Format, Record, Row, Source
 from conversations.export.tasks import first_of_each_task
 from conversations.export.writers import write_shaped_parquet
+from conversations.rounds import given_length
 
 _NOTE = "a tool with empty kwargs has null in tools_kwargs: Parquet has no empty objects; fill them in before verl's own rollout reads it"
 
@@ -58,15 +59,10 @@ def _row(record: Record, rewards: Mapping[str, Any], index: int) -> Row:
 
 
 def given(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The task's own messages: those before the first sampled one and before what tools said when they were created."""
+    """The task's own messages."""
     messages: list[dict[str, Any]] = record["messages"]
-    end = next(
-        (index for index, message in enumerate(messages) if message.get("raw") is not None),
-        len(messages),
-    )
-    while end and messages[end - 1]["role"] == "tool" and "tool_call_id" not in messages[end - 1]:
-        end -= 1
-    return messages[:end]
+    length = given_length(messages, record["tools"], record["segments"], len(record["prompt_ids"]))
+    return messages[:length]
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conversations.export.formats import Format, Row, Source
-from conversations.export.text import Refused, TextView, Tokens, last_sampled
+from conversations.export.text import Refused, TextView, Tokens
 from conversations.export.writers import json_text, write_parquet
+from conversations.rounds import is_sampled, last_sampled
 from conversations.run.open_run import template_kwargs
 
 
@@ -60,9 +61,7 @@ def _rows(source: Source) -> Iterator[Row]:
         messages = [
             {
                 **shown,
-                "loss_mask": 0
-                if shown["role"] == "assistant" and given.get("raw") is None
-                else None,
+                "loss_mask": 0 if shown["role"] == "assistant" and not is_sampled(given) else None,
             }
             for shown, given in _aligned(view.messages(record), record["messages"])
         ]

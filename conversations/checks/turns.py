@@ -1,0 +1,27 @@
+"""Messages against turns: one sampled message a turn, and somebody who answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conversations.checks.finding import Finding, differs
+from conversations.rounds import Round
+from conversations.tokens import TOOL, USER
+from conversations.trajectory import Trajectory
+
+
+def round_findings(trajectory: Trajectory, rounds: list[Round]) -> Iterator[Finding]:
+    """A message for each turn, answered by tools or a user alone; only the last may go unanswered."""
+    if len(rounds) != len(trajectory.turns):
+        what = differs(
+            "the number of messages that carry `raw`", len(rounds), len(trajectory.turns)
+        )
+        yield Finding(f"{what}, one a turn", min(len(rounds), len(trajectory.turns)))
+    for k, each in enumerate(rounds):
+        roles = sorted({reply["role"] for reply in each.replies})
+        if each.replies and roles not in ([TOOL], [USER]):
+            yield Finding(
+                differs("the messages after the turn are by", roles, "tools or a user alone"), k
+            )
+        if not each.replies and k < len(rounds) - 1:
+            yield Finding("no message answers the turn, and another turn follows", k)
