@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -18,9 +17,10 @@ from typing import Any
 
 from tools.answer import AnswerTool
 from tools.base import BackendError, ToolConfigError
+from tools.extras import require
 
 ATTEMPTS = 2
-"""A process that ends over an answer may have been ended by somebody else: the answer gets a second one."""
+"""A process that was killed from outside says nothing about the answer, which gets another one."""
 
 READY_S = 60.0
 
@@ -30,7 +30,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 class Geo3kTool(AnswerTool):
     """Takes `answer`, LaTeX or plain. The tool's name is the schema's: `calc_geo3k_reward`, any.
 
-    An answer that cannot be graded is worth 0.0, and `grading` in the call's metrics says why.
+    An answer that the grader fails over is worth 0.0, and `grading` in the call's metrics says why.
+    If the grader is killed from outside, twice, that is a BackendError: the reward is unknown.
     """
 
     config_keys = frozenset()
@@ -38,13 +39,7 @@ class Geo3kTool(AnswerTool):
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         super().__init__(config, tool_schema)
-        missing = [
-            name
-            for name in ("mathruler", "sympy", "pylatexenc", "tqdm")
-            if importlib.util.find_spec(name) is None
-        ]
-        if missing:
-            raise ToolConfigError(f"it grades with mathruler: pip install {' '.join(missing)}")
+        require("mathruler", "sympy", "pylatexenc", extra="geo3k")
         self._idle: list[Worker] = []
 
     async def start(self) -> None:
@@ -55,31 +50,49 @@ class Geo3kTool(AnswerTool):
             raise ToolConfigError(str(error)) from error
 
     async def grade(self, answer: str, ground_truth: str) -> tuple[float, dict[str, Any]]:
+        killed: WorkerEndedError | None = None
         for _ in range(ATTEMPTS):
             worker = self._idle.pop() if self._idle else await Worker.start()
             try:
                 right = await worker.ask(answer, ground_truth)
             except WorkerEndedError as ended:
-                problem = ended
-                if ended.in_time:
-                    continue
-                break
+                if ended.by_the_answer:
+                    return 0.0, {"grading": str(ended)}
+                killed = ended
+                continue
             self._idle.append(worker)
             return float(right), {}
-        return 0.0, {"grading": str(problem)}
+        raise BackendError(f"{killed}, {ATTEMPTS} times") from killed
 
     async def close(self) -> None:
         while self._idle:
             await self._idle.pop().end()
 
 
-class WorkerEndedError(Exception):
-    """The process ended over an answer; `in_time`: not because it took too long."""
+_OVER_AN_ANSWER = {
+    signal.SIGABRT: "it aborted",
+    signal.SIGBUS: "it crashed",
+    signal.SIGFPE: "it crashed",
+    signal.SIGILL: "it crashed",
+    signal.SIGPROF: "it took too long",
+    signal.SIGSEGV: "it crashed",
+}
+"""How a process ends because of what it grades; every other signal comes from outside."""
 
-    def __init__(self, code: int) -> None:
-        self.in_time = code != -signal.SIGPROF
+
+class WorkerEndedError(Exception):
+    """The process ended instead of answering.
+
+    `code` is its exit code, negative for a signal. `by_the_answer`: what it graded ended it.
+    """
+
+    def __init__(self, code: int | None) -> None:
+        signalled = -code if code is not None and code < 0 else 0
+        # 255 is asyncio's word for a process whose status was lost.
+        self.by_the_answer = signalled in _OVER_AN_ANSWER or code in range(1, 255)
+        how = f"signal {signalled}" if signalled else f"exit code {code}"
         super().__init__(
-            f"the grader ended with code {code}" if self.in_time else "it took too long"
+            _OVER_AN_ANSWER.get(signalled, f"the grader ended by {how}")  # type: ignore[call-overload]
         )
 
 
@@ -136,13 +149,13 @@ class Worker:
             raise
         return bool(json.loads(line))
 
-    async def _code(self) -> int:
-        """How the process ended, which its closed output says it is doing. A signal sent meanwhile could hide that."""
+    async def _code(self) -> int | None:
+        """How the process ended; its closed output says that it is ending. None if it lives on."""
         try:
             async with asyncio.timeout(READY_S):
                 return await self._process.wait()
         except TimeoutError:
-            return -1  # it closed its output and lives on
+            return None
 
     async def end(self) -> None:
         """Ends the process, whatever it is doing."""

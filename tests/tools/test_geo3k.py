@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import pytest_asyncio
 
 from tests.helpers import until
-from tools.geo3k import Geo3kTool
+from tools.base import BackendError
+from tools.geo3k import Geo3kTool, WorkerEndedError
 from tools.servers.grader import grade
 
 SCHEMA: dict[str, Any] = {
@@ -159,6 +161,43 @@ async def test_a_grader_that_somebody_ends_is_started_again(geo3k: Geo3kTool) ->
         grader.kill()
         grader.wait()
     assert (await geo3k.execute("a", {"answer": "2"}))[1:] == (0.0, {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_grader_that_is_always_killed_from_outside_gives_no_reward(
+    geo3k: Geo3kTool, number: signal.Signals
+) -> None:
+    """What the answer is worth is not known: the backend failed, and that is no reward of 0."""
+    await geo3k.start()
+    await geo3k.create("a", ground_truth="x")
+    asked = asyncio.create_task(geo3k.execute("a", {"answer": "9**9**9**9"}))
+    await until(lambda: not geo3k._idle)
+    while not asked.done():
+        for grader in graders():
+            grader.send_signal(number)
+        await asyncio.sleep(0.01)
+    with pytest.raises(BackendError, match="the grader ended"):
+        await asked
+    assert graders() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "by_the_answer"),
+    [
+        (-signal.SIGPROF, True),
+        (-signal.SIGSEGV, True),
+        (-signal.SIGABRT, True),
+        (1, True),
+        (-signal.SIGKILL, False),
+        (-signal.SIGTERM, False),
+        (-signal.SIGINT, False),
+        (255, False),
+        (0, False),
+        (None, False),
+    ],
+)
+def test_how_a_grader_ended_says_whose_fault_it_was(code: int | None, by_the_answer: bool) -> None:
+    assert WorkerEndedError(code).by_the_answer is by_the_answer
 
 
 async def test_closing_leaves_nothing(geo3k: Geo3kTool) -> None:
