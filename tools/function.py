@@ -11,8 +11,9 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import numbers
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack, get_type_hints, overload
 
 import docstring_parser
@@ -29,8 +30,10 @@ _Outcome = tuple[Any, BaseException | None]
 class FunctionTool(BaseTool):
     """A function as a tool. It can still be called as the function it is.
 
-    The function returns text, any other JSON value (shown as JSON text, numpy's numbers and arrays as well), a ToolResponse,
-    or verl's triple of (ToolResponse or text, step reward, metrics). It raises ToolError to tell the model why it could not serve the call.
+    The function returns text, any other JSON value (shown as JSON text; numpy's numbers and arrays
+    are JSON too), a ToolResponse, or verl's (response, step reward) and (response, step reward,
+    metrics), in which a response is text, a mapping or a ToolResponse. It raises ToolError to tell
+    the model why the call could not be served.
     """
 
     config_keys = frozenset()
@@ -203,18 +206,30 @@ def _settle(done: asyncio.Future[_Outcome], outcome: _Outcome) -> None:
         done.set_result(outcome)
 
 
-# A text, a step reward and metrics: as JSON text the reward would be shown to the model, and be nobody's.
-_TEXT_TRIPLES = [[str, kind, dict] for kind in (float, int, type(None))]
-
-
 def _as_answer(result: Any) -> tuple[ToolResponse, float | None, dict[str, Any]]:
-    if isinstance(result, ToolResponse):
-        return result, None, {}
-    if isinstance(result, tuple) and len(result) == 3 and isinstance(result[0], ToolResponse):
-        return result
-    if isinstance(result, tuple) and list(map(type, result)) in _TEXT_TRIPLES:
-        return ToolResponse(text=result[0]), *result[1:]
-    return ToolResponse(text=result if isinstance(result, str) else _json_text(result)), None, {}
+    """verl's shapes: a response, (response, reward), (response, reward, metrics).
+
+    A response is text, a mapping or a ToolResponse; reward and metrics may be None. Any other tuple
+    is a JSON list: shown as text, its numbers are nobody's reward.
+    """
+    response, reward, metrics = result, None, None
+    if _is_with_reward(result):
+        response, reward, metrics = (*result, None)[:3]
+    if not isinstance(response, ToolResponse):
+        text = response if isinstance(response, str) else _json_text(response)
+        response = ToolResponse(text=text)
+    return response, None if reward is None else float(reward), dict(metrics or {})
+
+
+def _is_with_reward(result: Any) -> bool:
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        return False
+    response, reward, metrics = (*result, None)[:3]
+    is_reward = reward is None or (
+        isinstance(reward, numbers.Real) and not isinstance(reward, bool)
+    )
+    is_metrics = metrics is None or isinstance(metrics, Mapping)
+    return isinstance(response, (str, Mapping, ToolResponse)) and is_reward and is_metrics
 
 
 def _json_text(result: Any) -> str:

@@ -309,3 +309,46 @@ def test_an_object_that_is_no_function_is_refused_in_one_line() -> None:
         ToolConfigError, match="partial: only a function or a method can become a tool"
     ):
         FunctionTool(functools.partial(print, 1))
+
+
+@pytest.mark.parametrize(
+    ("returned", "answer"),
+    [
+        (("good", 1.0), ("good", 1.0, {})),
+        (("good", 1), ("good", 1.0, {})),
+        (("good", np.float32(0.5)), ("good", 0.5, {})),
+        (("good", None), ("good", None, {})),
+        (("good", None, None), ("good", None, {})),
+        (("good", 0.0, {"n": 1}), ("good", 0.0, {"n": 1})),
+        (({"a": 1}, 1.0, {}), ('{"a":1}', 1.0, {})),
+        (({"a": 1}, 1.0), ('{"a":1}', 1.0, {})),
+        ((ToolResponse("x"), 2), ("x", 2.0, {})),
+        (({"a": 1}, None, {"n": 1}), ('{"a":1}', None, {"n": 1})),
+    ],
+    ids=repr,
+)
+async def test_verls_shapes_of_an_answer_leak_no_reward_into_the_text(
+    returned: Any, answer: tuple[str, float | None, dict[str, Any]]
+) -> None:
+    """A response, (response, reward), (response, reward, metrics): verl's documentation of function tools."""
+    response, reward, metrics = await tool(lambda: returned).execute("t", {})
+    assert (response.text, reward, metrics) == answer
+    assert reward is None or type(reward) is float
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        ((1.0, 2.0), "[1.0,2.0]"),
+        (("a", "b"), '["a","b"]'),
+        (("a", True), '["a",true]'),
+        (("a", 1.0, "b"), '["a",1.0,"b"]'),
+        (("a", 1, {}, {}), '["a",1,{},{}]'),
+        (["a", 1.0], '["a",1.0]'),
+        ((), "[]"),
+    ],
+    ids=repr,
+)
+async def test_any_other_tuple_is_a_json_list(returned: Any, text: str) -> None:
+    response, reward, metrics = await tool(lambda: returned).execute("t", {})
+    assert (response.text, reward, metrics) == (text, None, {})
