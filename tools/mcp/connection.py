@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar
 
 import httpx
 import mcp
+import pydantic
 from anyio import BrokenResourceError, ClosedResourceError
 from mcp import McpError, types
 from mcp.client.session import ClientSession
@@ -26,6 +27,7 @@ from mcp.client.streamable_http import streamable_http_client
 from tools.base import BackendError
 from tools.mcp.config import McpServerConfig
 from tools.mcp.transport import HTTP_FAILED, AnsweringTransport
+from tools.reading import first_problem
 
 R = TypeVar("R", bound=types.Result)
 
@@ -44,6 +46,24 @@ class ConnectionLostError(BackendError):
 
 class NotSentError(ConnectionLostError):
     """The server had gone away before the call: it did not run."""
+
+
+class ListedTools(types.Result):
+    """A page of a server's tools. Each tool is looked at by itself: one that is wrong has a name."""
+
+    tools: list[dict[str, Any]]
+    nextCursor: str | None = None  # noqa: N815 - the protocol's name
+
+
+class CallAnswer(types.Result):
+    """The answer to a call, read more leniently than the SDK does.
+
+    `content` may be missing if there is structured content, and may hold blocks of a later protocol.
+    """
+
+    content: list[types.ContentBlock | dict[str, Any]] = pydantic.Field(default_factory=list)
+    structuredContent: Any = None  # noqa: N815 - the protocol's name
+    isError: bool = False  # noqa: N815
 
 
 class ReconnectingConnection:
@@ -70,7 +90,7 @@ class ReconnectingConnection:
         self._retry_at = 0.0
         self._closed = False
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
+    async def call(self, name: str, arguments: dict[str, Any]) -> CallAnswer:
         """The tool's answer. Raises McpError for an error that the server answered, BackendError without an answer."""
         connection = await self.connection()
         try:
@@ -178,29 +198,33 @@ class Connection:
         """Why it was lost."""
         return self._lost.result() if self._lost.done() else "it is not lost"
 
-    async def tools(self) -> list[types.Tool]:
-        """What the server offers, all pages of it. Raises McpError."""
-        found: list[types.Tool] = []
+    async def tools(self) -> list[dict[str, Any]]:
+        """What the server offers, all pages of it, as it was sent. Raises McpError and BackendError."""
+        listed: list[dict[str, Any]] = []
+        cursors: set[str] = set()
         cursor: str | None = None
-        for _ in range(MAX_PAGES):
-            page = await self._asked(
-                types.ListToolsRequest(params=types.PaginatedRequestParams(cursor=cursor)),
-                types.ListToolsResult,
-            )
-            found += page.tools
+        while len(cursors) < MAX_PAGES:
+            params = types.PaginatedRequestParams(cursor=cursor)
+            page = await self._asked(types.ListToolsRequest(params=params), ListedTools)
+            listed += page.tools
             cursor = page.nextCursor
             if not cursor:
-                break
-        return found
+                return listed
+            if cursor in cursors:
+                raise BackendError(
+                    f"{self._config.shown}: its list of tools never ends: "
+                    f"the cursor {cursor[:80]!r} came twice"
+                )
+            cursors.add(cursor)
+        raise BackendError(f"{self._config.shown}: its list of tools has over {MAX_PAGES} pages")
 
-    async def call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
-        """The tool's answer, its output schema not looked at. Raises McpError and ConnectionLostError."""
-        return await self._asked(
-            types.CallToolRequest(
-                params=types.CallToolRequestParams(name=name, arguments=arguments)
-            ),
-            types.CallToolResult,
-        )
+    async def call(self, name: str, arguments: dict[str, Any]) -> CallAnswer:
+        """The tool's answer; its output schema is not looked at.
+
+        Raises McpError and ConnectionLostError.
+        """
+        params = types.CallToolRequestParams(name=name, arguments=arguments)
+        return await self._asked(types.CallToolRequest(params=params), CallAnswer)
 
     async def close(self) -> None:
         """Leaves the session; a server that was started for it is ended, by force where it does not go by itself."""
@@ -295,10 +319,9 @@ class Connection:
             raise NotSentError(f"{self._config.shown} had ended{self._last_words()}") from error
         except McpError as error:
             raise self._told_apart(error) from error
-        except ValueError as error:  # pydantic's: an answer that is none
-            raise BackendError(
-                f"{self._config.shown} answered what is not MCP: {str(error).splitlines()[0]}"
-            ) from error
+        except pydantic.ValidationError as error:
+            said = first_problem(error, result)
+            raise BackendError(f"{self._config.shown} answered what is not MCP: {said}") from error
 
     async def _ask(self, request: types.ClientRequestType, result: type[R]) -> R:
         if self._session is None or self.is_lost:

@@ -10,11 +10,9 @@ import threading
 from collections.abc import Coroutine
 from typing import IO, Any, TypeVar
 
-from mcp import types
-
 from tools.base import BackendError, ToolConfigError
 from tools.mcp.config import McpServerConfig
-from tools.mcp.connection import Connection, ReconnectingConnection
+from tools.mcp.connection import CallAnswer, Connection, ReconnectingConnection
 
 SLACK_S = 10.0
 HEAR_S = 0.5
@@ -32,7 +30,7 @@ class McpServer:
         self._shared: ReconnectingConnection | None = None
         self._connections: dict[str, tuple[ReconnectingConnection, int]] = {}
 
-    async def listed(self) -> list[types.Tool]:
+    async def listed(self) -> list[dict[str, Any]]:
         """What the server offers, asked over a connection that is then closed. Raises BackendError and McpError."""
         connection = await Connection.open(self.config, self._open_log(), self._read_timeout_s)
         try:
@@ -73,9 +71,7 @@ class McpServer:
         else:
             await connection.close()
 
-    async def call(
-        self, trajectory: str, name: str, arguments: dict[str, Any]
-    ) -> types.CallToolResult:
+    async def call(self, trajectory: str, name: str, arguments: dict[str, Any]) -> CallAnswer:
         """The tool's answer. Raises McpError and BackendError."""
         connection = (
             self._connections[trajectory][0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from mcp import McpError, types
 
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
 from tools.mcp.config import McpServerConfig, read_servers
+from tools.mcp.connection import CallAnswer
 from tools.mcp.server import McpServer, run_apart
-from tools.policy import nearest
+from tools.policy import read_policy_config
+from tools.reading import nearest, read
+from tools.toolset import LoadedTool, loaded_tool
 
 MAX_DEPTH = 64
 """How deep arguments may be nested. Some more, and the SDK's serializer would end the connection with an error."""
@@ -64,8 +68,11 @@ class McpTool(BaseTool):
     async def close(self) -> None:
         await self._server.close()
 
-    def shown(self, result: types.CallToolResult) -> str:
-        """A result as the model reads it: its texts, a note for what is no text; without either its structured content."""
+    def shown(self, result: CallAnswer) -> str:
+        """A result as the model reads it: its texts, with a note for each part that is no text.
+
+        If there is no content, the structured content as JSON.
+        """
         text = "\n".join(filter(None, map(_block, result.content)))
         if not result.content and result.structuredContent is not None:
             return json.dumps(result.structuredContent, ensure_ascii=False)
@@ -73,37 +80,35 @@ class McpTool(BaseTool):
 
 
 def mcp_tools(
-    tool_class: type[McpTool], config: dict[str, Any], mcp: object, path: Path
-) -> list[McpTool]:
-    """The tools of an entry's servers. Starts or reaches each of them for as long as it takes to list its tools.
+    tool_class: type[McpTool], config: dict[str, Any], mcp: Mapping[str, Any], path: Path
+) -> list[LoadedTool]:
+    """The tools of an entry's servers; `path` is the YAML file.
 
-    Raises ToolConfigError: a wrong config, a server that is not to be had, a name in `tools` that it does not have.
+    Starts or reaches each server for as long as it takes to list its tools. Raises ToolConfigError:
+    a wrong config, a server that cannot be had, a tool that cannot be offered.
     """
     if "timeout" in config:
         config = {"timeout_s": config["timeout"], **config}
-    timeout_s = config.get("timeout_s", BaseTool.timeout_s)
-    made: list[McpTool] = []
+    timeout_s = read_policy_config(config).get("timeout_s") or BaseTool.timeout_s
+    loaded: list[LoadedTool] = []
     for server_config in read_servers(mcp, path.resolve().parent):
-        server = McpServer(
-            server_config, timeout_s if isinstance(timeout_s, (int, float)) else BaseTool.timeout_s
-        )
-        try:
-            offered = run_apart(server.listed())
-        except BackendError as error:
-            raise ToolConfigError(str(error)) from error
-        except McpError as error:
-            raise ToolConfigError(
-                f"{server_config.shown} does not list its tools: {error}"
-            ) from error
-        made += [
-            tool_class(dict(config), openai_schema(tool), server)
-            for tool in _selected(offered, server_config)
-        ]
-    return made
+        server = McpServer(server_config, timeout_s)
+        offered = _offered(server)
+        for name in _selected(offered, server_config):
+            try:
+                tool = read(types.Tool, offered[name], "")
+                loaded.append(loaded_tool(tool_class(dict(config), openai_schema(tool), server)))
+            except ToolConfigError as error:
+                others = ", ".join(other for other in offered if other != name) or "..."
+                raise ToolConfigError(
+                    f"{server_config.shown}: its tool {name!r} cannot be offered: {error}; "
+                    f"`tools: [{others:.200}]` under mcp leaves it out"
+                ) from error
+    return loaded
 
 
 def openai_schema(tool: types.Tool) -> dict[str, Any]:
-    """A tool as the OpenAI function schema that the model is shown; its parameters are the server's, nothing dropped."""
+    """A tool as the OpenAI function schema that the model sees; its parameters are the server's."""
     return {
         "type": "function",
         "function": {
@@ -114,17 +119,36 @@ def openai_schema(tool: types.Tool) -> dict[str, Any]:
     }
 
 
-def _selected(offered: list[types.Tool], config: McpServerConfig) -> list[types.Tool]:
-    """Those of `tools`, in that order; all of them where it is not given."""
-    named = {tool.name: tool for tool in offered}
+def _offered(server: McpServer) -> dict[str, dict[str, Any]]:
+    """What the server lists, by name, not looked at any further. Raises ToolConfigError."""
+    shown = server.config.shown
+    try:
+        listed = run_apart(server.listed())
+    except BackendError as error:
+        raise ToolConfigError(str(error)) from error
+    except McpError as error:
+        raise ToolConfigError(f"{shown} does not list its tools: {error}") from error
+    offered: dict[str, dict[str, Any]] = {}
+    for index, tool in enumerate(listed):
+        name = tool.get("name")
+        if not isinstance(name, str) or not name:
+            raise ToolConfigError(f"{shown}: its tool number {index + 1} has no name")
+        if name in offered:
+            raise ToolConfigError(f"{shown} lists two tools named {name!r}")
+        offered[name] = tool
+    return offered
+
+
+def _selected(offered: Mapping[str, Any], config: McpServerConfig) -> list[str]:
+    """The names under `tools`, in that order; all of them if it is not given."""
     if config.tools is None:
         if not offered:
             raise ToolConfigError(f"{config.shown} has no tools")
-        return offered
+        return list(offered)
     for name in config.tools:
-        if name not in named:
-            raise ToolConfigError(f"{config.shown} has no tool {name!r}{nearest(name, named)}")
-    return [named[name] for name in config.tools]
+        if name not in offered:
+            raise ToolConfigError(f"{config.shown} has no tool {name!r}{nearest(name, offered)}")
+    return config.tools
 
 
 def _sendable(value: Any, depth: int = 0) -> Any:
@@ -142,16 +166,16 @@ def _sendable(value: Any, depth: int = 0) -> Any:
     return value
 
 
-def _block(block: types.ContentBlock) -> str:
+def _block(block: types.ContentBlock | dict[str, Any]) -> str:
+    if isinstance(block, dict):  # of a kind that the SDK does not know
+        return f"[{block.get('mimeType') or block.get('type') or 'data'!s:.80}, not shown]"
     if isinstance(block, types.TextContent):
         return block.text
     if isinstance(block, types.ResourceLink):
         return f"[{block.name}: {block.uri}]"
-    if isinstance(block, types.EmbeddedResource):
-        resource = block.resource
-        return (
-            resource.text
-            if isinstance(resource, types.TextResourceContents)
-            else f"[{resource.mimeType or 'data'}, not shown]"
-        )
-    return f"[{block.mimeType}, not shown]"
+    if not isinstance(block, types.EmbeddedResource):
+        return f"[{block.mimeType}, not shown]"
+    resource = block.resource
+    if isinstance(resource, types.TextResourceContents):
+        return resource.text
+    return f"[{resource.mimeType or 'data'}, not shown]"
