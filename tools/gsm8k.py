@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+import pydantic
+
 from tools.answer import AnswerTool
-from tools.base import ToolConfigError
+from tools.policy import read_own
+from tools.reading import STRICT
 
 Method = Literal["flexible", "strict"]
 
@@ -38,19 +41,25 @@ def grade(text: str, ground_truth: str, method: Method = "flexible") -> float:
     return 1.0 if answer == ground_truth else 0.0
 
 
+class Gsm8kConfig(pydantic.BaseModel):
+    """The tool's own keys of `config`."""
+
+    model_config = STRICT
+
+    method: Method = "flexible"
+
+
 class Gsm8kTool(AnswerTool):
     """The tool's name is the schema's: `calculate_answer`, `calc_gsm8k_reward`, any.
 
     config: `method`, `flexible` (the default, as in verl) or `strict`.
     """
 
-    config_keys = frozenset({"method"})
+    config_keys = frozenset(Gsm8kConfig.model_fields)
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         super().__init__(config, tool_schema)
-        self.method: Method = config.get("method", "flexible")
-        if self.method not in ("flexible", "strict"):
-            raise ToolConfigError(f"config.method must be flexible or strict, got {self.method!r}")
+        self.method: Method = read_own(Gsm8kConfig, config).method
 
     async def grade(self, answer: str, ground_truth: str) -> tuple[float, dict[str, Any]]:
         return grade(

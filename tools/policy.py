@@ -1,57 +1,86 @@
-"""What a tool's `config` in tools.yaml says about its calls: time, concurrency, rate, retries, size, circuit breaker.
+"""What a tool's `config` says about its calls: time, concurrency, rate, retries, size, breaker.
 
-Invariant: read and checked once, when the tool is loaded, with one line for each mistake; whoever dispatches calls does
-as a Policy says and asks no config.
+Invariant: read and checked once, when the tool is loaded. The dispatcher follows a Policy and
+reads no config.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
 
 from tools.base import BaseTool, ToolConfigError
+from tools.reading import STRICT, check_keys, nearest, read
+
+__all__ = ["DISPATCH_KEYS", "BreakerPolicy", "Policy", "PolicyConfig", "nearest", "read_policy"]
 
 SIDES = ("left", "middle", "right")
 MAX_RETRIES = 10
 MAX_RATE = 1e6
-MAX_FLOAT = sys.float_info.max
+
+M = TypeVar("M", bound=BaseModel)
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class BreakerConfig(TypedDict, total=False):
-    """`circuit_breaker` as it is written: both keys may be left out, but not the mapping itself."""
+    """`circuit_breaker` as it is written; both keys are optional."""
 
-    failures: int
-    cooldown_s: float
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    failures: Count | None
+    cooldown_s: Seconds | None
 
 
 class PolicyConfig(TypedDict, total=False):
-    """The keys of a tool's `config` that are the dispatcher's; `Policy` says what they mean.
+    """The keys of a tool's `config` that belong to the dispatcher; `Policy` says what they mean.
 
-    With `ends_conversation: true` a call that succeeds is the conversation's last.
+    ends_conversation: a call that succeeds is the conversation's last
+    idempotent: a call may be sent again although the first one may have had an effect
     """
 
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
     ends_conversation: bool
-    timeout_s: float
-    max_concurrency: int | None
-    rate_limit: float | None
+    timeout_s: Seconds | None
+    max_concurrency: Count | None
+    rate_limit: Annotated[float, Field(gt=0, le=MAX_RATE)] | None
     idempotent: bool
-    retries: int
-    max_response_tokens: int | None
-    response_side: str | None
+    retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)]
+    max_response_tokens: Count | None
+    response_side: Literal["left", "middle", "right"] | None
     circuit_breaker: BreakerConfig | None
 
 
-# `type` is verl's, and only `native` is known.
-DISPATCH_KEYS = frozenset(PolicyConfig.__annotations__) | {"type"}
+class _OwnLimits(TypedDict, total=False):
+    """What a tool class says about itself; `num_workers` is what verl's configs call it."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    timeout_s: Seconds | None
+    max_concurrency: Count | None
+    num_workers: Count | None
+    idempotent: bool | None
+
+
+_POLICY_KEYS = frozenset(PolicyConfig.__annotations__)
+
+# `type` is verl's: native or mcp. The registry reads it.
+DISPATCH_KEYS = _POLICY_KEYS | {"type"}
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerPolicy:
-    """After `failures` attempts in a row that the backend failed or did not answer in time, no call is sent for
-    `cooldown_s`; then one at a time probes, and the first that is answered ends it."""
+    """When to stop calling a backend that keeps failing.
+
+    After `failures` attempts in a row that failed or timed out in the backend, no call is sent for
+    `cooldown_s`. Then one call at a time probes the backend; the first answer closes the breaker.
+    """
 
     failures: int = 5
     cooldown_s: float = 30.0
@@ -61,18 +90,19 @@ class BreakerPolicy:
 class Policy:
     """How a tool's calls are dispatched. Limits hold over all conversations of a run; None: no limit.
 
-    timeout_s            of each attempt, from the moment it begins. A call takes at most `retries + 1` times as long and
-                         its pauses, beside its waits for a slot and the rate, which the conversation's deadline ends;
-                         a tool that ignores its cancellation is left behind a second later
-    max_concurrency      attempts that run at a time
-    rate_limit           attempts that begin in any one second; 0.5 is one in two seconds
-    retries              further attempts after a backend failure or a time-out, after 0.25 to 0.5 s, then twice as long
-                         each time and at most 8 s. Only for tools that are `idempotent`: a call that failed may have
-                         taken effect. What the tool itself answers, a ToolError included, is final
-    max_response_tokens  what the model sees of an answer; None: the run's `max_tool_response_length`
-    response_side        what is cut away of a longer one: left, middle, right; None: the run's
-                         `tool_response_truncate_side`
-    circuit_breaker      when to stop asking a backend that keeps failing
+    timeout_s: seconds for one attempt, from its start. A call takes at most `retries + 1` times as
+        long, plus its pauses and its waits for a slot and for the rate; the conversation's deadline
+        ends those waits. A tool that ignores its cancellation is abandoned after one more second.
+    max_concurrency: attempts that run at a time
+    rate_limit: attempts that start in any one second; 0.5 is one in two seconds
+    retries: further attempts after a backend failure or a time-out, after 0.25 to 0.5 s, then twice
+        as long each time, at most 8 s. Only for `idempotent` tools: a failed call may have had an
+        effect. What the tool itself answers is final, a ToolError included.
+    max_response_tokens: how much of an answer the model sees; None: the run's
+        `max_tool_response_length`
+    response_side: where a longer answer is cut: left, middle or right; None: the run's
+        `tool_response_truncate_side`
+    circuit_breaker: when to stop calling a backend that keeps failing
     """
 
     timeout_s: float = BaseTool.timeout_s
@@ -84,123 +114,72 @@ class Policy:
     circuit_breaker: BreakerPolicy | None = None
 
 
-def read_policy(config: Mapping[str, Any], tool: object, *, verl: bool = False) -> Policy:
-    """The policy that `config` asks for; where it does not, the tool's own `timeout_s`, `max_concurrency`, `idempotent` count.
+def read_policy_config(config: Mapping[str, Any], *, verl: bool = False) -> PolicyConfig:
+    """The dispatcher's part of a tool's `config`. Raises ToolConfigError.
 
-    `verl`: the class derives from verl's, whose `rate_limit` is the class's own business (a number of calls at a time).
-    Raises ToolConfigError.
+    `verl`: the class derives from verl's, whose `rate_limit` is its own: a number of calls at a time.
     """
-    return Policy(
-        timeout_s=_number(config, "timeout_s")
-        or _number(*_own(tool, "timeout_s"))
-        or BaseTool.timeout_s,
-        max_concurrency=_concurrency(config, tool),
-        rate_limit=None if verl else _number(config, "rate_limit", at_most=MAX_RATE),
-        retries=_retries(config, tool),
-        max_response_tokens=_whole(config, "max_response_tokens"),
-        response_side=_side(config),
-        circuit_breaker=_breaker(config),
-    )
+    keys = _POLICY_KEYS - {"rate_limit"} if verl else _POLICY_KEYS
+    return read(PolicyConfig, {key: config[key] for key in config if key in keys}, "config")
+
+
+def read_policy(config: Mapping[str, Any], tool: object, *, verl: bool = False) -> Policy:
+    """The policy that `config` asks for; the tool's own limits hold where it says nothing.
+
+    `verl` is as in `read_policy_config`. Raises ToolConfigError.
+    """
+    given = read_policy_config(config, verl=verl)
+    own = _own_limits(tool)
+    if given.get("retries") and not given.get("idempotent", own.get("idempotent")):
+        raise ToolConfigError(
+            "config.retries needs idempotent: true; a call that failed may have had an effect, "
+            "and the next attempt has it again"
+        )
+    chosen: dict[str, Any] = {
+        **given,
+        "timeout_s": given.get("timeout_s") or own.get("timeout_s"),
+        "max_concurrency": _concurrency(config, given, own),
+        "circuit_breaker": _breaker(given.get("circuit_breaker")),
+    }
+    names = [field.name for field in fields(Policy)]
+    return Policy(**{key: chosen[key] for key in names if chosen.get(key) is not None})
+
+
+def read_own(model: type[M], config: Mapping[str, Any]) -> M:
+    """A tool's own keys of its `config`, as its model. Raises ToolConfigError."""
+    own = {key: value for key, value in config.items() if key in model.model_fields}
+    return read(model, own, "config")
+
+
+def with_rate_limit(config: dict[str, Any], is_on: bool) -> dict[str, Any]:
+    """`config`, without its `rate_limit` if verl's `enable_global_rate_limit` is off."""
+    return {key: value for key, value in config.items() if is_on or key != "rate_limit"}
 
 
 def check_config_keys(config: Mapping[str, Any], own: frozenset[str] | None) -> None:
-    """Refuses a key of `config` that neither the tool nor the dispatcher knows, naming the nearest right one."""
+    """Refuses a key of `config` that neither the tool nor the dispatcher knows."""
     if own is not None:
-        _check_keys(config, own | DISPATCH_KEYS, "config")
+        check_keys(config, own | DISPATCH_KEYS, "config")
 
 
-def nearest(wrong: str, right: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or what is allowed when nothing comes near."""
-    right = sorted(right)
-    if close := get_close_matches(wrong, right, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(right)}" if right else ""
+def _own_limits(tool: object) -> _OwnLimits:
+    keys = ("timeout_s", "max_concurrency", "idempotent")
+    return read(_OwnLimits, {key: getattr(tool, key, None) for key in keys}, type(tool).__name__)
 
 
-def _check_keys(config: Mapping[str, Any], known: frozenset[str], where: str) -> None:
-    for key in config:
-        if key not in known:
-            raise ToolConfigError(f"{where} has no key {key!r}{nearest(str(key), known)}")
+def _concurrency(config: Mapping[str, Any], given: PolicyConfig, own: _OwnLimits) -> int | None:
+    """`max_concurrency`, else the tool's own, else `num_workers`."""
+    if "max_concurrency" in given:
+        return given["max_concurrency"]
+    if (limit := own.get("max_concurrency")) is not None:
+        return limit
+    return read(_OwnLimits, {"num_workers": config.get("num_workers")}, "config").get("num_workers")
 
 
-def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """A key that is true or false. Raises ToolConfigError."""
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise ToolConfigError(f"config.{key} must be true or false, got {value!r}")
-    return value
-
-
-def _number(
-    config: Mapping[str, Any], key: str, where: str = "config", at_most: float = MAX_FLOAT
-) -> float | None:
-    """A number above 0, infinity and NaN refused; None where the key is absent or null."""
-    value = config.get(key)
-    if value is None:
+def _breaker(given: BreakerConfig | None) -> BreakerPolicy | None:
+    if given is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= at_most:
-        most = f" and at most {at_most:g}" if at_most < MAX_FLOAT else ""
-        raise ToolConfigError(f"{where}.{key} must be a number above 0{most}, got {value!r}")
-    return float(value)
-
-
-def _whole(
-    config: Mapping[str, Any], key: str, where: str = "config", at_least: int = 1
-) -> int | None:
-    value = config.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ToolConfigError(
-            f"{where}.{key} must be a whole number above {at_least - 1}, got {value!r}"
-        )
-    return value
-
-
-def _concurrency(config: Mapping[str, Any], tool: object) -> int | None:
-    """`max_concurrency`, else the tool's own, else `num_workers`, which is what verl's tools call it."""
-    if "max_concurrency" in config:
-        return _whole(config, "max_concurrency")
-    own = _whole(*_own(tool, "max_concurrency"))
-    return _whole(config, "num_workers") if own is None else own
-
-
-def _own(tool: object, key: str) -> tuple[dict[str, Any], str, str]:
-    """What the tool itself says of a key, as the readers of `config` take it."""
-    return {key: getattr(tool, key, None)}, key, type(tool).__name__
-
-
-def _retries(config: Mapping[str, Any], tool: object) -> int:
-    value = config.get("retries", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_RETRIES:
-        raise ToolConfigError(
-            f"config.retries must be a whole number from 0 to {MAX_RETRIES}, got {value!r}"
-        )
-    if not flag(config, "idempotent", getattr(tool, "idempotent", False)) and value:
-        raise ToolConfigError(
-            "config.retries needs idempotent: true; a call that failed may have taken effect, and would again"
-        )
-    return value
-
-
-def _side(config: Mapping[str, Any]) -> str | None:
-    side = config.get("response_side")
-    if side is not None and side not in SIDES:
-        raise ToolConfigError(
-            f"config.response_side must be one of {', '.join(SIDES)}, got {side!r}"
-        )
-    return side
-
-
-def _breaker(config: Mapping[str, Any]) -> BreakerPolicy | None:
-    value, where = config.get("circuit_breaker"), "config.circuit_breaker"
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise ToolConfigError(
-            f"{where} must be a mapping with failures and cooldown_s, got {value!r}"
-        )
-    _check_keys(value, frozenset(BreakerConfig.__annotations__), where)
     default = BreakerPolicy()
-    failures, cooldown_s = _whole(value, "failures", where), _number(value, "cooldown_s", where)
-    return BreakerPolicy(failures or default.failures, cooldown_s or default.cooldown_s)
+    return BreakerPolicy(
+        given.get("failures") or default.failures, given.get("cooldown_s") or default.cooldown_s
+    )

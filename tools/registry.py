@@ -16,19 +16,21 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
 import yaml
 
 import tools
 from tools.base import BaseTool, ToolConfigError, ToolsError
+from tools.extras import require
 from tools.function import FunctionTool
-from tools.policy import check_config_keys, nearest
-from tools.toolset import LoadedTool, Tool, ToolSet, check_schema, is_verl, loaded_tool
+from tools.policy import check_config_keys
+from tools.reading import STRICT, check_keys, nearest, read
+from tools.schema import check_can_be_met, check_schema
+from tools.toolset import LoadedTool, Tool, ToolSet, is_verl, loaded_tool
 
 __all__ = ["LoadedTool", "ToolSet", "load_tools", "tool_entries", "tools_from_text"]
-
-ENTRY_KEYS = frozenset({"class_name", "class_path", "function", "config", "tool_schema", "mcp"})
 
 MCP_TOOL = "tools.mcp.McpTool"
 VERL_MCP = ("verl.tools.mcp_base_tool.MCPBaseTool", "verl.tools.mcp_search_tool.MCPSearchTool")
@@ -51,8 +53,47 @@ NOT_FROM_VERL = {
     **dict.fromkeys(VERL_MCP, "needs an mcp: with command, url or mcp_servers_config_path"),
 }
 
+_SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's is ten times as fast, and refuses deep nesting by itself."""
+
 # Package names of this project that a user's folder may bear as well.
 OUR_PACKAGES = frozenset({"tools", "agent", "conversations", "tool_configs"})
+
+NonEmpty = Annotated[str, pydantic.Field(min_length=1)]
+
+
+class _Entry(pydantic.BaseModel):
+    """One entry of the list, as it is written."""
+
+    model_config = STRICT
+
+    class_name: NonEmpty | None = None
+    class_path: NonEmpty | None = None
+    function: NonEmpty | None = None
+    config: dict[str, Any] | None = None
+    tool_schema: dict[str, Any] | None = None
+    mcp: dict[str, Any] | None = None
+
+    def target(self) -> tuple[str, str]:
+        """The key that says what to load, and its value. Raises ToolConfigError."""
+        targets = {
+            "class_name": self.class_name,
+            "class_path": self.class_path,
+            "function": self.function,
+        }
+        given = [(key, value) for key, value in targets.items() if value is not None]
+        if not given and self.mcp is not None:
+            return "class_name", MCP_TOOL
+        if len(given) != 1:
+            got = ", ".join(key for key, _ in given) or "none of them"
+            raise ToolConfigError(f"expected one of class_name, class_path, function; got {got}")
+        return given[0]
+
+
+class _ConfigType(pydantic.BaseModel):
+    model_config = STRICT
+
+    type: Literal["native", "mcp"]
 
 
 def load_tools(path_or_name: str | Path) -> ToolSet:
@@ -69,13 +110,22 @@ def load_tools(path_or_name: str | Path) -> ToolSet:
 
 
 def tools_from_text(text: str, path: Path) -> ToolSet:
-    """The tools of a YAML text, as if it stood in the file `path`, which need not exist. Raises as `load_tools` does."""
-    loaded: list[LoadedTool] = []
+    """The tools of a YAML text, as if it stood in the file `path`, which need not exist.
+
+    Raises as `load_tools` does.
+    """
+    loaded: dict[str, LoadedTool] = {}
+    entry_of: dict[str, int] = {}
     for index, entry in enumerate(tool_entries(text, path)):
         with _located(f"{path}: entry {index}"):
-            loaded += _load(entry, path)
-    with _located(str(path)):
-        return ToolSet(loaded, source_text=text)
+            for tool in _load(entry, path):
+                if (first := entry_of.setdefault(tool.name, index)) != index or tool.name in loaded:
+                    raise ToolConfigError(
+                        f"a tool named {tool.name!r} is in entry {first} already; "
+                        "each needs a name of its own"
+                    )
+                loaded[tool.name] = tool
+    return ToolSet(loaded.values(), source_text=text)
 
 
 def _find(path_or_name: str | Path) -> Path:
@@ -90,94 +140,98 @@ def _find(path_or_name: str | Path) -> Path:
     if not shipped.is_file():
         names = [file.stem for file in folder.glob("*.yaml")]
         raise ToolConfigError(
-            f"{path_or_name!r} is not a shipped tool config{nearest(str(path_or_name), names)}; a file needs its suffix"
+            f"{path_or_name!r} is not a shipped tool config{nearest(str(path_or_name), names)}; "
+            "a file needs its suffix"
         )
     return shipped
 
 
 def tool_entries(text: str, path: Path) -> list[Any]:
-    """The entries of a YAML text as they stand there, nothing imported. Raises ToolConfigError where it is not a list of tools."""
+    """The entries of a YAML text as they are written; nothing is imported.
+
+    Raises ToolConfigError if the text is not a list of tools.
+    """
+    document = _yaml(text, path)
+    if isinstance(document, Mapping):
+        with _located(str(path)):
+            check_keys(document, ("tools",), "the file")
+        document = document.get("tools")
+        what = (
+            "tools: is empty"
+            if document is None
+            else f"tools: must be a list, got {document!r:.80}"
+        )
+    else:
+        what = "the file is empty" if document is None else f"must be a list, got {document!r:.80}"
+    if not isinstance(document, list):
+        raise ToolConfigError(f"{path}: {what}; expected `tools:` with a list of tools below it")
+    if not document:
+        raise ToolConfigError(f"{path}: the list of tools is empty")
+    return document
+
+
+def _yaml(text: str, path: Path) -> Any:
     try:
-        document = yaml.safe_load(text)
+        return yaml.load(text, Loader=_SAFE_LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ToolConfigError(
-            f"{path}: not valid YAML{where}: {getattr(error, 'problem', None) or error}"
-        ) from error
-    if isinstance(document, Mapping):
-        if set(document) != {"tools"}:
-            wrong = next((str(key) for key in document if key != "tools"), "")
-            problem = f"has no key {wrong!r}{nearest(wrong, ['tools'])}" if wrong else "is empty"
-            raise ToolConfigError(f"{path}: the file {problem}")
-        document = document["tools"]
-    if not isinstance(document, list) or not document:
-        raise ToolConfigError(
-            f"{path}: expected `tools:` over a list of tools, or the list alone; got {type(document).__name__}"
-        )
-    return document
+        said = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ToolConfigError(f"{path}: not valid YAML{where}: {said}") from error
+    except (RecursionError, ValueError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ToolConfigError(f"{path}: not valid YAML: {said}") from error
 
 
 @contextlib.contextmanager
 def _located(where: str) -> Iterator[None]:
-    """Puts the place in front of a mistake's message, keeping its class."""
+    """Puts the place in front of an error's message and keeps its class."""
     try:
         yield
     except ToolsError as error:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _load(entry: Any, path: Path) -> list[LoadedTool]:
-    if not isinstance(entry, Mapping):
+def _load(given: Any, path: Path) -> list[LoadedTool]:
+    if not isinstance(given, Mapping):
         raise ToolConfigError(
-            f"expected class_name, config and tool_schema, got {type(entry).__name__}"
+            f"expected class_name, config and tool_schema, got {type(given).__name__}"
         )
-    for key in entry:
-        if key not in ENTRY_KEYS:
-            raise ToolConfigError(f"no key {key!r} here{nearest(str(key), ENTRY_KEYS)}")
-    named = [key for key in ("class_name", "class_path", "function") if entry.get(key) is not None]
-    if not named and "mcp" in entry:
-        return _load({**entry, "class_name": MCP_TOOL}, path)
-    if len(named) != 1:
-        raise ToolConfigError(
-            f"expected one of class_name, class_path, function; got {', '.join(named) or 'none of them'}"
-        )
-    target, config, schema = entry[named[0]], entry.get("config") or {}, entry.get("tool_schema")
-    if not isinstance(target, str):
-        raise ToolConfigError(f"{named[0]} must be a string, got {type(target).__name__}")
-    if not isinstance(config, Mapping):
-        raise ToolConfigError(f"config must be a mapping, got {type(config).__name__}")
-    if config.get("type", "native") not in ("native", "mcp"):
-        raise ToolConfigError(
-            f"config.type {config['type']!r} is not supported; native and mcp are"
-        )
-    if schema is not None:
-        check_schema(schema)
+    entry = read(_Entry, given, "")
+    kind, target = entry.target()
+    config = entry.config or {}
+    check_type = read(_ConfigType, {"type": config.get("type", "native")}, "config").type
+    if entry.tool_schema is not None:
+        check_schema(entry.tool_schema)
+        check_can_be_met(entry.tool_schema)
     with _located(target):
-        if "mcp" in entry or config.get("type") == "mcp":
-            return _load_mcp(target, dict(config), entry, path)
-        if named[0] == "function":
-            return [_load_function(target, dict(config), schema, path)]
-        return [_load_class(target, dict(config), schema, path)]
+        if entry.mcp is not None or check_type == "mcp":
+            return _load_mcp(target, config, entry, path)
+        if kind == "function":
+            return [_load_function(target, config, entry.tool_schema, path)]
+        return [_load_class(target, config, entry.tool_schema, path)]
 
 
-def _load_mcp(
-    target: str, config: dict[str, Any], entry: Mapping[str, Any], path: Path
-) -> list[LoadedTool]:
-    """The tools of an MCP server. verl's classes for them need a client that its wheel lacks: ours stands in for them."""
-    from tools.mcp import McpTool, mcp_tools
+def _load_mcp(target: str, config: dict[str, Any], entry: _Entry, path: Path) -> list[LoadedTool]:
+    """The tools of an MCP server.
 
-    if entry.get("mcp") is None:
+    verl's classes for them need a client that its wheel lacks: ours stands in for them.
+    """
+    require("mcp", extra="mcp")
+    from tools.mcp.tool import McpTool, mcp_tools
+
+    if entry.mcp is None:
         raise ToolConfigError(
-            "config.type is mcp, but the entry has no mcp: with command, url or mcp_servers_config_path"
+            "config.type is mcp, but the entry has no mcp: with command, url or "
+            "mcp_servers_config_path"
         )
-    if entry.get("tool_schema") is not None:
-        raise ToolConfigError("tool_schema has no place beside mcp: the server says it")
+    if entry.tool_schema is not None:
+        raise ToolConfigError("tool_schema has no place beside mcp: the server gives the schemas")
     module_name, _, name = (MCP_TOOL if target in VERL_MCP else target).rpartition(".")
     tool_class = import_attribute(module_name, name, path)
     if not (isinstance(tool_class, type) and issubclass(tool_class, McpTool)):
         raise ToolConfigError(f"a class for mcp derives from {MCP_TOOL}")
-    return [loaded_tool(tool) for tool in mcp_tools(tool_class, config, entry["mcp"], path)]
+    return mcp_tools(tool_class, config, entry.mcp, path)
 
 
 def _load_function(
@@ -207,6 +261,9 @@ def _load_class(
     tool_class = import_attribute(module_name, name, path)
     if not isinstance(tool_class, type):
         raise ToolConfigError(f"expected a class, got {type(tool_class).__name__}")
+    if refused := next((base for base in _bases(tool_class) if base in NOT_FROM_VERL), None):
+        said = "it" if refused == target else f"it derives from {refused}, which"
+        raise ToolConfigError(f"{said} {NOT_FROM_VERL[refused]}")
     check_config_keys(config, getattr(tool_class, "config_keys", None))
     tool = _construct(tool_class, config, schema)
     missing = [
@@ -219,6 +276,11 @@ def _load_class(
             f"not a tool class: it has no {', '.join(missing)}; derive it from tools.base.BaseTool"
         )
     return loaded_tool(tool, schema)
+
+
+def _bases(tool_class: type) -> list[str]:
+    """The full names of a class and of everything that it derives from."""
+    return [f"{base.__module__}.{base.__qualname__}" for base in tool_class.__mro__]
 
 
 def _construct(tool_class: type, config: dict[str, Any], schema: dict[str, Any] | None) -> Tool:

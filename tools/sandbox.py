@@ -7,14 +7,15 @@ or that cannot be reached, is a BackendError.
 from __future__ import annotations
 
 import os
-from collections.abc import Container
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pydantic
 
 from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
+from tools.policy import Count, read_own, with_rate_limit
+from tools.reading import STRICT
 from tools.sandbox_sessions import Sessions
 from tools.servers import embedded
 from tools.servers.sandbox.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
@@ -25,41 +26,59 @@ PATH = "/run_code"
 _SLACK_S = 10.0
 
 
+class SandboxConfig(pydantic.BaseModel):
+    """The tool's own keys of `config`; all are optional.
+
+    sandbox_fusion_url: a server's address, `/run_code` may be left out; absent or `embedded`: a
+        local server, started on demand
+    default_timeout: seconds that the code may run
+    default_language: python, bash or cpp; other servers run more
+    memory_limit_mb: of all processes of a run together
+    num_workers: calls at a time; with the embedded server never more than twice the cores
+    packages: installed packages that programs on the embedded server may import
+    session: true: a trajectory's calls run in one Python interpreter, which remembers variables;
+        needs a server of turntrace's
+    enable_global_rate_limit: verl's; false: the dispatcher's `rate_limit` does not count
+    """
+
+    model_config = STRICT
+
+    sandbox_fusion_url: str | None = None
+    default_timeout: float = pydantic.Field(30.0, gt=0, allow_inf_nan=False)
+    default_language: str = "python"
+    memory_limit_mb: int = 1024
+    num_workers: Count = 10
+    packages: list[Annotated[str, pydantic.Field(min_length=1)]] | None = None
+    session: bool = False
+    enable_global_rate_limit: bool = True
+
+
 class SandboxFusionTool(BaseTool):
     """Takes `code`, answers with what it printed.
 
-    config (all optional): `sandbox_fusion_url` (its `/run_code` may be left out; absent or `embedded`: a local server,
-    started on demand), `default_timeout` (30 s), `default_language` (python), `memory_limit_mb` (1024), `num_workers`
-    (calls at a time: 10; with the embedded server never more than twice the cores), `packages` (installed ones that
-    programs on the embedded server may import), `session` (true: a trajectory's calls run in one Python interpreter,
-    which remembers variables; needs a server of turntrace's). The dispatcher's `rate_limit` is calls a second, and none
-    where verl's `enable_global_rate_limit` is false; there, it was calls at a time.
-    Parameters `language` and `timeout` count only where the schema offers them.
+    config: `SandboxConfig`. The dispatcher's `rate_limit` is calls a second; verl's own class takes
+    it for calls at a time. Parameters `language` and `timeout` count only if the schema offers
+    them. The code runs as the model sent it: a markdown fence is a SyntaxError, which the model
+    reads with its place, and the value of a last expression is not printed.
     """
 
-    config_keys = frozenset(
-        {
-            "sandbox_fusion_url",
-            "default_timeout",
-            "default_language",
-            "memory_limit_mb",
-            "num_workers",
-            "packages",
-            "session",
-            "enable_global_rate_limit",
-        }
-    )
+    config_keys = frozenset(SandboxConfig.model_fields)
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
-        if config.get("enable_global_rate_limit") is False:
-            config = {key: value for key, value in config.items() if key != "rate_limit"}
-        super().__init__(config, tool_schema)
+        own = read_own(SandboxConfig, config)
+        super().__init__(with_rate_limit(config, own.enable_global_rate_limit), tool_schema)
         self._offered = tool_schema["function"].get("parameters", {}).get("properties", {}).keys()
-        remote = _remote(config.get("sandbox_fusion_url"))
-        self._packages = _packages(config.get("packages"), is_remote=remote is not None)
-        self._default = _default_request(config)
-        self.timeout_s = 2 * (self._default.run_timeout + _SLACK_S)
-        self.max_concurrency = _workers(config.get("num_workers"), is_remote=remote is not None)
+        remote = _remote(own.sandbox_fusion_url)
+        self._packages = _packages(own.packages, is_remote=remote is not None)
+        self._default = RunCodeRequest(
+            code="",
+            language=own.default_language,
+            run_timeout=own.default_timeout,
+            compile_timeout=own.default_timeout,
+            memory_limit_MB=own.memory_limit_mb,
+        )
+        self.timeout_s = 2 * (own.default_timeout + _SLACK_S)
+        self.max_concurrency = _workers(own.num_workers, is_remote=remote is not None)
         self._backend = Backend(
             "the sandbox",
             remote,
@@ -68,11 +87,10 @@ class SandboxFusionTool(BaseTool):
             connections=self.max_concurrency,
             timeout_s=self.timeout_s - _SLACK_S,
         )
-        self._sessions = (
-            Sessions(self._backend, self._default.memory_limit_MB)
-            if _session(config, self._offered)
-            else None
-        )
+        self._sessions = None
+        if own.session:
+            self._check_session()
+            self._sessions = Sessions(self._backend, own.memory_limit_mb)
 
     async def start(self) -> None:
         """Starts the embedded server where it is used. Raises ToolsError, also where one is away or lacks what the config asks for."""
@@ -81,6 +99,13 @@ class SandboxFusionTool(BaseTool):
             await self._check_language()
         if self._sessions is not None:
             await self._sessions.check()
+
+    def _check_session(self) -> None:
+        if self._default.language != "python" or "language" in self._offered:
+            raise ToolConfigError(
+                "config.session: a session is Python; leave out default_language and the parameter "
+                "language, or session"
+            )
 
     async def _check_language(self) -> None:
         """Raises ToolConfigError where the server says that it does not run the language; SandboxFusion's own says nothing."""
@@ -169,37 +194,17 @@ def _remote(given: object) -> httpx.URL | None:
     )
 
 
-def _packages(given: object, *, is_remote: bool) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    if not isinstance(given, list) or not all(isinstance(name, str) and name for name in given):
-        raise ToolConfigError(
-            f"config.packages must be a list of names of installed packages, got {given!r}"
-        )
+def _packages(given: list[str] | None, *, is_remote: bool) -> tuple[str, ...]:
     if is_remote and given:
         raise ToolConfigError(
-            "config.packages is for the embedded server; a server of your own is started with --packages"
+            "config.packages is for the embedded server; start your own server with --packages"
         )
-    return tuple(sorted(set(given)))
+    return tuple(sorted(set(given or ())))
 
 
-def _session(config: dict[str, Any], offered: Container[str]) -> bool:
-    given = config.get("session", False)
-    if not isinstance(given, bool):
-        raise ToolConfigError(f"config.session must be true or false, got {given!r}")
-    if given and (config.get("default_language", "python") != "python" or "language" in offered):
-        raise ToolConfigError(
-            "config.session: a session is Python; leave default_language and the parameter language out, or session"
-        )
-    return given
-
-
-def _workers(given: Any, *, is_remote: bool) -> int:
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-        raise ToolConfigError(f"config.num_workers must be a whole number above 0, got {given!r}")
-    workers = given or 10
-    # The embedded server runs as many at a time as there are cores; as many again keep it from waiting for the next.
-    return workers if is_remote else min(workers, 2 * (os.cpu_count() or 1))
+def _workers(given: int, *, is_remote: bool) -> int:
+    # The embedded server runs one program a core; as many again wait, so that no core is idle.
+    return given if is_remote else min(given, 2 * (os.cpu_count() or 1))
 
 
 def _seconds(given: Any, limit: float) -> float:
@@ -209,24 +214,6 @@ def _seconds(given: Any, limit: float) -> float:
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
         raise ToolError(f"timeout must be a number of seconds above 0, got {given!r:.80}")
     return min(given, limit)
-
-
-def _default_request(config: dict[str, Any]) -> RunCodeRequest:
-    seconds = config.get("default_timeout", 30)
-    try:
-        return RunCodeRequest(
-            code="",
-            language=config.get("default_language", "python"),
-            run_timeout=seconds,
-            compile_timeout=seconds,
-            memory_limit_MB=config.get("memory_limit_mb", 1024),
-        )
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = {"memory_limit_MB": "memory_limit_mb", "language": "default_language"}.get(
-            str(first["loc"][0]), "default_timeout"
-        )
-        raise ToolConfigError(f"config.{key}: {first['msg']}, got {first['input']!r}") from error
 
 
 def _unicode(text: str) -> str:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
 from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
-from tools.policy import flag
+from tools.extras import require
+from tools.policy import Count, read_own, with_rate_limit
+from tools.reading import STRICT
 from tools.servers import embedded
 
 PATH = "/retrieve"
@@ -43,38 +43,47 @@ class _Answer(pydantic.BaseModel):
     result: list[list[_Hit]]
 
 
-class SearchTool(BaseTool):
-    """Takes `query_list`, a list of strings, answers with the `topk` documents found for each.
+class SearchConfig(pydantic.BaseModel):
+    """The tool's own keys of `config`; all are optional.
 
-    config (all optional): `retrieval_service_url` (its `/retrieve` may be left out; absent or `embedded`: a local server,
-    started on demand), `corpus` (for the embedded server: a JSONL file, indexed when it is first used, or a folder that
-    `turntrace index` made; absent: 10,033 Wikipedia leads), `topk` (3), `timeout` (seconds for one answer: 30),
-    `num_workers` (calls at a time: 120). The dispatcher's `rate_limit` is calls a second, and none where verl's
-    `enable_global_rate_limit` is false; there, it was calls at a time.
+    retrieval_service_url: a server's address, `/retrieve` may be left out; absent or `embedded`: a
+        local server, started on demand
+    corpus: for the embedded server: a JSONL file, indexed on first use, or a folder that
+        `turntrace index` made; absent: 10,033 Wikipedia leads
+    topk: documents for each query
+    timeout: seconds for one answer
+    num_workers: calls at a time
+    enable_global_rate_limit: verl's; false: the dispatcher's `rate_limit` does not count
     """
 
-    config_keys = frozenset(
-        {
-            "retrieval_service_url",
-            "corpus",
-            "topk",
-            "timeout",
-            "num_workers",
-            "enable_global_rate_limit",
-        }
-    )
+    model_config = STRICT
+
+    retrieval_service_url: str | None = None
+    corpus: Annotated[str, pydantic.Field(min_length=1)] | None = None
+    topk: int = pydantic.Field(3, ge=1, le=MAX_TOPK)
+    timeout: float = pydantic.Field(30.0, gt=0, allow_inf_nan=False)
+    num_workers: Count = 120
+    enable_global_rate_limit: bool = True
+
+
+class SearchTool(BaseTool):
+    """Takes `query_list`, a list of strings; answers with the `topk` documents found for each.
+
+    config: `SearchConfig`. The dispatcher's `rate_limit` is calls a second; verl's own class takes
+    it for calls at a time.
+    """
+
+    config_keys = frozenset(SearchConfig.model_fields)
     idempotent = True
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
-        if not flag(config, "enable_global_rate_limit", True):
-            config = {key: value for key, value in config.items() if key != "rate_limit"}
-        super().__init__(config, tool_schema)
-        self._topk = _whole(config, "topk", 3, at_most=MAX_TOPK)
-        self._corpus = _corpus(config)
-        timeout_s = _seconds(config, "timeout", 30.0)
-        self.timeout_s = timeout_s + _SLACK_S
-        self.max_concurrency = _whole(config, "num_workers", 120)
-        remote = remote_url("retrieval_service_url", config.get("retrieval_service_url"), PATH)
+        own = read_own(SearchConfig, config)
+        super().__init__(with_rate_limit(config, own.enable_global_rate_limit), tool_schema)
+        self._topk = own.topk
+        self._corpus = None if own.corpus is None else Path(own.corpus).expanduser()
+        self.timeout_s = own.timeout + _SLACK_S
+        self.max_concurrency = own.num_workers
+        remote = remote_url("retrieval_service_url", own.retrieval_service_url, PATH)
         if remote is not None and self._corpus is not None:
             raise ToolConfigError(
                 "config.corpus is for the embedded server; leave it out, or retrieval_service_url"
@@ -84,12 +93,12 @@ class SearchTool(BaseTool):
             remote,
             self._embedded,
             PATH,
-            connections=self.max_concurrency,
-            timeout_s=timeout_s,
+            connections=own.num_workers,
+            timeout_s=own.timeout,
         )
 
     async def start(self) -> None:
-        """Indexes the corpus and starts the embedded server where these are to do. Raises ToolsError."""
+        """Indexes the corpus and starts the embedded server, if it is used. Raises ToolsError."""
         await self._backend.start()
 
     async def execute(
@@ -111,7 +120,11 @@ class SearchTool(BaseTool):
         await self._backend.close()
 
     async def _embedded(self) -> embedded.EmbeddedServer:
-        """The server of the corpus' index, which is made first where there is none; cancelling that leaves nothing behind."""
+        """The server of the corpus' index, which is made first if there is none.
+
+        Cancelling that leaves nothing behind.
+        """
+        require("tantivy", extra="search")
         from tools.servers.search.index import index_of
 
         cancelled = threading.Event()
@@ -165,29 +178,3 @@ def _shown(documents: list[str]) -> str:
         title, _, text = contents.partition("\n")
         blocks.append(f"Doc {number} (Title: {title})\n{text}\n\n")
     return "".join(blocks).strip()
-
-
-def _corpus(config: dict[str, Any]) -> Path | None:
-    given = config.get("corpus")
-    if given is None:
-        return None
-    if not isinstance(given, str) or not given:
-        raise ToolConfigError(
-            f"config.corpus must be a JSONL file or an index folder, got {given!r}"
-        )
-    return Path(given).expanduser()
-
-
-def _whole(config: dict[str, Any], key: str, default: int, at_most: int = sys.maxsize) -> int:
-    value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
-        most = f" and at most {at_most}" if at_most < sys.maxsize else ""
-        raise ToolConfigError(f"config.{key} must be a whole number above 0{most}, got {value!r}")
-    return value
-
-
-def _seconds(config: dict[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ToolConfigError(f"config.{key} must be a number of seconds above 0, got {value!r}")
-    return float(value)

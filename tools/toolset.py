@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Protocol, runtime_checkable
-
-from jsonschema_rs import Draft202012Validator, ValidationError, ValidationErrorKind
 
 from tools.base import ToolConfigError, ToolsError
 from tools.function import FunctionTool
-from tools.policy import Policy, check_config_keys, flag, read_policy
-
-MAX_ERRORS = 8
-MAX_ERROR_CHARS = 300
+from tools.policy import Policy, check_config_keys, read_policy, read_policy_config
+from tools.schema import CheckedSchema, check_schema
 
 
 @runtime_checkable
@@ -51,13 +44,17 @@ class LoadedTool:
     schema: dict[str, Any]
     ends_conversation: bool
     policy: Policy
-    _validator: Draft202012Validator = field(repr=False)
+    _checked: CheckedSchema = field(repr=False)
     _create: CreateSignature = field(repr=False)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What models will stumble over in its schema, one line each."""
+        return self._checked.warnings
 
     def validate(self, arguments: object) -> list[str]:
         """What is wrong with a call's arguments, one line a field; empty when nothing is."""
-        errors = sorted(self._validator.iter_errors(arguments), key=_path)
-        return [_argument_error(error) for error in errors[:MAX_ERRORS]]
+        return self._checked.errors(arguments)
 
     def create_kwargs(self, given: Mapping[str, Any], ground_truth: Any = None) -> dict[str, Any]:
         """The keywords for this tool's `create`: a row's `create_kwargs`, and the ground truth where it is taken.
@@ -141,6 +138,15 @@ class ToolSet(Mapping[str, LoadedTool]):
         """The OpenAI schemas offered, in order, lossless."""
         return [loaded.schema for loaded in self._tools.values()]
 
+    @property
+    def warnings(self) -> list[str]:
+        """What models will stumble over in the tools' schemas, one line each."""
+        return [
+            f"tool {name}: {warning}"
+            for name, loaded in self._tools.items()
+            for warning in loaded.warnings
+        ]
+
     async def start(self) -> None:
         """Makes every tool ready before the first trajectory. Raises ToolsError with one line for the user."""
         for name, loaded in self._tools.items():
@@ -178,17 +184,17 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
     Raises ToolConfigError: a schema or a limit that cannot be used.
     """
     schema = copy.deepcopy(schema if schema is not None else _own_schema(tool))
-    name, validator = check_schema(schema)
+    checked = check_schema(schema)
     config: Mapping[str, Any] = getattr(tool, "config", None) or {}
     check_config_keys(config, getattr(tool, "config_keys", None))
     verl = is_verl(type(tool))
     return LoadedTool(
-        name=name,
+        name=checked.name,
         tool=tool,
         schema=schema,
-        ends_conversation=flag(config, "ends_conversation"),
+        ends_conversation=read_policy_config(config, verl=verl).get("ends_conversation", False),
         policy=read_policy(config, tool, verl=verl),
-        _validator=validator,
+        _checked=checked,
         _create=CreateSignature.of(tool.create, verl=verl),
     )
 
@@ -199,71 +205,6 @@ def is_verl(tool_class: type) -> bool:
         base.__name__ == "BaseTool" and base.__module__.split(".")[0] == "verl"
         for base in tool_class.__mro__
     )
-
-
-def check_schema(schema: object) -> tuple[str, Draft202012Validator]:
-    """The name of an OpenAI function schema, and the validator of its parameters. Raises ToolConfigError naming the path."""
-    function = schema.get("function") if isinstance(schema, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise ToolConfigError(
-            "tool_schema must be {type: function, function: {name, description, parameters}}"
-        )
-    try:
-        _check_json(schema, "tool_schema")
-    except RecursionError as error:
-        raise ToolConfigError(
-            "tool_schema is nested too deeply, or holds itself through a YAML alias"
-        ) from error
-    name = function.get("name")
-    if not isinstance(name, str) or not name:
-        raise ToolConfigError(f"tool_schema.function.name must be a non-empty string, got {name!r}")
-    if not isinstance(description := function.get("description"), (str, type(None))):
-        raise ToolConfigError(
-            f"tool_schema.function.description must be a string, got {description!r}"
-        )
-    parameters = function.get("parameters", {"type": "object", "properties": {}})
-    where = "tool_schema.function.parameters"
-    if not isinstance(parameters, Mapping):
-        raise ToolConfigError(
-            f"{where} must be a JSON schema of type object, got {type(parameters).__name__}"
-        )
-    try:
-        validator = Draft202012Validator(
-            dict(parameters), offline=True
-        )  # nothing is fetched, whatever a $ref names
-    except ValidationError as error:
-        if error.kind.name == "$ref":
-            raise ToolConfigError(
-                f"{where}: a $ref points nowhere ({_clip(error.message)}); put what it names under $defs"
-            ) from error
-        raise ToolConfigError(
-            f"{'.'.join([where, *_path(error)])} is not valid JSON schema: {_clip(error.message)}"
-        ) from error
-    if "object" not in parameters.get("type", "object"):  # a list of types, or one
-        raise ToolConfigError(
-            f"{where} must be a JSON schema of type object, got type {parameters['type']}"
-        )
-    return name, validator
-
-
-def _check_json(value: Any, where: str) -> None:
-    """Whatever a schema holds is shown to the model and kept in every record, both as JSON; YAML can say more."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ToolConfigError(
-                    f"{where} has the key {key!r}, which YAML reads as {type(key).__name__}; put it in quotes"
-                )
-            _check_json(item, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check_json(item, f"{where}.{index}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ToolConfigError(f"{where} is {value}, which is no number in JSON; leave it out")
-    elif not (value is None or isinstance(value, (str, int, float))):
-        raise ToolConfigError(
-            f"{where} is a {type(value).__name__} ({value}), which JSON does not have; put it in quotes if it is text"
-        )
 
 
 def _as_tool(made: Callable[..., Any] | Tool) -> Tool:
@@ -281,50 +222,4 @@ def _own_schema(tool: Tool) -> Any:
         schema.model_dump(exclude_unset=True, exclude_none=True)
         if hasattr(schema, "model_dump")
         else schema
-    )
-
-
-def _argument_error(error: ValidationError) -> str:
-    """The field and what is wrong with it; where several schemas would do, what is wrong by each of them."""
-    path = _path(error)
-    alternatives = []
-    for leaf in islice(_leaves(error), MAX_ERRORS) if _inner(error) else ():
-        inside = ".".join(_path(leaf)[len(path) :])
-        alternatives.append(f"{inside}: {_said(leaf)}" if inside else _said(leaf))
-    said = f"{'.'.join(path) or 'arguments'}: {_said(error)}"
-    return f"{said} ({'; '.join(alternatives)})" if alternatives else said
-
-
-def _said(error: ValidationError) -> str:
-    """What is wrong. The validator names two of an enum's values; the model needs them all."""
-    if isinstance(error.kind, ValidationErrorKind.Enum):
-        instance, options = (
-            json.dumps(value, ensure_ascii=False) for value in (error.instance, error.kind.options)
-        )
-        return f"{_clip(instance)} is not one of {_clip(options)}"
-    return _clip(error.message)
-
-
-def _leaves(error: ValidationError) -> Iterator[ValidationError]:
-    """The errors that an `anyOf` or a `oneOf` comes down to, however deep."""
-    if not (inner := _inner(error)):
-        yield error
-    for one in inner:
-        yield from _leaves(one)
-
-
-def _inner(error: ValidationError) -> list[ValidationError]:
-    """What is wrong by each of the schemas that would do, one after the other."""
-    return [inner for branch in getattr(error.kind, "context", ()) for inner in branch]
-
-
-def _path(error: ValidationError) -> list[str]:
-    return [str(part) for part in error.instance_path]
-
-
-def _clip(text: str) -> str:
-    return (
-        text
-        if len(text) <= MAX_ERROR_CHARS
-        else f"{text[: MAX_ERROR_CHARS // 2]} ... {text[-MAX_ERROR_CHARS // 2 :]}"
     )

@@ -52,6 +52,8 @@ async def _shown_and_started(tools: ToolSet, *, start: bool) -> int:
     try:
         for tool in tools.values():
             print(f"\n{one_line(tool.name)}\n  {_origin(tool)}\n  policy   {_policy(tool)}")
+            for warning in tool.warnings:
+                print(f"  warning  {one_line(warning)}")
             started = await _started(tool) if start else "not started"
             failures += started.startswith("failed")
             print(f"  backend  {one_line(started)}", flush=True)

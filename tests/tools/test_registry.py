@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 
 from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
 from conversations.messages import ToolCall
+from tools import registry
 from tools.base import BaseTool, ToolConfigError, ToolResponse, ToolsError
 from tools.function import tool
 from tools.gsm8k import Gsm8kTool
@@ -390,7 +391,7 @@ REFUSED = [
     (["x"], "entry 0: expected class_name, config and tool_schema, got str"),
     (
         [{**entry(), "tool_shema": {}}],
-        "entry 0: no key 'tool_shema' here; did you mean 'tool_schema'?",
+        "entry 0: the entry has no key 'tool_shema'; did you mean 'tool_schema'?",
     ),
     ([{"config": {}}], "expected one of class_name, class_path, function; got none of them"),
     (
@@ -417,15 +418,12 @@ REFUSED = [
         "not a tool class: it has no create, execute, calc_reward, release",
     ),
     ([entry(metod="strict")], "config has no key 'metod'; did you mean 'method'?"),
-    ([entry(method="loose")], "config.method must be flexible or strict, got 'loose'"),
-    ([entry(timeout_s=0)], "config.timeout_s must be a number above 0, got 0"),
-    ([entry(timeout_s=float("nan"))], "config.timeout_s must be a number above 0, got nan"),
-    (
-        [entry(max_concurrency=True)],
-        "config.max_concurrency must be a whole number above 0, got True",
-    ),
+    ([entry(method="loose")], "config.method must be 'flexible' or 'strict'"),
+    ([entry(timeout_s=0)], "config.timeout_s must be above 0, got 0"),
+    ([entry(timeout_s=float("nan"))], "config.timeout_s must be"),
+    ([entry(max_concurrency=True)], "config.max_concurrency must be a whole number, got True"),
     ([entry(ends_conversation="yes")], "config.ends_conversation must be true or false, got 'yes'"),
-    ([entry(type="mpc")], "config.type 'mpc' is not supported; native and mcp are"),
+    ([entry(type="mpc")], "config.type must be 'native' or 'mcp', got 'mpc'"),
     (
         [entry(cls="verl.tools.search_tool.SearchTool")],
         "verl.tools.search_tool.SearchTool: it runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema",
@@ -439,10 +437,10 @@ REFUSED = [
         "answers with images, which are not shown to models here",
     ),
     (
-        [{**entry(), "config": []}, 1],
+        [{**entry(), "config": {}}, 1],
         "entry 1: expected class_name, config and tool_schema, got int",
     ),
-    ([{**entry(), "config": "x"}], "config must be a mapping, got str"),
+    ([{**entry(), "config": "x"}], "config must be a mapping, got 'x'"),
     ([{"class_name": "tools.gsm8k.Gsm8kTool"}], "tool_schema is missing"),
     (
         [entry({"name": "x"})],
@@ -450,11 +448,11 @@ REFUSED = [
     ),
     (
         [entry({"function": {"name": ""}})],
-        "tool_schema.function.name must be a non-empty string, got ''",
+        "tool_schema.function.name must be non-empty text",
     ),
     (
         [entry({"function": {"name": "f", "description": 5}})],
-        "tool_schema.function.description must be a string, got 5",
+        "tool_schema.function.description must be text, got 5",
     ),
     (
         [entry({"function": {"name": "f", "parameters": {"type": "string"}}})],
@@ -462,7 +460,7 @@ REFUSED = [
     ),
     (
         [entry(schema_with(type="object", properties={"a": {"type": "strin"}}))],
-        "tool_schema.function.parameters.properties.a.type is not valid JSON schema",
+        "parameters.properties.a.type: JSON schema has no type 'strin'; did you mean 'string'?",
     ),
     (
         [entry(schema_with(properties={"a": {"pattern": "("}}))],
@@ -476,17 +474,27 @@ REFUSED = [
         [entry(schema_with(properties={"a": {"$ref": "http://localhost/a"}}))],
         "a $ref points nowhere (Resource 'http://localhost/a' is not present",
     ),
-    ([entry(), entry()], "two tools are named 'calculate_answer'"),
+    ([entry(), entry(NESTED), entry()], "entry 2: a tool named 'calculate_answer' is in entry 0"),
+    ("[" * 5000 + "]" * 5000, "not valid YAML"),
     ([{"function": "json.dumps"}], "function must be written module:name"),
     (
         [{"function": "json:dump"}],
         "json:dump: function dump: parameter **kw cannot be given by name",
     ),
     ({"tool": []}, "the file has no key 'tool'; did you mean 'tools'?"),
-    ({"tools": []}, "expected `tools:` over a list of tools"),
-    ("tools: [", "not valid YAML (line 1, column 9)"),
+    ({"tools": []}, "the list of tools is empty"),
+    ([], "the list of tools is empty"),
+    ("tools:", "tools: is empty"),
+    ("", "the file is empty"),
+    ({"tools": {"a": 1}}, "tools: must be a list, got {'a': 1}"),
+    ([{**entry(), "class_name": ""}], "class_name must not be empty"),
+    ([{"class_path": ""}], "class_path must not be empty"),
+    ([{"function": ""}], "function must not be empty"),
+    ([{True: 1, **entry()}], "True"),
+    ([{**entry(), "config": {True: 1}}], "config has the key True, which YAML reads as bool"),
+    ("tools: [", "not valid YAML (line "),
     ("- !!python/object/apply:os.getcwd []", "not valid YAML"),
-    ("just text", "expected `tools:` over a list of tools, or the list alone; got str"),
+    ("just text", "must be a list, got 'just text'"),
 ]
 
 
@@ -589,3 +597,213 @@ def test_what_yaml_can_say_and_json_cannot_is_refused_with_its_place(
     assert "entry 0: tool_schema" in str(raised.value)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+# -- schemas: what no call could meet, and what models will stumble over -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("float", "did you mean 'number'"),
+        ("dict", "did you mean 'object'"),
+        ("str", "did you mean 'string'"),
+        ("int", "did you mean 'integer'"),
+        ("Boolean", "did you mean 'boolean'"),
+        ("tuple", "did you mean 'array'"),
+        ("objekt", "did you mean 'object'"),
+        ("any", "leave type out"),
+        ("date-time", "known are array, boolean, integer, null, number, object, string"),
+    ],
+)
+def test_a_wrong_name_of_a_type_gets_the_right_one(write: Any, name: str, meant: str) -> None:
+    inside = schema_with(properties={"list": {"type": "array", "items": {"type": ["null", name]}}})
+    with pytest.raises(ToolConfigError) as caught:
+        load_tools(write([entry(inside)]))
+    place = "entry 0: tool_schema.function.parameters.properties.list.items.type: "
+    assert place in str(caught.value)
+    assert f"{name!r}" in str(caught.value)
+    assert meant in str(caught.value)
+
+
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
+PAIR = {"type": "array", "items": [{"type": "number"}, {"type": "string"}]}
+
+
+@pytest.mark.parametrize("dialect", [{"$schema": DRAFT_7}, {}])
+def test_the_dialect_that_a_schema_names_is_the_one_it_is_read_in(
+    write: Any, dialect: dict[str, Any]
+) -> None:
+    """A tuple is a list under `items` up to draft 2019-09, and is known as one without a `$schema` as well."""
+    schema = schema_with(**dialect, type="object", properties={"pair": PAIR})
+    (loaded,) = load_tools(write([entry(schema)])).values()
+    assert loaded.schema == schema
+    assert loaded.validate({"pair": [1, "a"]}) == []
+    (problem,) = loaded.validate({"pair": [1, 2]})
+    assert "pair.1" in problem
+
+
+def test_a_dialect_that_is_not_known_is_refused(write: Any) -> None:
+    schema = schema_with(**{"$schema": "https://example.com/mine"}, type="object")
+    with pytest.raises(ToolConfigError, match=r"https://example\.com/mine"):
+        load_tools(write([entry(schema)]))
+    newest = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    with pytest.raises(ToolConfigError, match=r"properties\.pair\.items is not valid"):
+        load_tools(write([entry(schema_with(**newest, properties={"pair": PAIR}))]))
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "integer"}, [None, 1], ["1"]),
+        ({"type": ["integer", "string"]}, [None, 1, "1"], [1.5]),
+        ({"type": "string", "enum": ["a", "b"]}, [None, "a"], ["c"]),
+        ({"$ref": "#/$defs/A"}, [None, "a"], [1]),
+        ({"anyOf": [{"type": "string"}]}, [None, "a"], [1]),
+        ({"const": 5}, [None, 5], [6]),
+        ({}, [None, 1, "a"], []),
+    ],
+)
+def test_nullable_allows_null_and_nothing_else(
+    write: Any, schema: dict[str, Any], good: list[Any], bad: list[Any]
+) -> None:
+    """OpenAPI's word, which the schemas have that transformers makes of Optional."""
+    places = {
+        "top": {**schema, "nullable": True},
+        "list": {"type": "array", "items": {**schema, "nullable": True}},
+        "off": {**schema, "nullable": False},
+    }
+    written = schema_with(properties=places, **{"$defs": {"A": {"type": "string"}}})
+    (loaded,) = load_tools(write([entry(written)])).values()
+    assert loaded.schema == written
+    for value in good:
+        assert loaded.validate({"top": value, "list": [value]}) == []
+    for value in bad:
+        assert len(loaded.validate({"top": value, "list": [value]})) == 2
+    assert bool(loaded.validate({"off": None})) == bool(schema)
+
+
+def test_nullable_is_a_property_like_any_other(write: Any) -> None:
+    schema = schema_with(
+        properties={"nullable": {"type": "boolean"}, "x": {"enum": [{"nullable": True}]}}
+    )
+    (loaded,) = load_tools(write([entry(schema)])).values()
+    assert loaded.validate({"nullable": True, "x": {"nullable": True}}) == []
+    assert loaded.validate({"nullable": None}) != []
+    assert loaded.validate({"x": None}) != []
+
+
+@pytest.mark.parametrize("text", ["[DE, NO, SE]", "[yes, no]", "[a, on]"])
+def test_an_enum_of_yaml_booleans_for_a_string_is_refused(write: Any, text: str) -> None:
+    document = f"""
+- class_name: tools.gsm8k.Gsm8kTool
+  tool_schema:
+    type: function
+    function: {{name: f, parameters: {{properties: {{c: {{type: string, enum: {text}}}}}}}}}
+"""
+    with pytest.raises(ToolConfigError, match=r"properties\.c\.enum\.\d is .*put it in quotes"):
+        load_tools(write(document))
+    quoted = (
+        document.replace("NO", "'NO'").replace("yes, no", "'yes', 'no'").replace("on]", "'on']")
+    )
+    assert load_tools(write(quoted))["f"].warnings == ()
+
+
+def test_a_required_name_that_may_not_be_given_is_refused(write: Any) -> None:
+    schema = schema_with(
+        properties={"solution": {"type": "string"}},
+        required=["solutoin"],
+        additionalProperties=False,
+    )
+    with pytest.raises(ToolConfigError, match=r"required names 'solutoin'.*'solution'"):
+        load_tools(write([entry(schema)]))
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        (
+            {"properties": {"solution": {}}, "required": ["code"]},
+            "parameters.required names 'code'",
+        ),
+        (
+            {"properties": {"a": {"type": "integer", "default": None}}},
+            "parameters.properties.a.default is null, but the type is integer",
+        ),
+        (
+            {"properties": {"a": {"items": {"type": ["string", "null"], "default": 5}}}},
+            "parameters.properties.a.items.default is 5, but the type is string or null",
+        ),
+        (
+            {"properties": {"a": {"type": "string", "enum": ["1", 2]}}},
+            "parameters.properties.a.enum holds 2",
+        ),
+        (
+            {"properties": {"a": {"enum": ["auto", True]}}},
+            "parameters.properties.a.enum holds true",
+        ),
+    ],
+)
+def test_what_models_will_stumble_over_is_a_warning(
+    write: Any, schema: dict[str, Any], word: str
+) -> None:
+    tools = load_tools(write([entry(schema_with(**schema))]))
+    (warning,) = tools.warnings
+    assert warning.startswith("tool ")
+    assert word in warning
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": "integer", "nullable": True, "default": None}}},
+        {"properties": {"a": {"type": "number", "default": 1}, "b": {"type": "integer", "default": 2.0}}},
+        {"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"properties": {"a": {}}, "patternProperties": {"^x": {}}, "required": ["x1"]},
+        {"properties": {"default": {"type": "integer"}}, "required": ["default"]},
+        {"properties": {"a": {"const": {"type": "integer", "default": None}}}},
+        {"required": ["a"]},
+    ],
+)  # fmt: skip
+def test_what_models_can_meet_is_no_warning(write: Any, schema: dict[str, Any]) -> None:
+    assert load_tools(write([entry(schema_with(**schema))])).warnings == []
+
+
+# -- refused by class, not by name ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "verl.tools.search_tool.SearchTool",
+        "verl.tools.sandbox_fusion_tools.SandboxFusionTool",
+        "verl.tools.image_zoom_in_tool.ImageZoomInTool",
+    ],
+)
+def test_what_derives_from_a_class_that_cannot_work_here_is_not_made(
+    write: Any, tmp_path: Path, base: str
+) -> None:
+    """Its constructor would start a Ray cluster."""
+    module, _, name = base.rpartition(".")
+    pytest.importorskip(module)
+    mine = f"mine_{name.lower()}"
+    (tmp_path / f"{mine}.py").write_text(
+        f"from {module} import {name}\n"
+        f"Alias = {name}\n"
+        f"class Middle({name}):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        open(__file__ + '.made', 'w').close()\n"
+        "class Fenced(Middle): ...\n"
+    )
+    for made in ("Alias", "Middle", "Fenced"):
+        with pytest.raises(ToolConfigError) as caught:
+            load_tools(write([entry(cls=f"{mine}.{made}")]))
+        assert base in str(caught.value)
+        assert "Ray" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / f"{mine}.py.made").exists()
+
+
+def test_a_large_file_is_read_by_libyaml() -> None:
+    """Half of the time of 1,000 tools is YAML, and PyYAML's own reader takes ten times as long."""
+    assert registry._SAFE_LOADER is yaml.CSafeLoader

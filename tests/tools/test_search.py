@@ -266,46 +266,33 @@ def test_the_schema_tells_the_rest() -> None:
     assert search.validate({"query_list": [1]}) == ['query_list.0: 1 is not of type "string"']
 
 
+URL = "retrieval_service_url"
+
+
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "key", "word"),
     [
-        (
-            {"retrieval_service_url": "localhost:8000"},
-            "config.retrieval_service_url must be 'embedded' or an http(s) address",
-        ),
-        (
-            {"retrieval_service_url": "http://"},
-            "config.retrieval_service_url must be 'embedded' or an http(s) address, got 'http://'",
-        ),
-        (
-            {"retrieval_service_url": "http://x:port"},
-            "config.retrieval_service_url must be 'embedded' or an http(s) address",
-        ),
-        (
-            {"retrieval_service_url": 8000},
-            "config.retrieval_service_url must be 'embedded' or an http(s) address, got 8000",
-        ),
-        (
-            {"retrieval_service_url": "http://x", "corpus": "y"},
-            "config.corpus is for the embedded server",
-        ),
-        ({"corpus": 5}, "config.corpus must be a JSONL file or an index folder, got 5"),
-        ({"topk": 0}, "config.topk must be a whole number above 0 and at most 500, got 0"),
-        ({"topk": True}, "config.topk must be a whole number above 0 and at most 500, got True"),
-        ({"topk": 501}, "config.topk must be a whole number above 0 and at most 500, got 501"),
-        ({"timeout": float("inf")}, "config.timeout must be a number of seconds above 0, got inf"),
-        (
-            {"enable_global_rate_limit": "no"},
-            "config.enable_global_rate_limit must be true or false, got 'no'",
-        ),
-        ({"num_workers": 1.5}, "config.num_workers must be a whole number above 0, got 1.5"),
-        ({"timeout": "30"}, "config.timeout must be a number of seconds above 0, got '30'"),
+        ({URL: "localhost:8000"}, URL, "'embedded' or an http(s) address"),
+        ({URL: "http://"}, URL, "got 'http://'"),
+        ({URL: "http://x:port"}, URL, "'embedded' or an http(s) address"),
+        ({URL: 8000}, URL, "text, got 8000"),
+        ({URL: "http://x", "corpus": "y"}, "corpus", "embedded server"),
+        ({"corpus": 5}, "corpus", "text, got 5"),
+        ({"corpus": ""}, "corpus", "empty"),
+        ({"topk": 0}, "topk", "at least 1"),
+        ({"topk": True}, "topk", "whole number, got True"),
+        ({"topk": 501}, "topk", "at most 500"),
+        ({"timeout": float("inf")}, "timeout", "finite"),
+        ({"timeout": "30"}, "timeout", "number, got '30'"),
+        ({"enable_global_rate_limit": "no"}, "enable_global_rate_limit", "true or false"),
+        ({"num_workers": 1.5}, "num_workers", "whole number"),
     ],
 )
-def test_a_wrong_config_is_one_line(config: dict[str, Any], says: str) -> None:
+def test_a_wrong_config_is_one_line(config: dict[str, Any], key: str, word: str) -> None:
     with pytest.raises(ToolConfigError) as caught:
         tool(**config)
-    assert str(caught.value).startswith(says)
+    assert str(caught.value).startswith(f"config.{key} ")
+    assert word in str(caught.value)
 
 
 def test_limits_come_from_verls_keys() -> None:
