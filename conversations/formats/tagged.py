@@ -105,13 +105,14 @@ class _Grammar:
         block_open, block_close, call_close, parameter_close = map(re.escape, literal)
         start, behind = re.escape(tags.call[0]), tags.call[1]
         key_start = re.escape(tags.parameter[0])
-        call = (
-            f"{start}{_NAME}{behind}" if tags.several else f"{block_open}\\s*{start}{_NAME}{behind}"
-        )
-        end = call_close if tags.several else f"{call_close}\\s*{block_close}"
-        after_value = end if tags.several else f"{call_close}\\s*(?:{block_close}|{block_open}|\\Z)"
+        name = f"{start}{_NAME}{behind}"
+        call_end = f"{call_close}\\s*" if call_close else ""
+        call, end = f"{block_open}\\s*{name}", f"{call_end}{block_close}"
+        after_value = f"{call_end}(?:{block_close}|{block_open}|\\Z)"
+        if tags.several:
+            call, end, after_value = name, call_close, call_close
         value_end = f"{parameter_close}(?=\\s*(?:{key_start}|{after_value}))"
-        stray = f"{start}{_NAME}{behind}" if start else key_start
+        stray = name if start else key_start
 
         self.tags = tags
         self.opens = opening(tags.thought, block_open, stray)
