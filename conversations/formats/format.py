@@ -29,18 +29,27 @@ class ParameterTypes:
 
     @classmethod
     def of(cls, tools: Sequence[Mapping[str, Any]]) -> ParameterTypes:
-        """The parameters of OpenAI tool schemas, as a record's `tools` has them."""
-        functions = [tool["function"] for tool in tools]
-        return cls(
-            {
-                function["name"]: (function.get("parameters") or {}).get("properties") or {}
-                for function in functions
-            }
-        )
+        """The parameters of OpenAI tool schemas, as a record's `tools` has them.
+
+        A parameter's schema holds its tool's `$defs`, so that it can be read alone.
+        """
+        return cls({tool["function"]["name"]: _parameters(tool["function"]) for tool in tools})
 
     def schema(self, tool: str, parameter: str) -> Schema | None:
         """The schema of a parameter, None if the tool is not offered or does not declare it."""
         return self.by_tool.get(tool, {}).get(parameter)
+
+
+def _parameters(function: Mapping[str, Any]) -> Mapping[str, Schema]:
+    parameters = function.get("parameters") or {}
+    properties: Mapping[str, Schema] = parameters.get("properties") or {}
+    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    if not shared:
+        return properties
+    return {
+        name: {**shared, **schema} if isinstance(schema, Mapping) else schema
+        for name, schema in properties.items()
+    }
 
 
 NO_TYPES = ParameterTypes()

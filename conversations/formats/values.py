@@ -6,7 +6,7 @@ all formats.
 | `string` only, or an enum of strings | that string, verbatim |
 | types without `string` | JSON, else a Python literal (`True`, `{'a': 1}`), else malformed |
 | `string` and others: a union, `nullable` | a literal of one of the others, else the string |
-| nothing: not declared, no type, `$ref`, unknown tool | as a union of all types |
+| nothing: not declared, no type, unknown tool | as a union of all types |
 
 So in a union of string, integer and null `7` is the number, `None` is null, `"7"` has its quotes. A
 union is ambiguous by the format's own fault: the template writes the number 7 and the string "7"
@@ -27,7 +27,7 @@ from conversations.formats.literals import PYTHON
 _ALL = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
 _STRING = frozenset({"string"})
 _MAX_NESTING = 8
-"""Unions in unions that are looked into; a deeper one may be anything."""
+"""How deep unions and references are followed; behind that a value may be anything."""
 
 
 def read_value(text: str, schema: Schema | None) -> Any:
@@ -45,30 +45,52 @@ def read_value(text: str, schema: Schema | None) -> Any:
     return value if _types_of_value(value) & (types - _STRING) else text
 
 
-def types_of(schema: object, nesting: int = 0) -> frozenset[str]:
+def types_of(schema: object) -> frozenset[str]:
     """The JSON types that a schema allows; all of them if it does not say."""
-    if not isinstance(schema, Mapping) or "$ref" in schema or nesting > _MAX_NESTING:
-        return _ALL
-    types = _declared(schema, nesting) or _ALL
-    return types | {"null"} if schema.get("nullable") is True else types
+    return _Reader(schema).types(schema, 0) or _ALL
 
 
-def _declared(schema: Mapping[str, Any], nesting: int) -> frozenset[str]:
-    """The types a schema names; empty if it names none, or one that JSON schema does not have."""
-    if (declared := schema.get("type")) is not None:
-        listed = declared if isinstance(declared, list) else [declared]
-        names = frozenset(name for name in listed if isinstance(name, str))
-        return names if names <= _ALL else frozenset()
-    if "const" in schema:
-        return _types_of_value(schema["const"])
-    if isinstance(options := schema.get("enum"), list):
-        return _union(_types_of_value(option) for option in options)
-    for keyword in ("anyOf", "oneOf"):
-        if isinstance(parts := schema.get(keyword), list):
-            return _union(types_of(part, nesting + 1) for part in parts)
-    if isinstance(parts := schema.get("allOf"), list):
-        return _ALL.intersection(*(types_of(part, nesting + 1) for part in parts))
-    return frozenset()
+class _Reader:
+    """Reads schemas inside `root`, which holds what they refer to. Each reference is read once."""
+
+    def __init__(self, root: object) -> None:
+        self._root = root
+        self._followed: set[str] = set()
+
+    def types(self, schema: object, nesting: int) -> frozenset[str]:
+        """The types that a schema allows; none if it only refers to what was read before."""
+        if not isinstance(schema, Mapping) or nesting > _MAX_NESTING:
+            return _ALL
+        if "$ref" in schema:
+            return self._referred(str(schema["$ref"]), nesting)
+        types = self._declared(schema, nesting + 1) or _ALL
+        return types | {"null"} if schema.get("nullable") is True else types
+
+    def _declared(self, schema: Mapping[str, Any], nesting: int) -> frozenset[str]:
+        """The types a schema names; none if it names none, or one that JSON schema lacks."""
+        if (declared := schema.get("type")) is not None:
+            listed = declared if isinstance(declared, list) else [declared]
+            names = frozenset(name for name in listed if isinstance(name, str))
+            return names if names <= _ALL else frozenset()
+        if "const" in schema:
+            return _types_of_value(schema["const"])
+        if isinstance(options := schema.get("enum"), list):
+            return _union(_types_of_value(option) for option in options)
+        for keyword in ("anyOf", "oneOf"):
+            if isinstance(parts := schema.get(keyword), list):
+                return _union(self.types(part, nesting) for part in parts)
+        if isinstance(parts := schema.get("allOf"), list):
+            return _ALL.intersection(*(self.types(part, nesting) for part in parts))
+        return frozenset()
+
+    def _referred(self, reference: str, nesting: int) -> frozenset[str]:
+        if reference in self._followed:
+            return frozenset()
+        self._followed.add(reference)
+        schema = self._root
+        for key in reference.removeprefix("#/").split("/"):
+            schema = schema.get(key) if isinstance(schema, Mapping) else None
+        return self.types(schema, nesting + 1)
 
 
 def _union(types: Iterable[frozenset[str]]) -> frozenset[str]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conversations.formats.format import ParameterTypes
 from conversations.formats.json_values import whole_value
 from conversations.formats.literals import PYTHON
 from conversations.formats.values import read_value, types_of
@@ -78,6 +79,17 @@ def test_types_of_a_schema() -> None:
     assert types_of({"oneOf": [INTEGER, {"oneOf": [STRING]}]}) == {"integer", "string"}
     assert types_of({"allOf": [{"type": ["string", "null"]}, STRING]}) == {"string"}
     assert types_of({"enum": [1, None]}) == {"integer", "number", "null"}
+    shared = {"$defs": {"mode": {"enum": ["1", "2"]}, "more": {"$ref": "#/$defs/mode"}}}
+    assert types_of({**shared, "$ref": "#/$defs/more"}) == {"string"}
+    assert types_of({**shared, "anyOf": [{"$ref": "#/$defs/mode"}, INTEGER]}) == {
+        "string",
+        "integer",
+    }
+    assert types_of({"$ref": "http://elsewhere"}) == types_of(None)
+    round_ = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    assert types_of(round_) == types_of(None)
+    many = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 1000}}, "$ref": "#/$defs/a"}
+    assert types_of(many) == types_of(None)
     endless: dict[str, Any] = {}
     endless["anyOf"] = [endless]
     assert types_of(endless) == types_of(None)
@@ -119,3 +131,14 @@ def test_no_text_raises_anything_but_value_error(text: str) -> None:
         with contextlib.suppress(ValueError):
             json.dumps(read(text), allow_nan=False).encode()
     assert read_value(text, STRING) == text
+
+
+def test_a_parameter_brings_the_definitions_of_its_tool() -> None:
+    parameters = {
+        "properties": {"mode": {"$ref": "#/$defs/mode"}, "odd": True},
+        "$defs": {"mode": {"type": "string"}},
+    }
+    types = ParameterTypes.of([{"function": {"name": "f", "parameters": parameters}}])
+    assert read_value("1", types.schema("f", "mode")) == "1"
+    assert read_value("1", types.schema("f", "odd")) == 1
+    assert types.schema("f", "other") is types.schema("g", "mode") is None
