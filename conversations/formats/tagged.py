@@ -27,9 +27,9 @@ rules:
 |---|---|
 | no call in a block, other text (JSON) in a block | expected CALL, got ... |
 | a call outside a block | BLOCK_OPEN is missing before the call |
-| a parameter without its end tag | parameter 'x': it is not closed: PARAMETER_CLOSE is missing |
+| a parameter without its end tag, text behind one | parameter 'x': it is not closed: ... |
 | a parameter without its opening tag | parameter 'x': PARAMETER is missing before PARAMETER_CLOSE |
-| other text between parameters | expected PARAMETER or CALL_CLOSE, got ... |
+| other text before a parameter | expected PARAMETER or CALL_CLOSE, got ... |
 | a call or a block without its end tag | expected CALL_CLOSE or BLOCK_CLOSE, got ... |
 | a parameter given twice | parameter 'x' is given twice |
 | a value that its schema cannot have | parameter 'x' must be integer; not valid JSON: ... |
@@ -264,7 +264,7 @@ class _Turn:
 
     @property
     def _not_closed(self) -> str:
-        return f"it is not closed: {self.tags.parameter_close} is missing"
+        return f"it is not closed: {self.tags.parameter_close} is missing, or text follows it"
 
     def _behind(self, read: _Read) -> tuple[int, bool]:
         """Where the text of a call ends, and whether its block ends with it."""
