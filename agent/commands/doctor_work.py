@@ -1,6 +1,6 @@
-"""`turntrace doctor`: what this machine has, against what a run needs; one line a finding, with what to do.
+"""The work of `turntrace doctor`: compares what this machine has with what a run needs.
 
-Invariant: looking changes nothing, and a check that itself breaks is a finding, not the end of the others.
+Invariant: a check changes nothing. If it fails itself, that is a finding, and the other checks go on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.config.config import Config, load_config
-from agent.errors import AgentError
+from agent.errors import AgentError, ConfigError
 from agent.model.base import (
     ADAPTER_DIR,
     BASE_NAME,
@@ -25,11 +25,13 @@ from agent.model.base import (
     GGUF_REQUIREMENT,
     TOOLS_NAME,
     resolve_model,
+    resolve_tokenizer,
 )
 from agent.packages import local_folders
+from agent.runs.parts import config_interactions, config_tools, load_template, prepare
+from conversations.errors import ConversationsError
 from tools.base import ToolsError
 from tools.cache import cache_dir
-from tools.registry import load_tools
 
 PINS = {"sglang": "0.5.5", "verl": "0.6.1", "transformers": "4.57.1"}
 """The versions that are tested together."""
@@ -40,7 +42,7 @@ MIN_DISK, MIN_MEMORY = 2 * GIB, 4 * GIB
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`level` is "ok", "warn" (it runs, with a drawback) or "fail" (it does not run)."""
+    """`level` is "ok", "warn" (a run works, with a drawback) or "fail" (a run does not work)."""
 
     level: str
     text: str
@@ -52,7 +54,7 @@ Check = Callable[[Config], Iterator[Finding]]
 def examine(
     path: Path | None, overrides: Sequence[str] = (), checks: Sequence[Check] | None = None
 ) -> int:
-    """Prints a line for each finding; returns 1 if one of them is a failure, else 0."""
+    """Prints a line for each finding. Returns 1 if one of them is a failure, else 0."""
     try:
         config = load_config(path, overrides)
         findings = [Finding("ok", f"config: {path or 'the embedded default'}")]
@@ -62,9 +64,9 @@ def examine(
         findings = [Finding("fail", f"config: {error}")]
     _show(findings)
     for check in CHECKS if checks is None else checks:
-        found = _findings(check, config)
-        _show(found)
-        findings += found
+        of_check = _findings(check, config)
+        _show(of_check)
+        findings += of_check
     return int(any(finding.level == "fail" for finding in findings))
 
 
@@ -76,8 +78,8 @@ def _show(findings: Sequence[Finding]) -> None:
 def _findings(check: Check, config: Config) -> list[Finding]:
     name = check.__name__.removeprefix("check_")
     try:
-        return [Finding(found.level, f"{name}: {found.text}") for found in check(config)]
-    except (AgentError, ToolsError) as error:
+        return [Finding(finding.level, f"{name}: {finding.text}") for finding in check(config)]
+    except (AgentError, ConversationsError, ToolsError) as error:
         return [Finding("fail", f"{name}: {error}")]
     except Exception as error:
         return [
@@ -95,25 +97,26 @@ def check_python(_: Config) -> Iterator[Finding]:
 
 
 def check_packages(config: Config) -> Iterator[Finding]:
-    """The engine's packages against their pins. Only what the configured engine imports must be there."""
+    """Compares the packages with their pins. Only those that the configured engine imports are needed."""
     needed = PINS if config.rollout.name == "sglang" else {"transformers": PINS["transformers"]}
     for name, pin in needed.items():
         try:
-            found = importlib.metadata.version(name)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield Finding("fail", f"{name} is not installed; {_SET_UP}")
             continue
-        if found == pin:
-            yield Finding("ok", f"{name} {found}")
+        if version == pin:
+            yield Finding("ok", f"{name} {version}")
         else:
             yield Finding(
                 "warn",
-                f"{name} {found} is not the tested {pin}; `pip install {name}=={pin}` if something fails",
+                f"{name} {version} is not the tested {pin}; "
+                f"`pip install {name}=={pin}` if something fails",
             )
 
 
 def check_torch(config: Config) -> Iterator[Finding]:
-    """Whether torch's build fits the machine, and with CUDA its compiler library and the GPUs' memory."""
+    """Checks that torch's build fits the machine; with CUDA, its compiler library and the GPUs' memory."""
     if config.rollout.name != "sglang":
         yield Finding("ok", f"not needed with rollout.name: {config.rollout.name}")
         return
@@ -129,12 +132,14 @@ def check_torch(config: Config) -> Iterator[Finding]:
     elif gpu and not cuda:
         yield Finding(
             "warn",
-            f"{torch.__version__} is a CPU build on a machine with a GPU; `pip install 'turntrace[cuda]'` to use it",
+            f"{torch.__version__} is a CPU build on a machine with a GPU; "
+            "`pip install 'turntrace[cuda]'` to use it",
         )
     elif gpu:
         yield Finding(
             "fail",
-            f"{torch.__version__} finds no GPU though one is there: its CUDA {cuda} is newer than the driver (nvidia-smi)",
+            f"{torch.__version__} finds no GPU, but the machine has one: its CUDA {cuda} is newer "
+            "than the driver (nvidia-smi)",
         )
     else:
         yield Finding("ok", f"{torch.__version__}, no GPU: the engine runs on the CPU")
@@ -151,7 +156,8 @@ def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Finding]:
         count = torch.cuda.device_count()
         yield Finding(
             "fail",
-            f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size}; GPUs here: {count}",
+            f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size}; "
+            f"GPUs here: {count}",
         )
     for index in range(min(torch.cuda.device_count(), rollout.tensor_model_parallel_size)):
         free, total = torch.cuda.mem_get_info(index)
@@ -159,7 +165,7 @@ def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Finding]:
 
 
 def nvrtc(library: str, cuda_major: str) -> Finding:
-    """Whether CUDA's run-time compiler can be loaded, as the engine's kernels do when they start."""
+    """Checks that CUDA's run-time compiler can be loaded: the engine's kernels need it."""
     try:
         ctypes.CDLL(library)  # what the linker finds, and what torch has loaded
         return Finding("ok", f"{library} loads")
@@ -172,7 +178,8 @@ def nvrtc(library: str, cuda_major: str) -> Finding:
     if installed:
         return Finding(
             "fail",
-            f"{library} is installed but not found: export LD_LIBRARY_PATH={installed.parent}:$LD_LIBRARY_PATH",
+            f"{library} is installed but not found: "
+            f"export LD_LIBRARY_PATH={installed.parent}:$LD_LIBRARY_PATH",
         )
     package = "nvidia-cuda-nvrtc-cu12" if cuda_major == "12" else "nvidia-cuda-nvrtc"
     return Finding(
@@ -182,7 +189,7 @@ def nvrtc(library: str, cuda_major: str) -> Finding:
 
 
 def gpu_memory(index: int, free: int, total: int, share: float) -> Finding:
-    """Whether `share` of a GPU's `total` bytes is `free`: where it is not, the engine ends with CUDA out of memory."""
+    """Checks that `share` of a GPU's `total` bytes is `free`: otherwise CUDA runs out of memory."""
     text = f"GPU {index}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free >= share * total:
         return Finding("ok", text)
@@ -190,12 +197,12 @@ def gpu_memory(index: int, free: int, total: int, share: float) -> Finding:
     return Finding(
         "warn",
         f"{text}, less than rollout.gpu_memory_utilization {share} asks for (CUDA out of memory): "
-        f"end what holds it (nvidia-smi), or --set rollout.gpu_memory_utilization={fitting}",
+        f"stop what holds it (nvidia-smi), or --set rollout.gpu_memory_utilization={fitting}",
     )
 
 
 def check_cpu_engine(config: Config) -> Iterator[Finding]:
-    """Without a GPU: the import guards, and whether bf16 is fast."""
+    """Without a GPU: the import guards, and whether the CPU has bf16 instructions."""
     if config.rollout.name != "sglang" or importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -226,7 +233,7 @@ def check_cpu_engine(config: Config) -> Iterator[Finding]:
 
 
 def check_sandbox(_: Config) -> Iterator[Finding]:
-    """Whether code can be isolated, by really running some."""
+    """Checks that code can be isolated, by running some."""
     from tools.servers import embedded
 
     try:
@@ -237,7 +244,7 @@ def check_sandbox(_: Config) -> Iterator[Finding]:
 
 
 def check_model(config: Config) -> Iterator[Finding]:
-    """Whether the model is here: the embedded one's parts, or the folder of another. Nothing is built."""
+    """Checks that the model is here. An embedded model is not built."""
     if config.model_path not in (TOOLS_NAME, BASE_NAME):
         yield Finding("ok", f"{config.model_path}: {resolve_model(config.model_path)}")
     elif importlib.util.find_spec(GGUF_PACKAGE) is None:
@@ -255,16 +262,35 @@ def check_model(config: Config) -> Iterator[Finding]:
 
 
 def check_tools(config: Config) -> Iterator[Finding]:
-    """Whether the tool config loads, its modules imported; no tool is started."""
-    if config.tool_config_path:
-        yield Finding(
-            "ok",
-            f"{config.tool_config_path} offers {', '.join(load_tools(config.tool_config_path))}",
-        )
+    """Loads the tool config and imports its modules. No tool is started."""
+    if tools := config_tools(config):
+        yield Finding("ok", f"{config.tool_config_path} offers {', '.join(tools)}")
+
+
+def check_interactions(config: Config) -> Iterator[Finding]:
+    """Loads the interactions, as a run does."""
+    if interactions := config_interactions(config):
+        names = ", ".join(interactions)
+        yield Finding("ok", f"{config.interaction_config_path} has {names}")
+
+
+def check_template(config: Config) -> Iterator[Finding]:
+    """Loads the model's chat template and proves of it what a run with this config needs.
+
+    Raises TemplateError. A model, tool config or interactions that cannot be loaded are the other checks' findings.
+    """
+    try:
+        folder = resolve_tokenizer(config.model_path)
+        tools, interactions = config_tools(config), config_interactions(config)
+    except (ConfigError, ToolsError):
+        return
+    prepare(config, tools, interactions, template=load_template(config, folder))
+    answers = [what for what, given in (("tools", tools), ("users", interactions)) if given]
+    yield Finding("ok", f"{config.model_path}: proven for {' and '.join(answers) or 'prompts'}")
 
 
 def check_server(config: Config) -> Iterator[Finding]:
-    """Whether each server of `name: sglang_server` is ready, asked as a run asks it."""
+    """Checks that each server of `name: sglang_server` is ready, as a run does."""
     if config.rollout.name != "sglang_server":
         return
     for url in config.rollout.server.urls:
@@ -280,14 +306,15 @@ async def _ready(url: str, api_key: str | None) -> str:
     engine = SGLangServerEngine([url], api_key, max_connections=1)
     try:
         await engine.connect()
-        told = engine.describe()
-        return f"{told['url']} is up and serves {told.get('model_path', 'it does not say what')}"
+        about = engine.describe()
+        model = about.get("model_path", "a model that it does not report")
+        return f"{about['url']} is up and serves {model}"
     finally:
         await engine.close()
 
 
 def check_memory(_: Config) -> Iterator[Finding]:
-    """Main memory, and disk for the built model and for runs."""
+    """Reports free main memory, and free disk for the built model and for runs."""
     import psutil
 
     available = psutil.virtual_memory().available
@@ -305,7 +332,7 @@ def check_memory(_: Config) -> Iterator[Finding]:
 
 
 def check_folders(_: Config) -> Iterator[Finding]:
-    """Folders here that would hide our packages from a script."""
+    """Looks for folders here that would hide our packages from a script."""
     for note in local_folders(Path.cwd()):
         yield Finding("warn", note)
 
@@ -318,6 +345,8 @@ CHECKS: tuple[Check, ...] = (
     check_sandbox,
     check_model,
     check_tools,
+    check_interactions,
+    check_template,
     check_server,
     check_memory,
     check_folders,

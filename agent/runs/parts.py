@@ -86,11 +86,14 @@ def config_interactions(config: Config) -> Interactions | None:
     return load_interactions(path) if path else None
 
 
-def load_template(config: Config) -> ChatTemplate:
-    """The chat template of `model_path`. Raises TemplateError, and ConfigError if it has no tokenizer."""
+def load_template(config: Config, folder: Path | None = None) -> ChatTemplate:
+    """The chat template in `folder`, by default the model's.
+
+    Raises TemplateError, and ConfigError if there is no tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    folder = config.model_dir()
+    folder = folder or config.model_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds of errors for a folder without one

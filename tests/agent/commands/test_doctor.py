@@ -13,10 +13,12 @@ from agent.commands.doctor_work import (
     GIB,
     Finding,
     check_folders,
+    check_interactions,
     check_model,
     check_packages,
     check_python,
     check_server,
+    check_template,
     check_tools,
     check_torch,
     examine,
@@ -24,7 +26,9 @@ from agent.commands.doctor_work import (
     nvrtc,
 )
 from agent.config.config import Config, load_config
+from agent.model.base import base_model_dir
 from tests.agent.native_api import Server, answers, in_a_thread
+from tests.helpers import fresh_tokenizer
 
 
 def test_this_machine_is_examined_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +140,49 @@ def test_the_tool_config_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture
         f"fail  tools: {tmp_path / 'tools.yaml'}: entry 0: nowhere:f: there is no module 'nowhere'"
         in capsys.readouterr().out
     )
+
+
+def model_with(template: str, folder: Path) -> Path:
+    """A model folder whose tokenizer has this chat template, and no weights."""
+    tokenizer = fresh_tokenizer(base_model_dir())
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+WITHOUT_TOOLS = (
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_template_is_examined_as_a_run_would_use_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"model_path={model_with(WITHOUT_TOOLS, tmp_path)}"
+    assert examine(None, [model], checks=[check_template]) == 0
+    with_tools = [model, "rollout.multi_turn.tool_config_path=gsm8k"]
+    assert examine(None, with_tools, checks=[check_template]) == 1
+    assert "fail  template: " in capsys.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert examine(None, [f"model_path={tmp_path}"], checks=[check_template]) == 1
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_interactions_are_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "interactions.yaml"
+    file.write_text("interaction:\n- class_name: nowhere.User\n", encoding="utf-8")
+    path = f"rollout.multi_turn.interaction_config_path={file}"
+    assert examine(None, [path], checks=[check_interactions]) == 1
+    assert "fail  interactions: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
