@@ -1,23 +1,19 @@
-"""`turntrace export` and `turntrace stats`: a run's trajectories for those who train on them, and how its groups did."""
+"""`turntrace export` and `turntrace stats`: a run's trajectories for trainers, and how its groups did."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agent.errors import AgentError
-from agent.terminal import one_line
+from agent.terminal import LiveLine, one_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from conversations.export.job import Export
 
-PLAIN_INTERVAL_S = 10.0
 FORMATS = "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, openrlhf-preference, sharegpt, atif, parquet"
 PASS_REWARD_HELP = "A sample passes with at least this reward."
 
@@ -25,7 +21,7 @@ PASS_REWARD_HELP = "A sample passes with at least this reward."
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help=FORMATS)],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="The folder to write. It must not exist.")],
     min_reward: Annotated[
         float | None, typer.Option(help="Keep trajectories with at least this reward.")
     ] = None,
@@ -33,7 +29,7 @@ def export(
         float | None, typer.Option(help="Keep trajectories with at most this reward.")
     ] = None,
     stop_reason: Annotated[
-        list[str] | None, typer.Option(help="Keep this stop reason; may be given more than once.")
+        list[str] | None, typer.Option(help="Keep this stop reason. May be repeated.")
     ] = None,
     valid_calls_only: Annotated[
         bool,
@@ -42,27 +38,31 @@ def export(
     mixed_groups: Annotated[
         bool,
         typer.Option(
-            "--mixed-groups", help="Keep groups whose rewards differ: those GRPO learns from."
+            "--mixed-groups", help="Keep groups whose rewards differ: GRPO learns only from them."
         ),
     ] = False,
     pass_rate: Annotated[
         str | None,
-        typer.Option(metavar="LOW:HIGH", help="Keep groups of which this share passes: 0.1:0.9"),
+        typer.Option(metavar="LOW:HIGH", help="Keep groups with this share of passes: 0.1:0.9"),
     ] = None,
     pass_reward: Annotated[float, typer.Option(help=PASS_REWARD_HELP)] = 1.0,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep trajectories of at most so many tokens, prompt included."),
+        typer.Option(min=1, help="Keep trajectories of at most N tokens, prompt included."),
     ] = None,
     dedupe: Annotated[
         bool,
         typer.Option("--dedupe", help="Keep the first of several with the same token ids."),
     ] = False,
     include_infra_errors: Annotated[
-        bool, typer.Option("--include-infra-errors", help="Keep what infrastructure failed.")
+        bool,
+        typer.Option(
+            "--include-infra-errors",
+            help="Keep trajectories that failed because of infrastructure.",
+        ),
     ] = False,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Trajectories in a file of dataproto.")
+        int, typer.Option(min=1, help="Trajectories in each file of dataproto.")
     ] = 256,
 ) -> None:
     """Write a run's trajectories in a trainer's format, with a dataset card."""
@@ -85,9 +85,16 @@ def export(
         dedupe=dedupe,
         include_infra_errors=include_infra_errors,
     )
-    console, opened = Console(), open_run(run)
+    opened = open_run(run)
+    read = 0
+
+    def show_progress(trajectories: int) -> None:
+        nonlocal read
+        read = trajectories
+        progress.refresh()
+
     try:
-        with _Counter(console, len(opened)) as counter:
+        with LiveLine(Console(), lambda: f"{read}/{len(opened)} trajectories") as progress:
             done = job.export(
                 opened,
                 to,
@@ -95,28 +102,26 @@ def export(
                 filters,
                 batch_size=batch_size,
                 command=command_line(sys.argv[1:]),
-                progress=counter.show,
+                progress=show_progress,
             )
     except KeyboardInterrupt:
-        _say(console, f"interrupted: nothing was written to {out}")
+        print(f"interrupted: nothing was written to {out}")
         raise typer.Exit(130) from None
-    _report(console, done, out)
+    _report(done, out)
 
 
 def stats(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     pass_reward: Annotated[float, typer.Option(help=PASS_REWARD_HELP)] = 1.0,
 ) -> None:
-    """Print how a run's groups did: pass@k, rewards and their spread, turns, tokens, calls, stop reasons."""
-    from rich.console import Console
-
+    """Print statistics of a run's groups: pass@k, rewards, turns, tokens, calls, stop reasons."""
     from conversations.export.groups import Statistics
     from conversations.run.open_run import open_run
 
     statistics = Statistics(pass_reward)
     for record in open_run(run).records(check=False):
         statistics.add(record)
-    _say(Console(), _lines(statistics.table()))
+    print(_lines(statistics.table()))
 
 
 def _band(text: str | None) -> tuple[float, float] | None:
@@ -131,38 +136,8 @@ def _band(text: str | None) -> tuple[float, float] | None:
         ) from error
 
 
-class _Counter:
-    """How many trajectories were read: one live line on a terminal, else a plain one every ten seconds."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total = console, total
-        self._status = console.status("") if console.is_terminal else None
-        self._shown = perf_counter()
-
-    def __enter__(self) -> _Counter:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def show(self, read: int) -> None:
-        """Called for each trajectory; shows a few a second."""
-        now = perf_counter()
-        if now - self._shown < (0.2 if self._status else PLAIN_INTERVAL_S):
-            return
-        self._shown = now
-        line = f"{read}/{self._total} trajectories"
-        if self._status:
-            self._status.update(line)
-        else:
-            _say(self._console, line)
-
-
-def _report(console: Console, done: Export, out: Path) -> None:
-    """What was written, what was not, and what a consumer will get out of texts."""
+def _report(done: Export, out: Path) -> None:
+    """Prints what was written, what was left out, and what a trainer will make of the texts."""
     from conversations.export.card import plural
     from conversations.export.text import VERDICTS
 
@@ -184,9 +159,9 @@ def _report(console: Console, done: Export, out: Path) -> None:
         if name.startswith(("groups", "  rewards", "reward,", "pass@"))
     }
     lines["folder"] = str(out)
-    _say(console, _lines(lines))
+    print(_lines(lines))
     for note in done.notes:
-        _say(console, f"note: {one_line(note)}")
+        print(f"note: {one_line(note)}")
 
 
 def _lines(table: dict[str, str]) -> str:
@@ -194,7 +169,3 @@ def _lines(table: dict[str, str]) -> str:
     return "\n".join(
         one_line(f"{name:<{width}}  {value}".rstrip()) for name, value in table.items()
     )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,7 @@
-"""`turntrace index`: a corpus made searchable, once."""
+"""`turntrace index`: makes a corpus searchable."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +9,24 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from agent.terminal import LiveLine
+
 T = TypeVar("T")
 
 
 def index(
     corpus: Annotated[
-        Path, typer.Argument(help="JSONL: id and contents a line, or id, title and text.")
+        Path,
+        typer.Argument(help="JSONL; each line has id and contents, or id, title and text."),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The folder to write; default: where `corpus:` of a tool config looks, in the cache."
+            help="The folder to write. Default: in the cache, where `corpus:` of a tool config looks."
         ),
     ] = None,
 ) -> None:
-    """Make a corpus searchable; an index that is still true of it is left as it is."""
+    """Make a corpus searchable. An index that is up to date stays as it is."""
     from tools.servers.search.index import build_index, default_folder, find_corpus, read_manifest
 
     folder = out or default_folder(corpus)
@@ -38,17 +40,23 @@ def index(
         return
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(
-        f"{documents} documents indexed in {time.monotonic() - started:.1f} s: {folder} ({size / 2**20:.1f} MiB)"
+        f"{documents} documents indexed in {time.monotonic() - started:.1f} s: "
+        f"{folder} ({size / 2**20:.1f} MiB)"
     )
 
 
 def with_progress(what: str, work: Callable[[Callable[[float], None]], T]) -> T:
-    """What the work returns, done below a progress bar, on stderr and where somebody looks; a fast one never shows it."""
+    """Runs `work` and shows on stderr how much of it is done; it reports a share from 0 to 1."""
     from rich.console import Console
-    from rich.progress import Progress
 
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(what, total=1.0)
-        return work(lambda done: bar.update(task, completed=done))
+    share = 0.0
+
+    def report(done: float) -> None:
+        nonlocal share
+        share = done
+        progress.refresh()
+
+    with LiveLine(
+        Console(stderr=True), lambda: f"{what}: {100 * share:.0f}%", plain_s=None
+    ) as progress:
+        return work(report)

@@ -38,7 +38,7 @@ class Display:
         tokens_in_flight: Callable[[], int] | None = None,
     ) -> None:
         self._progress = progress
-        self._in_flight = tokens_in_flight or (lambda: 0)
+        self._in_flight = tokens_in_flight
         self._line = LiveLine(console, self.line)
         self._started = perf_counter()
         self._turns, self._tokens = progress.turns_so_far, progress.sampled_tokens_so_far
@@ -67,10 +67,14 @@ class Display:
         """The counters in one line. Rates are means since the display was made."""
         progress, seconds = self._progress, max(self.wall_s, 1e-9)
         turns = progress.turns_so_far - self._turns
-        tokens = progress.sampled_tokens_so_far - self._tokens + self._in_flight()
+        in_flight = self._in_flight() if self._in_flight else 0
+        tokens = progress.sampled_tokens_so_far - self._tokens + in_flight
+        state = f"{progress.done}/{progress.total} done  {progress.running} running"
+        if progress.running and not turns and not tokens:
+            first = "tokens" if self._in_flight else "turn"
+            return f"{state}  waiting for the first {first} ({seconds:.0f} s)"
         parts = [
-            f"{progress.done}/{progress.total} done",
-            f"{progress.running} running",
+            state,
             f"{turns} turns ({turns / seconds:.1f}/s)",
             f"{tokens} tokens ({tokens / seconds:.0f}/s)",
             f"{progress.tool_errors} tool errors",
