@@ -7,7 +7,6 @@ code 2; any other exception keeps its traceback.
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Callable
 
@@ -29,7 +28,7 @@ from agent.commands.verify import verify
 from agent.commands.view import view
 from agent.errors import AgentError
 from agent.packages import how_to_install
-from agent.terminal import one_line
+from agent.terminal import drop_output, one_line
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
 
@@ -68,7 +67,11 @@ for _name, _command in COMMANDS.items():
 def main() -> int:
     """Runs the command of `sys.argv`. Returns 2 after a user's mistake; otherwise exits with the command's own code."""
     try:
-        app(prog_name="turntrace")
+        try:
+            app(prog_name="turntrace")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at exit, an error of it would be a traceback
     except (AgentError, ConversationsError, ToolsError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2
@@ -81,17 +84,14 @@ def main() -> int:
     except OSError as error:
         if not _is_of_stdout(error):
             raise
-        _drop_stdout()
-        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        drop_output(sys.stdout)
+        if error.errno != errno.EPIPE:  # then the reader has gone, as `head` does
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         return OUTPUT_LOST
     return 0
 
 
 def _is_of_stdout(error: OSError) -> bool:
     """Whether `error` came from a print: commands report files of their own by name."""
-    return error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EFBIG)
-
-
-def _drop_stdout() -> None:
-    """Sends what is still buffered to nowhere: at exit, Python would report the error again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    of_output = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EFBIG)
+    return error.filename is None and error.errno in of_output

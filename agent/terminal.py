@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,8 +48,25 @@ def say(console: Console, text: str) -> None:
 
     If stdout is closed or its disk is full, output is dropped and the run continues.
     """
-    with contextlib.suppress(SystemExit, OSError):  # SystemExit: rich, if the reader has gone
+    with _dropped(console):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _dropped(console: Console) -> Iterator[None]:
+    """Inside, output that cannot be written is dropped, and all that follows."""
+    try:
+        yield
+    except SystemExit:  # rich's, if the reader has gone; it prints no more
+        pass
+    except OSError:
+        drop_output(console.file)
+
+
+def drop_output(stream: IO[str]) -> None:
+    """Sends the stream to nowhere, what it has buffered as well. A stream without a file stays as it is."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class LiveLine:
@@ -86,7 +104,7 @@ class LiveLine:
         from rich.live import Live
         from rich.text import Text
 
-        with contextlib.suppress(SystemExit, OSError):
+        with _dropped(self._console):
             if self._live is None:
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
                 self._live.start()
@@ -95,7 +113,7 @@ class LiveLine:
     def hide(self) -> None:
         """Takes the line away, until the next `refresh`."""
         if self._live is not None:
-            with contextlib.suppress(SystemExit, OSError):
+            with _dropped(self._console):
                 self._live.stop()
             self._live = None
 

@@ -22,12 +22,13 @@ from agent.loop.tasks import Task, read_tasks
 from agent.loop.users import Interactions
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
 from agent.runs.manifest import command_line, fresh_seed, run_manifest, save_tokenizer
-from agent.runs.parts import Parts, config_interactions, config_tools, prepare
+from agent.runs.parts import config_interactions, config_tools, prepare
 from agent.runs.progress import Display, counts, shortfall, starting, summary
 from agent.runs.session import Session
 from agent.terminal import say
 from conversations.errors import RunFolderError
 from conversations.run.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+from tools.toolset import ToolSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +78,23 @@ def run(request: RunRequest, console: Console) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run that can start: its parts are loaded and its rows are checked.
+    """A run whose tools, interactions and rows are loaded and checked. What takes seconds is still to come.
 
     `asked` are the (task, sample) pairs, `target` how many of them the run waits for.
     """
 
     request: RunRequest
-    parts: Parts
+    tools: ToolSet | None
+    interactions: Interactions | None
     asked: frozenset[tuple[str, int]]
     target: int
     notes: tuple[str, ...]
 
 
 def prepare_run(request: RunRequest) -> Plan:
-    """Loads and checks everything that needs no engine. Reads the task file once, whole.
+    """Loads and checks what is quick. Reads the whole task file: a bad row is found now, not after hours.
 
-    A new start gets a new seed: the same seed would sample the same conversations again.
+    A resumed run gets a new seed: the same seed would sample the same conversations again.
     """
     if request.resume:
         request = replace(request, config=fresh_seed(request.config, request.out))
@@ -105,8 +107,8 @@ def prepare_run(request: RunRequest) -> Plan:
         for task in read_tasks(request.tasks, request.limit, rows.check)
         for sample in samples
     )
-    parts = prepare(config, tools, interactions)
-    return Plan(request, parts, asked, enough_of(len(asked), config), tuple(rows.notes()))
+    target = enough_of(len(asked), config)
+    return Plan(request, tools, interactions, asked, target, tuple(rows.notes()))
 
 
 def enough_of(conversations: int, config: Config) -> int:
@@ -166,8 +168,10 @@ def open_folder(plan: Plan) -> RunFolder:
     """The run folder, new or resumed, with its run.json."""
     request = plan.request
     manifest = run_manifest(
-        plan.parts,
+        request.config,
         request.tasks,
+        plan.tools,
+        plan.interactions,
         limit=request.limit,
         validate=request.validate,
         argv=request.argv,
@@ -220,13 +224,14 @@ def run_missing(plan: Plan, folder: RunFolder, progress: Progress, console: Cons
 def _started(
     plan: Plan, folder: RunFolder, progress: Progress, console: Console
 ) -> Iterator[Session]:
-    """The session. If the engine does not start, a new folder holds no run, a resumed one what it held."""
+    """The session. If it does not start, a new folder holds no run, a resumed one what it held."""
     request = plan.request
     try:
-        save_tokenizer(request.out, plan.parts.template.tokenizer)
+        parts = prepare(request.config, plan.tools, plan.interactions)
+        save_tokenizer(request.out, parts.template.tokenizer)
         log = request.out / "engine.log"
         say(console, starting(request.config, log))
-        session = Session(plan.parts, validate=request.validate, log_path=log)
+        session = Session(parts, validate=request.validate, log_path=log)
     except BaseException:
         _forget(request, folder, progress)
         raise

@@ -31,7 +31,8 @@ _RECORDED = ("id", "prompt", "messages", "data_source", "ground_truth")
 class Task:
     """A row: messages, ground truth and tool kwargs.
 
-    `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; empty means that the row chooses no tools.
+    `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; its keys are the tools that the row chooses
+    (`extra_info.tool_selection`, else the row's `tools_kwargs`). Empty: the row does not choose, all tools are offered.
     `interaction_kwargs` is for the interaction that it names; empty: nobody answers a turn without a call.
     `extra` holds everything else of the row, as it stood there.
     """
@@ -295,7 +296,19 @@ def _tools_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, dict[str, Any]
         tools_kwargs[tool] = {
             kind: dict(_mapping(kinds, kind, f"{where}.{tool}.{kind}")) for kind in kinds
         }
+    if selection := _tool_selection(info):
+        return {name: tools_kwargs.get(name, {}) for name in selection}
     return tools_kwargs
+
+
+def _tool_selection(info: Mapping[str, Any]) -> list[str]:
+    """The tools that the row chooses by name, as in verl 0.8 and 0.9; [] if it does not choose."""
+    selection = info.get("tool_selection") or []
+    if not isinstance(selection, list) or not all(isinstance(name, str) for name in selection):
+        raise TaskError(
+            f"extra_info.tool_selection must be a list of tool names, got {_got(selection)}"
+        )
+    return selection
 
 
 def _interaction_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from agent.loop.users import Interactions
-    from agent.runs.parts import Parts
     from tools.toolset import ToolSet
 
 PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
@@ -46,21 +45,22 @@ TOKENIZER_FILES = (
 
 
 def run_manifest(
-    parts: Parts,
+    config: Config,
     tasks: Path,
+    tools: ToolSet | None = None,
+    interactions: Interactions | None = None,
     *,
     limit: int | None,
     validate: bool,
     argv: Sequence[str],
 ) -> dict[str, Any]:
     """The fields of run.json without schema and counts. All values are JSON."""
-    config = parts.config
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(argv),
         "config": config.resolved(),
-        "tools": source(parts.tools),
-        "interactions": source(parts.interactions),
+        "tools": source(tools),
+        "interactions": source(interactions),
         "model": model_entry(config),
         "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
         "limit": limit,

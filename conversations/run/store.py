@@ -127,6 +127,9 @@ class RunFolder:
             for name in ("counts", "digest"):  # they are what a run says when it closes
                 earlier.pop(name, None)
             fresh = {**earlier, **manifest, "schema": SCHEMA, "created": earlier.get("created")}
+            if differences:  # earlier records were made under what stood there before
+                before = {name: earlier.get(name) for name in IDENTITY}
+                fresh["before"] = [*earlier.get("before", ()), before]
             manifest = _write_manifest(path, fresh)
             return cls(path, manifest, lock, done, unfinished, digest)
         except OSError as error:

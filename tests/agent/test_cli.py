@@ -159,6 +159,23 @@ def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
     assert turntrace("run", cwd=tmp_path).returncode == 2
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "agent", "version"],
+            cwd=tmp_path,
+            env=env({"PYTHONUNBUFFERED": unbuffered}),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == cli.OUTPUT_LOST
+    assert ran.stderr.startswith("error: the output cannot be written: ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
 def test_task_files_are_written_and_named(tmp_path: Path) -> None:
     ran = turntrace("tasks", "gsm_symbolic", "--size", "3", "--seed", "5", cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (0, "3 tasks written to gsm_symbolic-3-5.jsonl\n")
@@ -294,6 +311,23 @@ def test_a_run_in_a_process_of_its_own(project: Path, tmp_path: Path, look: Path
     assert f"conversations          {TASKS} of {TASKS}" in ran.stdout
 
 
+def test_a_run_whose_output_cannot_be_written_goes_on(
+    project: Path, tmp_path: Path, look: Path
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "agent", *RUN, "--out", str(tmp_path / "run")],
+            cwd=project,
+            env=env({"LOOK": str(look)}),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(list(read_trajectories(tmp_path / "run"))) == TASKS
+
+
 def test_a_run_from_task_file_to_run_folder(run: Run, tmp_path: Path) -> None:
     ran = run("--n", "2", "--limit", "4")
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -332,10 +366,7 @@ def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> 
 def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
     ran = run("--limit", "1", "--set", "rollout.temperature=0.5")
     assert ran.returncode == 0
-    assert (
-        "note: no effect: rollout.temperature: the scripted engine plays recorded ids back"
-        in ran.stderr
-    )
+    assert "note: no effect: rollout.temperature: " in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -343,11 +374,11 @@ def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
     [
         (
             (),
-            "rows.jsonl:2: tools_kwargs choose find, seek, but the tool config offers look; give a tool config that has them",
+            "rows.jsonl:2: the row chooses the tools find, seek, but the tool config offers look;",
         ),
         (
             ("--set", "rollout.multi_turn.enable=false"),
-            "rows.jsonl:1: tools_kwargs choose look, but this run has no tools; give",
+            "rows.jsonl:1: the row chooses the tools look, but this run has no tools;",
         ),
     ],
 )
@@ -366,13 +397,88 @@ def test_a_row_that_chooses_a_tool_too_many_runs_and_is_noted(run: Run, tmp_path
     rows = tmp_path / "rows.jsonl"
     rows.write_text(f"{row('a', 'look', 'find')}\n{row('b', 'look', 'find')}\n", encoding="utf-8")
     ran = run(tasks=rows)
-    assert (
-        ran.stdout.count("note: tools_kwargs of some rows name find, which the tool config lacks")
-        == 1
-    )
+    assert ran.stdout.count("note: some rows choose the tools find,") == 1
     assert [
         record.tools[0]["function"]["name"] for record in read_trajectories(tmp_path / "run")
     ] == ["look", "look"]
+
+
+@pytest.mark.parametrize(("names", "offered"), [(["look"], ["look"]), ([], ["look", "see"])])
+def test_tool_selection_chooses_the_tools(
+    run: Run, project: Path, tmp_path: Path, names: list[str], offered: list[str]
+) -> None:
+    tools, rows = tmp_path / "two.yaml", tmp_path / "rows.jsonl"
+    tools.write_text(f"{TWO_TOOLS}", encoding="utf-8")
+    rows.write_text(json.dumps({"prompt": "q:x", "extra_info": {"tool_selection": names}}) + "\n")
+    sys.path.insert(0, str(project))
+    try:
+        run("--tools", str(tools), tasks=rows)
+    finally:
+        sys.path.remove(str(project))
+    [record] = read_trajectories(tmp_path / "run")
+    assert [tool["function"]["name"] for tool in record.tools] == offered
+
+
+def test_an_unknown_name_in_tool_selection_is_refused(run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "q", "extra_info": {"tool_selection": ["no_such"]}}))
+    ran = run(tasks=rows)
+    assert ran.returncode == 2
+    assert "rows.jsonl:1: " in ran.stderr
+    assert "no_such" in ran.stderr
+
+
+TWO_TOOLS = """
+tools:
+  - function: looking_up:look
+  - function: looking_up:look
+    tool_schema: {type: function, function: {name: see, description: d, parameters: {type: object}}}
+"""
+
+USER = """
+import pathlib
+
+class User:
+    def __init__(self, config):
+        with pathlib.Path(__file__).with_name("made").open("a") as made:
+            made.write("x")
+    async def start_interaction(self, instance_id=None, **kwargs):
+        return instance_id
+    async def generate_response(self, instance_id, messages, **kwargs):
+        return True, "", 0.5, {}
+    async def finalize_interaction(self, instance_id=None, **kwargs):
+        pass
+"""
+
+
+def test_interactions_are_made_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one_user.py").write_text(USER, encoding="utf-8")
+    (tmp_path / "users.yaml").write_text(
+        "interaction:\n- class_name: one_user.User\n  name: user\n", encoding="utf-8"
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        json.dumps({"prompt": "q:quick 0", "interaction_kwargs": {"name": "user"}}) + "\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = f"rollout.multi_turn.interaction_config_path={tmp_path / 'users.yaml'}"
+    assert run("--set", path, tasks=rows).returncode == 0
+    [record] = read_trajectories(tmp_path / "run")
+    assert record.reward_parts == {"user_turn_rewards": [0.5]}
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_rows_that_lose_their_user_are_noted(run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        json.dumps({"prompt": "q:quick 0", "interaction_kwargs": {"name": "user"}}) + "\n"
+    )
+    ran = run(tasks=rows)
+    assert ran.returncode == 0
+    [note] = [line for line in ran.stdout.splitlines() if line.startswith("note: ")]
+    assert "interaction_config_path" in note
 
 
 def row(question: str, *tools: str) -> str:
@@ -417,7 +523,7 @@ def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(
     (look / "down").touch()
     ran = run("--limit", "2")
     assert ran.returncode == 1
-    assert "2 conversations failed by infrastructure" in ran.stdout
+    assert "2 conversations failed because of infrastructure" in ran.stdout
     assert ran.stdout.splitlines()[-1].endswith("--resume")
     (look / "down").unlink()
     assert run("--limit", "2", "--resume").returncode == 0

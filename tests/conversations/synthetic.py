@@ -28,7 +28,7 @@ from agent.loop.loop import Runtime
 from agent.loop.tasks import read_tasks
 from agent.model.base import base_model_dir
 from agent.runs.manifest import run_manifest
-from agent.runs.parts import loop_settings, make_dispatcher, prepare
+from agent.runs.parts import loop_settings, make_dispatcher
 from agent.runs.progress import counts
 from conversations.run.store import RUN, TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
@@ -66,8 +66,9 @@ def make_run(
         )
         tools = load_tools(TOOLS)
         manifest = run_manifest(
-            prepare(config, tools, template=template),
+            config,
             tasks,
+            tools,
             limit=None,
             validate=False,
             argv=["run", tasks.name],
