@@ -71,22 +71,26 @@ def mutated(rng: random.Random, text: str) -> str:
 
 
 def covers(text: str, turn: ParsedTurn) -> bool:
-    """Whether the text is the content with the blocks of the calls put in, in order."""
-    return _splits(text, turn.content, [call.raw for call in turn.calls]) or _splits(
-        text[::-1], turn.content[::-1], [call.raw[::-1] for call in reversed(turn.calls)]
-    )
+    """Whether the text is the content with the blocks of the calls put in, in order.
+
+    A block's text may stand in the content too: every place it could have been taken from counts.
+    """
+    behind, taken = {0}, 0
+    for call in turn.calls:
+        places = {
+            p for start in behind for p in _places(text, turn.content, start, taken, call.raw)
+        }
+        behind = {place + len(call.raw) for place in places}
+        taken += len(call.raw)
+    return any(text[start:] == turn.content[start - taken :] for start in behind)
 
 
-def _splits(text: str, content: str, blocks: list[str]) -> bool:
-    """Whether taking each block out of the text where it first stands leaves the content."""
-    rest, position = [], 0
-    for block in blocks:
-        place = text.find(block, position)
-        if not block or place < 0:
-            return False
-        rest.append(text[position:place])
-        position = place + len(block)
-    return "".join((*rest, text[position:])) == content
+def _places(text: str, content: str, start: int, taken: int, block: str) -> Iterator[int]:
+    """Where a block may stand, if the text from `start` on up to it is content."""
+    place = text.find(block, start)
+    while block and place >= 0 and text[start:place] == content[start - taken : place - taken]:
+        yield place
+        place = text.find(block, place + 1)
 
 
 def check(form: CallFormat, text: str, types: ParameterTypes, in_think: bool) -> ParsedTurn:

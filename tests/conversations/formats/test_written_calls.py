@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from conversations.formats.format import NO_TYPES, CallFormat, ParameterTypes
 from conversations.formats.registry import FORMATS, format_named
-from conversations.messages import MalformedToolCall, ToolCall
+from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 from tests.conversations.formats.written import WRITERS, Sample, random_sample, render, tool_schema
-from tests.formats_fuzz import check, fuzz
+from tests.formats_fuzz import check, covers, fuzz
 from tests.formats_round_trip import came_back, failures
 
 NAMES = sorted(WRITERS)
@@ -147,3 +147,13 @@ def test_random_samples_hold_what_parsers_trip_over() -> None:
     texts = [WRITERS["qwen3_coder"](random_sample(rng, "qwen3_coder").calls) for _ in range(300)]
     for piece in ("a</parameter>b", "a<tool_call>\n<function=g>", "def f(x):\n", "\n\n\n", "漢"):
         assert any(piece in text for text in texts), piece
+
+
+def test_a_lost_text_is_seen() -> None:
+    call = ToolCall("f", {}, "<b>")
+    assert covers("a<b>c", ParsedTurn("ac", (call,)))
+    assert covers("<b>a<b>c<b>", ParsedTurn("<b>ac<b>", (call,)))
+    assert covers("<b><b><b>", ParsedTurn("<b>", (call, call)))
+    for content in ("a", "ca", "a c", "a<b>c", ""):
+        assert not covers("a<b>c", ParsedTurn(content, (call,)))
+    assert not covers("abc", ParsedTurn("abc", (ToolCall("f", {}, ""),)))
