@@ -202,34 +202,26 @@ def gpu_memory(index: int, free: int, total: int, share: float) -> Finding:
 
 
 def check_cpu_engine(config: Config) -> Iterator[Finding]:
-    """Without a GPU: the import guards, and whether the CPU has bf16 instructions."""
+    """Without a GPU: the import guards, and whether the engine computes in the faster type."""
     if config.rollout.name != "sglang" or importlib.util.find_spec("torch") is None:
         return
     import torch
 
     if torch.cuda.is_available():
         return
+    from agent.engines.arguments import default_dtype
     from agent.engines.cpu_guards import guard_paths
 
     guards = [Path(path).name.removeprefix("for_") for path in guard_paths()]
     yield Finding(
         "ok", f"import guards for {', '.join(guards)}" if guards else "no import guards needed"
     )
-    if config.rollout.dtype not in ("bfloat16", "auto"):
-        yield Finding(
-            "warn",
-            f"rollout.dtype: {config.rollout.dtype} is many times slower than bfloat16 on a CPU",
-        )
-    flags = (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if Path("/proc/cpuinfo").exists()
-        else ""
+    fast = default_dtype(cuda=False)
+    chosen = config.rollout.dtype or fast
+    slower = "" if chosen == fast else f"; on this CPU {fast} is the faster one"
+    yield Finding(
+        "warn" if slower else "ok", f"rollout.dtype: the engine computes in {chosen}{slower}"
     )
-    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
-        yield Finding(
-            "warn",
-            "this CPU has no bf16 instructions (avx512_bf16, amx_bf16): sampling will be slow",
-        )
 
 
 def check_sandbox(_: Config) -> Iterator[Finding]:

@@ -56,9 +56,13 @@ def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_default_dtype(rollout: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
-    """The rollout keys with a `dtype`: the given one, or bfloat16 unless the CPU is slow at it."""
-    dtype = "bfloat16" if cuda or cpu_has_bfloat16() else "float32"
-    return {**rollout, "dtype": rollout.get("dtype") or dtype}
+    """The rollout keys with a `dtype`: the given one, or else the default."""
+    return {**rollout, "dtype": rollout.get("dtype") or default_dtype(cuda=cuda)}
+
+
+def default_dtype(*, cuda: bool) -> str:
+    """bfloat16, or float32 on a CPU that is slow at bfloat16."""
+    return "bfloat16" if cuda or cpu_has_bfloat16() else "float32"
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

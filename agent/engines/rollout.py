@@ -40,7 +40,7 @@ from verl.workers.rollout.sglang_rollout import sglang_rollout
 from verl.workers.rollout.sglang_rollout.utils import get_named_tensor_buckets
 
 from agent.engines import compat
-from agent.engines.arguments import environment, longer_context, server_args
+from agent.engines.arguments import environment, longer_context, server_args, with_default_dtype
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
 from agent.errors import ConfigError, EngineError
@@ -300,7 +300,8 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
 
 def rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:
     """verl's dataclass, nested ones included, with the defaults of a process outside a trainer."""
-    return omega_conf_to_dataclass({**ALONE_DEFAULTS, **rollout}, RolloutConfig)
+    chosen = with_default_dtype(rollout, cuda=torch.cuda.is_available())
+    return omega_conf_to_dataclass({**ALONE_DEFAULTS, **chosen}, RolloutConfig)
 
 
 def _start_engine(children: Children, overrides: Mapping[str, Any], **kwargs: Any) -> _Engine:

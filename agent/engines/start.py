@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.engines import compat, cpu_guards
-from agent.engines.arguments import environment, start_variables, with_default_dtype
+from agent.engines.arguments import environment, start_variables
 from agent.engines.processes import explain
 from agent.errors import AgentError, ConfigError, EngineStartError
 
@@ -46,7 +46,7 @@ def start(
             compat.prepare()
             from agent.engines.rollout import EngineRollout
 
-            return EngineRollout.alone(with_default_dtype(rollout, cuda=cuda), model_path, log_path)
+            return EngineRollout.alone(rollout, model_path, log_path)
         except AgentError:
             raise
         except AssertionError as error:  # verl's config checks

@@ -30,28 +30,24 @@ from verl.experimental.agent_loop.utils import resolve_config_path
 from verl.tools.function_tool import FunctionTool, normalize_function_tool_return
 from verl.utils.rollout_trace import rollout_trace_op
 
+from agent.config.config import Config
 from agent.errors import ConfigError
 from agent.loop.batch import run_conversations
-from agent.loop.calls import Dispatcher
-from agent.loop.loop import Conversation, LoopSettings, Runtime
+from agent.loop.loop import Conversation, Runtime
 from agent.loop.tasks import Task
-from agent.loop.users import load_interactions
 from agent.runs.manifest import versions
+from agent.runs.parts import config_interactions, config_tools, make_template, prepare
 from agent.trainers.client import VerlClientEngine
 from agent.trainers.layout import batch_tasks, why_not_trained
 from agent.trainers.options import (
     TrainerOptions,
     checked_options,
-    loop_settings,
+    engine_sampling,
     manifest,
-    run_config,
-    tool_dispatcher,
+    trainer_config,
 )
 from agent.trainers.step_folders import StepFolders
-from conversations.template import ChatTemplate
-from conversations.tokens import USER
 from conversations.trajectory import Trajectory
-from tools.registry import load_tools
 from tools.toolset import LoadedTool, ToolSet, loaded_tool
 
 logger = logging.getLogger(__name__)
@@ -100,7 +96,7 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         worker = self._worker
         await worker.start_tools()
         columns = {key: [value] for key, value in kwargs.items()}
-        [(task, sample)] = batch_tasks(columns, worker.interactions)
+        [(task, sample)] = batch_tasks(columns, worker.parts.interactions)
         engine = VerlClientEngine(self.server_manager, worker.description, self._request_id(kwargs))
         conversation = Conversation(
             worker.offered(task), sample, worker.runtime(engine, sampling_params)
@@ -157,25 +153,17 @@ class _Worker:
             raise ConfigError(
                 "rollout.enable_rollout_routing_replay is not supported by turntrace's agent loop"
             )
-        self.tools = _tools(self.config.multi_turn, options, verls_tools)
-        self.template_kwargs = {
-            **(loop.apply_chat_template_kwargs or {}),
-            **options.apply_chat_template_kwargs,
-        }
-        self.template = ChatTemplate(loop.tokenizer, kwargs=self.template_kwargs)
-        self.dispatcher: Dispatcher | None = tool_dispatcher(
-            self.tools, self.template, self.config.multi_turn
+        model = str(loop.config.actor_rollout_ref.model.path)
+        ours = _config(loop, options, model)
+        self.parts = prepare(
+            ours,
+            _tools(ours, verls_tools),
+            config_interactions(ours),
+            template=make_template(ours, loop.tokenizer),
         )
-        path = options.interaction_config_path
-        self.interactions = (
-            load_interactions(Path(resolve_config_path(str(path)))) if path else None
-        )
-        if self.interactions:
-            self.template.require(USER)
-        self.model = str(loop.config.actor_rollout_ref.model.path)
         self.description = {
             "name": f"verl:{self.config.name}",
-            "model": Path(self.model).name,
+            "model": Path(model).name,
             "verl": versions()["verl"],
         }
         self.store = (
@@ -190,8 +178,8 @@ class _Worker:
 
         Raises ToolsError to all of them.
         """
-        if self.tools and self._starting is None:
-            self._starting = asyncio.ensure_future(self.tools.start())
+        if self.parts.tools and self._starting is None:
+            self._starting = asyncio.ensure_future(self.parts.tools.start())
         if self._starting:
             await asyncio.shield(self._starting)
 
@@ -200,33 +188,16 @@ class _Worker:
 
         `extra_info.tool_selection` chooses, `tools_kwargs` does not.
         """
-        if not self.tools:
+        if not self.parts.tools:
             return task
         info = (task.extra or {}).get("extra_info") or {}
-        names = info.get("tool_selection") or [*self.tools, *task.tools_kwargs]
+        names = info.get("tool_selection") or [*self.parts.tools, *task.tools_kwargs]
         return dataclasses.replace(
             task, tools_kwargs={name: task.tools_kwargs.get(name, {}) for name in names}
         )
 
     def runtime(self, engine: VerlClientEngine, sampling: Mapping[str, Any]) -> Runtime:
-        return Runtime(
-            engine,
-            self.template,
-            self._settings(sampling),
-            self.dispatcher,
-            interactions=self.interactions,
-        )
-
-    def _settings(self, sampling: Mapping[str, Any]) -> LoopSettings:
-        config, settings = self.config, loop_settings(self.config, self.options, sampling)
-        changes: dict[str, Any] = {}
-        if config.max_model_len and config.name == "sglang":
-            # verl's server keeps one token of it free.
-            changes["max_model_len"] = min(settings.max_model_len, config.max_model_len - 1)
-        if (rounds := config.multi_turn.max_user_turns) is not None:
-            # verl counts a round of tool calls as a user's turn.
-            changes["max_turns"] = min(settings.max_turns or rounds + 1, rounds + 1)
-        return dataclasses.replace(settings, **changes)
+        return self.parts.runtime(engine, engine_sampling(sampling))
 
     def output(
         self, one: Trajectory, engine: VerlClientEngine, turn_scores: list[float]
@@ -239,7 +210,8 @@ class _Worker:
         logprobs = [value or 0.0 for value in one.response_logprobs]
         if one.infra_error or one.stop_reason == "cancelled":
             mask = [0] * len(ids)
-        nothing = [self.template.end_id]  # verl's worker can neither pad an empty list nor score it
+        # verl's worker can neither pad an empty list nor score it
+        nothing = [self.parts.template.end_id]
         if not ids:
             ids, mask, logprobs = nothing, [0], [0.0]
         score = (one.reward or 0.0) if self.options.reward_from_tools else None
@@ -265,25 +237,39 @@ class _Worker:
         )
 
     def _manifest(self, step: str) -> dict[str, Any]:
-        """A step's run.json.
-
-        `config` holds what took effect, in turntrace's own keys; `trainer` is verl's config and the
-        options.
-        """
-        options = self.options.model_copy(
-            update={"apply_chat_template_kwargs": self.template_kwargs}
-        )
-        tools = options.tool_config_path or self.config.multi_turn.tool_config_path
-        paths = {
-            "tool_config_path": tools,
-            "interaction_config_path": options.interaction_config_path,
-        }
-        config = run_config(self.model, self.config, self._settings({}), options, **paths)
+        """A step's run.json."""
         trainer = {
             "rollout": OmegaConf.to_container(self.config, resolve=True),
-            "agent_loop": options.model_dump(mode="json"),
+            "agent_loop": self.options.model_dump(mode="json"),
         }
-        return manifest(config, self.tools, self.interactions, trainer, step=step)
+        return manifest(self.parts, trainer, step=step)
+
+
+def _config(loop: TurntraceAgentLoop, options: AgentLoopOptions, model: str) -> Config:
+    """The trainer's config as turntrace's own, with the limits of verl's servers and loops."""
+    config, turns = loop.rollout_config, loop.rollout_config.multi_turn
+    limits: dict[str, Any] = {}
+    if config.max_model_len and config.name == "sglang":
+        # verl's server keeps one token of it free.
+        limits["max_model_len"] = config.max_model_len - 1
+    if (rounds := turns.max_user_turns) is not None:
+        # verl counts a round of tool calls as a user's turn.
+        limits["max_assistant_turns"] = min(turns.max_assistant_turns or rounds + 1, rounds + 1)
+    tools, users = options.tool_config_path, options.interaction_config_path
+    if tools is None and turns.tool_config_path:
+        tools = resolve_config_path(turns.tool_config_path)
+    template_kwargs = {
+        **(loop.apply_chat_template_kwargs or {}),
+        **options.apply_chat_template_kwargs,
+    }
+    return trainer_config(
+        model,
+        config,
+        options.model_copy(update={"apply_chat_template_kwargs": template_kwargs}),
+        tool_config_path=tools,
+        interaction_config_path=resolve_config_path(str(users)) if users else None,
+        **limits,
+    )
 
 
 class _Function:
@@ -311,23 +297,19 @@ class _Function:
         return None
 
 
-def _tools(multi_turn: Any, options: AgentLoopOptions, verls_tools: list[Any]) -> ToolSet | None:
+def _tools(config: Config, verls_tools: list[Any]) -> ToolSet | None:
     """The tools of the YAML, loaded by turntrace, and verl's function tools.
 
     Raises ToolConfigError.
     """
-    path = options.tool_config_path or (
-        multi_turn.tool_config_path and resolve_config_path(multi_turn.tool_config_path)
-    )
-    loaded = load_tools(path) if path else None
+    loaded = config_tools(config)
     functions: list[LoadedTool] = [
         loaded_tool(_Function(tool)) for tool in verls_tools if isinstance(tool, FunctionTool)
     ]
     if not functions:
         return loaded
-    return ToolSet(
-        [*(loaded.values() if loaded else ()), *functions], loaded.source_text if loaded else ""
-    )
+    others, text = (loaded.values(), loaded.source_text) if loaded else ((), "")
+    return ToolSet([*others, *functions], text)
 
 
 def _answered(one: Trajectory) -> int:

@@ -12,29 +12,24 @@ import logging
 import os
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from agent.engines.engine import Engine
 from agent.errors import ConfigError
 from agent.loop.batch import run_conversations
-from agent.loop.loop import Conversation, LoopSettings, Runtime
+from agent.loop.loop import Conversation
 from agent.loop.tasks import Task
-from agent.loop.users import load_interactions
+from agent.runs.parts import config_interactions, config_tools, make_template, prepare
 from agent.trainers.layout import batch_tasks, why_not_trained
 from agent.trainers.options import (
-    loop_settings,
+    engine_sampling,
     manifest,
     rollout_options,
-    run_config,
-    tool_dispatcher,
+    trainer_config,
 )
 from agent.trainers.step_folders import NewFolders
 from conversations.run.store import RunFolder
-from conversations.template import ChatTemplate
-from conversations.tokens import USER
 from conversations.trajectory import Trajectory
-from tools.registry import load_tools
 
 logger = logging.getLogger(__name__)
 
@@ -62,29 +57,23 @@ class TrainerBatches:
         self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], model: str
     ) -> None:
         self.config = config
-        self._model = model
-        self._options = rollout_options(config)
+        self._engine = engine
         self._sampling = sampling
         self._batches = 0
-        multi_turn = config.multi_turn
-        if multi_turn.use_inference_chat_template:
+        if config.multi_turn.use_inference_chat_template:
             raise ConfigError(
                 "rollout.multi_turn.use_inference_chat_template: the engine sees the tokens "
                 "that were sampled, never a text rendered anew"
             )
-        path = multi_turn.tool_config_path
-        self._tools = load_tools(path) if path else None
-        path = multi_turn.interaction_config_path
-        self._interactions = load_interactions(Path(path)) if path else None
-        template = ChatTemplate(tokenizer, kwargs=self._options.apply_chat_template_kwargs)
-        dispatcher = tool_dispatcher(self._tools, template, multi_turn)
-        if self._interactions:
-            template.require(USER)
-        save_to = self._options.save_to
-        self._folders = NewFolders(save_to, tokenizer) if save_to else None
-        self._runtime = Runtime(
-            engine, template, self._settings({}), dispatcher, interactions=self._interactions
+        options = rollout_options(config)
+        ours = trainer_config(model, config, options)
+        self._parts = prepare(
+            ours,
+            config_tools(ours),
+            config_interactions(ours),
+            template=make_template(ours, tokenizer),
         )
+        self._folders = NewFolders(options.save_to, tokenizer) if options.save_to else None
 
     async def run(self, prompts: Any, overrides: Mapping[str, Any]) -> list[Trajectory]:
         """The trajectory of each row, in the batch's order; `cancelled` if over-sampling cut it
@@ -93,14 +82,15 @@ class TrainerBatches:
         `overrides` are sampling params for this batch alone. Raises TaskError, naming the row, for
         a row that is not a task.
         """
-        if self._tools and not self._batches:
-            await self._tools.start()
+        if self._parts.tools and not self._batches:
+            await self._parts.tools.start()
         self._batches += 1
         meta = prompts.meta_info
         validate = bool(meta.get("validate", False))
         mode = self._mode(validate, meta.get("do_sample", True))
-        runtime = dataclasses.replace(self._runtime, settings=self._settings({**mode, **overrides}))
-        pairs = batch_tasks(prompts.non_tensor_batch, self._interactions)
+        sampling = engine_sampling({**self._sampling, **mode, **overrides})
+        runtime = self._parts.runtime(self._engine, sampling)
+        pairs = batch_tasks(prompts.non_tensor_batch, self._parts.interactions)
         self._warn_of_lost_users(pairs)
         conversations = [Conversation(task, sample, runtime) for task, sample in pairs]
         ended: set[tuple[str, int]] = set()
@@ -130,12 +120,9 @@ class TrainerBatches:
             return {key: getattr(self.config.val_kwargs, key) for key in keys}
         return {}
 
-    def _settings(self, overrides: Mapping[str, Any]) -> LoopSettings:
-        return loop_settings(self.config, self._options, {**self._sampling, **overrides})
-
     def _warn_of_lost_users(self, pairs: Sequence[tuple[Task, int]]) -> None:
         """Says once if rows choose interactions and the config has none; verl ignores such rows."""
-        if self._interactions is None and self._batches == 1:
+        if self._parts.interactions is None and self._batches == 1:
             count = sum(bool(task.interaction_kwargs) for task, _ in pairs)
             if count:
                 logger.warning(
@@ -154,11 +141,9 @@ class TrainerBatches:
             return nullcontext()
         number = self._batches - 1 if step is None else step
         name = f"{'val' if validate else 'train'}-{number}-rank-{os.environ.get('RANK', '0')}"
-        config = run_config(self._model, self.config, self._settings({}), self._options)
         trainer = {"rollout": dataclasses.asdict(self.config)}
-        which = {"validate": validate, "step": step}
         return self._folders.create(
-            name, manifest(config, self._tools, self._interactions, trainer, **which)
+            name, manifest(self._parts, trainer, validate=validate, step=step)
         )
 
 

@@ -7,7 +7,6 @@ verl's rollout config may be of any version: `RolloutConfig` of 0.6.1, an OmegaC
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +14,12 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from agent.config.config import Config
+from agent.config.schema import Rollout
 from agent.config.secrets import without_secrets
 from agent.errors import ConfigError
-from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings
-from agent.loop.users import Interactions
 from agent.runs.manifest import source, versions
-from conversations.template import ChatTemplate
-from conversations.tokens import TOOL
-from conversations.truncate import cut_to_tokens
-from tools.toolset import ToolSet
+from agent.runs.parts import Parts
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
 
@@ -44,6 +39,7 @@ ROLLOUT_KEYS = (
     "over_sample_rate",
 )
 TURN_KEYS = (
+    "max_assistant_turns",
     "max_user_turns",
     "tool_config_path",
     "interaction_config_path",
@@ -96,89 +92,65 @@ def checked_options(kind: type[Options], given: Mapping[str, Any], where: str) -
         ) from error
 
 
-def tool_dispatcher(
-    tools: ToolSet | None, template: ChatTemplate, multi_turn: Any
-) -> Dispatcher | None:
-    """The tools under the limits of verl's `multi_turn` config; None if there are no tools.
+def trainer_config(
+    model: str,
+    config: Any,
+    options: TrainerOptions,
+    *,
+    max_model_len: int | None = None,
+    **multi_turn: Any,
+) -> Config:
+    """What of a trainer's config takes effect, as turntrace's own: its runs are made from it.
 
-    Raises TemplateError if the template has no tool turns, ConfigError if `format` names another
-    form of tool calls than hermes.
+    `config` is verl's rollout config; `max_model_len` and `multi_turn` replace its keys of those
+    names. A key that the version of verl does not have, or has as null, counts with our default.
+    Raises ConfigError if a value is out of range or `format` names another form of tool calls than
+    hermes.
     """
-    if not tools:
-        return None
-    template.require(TOOL)
-    if (form := multi_turn.get("format", "hermes")) != "hermes":
+    if (form := config.multi_turn.get("format", "hermes")) != "hermes":
         raise ConfigError(
             f"rollout.multi_turn.format: {form}: only hermes tool calls "
             "(<tool_call>{...}</tool_call>) are read"
         )
-    limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
-    cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
-    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls or 16, cut=cut)
-
-
-def loop_settings(
-    config: Any, options: TrainerOptions, sampling: Mapping[str, Any]
-) -> LoopSettings:
-    """The budgets of verl's rollout config, and those of verl's sampling params that are the
-    engine's.
-    """
     longest = config.prompt_length + config.response_length
-    return LoopSettings(
-        prompt_length=config.prompt_length,
-        response_length=config.response_length,
-        max_model_len=min(config.max_model_len or longest, longest),
-        max_tokens=options.max_tokens,
-        max_turns=config.multi_turn.max_assistant_turns,
-        max_user_turns=config.multi_turn.max_user_turns,
-        max_consecutive_invalid_calls=options.max_consecutive_invalid_calls,
-        deadline_s=options.conversation_deadline_s,
-        sampling={key: value for key, value in sampling.items() if key not in NOT_SAMPLING},
-    )
-
-
-def run_config(
-    model: str, config: Any, settings: LoopSettings, options: TrainerOptions, **paths: Any
-) -> dict[str, Any]:
-    """A run.json's `config` in turntrace's own keys: what took effect.
-
-    With it the run can be verified and replayed. A key that the version of verl does not have is
-    left out. `paths` replace the trainer's own.
-    """
-    turns = {**{key: config.multi_turn.get(key) for key in TURN_KEYS}, **paths}
-    rollout = {
-        **{key: config.get(key) for key in ROLLOUT_KEYS if config.get(key) is not None},
-        "max_model_len": settings.max_model_len,
-        "multi_turn": {**turns, "enable": True, "max_assistant_turns": settings.max_turns},
+    turns = {**{key: config.multi_turn.get(key) for key in TURN_KEYS}, **multi_turn}
+    values = {
+        **_given({key: config.get(key) for key in ROLLOUT_KEYS}),
+        "max_model_len": min(max_model_len or config.max_model_len or longest, longest),
+        "multi_turn": {**_given(turns), "enable": True},
         "turntrace": {key: getattr(options, key) for key in OUR_KEYS},
     }
-    return _plain({"model_path": model, "rollout": rollout})
+    try:
+        return Config(model, Rollout.model_validate(plain(values)))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"rollout.{key}: {first['msg']}, got {first['input']!r}") from error
 
 
-def manifest(
-    config: Mapping[str, Any],
-    tools: ToolSet | None,
-    interactions: Interactions | None,
-    trainer: Mapping[str, Any],
-    **which: Any,
-) -> dict[str, Any]:
-    """A run.json.
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
-    `config` is what `run_config` makes, `trainer` the trainer's own config, `which` names the
-    batch.
-    """
-    texts = {"tools": source(tools), "interactions": source(interactions)}
+
+def engine_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of verl's sampling params that are the engine's."""
+    return {key: value for key, value in sampling.items() if key not in NOT_SAMPLING}
+
+
+def manifest(parts: Parts, trainer: Mapping[str, Any], **which: Any) -> dict[str, Any]:
+    """A run.json. `trainer` is the trainer's own config, `which` names the batch."""
     return {
-        "config": config,
-        **texts,
+        "config": parts.config.resolved(),
+        "tools": source(parts.tools),
+        "interactions": source(parts.interactions),
         **which,
-        "trainer": _plain(trainer),
+        "trainer": plain(trainer),
         "versions": versions(),
         "parent": None,
     }
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON values, without secrets; a value without a JSON form becomes its text."""
-    plain: dict[str, Any] = without_secrets(json.loads(json.dumps(value, default=str)))
-    return plain
+    values: dict[str, Any] = without_secrets(json.loads(json.dumps(value, default=str)))
+    return values

@@ -18,7 +18,14 @@ import psutil
 import pytest
 
 from agent.config.config import load_config
-from agent.engines.arguments import CONTEXT_SLACK, environment, server_args, start_variables
+from agent.engines.arguments import (
+    CONTEXT_SLACK,
+    cpu_has_bfloat16,
+    environment,
+    server_args,
+    start_variables,
+    with_default_dtype,
+)
 from agent.engines.cpu_guards import guard_paths
 from agent.engines.processes import Children, explain
 from agent.engines.sglang import check_prompt, check_sampling, read_answer
@@ -201,6 +208,26 @@ def test_the_cpus_kv_cache_holds_what_can_run_within_a_bound(
         ]
         == tokens
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu avx2 avx512_bf16", "bfloat16"),
+        ("fpu amx_bf16 amx_tile", "bfloat16"),
+        ("fpu avx2 avx512f", "float32"),
+    ],
+)
+def test_a_cpu_computes_in_what_it_is_fast_at(tmp_path: Path, flags: str, dtype: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert cpu_has_bfloat16(cpuinfo) is (dtype == "bfloat16")
+
+
+def test_a_dtype_that_the_user_names_counts() -> None:
+    assert with_default_dtype({"dtype": "float16"}, cuda=False)["dtype"] == "float16"
+    assert with_default_dtype({"dtype": None}, cuda=True)["dtype"] == "bfloat16"
+    assert with_default_dtype({}, cuda=False)["dtype"] in ("bfloat16", "float32")
 
 
 def test_start_variables_give_way_to_the_users_and_are_gone_after_the_start(

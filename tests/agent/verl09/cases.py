@@ -19,14 +19,13 @@ import pytest
 import transformers
 import verl
 from ray.exceptions import RayTaskError
-from verl.workers.config.rollout import MultiTurnConfig
 from verl.workers.rollout import llm_server
 from verl.workers.rollout.replica import TokenOutput
 
 from agent.config.config import load_config
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import ConfigError, TaskError
-from agent.trainers.options import tool_dispatcher
+from agent.runs.parts import make_dispatcher
 from conversations.run.open_run import open_run
 from conversations.run.store import read_manifest
 from conversations.template import ChatTemplate
@@ -197,9 +196,7 @@ async def test_a_row_is_what_turntrace_makes_of_it_without_a_trainer(peers: Peer
         return turns[text.count("<|im_start|>user\n<tool_response>")]
 
     done = await run(peers.worker(peers.server(say), tools=True), "one")
-    dispatcher = tool_dispatcher(
-        load_tools(peers.tools()), peers.template, MultiTurnConfig(max_parallel_calls=16)
-    )
+    dispatcher = make_dispatcher(load_config(None), load_tools(peers.tools()), peers.template)
     alone = dataclasses.replace(
         runtime(peers.template, ScriptedEngine(peers.server(say).sample)), dispatcher=dispatcher
     )

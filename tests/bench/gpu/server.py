@@ -25,7 +25,12 @@ from typing import Any
 import httpx
 
 from agent.config.hints import sglang_arguments
-from agent.engines.arguments import CONTEXT_SLACK, server_args, start_variables
+from agent.engines.arguments import (
+    CONTEXT_SLACK,
+    server_args,
+    start_variables,
+    with_default_dtype,
+)
 from agent.engines.cpu_guards import guard_paths
 from agent.engines.servers import SGLangServerEngine
 from tests.agent.native_api import free_port
@@ -119,7 +124,7 @@ def arguments(flags: Mapping[str, Any]) -> list[str]:
 def server_flags(place: Place, conversations: int) -> dict[str, Any]:
     """What the in-process engine gets for as many conversations at once."""
     config = place.config(conversations)
-    rollout = config.verl_rollout()
+    rollout = with_default_dtype(config.verl_rollout(), cuda=place.cuda)
     return {
         "load_format": rollout["load_format"],
         "dtype": rollout["dtype"],
