@@ -69,7 +69,10 @@ def refusal(response: httpx.Response) -> str:
     """An answer with an error status, in one line and in the server's own words."""
     said = _message(response)
     if response.has_redirect_location:
-        said = f"a redirect to {without_userinfo(response.headers['location'])}; redirects are not followed"
+        said = (
+            f"a redirect to {without_userinfo(response.headers['location'])}; redirects are not "
+            "followed"
+        )
     elif response.status_code in (401, 403):
         said = "; ".join(
             filter(

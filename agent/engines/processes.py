@@ -40,7 +40,8 @@ _ADVICE = (
     (
         r"CUDA out of memory|OutOfMemoryError",
         "CUDA out of memory: lower rollout.gpu_memory_utilization or rollout.max_model_len, "
-        "raise rollout.tensor_model_parallel_size, or free the GPU (`nvidia-smi` shows who holds it)",
+        "raise rollout.tensor_model_parallel_size, or free the GPU (`nvidia-smi` shows who holds "
+        "it)",
     ),
     (
         r"libnvrtc",

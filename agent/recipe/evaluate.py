@@ -74,7 +74,8 @@ class Examination:
         self.seen = heldout.trained_on(tasks[GENERATED], data.FULL.generated)
         say(
             self.console,
-            f"{len(self.seen)} of {len(tasks[GENERATED])} generated questions stand word for word in the training data",
+            f"{len(self.seen)} of {len(tasks[GENERATED])} generated questions stand word for word "
+            "in the training data",
         )
         try:
             self._examine(ADAPTER, str(model_dir(self.adapter)), (), tasks)
@@ -82,7 +83,8 @@ class Examination:
         except KeyboardInterrupt:
             say(
                 self.console,
-                f"interrupted: {len(self.rows)} of {len(CONDITIONS)} conditions were examined, the last one perhaps in part",
+                f"interrupted: {len(self.rows)} of {len(CONDITIONS)} conditions were examined, "
+                "the last one perhaps in part",
             )
         return self.rows
 

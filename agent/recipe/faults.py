@@ -158,7 +158,8 @@ def _unit(code: str, rng: Random) -> str | None:
     spots = list(re.finditer(r"(?<![\w.])\d+(?![\w.])", code))
     spot = rng.choice(spots) if spots else None
     return (
-        f"{code[: spot.end()]} {rng.choice(('dollars', 'hours', 'percent', 'units'))}{code[spot.end() :]}"
+        f"{code[: spot.end()]} "
+        f"{rng.choice(('dollars', 'hours', 'percent', 'units'))}{code[spot.end() :]}"
         if spot
         else None
     )

@@ -47,7 +47,8 @@ def shipped_tools(config: Path) -> list[dict[str, Any]]:
     names = {schema["function"]["name"] for schema in schemas}
     if names != {CODE_TOOL, ANSWER_TOOL}:
         raise ValueError(
-            f"{config} must define exactly the tools {CODE_TOOL} and {ANSWER_TOOL}, got {', '.join(sorted(names))}"
+            f"{config} must define exactly the tools {CODE_TOOL} and {ANSWER_TOOL}, got "
+            f"{', '.join(sorted(names))}"
         )
     return schemas
 
@@ -254,7 +255,8 @@ _CODE_ARGUMENT_WORDS = (
 )
 _ANSWER_WORDS = (
     "Submit the final answer.",
-    "A tool for calculating the reward of gsm8k. (1.0 if parsed answer is correct, 0.0 if parsed answer is incorrect or not "
+    "A tool for calculating the reward of gsm8k. (1.0 if parsed answer is correct, 0.0 if parsed "
+    "answer is incorrect or not "
     "correctly parsed)",
     "Check the answer to the problem and get a reward.",
     "Give your answer to the question here once you know it.",
@@ -279,9 +281,12 @@ _SYSTEMS = (
     "You are an expert at solving math problems. Compute with code, then submit the answer.",
     "Answer the question. First run code, then hand in the result.",
     "You are an AI agent with access to tools. Call one tool at a time.",
-    "You are a math expert. You are given a question and you need to solve it step by step. Reasoning step by step before any "
-    "tool call. You should use the `calc_gsm8k_reward` tool after step by step solving the question, before generate final answer "
-    "at least once and refine your answer if necessary. Put your final answer in the format of `#### <answer>`.",
+    "You are a math expert. You are given a question and you need to solve it step by step. "
+    "Reasoning step by step before any "
+    "tool call. You should use the `calc_gsm8k_reward` tool after step by step solving the "
+    "question, before generate final answer "
+    "at least once and refine your answer if necessary. Put your final answer in the format of "
+    "`#### <answer>`.",
     "Be brief.",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "Think with code. Never guess a number.",

@@ -322,7 +322,8 @@ async def test_a_second_event_loop_is_refused(engine: SGLangEngine) -> None:
     thread.start()
     await asyncio.to_thread(thread.join)
     assert [str(error) for error in failures] == [
-        "an SGLang engine serves one event loop, that of its first generate: use that one, or start another engine"
+        "an SGLang engine serves one event loop, that of its first generate: use that one, or "
+        "start another engine"
     ]
 
 

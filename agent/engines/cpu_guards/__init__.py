@@ -2,8 +2,8 @@
 
 SGLang imports packages that have no build for such a machine: `sgl_kernel` (the published one holds
 CUDA code only) and, in 0.5.5, three modules of `vllm` (on a CPU without AMX). Neither is needed to
-compute anything. Each `for_*` folder holds a stand-in that imports, hands on SGLang's own pure-torch
-classes, and raises if a kernel is called. No stand-in may declare the operator
+compute anything. Each `for_*` folder holds a stand-in that imports, hands on SGLang's own
+pure-torch classes, and raises if a kernel is called. No stand-in may declare the operator
 `sgl_kernel::convert_weight_packed`: SGLang would take it for a CPU with AMX.
 
 A stand-in never shadows the real package: its folder is used only if that package is not installed,

@@ -173,7 +173,10 @@ def test_keys_that_sglang_rollout_ignores_reach_sglang(
 def test_every_argument_is_one_of_sglangs() -> None:
     """Asked of SGLang itself, in a process of its own: importing it takes long and stays."""
     names = sorted({*arguments(), *arguments(cuda=False)})
-    script = f"from sglang.srt.server_args import ServerArgs; print(sorted(set({names!r}) - set(ServerArgs.__dataclass_fields__)))"
+    script = (
+        f"from sglang.srt.server_args import ServerArgs; print(sorted(set({names!r}) - "
+        "set(ServerArgs.__dataclass_fields__)))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], env=_guarded(), capture_output=True, text=True, timeout=120
     )

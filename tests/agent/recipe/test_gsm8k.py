@@ -12,7 +12,10 @@ from agent.recipe.gsm8k import from_gsm8k, with_other_numbers
 from agent.recipe.programs import Problem, Step, prints
 
 QUESTION = "Ann sold 48 clips in April, and half as many in May. How many did she sell?"
-ANSWER = "She sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips altogether.\n#### 72"
+ANSWER = (
+    "She sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips "
+    "altogether.\n#### 72"
+)
 
 
 def test_a_worked_answer_becomes_named_steps_that_use_one_another() -> None:

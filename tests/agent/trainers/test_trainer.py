@@ -380,7 +380,8 @@ def test_a_prompt_over_the_budget_leaves_all_ranks_rows_equally_long(
 def interactions(folder: Path) -> dict[str, str]:
     path = folder / "interactions.yaml"
     path.write_text(
-        "interaction:\n  - {name: gsm8k, class_name: verl.interactions.gsm8k_interaction.Gsm8kInteraction, config: {}}\n"
+        "interaction:\n  - {name: gsm8k, class_name: "
+        "verl.interactions.gsm8k_interaction.Gsm8kInteraction, config: {}}\n"
     )
     return {"interaction_config_path": str(path)}
 
@@ -417,7 +418,9 @@ def test_interactions_are_verls_but_for_the_newline_before_a_user_turn(
 def test_a_row_that_chooses_an_interaction_which_does_not_exist_is_refused_by_its_place(
     peers: Any, tmp_path: Path
 ) -> None:
-    """verl fails in the midst of the batch; a mask of 0 would hide a wrong name in a whole data set."""
+    """verl fails in the midst of the batch; a mask of 0 would hide a wrong name in a whole data
+    set.
+    """
     from agent.errors import TaskError
 
     kwargs = [{"name": "gsm8k", "ground_truth": "42"}, {"name": "gsm9k"}]

@@ -107,7 +107,8 @@ class Batches:
         }
         if turns != {TURNS}:
             raise RuntimeError(
-                f"not every conversation made {TURNS} turns: {turns}; {done.non_tensor_batch['messages'][:1]}"
+                f"not every conversation made {TURNS} turns: {turns}; "
+                f"{done.non_tensor_batch['messages'][:1]}"
             )
         return self._load.outcome(conversations, usage), done
 

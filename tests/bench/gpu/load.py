@@ -240,7 +240,8 @@ class Load:
                 answer = await raw(ids, self.work)
             if len(answer["output_ids"]) != self.turn_tokens:
                 raise RuntimeError(
-                    f"the engine sampled {len(answer['output_ids'])} tokens instead of {self.turn_tokens}"
+                    f"the engine sampled {len(answer['output_ids'])} tokens instead of "
+                    f"{self.turn_tokens}"
                 )
             ids = ids + self.turns[len(ids) % VARIANTS] + delta
             await asyncio.sleep(nap_s)
@@ -285,7 +286,8 @@ class Load:
             0,
         ):
             raise RuntimeError(
-                f"the conversations did not make the scripted turns and calls: {progress}; {ended[:1]}"
+                f"the conversations did not make the scripted turns and calls: {progress}; "
+                f"{ended[:1]}"
             )
         return self.outcome(conversations, usage, ended)
 

@@ -183,7 +183,10 @@ class BareHttp:
             "stream": False,
         }
         content = json.dumps(body).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = (
+            f"POST /generate HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: "
+            f"application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
         reader, writer = await self._connection()
         writer.write(head.encode() + content)
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()

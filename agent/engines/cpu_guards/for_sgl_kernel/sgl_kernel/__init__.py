@@ -13,7 +13,8 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     def kernel(*_args: object, **_kwargs: object) -> Any:
         raise NotImplementedError(
-            f"sgl_kernel.{name} was called, but sgl-kernel is not installed: it has no build for this CPU"
+            f"sgl_kernel.{name} was called, but sgl-kernel is not installed: it has no build for "
+            "this CPU"
         )
 
     return kernel
