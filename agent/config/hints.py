@@ -163,17 +163,24 @@ def sglang_arguments() -> frozenset[str] | None:
     ]
     if not sources:
         return None
-    tree = ast.parse(sources[0].read_text(encoding="utf-8"))
-    body = next(
-        (
-            node.body
-            for node in tree.body
-            if isinstance(node, ast.ClassDef) and node.name == "ServerArgs"
-        ),
-        [],
-    )
+    order = sources[0].with_name("arg_groups") / "field_order.py"
+    return _annotated(sources[0], "ServerArgs") | (_listed(order) if order.is_file() else set())
+
+
+def _annotated(source: Path, class_name: str) -> frozenset[str]:
+    """The annotated names in the body of a class."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    body = next((node.body for node in classes if node.name == class_name), [])
     return frozenset(
         node.target.id
         for node in body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     )
+
+
+def _listed(source: Path) -> set[str]:
+    """The strings that a file lists: SGLang 0.5.23 puts `ServerArgs` together from such a list."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return {text for text in texts if isinstance(text, str) and text.isidentifier()}

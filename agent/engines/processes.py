@@ -113,7 +113,7 @@ class Children:
             raise EngineStartError(f"the engine did not start: {self.why_ended()}")
 
     def why_ended(self) -> str:
-        """One line about the child that ended first: the reason in plain words, and the log's path."""
+        """One line about the child that ended first: why, in plain words, and the log's path."""
         for process in self._started():
             has_ended = process.sentinel in connection.wait(self.sentinels(), timeout=0)
             process.join(timeout=1 if has_ended else 0)

@@ -220,7 +220,7 @@ class SGLangServerEngine:
             self._any_up.clear()
 
     async def abort(self, request_id: str) -> None:
-        """Stops a running or queued request: its `generate` returns what was sampled, as "abort"."""
+        """Stops a running or queued request: `generate` returns what was sampled, as "abort"."""
         if request := self._requests.get(request_id):
             server, rid = request
             await server.abort(rid)

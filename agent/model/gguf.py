@@ -49,7 +49,7 @@ def write_model(gguf_file: Path, chat_template: str, target: Path) -> None:
 
 
 def write_tokenizer(gguf_file: Path, chat_template: str, target: Path) -> None:
-    """Writes `target` with the tokenizer and the template alone: the same files as `write_model`'s."""
+    """Writes the tokenizer and the template alone: the same files as `write_model`'s."""
     target.mkdir(parents=True)
     _write_tokenizer(_open(gguf_file)[1], chat_template, target)
 

@@ -44,7 +44,7 @@ def data(
     gsm8k: Annotated[
         Path,
         typer.Argument(
-            help="JSONL in GSM8K's format: question, answer with <<annotations>> and a last line #### 42."
+            help="JSONL in GSM8K's format: question, answer with <<annotations>>, last #### 42."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file of token ids to write.")] = Path(

@@ -107,7 +107,7 @@ class Examination:
                     self._condition(session, condition, tasks[condition.problems])
 
     def _condition(self, session: Session, condition: Condition, tasks: list[Task]) -> None:
-        """One condition's row, also where Ctrl-C ends it: of the conversations that were finished."""
+        """One condition's row; if Ctrl-C ends it, of the conversations that had finished."""
         say(self.console, str(condition))
         found: list[Trajectory] = []
         progress = Progress(total=len(tasks))

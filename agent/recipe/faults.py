@@ -167,7 +167,8 @@ def _unit(code: str, rng: Random) -> str | None:
 
 _Break = Callable[[str, Random], str | None]
 _BREAKS: tuple[_Break, ...] = (
-    _typo, _typo, _typo, _missing_line, _missing_line, _print_first, _unclosed, _unclosed, _missing_operator, _prose,
+    _typo, _typo, _typo, _missing_line, _missing_line, _print_first, _unclosed, _unclosed,
+    _missing_operator, _prose,
     _indent, _text_number, _zero_division, _unknown_function, _unit,
 )  # fmt: skip
 
@@ -176,7 +177,7 @@ _BREAKS: tuple[_Break, ...] = (
 
 
 def _told(setup: Setup, rng: Random, shipped: str, *others: str) -> str:
-    """What the model is told: the runtime's own words for the shipped tools, anybody's for others."""
+    """A message to the model: the runtime's own for the shipped tools, any of them for others."""
     return shipped if setup.shipped else rng.choice((shipped, *others))
 
 

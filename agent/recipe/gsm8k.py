@@ -26,9 +26,11 @@ from agent.recipe.programs import (
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>([^<\n]*)")
 _WORD = re.compile(r"[A-Za-z]+")
 _STOPWORDS = frozenset([
-    "a", "an", "the", "of", "to", "in", "on", "at", "for", "is", "are", "was", "were", "be", "been", "and", "or", "so", "then",
-    "this", "that", "it", "he", "she", "they", "her", "his", "their", "has", "have", "had", "by", "per", "each", "with", "from",
-    "if", "will", "as", "do", "does", "did", "can", "would", "now", "not", "one", "you", "which", "who", "we", "i", "there",
+    "a", "an", "the", "of", "to", "in", "on", "at", "for", "is", "are", "was", "were", "be",
+    "been", "and", "or", "so", "then", "this", "that", "it", "he", "she", "they", "her", "his",
+    "their", "has", "have", "had", "by", "per", "each", "with", "from", "if", "will", "as",
+    "do", "does", "did", "can", "would", "now", "not", "one", "you", "which", "who", "we", "i",
+    "there",
 ])  # fmt: skip
 _NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?!\w|\.\d|,\d)")
 _FINAL = re.compile(r"####\s*(-?[\d,]+(?:\.\d+)?)\s*$")
@@ -54,8 +56,9 @@ def _numbers(text: str) -> list[float]:
 
 
 _UNITS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
-    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
 ]  # fmt: skip
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred".split()  # noqa: SIM905
 _WORDS = (

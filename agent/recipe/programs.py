@@ -25,8 +25,9 @@ CALLS = frozenset({"abs", "float", "int", "max", "min", "print", "round", "sum"}
 """The functions that a program may call."""
 
 _NODES = (
-    ast.Module, ast.Assign, ast.AugAssign, ast.Expr, ast.Call, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Load, ast.Store,
-    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd, ast.List, ast.Tuple,
+    ast.Module, ast.Assign, ast.AugAssign, ast.Expr, ast.Call, ast.Name, ast.Constant,
+    ast.BinOp, ast.UnaryOp, ast.Load, ast.Store, ast.Add, ast.Sub, ast.Mult, ast.Div,
+    ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd, ast.List, ast.Tuple,
 )  # fmt: skip
 _MAX_EXPONENT = 64
 

@@ -61,7 +61,7 @@ def draw(shipped: Sequence[dict[str, Any]], rng: Random, shipped_share: float = 
 
 
 def shipped_setup(shipped: Sequence[dict[str, Any]], *, reverse: bool) -> Setup:
-    """Exactly what ships, the tools in the file's order or the other way round, no system prompt."""
+    """The shipped tools, in the file's order or reversed, without a system prompt."""
     tools = tuple(reversed(shipped)) if reverse else tuple(shipped)
     return Setup(
         None,

@@ -66,7 +66,7 @@ def problems(count: int, seed: int = FIRST_TRAINING_SEED) -> Iterator[Problem]:
 
 
 class _Watch:
-    """Keeps the local variables of the generator's nested function as they were when it returned."""
+    """Keeps the local variables of the generator's nested function at its return."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Any] = {}

@@ -102,7 +102,7 @@ class Tokens:
         return groups
 
     def batch(self, rows: np.ndarray[Any, Any], device: str, *, share: bool = False) -> Batch:
-        """The rows, right-padded to the longest; with `share`, their common beginning counted once."""
+        """The rows, right-padded to the longest; `share` counts their common beginning once."""
         lengths = self.lengths()[rows]
         ids = np.zeros((len(rows), int(lengths.max())), np.int64)
         learned = np.zeros(ids.shape, bool)

@@ -45,7 +45,7 @@ def engine(sglang_rollout: Any) -> SGLangEngine:
 
 def prompt(messages: list[dict[str, Any]] = FRANCE) -> list[int]:
     ids: list[int] = tokenizer_at(base_model_dir()).apply_chat_template(
-        messages, add_generation_prompt=True
+        messages, add_generation_prompt=True, return_dict=False
     )
     return ids
 
@@ -80,8 +80,14 @@ def load_is(rollout: Any, *, requests: int, waiting: int) -> Callable[[], Awaita
     """SGLang's own figures: requests in all, and those of them that wait."""
 
     async def reached() -> bool:
-        load = (await rollout._engine.tokenizer_manager.get_load())[0]
-        return (load.num_reqs, load.num_waiting_reqs) == (requests, waiting)
+        manager = rollout._engine.tokenizer_manager
+        load = (
+            await (manager.get_load() if hasattr(manager, "get_load") else manager.get_loads())
+        )[0]
+        in_all = getattr(load, "num_reqs", None)  # before SGLang 0.5.12
+        if in_all is None:
+            in_all = load.num_running_reqs + load.num_waiting_reqs
+        return (in_all, load.num_waiting_reqs) == (requests, waiting)
 
     return reached
 
@@ -122,8 +128,8 @@ async def test_logprobs_are_those_of_the_temperature_scaled_distribution(
     )
     logits = reference_logits([504], generation.token_ids)
     assert len(generation.logprobs) == len(generation.token_ids) == 48
-    assert mean_error(generation, logits / temperature) < 0.15  # bfloat16's; measured: 0.01 to 0.05
-    assert mean_error(generation, logits / another) > 0.15  # measured: 0.4 and more
+    assert mean_error(generation, logits / temperature) < 0.15  # seen: 0.01 to 0.05 in bfloat16
+    assert mean_error(generation, logits / another) > 0.15  # seen: 0.4 and more
 
 
 def reference_logits(ids: list[int], sampled: list[int]) -> Any:
@@ -151,10 +157,12 @@ async def test_the_end_token_is_sampled_like_any_other(engine: SGLangEngine) -> 
 
 
 @on_session_loop
-async def test_an_exact_fit_ends_with_the_end_token_and_reason_length(engine: SGLangEngine) -> None:
+async def test_an_exact_fit_ends_with_the_end_token(engine: SGLangEngine) -> None:
+    """Its reason is length in SGLang 0.5.5, stop in 0.5.23: the loop looks at the token."""
     whole = await sample(engine, prompt(), stop_token_ids=[END])
     fit = await sample(engine, prompt(), stop_token_ids=[END], max_new_tokens=len(whole.token_ids))
-    assert (fit.token_ids, fit.finish_reason) == (whole.token_ids, "length")
+    assert fit.token_ids == whole.token_ids
+    assert fit.finish_reason in ("length", "stop")
 
 
 @on_session_loop
@@ -177,9 +185,9 @@ async def test_the_next_turn_finds_the_whole_last_one_in_the_cache(engine: SGLan
 async def test_an_answer_says_what_it_cost(engine: SGLangEngine) -> None:
     generation = await sample(engine, prompt())
     assert generation.weight_version == "default"
-    assert generation.queue_s is not None
     assert generation.engine_s is not None
-    assert 0 <= generation.queue_s <= generation.engine_s
+    # SGLang from 0.5.9 on reports the time in the queue only with enable_metrics.
+    assert 0 <= (generation.queue_s or 0.0) <= generation.engine_s
     assert engine.describe()["device"] in ("cpu", "cuda")
     assert "/" not in engine.describe()["model"]  # a name, not a path of this machine
     json.dumps(engine.describe())
@@ -430,21 +438,24 @@ RANKS = """
 
     config = {"prompt_length": 64, "response_length": 64, "tensor_model_parallel_size": 2}
     rollout = start(config, base_model_dir(), log_path=pathlib.Path(LOG))
-    weights = {name: tensor for name, tensor in load_file(base_model_dir() / "model.safetensors").items() if ".3." in name}
+    weights = load_file(base_model_dir() / "model.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if ".3." in name}
 
-    async def said():
+    async def sampled():
         greedy = {"temperature": 0.0, "max_new_tokens": 12}
-        generation = await rollout.engine().generate([1, 9690, 198, 504], greedy, request_id=uuid.uuid4().hex)
+        generation = await rollout.engine().generate(
+            [1, 9690, 198, 504], greedy, request_id=uuid.uuid4().hex
+        )
         return generation.token_ids, generation.weight_version
 
     async def main():
-        told = [await said()]
-        await rollout.update_weights((name, torch.zeros_like(tensor)) for name, tensor in weights.items())
-        told.append(await said())
+        turns = [await sampled()]
+        await rollout.update_weights((name, torch.zeros_like(it)) for name, it in weights.items())
+        turns.append(await sampled())
         await rollout.update_weights(iter(weights.items()))
-        told.append(await said())
+        turns.append(await sampled())
         await rollout.engine().close()
-        print(json.dumps(told))
+        print(json.dumps(turns))
 
     asyncio.run(main())
 """
@@ -457,11 +468,21 @@ DYING = """
     from agent.errors import EngineError
     from agent.model.base import base_model_dir
 
-    rollout = start({"prompt_length": 64, "response_length": 448}, base_model_dir(), log_path=pathlib.Path(LOG))
+    config = {"prompt_length": 64, "response_length": 448}
+    rollout = start(config, base_model_dir(), log_path=pathlib.Path(LOG))
     engine = rollout.engine()
 
     async def generate(count):
-        return await engine.generate([1, 2, 3], {"max_new_tokens": count, "ignore_eos": True}, request_id=uuid.uuid4().hex)
+        sampling = {"max_new_tokens": count, "ignore_eos": True}
+        return await engine.generate([1, 2, 3], sampling, request_id=uuid.uuid4().hex)
+
+    def no_weights():
+        zeros = torch.zeros(576, dtype=torch.bfloat16)
+        return rollout.update_weights(iter([("model.norm.weight", zeros)]))
+
+    def children():
+        found = psutil.Process().children()
+        return [one for one in found if "resource_tracker" not in " ".join(one.cmdline())]
 
     async def failure(request):
         try:
@@ -470,20 +491,19 @@ DYING = """
             return str(error)
 
     async def main():
-        await rollout.update_weights(iter([("model.norm.weight", torch.zeros(576, dtype=torch.bfloat16))]))
-        told = {"uniform": (await generate(1)).logprobs[0]}
-        told["signals"] = [int(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGQUIT)]
+        await no_weights()
+        outcome = {"uniform": (await generate(1)).logprobs[0]}
+        outcome["signals"] = [int(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGQUIT)]
         running = asyncio.create_task(failure(generate(400)))
         await asyncio.sleep(0.5)
-        scheduler = next(child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline()))
-        os.kill(scheduler.pid, signal.SIGKILL)
-        told["running"] = await running
-        told["next"] = await failure(generate(1))
-        told["weights"] = await failure(rollout.update_weights(iter([("model.norm.weight", torch.zeros(576, dtype=torch.bfloat16))])))
+        os.kill(children()[0].pid, signal.SIGKILL)
+        outcome["running"] = await running
+        outcome["next"] = await failure(generate(1))
+        outcome["weights"] = await failure(no_weights())
         await engine.close()
         await engine.close()
-        told["processes"] = [child.name() for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
-        print(json.dumps(told))
+        outcome["processes"] = [child.name() for child in children()]
+        print(json.dumps(outcome))
 
     asyncio.run(main())
 """

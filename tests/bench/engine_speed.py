@@ -1,4 +1,6 @@
-"""The engine in process under several set-ups, in one run: `python -m tests.bench.engine_speed PYTHON ...`.
+"""The engine in process under several set-ups, in one run.
+
+    python -m tests.bench.engine_speed PYTHON ...
 
 Each PYTHON is the interpreter of an environment with its own SGLang, all on one machine. They take
 turns, so that a busy minute does not fall on one of them alone. Printed for each: versions, seconds

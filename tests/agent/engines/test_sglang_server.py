@@ -187,7 +187,7 @@ async def test_a_refused_connection_is_waited_for() -> None:
         await sample(engine, [1])
     with pytest.raises(
         EngineStartError,
-        match=r"no SGLang server is ready at http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls",
+        match=r"no SGLang server .* http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls",
     ):
         await engine.connect()
     await engine.close()

@@ -365,8 +365,9 @@ def tiny_model(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, initializer_range=0.2,
+    vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+    bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base_model_dir()).save_pretrained(folder)

@@ -32,9 +32,10 @@ def record(
         )
     }
     trajectory = Trajectory(
-        id="t-0", task_id="t", sample=0, messages=messages, tool_calls=calls, tools=[], stop_reason="stop", num_turns=3, infra_error=False,
-        error=None, warnings=[], reward=1.0, reward_parts={}, ground_truth="1", data_source=None, extra=None, engine={}, sampling={},
-        parent=None, started_at="", wall_s=0.0, **lists,
+    id="t-0", task_id="t", sample=0, messages=messages, tool_calls=calls, tools=[],
+    stop_reason="stop", num_turns=3, infra_error=False, error=None, warnings=[], reward=1.0,
+    reward_parts={}, ground_truth="1", data_source=None, extra=None, engine={}, sampling={},
+    parent=None, started_at="", wall_s=0.0, **lists,
     )  # fmt: skip
     return dataclasses.replace(trajectory, **changes)
 

@@ -502,7 +502,7 @@ def test_a_row_cut_off_before_its_reward_was_known_is_padding(peers: Any) -> Non
 
 
 def test_a_batch_is_over_when_the_engine_is_idle(peers: Any) -> None:
-    """A trainer releases its memory next; verl takes a cache that was not emptied for an empty one."""
+    """A trainer releases its memory next; verl does not look whether the cache was emptied."""
     said = script(peers, echo)
     said.busy = 2
     peers.run(peers.ours(said), batch(peers, "one"))

@@ -297,7 +297,7 @@ async def test_calls_past_the_limit_are_answered_where_verls_vanish(peers: Peers
 async def test_a_call_that_is_wrong_is_answered_with_what_is_wrong(
     peers: Peers, turn: str, answer: str
 ) -> None:
-    """verl drops the first and ends there; the second reaches the tool, whose exception it shows."""
+    """verl drops the first and ends there; the second reaches the tool, which raises."""
 
     def say(text: str) -> str:
         return "Sorry." if "</tool_response>" in text else turn

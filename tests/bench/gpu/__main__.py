@@ -4,11 +4,15 @@ benchmarks-gpu.json.
 Each part runs in a process of its own, so that one that fails costs the others nothing. Minutes are
 of an H100:
 
-engine    7   the runtime, a trainer's batches and verl's own loop against an ideal loop on one in-process engine, for
-              `--conversations` and `--tool-ms`; then weight syncs, `release` and `resume`
-server    4   `python -m sglang.launch_server` on the same GPU, 64 and 256 conversations; a kill and restart under 64
-dp        5   a server for each of two or more GPUs behind one pool: scaling, spread, cache hits, one server killed
-tp        5   a trainer's batch over tensor-parallel ranks, one for each of two or more GPUs, and their weight sync
+engine    7   the runtime, a trainer's batches and verl's own loop against an ideal loop on one
+              in-process engine, for `--conversations` and `--tool-ms`; then weight syncs,
+              `release` and `resume`
+server    4   `python -m sglang.launch_server` on the same GPU, 64 and 256 conversations; a kill
+              and restart under 64
+dp        5   a server for each of two or more GPUs behind one pool: scaling, spread, cache hits,
+              one server killed
+tp        5   a trainer's batch over tensor-parallel ranks, one for each of two or more GPUs, and
+              their weight sync
 real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
 
 Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are

@@ -1,15 +1,16 @@
-"""The load: conversations of 4 turns of 128 sampled tokens with a tool call after each, on one
-engine.
+"""The load: conversations of 4 turns of 128 sampled tokens with a tool call after each.
 
 Every turn is really sampled, 128 tokens long; then a scripted turn of as many tokens takes its
 place, since a model with random weights calls no tools. All contenders ask the same engine on the
 same event loop for the same work:
 
-ideal      a bare loop: awaits the engine, appends ids, sleeps for as long as the tool does. What cannot be beaten.
+ideal      a bare loop: awaits the engine, appends ids, sleeps for as long as the tool does. It
+           cannot be beaten.
 ours       `run_tasks`, records and all; `stored` with a run folder on disk besides
 trainer    ours through `generate_sequences(DataProto)`
-verl       verl 0.6.1's own loop through `generate_sequences(DataProto)`, without its tokenization check and without
-           log-probs, its defaults but for the check. It drops the last turn's call, so it waits for one tool less.
+verl       verl 0.6.1's own loop through `generate_sequences(DataProto)`, without its tokenization
+           check and without log-probs, its defaults but for the check. It drops the last turn's
+           call, so it waits for one tool less.
 client     of a server: the bare loop through our HTTP client; its `ideal` speaks HTTP/1.1 itself
 """
 

@@ -115,7 +115,8 @@ def _shares(cases: Cases, in_process: Cases) -> Iterator[str]:
 def _beyond(cases: Cases) -> Iterator[str]:
     """Where the wall time beyond the ideal loop's went."""
     yield from _head(
-        ["conversations", "tool", "", "wall s", "beyond ideal s", "before the first request s", "after the last answer s",
+        ["conversations", "tool", "", "wall s", "beyond ideal s", "before the first request s",
+         "after the last answer s",
          "loop CPU ms a turn", "loop lag ms, p50 / p99", "writing records s"]
     )  # fmt: skip
     for (size, nap), figures in cases.items():
