@@ -416,9 +416,9 @@ async def test_the_newline_of_a_keys_file_is_no_part_of_it() -> None:
         (
             "/get_server_info",
             PlainTextResponse("<html>\nhello"),
-            "was answered with no JSON but '<html>",
+            "returned '<html>",
         ),
-        ("/get_server_info", PlainTextResponse('{"model_path": '), "was answered with no JSON but"),
+        ("/get_server_info", PlainTextResponse('{"model_path": '), "instead of JSON"),
         (
             "/health",
             RedirectResponse("https://me:s3cret@h/x"),
@@ -453,7 +453,7 @@ async def test_a_server_of_another_kind_is_refused() -> None:
         server.says = {
             path: Response(status_code=404) for path in ("/get_server_info", "/generate")
         }
-        with pytest.raises(EngineStartError, match="has no /generate, so it is no SGLang server"):
+        with pytest.raises(EngineStartError, match="/generate"):
             await SGLangServerEngine([server.url]).connect()
 
 
@@ -486,7 +486,7 @@ async def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("http_proxy", f"http://me:s3cret@127.0.0.1:{free_port()}")
     with pytest.raises(
         EngineStartError,
-        match=r"by way of the environment's proxy http://127\S+; NO_PROXY=h\.invalid goes",
+        match=r"proxy http://127\S+; NO_PROXY=h\.invalid",
     ) as raised:
         await SGLangServerEngine(["http://h.invalid:1"]).connect()
     assert "s3cret" not in str(raised.value)
