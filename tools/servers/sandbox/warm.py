@@ -239,13 +239,19 @@ class _WarmProgram:
         self._signal(signal.SIGKILL)
 
     def pause(self) -> None:
-        self._signal(signal.SIGUSR1)
+        self._order(b"pause")
 
     def resume(self) -> None:
-        self._signal(signal.SIGUSR2)
+        self._order(b"resume")
+
+    def _order(self, order: bytes) -> None:
+        """A message says what to do, a signal that there is one: signals alone would be merged."""
+        with contextlib.suppress(OSError):
+            self._control.send(order)
+        self._signal(signal.SIGUSR1)
 
     def _signal(self, number: int) -> None:
-        """To init, which has handlers for the two that can be handled."""
+        """To init."""
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)

@@ -48,6 +48,7 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _MAX_FDS = 16
+_HEARD = {signal.SIGCHLD, signal.SIGUSR1}  # by init: a child ended; the server sent an order
 _MAX_OPEN = 4096  # More than the descriptors that all programs together can have on their way through sockets.
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
@@ -98,17 +99,16 @@ def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
             signal.SIGINT, signal.SIG_DFL
         )  # Process 1 is deaf to what it has no handler for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
         socket.send_fds(control, [b"started"], [os.pidfd_open(os.getpid())])
         if "m" in fds:
             os.write(fds["m"], b"0")
-        signal.signal(signal.SIGUSR1, lambda *_: _signal_all_others(signal.SIGSTOP))
-        signal.signal(signal.SIGUSR2, lambda *_: _signal_all_others(signal.SIGCONT))
         _fresh_world(settings)
-        ended = _wait_for(_fork(_program, fds, settings))
+        ended = _wait_for(_fork(_program, fds, settings), control)
         _end_all_others()
         if "f" in fds:
             with contextlib.suppress(OSError):  # The program may have left no memory for it.
-                _wait_for(_fork(_fetch, fds, settings))
+                _wait_for(_fork(_fetch, fds, settings), control)
         _tell(control, exit=ended)
     except Exception as error:
         _tell(control, error=f"{type(error).__name__}: {error}")
@@ -148,13 +148,30 @@ def _fork(body: Any, fds: dict[str, int], settings: dict[str, Any]) -> int:
     return child
 
 
-def _wait_for(child: int) -> int:
-    """The child's exit code, as a shell gives it. Orphans of the program are ours and are buried on the way."""
+def _wait_for(child: int, control: socket.socket) -> int:
+    """The child's exit code, as a shell gives it. Obeys the server's orders meanwhile.
+
+    Orphans of the program are children of init, and are reaped on the way. One thing is done after
+    the other: in signal handlers, an older order could be carried out after a newer one.
+    """
     while True:
-        ended, status = os.wait()
-        if ended == child:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+        if signal.sigwait(_HEARD) == signal.SIGUSR1:
+            _obey(control)
+            continue
+        while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+                return code if code >= 0 else 128 - code
+
+
+def _obey(control: socket.socket) -> None:
+    """Stops or continues all others, as the server's last message says."""
+    order = b""
+    with contextlib.suppress(BlockingIOError):
+        while message := control.recv(_MAX_FDS, socket.MSG_DONTWAIT):
+            order = message
+    if order:
+        _signal_all_others(signal.SIGSTOP if order == b"pause" else signal.SIGCONT)
 
 
 def _end_all_others() -> None:
@@ -223,8 +240,7 @@ def _program(fds: dict[str, int], settings: dict[str, Any]) -> None:
 def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> list[str]:
     """Becomes what the program is to be: of init's, only the control socket is left. Returns the command."""
     os.setsid()
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     _enter_user_namespace()
     request = _read_request(fds["s"])
     for fd, role in enumerate("ioe"):

@@ -50,7 +50,7 @@ def _is_zygote(process: psutil.Process) -> bool:
         return False
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Waits until it is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -7,6 +7,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,21 @@ def test_sessions_do_not_end_at_the_open_files_that_a_shell_allows() -> None:
             )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_session_stands_still_however_late_its_orders_are_heard(
+    server: EmbeddedServer, session: Session
+) -> None:
+    """On a busy machine its init may sleep through a whole call: pause, resume, pause come at once."""
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(session.run, "import time; print(1, flush=True); time.sleep(1)")
+        eventually(lambda: [each.status() for each in programs_of(server)].count("sleeping") == 2)
+        init = next(each for each in programs_of(server) if each.children())
+        init.suspend()
+        first.result()
+    assert session.printed("x = 5; print(2)") == "2\n"
+    init.resume()
+    (program,) = init.children()
+    eventually(lambda: program.status() == "stopped")
+    assert session.printed("print(x)") == "5\n"
+    eventually(lambda: program.status() == "stopped")
