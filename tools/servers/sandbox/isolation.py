@@ -26,6 +26,11 @@ from tools.servers.sandbox.program import SCRATCH_BYTES, SHARED_MEMORY_BYTES
 
 NOBODY = 65534
 
+FONTS = "/opt/fonts.conf"
+_FONTS_CONFIG = b"""<?xml version="1.0"?>
+<fontconfig><dir>/usr/share/fonts</dir><cachedir>/tmp/.cache/fontconfig</cachedir></fontconfig>
+"""
+
 _ENVIRONMENT = {
     "PATH": "/opt/bin:/usr/bin:/bin",
     "HOME": WORK,
@@ -33,6 +38,7 @@ _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "MALLOC_ARENA_MAX": "2",  # glibc reserves 128 MiB of address space per arena, and threads get arenas.
     "PYTHONUNBUFFERED": "1",  # What was printed before a time limit is not lost.
+    "FONTCONFIG_FILE": FONTS,  # Without one, each plot prints an error.
     "OPENBLAS_NUM_THREADS": "1",  # A program has about a core; OpenBLAS would take memory for each core of the machine.
 }
 
@@ -77,7 +83,8 @@ class Isolation:
 
 def standing_files() -> dict[str, bytes]:
     """What lies in every sandbox, by its path there."""
-    return {**_ETC, SESSION: Path(__file__).with_name("session.py").read_bytes()}
+    session = Path(__file__).with_name("session.py").read_bytes()
+    return {**_ETC, SESSION: session, FONTS: _FONTS_CONFIG}
 
 
 def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
@@ -108,15 +115,8 @@ def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
 
 
 _SYSTEM = (
-    *("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/include"),
-    *(
-        "/usr/share/zoneinfo",
-        "/usr/share/perl",
-        "/usr/share/lua",
-        "/etc/ld.so.cache",
-        "/etc/alternatives",
-        "/etc/R",
-    ),
+    *("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/include", "/usr/share/perl"),
+    *("/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/alternatives"),
 )
 
 

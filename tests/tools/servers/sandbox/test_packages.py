@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tests.tools.servers.sandbox.processes import running_server
 from tools.base import SandboxUnavailable, ToolConfigError
 from tools.servers.embedded import EmbeddedServer
+from tools.servers.sandbox.languages import SYSTEM_PATH
 from tools.servers.sandbox.packages import shown
 
 
@@ -44,6 +46,29 @@ print(subprocess.check_output([sys.executable, '-c', 'import mpmath; print(mpmat
     for server in running_server("--packages", "numpy, sympy"):
         assert printed(server, code) == "6 (x - 1)*(x + 1)\nrefused\n1.0\n\n"
         assert httpx.get(f"{server.url()}/v1/info").json()["packages"] == ["numpy", "sympy"]
+
+
+@pytest.mark.parametrize("way", [[], ["--cold"]], ids=["warm", "cold"])
+def test_a_plot_prints_nothing_of_its_own(way: list[str]) -> None:
+    """matplotlib asks fontconfig for fonts, which complains if it has no file of its own."""
+    pytest.importorskip("matplotlib")
+    code = """
+import matplotlib.pyplot as plt
+plt.plot([1, 2], [3, 4])
+plt.title("two points")
+plt.savefig("plot.png")
+plt.show()
+print(open("plot.png", "rb").read(4))
+"""
+    for server in running_server("--packages", "matplotlib", *way):
+        assert printed(server, code) == "b'\\x89PNG'\n"
+
+
+def test_the_languages_are_python_bash_and_cpp() -> None:
+    for server in running_server():
+        languages = httpx.get(f"{server.url()}/v1/info").json()["languages"]
+        expected = ["python", "bash", *(["cpp"] if shutil.which("g++", path=SYSTEM_PATH) else [])]
+        assert languages == expected
 
 
 def test_what_a_package_requires_comes_with_it() -> None:
