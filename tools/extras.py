@@ -1,4 +1,7 @@
-"""Optional dependencies: each is imported where it is needed, and a missing one is one line that names the extra."""
+"""Optional dependencies: each is imported where it is needed.
+
+If one is missing, that is one line that names the extra to install.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The installed packages that programs may import: those asked for and what they require, and nothing that lies beside them.
+"""The installed packages that programs may import: those asked for and what they require.
 
-They are seen read-only in a folder of their own, which PYTHONPATH names inside the sandbox.
+They are visible read-only in a folder of their own, which PYTHONPATH names inside the sandbox;
+nothing that is installed beside them is visible.
 """
 
 from __future__ import annotations
@@ -10,32 +11,42 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from typing import TYPE_CHECKING
 
 from tools.base import ToolConfigError
+from tools.extras import require
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 INSIDE = "/opt/packages"
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A file or folder of a package: where it lies (below `root`, a folder of installed packages), by its path from there."""
+    """A file or folder of a package: `path` below `root`, a folder of installed packages."""
 
     root: str
     path: str
 
 
 def shown(names: Iterable[str]) -> list[Shown]:
-    """What has to be seen for these packages to be imported. Raises ToolConfigError naming one that is not installed."""
-    return [entry for found in _required(names) for entry in _entries_of(found)]
+    """What has to be visible for these packages to be imported.
+
+    Raises ToolConfigError, which names a package that is not installed.
+    """
+    if not (names := list(names)):
+        return []
+    require("packaging", extra="sandbox")
+    return [entry for package in _required(names) for entry in _entries_of(package)]
 
 
 def _required(names: Iterable[str]) -> list[Distribution]:
-    """The packages and, where they are installed, those that they require; extras only where they are asked for."""
+    """The packages, and the installed ones that they require; extras only if they are asked for."""
+    from packaging.utils import canonicalize_name
+
     found: dict[str, Distribution] = {}
-    waiting = [(Requirement(name), True) for name in map(_requirement, names)]
+    waiting = [(_requirement(name), True) for name in names]
     while waiting:
         requirement, is_asked = waiting.pop()
         name = canonicalize_name(requirement.name)
@@ -46,16 +57,19 @@ def _required(names: Iterable[str]) -> list[Distribution]:
         except PackageNotFoundError as error:
             if is_asked:
                 raise ToolConfigError(
-                    f"the package {requirement.name!r} is not installed here; pip install it, or leave it out"
+                    f"the package {requirement.name!r} is not installed here; pip install it, "
+                    "or leave it out"
                 ) from error
             continue
         waiting += [(needed, False) for needed in _needed_by(found[name], requirement.extras)]
     return list(found.values())
 
 
-def _requirement(name: str) -> str:
+def _requirement(name: str) -> Requirement:
+    from packaging.requirements import Requirement
+
     try:
-        return str(Requirement(name))
+        return Requirement(name)
     except ValueError as error:
         raise ToolConfigError(
             f"{name!r} is not the name of a package: {str(error).splitlines()[0]}"
@@ -64,7 +78,7 @@ def _requirement(name: str) -> str:
 
 def _needed_by(package: Distribution, extras: set[str]) -> Iterator[Requirement]:
     for line in package.requires or ():
-        requirement = Requirement(line)
+        requirement = _requirement(line)
         if requirement.marker is None or any(
             requirement.marker.evaluate({"extra": extra}) for extra in (*extras, "")
         ):
@@ -80,21 +94,25 @@ def _entries_of(package: Distribution) -> Iterator[Shown]:
     ]
     if not files or '"editable": true' in (package.read_text("direct_url.json") or ""):
         raise ToolConfigError(
-            f"the package {package.name!r} is not installed as files of its own, so it cannot be shown; install it as a wheel"
+            f"the package {package.name!r} is not installed as files of its own, so it cannot be "
+            "shown; install it as a wheel"
         )
-    for path in _whole(root, files, PurePosixPath()):
+    for path in _fewest_paths(root, files, PurePosixPath()):
         yield Shown(os.path.realpath(root), str(path))
 
 
-def _whole(
+def _fewest_paths(
     root: Path, files: list[PurePosixPath], folder: PurePosixPath
 ) -> Iterator[PurePosixPath]:
-    """The fewest paths that hold the files and no others: a folder that packages share is not shown as a whole."""
+    """The fewest paths that hold these files and no others.
+
+    A folder that several packages share is not shown whole.
+    """
     depth = len(folder.parts)
     for name in sorted({file.parts[depth] for file in files}):
         path, below = folder / name, [file for file in files if file.parts[depth] == name]
         own = {file.parts[depth + 1] for file in below if len(file.parts) > depth + 1}
         if own and set(os.listdir(root / path)) - {"__pycache__"} - own:
-            yield from _whole(root, below, path)
+            yield from _fewest_paths(root, below, path)
         elif (root / path).exists():
             yield path

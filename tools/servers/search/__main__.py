@@ -9,10 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tools.base import SearchUnavailable
+from tools.base import ToolsError
+from tools.extras import require
 from tools.servers.process import announce, end_quietly_on_signals
-from tools.servers.search.index import index_of
-from tools.servers.search.server import serve
 
 
 def main() -> int:
@@ -35,13 +34,13 @@ def main() -> int:
     options = parser.parse_args()
     end_quietly_on_signals()
     try:
-        serve(
-            options.index or index_of(options.corpus),
-            options.host,
-            options.port,
-            with_parent=options.with_parent,
-        )
-    except (SearchUnavailable, OSError) as error:
+        require("tantivy", extra="search")
+        from tools.servers.search.index import index_of
+        from tools.servers.search.server import serve
+
+        index = options.index or index_of(options.corpus)
+        serve(index, options.host, options.port, with_parent=options.with_parent)
+    except (ToolsError, OSError) as error:
         announce(error=str(error))
         return 1
     return 0
