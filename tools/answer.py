@@ -1,7 +1,7 @@
-"""What tools that grade a submitted answer have in common: verl 0.6.1's replies, its step penalty, its reward.
+"""Tools that grade a submitted answer, with verl 0.6.1's replies, step penalty and reward.
 
-The model submits an answer and is told what it is worth. An answer that does not improve on the one before costs -0.05;
-the trajectory's reward is what the last answer is worth.
+The model submits an answer and reads what it is worth. An answer that is no better than the one
+before costs 0.05; the trajectory's reward is what the last answer is worth.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class _Submission:
 
 
 class AnswerTool(BaseTool):
-    """Takes `answer` and tells its reward. A task without a ground truth has no reward: None, not 0."""
+    """Takes `answer`, tells its reward. Without a ground truth the reward is None, not 0."""
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         super().__init__(config, tool_schema)
         self._submissions: dict[str, _Submission] = {}
 
     async def grade(self, answer: str, ground_truth: str) -> tuple[float, dict[str, Any]]:
-        """What an answer is worth, and metrics."""
+        """The reward of an answer, and metrics."""
         raise NotImplementedError
 
     async def create(
@@ -39,7 +39,7 @@ class AnswerTool(BaseTool):
         create_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[str, ToolResponse]:
-        """`ground_truth` by itself (verl to 0.6) or inside `create_kwargs` (later versions)."""
+        """`ground_truth` comes by itself (verl to 0.6) or inside `create_kwargs` (later)."""
         if ground_truth is None:
             ground_truth = (create_kwargs or {}).get("ground_truth")
         instance_id = instance_id or uuid.uuid4().hex
@@ -72,5 +72,6 @@ class AnswerTool(BaseTool):
             return self._submissions[instance_id]
         except KeyError:
             raise LookupError(
-                f"{self.name} knows no trajectory {instance_id!r}: create() was not called, or release() was"
+                f"{self.name} knows no trajectory {instance_id!r}: "
+                "create() was not called, or release() was"
             ) from None

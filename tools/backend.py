@@ -1,7 +1,7 @@
-"""A tool's backend over HTTP: where it is, one client for all calls, and every failure to get an answer a BackendError.
+"""A tool's backend over HTTP: its address, one client for all calls, BackendError for each failure.
 
-A backend is the user's, at an address, or an embedded one, started when it is first needed and again when it has died.
-Nothing is retried but connecting: what a call may cost is the dispatcher's to say.
+A backend is the user's, at an address, or an embedded one, which is started when it is first needed
+and again after it has died. Only connecting is retried: the dispatcher decides about calls.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tools.servers.embedded import EmbeddedServer
 from tools.transport import AiohttpTransport
 
 EMBEDDED = "embedded"
-"""What a config says in place of an address; saying nothing says the same."""
+"""What a config may give in place of an address; giving nothing means the same."""
 
 _CONNECT_S = 10.0
 _CONNECT_RETRIES = 3
-# uvicorn drops a connection that was idle for 5 s; a call that goes out on it just then is lost.
+# uvicorn drops a connection that was idle for 5 s; a call that is sent on it just then is lost.
 _KEEPALIVE_S = 2.0
 _SAID_CHARS = 200
 _MAX_ANSWER_MIB = 64
@@ -29,7 +29,10 @@ _HEADERS = {"content-type": "application/json", "accept": "application/json"}
 
 
 def remote_url(key: str, given: object, path: str) -> httpx.URL | None:
-    """The address in `config.KEY`, with `path` where it names none; None for an embedded backend. Raises ToolConfigError."""
+    """The address in `config.KEY`, with `path` if it has none; None for an embedded backend.
+
+    Raises ToolConfigError.
+    """
     if given is None or given == EMBEDDED:
         return None
     try:
@@ -45,7 +48,7 @@ def remote_url(key: str, given: object, path: str) -> httpx.URL | None:
 
 @dataclass(slots=True)
 class _OnLoop:
-    """What belongs to one event loop: connections of a loop that is gone cannot be used, nor closed."""
+    """What belongs to one event loop: a closed loop's connections cannot be used or closed."""
 
     loop: asyncio.AbstractEventLoop
     client: httpx.AsyncClient
@@ -53,9 +56,12 @@ class _OnLoop:
 
 
 class Backend:
-    """One tool's backend. `embedded` finds the server to start where `remote` is None; it may take its time, but not block.
+    """One tool's backend.
 
-    `connections` bounds the calls at a time, `timeout_s` each of them. `name` is what its errors call it.
+    name: what its errors call it
+    embedded: finds the server to start if `remote` is None; it may take long but must not block
+    connections: calls at a time
+    timeout_s: of each call
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class Backend:
         self._here: _OnLoop | None = None
 
     async def start(self) -> None:
-        """Starts an embedded backend, asks one at an address for any sign of life. Raises ToolsError where it cannot be had."""
+        """Starts an embedded backend, or probes a remote one once. Raises ToolsError."""
         if self._remote is None:
             await self._url(self._on_loop())
             return
@@ -88,13 +94,16 @@ class Backend:
             raise ToolsError(str(error)) from error
 
     async def post(self, content: bytes) -> bytes:
-        """The answer to a JSON request. Raises BackendError for anything but a 2xx."""
+        """The answer to a JSON request. Raises BackendError if its status is not 2xx."""
         return self.succeeded(await self.send("POST", content)).content
 
     async def send(
         self, method: str, content: bytes | None = None, path: str | None = None
     ) -> httpx.Response:
-        """The answer, whatever its status; `path` is another one, relative to the backend's. Raises BackendError for none."""
+        """The answer, whatever its status. Raises BackendError if there is none.
+
+        `path`: another one than the backend's, relative to it.
+        """
         here = self._on_loop()
         try:
             url = await self._url(here)
@@ -106,7 +115,7 @@ class Backend:
                 asyncio.timeout(self._timeout_s),
                 here.client.stream(method, url, content=content, headers=_HEADERS) as answer,
             ):
-                return await self._whole(answer)
+                return await self._bounded(answer)
         except TimeoutError as error:
             raise BackendError(
                 f"{self._at_address(url)} did not answer within {self._timeout_s:g} s"
@@ -117,15 +126,16 @@ class Backend:
             ) from error
 
     def succeeded(self, answer: httpx.Response) -> httpx.Response:
-        """The answer. Raises BackendError for anything but a 2xx."""
+        """The answer. Raises BackendError if its status is not 2xx."""
         if not answer.is_success:
             raise BackendError(
-                f"{self._at_address(answer.url)} answered {answer.status_code}: {answer.text[:_SAID_CHARS]}"
+                f"{self._at_address(answer.url)} answered {answer.status_code}: "
+                f"{answer.text[:_SAID_CHARS]}"
             )
         return answer
 
-    async def _whole(self, answer: httpx.Response) -> httpx.Response:
-        """The answer with its body, which an untrusted server may make endless, or small only until it is unpacked."""
+    async def _bounded(self, answer: httpx.Response) -> httpx.Response:
+        """The answer with its body. Its size is bounded: a server may send without end."""
         body = bytearray()
         async for piece in answer.aiter_bytes():
             body += piece
@@ -139,7 +149,7 @@ class Backend:
         return f"{self._name} at {url.copy_with(username=None, password=None, query=None)}"
 
     async def close(self) -> None:
-        """Closes the connections and lets go of an embedded backend. Safe to call twice."""
+        """Closes the connections and releases an embedded backend. Safe to call twice."""
         here, self._here = self._here, None
         if here is not None and here.loop is asyncio.get_running_loop():
             await here.client.aclose()

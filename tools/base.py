@@ -1,18 +1,18 @@
 """The tool contract, verl's: create, execute, calc_reward, release; one instance per trajectory.
 
-Tools here and verl's own meet by shape, not by inheritance: `registry.py` accepts any class whose instances have
-these four coroutines, `tool_schema` and `name`, and nothing here imports verl.
+Tools here and verl's own meet by shape, not by inheritance: `registry.py` accepts any class whose
+instances have these four coroutines, `tool_schema` and `name`. Nothing here imports verl.
 
 What a tool may raise from `execute`:
 
 ToolError      text for the model: its call could not be served, and why
-BackendError   the tool's backend could not be reached or broke: infrastructure, never the model's fault
-anything else  a bug of the tool: kept in the ledger, told to the model in one line without internals
+BackendError   the tool's backend failed or could not be reached: never the model's fault
+anything else  a bug of the tool: kept in the ledger; the model reads one line without internals
 
-ToolsError     a user's mistake: a config or machine that cannot work; the command line prints it
-├── ToolConfigError      tools.yaml is wrong
+ToolsError     a user's mistake: a config or a machine that cannot work; the command line prints it
+├── ToolConfigError      tools.yaml is wrong, or an extra is missing
 ├── SandboxUnavailable   this machine cannot isolate code
-└── SearchUnavailable    there is nothing to search: no corpus or index, or one that cannot be read
+└── SearchUnavailable    there is nothing to search: a corpus or an index is missing or broken
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any, ClassVar
 
 
 class ToolsError(Exception):
-    """Root of what this package raises for a user to read."""
+    """Root of the errors that a user reads."""
 
 
 class ToolConfigError(ToolsError):
     """tools.yaml, or a class it names, is wrong."""
 
 
-class SandboxUnavailable(ToolsError):  # noqa: N818 - a state of the machine, named as such
+class SandboxUnavailable(ToolsError):  # noqa: N818 - a state of the machine
     """This machine cannot isolate code; the message says why and what to do."""
 
 
@@ -39,7 +39,10 @@ class SearchUnavailable(ToolsError):  # noqa: N818 - likewise
 
 
 class ToolError(Exception):
-    """A call that could not be served. `str(error)` is shown to the model; `metrics` (JSON values) go into the ledger."""
+    """A call that could not be served.
+
+    The model reads `str(error)`; `metrics` (JSON values) go into the ledger.
+    """
 
     def __init__(self, message: str, metrics: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -47,12 +50,12 @@ class ToolError(Exception):
 
 
 class BackendError(Exception):
-    """The tool's backend could not be reached or broke; the trajectory becomes an `infra_error`."""
+    """The tool's backend failed or could not be reached; the trajectory is an `infra_error`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResponse:
-    """What a tool answers. Only `text` reaches the model; `image` and `video` are carried for verl's tools."""
+    """What a tool answers. Only `text` reaches the model; the rest is carried for verl's tools."""
 
     text: str | None = None
     image: list[Any] | None = None
@@ -62,16 +65,16 @@ class ToolResponse:
 class BaseTool:
     """A tool class named in tools.yaml.
 
-    `config` is the YAML's `config` mapping; `tool_schema` the OpenAI function schema exactly as written there
-    (a plain dict, nothing dropped).
+    config: the YAML's `config` mapping
+    tool_schema: the OpenAI function schema exactly as it is written there, nothing dropped
     """
 
-    # What `config` may hold beside the dispatcher's own keys; None: anything. A wrong key is named when the tool is loaded.
+    # What `config` may hold beside the dispatcher's keys; None: anything.
     config_keys: ClassVar[frozenset[str] | None] = None
-    # How long one call may take, and how many may run at a time, where the config does not say.
+    # How long one call may take, and how many run at a time, if the config does not say.
     timeout_s: float = 60.0
     max_concurrency: int | None = None
-    # Whether a call may be sent again when it is not known if the first one had an effect. Without it none is retried.
+    # Whether a call may be sent again although the first one may have had an effect.
     idempotent: bool = False
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
@@ -80,29 +83,29 @@ class BaseTool:
         self.name: str = tool_schema["function"]["name"]
 
     async def start(self) -> None:
-        """Makes ready what all trajectories share. Called before the first of them; raises ToolsError where it cannot be had."""
+        """Makes ready what all trajectories share, before the first of them. Raises ToolsError."""
 
     async def create(
         self, instance_id: str | None = None, **create_kwargs: Any
     ) -> tuple[str, ToolResponse]:
-        """Starts the state of one trajectory; returns its id and what to show the model after the prompt, if anything.
+        """Starts the state of one trajectory. All its tools are given the same `instance_id`.
 
-        All tools of a trajectory are given the same `instance_id`.
+        Returns the id, and a response that the model reads after the prompt if it has text.
         """
         return instance_id or uuid.uuid4().hex, ToolResponse()
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
-        """Serves one call. Returns (response, step reward or None, metrics: JSON values)."""
+        """Serves one call. Returns (response, step reward or None, metrics as JSON values)."""
         raise NotImplementedError
 
     async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None:
-        """The trajectory's reward by this tool; None where it has none."""
+        """The trajectory's reward from this tool; None if it gives none."""
         return None
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
-        """Frees the state of one trajectory. Called once, in every path."""
+        """Frees the state of one trajectory. Called exactly once, however the trajectory ends."""
 
     async def close(self) -> None:
-        """Frees what all trajectories share (connections, a backend started on demand). Safe to call twice."""
+        """Frees what all trajectories share: connections, a started backend. Safe to call twice."""

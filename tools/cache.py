@@ -1,4 +1,7 @@
-"""What is built once and kept: a folder that appears whole or not at all, also when several processes want it at once."""
+"""Folders that are built once and kept.
+
+Invariant: a folder appears complete or not at all, also if several processes want it at once.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _POLL_S = 0.1
 
 
 def cache_dir() -> Path:
-    """Where built things are kept: `$TURNTRACE_CACHE`, else `turntrace` in the user's cache directory."""
+    """Where built folders are kept: `$TURNTRACE_CACHE`, else `turntrace` in the user's cache."""
     if own := os.environ.get("TURNTRACE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turntrace"
@@ -28,11 +31,12 @@ def build_folder(
     write: Callable[[Path], None],
     while_waiting: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Has `write` make the folder `target` unless it is there and good; returns whether it was written.
+    """Builds the folder `target` unless it exists and is good. Returns whether it was built.
 
-    `write` is given a path beside it, and what it makes there is moved into place when it is whole; those who have a folder
-    open that is no longer good keep it. Whatever ends `write`, Ctrl-C included, leaves what was there before.
-    `while_waiting` is called ten times a second while another process makes the folder; what it raises ends the waiting.
+    `write` gets a path beside `target`; the folder it makes is moved into place when complete.
+    A process that has an outdated folder open keeps it. If `write` fails, Ctrl-C included, the
+    folder is as it was before. While another process builds the folder, `while_waiting` is called
+    ten times a second; an exception from it ends the wait.
     """
     if is_good(target):
         return False
@@ -56,7 +60,10 @@ def build_folder(
 
 @contextmanager
 def _locked(target: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
-    """One builder of a folder at a time. The lock lies in the cache: where the folder goes, only the folder should appear."""
+    """One builder of a folder at a time.
+
+    The lock file is in the cache, so that beside the folder nothing else appears.
+    """
     locks = cache_dir() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / hashlib.sha256(str(target.resolve()).encode()).hexdigest()[:16]).open(

@@ -1,7 +1,7 @@
-"""Plain functions as tools: the schema comes from the type hints and the docstring, the checking from pydantic.
+"""Plain functions as tools: the schema from type hints and docstring, the checks from pydantic.
 
-A sync function runs in a daemon thread of its own: however many calls hang, they take no thread from anybody else, and
-none of them keeps the process alive.
+A sync function runs in a daemon thread of its own: calls that hang take no thread from others, and
+do not keep the process alive.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _Outcome = tuple[Any, BaseException | None]
 
 
 class FunctionTool(BaseTool):
-    """A function as a tool. It can still be called as the function it is.
+    """A function as a tool. It can still be called as a function.
 
     The function returns text, any other JSON value (shown as JSON text; numpy's numbers and arrays
     are JSON too), a ToolResponse, or verl's (response, step reward) and (response, step reward,
@@ -95,11 +95,10 @@ def tool(**config: Unpack[PolicyConfig]) -> Callable[[Callable[..., Any]], Funct
 def tool(
     function: Callable[..., Any] | None = None, /, **config: Any
 ) -> FunctionTool | Callable[[Callable[..., Any]], FunctionTool]:
-    """`@tool` or `@tool(timeout_s=5)`: makes a function a tool, named and described as the function is.
+    """`@tool` or `@tool(timeout_s=5)`: makes a function a tool with its name and description.
 
-    The keywords are those of `tools.policy.Policy`.
-
-    Raises ToolConfigError where the signature cannot be called with named arguments.
+    The keywords are those of `tools.policy.PolicyConfig`. Raises ToolConfigError if the function
+    cannot be called with named arguments.
     """
     if function is None:
         return lambda decorated: FunctionTool(decorated, config)
@@ -107,9 +106,9 @@ def tool(
 
 
 def _arguments_model(function: Callable[..., Any]) -> type[pydantic.BaseModel]:
-    """A pydantic model with one field per parameter; extra arguments are refused.
+    """A pydantic model with one field for each parameter; extra arguments are refused.
 
-    The parameter's name is the field's alias, because a field may not be called `_x`, `schema` or `copy`.
+    The parameter's name is the field's alias: a field cannot be called `_x`, `schema` or `copy`.
     """
     name = getattr(function, "__name__", type(function).__name__)
     try:
@@ -126,7 +125,8 @@ def _arguments_model(function: Callable[..., Any]) -> type[pydantic.BaseModel]:
     for index, parameter in enumerate(inspect.signature(function).parameters.values()):
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ToolConfigError(
-                f"function {name}: parameter {parameter} cannot be given by name; a tool's arguments are named"
+                f"function {name}: parameter {parameter} cannot be given by name; "
+                "a tool's arguments are named"
             )
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[f"field_{index}"] = (
@@ -148,10 +148,8 @@ def _function_schema(
         raise ToolConfigError(
             f"function {arguments.__name__}: {error.message.splitlines()[0]}"
         ) from error
-    for titled in (
-        parameters,
-        *parameters.get("$defs", {}).values(),
-    ):  # the class's name, which only costs tokens
+    # A title is the class's name, and only costs tokens.
+    for titled in (parameters, *parameters.get("$defs", {}).values()):
         titled.pop("title", None)
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     for param in doc.params:
@@ -170,7 +168,7 @@ def _function_schema(
 
 
 class _Untitled(GenerateJsonSchema):
-    """pydantic's JSON schema without the title it derives from each field's name, which only costs tokens."""
+    """pydantic's JSON schema without titles of fields, which only cost tokens."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -187,7 +185,7 @@ async def _in_own_thread(call: Callable[[], Any], name: str) -> Any:
             outcome = (context.run(call), None)
         except BaseException as error:
             outcome = (None, error)
-        # A closed loop refuses with RuntimeError: nobody waits for this call any more.
+        # RuntimeError: the loop is closed, and nobody waits for this call.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(_settle, done, outcome)
 
@@ -238,12 +236,13 @@ def _json_text(result: Any) -> str:
     except pydantic_core.PydanticSerializationError as error:
         kind = type(result).__name__
         raise TypeError(
-            f"the function returned {kind}, not text or a JSON value: {error}; return str(...) of it, say"
+            f"the function returned {kind}, not text or a JSON value: {error}; "
+            "return str(...) of it, for example"
         ) from None
 
 
 def _plain_values(value: Any) -> Any:
-    """The numbers in numpy's and torch's scalars and arrays."""
+    """numpy's and torch's scalars and arrays as plain numbers and lists."""
     if not callable(tolist := getattr(value, "tolist", None)):
         raise TypeError(f"{type(value).__name__} has no JSON form")
     return tolist()

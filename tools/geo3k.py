@@ -1,7 +1,7 @@
-"""Geometry answers, graded as verl 0.6.1 grades them: by mathruler, which holds "1/2" and "0.5" to be the same.
+"""Geometry answers, graded as verl 0.6.1 grades them: by mathruler, to which "1/2" equals "0.5".
 
-mathruler hands what a model wrote to sympy, which may be busy with it forever (`9**9**9**9`): that happens in processes
-beside this one, `tools.servers.grader`, which end themselves over a line that takes too long.
+mathruler passes what a model wrote to sympy, which may never finish (`9**9**9**9`). So grading runs
+in other processes, `tools.servers.grader`, which end themselves if an answer takes too long.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Geo3kTool(AnswerTool):
         self._idle: list[Worker] = []
 
     async def start(self) -> None:
-        """Starts the first process. Raises ToolConfigError where it cannot be."""
+        """Starts the first process. Raises ToolConfigError if it does not start."""
         try:
             self._idle.append(await Worker.start())
         except BackendError as error:
@@ -107,8 +107,9 @@ class Worker:
 
     @classmethod
     async def start(cls) -> Worker:
-        """A process that is ready, a second after this. Raises BackendError."""
-        # -P: a `tools` folder in the user's working folder is not ours. A session of its own: Ctrl-C is for us to handle.
+        """Starts a process and waits until it is ready, about a second. Raises BackendError."""
+        # -P: a `tools` folder in the user's working folder is not ours. A session of its own:
+        # Ctrl-C is for this process to handle.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "tools.servers.grader"),
             stdin=asyncio.subprocess.PIPE,
@@ -131,12 +132,16 @@ class Worker:
             raise
         if not ready:
             raise BackendError(
-                f"the grader ended at its start with code {await process.wait()}; `python -m tools.servers.grader` says why"
+                f"the grader ended at its start with code {await process.wait()}; "
+                "`python -m tools.servers.grader` says why"
             )
         return worker
 
     async def ask(self, answer: str, ground_truth: str) -> bool:
-        """Whether the answer is right. Raises WorkerEndedError; cancelled, or when that is raised, the process is gone."""
+        """Whether the answer is right. Raises WorkerEndedError.
+
+        The process is gone after that, and after a cancellation.
+        """
         try:
             with contextlib.suppress(ConnectionError):
                 self._stdin.write(json.dumps([answer, ground_truth]).encode() + b"\n")
@@ -150,7 +155,7 @@ class Worker:
         return bool(json.loads(line))
 
     async def _code(self) -> int | None:
-        """How the process ended; its closed output says that it is ending. None if it lives on."""
+        """The exit code of a process that closed its output; None if it does not end."""
         try:
             async with asyncio.timeout(READY_S):
                 return await self._process.wait()

@@ -1,4 +1,7 @@
-"""GSM8K answers, graded as verl 0.6.1 grades them (`verl/utils/reward_score/gsm8k.py`, `verl/tools/gsm8k_tool.py`)."""
+"""GSM8K answers, graded as verl 0.6.1 grades them.
+
+Source: `verl/utils/reward_score/gsm8k.py`, `verl/tools/gsm8k_tool.py`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ _NUMBER = re.compile(r"(-?[0-9.,]+)")
 
 
 def extract_answer(text: str, method: Method = "flexible") -> str | None:
-    """The answer in a solution: after the last `#### ` (strict), or the last number (flexible); None without one."""
+    """The answer in a solution: after the last `#### ` (strict), or the last number (flexible).
+
+    None if there is none.
+    """
     text = text[-CLIP_CHARS:]
     if method == "strict":
         marked = _STRICT.findall(text)
@@ -29,12 +35,15 @@ def extract_answer(text: str, method: Method = "flexible") -> str | None:
     numbers: list[str] = _NUMBER.findall(text)
     if not numbers:
         return None
-    # verl falls back on the first match where every one of them is a lone full stop.
+    # verl takes the first match if each of them is a lone full stop.
     return next((number for number in reversed(numbers) if number != "."), numbers[0])
 
 
 def grade(text: str, ground_truth: str, method: Method = "flexible") -> float:
-    """1.0 for the right answer, 0.0 for a wrong one, the integer 0 for none (verl shows the model that difference)."""
+    """1.0 for the right answer, 0.0 for a wrong one, the integer 0 for none.
+
+    verl's reply to the model differs between 0.0 and 0.
+    """
     answer = extract_answer(text, method)
     if answer is None:
         return 0
@@ -52,7 +61,7 @@ class Gsm8kConfig(pydantic.BaseModel):
 class Gsm8kTool(AnswerTool):
     """The tool's name is the schema's: `calculate_answer`, `calc_gsm8k_reward`, any.
 
-    config: `method`, `flexible` (the default, as in verl) or `strict`.
+    config: `method`, either `flexible` (the default, as in verl) or `strict`.
     """
 
     config_keys = frozenset(Gsm8kConfig.model_fields)

@@ -88,7 +88,7 @@ class BreakerPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a tool's calls are dispatched. Limits hold over all conversations of a run; None: no limit.
+    """How a tool's calls are dispatched. Limits hold over all conversations; None: no limit.
 
     timeout_s: seconds for one attempt, from its start. A call takes at most `retries + 1` times as
         long, plus its pauses and its waits for a slot and for the rate; the conversation's deadline
@@ -117,7 +117,7 @@ class Policy:
 def read_policy_config(config: Mapping[str, Any], *, verl: bool = False) -> PolicyConfig:
     """The dispatcher's part of a tool's `config`. Raises ToolConfigError.
 
-    `verl`: the class derives from verl's, whose `rate_limit` is its own: a number of calls at a time.
+    verl: the class derives from verl's, whose `rate_limit` is its own: calls at a time
     """
     keys = _POLICY_KEYS - {"rate_limit"} if verl else _POLICY_KEYS
     return read(PolicyConfig, {key: config[key] for key in config if key in keys}, "config")
@@ -126,7 +126,7 @@ def read_policy_config(config: Mapping[str, Any], *, verl: bool = False) -> Poli
 def read_policy(config: Mapping[str, Any], tool: object, *, verl: bool = False) -> Policy:
     """The policy that `config` asks for; the tool's own limits hold where it says nothing.
 
-    `verl` is as in `read_policy_config`. Raises ToolConfigError.
+    verl: as for `read_policy_config`. Raises ToolConfigError.
     """
     given = read_policy_config(config, verl=verl)
     own = _own_limits(tool)

@@ -71,9 +71,8 @@ def first_problem(error: pydantic.ValidationError, kind: type, where: str = "") 
         return f"{_place(where, path)} is missing"
     context = {name: _number(value) for name, value in problem.get("ctx", {}).items()}
     rule = _RULES.get(problem["type"], problem["msg"]).format_map(context)
-    if rule == "must not be empty":
-        return f"{_place(where, path)} {rule}"
-    return f"{_place(where, path)} {rule}, got {_shown(got)}"
+    got_it = "" if rule == "must not be empty" else f", got {_shown(got)}"
+    return f"{_place(where, path)} {rule}{got_it}".lstrip()
 
 
 def nearest(wrong: str, right: Iterable[str]) -> str:

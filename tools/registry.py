@@ -1,8 +1,8 @@
 """tools.yaml to a ToolSet.
 
-Both forms in the wild are read, verl's (`tools:` over a list of `class_name`, `config`, `tool_schema`) and the plain
-list with `class_path`; an entry may also name a `function: module:name`, or an `mcp` server, which yields several tools.
-Every mistake is one line: the file, the entry, what is wrong, and the nearest right thing.
+Two forms are read: verl's (`tools:` with a list of `class_name`, `config`, `tool_schema`) and the
+plain list with `class_path`. An entry may also name a `function: module:name`, or an `mcp` server,
+which yields several tools. An error is one line: the file, the entry, what is wrong, what is right.
 """
 
 from __future__ import annotations
@@ -43,20 +43,25 @@ SHIPPED = (
     MCP_TOOL,
 )
 
-# verl's own that cannot do their work here, and what to name in their place.
+# verl's classes that cannot work here, with whatever derives from them; and what to use instead.
 NOT_FROM_VERL = {
-    "verl.tools.search_tool.SearchTool": "runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema",
-    "verl.tools.sandbox_fusion_tools.SandboxFusionTool": (
-        "runs only inside Ray, and fails on every call; tools.sandbox.SandboxFusionTool takes the same config and tool_schema"
+    "verl.tools.search_tool.SearchTool": (
+        "runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema"
     ),
-    "verl.tools.image_zoom_in_tool.ImageZoomInTool": "runs only inside Ray, and answers with images, which are not shown to models here",
+    "verl.tools.sandbox_fusion_tools.SandboxFusionTool": (
+        "runs only inside Ray, and fails on every call; tools.sandbox.SandboxFusionTool takes the "
+        "same config and tool_schema"
+    ),
+    "verl.tools.image_zoom_in_tool.ImageZoomInTool": (
+        "runs only inside Ray, and answers with images, which are not shown to models here"
+    ),
     **dict.fromkeys(VERL_MCP, "needs an mcp: with command, url or mcp_servers_config_path"),
 }
 
 _SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's is ten times as fast, and refuses deep nesting by itself."""
 
-# Package names of this project that a user's folder may bear as well.
+# Packages of this project; a user's folder may have the same name.
 OUR_PACKAGES = frozenset({"tools", "agent", "conversations", "tool_configs"})
 
 NonEmpty = Annotated[str, pydantic.Field(min_length=1)]
@@ -156,15 +161,14 @@ def tool_entries(text: str, path: Path) -> list[Any]:
         with _located(str(path)):
             check_keys(document, ("tools",), "the file")
         document = document.get("tools")
-        what = (
-            "tools: is empty"
-            if document is None
-            else f"tools: must be a list, got {document!r:.80}"
-        )
+        where = "tools:"
     else:
-        what = "the file is empty" if document is None else f"must be a list, got {document!r:.80}"
+        where = "the file"
     if not isinstance(document, list):
-        raise ToolConfigError(f"{path}: {what}; expected `tools:` with a list of tools below it")
+        problem = "is empty" if document is None else f"must be a list, got {document!r:.80}"
+        raise ToolConfigError(
+            f"{path}: {where} {problem}; expected `tools:` with a list of tools below it"
+        )
     if not document:
         raise ToolConfigError(f"{path}: the list of tools is empty")
     return document
@@ -200,12 +204,12 @@ def _load(given: Any, path: Path) -> list[LoadedTool]:
     entry = read(_Entry, given, "")
     kind, target = entry.target()
     config = entry.config or {}
-    check_type = read(_ConfigType, {"type": config.get("type", "native")}, "config").type
+    config_type = read(_ConfigType, {"type": config.get("type", "native")}, "config").type
     if entry.tool_schema is not None:
         check_schema(entry.tool_schema)
         check_can_be_met(entry.tool_schema)
     with _located(target):
-        if entry.mcp is not None or check_type == "mcp":
+        if entry.mcp is not None or config_type == "mcp":
             return _load_mcp(target, config, entry, path)
         if kind == "function":
             return [_load_function(target, config, entry.tool_schema, path)]
@@ -279,12 +283,12 @@ def _load_class(
 
 
 def _bases(tool_class: type) -> list[str]:
-    """The full names of a class and of everything that it derives from."""
+    """The full names of a class and of its bases, at any depth."""
     return [f"{base.__module__}.{base.__qualname__}" for base in tool_class.__mro__]
 
 
 def _construct(tool_class: type, config: dict[str, Any], schema: dict[str, Any] | None) -> Tool:
-    """verl's classes get verl's own (lossy) schema object; what they print when made goes nowhere."""
+    """An instance. verl's classes get verl's own, lossy schema object; their prints are dropped."""
     if schema is None and issubclass(tool_class, BaseTool):
         raise ToolConfigError("tool_schema is missing")
     try:
@@ -299,8 +303,10 @@ def _construct(tool_class: type, config: dict[str, Any], schema: dict[str, Any] 
 
 
 def _verl_schema(schema: dict[str, Any] | None) -> Any:
-    """verl's pydantic schema. It knows `type`, `description` and string `enum`s of a property and refuses much of the
-    rest, so it is given what it can hold; the model is shown, and calls are checked against, the schema as written."""
+    """verl's pydantic schema, with what it can hold: `type`, `description` and string `enum`s.
+
+    The model sees the schema as it was written, and calls are checked against that one.
+    """
     if schema is None:
         return None
     from verl.tools.schemas import OpenAIFunctionToolSchema
@@ -339,7 +345,7 @@ def _verl_property(value: Any) -> dict[str, Any]:
 
 
 def import_attribute(module_name: str, name: str, path: Path) -> Any:
-    """A module's attribute. Raises ToolConfigError, which tells a missing module from one that fails."""
+    """A module's attribute. Raises ToolConfigError: no such module, or one that fails to import."""
     try:
         module = _module(module_name, path)
     except ModuleNotFoundError as error:
@@ -358,13 +364,14 @@ def import_attribute(module_name: str, name: str, path: Path) -> Any:
             if getattr(value, "__module__", None) == module_name and key[0] != "_"
         ]
         raise ToolConfigError(
-            f"module {module_name} has no {name!r}{_shadowed(module_name, path) or nearest(name, own)}"
+            f"module {module_name} has no {name!r}"
+            f"{_shadowed(module_name, path) or nearest(name, own)}"
         )
     return getattr(module, name)
 
 
 def _module(name: str, path: Path) -> ModuleType:
-    """The module; one that is not installed is looked for in the working folder and in the folder of the YAML."""
+    """The module. If it is not installed, it is looked for in the working folder and the YAML's."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -379,7 +386,7 @@ def _module(name: str, path: Path) -> ModuleType:
 
 
 def _looked_for(target: str, path: Path) -> str:
-    """One of ours that may have been meant, or where a module was looked for."""
+    """A class of ours that may have been meant, else the folders that were searched."""
     if close := get_close_matches(target, SHIPPED, n=1):
         return f"; did you mean {close[0]!r}?"
     folders = dict.fromkeys((str(Path.cwd()), str(path.resolve().parent)))
@@ -387,7 +394,7 @@ def _looked_for(target: str, path: Path) -> str:
 
 
 def _shadowed(name: str, path: Path) -> str:
-    """What to say when a module was meant to be the user's, whose folder has the name of a package of ours."""
+    """A hint if the user has a folder or module with the name of a package of ours, else empty."""
     package = name.split(".")[0]
     if package not in OUR_PACKAGES:
         return ""
@@ -395,5 +402,8 @@ def _shadowed(name: str, path: Path) -> str:
     for folder in (Path.cwd(), path.resolve().parent):
         theirs = folder / package
         if folder != ours and (theirs.is_dir() or theirs.with_suffix(".py").is_file()):
-            return f"; your {theirs} is shadowed by turntrace's own package {package!r}: rename it (my_{package}, say)"
+            return (
+                f"; your {theirs} is shadowed by turntrace's own package {package!r}: "
+                f"rename it, for example to my_{package}"
+            )
     return ""

@@ -1,7 +1,7 @@
-"""`code_interpreter`: runs the model's code on a SandboxFusion server, the embedded one unless told otherwise.
+"""`code_interpreter`: runs the model's code on a SandboxFusion server; by default the embedded one.
 
-A program that fails is an answer: its output and traceback go to the model as a ToolError. Only a sandbox that fails,
-or that cannot be reached, is a BackendError.
+A program that fails is an answer: the model reads its output and traceback as a ToolError. Only a
+sandbox that fails, or that cannot be reached, is a BackendError.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import pydantic
 from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
 from tools.policy import Count, read_own, with_rate_limit
-from tools.reading import STRICT
+from tools.reading import STRICT, first_problem
 from tools.sandbox_sessions import Sessions
 from tools.servers import embedded
 from tools.servers.sandbox.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
 
 PATH = "/run_code"
 
-# A call may take as long as compiling and running, and some slack each for the server's answer and for our own deadline.
+# For the server's answer and for our own deadline, on top of the time to compile and to run.
 _SLACK_S = 10.0
 
 
@@ -93,7 +93,10 @@ class SandboxFusionTool(BaseTool):
             self._sessions = Sessions(self._backend, own.memory_limit_mb)
 
     async def start(self) -> None:
-        """Starts the embedded server where it is used. Raises ToolsError, also where one is away or lacks what the config asks for."""
+        """Starts the embedded server, or probes a remote one and what the config needs of it.
+
+        Raises ToolsError.
+        """
         await self._backend.start()
         if "default_language" in self.config:
             await self._check_language()
@@ -108,7 +111,10 @@ class SandboxFusionTool(BaseTool):
             )
 
     async def _check_language(self) -> None:
-        """Raises ToolConfigError where the server says that it does not run the language; SandboxFusion's own says nothing."""
+        """Raises ToolConfigError if the server lists its languages and lacks this one.
+
+        SandboxFusion's own server lists none.
+        """
         try:
             languages = (await self._backend.send("GET", path="v1/info")).json()["languages"]
         except (BackendError, ValueError, LookupError, TypeError):
@@ -181,7 +187,8 @@ def _parsed(answer: httpx.Response) -> RunCodeResponse:
         return RunCodeResponse.model_validate_json(answer.content)
     except pydantic.ValidationError as error:
         raise BackendError(
-            f"the sandbox at {answer.url} answered nonsense: ValidationError: {error}"
+            f"the sandbox at {answer.url} sent an invalid answer: "
+            f"{first_problem(error, RunCodeResponse)}"
         ) from error
 
 
@@ -208,7 +215,7 @@ def _workers(given: int, *, is_remote: bool) -> int:
 
 
 def _seconds(given: Any, limit: float) -> float:
-    """The time limit that a model asked for, if it did; what no schema keeps it from writing must not look like the sandbox's fault."""
+    """A call's time limit, from the model's `timeout`. Raises ToolError if that is unusable."""
     if given is None:
         return limit
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
@@ -217,12 +224,12 @@ def _seconds(given: Any, limit: float) -> float:
 
 
 def _unicode(text: str) -> str:
-    """A model can write half of a surrogate pair as an escape; JSON over the wire cannot carry it."""
+    """A model can write half of a surrogate pair, which JSON over the wire cannot carry."""
     return text.encode("utf-8", errors="replace").decode()
 
 
 def _shown(result: CommandRunResult, request: RunCodeRequest) -> str:
-    """What the model reads: the output, then the errors, then how it ended where these do not say so."""
+    """What the model reads: output, errors, and how it ended if these do not say so."""
     text = _joined(result.stdout or "", result.stderr or "")
     if result.status == "TimeLimitExceeded":
         return _joined(text, f"The time limit of {request.run_timeout:g} s was exceeded.")

@@ -116,9 +116,10 @@ def check_can_be_met(schema: Mapping[str, Any]) -> None:
                 )
         if sub.get("additionalProperties") is False and not sub.get("patternProperties"):
             for name in _undescribed(sub):
+                hint = nearest(name, sub["properties"])
                 raise ToolConfigError(
                     f"{place}.required names {name!r}, which is no property and, with "
-                    f"additionalProperties: false, may not be given{nearest(name, sub['properties'])}"
+                    f"additionalProperties: false, may not be given{hint}"
                 )
 
 
@@ -151,7 +152,7 @@ def _validator(parameters: Mapping[str, Any]) -> Validator:
         is_tuple = isinstance(error.instance, list) and _path(error)[-1:] == ["items"]
         if not is_tuple or "$schema" in parameters:
             raise
-        # Up to draft 2019-09 a tuple was a list under `items`, and most who write one say no dialect.
+        # Up to draft 2019-09 a tuple is a list under `items`; most of these name no dialect.
         return jsonschema_rs.Draft7Validator(dict(parameters), offline=True)
 
 

@@ -1,8 +1,9 @@
-"""`search`: looks the model's queries up on a Search-R1 `/retrieve` server, the embedded one unless told otherwise.
+"""`search`: runs the model's queries on a Search-R1 `/retrieve` server, by default the embedded.
 
-What the model reads is what verl 0.6.1's SearchTool shows, to the letter (`verl/tools/utils/search_r1_like_utils.py`):
-`{"result": "Doc 1 (Title: ...)\\n...\\n\\nDoc 2 ..."}`, the blocks of several queries joined by `\\n---\\n`. A server that
-cannot be reached, fails or answers nonsense is a BackendError; there, it was a text for the model.
+The model reads exactly what verl 0.6.1's SearchTool shows it, `{"result": TEXT}`; a query's text is
+`Doc 1 (Title: ...)\\n...\\n\\nDoc 2 ...`, and several are joined by `\\n---\\n`
+(`verl/tools/utils/search_r1_like_utils.py`). A server that fails, cannot be reached or answers
+something else is a BackendError; in verl that is a text for the model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
 from tools.extras import require
 from tools.policy import Count, read_own, with_rate_limit
-from tools.reading import STRICT
+from tools.reading import STRICT, first_problem
 from tools.servers import embedded
 
 PATH = "/retrieve"
@@ -27,7 +28,7 @@ PATH = "/retrieve"
 MAX_QUERIES, MAX_TOPK = 100, 500
 NOTHING_FOUND = "No search results found."
 
-# On top of the server's time, for our own part of a call: the backend's own deadline comes before the dispatcher's.
+# On top of the server's time: the backend's own deadline comes before the dispatcher's.
 _SLACK_S = 10.0
 
 
@@ -140,7 +141,7 @@ class SearchTool(BaseTool):
 
 
 class _CancelledBuildError(Exception):
-    """Ends the making of an index that nobody waits for."""
+    """Ends the making of an index that is no longer needed."""
 
 
 def _queries(parameters: dict[str, Any]) -> list[str]:
@@ -153,20 +154,17 @@ def _queries(parameters: dict[str, Any]) -> list[str]:
         raise ToolError("query_list must be a list of one or more strings")
     if len(given) > MAX_QUERIES:
         raise ToolError(f"query_list may hold at most {MAX_QUERIES} queries, got {len(given)}")
-    # A model can write half of a surrogate pair as an escape; other servers refuse what is not unicode.
+    # A model can write half of a surrogate pair, which other servers refuse.
     return [query.encode("utf-8", errors="replace").decode() for query in given]
 
 
 def _found(content: bytes, queries: int) -> list[list[str]]:
-    """The contents of what was found, one list a query."""
+    """The documents' contents, one list for each query."""
     try:
         answer = _Answer.model_validate_json(content)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the answer"
-        raise BackendError(
-            f"the search server answered nonsense: {where}: {first['msg']}: {content[:200]!r}"
-        ) from error
+        problem = first_problem(error, _Answer)
+        raise BackendError(f"the search server sent an invalid answer: {problem}") from error
     if len(answer.result) != queries:
         raise BackendError(f"the search server answered {len(answer.result)} queries of {queries}")
     return [[hit.document.contents for hit in hits] for hits in answer.result]

@@ -1,7 +1,7 @@
-"""The tools of a run: a name, the tool, its lossless schema, and what the dispatcher must know to call it.
+"""The tools of a run: names, tools, lossless schemas, and what the dispatcher needs to call them.
 
-Everything that can be found out once (the validator, what `create` accepts, the limits) is found out when the set is
-made, so that a call costs a dictionary lookup and a validation. Making a set needs no event loop.
+Validators, limits and what `create` accepts are determined once, when the set is made: a call costs
+a dictionary lookup and a validation. Making a set needs no event loop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.schema import CheckedSchema, check_schema
 
 @runtime_checkable
 class Tool(Protocol):
-    """The shape of a tool: ours, verl's, or anybody's. See `tools.base` for what each coroutine does."""
+    """The shape of any tool: ours, verl's, a user's. `tools.base` says what each coroutine does."""
 
     async def create(
         self, instance_id: str | None = None, **create_kwargs: Any
@@ -37,7 +37,7 @@ class Tool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedTool:
-    """One tool, ready to be called. `schema` is the OpenAI function schema as written, nothing dropped."""
+    """One tool, ready to be called. `schema` is the OpenAI function schema, nothing dropped."""
 
     name: str
     tool: Tool
@@ -53,13 +53,14 @@ class LoadedTool:
         return self._checked.warnings
 
     def validate(self, arguments: object) -> list[str]:
-        """What is wrong with a call's arguments, one line a field; empty when nothing is."""
+        """What is wrong with a call's arguments, one line for each field; empty if nothing is."""
         return self._checked.errors(arguments)
 
     def create_kwargs(self, given: Mapping[str, Any], ground_truth: Any = None) -> dict[str, Any]:
-        """The keywords for this tool's `create`: a row's `create_kwargs`, and the ground truth where it is taken.
+        """The keywords for this tool's `create`: a row's `create_kwargs`, and the ground truth.
 
-        Raises ToolConfigError when the row gives a keyword that `create` does not take.
+        The ground truth is left out if `create` does not take it. Raises ToolConfigError if the row
+        gives a keyword that `create` does not take.
         """
         return self._create.keywords(self.name, given, ground_truth)
 
@@ -68,8 +69,8 @@ class LoadedTool:
 class CreateSignature:
     """Which keywords a class's `create` takes.
 
-    verl up to 0.6 calls `create(**create_kwargs)`, later versions `create(create_kwargs={...})`. A class that takes any
-    keyword and is verl's may have been written for either and gets both.
+    verl up to 0.6 calls `create(**create_kwargs)`, later versions `create(create_kwargs={...})`. A
+    class of verl's that takes any keyword may be written for either, and gets both.
     """
 
     names: frozenset[str]
@@ -101,13 +102,14 @@ class CreateSignature:
         if unknown := [key for key in given if key not in flat]:
             takes = ", ".join(sorted(self.names)) or "no keyword"
             raise ToolConfigError(
-                f"tool {tool}: create() does not take {unknown[0]!r} from the row's create_kwargs; it takes {takes}"
+                f"tool {tool}: create() does not take {unknown[0]!r} from the row's create_kwargs; "
+                f"it takes {takes}"
             )
         return flat
 
 
 class ToolSet(Mapping[str, LoadedTool]):
-    """Tools by name, in the order in which the model sees them. `source_text` is the YAML they came from."""
+    """Tools by name, in the model's order. `source_text` is the YAML that they came from."""
 
     def __init__(self, tools: Iterable[LoadedTool], source_text: str = "") -> None:
         self._tools: dict[str, LoadedTool] = {}
@@ -121,7 +123,7 @@ class ToolSet(Mapping[str, LoadedTool]):
 
     @classmethod
     def from_tools(cls, tools: Iterable[Callable[..., Any] | Tool]) -> ToolSet:
-        """A set from Python objects: functions (decorated with `@tool` or not) and tool instances."""
+        """A set from functions (decorated with `@tool` or not) and tool instances."""
         return cls(loaded_tool(made) for made in map(_as_tool, tools))
 
     def __getitem__(self, name: str) -> LoadedTool:
@@ -135,7 +137,7 @@ class ToolSet(Mapping[str, LoadedTool]):
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """The OpenAI schemas offered, in order, lossless."""
+        """The OpenAI schemas that are offered, in order, lossless."""
         return [loaded.schema for loaded in self._tools.values()]
 
     @property
@@ -148,7 +150,7 @@ class ToolSet(Mapping[str, LoadedTool]):
         ]
 
     async def start(self) -> None:
-        """Makes every tool ready before the first trajectory. Raises ToolsError with one line for the user."""
+        """Makes every tool ready, before the first trajectory. Raises ToolsError."""
         for name, loaded in self._tools.items():
             if start := getattr(loaded.tool, "start", None):
                 try:
@@ -161,7 +163,7 @@ class ToolSet(Mapping[str, LoadedTool]):
                     ) from error
 
     async def close(self) -> None:
-        """Closes every tool that can be closed, all of them even if one fails; then raises ToolsError, which names the failed ones."""
+        """Closes all tools, even if some fail to close; then raises ToolsError with their names."""
         failures: dict[str, Exception] = {}
         for name, loaded in self._tools.items():
             if close := getattr(loaded.tool, "close", None):
@@ -179,7 +181,9 @@ class ToolSet(Mapping[str, LoadedTool]):
 
 
 def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
-    """A tool with its limits read from its `config` and its schema checked; `schema` where the tool's own is lossy.
+    """A tool with its limits read from its `config` and its schema checked.
+
+    schema: in place of the tool's own, which may be lossy
 
     Raises ToolConfigError: a schema or a limit that cannot be used.
     """
@@ -200,7 +204,7 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
 
 
 def is_verl(tool_class: type) -> bool:
-    """Whether a class derives from verl's BaseTool; answered without importing verl."""
+    """Whether a class derives from verl's BaseTool; verl is not imported for that."""
     return any(
         base.__name__ == "BaseTool" and base.__module__.split(".")[0] == "verl"
         for base in tool_class.__mro__

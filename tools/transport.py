@@ -1,7 +1,10 @@
-"""httpx over aiohttp's connections: what a request costs does not grow with the number of those beside it.
+"""httpx over aiohttp's connections: a request's CPU does not grow with the number of others.
 
-httpx's own pool walks all of its connections for each request: with 256 calls at once that takes 20 times the CPU of this
-(`make bench`, http_call_cpu_ms).
+httpx's own pool looks at all its connections for each request: with 256 calls at once it takes 20
+times the CPU of this one (`make bench`, http_call_cpu_ms). The library httpx-aiohttp costs no less
+CPU and does not fit: it retries no connecting, keeps cookies from one call to the next, warns about
+the connections of a closed event loop, and reports a connection that broke as a ConnectTimeout, so
+that a call which may have run looks like one that was never sent.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ import httpx
 from yarl import URL
 
 PAUSE_S = 0.5
-"""Before the second retry, twice that before the third, and so on; the first comes at once."""
+"""The pause before the second retry; twice that before the third. None before the first."""
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """At most `connections` at a time; more requests wait their turn. It belongs to the event loop of its first request.
+    """A transport that belongs to the event loop of its first request.
 
-    Connecting is tried again `connect_retries` times, nothing else is. Idle connections are dropped after `keepalive_s`.
-    httpx's time-outs hold but for "write": there is none. Errors are httpx's.
+    connections: at a time; more requests wait their turn
+    keepalive_s: after which idle connections are closed
+    connect_retries: further attempts to connect; nothing else is tried again
+
+    httpx's time-outs hold, except "write", which has no effect. Errors are httpx's.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         self._opened: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """The response, its body not yet read."""
+        """The response; its body is not read yet."""
         content = await request.aread()
         for retry in range(self._connect_retries):
             try:
@@ -55,9 +61,8 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
     async def _sent(self, request: httpx.Request, content: bytes) -> httpx.Response:
         timeout = request.extensions.get("timeout", {})
-        url = (
-            request.url.copy_with(userinfo=b"") if request.url.userinfo else request.url
-        )  # it is in the headers
+        # The user's name and password are in the headers.
+        url = request.url.copy_with(userinfo=b"") if request.url.userinfo else request.url
         with _httpx_errors():
             response = await self._session().request(
                 request.method,
@@ -100,19 +105,19 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         return self._opened
 
     async def aclose(self) -> None:
-        """Closes the connections. Those of an event loop that is gone cannot be closed, nor need be: leave them to the collector."""
+        """Closes the connections. Those of a closed loop are left to the garbage collector."""
         opened, self._opened = self._opened, None
         if opened is not None:
             await opened.close()
 
     def __del__(self) -> None:
         if self._opened is not None:
-            self._opened.detach()  # or it would print that it was not closed
+            self._opened.detach()  # otherwise it prints that it was not closed
 
 
 class _Connector(aiohttp.TCPConnector):
     def __del__(self, *_: object) -> None:
-        """aiohttp's own prints that connections were not closed, and wants to close them on their event loop."""
+        """Nothing: aiohttp's own prints a warning and closes connections on their event loop."""
 
 
 class _Body(httpx.AsyncByteStream):
@@ -130,7 +135,7 @@ class _Body(httpx.AsyncByteStream):
 
 @contextlib.contextmanager
 def _httpx_errors() -> Iterator[None]:
-    """aiohttp's errors as httpx's, the more specific first."""
+    """Raises aiohttp's errors as httpx's, the more specific first."""
     try:
         yield
     except aiohttp.SocketTimeoutError as error:
