@@ -27,7 +27,8 @@ MAY_IMPORT = {
 
 HEAVY = {
     "torch", "ray", "sglang", "verl", "transformers", "tensordict", "datasets", "pandas", "numpy",
-    "pyarrow", "safetensors", "gguf", "peft", "accelerate", "reasoning_gym", "sgl_kernel", "vllm", "triton",
+    "pyarrow", "safetensors", "gguf", "peft", "accelerate", "reasoning_gym", "sgl_kernel", "vllm",
+    "triton",
 }  # fmt: skip
 MAY_BE_HEAVY = (
     "agent/rollout.py",
