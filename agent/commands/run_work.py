@@ -108,7 +108,16 @@ def prepare_run(request: RunRequest) -> Plan:
         for sample in samples
     )
     target = enough_of(len(asked), config)
-    return Plan(request, tools, interactions, asked, target, tuple(rows.notes()))
+    notes = (*_schema_notes(tools), *rows.notes())
+    return Plan(request, tools, interactions, asked, target, notes)
+
+
+def _schema_notes(tools: ToolSet | None, most: int = 3) -> Iterator[str]:
+    """What models will stumble over in the tools' schemas."""
+    warnings = tools.warnings if tools else []
+    yield from warnings[:most]
+    if (more := len(warnings) - most) > 0:
+        yield f"{more} more such warnings: `turntrace tools check` shows them"
 
 
 def enough_of(conversations: int, config: Config) -> int:

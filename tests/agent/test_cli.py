@@ -369,6 +369,21 @@ def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
     assert "note: no effect: rollout.temperature: " in ran.stderr
 
 
+def test_what_models_will_stumble_over_is_noted_before_the_run(run: Run, tmp_path: Path) -> None:
+    properties = {name: {"type": "integer", "default": None} for name in "abcde"}
+    parameters = {"type": "object", "properties": properties}
+    schema = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    file = tmp_path / "warned.yaml"
+    file.write_text(
+        json.dumps([{"class_name": "tools.gsm8k.Gsm8kTool", "tool_schema": schema}]),
+        encoding="utf-8",
+    )
+    ran = run("--tools", str(file))
+    notes = [line for line in ran.stdout.splitlines() if line.startswith("note: ")]
+    assert [note.count("tool look: ") for note in notes] == [1, 1, 1, 0]
+    assert "2 more" in notes[3]
+
+
 @pytest.mark.parametrize(
     ("extra", "says"),
     [

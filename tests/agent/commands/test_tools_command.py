@@ -282,3 +282,20 @@ def test_ctrl_c_while_a_server_is_asked_what_it_offers_ends_the_server(folder: P
         _, said = running.communicate(timeout=60)
     assert "Traceback" not in said
     assert not started[0].is_running()
+
+
+def test_check_warns_of_what_models_will_stumble_over(folder: Path) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"solution": {"type": "string", "default": None}},
+        "required": ["code"],
+    }
+    schema = {"type": "function", "function": {"name": "submit", "parameters": parameters}}
+    entry = {"class_name": "tools.gsm8k.Gsm8kTool", "tool_schema": schema}
+    (folder / "warned.yaml").write_text(yaml.safe_dump([entry]))
+    ran = turntrace(folder, "check", "warned.yaml")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    warnings = [line for line in ran.stdout.splitlines() if line.startswith("  warning ")]
+    assert len(warnings) == 2
+    assert "required" in warnings[0]
+    assert "default" in warnings[1]
