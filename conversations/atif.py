@@ -36,6 +36,8 @@ _CARRIED = frozenset(
     }
 )
 """Fields of the record that ATIF's own fields hold, or parts of steps."""
+_ATIF_KEYS = frozenset({"content", "tool_calls", "reasoning_content"})
+"""Keys of a message that ATIF's own fields hold."""
 
 
 def document(record: Mapping[str, Any]) -> Document:
@@ -113,10 +115,7 @@ class _Steps:
         return list(self._ledger.values())
 
     def _append(self, source: str, message: Mapping[str, Any], more: dict[str, Any]) -> None:
-        own = {
-            key: None if key in ("content", "tool_calls") else value
-            for key, value in message.items()
-        }
+        own = {key: None if key in _ATIF_KEYS else value for key, value in message.items()}
         step = {
             "step_id": len(self.done) + 1,
             "source": source,
@@ -132,6 +131,8 @@ class _Steps:
             if calls is None
             else {"tool_calls": [self._call(call, place) for place, call in enumerate(calls)]}
         )
+        if "reasoning_content" in message:
+            found["reasoning_content"] = message["reasoning_content"]
         if not is_sampled(message):
             return {**found, "is_copied_context": True}
         return {**found, "metrics": self._metrics(next(self._turns)), "llm_call_count": 1}
@@ -264,6 +265,8 @@ def _messages(step: Mapping[str, Any]) -> list[dict[str, Any]]:
         message = {**step["extra"][OWN]["message"], "content": step["message"]}
         if step.get("tool_calls") is not None:
             message["tool_calls"] = [_given_back(call) for call in step["tool_calls"]]
+        if "reasoning_content" in message:
+            message["reasoning_content"] = step.get("reasoning_content")
         messages.append(message)
     results = (step.get("observation") or {}).get("results", [])
     return messages + [

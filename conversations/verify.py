@@ -23,10 +23,10 @@ from typing import Any
 
 from conversations.checks.clock import OutOfTime, time_limit
 from conversations.checks.counts import Counts
-from conversations.checks.facts import Facts, facts_of
+from conversations.checks.facts import RunFacts, facts_of
 from conversations.checks.finding import Defect, Finding, differs, printable
-from conversations.checks.group import Whole
-from conversations.checks.record import Checked, check_line
+from conversations.checks.group import RunChecks
+from conversations.checks.record import LineResult, check_line
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.run.open_run import TOKENIZER, template_kwargs
 from conversations.run.saved_tokenizer import is_failure, load_tokenizer, one_line
@@ -117,7 +117,7 @@ class _Verification:
     ) -> None:
         self.folder, self.jobs = folder, jobs
         self.verdict = Verdict(folder)
-        self.whole = Whole()
+        self.checks = RunChecks()
         self._on_defect, self._on_progress = on_defect, on_progress
 
     def run(self) -> None:
@@ -134,10 +134,10 @@ class _Verification:
             done += chunk.end - chunk.start
             self._on_progress(done, total)
         counts = Counts.of(manifest)
-        for defect in self.whole.defects(TRAJECTORIES, counts, facts):
+        for defect in self.checks.defects(TRAJECTORIES, counts, facts):
             self._report(defect)
         self._check_digest(manifest)
-        self.verdict.counts += self.whole.tally
+        self.verdict.counts += self.checks.tally
         self.verdict.counts["unfinished"], self.verdict.counts["superseded"] = (
             lines[UNFINISHED],
             lines[SUPERSEDED],
@@ -176,9 +176,9 @@ class _Verification:
 
     def _check_digest(self, manifest: dict[str, Any]) -> None:
         """Whether the records are, all in all, those that were there when the run closed."""
-        self.verdict.digest = self.whole.digest.hexdigest()
+        self.verdict.digest = self.checks.digest.hexdigest()
         said = (
-            manifest.get("digest") if "counts" in manifest and not self.whole.unreadable else None
+            manifest.get("digest") if "counts" in manifest and not self.checks.unreadable else None
         )
         if said is not None and said != self.verdict.digest:
             what = differs(
@@ -195,11 +195,13 @@ class _Verification:
                 )
             )
 
-    def _notes(self, counts: Counts, facts: Facts, unfinished: int) -> Iterator[str]:
-        if not counts.is_complete(self.whole.finished):
-            yield counts.note(self.whole.finished, unfinished)
-        if self.whole.partial:
-            yield f"{self.whole.partial} records of failures hold only the part that could be written: their text was not checked"
+    def _notes(self, counts: Counts, facts: RunFacts, unfinished: int) -> Iterator[str]:
+        if not counts.is_complete(self.checks.finished):
+            yield counts.note(self.checks.finished, unfinished)
+        if self.checks.partial:
+            yield f"{self.checks.partial} records of failures hold only the part that could be written: their text was not checked"
+        if self.checks.unproven:
+            yield f"{self.checks.unproven} imported records say that tokens and messages do not match: they were not compared"
         if not facts.cuts:
             yield f"{RUN} does not say how tool responses are cut: cuts were not checked"
         if facts.imported is not None:
@@ -216,12 +218,12 @@ class _Verification:
 
     # ------------------------------------------------------------------ records
 
-    def _take(self, name: str, line: int, checked: Checked) -> None:
+    def _take(self, name: str, line: int, checked: LineResult) -> None:
         findings = checked.findings
         if name != SUPERSEDED:
             findings = [
                 *findings,
-                *self.whole.add(name, line, checked, finished=name == TRAJECTORIES),
+                *self.checks.add(name, line, checked, finished=name == TRAJECTORIES),
             ]
         for finding in findings[:MAX_FINDINGS]:
             self._report(Defect(name, line, checked.id, finding))
@@ -247,13 +249,15 @@ class _Verification:
         for start in range(0, size, CHUNK):
             yield Chunk(file, name, start, min(start + CHUNK, size))
 
-    def _results(self, chunks: list[Chunk], facts: Facts) -> Iterator[tuple[Chunk, list[Checked]]]:
+    def _results(
+        self, chunks: list[Chunk], facts: RunFacts
+    ) -> Iterator[tuple[Chunk, list[LineResult]]]:
         """Each chunk with what its lines gave, in order; a few are under way at a time."""
         jobs = min(self.jobs, len(chunks))
         if jobs <= 1:
             yield from ((chunk, check_chunk(chunk, facts)) for chunk in chunks)
             return
-        waiting, under_way = deque(chunks), deque[tuple[Chunk, Future[list[Checked]]]]()
+        waiting, under_way = deque(chunks), deque[tuple[Chunk, Future[list[LineResult]]]]()
         with ProcessPoolExecutor(
             jobs, multiprocessing.get_context("fork"), _start_worker, (facts,)
         ) as pool:
@@ -293,23 +297,23 @@ class Chunk:
     end: int
 
 
-_facts = Facts()
+_facts = RunFacts()
 """Of a worker process: set when it starts."""
 
 
-def _start_worker(facts: Facts) -> None:
+def _start_worker(facts: RunFacts) -> None:
     global _facts
     _facts = facts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
-def _work(chunk: Chunk) -> list[Checked]:
+def _work(chunk: Chunk) -> list[LineResult]:
     return check_chunk(chunk, _facts)
 
 
-def check_chunk(chunk: Chunk, facts: Facts) -> list[Checked]:
+def check_chunk(chunk: Chunk, facts: RunFacts) -> list[LineResult]:
     """What each line of the range gave, in order."""
-    results: list[Checked] = []
+    results: list[LineResult] = []
     with suppress(FileNotFoundError), chunk.file.open("rb") as lines:
         position = max(chunk.start - 1, 0)
         lines.seek(position)
@@ -331,11 +335,11 @@ def _skip_line(lines: Any, line: bytes) -> int:
     return skipped
 
 
-def _checked(line: bytes, name: str, facts: Facts) -> Checked:
+def _checked(line: bytes, name: str, facts: RunFacts) -> LineResult:
     if len(line) == MAX_LINE:
-        return Checked([Finding(f"the line is longer than {MAX_LINE} bytes")])
+        return LineResult([Finding(f"the line is longer than {MAX_LINE} bytes")])
     if not line.endswith(b"\n"):
-        return Checked(
+        return LineResult(
             [
                 Finding(
                     "the line is torn: no newline ends it; `turntrace run --resume` cuts it and runs its conversation again"
@@ -346,8 +350,10 @@ def _checked(line: bytes, name: str, facts: Facts) -> Checked:
         with time_limit(TIME_LIMIT_S):
             return check_line(line, facts, finished=name == TRAJECTORIES)
     except OutOfTime:
-        return Checked([Finding(f"the record could not be checked within {TIME_LIMIT_S:g} s")])
+        return LineResult([Finding(f"the record could not be checked within {TIME_LIMIT_S:g} s")])
     except BaseException as error:
         if not is_failure(error):
             raise
-        return Checked([Finding(f"the record could not be checked: {printable(one_line(error))}")])
+        return LineResult(
+            [Finding(f"the record could not be checked: {printable(one_line(error))}")]
+        )

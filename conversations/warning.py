@@ -21,6 +21,7 @@ WarningKind = Literal[
     "user_differs",
     "partial",
     "imported",
+    "unproven",
     "other",
 ]
 
@@ -37,6 +38,7 @@ KINDS: dict[WarningKind, str] = {
     "user_differs": "a simulated user answered differently when asked again",
     "partial": "the record holds only those parts of a failed conversation that have a JSON form",
     "imported": "the source of an import lacks something, or has it in another form",
+    "unproven": "the messages of an import do not match its tokens, and are not compared with them",
     "other": "a warning of a turntrace/1 record that has no kind",
 }
 """Every kind and its meaning."""

@@ -13,7 +13,7 @@ from conversations.truncate import SIDES
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class RunFacts:
     """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
     be cut to, the run's own first; `cuts_in_code` says that functions are among the tools, whose decorators may say others; `users`
     says that a program takes user turns; `imported` is the format that the run was imported from, which may not say all that a record
@@ -44,12 +44,12 @@ class Facts:
         )
 
 
-def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> Facts:
+def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFacts:
     """The facts in a run.json, whatever else it holds."""
     rollout = _at(manifest, "config", "rollout")
     multi_turn, ours = _at(rollout, "multi_turn"), _at(rollout, "turntrace")
     max_model_len, entries = _count(rollout, "max_model_len"), _entries(manifest.get("tools"))
-    return Facts(
+    return RunFacts(
         template=template,
         ids=template.vocabulary_size if template is not None else None,
         n=_count(manifest, "n"),

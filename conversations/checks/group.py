@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from conversations.checks.counts import Counts
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Defect, Finding
-from conversations.checks.record import Checked, differing_fields
+from conversations.checks.record import LineResult, differing_fields
 
 _SHOWN = 8
 
@@ -25,7 +25,7 @@ class Member:
 
 
 @dataclass(slots=True)
-class Whole:
+class RunChecks:
     """Every record's key and the sums over all of them; memory grows by some 400 bytes a trajectory."""
 
     groups: dict[str, list[Member]] = field(default_factory=dict)
@@ -35,10 +35,14 @@ class Whole:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     unreadable: int = 0
     partial: int = 0
+    unproven: int = 0
 
-    def add(self, file: str, line: int, checked: Checked, *, finished: bool) -> Iterator[Finding]:
+    def add(
+        self, file: str, line: int, checked: LineResult, *, finished: bool
+    ) -> Iterator[Finding]:
         """Takes note of a record; yields what is wrong with it beside the others."""
         self.partial += checked.partial
+        self.unproven += checked.unproven
         if checked.key is None:
             self.unreadable += finished
             return
@@ -61,7 +65,7 @@ class Whole:
         """Lines of finished trajectories, damaged ones included."""
         return self.tally["done"] + self.unreadable
 
-    def defects(self, file: str, counts: Counts, facts: Facts) -> Iterator[Defect]:
+    def defects(self, file: str, counts: Counts, facts: RunFacts) -> Iterator[Defect]:
         """What is wrong with groups and counts, once every record was added."""
         n = facts.n
         for task_id, members in self.groups.items():

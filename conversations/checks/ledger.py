@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
 from conversations.messages import Message, tool_message
 from conversations.rounds import Round, Rounds
@@ -19,7 +19,7 @@ _NEVER_RUN = frozenset({"malformed", "unknown_tool", "invalid_arguments", "rejec
 """Statuses of calls that no tool saw."""
 
 
-def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: Facts) -> Iterator[Finding]:
+def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: RunFacts) -> Iterator[Finding]:
     """Calls without a line, lines without a call, and whatever line, call and answer say differently."""
     calls = [
         (k, call)
@@ -40,8 +40,11 @@ def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: Facts) -> Iter
         )
         return
     offered = {tool["function"]["name"] for tool in trajectory.tools}
+    says_offered = bool(offered) or facts.imported is None  # a source may not say what was offered
     for line, (_, call) in zip(trajectory.tool_calls, calls, strict=True):
-        yield from _at(line, _call_findings(line, call, offered))
+        yield from _at(line, _call_findings(line, call))
+        if says_offered:
+            yield from _at(line, _offer_findings(line, offered))
         yield from _at(line, _attempt_findings(line, replayed=trajectory.parent is not None))
         yield from _at(line, _cut_findings(line, facts))
     for k, each in enumerate(parts.rounds):
@@ -54,7 +57,7 @@ def _at(line: ToolCallRecord, findings: Iterator[str]) -> Iterator[Finding]:
     return (Finding(f"{line.call_id}: {what}", line.turn) for what in findings)
 
 
-def _call_findings(line: ToolCallRecord, call: Message, offered: set[str]) -> Iterator[str]:
+def _call_findings(line: ToolCallRecord, call: Message) -> Iterator[str]:
     function, malformed = call["function"], call.get("malformed") is True
     if line.name != function["name"]:
         yield differs("the ledger's name is not the call's", line.name, function["name"])
@@ -68,7 +71,11 @@ def _call_findings(line: ToolCallRecord, call: Message, offered: set[str]) -> It
             line.status,
             "malformed" if malformed else "that of a call that could be read",
         )
-    elif not malformed and line.status != "rejected" and line.status != "cancelled":
+
+
+def _offer_findings(line: ToolCallRecord, offered: set[str]) -> Iterator[str]:
+    """A call of a tool that was not offered is an unknown tool's, and no other is."""
+    if line.status not in ("malformed", "rejected", "cancelled"):
         known = line.name in offered
         if known == (line.status == "unknown_tool"):
             yield differs(
@@ -107,7 +114,7 @@ def _attempt_findings(line: ToolCallRecord, *, replayed: bool) -> Iterator[str]:
         )
 
 
-def _cut_findings(line: ToolCallRecord, facts: Facts) -> Iterator[str]:
+def _cut_findings(line: ToolCallRecord, facts: RunFacts) -> Iterator[str]:
     """A response is the whole text where it fits, and the cut that the config asks for where it does not."""
     if line.response is None:
         if line.full_response is not None:

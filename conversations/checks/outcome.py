@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from datetime import datetime
 
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, show
 from conversations.checks.ledger import response_tokens
 from conversations.rounds import Rounds
@@ -15,7 +15,7 @@ from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_r
 
 
 def outcome_findings(
-    trajectory: Trajectory, parts: Rounds, facts: Facts, *, finished: bool
+    trajectory: Trajectory, parts: Rounds, facts: RunFacts, *, finished: bool
 ) -> Iterator[Finding]:
     """What contradicts the stop reason, the run's limits or the reward. `finished` is False for what was cut off."""
     yield from _identity(trajectory, facts)
@@ -26,7 +26,7 @@ def outcome_findings(
         yield from _Ending(trajectory, parts, facts).findings(finished)
 
 
-def _identity(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
+def _identity(trajectory: Trajectory, facts: RunFacts) -> Iterator[Finding]:
     expected = f"{trajectory.task_id}-{trajectory.sample}"
     if trajectory.id != expected:
         yield Finding(differs("the id", trajectory.id, expected))
@@ -95,7 +95,7 @@ def _failure(trajectory: Trajectory) -> Iterator[Finding]:
         yield Finding("infra_error is true, and neither error nor ledger says what failed")
 
 
-def _budgets(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
+def _budgets(trajectory: Trajectory, facts: RunFacts) -> Iterator[Finding]:
     """Tokens and turns within the run's limits."""
     response, total = (
         len(trajectory.response_ids),
@@ -120,7 +120,7 @@ def _budgets(trajectory: Trajectory, facts: Facts) -> Iterator[Finding]:
 class _Ending:
     """The last turn against the stop reason."""
 
-    def __init__(self, trajectory: Trajectory, parts: Rounds, facts: Facts) -> None:
+    def __init__(self, trajectory: Trajectory, parts: Rounds, facts: RunFacts) -> None:
         self.trajectory, self.facts = trajectory, facts
         self.last: Turn | None = trajectory.turns[-1] if trajectory.turns else None
         self.turn = len(trajectory.turns) - 1

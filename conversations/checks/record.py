@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, show
 from conversations.checks.ledger import ledger_findings
 from conversations.checks.outcome import outcome_findings
@@ -27,12 +27,12 @@ from conversations.trajectory import INVALID_STATUSES, Trajectory, canonical_jso
 from conversations.upgrade import check_schema, upgraded
 
 GROUP_FIELDS = ("prompt", "tools", "ground_truth", "data_source", "extra")
-"""What the samples of a task have in common, each with a digest of its own in `Checked.common`."""
+"""What the samples of a task have in common, each with a digest of its own in `LineResult.common`."""
 _DIGEST = 8
 
 
 @dataclass(slots=True)
-class Checked:
+class LineResult:
     """`id` is the record's where it has one. `key` is its (task, sample), `common` the digests of `GROUP_FIELDS`, where it could be
     read; `tally` counts what run.json counts, `sha256` is the hash that the record bears. `partial` says that the record is of a
     failure and holds only a part of its conversation.
@@ -46,11 +46,12 @@ class Checked:
     reward: float | None = None
     sha256: str = ""
     partial: bool = False
+    unproven: bool = False
 
 
-def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
+def check_line(line: bytes, facts: RunFacts, *, finished: bool = True) -> LineResult:
     """Everything that one record alone can tell. `finished` is False for what was cut off."""
-    checked = Checked(id=_id_in(line))
+    checked = LineResult(id=_id_in(line))
     try:
         found = _parsed(line)
         checked.id = found["id"] if isinstance(found.get("id"), str) else None
@@ -69,6 +70,7 @@ def check_line(line: bytes, facts: Facts, *, finished: bool = True) -> Checked:
         record["sha256"],
     )
     checked.partial = _is_partial(trajectory)
+    checked.unproven = _is_unproven(trajectory, facts)
     checked.findings += _trajectory_findings(
         trajectory, facts, finished=finished, partial=checked.partial
     )
@@ -96,19 +98,19 @@ def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _trajectory_findings(
-    trajectory: Trajectory, facts: Facts, *, finished: bool, partial: bool
+    trajectory: Trajectory, facts: RunFacts, *, finished: bool, partial: bool
 ) -> Iterator[Finding]:
-    tokens = list(token_findings(trajectory, facts.ids))
+    tokens = list(token_findings(trajectory, facts.ids, needs_logprobs=facts.imported is None))
     yield from tokens
     parts = split(trajectory.messages)
-    if not partial:
+    if not partial and not _is_unproven(trajectory, facts):
         yield from round_findings(trajectory, parts.rounds)
         if facts.template is not None and _turns_lie_in_order(trajectory):
             yield from text_findings(
                 trajectory, parts, facts.template, trust_prompt=facts.reads_clock
             )
         yield from ledger_findings(trajectory, parts, facts)
-    if facts.template is not None:
+    if facts.template is not None and facts.imported is None:
         found, expected = trajectory.sampling.get("stop_token_ids"), facts.template.stop_token_ids
         if found != expected and not partial:
             yield Finding(differs("sampling.stop_token_ids", found, expected))
@@ -131,6 +133,11 @@ def _turns_lie_in_order(trajectory: Trajectory) -> bool:
 def _is_partial(trajectory: Trajectory) -> bool:
     """Whether the record is of a failure and holds only those parts that have a JSON form."""
     return trajectory.infra_error and any(one.kind == "partial" for one in trajectory.warnings)
+
+
+def _is_unproven(trajectory: Trajectory, facts: RunFacts) -> bool:
+    """Whether the record was imported and says itself that tokens and messages do not match."""
+    return facts.imported is not None and any(one.kind == "unproven" for one in trajectory.warnings)
 
 
 # ---------------------------------------------------------------------- JSON

@@ -18,8 +18,14 @@ PADDING = 4096
 """A model's vocabulary may be larger than its tokenizer's, by some hundred ids as a rule, and it may sample one of those."""
 
 
-def token_findings(trajectory: Trajectory, known_ids: int | None = None) -> Iterator[Finding]:
-    """Lengths, segments, mask, log-probs and turns against each other; ids no larger than a tokenizer of `known_ids` allows."""
+def token_findings(
+    trajectory: Trajectory, known_ids: int | None = None, *, needs_logprobs: bool = True
+) -> Iterator[Finding]:
+    """Lengths, segments, mask, log-probs and turns against each other, and ids too large.
+
+    `known_ids` is the size of the tokenizer. Without `needs_logprobs` a sampled token may lack its
+    log-prob: a source of imports may not have them.
+    """
     length = len(trajectory.response_ids)
     for name in ("response_mask", "response_logprobs"):
         if len(getattr(trajectory, name)) != length:
@@ -36,7 +42,7 @@ def token_findings(trajectory: Trajectory, known_ids: int | None = None) -> Iter
     if not covered:
         yield from _mask(trajectory)
         yield from _turns(trajectory)
-    yield from _logprobs(trajectory)
+    yield from _logprobs(trajectory, needs_logprobs)
     if known_ids is not None:
         yield from _unknown_ids(trajectory, known_ids)
 
@@ -158,7 +164,7 @@ def _turns(trajectory: Trajectory) -> Iterator[Finding]:
             )
 
 
-def _logprobs(trajectory: Trajectory) -> Iterator[Finding]:
+def _logprobs(trajectory: Trajectory, needed: bool) -> Iterator[Finding]:
     """A float32 where the mask is 1, null elsewhere."""
     prompt, mask, logprobs = (
         len(trajectory.prompt_ids),
@@ -175,7 +181,7 @@ def _logprobs(trajectory: Trajectory) -> Iterator[Finding]:
 
     pairs = list(enumerate(zip(mask, logprobs, strict=True)))
     yield from first_of(
-        [i for i, (m, value) in pairs if m and value is None],
+        [i for i, (m, value) in pairs if needed and m and value is None],
         lambda i: at(i, "a number: the token was sampled"),
     )
     yield from first_of(

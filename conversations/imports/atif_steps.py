@@ -24,6 +24,8 @@ NOT_FLOAT32 = "log-probs were no float32: the nearest ones stand there"
 RAW_IS_TEXT = "raw is the message's text, as there was no tokenizer to decode the sampled ids with"
 CALLS_DIFFER = "the calls of a message are ATIF's, not those that its text parses to"
 GAPS_WHOLE = "between two turns all tokens are counted to tool or user: what of them is the template's scaffold is not known"
+TOOLS_REWRITTEN = "the tool definitions are not OpenAI's: they were written in that form"
+TOOLS_LEFT_OUT = "a tool definition has no name: the definitions were left out"
 LEFT_OUT = "parts that are not text were left out"
 NO_TIME = "the steps have no timestamps: started_at is 1970"
 LEDGER = "the ledger is made from ATIF's calls and observations: a call with an answer counts as ok, without one as cancelled"
@@ -38,7 +40,7 @@ class Conversation:
         self._warnings: dict[str, None] = {NO_STOP_REASON: None}
         self._messages: list[Message] = []
         self._since_turn: list[Message] = []
-        self._tools: list[dict[str, Any]] = found["agent"].get("tool_definitions") or []
+        self._tools = self._offered(found["agent"].get("tool_definitions") or [])
         self._tokens = TokenSequence()
         self._turns: list[dict[str, Any]] = []
         self._without_logprobs: list[tuple[int, int]] = []
@@ -68,6 +70,14 @@ class Conversation:
             },
             "extra": rest or None,
         }
+
+    def _offered(self, definitions: list[Any]) -> list[dict[str, Any]]:
+        tools = _openai_tools(definitions)
+        if tools is None:
+            self._warn(TOOLS_LEFT_OUT)
+        elif tools != definitions:
+            self._warn(TOOLS_REWRITTEN)
+        return tools or []
 
     # ------------------------------------------------------------------ tokens
 
@@ -167,103 +177,66 @@ class Conversation:
     def _add(self, step: dict[str, Any]) -> None:
         text = self._text(step["message"])
         calls: list[Message] = step.get("tool_calls") or []
-        names = {call["tool_call_id"]: call["tool_call_id"] for call in calls}
         if step["source"] != "agent":
+            names = _unique([call["tool_call_id"] for call in calls])
             if text or not step.get("observation"):
-                self._say(
-                    {"role": "user" if step["source"] == "user" else "system", "content": text}
-                )
+                role = "user" if step["source"] == "user" else "system"
+                self._say({"role": role, "content": text})
         elif self._has_tokens and _is_generation(step):
             turn = len(self._turns)
-            names = {
-                call["tool_call_id"]: f"call_{turn}_{place}" for place, call in enumerate(calls)
-            }
+            names = [f"call_{turn}_{place}" for place in range(len(calls))]
             self._grow(step["metrics"])
             self._since_turn = []
-            self._messages.append(
-                self._sampled(
-                    text, calls, list(names.values()), step["metrics"]["completion_token_ids"]
-                )
-            )
-            self._ledger += [self._line(call, names, turn, step) for call in calls]
+            self._messages.append(self._sampled(step, text, names))
+            self._ledger += self._lines(step, turn, names)
         else:
-            shown = [_call(call, name) for call, name in zip(calls, names.values(), strict=True)]
-            self._say(
-                {
-                    "role": "assistant",
-                    "content": text,
-                    "raw": None,
-                    **({"tool_calls": shown} if shown else {}),
-                }
-            )
-        self._observe(
-            step,
-            {
-                call["tool_call_id"]: (names[call["tool_call_id"]], call["function_name"])
-                for call in calls
-            },
-        )
+            names = _unique([call["tool_call_id"] for call in calls])
+            self._say(_assistant(step, text, names, raw=None))
+        self._observe(step, names)
 
     def _say(self, message: Message) -> None:
         self._messages.append(message)
         self._since_turn.append(message)
 
-    def _sampled(
-        self, text: str, calls: list[Message], names: list[str], ids: list[int]
-    ) -> Message:
-        """The message of a generation: as its ids decode and parse, where that can be done and gives the same calls."""
+    def _sampled(self, step: dict[str, Any], text: str, names: list[str]) -> Message:
+        """The message of a generation: what its ids decode and parse to, if the calls agree."""
         if self._template is None:
             self._warn(RAW_IS_TEXT)
-            raw = text
-        else:
-            raw = self._template.raw(ids)
-            before = self._messages[-1] if self._messages else None
-            parsed = self._template.read(raw, self._tools, after=before)
-            found = [(call.name, getattr(call, "arguments", None)) for call in parsed.calls]
-            if found == [(call["function_name"], call["arguments"]) for call in calls]:
-                return assistant_message(raw, parsed, names)
-            self._warn(CALLS_DIFFER)
-        message: Message = {"role": "assistant", "content": text, "raw": raw}
+            return _assistant(step, text, names, raw=text)
+        raw = self._template.raw(step["metrics"]["completion_token_ids"])
+        before = self._messages[-1] if self._messages else None
+        parsed = self._template.read(raw, self._tools, after=before)
+        found = [(call.name, getattr(call, "arguments", None)) for call in parsed.calls]
+        calls = step.get("tool_calls") or []
+        if found == [(call["function_name"], call["arguments"]) for call in calls]:
+            return assistant_message(raw, parsed, names)
+        self._warn(CALLS_DIFFER)
+        return _assistant(step, text, names, raw=raw)
+
+    def _observe(self, step: dict[str, Any], names: list[str]) -> None:
+        """A tool message for each result of the step."""
+        calls = step.get("tool_calls") or []
+        for result, place in zip(_results(step), _answered(step), strict=True):
+            text = self._text(result.get("content"))
+            if place is None:
+                self._say(tool_message(text, call_id=None, name=None))
+            else:
+                name = calls[place]["function_name"]
+                self._say(tool_message(text, call_id=names[place], name=name))
+
+    def _lines(self, step: dict[str, Any], turn: int, names: list[str]) -> list[dict[str, Any]]:
+        """The ledger's lines of a generation's calls."""
+        calls = step.get("tool_calls") or []
         if calls:
-            message["tool_calls"] = [
-                _call(call, name) for call, name in zip(calls, names, strict=True)
-            ]
-        return message
-
-    def _observe(self, step: dict[str, Any], calls: dict[str, tuple[str, str]]) -> None:
-        for result in (step.get("observation") or {}).get("results", []):
-            call_id, name = calls.get(result.get("source_call_id"), (None, None))
-            self._say(tool_message(self._text(result.get("content")), call_id=call_id, name=name))
-
-    def _line(
-        self, call: Message, names: dict[str, str], turn: int, step: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The ledger's line of a call."""
-        self._warn(LEDGER)
-        results = (step.get("observation") or {}).get("results", [])
-        answer = next(
-            (
-                self._text(one.get("content"))
-                for one in results
-                if one.get("source_call_id") == call["tool_call_id"]
-            ),
-            None,
-        )
-        status = "cancelled" if answer is None else "ok"
-        attempts = [] if answer is None else [{"status": status, "queue_s": 0.0, "run_s": 0.0}]
-        head = {
-            "call_id": names[call["tool_call_id"]],
-            "turn": turn,
-            "name": call["function_name"],
-            "arguments": call["arguments"],
-        }
-        return {
-            **head,
-            "status": status,
-            "response": answer,
-            "attempts": attempts,
-            "metrics": {"atif_call_id": call["tool_call_id"]},
-        }
+            self._warn(LEDGER)
+        answers: dict[int, str] = {}
+        for result, place in zip(_results(step), _answered(step), strict=True):
+            if place is not None:
+                answers.setdefault(place, self._text(result.get("content")))
+        return [
+            _line(call, turn, name, answers.get(place))
+            for place, (call, name) in enumerate(zip(calls, names, strict=True))
+        ]
 
     def _text(self, content: Any) -> str:
         if isinstance(content, str):
@@ -306,6 +279,81 @@ def _is_generation(step: dict[str, Any]) -> bool:
         and not step.get("is_copied_context")
         and step.get("llm_call_count") != 0
     )
+
+
+def _results(step: dict[str, Any]) -> list[dict[str, Any]]:
+    return (step.get("observation") or {}).get("results") or []
+
+
+def _answered(step: dict[str, Any]) -> list[int | None]:
+    """For each result of a step, the index of the call that it answers, None if it answers none.
+
+    Call ids need not be unique: the results with one id go to the calls with it in order.
+    """
+    waiting: dict[str, list[int]] = {}
+    for place, call in enumerate(step.get("tool_calls") or []):
+        waiting.setdefault(call["tool_call_id"], []).append(place)
+    found: list[int | None] = []
+    for result in _results(step):
+        places = waiting.get(result.get("source_call_id") or "")
+        found.append(None if not places else places.pop(0) if len(places) > 1 else places[0])
+    return found
+
+
+def _unique(ids: list[str]) -> list[str]:
+    """The ids, each one that was there before with a number behind it."""
+    found: list[str] = []
+    for name in ids:
+        number, fresh = 1, name
+        while fresh in found:
+            number += 1
+            fresh = f"{name}#{number}"
+        found.append(fresh)
+    return found
+
+
+def _assistant(step: dict[str, Any], text: str, names: list[str], *, raw: str | None) -> Message:
+    """A step's message as the document has it; `names` are the ids of its calls."""
+    message: Message = {"role": "assistant", "content": text, "raw": raw}
+    if reasoning := step.get("reasoning_content"):
+        message["reasoning_content"] = reasoning
+    if calls := step.get("tool_calls"):
+        message["tool_calls"] = [_call(call, name) for call, name in zip(calls, names, strict=True)]
+    return message
+
+
+def _line(call: Message, turn: int, name: str, answer: str | None) -> dict[str, Any]:
+    status = "cancelled" if answer is None else "ok"
+    attempts = [] if answer is None else [{"status": status, "queue_s": 0.0, "run_s": 0.0}]
+    return {
+        "call_id": name,
+        "turn": turn,
+        "name": call["function_name"],
+        "arguments": call["arguments"],
+        "status": status,
+        "response": answer,
+        "attempts": attempts,
+        "metrics": {"atif_call_id": call["tool_call_id"]},
+    }
+
+
+def _openai_tools(definitions: list[Any]) -> list[dict[str, Any]] | None:
+    """Flat tool definitions (name, description, a schema) as OpenAI's; None if one has no name."""
+    found = []
+    for one in definitions:
+        if isinstance(one.get("function"), dict):
+            found.append(one)
+        elif isinstance(one.get("name"), str):
+            keys = ("parameters", "input_schema", "inputSchema")
+            schema: dict[str, Any] = next(
+                (one[key] for key in keys if isinstance(one.get(key), dict)), {}
+            )
+            more = {"description": one["description"]} if one.get("description") else {}
+            function = {"name": one["name"], **more, "parameters": schema}
+            found.append({"type": "function", "function": function})
+        else:
+            return None
+    return found
 
 
 def _call(call: Message, name: str) -> Message:

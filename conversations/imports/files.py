@@ -1,4 +1,7 @@
-"""The documents of a source: .json holds one, .jsonl one a line, a folder what of both lies in it. Untrusted: sizes have limits."""
+"""The documents of a source: a .json file holds one or a list, a .jsonl file one a line.
+
+A folder holds any number of such files. Sources are untrusted: sizes have limits.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One JSON object and where it stands: `file:line`, or the file where it is all of it."""
+    """One JSON object and its place: `file:line`, `file[index]` in a list, or the file alone."""
 
     place: str
     value: dict[str, Any]
@@ -63,7 +66,7 @@ def _whole(file: Path) -> Iterator[Document | Defect]:
     if (size := file.stat().st_size) > MAX_BYTES:
         yield Defect(str(file), f"is {size} bytes, more than {MAX_BYTES}")
     else:
-        yield _document(str(file), file.read_bytes())
+        yield from _documents(str(file), file.read_bytes())
 
 
 def _lines(file: Path) -> Iterator[Document | Defect]:
@@ -78,19 +81,27 @@ def _lines(file: Path) -> Iterator[Document | Defect]:
                 )
                 return
             if line.strip():
-                yield _document(f"{file}:{number}", line)
+                yield from _documents(f"{file}:{number}", line)
 
 
-def _document(place: str, text: bytes) -> Document | Defect:
+def _documents(place: str, text: bytes) -> Iterator[Document | Defect]:
+    """The document in a text, or each one of a list."""
     try:
         value = json.loads(text.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        return Defect(place, f"is not a JSON document: {error}")
-    return (
-        Document(place, value)
-        if isinstance(value, dict)
-        else Defect(place, f"is a JSON {type(value).__name__}, expected an object")
-    )
+        yield Defect(place, f"is not a JSON document: {error}")
+        return
+    if isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield _document(f"{place}[{index}]", item)
+    else:
+        yield _document(place, value)
+
+
+def _document(place: str, value: Any) -> Document | Defect:
+    if isinstance(value, dict):
+        return Document(place, value)
+    return Defect(place, f"is a JSON {type(value).__name__}, expected an object or a list of them")
 
 
 def _refuse(name: str) -> None:

@@ -14,11 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from conversations.errors import ImportFileError, RecordError
+from conversations.checks.facts import RunFacts, facts_of
+from conversations.errors import ConversationsError, ImportFileError, RunFolderError
 from conversations.imports.files import Defect, Document, documents, source_files
+from conversations.imports.proof import proven
 from conversations.run.new_folder import new_folder
 from conversations.run.open_run import TOKENIZER
-from conversations.run.saved_tokenizer import load_tokenizer
+from conversations.run.saved_tokenizer import load_tokenizer, one_line
 from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -58,11 +60,13 @@ def import_run(
     with new_folder(out, ImportFileError) as folder:
         if template is not None:
             template.tokenizer.save_pretrained(folder / TOKENIZER)
-        with RunFolder.create(folder, _manifest(source, kind, files, command)) as store:
+        manifest = _manifest(source, kind, files, command)
+        facts = facts_of(manifest, template)
+        with RunFolder.create(folder, manifest) as store:
             asked = 0
             for document in documents(files):
                 asked += 1
-                _take(document, reader, store, done)
+                _take(document, reader, facts, store, done)
             store.close({"asked": asked, "done": done.trajectories})
         (folder / ".lock").unlink(missing_ok=True)
         if not done.trajectories:
@@ -83,17 +87,26 @@ def _reader(kind: str, template: ChatTemplate | None) -> Reader:
     return readers[kind](template)
 
 
-def _take(document: Document | Defect, reader: Reader, store: RunFolder, done: Imported) -> None:
+def _take(
+    document: Document | Defect, reader: Reader, facts: RunFacts, store: RunFolder, done: Imported
+) -> None:
+    """Writes one document. Whatever is wrong with it, or with its reader, is a defect of that one."""
     if isinstance(document, Defect):
         done.defects.append(str(document))
         return
     try:
-        trajectory = reader(document)
+        trajectory = proven(reader(document), facts)
         if (trajectory.task_id, trajectory.sample) in store.done:
             raise ImportFileError(f"trajectory {trajectory.id} is there already")
         store.append(trajectory)
-    except (ImportFileError, RecordError) as error:
+    except RunFolderError:
+        raise
+    except ConversationsError as error:
         done.defects += [f"{document.place}: {line}" for line in str(error).splitlines()]
+        return
+    except Exception as error:
+        what = f"could not be read, which is an error of turntrace: {one_line(error)}"
+        done.defects.append(f"{document.place}: {what}")
         return
     done.trajectories += 1
     done.with_ids += bool(trajectory.turns)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.record import check_line
 from conversations.errors import RecordError
 from conversations.trajectory import Trajectory, line_hash, read_record, record_hash
@@ -48,7 +48,11 @@ def test_each_old_warning_has_its_kind() -> None:
     record = read_record(old_line())
     found = {warning["text"]: warning["kind"] for warning in record["warnings"]}
     assert found == OLD_WARNINGS
-    assert set(OLD_WARNINGS.values()) | {"partial"} == set(KINDS) == set(get_args(WarningKind))
+    assert (
+        set(OLD_WARNINGS.values()) | {"partial", "unproven"}
+        == set(KINDS)
+        == set(get_args(WarningKind))
+    )
 
 
 def test_the_hash_of_an_old_line_is_that_of_the_line_in_either_form() -> None:
@@ -70,7 +74,7 @@ def test_an_old_failure_that_had_no_json_form_is_partial() -> None:
     line = old_line(infra_error=True, error=error, warnings=[])
     assert Trajectory.from_line(line).warnings[0].kind == "partial"
     assert as_written(read_record(line)) == json.loads(line)
-    assert check_line(line.encode() + b"\n", Facts()).partial
+    assert check_line(line.encode() + b"\n", RunFacts()).partial
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_an_old_line_holds_nothing_new(changes: dict[str, Any]) -> None:
     name = next(iter(changes))
     with pytest.raises(RecordError, match=name):
         read_record(old_line(**changes))
-    [finding] = check_line(old_line(**changes).encode() + b"\n", Facts()).findings
+    [finding] = check_line(old_line(**changes).encode() + b"\n", RunFacts()).findings
     assert name in finding.what
 
 
@@ -95,12 +99,12 @@ def test_branches_are_refused_by_name() -> None:
     text = json.dumps({**line, "sha256": line_hash(line)})
     with pytest.raises(RecordError, match="branches: not read by this version"):
         Trajectory.from_line(text)
-    findings = check_line(text.encode() + b"\n", Facts()).findings
+    findings = check_line(text.encode() + b"\n", RunFacts()).findings
     assert any("not read by this version" in finding.what for finding in findings)
 
 
 def test_a_kind_that_is_not_known_is_a_defect() -> None:
     warning = RecordWarning("else", "text")  # type: ignore[arg-type]
     line = trajectory(warnings=[warning]).to_line()
-    findings = check_line(line.encode() + b"\n", Facts()).findings
+    findings = check_line(line.encode() + b"\n", RunFacts()).findings
     assert any("warnings.0.kind" in finding.what for finding in findings)

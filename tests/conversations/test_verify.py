@@ -23,7 +23,7 @@ from agent.loop.loop import LoopSettings, Runtime
 from agent.runs.progress import counts
 from conversations import verify as verify_module
 from conversations.checks.clock import OutOfTime, time_limit
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Defect, printable
 from conversations.checks.record import check_line
 from conversations.errors import RunFolderError
@@ -592,7 +592,7 @@ def test_ranges_cover_every_line_once(run: Path) -> None:
     }
     whole = [
         checked.id
-        for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, size), Facts())
+        for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, size), RunFacts())
     ]
     assert len(whole) == 8
     for edge in sorted(edges):
@@ -601,7 +601,7 @@ def test_ranges_cover_every_line_once(run: Path) -> None:
             for start, end in ((0, edge), (edge, size))
             if start < end
         ]
-        assert [checked.id for part in parts for checked in check_chunk(part, Facts())] == whole
+        assert [checked.id for part in parts for checked in check_chunk(part, RunFacts())] == whole
 
 
 def test_lines_beyond_all_bounds_are_not_read_into_memory(
@@ -612,7 +612,7 @@ def test_lines_beyond_all_bounds_are_not_read_into_memory(
     file.write_bytes(b"x" * 5000 + b"\n" + b"y\n" + b"z" * 999 + b"\n" + b"w" * 3000)
     findings = [
         checked.findings[0].what[:20]
-        for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, 10**6), Facts())
+        for checked in check_chunk(verify_module.Chunk(file, TRAJECTORIES, 0, 10**6), RunFacts())
     ]
     assert findings == [
         "the line is longer t",

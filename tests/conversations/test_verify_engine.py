@@ -12,7 +12,7 @@ import pytest
 
 from agent.loop.batch import run_tasks
 from agent.loop.loop import Runtime
-from conversations.checks.facts import Facts, facts_of
+from conversations.checks.facts import RunFacts, facts_of
 from conversations.checks.finding import Defect
 from conversations.checks.record import check_line
 from conversations.run.store import RunFolder
@@ -27,15 +27,15 @@ from tests.helpers import QUESTION, Toy, call, hermes_template, runtime, says, s
 WORLDS = 150
 
 
-def facts(world: World, ids: int | None) -> Facts:
+def facts(world: World, ids: int | None) -> RunFacts:
     """What a run.json would say of a world, whose tokenizer has so many ids."""
     limits = {
         field.name: getattr(world.settings, field.name)
-        for field in dataclasses.fields(Facts)
+        for field in dataclasses.fields(RunFacts)
         if hasattr(world.settings, field.name)
     }
     cuts = tuple((world.cut_limit, side) for side in SIDES) if world.cut_limit else ()
-    return Facts(
+    return RunFacts(
         **limits,
         template=world.template,
         ids=ids,

@@ -18,7 +18,7 @@ from agent.loop.loop import Conversation, Runtime, converse
 from agent.loop.tasks import Task
 from agent.loop.users import Interactions
 from agent.replay.continuation import ContinuedConversation, continued
-from conversations.checks.facts import Facts
+from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding
 from conversations.checks.record import check_line
 from conversations.run.store import UNFINISHED, RunFolder, read_trajectories
@@ -493,4 +493,4 @@ class Gone(Toy):
 
 
 def defects(record: Trajectory, template: ChatTemplate) -> list[Finding]:
-    return check_line(record.to_line().encode() + b"\n", Facts(template=template)).findings
+    return check_line(record.to_line().encode() + b"\n", RunFacts(template=template)).findings
