@@ -24,6 +24,8 @@ from itertools import islice
 from typing import Any
 
 from conversations.errors import RunFolderError
+from conversations.extras import pyarrow
+from conversations.unicode import unicode_only
 
 JSON_COLUMNS = (
     "messages", "tool_calls", "tools", "reward_parts", "ground_truth", "data_source", "extra", "engine", "sampling", "parent",
@@ -34,8 +36,7 @@ BATCH = 256
 
 def schema(columns: Collection[str] | None = None) -> Any:
     """The `pyarrow.Schema` of those columns, in the order given; None: all. Raises RunFolderError for an unknown one."""
-    import pyarrow as pa
-
+    pa = pyarrow()
     known = _types(pa)
     if unknown := [name for name in columns or () if name not in known]:
         raise RunFolderError(
@@ -48,19 +49,16 @@ def batches(
     records: Iterable[dict[str, Any]], columns: Collection[str] | None = None, *, size: int = BATCH
 ) -> Iterator[Any]:
     """`pyarrow.RecordBatch`es of `size` records each, made as they are asked for."""
-    import pyarrow as pa
-
+    pa = pyarrow()
     form = schema(columns)
     rest = iter(records)
     while chunk := list(islice(rest, size)):
         try:
-            yield pa.RecordBatch.from_arrays(
-                [
-                    pa.array([_value(record, name) for record in chunk], form.field(name).type)
-                    for name in form.names
-                ],
-                schema=form,
-            )
+            columns_of_chunk = [
+                _array([_value(one, name) for one in chunk], form.field(name).type)
+                for name in form.names
+            ]
+            yield pa.RecordBatch.from_arrays(columns_of_chunk, schema=form)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise RunFolderError(
                 f"trajectories {chunk[0]['id']} to {chunk[-1]['id']} do not fit a table: {error}"
@@ -69,9 +67,17 @@ def batches(
 
 def table(records: Iterable[dict[str, Any]], columns: Collection[str] | None = None) -> Any:
     """All records as one `pyarrow.Table`."""
-    import pyarrow as pa
-
+    pa = pyarrow()
     return pa.Table.from_batches(batches(records, columns), schema(columns))
+
+
+def _array(values: list[Any], kind: Any) -> Any:
+    """A column. Half a surrogate pair becomes U+FFFD: Arrow holds Unicode."""
+    pa = pyarrow()
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array([unicode_only(value) for value in values], kind)
 
 
 def _value(record: dict[str, Any], name: str) -> Any:

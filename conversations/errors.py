@@ -7,7 +7,8 @@ ConversationsError
 ├── RecordError        a trajectory that is not a valid record of a schema that is read
 ├── RunFolderError     a run folder that cannot be opened, locked or resumed
 ├── ExportError        an export that was asked for and cannot be made
-└── ImportFileError    a file that holds no trajectories that can be imported
+├── ImportFileError    a file that holds no trajectories that can be imported
+└── MissingPackageError  a package that is not installed, and the extra that brings it
 """
 
 
@@ -41,3 +42,7 @@ class ExportError(ConversationsError):
 
 class ImportFileError(ConversationsError):
     """A file holds no trajectories that can be imported."""
+
+
+class MissingPackageError(ConversationsError):
+    """A package that is needed here is not installed."""

@@ -210,10 +210,16 @@ class _Batch:
         finally:
             self.progress.live.discard(conversation)
         trajectory = conversation.trajectory()
-        kept = self._keep(self.store.append, trajectory) if self.store else trajectory
+        # What the engine's owner aborted was cut off, as what we cancel; a replay may end so.
+        is_cut_off = trajectory.stop_reason == "cancelled" and trajectory.parent is None
+        kept: Trajectory | None = trajectory
+        if self.store:
+            append = self.store.append_unfinished if is_cut_off else self.store.append
+            kept = self._keep(append, trajectory)
         if kept is None:
             return
-        self.progress.count(kept)
+        if not is_cut_off:
+            self.progress.count(kept)
         if self.on_done:
             self.on_done(kept)
         if self.has_enough:

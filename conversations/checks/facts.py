@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,17 @@ import yaml
 from conversations.template import ChatTemplate
 from conversations.truncate import SIDES
 
+MAX_STARTS = 16
+"""Earlier starts that a record is checked against, the latest ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
     """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
     be cut to, the run's own first; `cuts_in_code` says that functions are among the tools, whose decorators may say others; `users`
     says that a program takes user turns; `imported` is the format that the run was imported from, which may not say all that a record
-    holds; `is_replay` says that its records have parents, None where that is not known; the others are the loop's limits, in tokens
+    holds; `is_replay` says that its records have parents, None where that is not known; `earlier` are the facts of the
+    run's earlier starts, if a resume was forced with another config; the others are the loop's limits, in tokens
     unless the name says otherwise.
     """
 
@@ -35,6 +40,7 @@ class RunFacts:
     users: bool = False
     imported: str | None = None
     is_replay: bool | None = None
+    earlier: tuple[RunFacts, ...] = ()
 
     @property
     def reads_clock(self) -> bool:
@@ -43,9 +49,36 @@ class RunFacts:
             self.template.tokenizer.chat_template
         )
 
+    def loosened(self) -> RunFacts:
+        """Facts for a record that ran under several starts: without limits, with all their cuts."""
+        cuts = [cut for facts in (self, *self.earlier) for cut in facts.cuts]
+        return dataclasses.replace(
+            self,
+            prompt_length=None,
+            response_length=None,
+            max_model_len=None,
+            max_tokens=None,
+            max_turns=None,
+            max_invalid_calls=None,
+            cuts=tuple(dict.fromkeys(cuts)),
+            cuts_in_code=any(facts.cuts_in_code for facts in (self, *self.earlier)),
+            users=any(facts.users for facts in (self, *self.earlier)),
+            earlier=(),
+        )
+
 
 def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFacts:
     """The facts in a run.json, whatever else it holds."""
+    facts = _facts_of(manifest, template)
+    starts = manifest.get("earlier_starts")
+    if not isinstance(starts, list):
+        return facts
+    manifests = [{**manifest, **start} for start in starts[-MAX_STARTS:] if isinstance(start, dict)]
+    earlier = tuple(_facts_of(one, template) for one in manifests)
+    return dataclasses.replace(facts, earlier=earlier)
+
+
+def _facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFacts:
     rollout = _at(manifest, "config", "rollout")
     multi_turn, ours = _at(rollout, "multi_turn"), _at(rollout, "turntrace")
     max_model_len, entries = _count(rollout, "max_model_len"), _entries(manifest.get("tools"))

@@ -83,9 +83,9 @@ def _failure(trajectory: Trajectory) -> Iterator[Finding]:
                 else f"{failed[0]} ended with backend_error"
             )
             yield Finding(f"{differs('infra_error', False, True)}: {why}")
-        if (
-            trajectory.error is not None and trajectory.parent is None
-        ):  # a replay says there where it left the record
+        # A replay says there where it left the record, a trainer why it aborted the conversation.
+        may_say = trajectory.parent is not None or trajectory.stop_reason == "cancelled"
+        if trajectory.error is not None and not may_say:
             yield Finding(
                 differs(
                     "the error of a conversation that nothing failed in", trajectory.error, None

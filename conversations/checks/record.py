@@ -71,12 +71,30 @@ def check_line(line: bytes, facts: RunFacts, *, finished: bool = True) -> LineRe
     )
     checked.partial = _is_partial(trajectory)
     checked.unproven = _is_unproven(trajectory, facts)
-    checked.findings += _trajectory_findings(
-        trajectory, facts, finished=finished, partial=checked.partial
-    )
+    checked.findings += _under_its_start(trajectory, facts, finished, checked.partial)
     checked.common = b"" if checked.partial else _common(trajectory)
     _count(trajectory, checked.tally)
     return checked
+
+
+def _under_its_start(
+    trajectory: Trajectory, facts: RunFacts, finished: bool, partial: bool
+) -> list[Finding]:
+    """What is wrong under the start that made the record: the one with which least is wrong.
+
+    A resumed conversation may have run under several starts.
+    """
+    starts = [facts, *reversed(facts.earlier)]
+    if facts.earlier and any(one.kind == "resumed" for one in trajectory.warnings):
+        starts.append(facts.loosened())
+    best: list[Finding] | None = None
+    for start in starts:
+        found = list(_trajectory_findings(trajectory, start, finished=finished, partial=partial))
+        if best is None or len(found) < len(best):
+            best = found
+        if not found:
+            break
+    return best or []
 
 
 def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ ATIF = Format(
     name="atif",
     consumer="ATIF v1.8 readers",
     rows=_rows,
-    write=write_json_lines("trajectories.jsonl"),
+    write=write_json_lines("trajectories.jsonl", exact=True),
     unit="trajectory",
     fields={
         "steps[].metrics": "of each generation prompt_token_ids (all that the engine saw), completion_token_ids, logprobs: exactly",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conversations import arrow
 from conversations.export.formats import Format, Record, Source
+from conversations.extras import parquet
 
 FILE = "trajectories.parquet"
 
@@ -16,10 +17,8 @@ def _rows(source: Source) -> Iterator[Record]:
 
 
 def _write(rows: Iterator[Record], folder: Path) -> int:
-    from pyarrow import parquet
-
     count = 0
-    with parquet.ParquetWriter(folder / FILE, arrow.schema(), compression="zstd") as out:
+    with parquet().ParquetWriter(folder / FILE, arrow.schema(), compression="zstd") as out:
         for batch in arrow.batches(rows):
             out.write_batch(batch)
             count += batch.num_rows

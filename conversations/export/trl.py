@@ -13,6 +13,7 @@ from conversations.export.formats import Format, Row, Source
 from conversations.export.pairs import FIELDS, pairs
 from conversations.export.text import TextView, Tokens, after_common, whole_ids, whole_mask
 from conversations.export.writers import write_json_lines, write_parquet
+from conversations.extras import pyarrow
 
 
 def _sft_rows(source: Source) -> Iterator[Row]:
@@ -25,8 +26,7 @@ def _sft_rows(source: Source) -> Iterator[Row]:
 
 
 def _sft_schema() -> Any:
-    import pyarrow as pa
-
+    pa = pyarrow()
     return pa.schema(
         [
             ("id", pa.string()),

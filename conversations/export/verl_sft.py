@@ -12,6 +12,7 @@ from typing import Any
 from conversations.export.formats import Format, Row, Source
 from conversations.export.text import Refused, TextView, Tokens
 from conversations.export.writers import json_text, write_parquet
+from conversations.extras import pyarrow
 from conversations.rounds import is_sampled, last_sampled
 from conversations.run.open_run import template_kwargs
 
@@ -85,8 +86,7 @@ def _aligned(
 
 
 def _schema() -> Any:
-    import pyarrow as pa
-
+    pa = pyarrow()
     message = pa.struct(
         [("role", pa.string()), ("content", pa.string()), ("loss_mask", pa.int64())]
     )

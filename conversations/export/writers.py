@@ -1,6 +1,10 @@
 """Rows to files: JSON Lines, Parquet of a known schema, Parquet whose schema the rows decide. Memory holds one batch of rows.
 
-Parquet is compressed with zstd. A value that Arrow has no one type for, as it is a number here and a text there, becomes JSON text.
+Parquet is compressed with zstd. A value that has no single Arrow type, such as a number in one row
+and a text in another, becomes JSON text.
+
+Text for trainers is Unicode: half a surrogate pair becomes U+FFFD, in every such format alike. Only
+an `exact` writer keeps it, as JSON can.
 """
 
 from __future__ import annotations
@@ -12,20 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ExportError
+from conversations.extras import parquet, pyarrow
+from conversations.unicode import unicode_only
 
 Row = dict[str, Any]
 BATCH = 256
 """Rows in memory at a time, and in a row group."""
 
 
-def write_json_lines(name: str) -> Callable[[Iterator[Row], Path], int]:
+def write_json_lines(name: str, *, exact: bool = False) -> Callable[[Iterator[Row], Path], int]:
     """A writer of one JSON object a line into the file `name`."""
 
     def write(rows: Iterator[Row], folder: Path) -> int:
         count = 0
         with (folder / name).open("w", encoding="ascii") as out:
             for row in rows:
-                out.write(json_text(row) + "\n")
+                text = json_text(row)
+                if not exact and "\\ud" in text:  # most are whole pairs
+                    text = json_text(unicode_only(row))
+                out.write(text + "\n")
                 count += 1
         return count
 
@@ -74,20 +83,26 @@ def _read(file: Path) -> Iterator[Row]:
 
 
 def _parquet(rows: Iterator[Row], file: Path, schema: Any) -> int:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    pa = pyarrow()
     count = 0
-    with parquet.ParquetWriter(file, schema, compression="zstd") as out:
+    with parquet().ParquetWriter(file, schema, compression="zstd") as out:
         while chunk := list(islice(rows, BATCH)):
             try:
-                out.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+                out.write_batch(_batch(chunk, schema))
             except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
                 raise ExportError(
                     f"rows {count} to {count + len(chunk) - 1} do not fit the format: {error}"
                 ) from error
             count += len(chunk)
     return count
+
+
+def _batch(rows: list[Row], schema: Any) -> Any:
+    pa = pyarrow()
+    try:
+        return pa.RecordBatch.from_pylist(rows, schema=schema)
+    except UnicodeEncodeError:
+        return pa.RecordBatch.from_pylist([unicode_only(row) for row in rows], schema=schema)
 
 
 # ---------------------------------------------------------------------- the shape of JSON values
@@ -138,8 +153,7 @@ def fitted(value: Any, shape: Shape) -> Any:
 
 def arrow_schema(shape: Shape) -> Any:
     """The `pyarrow.Schema` of rows of that shape."""
-    import pyarrow as pa
-
+    pa = pyarrow()
     return pa.schema([(key, _arrow_type(inner, pa)) for key, inner in (shape or {}).items()])
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversations.errors import RecordError, RunFolderError
+from conversations.extras import pandas
 from conversations.run.store import TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.trajectory import Trajectory, parse_record, read_record
 
@@ -161,6 +162,7 @@ class Run:
 
     def to_pandas(self, columns: Collection[str] | None = None) -> Any:
         """The same as a `pandas.DataFrame`."""
+        pandas()
         return self.to_arrow(columns).to_pandas()
 
 

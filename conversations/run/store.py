@@ -48,7 +48,11 @@ IDENTITY = (
     "parent",
     "replay",
 )
-"""The fields of run.json that a resumed run must share with the first."""
+"""The fields of run.json that a resumed run must share with the first.
+
+A forced resume keeps those of the starts before it in `earlier_starts`, the first start first:
+`verify` checks records that were made under an earlier start against its limits.
+"""
 
 WHEREABOUTS = frozenset(
     {
@@ -127,9 +131,9 @@ class RunFolder:
             for name in ("counts", "digest"):  # they are what a run says when it closes
                 earlier.pop(name, None)
             fresh = {**earlier, **manifest, "schema": SCHEMA, "created": earlier.get("created")}
-            if differences:  # earlier records were made under what stood there before
-                before = {name: earlier.get(name) for name in IDENTITY}
-                fresh["before"] = [*earlier.get("before", ()), before]
+            if differences:
+                start = {name: earlier.get(name) for name in IDENTITY}
+                fresh["earlier_starts"] = [*earlier.get("earlier_starts", ()), start]
             manifest = _write_manifest(path, fresh)
             return cls(path, manifest, lock, done, unfinished, digest)
         except OSError as error:
@@ -212,11 +216,11 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
     """
     file = Path(path) / TRAJECTORIES if Path(path).is_dir() else Path(path)
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    yield Trajectory.from_line(line)
-                except RecordError as error:
+                    yield Trajectory.from_line(line.decode())
+                except (RecordError, UnicodeDecodeError) as error:
                     raise RunFolderError(f"{file}:{number}: {error}") from error
     except OSError as error:
         raise RunFolderError(f"{file} cannot be read: {error.strerror}") from error

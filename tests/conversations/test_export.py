@@ -14,11 +14,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.commands.export import FORMATS
+from conversations import atif
 from conversations.errors import ExportError
 from conversations.export import job
 from conversations.export.filters import Filters, Seen, Selection
@@ -26,8 +28,10 @@ from conversations.export.formats import get_format, names
 from conversations.export.groups import Statistics, pass_at_k
 from conversations.export.text import TextView
 from conversations.export.writers import arrow_schema, fitted, merged, shape_of
+from conversations.run.open_run import Run, open_run
 from conversations.trajectory import INVALID_STATUSES
 from tests.conversations.exports import exported, small_run
+from tests.conversations.pages import changed_run
 from tests.conversations.templates import LLAMA3
 from tests.helpers import ROOT
 
@@ -454,3 +458,44 @@ def test_stats_prints_the_groups(tmp_path: Path) -> None:
     done = turntrace("stats", small_run().path)
     assert done.returncode == 0, done.stderr
     assert "pass@4" in done.stdout
+
+
+# ---------------------------------------------------------------------- text that is no Unicode
+
+HALF = "half \ud83d of a pair"
+
+
+@pytest.fixture(scope="module")
+def half_a_pair(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run with half a surrogate pair in the texts of one task, keys of its row included."""
+
+    def change(number: int, record: dict[str, Any]) -> None:
+        if number % 2:
+            for message in record["messages"]:
+                message["content"] += HALF
+            record["extra"] = {HALF: [HALF]}
+            record["warnings"] = [{"kind": "other", "text": HALF}]
+
+    path = tmp_path_factory.mktemp("half") / "run"
+    return open_run(changed_run(path, small_run().path, change))
+
+
+@pytest.mark.parametrize("to", names())
+def test_half_a_surrogate_pair_ends_no_export(half_a_pair: Run, tmp_path: Path, to: str) -> None:
+    whole, done = exported(to)[1], job.export(half_a_pair, to, tmp_path / "out")
+    assert done.rows == whole.rows
+    for file in (tmp_path / "out").glob("*.jsonl"):
+        for row in map(json.loads, file.read_text(encoding="ascii").splitlines()):
+            assert to == "atif" or json.dumps(row, ensure_ascii=False).encode()
+    for file in (tmp_path / "out").glob("*.parquet"):
+        rows = pq.read_table(file).to_pylist()
+        assert len(rows) == done.rows
+        if to in ("verl-sft", "verl-rl"):
+            assert "half \ufffd of a pair" in json.dumps(rows, ensure_ascii=False)
+
+
+def test_atif_keeps_half_a_surrogate_pair(half_a_pair: Run, tmp_path: Path) -> None:
+    job.export(half_a_pair, "atif", tmp_path / "out")
+    lines = (tmp_path / "out" / "trajectories.jsonl").read_text().splitlines()
+    first = atif.record_of(json.loads(lines[0]))
+    assert first == half_a_pair.record(first["id"])

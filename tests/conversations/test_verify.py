@@ -33,6 +33,7 @@ from conversations.template import ChatTemplate
 from conversations.trajectory import record_hash
 from conversations.truncate import cut_to_tokens
 from conversations.verify import Verdict, check_chunk, verify_run
+from tests.conversations.exports import small_run
 from tests.conversations.run.test_open_run import numbered, written
 from tests.conversations.synthetic import make_run
 from tests.helpers import BEHAVIOURS, Toy, call, float32, odd_text, respelled, runtime, says, task
@@ -731,3 +732,39 @@ def test_a_run_made_from_another_names_the_parent_of_each_record(run: Path) -> N
     assert len([line for line in defects if "the parent, found null, expected one" in line]) == len(
         lines_of(run)
     )
+
+
+# ---------------------------------------------------------------------- several starts
+
+
+def resumed_with_less(path: Path) -> Path:
+    """The clean run, resumed by force with smaller limits; none of its records is touched."""
+    shutil.copytree(small_run().path, path)
+    manifest = json.loads((path / RUN).read_text())
+    rollout = manifest["config"]["rollout"]
+    rollout |= {"response_length": 10, "prompt_length": 10}
+    rollout["multi_turn"] |= {"max_tool_response_length": 8, "max_assistant_turns": 1}
+    RunFolder.resume(path, {**manifest, "n": 1}, force=True).close()
+    return path
+
+
+def test_records_are_checked_against_the_start_that_made_them(tmp_path: Path) -> None:
+    run = resumed_with_less(tmp_path / "run")
+    finished = (run / TRAJECTORIES).read_text()
+    assert verified(run)[0] == []
+    manifest = json.loads((run / RUN).read_text())
+    del manifest["earlier_starts"]
+    (run / RUN).write_text(json.dumps(manifest))
+    assert any("response_length" in line for line in verified(run)[0]), (
+        "the other limits do not fit"
+    )
+    assert (run / TRAJECTORIES).read_text() == finished
+
+
+@pytest.mark.parametrize("starts", [7, ["x"], [{}], [{"config": []}], [{"config": {}}] * 99])
+def test_starts_of_any_form_are_read(tmp_path: Path, starts: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run().path, run)
+    manifest = json.loads((run / RUN).read_text()) | {"earlier_starts": starts}
+    (run / RUN).write_text(json.dumps(manifest))
+    assert verified(run)[0] == []

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from agent.engines.engine import Generation, SamplingParams
-from agent.errors import EngineError
+from agent.errors import EndConversation, EngineError
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.calls import Dispatcher
 from agent.loop.loop import Runtime
 from agent.loop.tasks import Task
 from conversations.errors import RunFolderError
+from conversations.run.open_run import open_run
 from conversations.run.store import (
     RUN,
     SUPERSEDED,
@@ -28,7 +29,8 @@ from conversations.run.store import (
 )
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
-from tests.helpers import TOOL_ERRORS, Toy, call, logprobs, settings, until
+from conversations.verify import verify_run
+from tests.helpers import TOOL_ERRORS, Toy, call, logprobs, runtime, says, settings, task, until
 from tools.toolset import ToolSet
 
 
@@ -483,3 +485,21 @@ async def test_a_resumed_run_counts_what_it_has(smollm2: ChatTemplate, tmp_path:
             )
             store.close({})
     assert len(list(read_trajectories(tmp_path))) == 7
+
+
+async def test_what_the_engines_owner_aborts_is_unfinished_and_verifies(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
+    ids = smollm2.encode("half a")
+    cut = Generation(ids, logprobs(ids), "abort")
+    engine = says(smollm2, EndConversation("cancelled", "the trainer aborted it", cut))
+    with RunFolder.create(tmp_path, {"config": {}, "n": 1, "parent": None}) as store:
+        smollm2.tokenizer.save_pretrained(tmp_path / "tokenizer")
+        progress = await run_tasks([task("t")], runtime(smollm2, engine), store=store)
+        store.close({"asked": 1, "done": progress.done})
+    assert progress.done == 0
+    [record] = open_run(tmp_path).unfinished()
+    assert (record.stop_reason, record.num_turns) == ("cancelled", 1)
+    defects: list[str] = []
+    verify_run(tmp_path, on_defect=lambda defect: defects.append(str(defect)))
+    assert defects == []

@@ -547,3 +547,31 @@ def test_the_digest_is_of_all_records_however_often_resumed(tmp_path: Path) -> N
         run.close({"done": 4})
     hashes = "".join(json.loads(line)["sha256"] for line in lines(one))
     assert digest_of(one) == digest_of(two) == hashlib.sha256(hashes.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------- odd files and forced resumes
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe\n", b'{"schema": "turntrace/2", "id": "\xe9"}\n'])
+def test_a_file_that_is_not_utf8_is_one_line(tmp_path: Path, text: bytes) -> None:
+    run_with(tmp_path, record("a"))
+    with (tmp_path / TRAJECTORIES).open("ab") as out:
+        out.write(text)
+    with pytest.raises(RunFolderError, match=r"trajectories.jsonl:2: ") as raised:
+        list(read_trajectories(tmp_path))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(RunFolderError, match=r"trajectories.jsonl:2 "):
+        RunFolder.resume(tmp_path, MANIFEST)
+
+
+def test_a_forced_resume_keeps_what_the_earlier_starts_were(tmp_path: Path) -> None:
+    run_with(tmp_path, record("a"))
+    configs = [MANIFEST, *({**MANIFEST, "config": {"rollout": {"n": n}}} for n in (3, 4))]
+    for manifest in configs[1:]:
+        RunFolder.resume(tmp_path, manifest, force=True).close()
+    RunFolder.resume(tmp_path, configs[-1], force=True).close()  # the same again is no new start
+    manifest = read_manifest(tmp_path)
+    assert manifest["config"] == configs[-1]["config"]
+    assert [one["config"] for one in manifest["earlier_starts"]] == [
+        one["config"] for one in configs[:-1]
+    ]
