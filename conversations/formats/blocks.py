@@ -42,7 +42,18 @@ ReadBlock = Callable[[int, list[Call]], int]
 
 def opening(thought: Thought, *tags: str) -> re.Pattern[str]:
     """Finds what opens a thought or a block. `tags` are regular expressions."""
-    return re.compile("|".join((re.escape(thought.open), *tags)))
+    return re.compile(one_of(re.escape(thought.open), *tags))
+
+
+def one_of(*patterns: str, **named: str) -> str:
+    """A regular expression for any of these; `named` ones become groups.
+
+    If all begin with `<`, so does the result: a search then skips plain text ten times as fast.
+    """
+    every = [("", pattern) for pattern in patterns] + [(f"?P<{key}>", named[key]) for key in named]
+    if all(pattern.startswith("<") for _, pattern in every):
+        return "<(?:" + "|".join(f"({key or '?:'}{pattern[1:]})" for key, pattern in every) + ")"
+    return "|".join(f"({key or '?:'}{pattern})" for key, pattern in every)
 
 
 def read_turn(

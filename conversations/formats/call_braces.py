@@ -21,13 +21,25 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conversations.formats.blocks import Call, Thought, excerpt, opening, read_turn, skip_space
+from conversations.formats.blocks import (
+    SPACE,
+    Call,
+    Thought,
+    excerpt,
+    one_of,
+    opening,
+    read_turn,
+    skip_space,
+)
 from conversations.formats.format import CallFormat, ParameterTypes
 from conversations.formats.literals import LiteralError, Literals
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 
+_BEFORE_STRING = (":", ",", "[", "{")
+_BEHIND_STRING = re.compile(r"[ \t\r\n]*[,}\]:]")
 _KEY = re.compile(r"""[^\s:,{}\[\]<>"'][^:,{}\[\]<>\n]*""")
 
 
@@ -58,12 +70,9 @@ def braces_format(name: str, tokens: Tokens, aliases: tuple[str, ...] = ()) -> C
 
 class _Patterns:
     def __init__(self, tokens: Tokens) -> None:
-        open_, close, quote = map(re.escape, (tokens.open, tokens.close, tokens.quote))
+        open_, close = re.escape(tokens.open), re.escape(tokens.close)
         self.call = re.compile(r"call:([^\s{}<>]+)(?={)")
-        self.resume = re.compile(f"(?P<close>{close})|{open_}")
-        self.quote = re.compile(
-            rf"(?P<opens>[:\[,{{]\s*)?(?P<quote>{quote})(?=(?P<closes>\s*[,}}\]:])?)"
-        )
+        self.resume = re.compile(one_of(open_, close=close))
 
 
 class _Turn:
@@ -117,11 +126,11 @@ class _Turn:
         end = self._quotes[place][0]
         return text[start:end], end + len(quote)
 
-    def _places(self) -> list[tuple[int, bool]]:
+    def _places(self) -> Iterator[tuple[int, bool]]:
         """Where the quote tokens are that open or close a string, and whether they close one."""
-        found = self.patterns.quote.finditer(self.text)
-        return [
-            (quote.start("quote"), quote.group("closes") is not None)
-            for quote in found
-            if quote.group("closes") is not None or quote.group("opens") is not None
-        ]
+        quote, place, last = self.tokens.quote, -1, 0
+        while (place := self.text.find(quote, place + 1)) >= 0:
+            closes = _BEHIND_STRING.match(self.text, place + len(quote)) is not None
+            if closes or self.text[last:place].rstrip(SPACE)[-1:] in _BEFORE_STRING:
+                yield place, closes
+            last = place

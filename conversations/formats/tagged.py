@@ -50,6 +50,7 @@ from conversations.formats.blocks import (
     Call,
     Thought,
     excerpt,
+    one_of,
     opening,
     read_turn,
     skip_space,
@@ -114,20 +115,19 @@ class _Grammar:
         value_end = f"{parameter_close}(?=\\s*(?:{key_start}|{after_value}))"
         stray = name if start else key_start
 
+        any_open = parameter_close.replace("</", "<", 1).replace(">", "\\b[^<>]*>")
+        stray_close = f"{call_close}(?:\\s*{block_close})?" if call_close else block_close
+        others = (block_open, stray) if start else (block_open,)
+
         self.tags = tags
         self.opens = opening(tags.thought, block_open, stray)
         self.call = re.compile(f"{start}({_NAME}){behind}")
         self.parameter = re.compile(f"{key_start}({_KEY}){tags.parameter[1]}")
-        any_open = parameter_close.replace("</", "<", 1).replace(">", "\\b[^<>]*>")
-        self.parameters = re.compile(f"(?P<close>{parameter_close})|(?P<open>{any_open})")
-        self.in_value = re.compile(f"(?P<value_end>{value_end})|(?P<call>{call})|(?P<end>{end})")
-        self.balance = re.compile(f"(?P<call>{call})|(?P<end>{end})")
-        self.resume = re.compile(
-            f"(?P<done>{block_close})|(?P<call>{call})|(?P<block>{block_open})"
-        )
-        closes = f"{call_close}(?:\\s*{block_close})?" if call_close else block_close
-        others = f"{block_open}|{stray}" if start else block_open
-        self.stray_end = re.compile(f"(?P<done>{closes})|{others}")
+        self.parameters = re.compile(one_of(close=parameter_close, open=any_open))
+        self.in_value = re.compile(one_of(value_end=value_end, call=call, end=end))
+        self.balance = re.compile(one_of(call=call, end=end))
+        self.resume = re.compile(one_of(done=block_close, call=call, block=block_open))
+        self.stray_end = re.compile(one_of(*others, done=stray_close))
 
 
 class _TagError(Exception):
