@@ -24,6 +24,7 @@ ENGINE_FILES = {
     "tests/agent/model/test_adapter.py",
     "tests/agent/replay/test_replay_engine.py",
     "tests/agent/test_rollout.py",
+    "tests/agent/engines/test_other_sglangs.py",
     "tests/agent/engines/test_sglang_server.py",
     "tests/agent/engines/test_sglang_servers.py",
     "tests/agent/trainers/test_trainer.py",
