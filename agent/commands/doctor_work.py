@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.config.config import Config, load_config
+from agent.engines import compat
 from agent.errors import AgentError, ConfigError
 from agent.model.base import (
     ADAPTER_DIR,
@@ -33,8 +34,16 @@ from conversations.errors import ConversationsError
 from tools.base import ToolsError
 from tools.cache import cache_dir
 
-PINS = {"sglang": "0.5.5", "verl": "0.6.1", "transformers": "4.57.1"}
-"""The versions that are tested together."""
+PROVEN = {
+    "sglang": compat.PROVEN,
+    "verl": ("0.6.1",),
+    "transformers": ("4.57.1", "5.6.0", "5.19.0"),
+}
+"""The versions that are tested; of transformers those that each SGLang asks for."""
+NO_TRAINER = (
+    "a verl 0.6.1 trainer does not start beside transformers 5: "
+    "give it an environment with `pip install 'turntrace[cuda-verl061]'`"
+)
 _SET_UP = "`make demo` sets a CPU machine up, `pip install 'turntrace[cuda]'` a GPU one"
 GIB = 1 << 30
 MIN_DISK, MIN_MEMORY = 2 * GIB, 4 * GIB
@@ -90,29 +99,40 @@ def _findings(check: Check, config: Config) -> list[Finding]:
 def check_python(_: Config) -> Iterator[Finding]:
     """The interpreter's version."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if (3, 11) <= sys.version_info[:2] < (3, 13):
+    if (3, 11) <= sys.version_info[:2] < (3, 14):
         yield Finding("ok", version)
     else:
-        yield Finding("fail", f"{version}; make an environment with Python 3.11 or 3.12")
+        yield Finding("fail", f"{version}; make an environment with Python 3.11, 3.12 or 3.13")
 
 
 def check_packages(config: Config) -> Iterator[Finding]:
-    """Compares the packages with their pins. Only those that the configured engine imports are needed."""
-    needed = PINS if config.rollout.name == "sglang" else {"transformers": PINS["transformers"]}
-    for name, pin in needed.items():
+    """Compares the packages that the configured engine imports with the tested versions."""
+    needed = PROVEN if config.rollout.name == "sglang" else ("transformers",)
+    for name in needed:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield Finding("fail", f"{name} is not installed; {_SET_UP}")
             continue
-        if version == pin:
+        tested = PROVEN[name]
+        if version in tested:
             yield Finding("ok", f"{name} {version}")
         else:
             yield Finding(
                 "warn",
-                f"{name} {version} is not the tested {pin}; "
-                f"`pip install {name}=={pin}` if something fails",
+                f"{name} {version} is not tested; if something fails, install one of "
+                f"{', '.join(tested)}",
             )
+    if config.rollout.name == "sglang" and is_too_new_for_verl_trainers():
+        yield Finding("ok", f"the engine runs; {NO_TRAINER}")
+
+
+def is_too_new_for_verl_trainers() -> bool:
+    """Whether a verl 0.6.1 trainer would fail at its first import, which turntrace cannot mend."""
+    try:
+        return int(importlib.metadata.version("transformers").partition(".")[0]) >= 5
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 def check_torch(config: Config) -> Iterator[Finding]:

@@ -1,8 +1,8 @@
 """The engine on other versions of SGLang than the default, each in an environment of its own.
 
 A short set of `tests/agent/test_rollout.py` runs there: start, ids in and out, cache, abort,
-cancel, weights, release and resume, death of a child. The greedy ids and log-probs must be those of the
-default version to the last digit. `make test` runs the newest version; all of them:
+cancel, weights, release and resume, death of a child. The greedy ids and log-probs must be those of
+the default version to the last digit. `make test` runs the newest version; all of them:
 
     TURNTRACE_SGLANG=all make test ARGS="-n0 tests/agent/engines/test_other_sglangs.py"
 """
