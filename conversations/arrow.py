@@ -19,25 +19,60 @@ JSON text reads back with `json.loads` and is null where the field is null. Log-
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from conversations import trajectory
 from conversations.errors import RunFolderError
 from conversations.extras import pyarrow
+from conversations.trajectory import FIELD_TYPES
 from conversations.unicode import unicode_only
+from conversations.warning import RecordWarning
 
-JSON_COLUMNS = (
-    "messages", "tool_calls", "tools", "reward_parts", "ground_truth", "data_source", "extra", "engine", "sampling", "parent",
-    "branches",
-)  # fmt: skip
+
+def _segment(pa: Any) -> Any:
+    return pa.struct([("kind", pa.string()), ("start", pa.int32()), ("end", pa.int32())])
+
+
+def _turn(pa: Any) -> Any:
+    text, place, seconds = pa.string(), pa.int32(), pa.float64()
+    resumed = pa.list_(pa.struct([("token", place), ("weight_version", text)]))
+    fields = [("start", place), ("end", place), ("finish_reason", text), ("prompt_tokens", place)]
+    fields += [("cached_tokens", place), ("queue_s", seconds), ("engine_s", seconds)]
+    return pa.struct([*fields, ("weight_version", text), ("resumed", resumed)])
+
+
+def _warning(pa: Any) -> Any:
+    return pa.struct([("kind", pa.string()), ("text", pa.string())])
+
+
+_TYPES: dict[Any, Callable[[Any], Any]] = {
+    trajectory.Ids: lambda pa: pa.list_(pa.int32()),
+    trajectory.Mask: lambda pa: pa.list_(pa.int8()),
+    trajectory.LogProbs: lambda pa: pa.list_(pa.float32()),
+    trajectory.Segments: lambda pa: pa.list_(_segment(pa)),
+    trajectory.StopReason: lambda pa: pa.string(),
+    list[trajectory.Turn]: lambda pa: pa.list_(_turn(pa)),
+    list[RecordWarning]: lambda pa: pa.list_(_warning(pa)),
+    int: lambda pa: pa.int32(),
+    bool: lambda pa: pa.bool_(),
+    float: lambda pa: pa.float64(),
+    float | None: lambda pa: pa.float64(),
+    str: lambda pa: pa.string(),
+    str | None: lambda pa: pa.string(),
+}
+"""The Arrow type of a column, by the type of its field in `Trajectory`."""
+
+JSON_COLUMNS = tuple(name for name, kind in FIELD_TYPES.items() if kind not in _TYPES)
+"""Columns of JSON text: fields without an Arrow type."""
 BATCH = 256
 
 
 def schema(columns: Collection[str] | None = None) -> Any:
     """The `pyarrow.Schema` of those columns, in the order given; None: all. Raises RunFolderError for an unknown one."""
     pa = pyarrow()
-    known = _types(pa)
+    known = _columns(pa)
     if unknown := [name for name in columns or () if name not in known]:
         raise RunFolderError(
             f"there is no column {', '.join(map(repr, unknown))}; the columns are {', '.join(known)}"
@@ -100,20 +135,9 @@ def _value(record: dict[str, Any], name: str) -> Any:
     return value
 
 
-def _types(pa: Any) -> dict[str, Any]:
-    ids, text, whole, seconds = pa.list_(pa.int32()), pa.string(), pa.int32(), pa.float64()
-    segment = pa.struct([("kind", text), ("start", whole), ("end", whole)])
-    warning = pa.struct([("kind", text), ("text", text)])
-    turn = pa.struct([
-        ("start", whole), ("end", whole), ("finish_reason", text), ("prompt_tokens", whole), ("cached_tokens", whole),
-        ("queue_s", seconds), ("engine_s", seconds), ("weight_version", text),
-        ("resumed", pa.list_(pa.struct([("token", whole), ("weight_version", text)]))),
-    ])  # fmt: skip
-    return {
-        "schema": text, "id": text, "task_id": text, "sample": whole, "prompt_ids": ids, "response_ids": ids,
-        "response_mask": pa.list_(pa.int8()), "response_logprobs": pa.list_(pa.float32()), "segments": pa.list_(segment),
-        "turns": pa.list_(turn), "messages": text, "tool_calls": text, "tools": text, "stop_reason": text, "num_turns": whole,
-        "infra_error": pa.bool_(), "error": text, "warnings": pa.list_(warning), "reward": seconds, "reward_parts": text,
-        "ground_truth": text, "data_source": text, "extra": text, "engine": text, "sampling": text, "parent": text,
-        "started_at": text, "wall_s": seconds, "branches": text, "sha256": text,
-    }  # fmt: skip
+def _columns(pa: Any) -> dict[str, Any]:
+    """The Arrow type of each column, by its name."""
+    text = pa.string()
+    kinds = {name: _TYPES.get(kind) for name, kind in FIELD_TYPES.items()}
+    columns = {name: text if kind is None else kind(pa) for name, kind in kinds.items()}
+    return {"schema": text, **columns, "sha256": text}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from conversations.errors import RecordError
 from conversations.messages import Message
@@ -43,6 +43,15 @@ CALL_STATUSES = (
 )
 INVALID_STATUSES = frozenset({"unknown_tool", "invalid_arguments", "malformed"})
 """Statuses that say the model's call itself was wrong."""
+
+Ids = Annotated[list[int], "token ids"]
+Mask = Annotated[list[int], "0 or 1"]
+LogProbs = Annotated[list[float | None], "float32"]
+Segments = Annotated[list[tuple[str, int, int]], "[kind, start, end)"]
+StopReason = Annotated[str, "one of STOP_REASONS"]
+Tools = Annotated[list[dict[str, Any]], "OpenAI tool schemas"]
+Parent = Annotated[dict[str, Any] | None, "{run, id, turn}"]
+Branches = Annotated[list[dict[str, Any]], "empty in this version"]
 
 
 @dataclass(slots=True)
@@ -119,16 +128,16 @@ class Trajectory:
     id: str
     task_id: str
     sample: int
-    prompt_ids: list[int]
-    response_ids: list[int]
-    response_mask: list[int]
-    response_logprobs: list[float | None]
-    segments: list[tuple[str, int, int]]
+    prompt_ids: Ids
+    response_ids: Ids
+    response_mask: Mask
+    response_logprobs: LogProbs
+    segments: Segments
     turns: list[Turn]
     messages: list[Message]
     tool_calls: list[ToolCallRecord]
-    tools: list[dict[str, Any]]
-    stop_reason: str
+    tools: Tools
+    stop_reason: StopReason
     num_turns: int
     infra_error: bool
     error: str | None
@@ -140,10 +149,10 @@ class Trajectory:
     extra: Any
     engine: dict[str, Any]
     sampling: dict[str, Any]
-    parent: dict[str, Any] | None
+    parent: Parent
     started_at: str
     wall_s: float
-    branches: list[dict[str, Any]] = field(default_factory=list)
+    branches: Branches = field(default_factory=list)
 
     def to_line(self) -> str:
         """The record as one JSON line without the newline, `sha256` last. Messages and tools keep the order of their keys.
@@ -176,11 +185,18 @@ class Trajectory:
         return cls(**values)
 
 
+FIELD_TYPES: dict[str, Any] = get_type_hints(Trajectory, include_extras=True)
+"""Each field of a record but `schema` and `sha256`, and its type.
+
+Whatever treats all fields, a check of their form, a table's columns, an empty record, goes by these
+types: the names are listed in `Trajectory` alone.
+"""
+
 _FIELDS = tuple(item.name for item in fields(Trajectory))
 _RENDERED = frozenset({"messages", "tools"})
 """Fields that a chat template sees. It may write a tool down as JSON, keys in their order: the line keeps that order, or the prompt
 could not be rendered from the record again. The hash is of sorted keys, as for all fields."""
-_NUMBERS = frozenset({"prompt_ids", "response_ids", "response_logprobs", "response_mask"})
+_NUMBERS = frozenset(name for name, kind in FIELD_TYPES.items() if kind in (Ids, Mask, LogProbs))
 _KINDS = {**dict.fromkeys(_RENDERED, "rendered"), **dict.fromkeys(_NUMBERS, "numbers")}
 
 

@@ -13,12 +13,14 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
+from conversations import messages, trajectory
 from conversations.checks.finding import Finding, show
 from conversations.messages import ROLES
 from conversations.tokens import KINDS
-from conversations.trajectory import CALL_STATUSES, STOP_REASONS
+from conversations.trajectory import CALL_STATUSES, FIELD_TYPES, STOP_REASONS
 from conversations.upgrade import READABLE
 from conversations.warning import KINDS as WARNING_KINDS
+from conversations.warning import RecordWarning
 
 MAX_SHOWN = 20
 """Findings shown of one record's form."""
@@ -134,43 +136,33 @@ class Parent(TypedDict):
     turn: Place | None
 
 
-class Record(TypedDict):
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    schema: Annotated[str, AfterValidator(_among(*READABLE))]
-    id: str
-    task_id: str
-    sample: Place
-    prompt_ids: Tokens
-    response_ids: Tokens
-    response_mask: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(fail_fast=True)]
-    response_logprobs: Annotated[list[float | None], Field(fail_fast=True)]
-    segments: list[Segment]
-    turns: list[Turn]
-    messages: list[Message]
-    tool_calls: list[LedgerLine]
-    tools: list[Tool]
-    stop_reason: Annotated[str, AfterValidator(_among(*STOP_REASONS))]
-    num_turns: Place
-    infra_error: bool
-    error: str | None
-    warnings: list[Warning]
-    reward: float | None
-    reward_parts: dict[str, Any]
-    ground_truth: Any
-    data_source: Any
-    extra: Any
-    engine: dict[str, Any]
-    sampling: dict[str, Any]
-    parent: Parent | None
-    started_at: str
-    wall_s: Seconds
-    branches: Annotated[list[Any], Field(max_length=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_FORMS: dict[Any, Any] = {
+    trajectory.Ids: Tokens,
+    trajectory.Mask: Annotated[list[Annotated[int, Field(ge=0, le=1)]], Field(fail_fast=True)],
+    trajectory.LogProbs: Annotated[list[float | None], Field(fail_fast=True)],
+    trajectory.Segments: list[Segment],
+    trajectory.StopReason: Annotated[str, AfterValidator(_among(*STOP_REASONS))],
+    trajectory.Tools: list[Tool],
+    trajectory.Parent: Parent | None,
+    trajectory.Branches: Annotated[list[Any], Field(max_length=0)],
+    list[trajectory.Turn]: list[Turn],
+    list[trajectory.ToolCallRecord]: list[LedgerLine],
+    list[RecordWarning]: list[Warning],
+    list[messages.Message]: list[Message],
+    int: Place,
+    float: Seconds,
+}
+"""What a field of a record must be, by its type in `Trajectory`; other types stand for themselves."""
 
 
 @functools.cache
-def _record() -> TypeAdapter[Record]:
-    return TypeAdapter(Record)
+def _record() -> TypeAdapter[Any]:
+    forms = {name: _FORMS.get(kind, kind) for name, kind in FIELD_TYPES.items()}
+    forms["schema"] = Annotated[str, AfterValidator(_among(*READABLE))]
+    forms["sha256"] = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    record = TypedDict("Record", forms)  # type: ignore[misc]
+    setattr(record, "__pydantic_config__", _STRICT)  # noqa: B010 - no attribute that mypy knows
+    return TypeAdapter(record)
 
 
 def shape_findings(record: dict[str, Any]) -> Iterator[Finding]:

@@ -34,8 +34,8 @@ PARQUET = Format(
     fields={
         "prompt_ids, response_ids, response_mask, response_logprobs": "the tokens, exactly; the mask is 1 where the engine sampled",
         "segments, turns": "who wrote which tokens; each generation's span, finish reason and times",
-        "messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine, sampling, parent, branches": "JSON text",
-        "id, task_id, sample, stop_reason, num_turns, reward, infra_error, error, warnings, started_at, wall_s, sha256": "as in the record",
+        ", ".join(arrow.JSON_COLUMNS): "JSON text",
+        "(others)": "as in the record",
     },
     usage=f'pandas.read_parquet("{FILE}")',
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 from conversations.errors import ImportFileError
+from conversations.trajectory import FIELD_TYPES
 
 EPOCH = "1970-01-01T00:00:00+00:00"
 """`started_at` where the source has no time."""
@@ -13,13 +14,17 @@ EPOCH = "1970-01-01T00:00:00+00:00"
 
 def blank(task_id: str, sample: int) -> dict[str, Any]:
     """The fields of a record without tokens, messages and reward."""
-    return {
-        "id": f"{task_id}-{sample}", "task_id": task_id, "sample": sample,
-        "prompt_ids": [], "response_ids": [], "response_mask": [], "response_logprobs": [], "segments": [], "turns": [],
-        "messages": [], "tool_calls": [], "tools": [], "stop_reason": "stop", "num_turns": 0, "infra_error": False, "error": None,
-        "warnings": [], "reward": None, "reward_parts": {}, "ground_truth": None, "data_source": None, "extra": None, "engine": {},
-        "sampling": {}, "parent": None, "started_at": EPOCH, "wall_s": 0.0, "branches": [],
-    }  # fmt: skip
+    empty = {name: _empty(kind) for name, kind in FIELD_TYPES.items()}
+    name = {"id": f"{task_id}-{sample}", "task_id": task_id, "sample": sample}
+    return {**empty, **name, "stop_reason": "stop", "started_at": EPOCH}
+
+
+def _empty(kind: Any) -> Any:
+    """The empty value of a field's type; None where it may be null or anything."""
+    bare = get_origin(kind) or kind
+    if bare is Annotated:
+        return _empty(kind.__origin__)
+    return bare() if bare in (list, dict, int, float, bool, str) else None
 
 
 def reward_fields(value: Any, what: str) -> dict[str, Any]:
