@@ -12,7 +12,7 @@ from agent.errors import AgentError
 from agent.terminal import LiveLine, one_line
 
 if TYPE_CHECKING:
-    from conversations.export.job import Export
+    from conversations.export.export import Export
 
 FORMATS = "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, openrlhf-preference, sharegpt, atif, parquet"
 PASS_REWARD_HELP = "A sample passes with at least this reward."

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from conversations.export.export import Export
 from conversations.export.filters import Filters
 from conversations.export.text import VERDICTS
-
-if TYPE_CHECKING:
-    from conversations.export.job import Export
 
 LICENCES = {
     "smollm2-tools": "Apache-2.0",

@@ -7,46 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from conversations.errors import ExportError
 from conversations.export.card import card
+from conversations.export.export import Export
 from conversations.export.filters import Filters, Selection
-from conversations.export.formats import Format, Source, get_format
-from conversations.export.groups import Statistics
+from conversations.export.formats import Source, get_format
 from conversations.run.new_folder import new_folder
 from conversations.run.open_run import Run
 from conversations.run.store import RUN, TRAJECTORIES
 
 CARD = "README.md"
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """What an export did: everything that its card says.
-
-    `dropped` counts the trajectories that filters left out, by reason; `left_out` what the format has no place for; `verdicts` what a
-    consumer gets out of texts (`text.VERDICTS`), with the first trajectory of each in `differing`. `files` is SHA-256 and bytes by name.
-    """
-
-    format: Format
-    run: Path
-    manifest: Mapping[str, Any]
-    run_files: Mapping[str, str]
-    command: str
-    filters: Filters
-    rows: int
-    whole: Statistics
-    kept: Statistics
-    dropped: Counter[str]
-    left_out: Counter[str]
-    verdicts: Counter[str]
-    differing: Mapping[str, str]
-    notes: list[str]
-    files: Mapping[str, tuple[str, int]]
 
 
 def export(

@@ -6,7 +6,6 @@ Invariant: memory holds the summary, a few blocks and the ids of the tokens in u
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from conversations.page.html import shell
 from conversations.page.pieces import pieces
 from conversations.page.record import Record, Summary, text_line, token_line
 from conversations.run.open_run import TOKENIZER, Run
+from conversations.run.whole_file import write_whole
 
 LIMIT, MAX_BYTES = 20_000, 256 << 20
 """Trajectories, and bytes of their blocks, that a page on disk holds unless told otherwise."""
@@ -37,17 +37,10 @@ class Page:
 
     def write(self, path: str | Path) -> int:
         """The page as one file; returns its size in bytes. Raises RunFolderError where it cannot be written."""
-        path = Path(path)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with fresh.open("wb") as out:
-                out.writelines(self._parts())
-                size = out.tell()
-            fresh.replace(path)
+            return write_whole(Path(path), self._parts())
         except OSError as error:
-            fresh.unlink(missing_ok=True)
             raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
-        return size
 
     def served(self, version: str) -> str:
         """The page for a server, which has its blocks at `blocks/NUMBER?v=VERSION` beside it."""

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from conversations.errors import RecordError, RunFolderError
+from conversations.run.whole_file import sync_folder, write_whole
 from conversations.trajectory import Trajectory, read_record
 from conversations.upgrade import OLD_SCHEMA, READABLE, SCHEMA
 
@@ -248,7 +249,7 @@ class _Files:
                     raise self._sync_error
                 if name not in self._open:
                     self._open[name] = FileIO(self._path / name, "ab")
-                    _sync_folder(self._path)
+                    sync_folder(self._path)
                 _write_whole(self._open[name], line.encode("ascii") + b"\n")
             except OSError as error:
                 raise _unwritable(self._path / name, error) from error
@@ -318,37 +319,20 @@ def _locked(path: Path) -> IO[str]:
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     _replace(
         path / RUN,
-        (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(
-            errors="backslashreplace"
-        ),
+        [
+            (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(
+                errors="backslashreplace"
+            )
+        ],
     )
     return manifest
 
 
-def _replace(file: Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    _replace_by_lines(file, [content])
-
-
-def _replace_by_lines(file: Path, content: Iterable[bytes]) -> None:
-    fresh = file.with_name(file.name + ".new")
+def _replace(file: Path, content: Iterable[bytes]) -> None:
     try:
-        with fresh.open("wb") as out:
-            out.writelines(content)
-            out.flush()
-            os.fsync(out.fileno())
-        fresh.replace(file)
-        _sync_folder(file.parent)
+        write_whole(file, content)
     except OSError as error:
         raise _unwritable(file, error) from error
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
@@ -444,7 +428,7 @@ def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str
             unfinished[key] = line, record
     if count > len(unfinished):
         _lay_aside(path, stale)
-        _replace_by_lines(path / UNFINISHED, (line for line, _ in unfinished.values()))
+        _replace(path / UNFINISHED, (line for line, _ in unfinished.values()))
     return {key: record for key, (_, record) in unfinished.items()}
 
 
@@ -492,4 +476,4 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def _drop(file: Path, lines: set[bytes]) -> None:
-    _replace_by_lines(file, (line for line in _lines(file) if line not in lines))
+    _replace(file, (line for line in _lines(file) if line not in lines))

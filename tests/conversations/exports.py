@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.export import job
-from conversations.export.job import Export
+from conversations.export.export import Export
 from conversations.run.open_run import Run, open_run
 from tests.conversations.synthetic import make_run
 from tests.helpers import fresh_tokenizer, npm_models
