@@ -1,5 +1,4 @@
-"""What all call formats share: the walk over a turn's text, thoughts, and searches that cost linear
-time.
+"""What all call formats share: the walk over a turn's text, and thoughts.
 
 A turn is content, thoughts and call blocks. `read_turn` walks over it once: a thought stays in the
 content and is skipped, a block is handed to the format, which appends its calls and returns where
@@ -72,27 +71,6 @@ def read_turn(
         copied = position = block(found.start(), calls)
     content.append(text[copied:])
     return ParsedTurn("".join(content), tuple(calls))
-
-
-class NextMatch:
-    """The next match of a pattern in one text, remembered: many questions cost one walk over the
-    text.
-
-    Linear as long as the positions asked for do not go back before an earlier question.
-    """
-
-    def __init__(self, pattern: re.Pattern[str], text: str) -> None:
-        self._pattern, self._text = pattern, text
-        self._asked = -1
-        self._match: re.Match[str] | None = None
-
-    def at(self, position: int) -> re.Match[str] | None:
-        """The first match that starts at or after `position`."""
-        known = 0 <= self._asked <= position
-        if not known or (self._match is not None and self._match.start() < position):
-            self._match = self._pattern.search(self._text, position)
-            self._asked = position
-        return self._match
 
 
 def skip_space(text: str, position: int) -> int:

@@ -7,7 +7,8 @@ by its schema.
 
 from __future__ import annotations
 
-from conversations.formats.tagged import Tags, tagged_format
+from conversations.formats.tag_grammar import Tags
+from conversations.formats.tagged import tagged_format
 
 
 def dsml(block: str) -> Tags:

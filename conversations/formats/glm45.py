@@ -7,7 +7,8 @@ and later do not. A string stands verbatim, every other value is JSON.
 
 from __future__ import annotations
 
-from conversations.formats.tagged import Tags, tagged_format
+from conversations.formats.tag_grammar import Tags
+from conversations.formats.tagged import tagged_format
 
 TAGS = Tags(
     block=("<tool_call>", "</tool_call>"),
@@ -18,4 +19,4 @@ TAGS = Tags(
     example=("<tool_call>NAME\n<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n</tool_call>"),
 )
 
-FORMAT = tagged_format("glm45", TAGS, ("glm", "glm47"))
+FORMAT = tagged_format("glm45", TAGS, ("glm", "glm47", "ling3", "spark25", "poolside_v1"))

@@ -5,7 +5,8 @@ Source: the model's chat template. A string stands verbatim, every other value i
 
 from __future__ import annotations
 
-from conversations.formats.tagged import Tags, tagged_format
+from conversations.formats.tag_grammar import Tags
+from conversations.formats.tagged import tagged_format
 
 TAGS = Tags(
     block=("<minimax:tool_call>", "</minimax:tool_call>"),

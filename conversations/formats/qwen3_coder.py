@@ -8,7 +8,8 @@ what is malformed: `tagged.py`.
 
 from __future__ import annotations
 
-from conversations.formats.tagged import Tags, tagged_format
+from conversations.formats.tag_grammar import Tags
+from conversations.formats.tagged import tagged_format
 
 TAGS = Tags(
     block=("<tool_call>", "</tool_call>"),
@@ -23,4 +24,4 @@ TAGS = Tags(
     ),
 )
 
-FORMAT = tagged_format("qwen3_coder", TAGS, ("qwen3_xml", "step3p5", "nemotron_v3"))
+FORMAT = tagged_format("qwen3_coder", TAGS, ("qwen3_xml", "step3p5"))

@@ -7,7 +7,8 @@ it.
 from __future__ import annotations
 
 from conversations.formats.blocks import Thought
-from conversations.formats.tagged import Tags, tagged_format
+from conversations.formats.tag_grammar import Tags
+from conversations.formats.tagged import tagged_format
 
 TAGS = Tags(
     block=("<seed:tool_call>", "</seed:tool_call>"),

@@ -45,89 +45,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.formats.blocks import (
-    THINK,
-    Call,
-    Thought,
-    excerpt,
-    one_of,
-    opening,
-    read_turn,
-    skip_space,
-)
+from conversations.formats.blocks import Call, excerpt, read_turn, skip_space
 from conversations.formats.format import CallFormat, ParameterTypes, Schema
+from conversations.formats.tag_grammar import Grammar, Tags
 from conversations.formats.values import read_value
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 
-_NAME = r"""[^\s<>"'{}]+"""
-_KEY = r"""[^<>"\n]*"""
-_GOES_ON = re.compile(r"[ \t\r]*\n\s*\S")
 _NOT_A_STRING: Schema = {"type": ["integer", "number", "boolean", "null", "array", "object"]}
-
-
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """The tags of one format, as literal text but for the two that hold a name.
-
-    `call` and `parameter` are the text before the name, and a regular expression for what stands
-    behind it. A group in the latter says `true` or `false` to "this value is a string", if the
-    format says so itself. `call_close` is empty if the block's end ends the call. `newlines`: the
-    template writes a newline at each end of a value.
-    """
-
-    block: tuple[str, str]
-    call: tuple[str, str]
-    call_close: str
-    parameter: tuple[str, str]
-    parameter_close: str
-    example: str
-    several: bool = False
-    newlines: bool = False
-    thought: Thought = THINK
 
 
 def tagged_format(name: str, tags: Tags, aliases: tuple[str, ...] = ()) -> CallFormat:
     """The call format of a family of tags."""
-    grammar = _Grammar(tags)
+    grammar = Grammar(tags)
 
     def parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
         turn = _Turn(grammar, raw, types)
         return read_turn(raw, grammar.opens, tags.thought, in_think, turn.block)
 
     return CallFormat(name, parse, aliases)
-
-
-class _Grammar:
-    """The patterns of a format. CALL is where a call begins, END where it ends: with its block, if
-    it has its own."""
-
-    def __init__(self, tags: Tags) -> None:
-        literal = (*tags.block, tags.call_close, tags.parameter_close)
-        block_open, block_close, call_close, parameter_close = map(re.escape, literal)
-        start, behind = re.escape(tags.call[0]), tags.call[1]
-        key_start = re.escape(tags.parameter[0])
-        name = f"{start}{_NAME}{behind}"
-        call_end = f"{call_close}\\s*" if call_close else ""
-        call, end = f"{block_open}\\s*{name}", f"{call_end}{block_close}"
-        after_value = f"{call_end}(?:{block_close}|{block_open}|\\Z)"
-        if tags.several:
-            call, end, after_value = name, call_close, call_close
-        value_end = f"{parameter_close}(?=\\s*(?:{key_start}|{after_value}))"
-        stray = name if start else key_start
-
-        any_open = parameter_close.replace("</", "<", 1).replace(">", "\\b[^<>]*>")
-        stray_close = f"{call_close}(?:\\s*{block_close})?" if call_close else block_close
-        others = (block_open, stray) if start else (block_open,)
-
-        self.tags = tags
-        self.opens = opening(tags.thought, block_open, stray)
-        self.call = re.compile(f"{start}({_NAME}){behind}")
-        self.parameter = re.compile(f"{key_start}({_KEY}){tags.parameter[1]}")
-        self.parameters = re.compile(one_of(close=parameter_close, open=any_open))
-        self.in_value = re.compile(one_of(value_end=value_end, call=call, end=end))
-        self.balance = re.compile(one_of(call=call, end=end))
-        self.resume = re.compile(one_of(done=block_close, call=call, block=block_open))
-        self.stray_end = re.compile(one_of(*others, done=stray_close))
 
 
 class _TagError(Exception):
@@ -151,7 +86,7 @@ class _Read:
 class _Turn:
     """Reads the blocks of one turn."""
 
-    def __init__(self, grammar: _Grammar, text: str, types: ParameterTypes) -> None:
+    def __init__(self, grammar: Grammar, text: str, types: ParameterTypes) -> None:
         self.grammar, self.tags, self.text, self.types = grammar, grammar.tags, text, types
         self._ends: dict[int, int] | None = None
 
@@ -199,7 +134,7 @@ class _Turn:
         key, start = parameter.group(1), parameter.end()
         end = self._value_end(start)
         value = self.text[start : end.start()] if end else ""
-        flaw = self._flaw(value) if end else self._not_closed
+        flaw = self.grammar.flaw(value) if end else self.grammar.not_closed
         if end is None or flaw:
             raise _TagError(f"parameter {key!r}: {flaw}", start, read.name)
         if key in read.arguments:
@@ -236,36 +171,6 @@ class _Turn:
             position = inside
         return None
 
-    def _flaw(self, value: str) -> str | None:
-        """What the parameter tags inside a value say is wrong with it, None if it can be one."""
-        if self.tags.parameter_close in value and self._lost_tag(value):
-            return f"{self.tags.parameter[0]} is missing before {self.tags.parameter_close}"
-        if self.tags.parameter[0] in value:
-            opened = sum(1 for _ in self.grammar.parameter.finditer(value))
-            if opened > value.count(self.tags.parameter_close):
-                return self._not_closed
-        return None
-
-    def _lost_tag(self, value: str) -> bool:
-        """Whether a tag closes a parameter that the value did not open, and more follows."""
-        opened, lost = 0, False
-        for tag in self.grammar.parameters.finditer(value):
-            if tag.lastgroup == "open":
-                if lost:
-                    return True
-                opened += 1
-            elif opened:
-                opened -= 1
-            elif _GOES_ON.match(value, tag.end()):
-                return True
-            else:
-                lost = True
-        return False
-
-    @property
-    def _not_closed(self) -> str:
-        return f"it is not closed: {self.tags.parameter_close} is missing, or text follows it"
-
     def _behind(self, read: _Read) -> tuple[int, bool]:
         """Where the text of a call ends, and whether its block ends with it."""
         position = skip_space(self.text, read.end)
@@ -280,18 +185,20 @@ class _Turn:
         """Where a malformed call ends, and whether its block ends with it."""
         end = self._end_of_call(position if self.tags.several else start)
         if end is None:
-            found = self.grammar.resume.search(self.text, error.position)
-            if found is None:
-                return len(self.text), True
-            if found.lastgroup == "done":
-                return found.end(), True
-            return found.start(), not self.tags.several or found.lastgroup == "block"
-        if not self.tags.several:
-            return end, True
+            return self._next(error.position)
         behind = skip_space(self.text, end)
-        if self.text.startswith(self.tags.block[1], behind):
+        if self.tags.several and self.text.startswith(self.tags.block[1], behind):
             return behind + len(self.tags.block[1]), True
-        return end, self._is_over(behind)
+        return end, not self.tags.several or self._is_over(behind)
+
+    def _next(self, position: int) -> tuple[int, bool]:
+        """The same for a call that nothing closes."""
+        found = self.grammar.resume.search(self.text, position)
+        if found is None:
+            return len(self.text), True
+        if found.lastgroup == "done":
+            return found.end(), True
+        return found.start(), not self.tags.several or found.lastgroup == "block"
 
     def _is_over(self, position: int) -> bool:
         """Whether nothing of this block can follow."""

@@ -12,7 +12,8 @@ from conversations.formats import deepseek_v4, glm45, minimax_m2, qwen3_coder, s
 from conversations.formats.blocks import read_turn
 from conversations.formats.format import NO_TYPES, ParameterTypes
 from conversations.formats.registry import format_named
-from conversations.formats.tagged import Tags, _Grammar, _Turn
+from conversations.formats.tag_grammar import Grammar, Tags
+from conversations.formats.tagged import _Turn
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 from tests.conversations.formats.written import CLOSING_TAGS, WRITERS, tool_schema
 
@@ -237,7 +238,7 @@ class Counting:
 
 def work(tags: Tags, text: str) -> int:
     counted = [0]
-    grammar = _Grammar(tags)
+    grammar = Grammar(tags)
     for name, pattern in vars(grammar).items():
         if isinstance(pattern, re.Pattern):
             setattr(grammar, name, Counting(pattern, counted))
