@@ -23,10 +23,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from conversations import trajectory
 from conversations.errors import RunFolderError
 from conversations.extras import pyarrow
-from conversations.trajectory import FIELD_TYPES
+from conversations.trajectory import (
+    FIELD_TYPES,
+    Ids,
+    LogProbs,
+    Mask,
+    Segments,
+    StopReason,
+    Turn,
+)
 from conversations.unicode import unicode_only
 from conversations.warning import RecordWarning
 
@@ -48,12 +55,12 @@ def _warning(pa: Any) -> Any:
 
 
 _TYPES: dict[Any, Callable[[Any], Any]] = {
-    trajectory.Ids: lambda pa: pa.list_(pa.int32()),
-    trajectory.Mask: lambda pa: pa.list_(pa.int8()),
-    trajectory.LogProbs: lambda pa: pa.list_(pa.float32()),
-    trajectory.Segments: lambda pa: pa.list_(_segment(pa)),
-    trajectory.StopReason: lambda pa: pa.string(),
-    list[trajectory.Turn]: lambda pa: pa.list_(_turn(pa)),
+    Ids: lambda pa: pa.list_(pa.int32()),
+    Mask: lambda pa: pa.list_(pa.int8()),
+    LogProbs: lambda pa: pa.list_(pa.float32()),
+    Segments: lambda pa: pa.list_(_segment(pa)),
+    StopReason: lambda pa: pa.string(),
+    list[Turn]: lambda pa: pa.list_(_turn(pa)),
     list[RecordWarning]: lambda pa: pa.list_(_warning(pa)),
     int: lambda pa: pa.int32(),
     bool: lambda pa: pa.bool_(),
