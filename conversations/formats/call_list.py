@@ -56,9 +56,15 @@ class BlockRun:
         self.end = end
 
     def add_unreadable(self, error: UnreadableError, end: int) -> None:
-        """Appends a call that could not be read; its block ends at `end`."""
+        """Appends a call that could not be read; its block ends at `end`.
+
+        If nothing stands there, the construct ends behind its last call and was not closed.
+        """
+        if end == self.end and not self.is_empty:
+            self.leave_open(end, str(error))
+            return
         name = error.name
-        if error.json_at is not None:
+        if name is None and error.json_at is not None:
             name = written_name(self._text[error.json_at : end])
         self.add_malformed(str(error), end, name)
 

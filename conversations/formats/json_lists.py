@@ -72,18 +72,17 @@ class JsonLists:
         """Reads one object, or up to the closing token as many as there are."""
         position = skip_space(text, body)
         try:
-            while run.is_empty or (self._close and position < len(text)):
-                if text.startswith(self._close, position) and not run.is_empty:
-                    run.close(position + len(self._close), "")
-                    return run.end
+            while run.is_empty or (self._close and text.startswith("{", position)):
                 call, end = json_call(reader, text, self._read, position)
                 run.add(call, end)
                 position = skip_space(text, end)
         except UnreadableError as error:
             run.add_unreadable(error, self._list.after(text, position))
             return run.end
-        if self._close:
-            run.leave_open(len(text), f"{self._close} is missing")
+        if self._close and text.startswith(self._close, position):
+            run.close(position + len(self._close), "")
+        elif self._close:
+            run.leave_open(self._list.after(text, position), f"{self._close} is missing")
         return run.end
 
 

@@ -49,7 +49,7 @@ class CallObject:
             )
         name = self.name_of(value)
         if not name:
-            reason = f'"{self.name}" must be a non-empty string'
+            reason = f'"{self.name}" must be a non-empty string of whole characters'
             return MalformedToolCall(block, f"{reason}; {self.hint}")
         written = [key for key in self.arguments if key in value]
         if not written and (others := [key for key in value if key not in (self.name, self.id)]):
@@ -68,7 +68,7 @@ class CallObject:
     def name_of(self, value: object) -> str | None:
         """The name in a JSON value that may not be a call."""
         name = value.get(self.name) if isinstance(value, dict) else None
-        return name if isinstance(name, str) else None
+        return name if isinstance(name, str) and _is_encodable(name) else None
 
     def is_meant(self, value: object, offered: Mapping[str, Any]) -> bool:
         """Whether a JSON value without a token around it is meant as a call.
@@ -87,12 +87,14 @@ def checked_call(
 
     A string that holds a JSON object is that object: some models encode twice.
     """
+    if not name or not _is_encodable(name):
+        return MalformedToolCall(block, f"a call needs a name, of whole characters; {hint}")
     if isinstance(arguments, str):
         arguments = _decoded(arguments)
     if not isinstance(arguments, dict):
         reason = f'"arguments" must be a JSON object, not {kind(arguments)}'
         return MalformedToolCall(block, f"{reason}; {hint}", name)
-    if (flaw := unstorable(arguments, block) or unstorable(name, block)) is not None:
+    if (flaw := unstorable(arguments, block)) is not None:
         return MalformedToolCall(block, f"{flaw}; {hint}", name)
     return ToolCall(name, arguments, block, call_id or None)
 
@@ -196,7 +198,7 @@ def _depth(value: object) -> int:
 
 def _is_encodable(value: Any) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         return False
     return True

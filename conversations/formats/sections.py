@@ -102,7 +102,7 @@ class Sections:
                 raise UnreadableError(f"the JSON is not followed by {self._tokens.call_end}")
             run.add(call, tail.end())
         except UnreadableError as error:
-            error.name, error.json_at = (head["name"] if head else None), None
+            error.name = head["name"] if head else None
             run.add_unreadable(error, self._after(text, position))
         return run.end
 
