@@ -18,7 +18,7 @@ from pathlib import Path
 from conversations.formats.format import CallFormat, ParameterTypes
 from conversations.formats.registry import format_named
 from conversations.messages import ToolCall
-from tests.conversations.formats.written import WRITERS, Sample, random_sample, render
+from tests.conversations.formats.written import ONE_CALL, WRITERS, Sample, random_sample, render
 
 
 def came_back(form: CallFormat, text: str, sample: Sample) -> bool:
@@ -34,8 +34,9 @@ def came_back(form: CallFormat, text: str, sample: Sample) -> bool:
 def failures(name: str, turns: int, seed: int, template: str | None) -> Iterator[str]:
     """The turns whose calls do not come back."""
     form, rng = format_named(name), random.Random(seed)
+    most = 1 if template and name in ONE_CALL else 3
     for _ in range(turns):
-        sample = random_sample(rng, name)
+        sample = random_sample(rng, name, most=most)
         text = render(template, sample) if template else WRITERS[name](sample.calls)
         if not came_back(form, text, sample):
             yield text

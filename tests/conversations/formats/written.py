@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests.conversations.formats.written_json import JSON_TAGS, JSON_WRITERS
+
 Arguments = dict[str, Any]
 Calls = Sequence[tuple[str, Arguments]]
 
@@ -130,7 +132,7 @@ def _braces(open_: str, close: str, quote: str) -> Callable[[Calls], str]:
     return write
 
 
-WRITERS: dict[str, Callable[[Calls], str]] = {
+TAGGED: dict[str, Callable[[Calls], str]] = {
     "qwen3_coder": qwen3_coder,
     "seed_oss": seed_oss,
     "minimax_m2": minimax_m2,
@@ -140,6 +142,9 @@ WRITERS: dict[str, Callable[[Calls], str]] = {
     "gemma4": _braces("<|tool_call>", "<tool_call|>", '<|"|>'),
     "functiongemma": _braces("<start_function_call>", "<end_function_call>", "<escape>"),
 }
+WRITERS = {**TAGGED, **JSON_WRITERS}
+ONE_CALL = ("gpt_oss", "llama3_json")
+"""Formats whose templates write only one call a turn."""
 
 CLOSING_TAGS = (
     *("</tool_call>", "</function>", "</parameter>", "</arg_value>", "</invoke>", "</think>"),
@@ -195,12 +200,13 @@ def random_sample(rng: random.Random, form: str, *, most: int = 3) -> Sample:
     """
     arguments: Arguments = {} if form in ("gemma4", "functiongemma") else {"k": "v"}
     example = WRITERS[form]([("g", arguments)]).strip()
+    tags = JSON_TAGS if form in JSON_WRITERS else CLOSING_TAGS
     tools, calls = [], []
     for number in range(rng.randrange(1, most + 1)):
         tool = rng.choice(("look", "get_weather", "web.search", "run-code", "F")) + str(number)
         types = {key: rng.choice(_KINDS) for key in rng.sample(_KEYS, rng.randrange(5))}
         values = {
-            key: random_value(rng, kind, rng.choice((CLOSING_TAGS, CLOSING_TAGS, (example,))))
+            key: random_value(rng, kind, rng.choice((tags, tags, (example,))))
             for key, kind in types.items()
         }
         tools.append(tool_schema(tool, {key: {"type": kind} for key, kind in types.items()}))
@@ -218,24 +224,47 @@ _ASKED = "What stands behind this mark is the model's: 7f3a"
 
 
 def render(template: str, sample: Sample, content: str = "") -> str:
-    """What a chat template writes behind the user's message, for an assistant with these calls."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    """What a chat template writes behind the generation prompt, for an assistant with these calls.
 
-    functions = [{"name": name, "arguments": arguments} for name, arguments in sample.calls]
+    If the prompt is no prefix of the conversation, what stands behind the user's message.
+    """
+    try:
+        text = _conversation(template, sample, _messages(sample, content))
+    except TypeError:  # a template that joins strings: it wants the arguments as JSON text
+        as_text = [(name, json.dumps(a, ensure_ascii=False)) for name, a in sample.calls]
+        messages = _messages(Sample(sample.tools, as_text), content)  # type: ignore[arg-type]
+        text = _conversation(template, sample, messages)
+    prompt = _conversation(template, sample, _messages(sample, content)[:1], prompt=True)
+    return text[len(prompt) :] if text.startswith(prompt) else text.split(_ASKED, 1)[1]
+
+
+def _messages(sample: Sample, content: str) -> list[dict[str, Any]]:
     calls = [
-        {"type": "function", "id": f"call_{number}", "function": function}
-        for number, function in enumerate(functions)
+        {
+            "type": "function",
+            "id": f"call{number:05d}",  # Mistral's templates want nine letters or digits
+            "function": {"name": name, "arguments": arguments},
+        }
+        for number, (name, arguments) in enumerate(sample.calls)
     ]
-    messages = [
+    return [
         {"role": "user", "content": _ASKED},
         {"role": "assistant", "content": content, "tool_calls": calls},
     ]
+
+
+def _conversation(
+    template: str, sample: Sample, messages: list[dict[str, Any]], *, prompt: bool = False
+) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     rendered, _ = render_jinja_template(
         conversations=[messages],
         tools=sample.tools,
         chat_template=template,
+        add_generation_prompt=prompt,
         bos_token="",
         eos_token="",
     )
     text: str = rendered[0]
-    return text.split(_ASKED, 1)[1]
+    return text
