@@ -1,7 +1,7 @@
 """The command line: it assembles the commands of `agent.commands`.
 
-Heavy modules are imported inside the commands. Invariant: a user's mistake is one `error:` line on stderr and exit
-code 2; any other exception keeps its traceback.
+Heavy modules are imported inside the commands. Invariant: a user's mistake is one `error:` line on
+stderr and exit code 2; any other exception keeps its traceback.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> int:
-    """Runs the command of `sys.argv`. Returns 2 after a user's mistake; otherwise exits with the command's own code."""
+    """Runs the command of `sys.argv`.
+
+    Returns 2 after a user's mistake; otherwise exits with the command's own code.
+    """
     try:
         try:
             app(prog_name="turntrace")

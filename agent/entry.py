@@ -1,7 +1,8 @@
-"""The console script, installed as the top-level module `turntrace`, whose name collides with nobody's folder.
+"""The console script, installed as the top-level module `turntrace`.
 
-It looks whether `agent` is ours before importing it; `agent` itself then looks at the others. A wheel has this file
-as turntrace.py alone, an editable install as a copy: nothing may import `agent.entry`.
+No user's folder has that name. It checks that `agent` is ours before it imports it; `agent` then
+checks the other packages. A wheel has this file only as turntrace.py, an editable install as a
+copy: nothing may import `agent.entry`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Runs the command; one line and exit code 2 where Python would import somebody else's packages."""
+    """Runs the command; one line and exit code 2 if Python would import other people's packages."""
     spec = importlib.util.find_spec("agent")
     origin = Path(spec.origin) if spec and spec.origin else None
     if origin is None or not (origin.parent / "packages.py").is_file():
-        what = f"{origin} hides turntrace's own package 'agent': rename yours (my_agent, say), or keep its folder out of PYTHONPATH"
         _refuse(
-            what
+            f"{origin} hides turntrace's own package 'agent': rename yours (to my_agent), "
+            "or keep its folder out of PYTHONPATH"
             if origin
             else "turntrace's package 'agent' is not installed; install turntrace again"
         )

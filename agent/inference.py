@@ -1,4 +1,4 @@
-"""`InferenceEngine("config.yaml").generate(prompts)`: the loop as a library, from sync and async code alike."""
+"""`InferenceEngine("config.yaml").generate(prompts)`: the loop as a library."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Prompts = str | Messages | Sequence[str | Messages]
 
 @dataclass(frozen=True, slots=True)
 class Generations:
-    """One entry a sample, prompt-major: the n samples of the first prompt, then those of the second.
+    """One entry a sample: the n samples of the first prompt, then those of the second, and so on.
 
-    `completions` are the last turn's text, call blocks included, `token_ids` the response's ids (every token after the prompt),
-    `metadata` the rest: `response_ids`, `response_mask`, `response_logprobs`, `stop_reason`, `reward`, `messages`, and
-    the whole `trajectory`.
+    `completions`: the text of the last turn, call blocks included. `token_ids`: every token after
+    the prompt. `metadata`: `prompt_ids`, `response_ids`, `response_mask`, `response_logprobs`,
+    `stop_reason`, `num_turns`, `reward`, `messages`, `error`, and the whole `trajectory`.
     """
 
     completions: list[str]
@@ -45,8 +45,9 @@ class Generations:
 class InferenceEngine:
     """A model, its tools and its limits, started from a config file (None: the embedded default).
 
-    `tools` may be a tools.yaml, a shipped config's name, or Python functions and tool objects; without it the config's
-    `multi_turn.tool_config_path` counts. Without `multi_turn.enable` there are no tools and one turn.
+    `tools` is a tools.yaml, the name of a shipped config, or a list of Python functions and tool
+    objects; None: the config's `multi_turn.tool_config_path`. Without `multi_turn.enable` there are
+    no tools and one turn.
     """
 
     def __init__(
@@ -72,12 +73,15 @@ class InferenceEngine:
         n: int | None = None,
         validate: bool = False,
     ) -> Generations:
-        """Runs every prompt to its end: a text, a list of messages, or a list of either.
+        """Runs every prompt to its end.
 
-        For this call alone: `temperature`, `top_p`, `top_k` (-1: off), `max_tokens` (of one turn), `n` (samples of each
-        prompt), `validate` (start from `val_kwargs`); None is what the config says. Blocks; use `generate_async` where
-        an event loop runs. Raises TaskError for what is not a prompt and ConfigError for an option out of range.
-        A failed generation is data: see `stop_reason` and `error`.
+        A prompt is a text or a list of messages; `prompts` is one or a list of them.
+
+        For this call only: `temperature`, `top_p`, `top_k` (-1: off), `max_tokens` (of one turn),
+        `n` (samples of each prompt), `validate` (start from `val_kwargs`). None: as the config
+        says. The call blocks; use `generate_async` in async code. Raises TaskError for what is not
+        a prompt, ConfigError for an option out of range. A generation that fails raises nothing:
+        see its `stop_reason` and `error`.
         """
         options = _options(
             temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n
@@ -95,7 +99,10 @@ class InferenceEngine:
         n: int | None = None,
         validate: bool = False,
     ) -> Generations:
-        """`generate` for async code: the caller's event loop goes on meanwhile, and cancelling it ends the conversations."""
+        """`generate` for async code: the caller's event loop is not blocked.
+
+        Cancelling it cancels the conversations.
+        """
         options = _options(
             temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, n=n
         )
@@ -122,7 +129,7 @@ class InferenceEngine:
         )
 
     def close(self) -> None:
-        """Ends the engine, its tools and their backends. Safe to call twice."""
+        """Stops the engine, its tools and their backends. Safe to call twice."""
         self._session.close()
 
     def __enter__(self) -> InferenceEngine:
@@ -140,11 +147,15 @@ class InferenceEngine:
 def tool_set(
     config: Config, tools: str | Path | ToolSet | Iterable[Callable[..., Any]] | None
 ) -> ToolSet | None:
-    """The tools to offer: the ones given, else the config's, else none. Raises ToolConfigError or ConfigError."""
+    """The tools to offer: those given, else the config's, else None.
+
+    Raises ToolConfigError or ConfigError.
+    """
     chosen = tools if tools is not None else config.tool_config_path
     if tools is not None and not config.rollout.multi_turn.enable:
         raise ConfigError(
-            "tools are given, but rollout.multi_turn.enable is false: one turn cannot use them; set it to true"
+            "tools are given, but rollout.multi_turn.enable is false: one turn cannot use them; "
+            "set it to true"
         )
     if chosen is None or isinstance(chosen, ToolSet):
         return chosen
@@ -152,13 +163,14 @@ def tool_set(
         return load_tools(chosen)
     if not isinstance(chosen, Iterable):
         raise ToolConfigError(
-            f"tools is a list of functions and tools, or a config's name, got {chosen!r:.80}; write tools=[...]"
+            f"tools is a list of functions and tools, or a config's name, got {chosen!r:.80}; "
+            "write tools=[...]"
         )
     return ToolSet.from_tools(chosen)
 
 
 class _Options(Section):
-    """What `generate` may be given, in the ranges of config.yaml."""
+    """The options of `generate`, in the ranges of config.yaml."""
 
     temperature: Temperature | None
     top_p: Share | None
@@ -181,7 +193,8 @@ def _tasks(prompts: Prompts) -> list[Task]:
     """One task a prompt; their ids are the prompts' positions."""
     if not isinstance(prompts, Sequence):
         raise TaskError(
-            f"a prompt is a text, a list of messages, or a list of either; got {type(prompts).__name__}"
+            "a prompt is a text or a list of messages, and several prompts are a list; "
+            f"got {type(prompts).__name__}"
         )
     alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
     many: Sequence[Any] = [prompts] if alone else prompts

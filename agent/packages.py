@@ -1,7 +1,8 @@
-"""Whose packages Python imports: `agent`, `tools` and `conversations` are names that users' own folders bear.
+"""Checks whose packages Python imports.
 
-Invariant: once `agent` is imported, `conversations` and `tools` are known to lie beside it; otherwise the import has
-failed with one line that names the folder in the way. Nothing is imported to look.
+Users have folders named `agent`, `tools` and `conversations` too. Invariant: once `agent` is
+imported, `conversations` and `tools` are known to lie beside it; otherwise the import failed with
+one line that names the folder in the way. The check imports nothing.
 """
 
 from __future__ import annotations
@@ -47,38 +48,40 @@ def how_to_install(module: str) -> str:
 
 
 def check() -> None:
-    """Raises ImportError where one of our packages would be imported from elsewhere."""
+    """Raises ImportError if one of our packages would be imported from elsewhere."""
     for name in NAMES:
-        found = _location(_spec(name))
-        if found != (ROOT / name).resolve():
+        location = _location(_spec(name))
+        if location != (ROOT / name).resolve():
             raise ImportError(
-                f"{found or name} hides turntrace's own package {name!r} ({ROOT / name}) from Python: "
-                f"rename yours (my_{name}, say), or keep its folder out of PYTHONPATH and start from elsewhere"
+                f"{location or name} hides turntrace's own package {name!r} ({ROOT / name}) from "
+                f"Python: rename yours (my_{name}, for example), or keep its folder out of "
+                "PYTHONPATH and start from elsewhere"
             )
 
 
 def local_folders(folder: Path) -> list[str]:
-    """A line for each package or module of the user's that a script started in `folder` would import instead of ours."""
+    """A line for each package or module that hides ours from a script started in `folder`."""
     if (folder / "agent" / Path(__file__).name).is_file():
         return []  # a checkout of ours
     specs = {name: PathFinder.find_spec(name, [str(folder)]) for name in NAMES}
-    # A folder without __init__.py has no loader, and gives way to an installed package.
-    found = {name: _location(spec) for name, spec in specs.items() if spec and spec.loader}
+    # A folder without __init__.py has no loader: an installed package wins over it.
+    hiding = {name: _location(spec) for name, spec in specs.items() if spec and spec.loader}
     return [
-        f"scripts started in this folder import {path} in place of turntrace's own package {name!r}; rename it (my_{name}, say)"
-        for name, path in found.items()
+        f"scripts started in this folder import {path} instead of turntrace's own package "
+        f"{name!r}; rename it (my_{name}, for example)"
+        for name, path in hiding.items()
     ]
 
 
 def _spec(name: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(name)
-    except ValueError:  # imported already, by something that left no spec
+    except ValueError:  # imported already, without a spec
         return None
 
 
 def _location(spec: ModuleSpec | None) -> Path | None:
-    """The folder or file that the import would read, None where there is none."""
+    """The folder or file that the import would read; None if there is none."""
     if spec is None:
         return None
     if spec.origin is None:

@@ -1,4 +1,7 @@
-"""Text for a terminal: untrusted text made harmless, lines that are said, and one line that says how far work is."""
+"""Output for a terminal.
+
+Untrusted text is made harmless, lines are printed as they are, and one line says how far work is.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,10 @@ def _dropped(console: Console) -> Iterator[None]:
 
 
 def drop_output(stream: IO[str]) -> None:
-    """Sends the stream to nowhere, what it has buffered as well. A stream without a file stays as it is."""
+    """Sends the stream to nowhere, what it has buffered as well.
+
+    A stream without a file stays as it is.
+    """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -72,7 +78,8 @@ def drop_output(stream: IO[str]) -> None:
 class LiveLine:
     """One line that says how far work is; `line` makes it. Call `refresh` often.
 
-    On a terminal the line is replaced in place. Elsewhere it is printed every `plain_s` seconds; None: never.
+    On a terminal the line is replaced in place. Elsewhere it is printed every `plain_s` seconds;
+    None: never.
     """
 
     def __init__(

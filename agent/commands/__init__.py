@@ -1,1 +1,4 @@
-"""The commands of the command line that are more than a few lines, one file a group; `cli.py` registers them."""
+"""The commands of the command line.
+
+`NAME.py` reads a command's options; `NAME_work.py`, imported when the command runs, does its work.
+"""

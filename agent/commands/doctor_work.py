@@ -1,6 +1,7 @@
 """The work of `turntrace doctor`: compares what this machine has with what a run needs.
 
-Invariant: a check changes nothing. If it fails itself, that is a finding, and the other checks go on.
+Invariant: a check changes nothing. If it fails itself, that is a finding, and the other checks go
+on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from agent.model.base import (
     resolve_model,
     resolve_tokenizer,
 )
-from agent.packages import local_folders
+from agent.packages import how_to_install, local_folders
 from agent.runs.parts import config_interactions, config_tools, load_template, prepare
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
@@ -90,6 +91,9 @@ def _findings(check: Check, config: Config) -> list[Finding]:
         return [Finding(finding.level, f"{name}: {finding.text}") for finding in check(config)]
     except (AgentError, ConversationsError, ToolsError) as error:
         return [Finding("fail", f"{name}: {error}")]
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed"
+        return [Finding("warn", f"{name}: {missing}; {how_to_install(error.name or '')}")]
     except Exception as error:
         return [
             Finding("fail", f"{name}: the check itself failed: {type(error).__name__}: {error}")
@@ -136,7 +140,10 @@ def is_too_new_for_verl_trainers() -> bool:
 
 
 def check_torch(config: Config) -> Iterator[Finding]:
-    """Checks that torch's build fits the machine; with CUDA, its compiler library and the GPUs' memory."""
+    """Checks that torch's build fits the machine.
+
+    With CUDA, also its compiler library and the GPUs' memory.
+    """
     if config.rollout.name != "sglang":
         yield Finding("ok", f"not needed with rollout.name: {config.rollout.name}")
         return
@@ -289,7 +296,8 @@ def check_interactions(config: Config) -> Iterator[Finding]:
 def check_template(config: Config) -> Iterator[Finding]:
     """Loads the model's chat template and proves of it what a run with this config needs.
 
-    Raises TemplateError. A model, tool config or interactions that cannot be loaded are the other checks' findings.
+    Raises TemplateError. A model, tool config or interactions that cannot be loaded are the other
+    checks' findings.
     """
     try:
         folder = resolve_tokenizer(config.model_path)
@@ -327,9 +335,7 @@ async def _ready(url: str, api_key: str | None) -> str:
 
 def check_memory(_: Config) -> Iterator[Finding]:
     """Reports free main memory, and free disk for the built model and for runs."""
-    import psutil
-
-    available = psutil.virtual_memory().available
+    available = _available_memory()
     yield Finding(
         "ok" if available >= MIN_MEMORY else "warn",
         f"{available / GIB:.1f} GiB of main memory available; the engine takes about 4",
@@ -341,6 +347,13 @@ def check_memory(_: Config) -> Iterator[Finding]:
             "ok" if free >= MIN_DISK else "warn",
             f"{free / GIB:.1f} GiB of disk free for {what} ({folder})",
         )
+
+
+def _available_memory() -> int:
+    """Bytes of main memory that programs can get, as Linux counts them."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    [kibibytes] = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kibibytes) * 1024
 
 
 def check_folders(_: Config) -> Iterator[Finding]:

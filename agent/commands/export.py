@@ -1,4 +1,4 @@
-"""`turntrace export` and `turntrace stats`: a run's trajectories for trainers, and how its groups did."""
+"""`turntrace export` and `turntrace stats`: trajectories for trainers, and how groups did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from agent.terminal import LiveLine, one_line
 if TYPE_CHECKING:
     from conversations.export.export import Export
 
-FORMATS = "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, openrlhf-preference, sharegpt, atif, parquet"
+FORMATS = (
+    "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, "
+    "openrlhf-preference, sharegpt, atif, parquet"
+)
 PASS_REWARD_HELP = "A sample passes with at least this reward."
 
 

@@ -1,4 +1,4 @@
-"""`turntrace import`: others' trajectories as a run folder."""
+"""`turntrace import`: trajectories of other programs as a run folder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ def import_(
             "--from", metavar="atif|verl", help="atif, or verl: files of trainer.rollout_data_dir."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The run folder to write; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="The run folder to write. It must not exist.")],
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="A folder with the tokenizer.json that the ids belong to; it goes into the run."
+            help="A folder with the tokenizer.json of the token ids. It is copied into the run."
         ),
     ] = None,
 ) -> None:
-    """Take ATIF documents or verl's rollout dumps in as a run; what they lack is said, and no token id is invented."""
+    """Import ATIF documents or verl's rollout dumps as a run.
+
+    What they lack is listed; no token id is invented.
+    """
     from agent.runs.manifest import command_line
     from conversations.imports.job import import_run
 
@@ -45,7 +48,8 @@ def import_(
     if len(done.defects) > MAX_SHOWN:
         print(f"... and {len(done.defects) - MAX_SHOWN} more", file=sys.stderr)
     print(
-        f"{done.trajectories} trajectories in {out}, {done.with_ids} of them with token ids; {len(done.defects)} defects"
+        f"{done.trajectories} trajectories in {out}, {done.with_ids} of them with token ids; "
+        f"{len(done.defects)} defects"
     )
     for warning, count in done.warnings.most_common(MAX_SHOWN):
         print(f"  {count}: {one_line(warning)}")

@@ -21,9 +21,7 @@ def index(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The folder to write. Default: in the cache, where `corpus:` of a tool config looks."
-        ),
+        typer.Option(help="The folder to write. Default: where `corpus:` of a tool config looks."),
     ] = None,
 ) -> None:
     """Make a corpus searchable. An index that is up to date stays as it is."""

@@ -1,4 +1,4 @@
-"""`turntrace replay`: a recorded run again."""
+"""`turntrace replay`: its options. The work is in `agent.replay.runner`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ def replay(
     model: Annotated[
         Part | None,
         typer.Option(
-            help="recorded: the sampled tokens again; live: asked today. Default: recorded, live with --from-turn."
+            help="recorded: play the sampled tokens; live: sample now. Default: recorded, "
+            "live with --from-turn."
         ),
     ] = None,
     tools: Annotated[
         Part | None,
         typer.Option(
-            help="recorded: the ledger's answers; live: run today. Default: recorded, live with --from-turn."
+            help="recorded: the ledger's answers; live: run the tools now. Default: recorded, "
+            "live with --from-turn."
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="config.yaml in the place of the run's own.")
+        Path | None, typer.Option(help="config.yaml instead of the run's own.")
     ] = None,
     tools_config: Annotated[
         str | None, typer.Option(help="With --tools live: tools.yaml, or a shipped one's name.")
@@ -43,36 +45,35 @@ def replay(
         bool,
         typer.Option(
             "--trust-tools",
-            help="With --tools live: import the tools that the run names, though they are not turntrace's.",
+            help="With --tools live: import the tools that the run names, even if they are not "
+            "turntrace's own.",
         ),
     ] = False,
     ids: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only these trajectories: an id, or several with commas; may be repeated."
+            help="Only these trajectories: an id, or several with commas. May be repeated."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N.")] = None,
     from_turn: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Fork: keep the turns before this one (0: the prompt alone) and go on with fresh ones.",
+            help="Fork: keep the turns before this one (0: only the prompt) and sample new ones.",
         ),
     ] = None,
     n: Annotated[
-        int, typer.Option(min=1, help="Branches of each trajectory, with a live model.")
+        int, typer.Option(min=1, help="With a live model: branches of each trajectory.")
     ] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the replay in --out.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the replay in --out.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="With --resume: although something differs.")
+        bool, typer.Option("--force", help="With --resume: continue even if something changed.")
     ] = False,
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print the report as one JSON object; everything else goes to stderr."
+            "--json", help="Print the report as one JSON object. Everything else goes to stderr."
         ),
     ] = False,
     set_: Annotated[
@@ -81,18 +82,19 @@ def replay(
 ) -> None:
     """Replay a run into a new one and say where each trajectory first differs.
 
-    Both recorded, the default, checks the record and this code: no model runs and nothing is imported.
+    Both recorded (default): checks the record and this code. No model runs and nothing is imported.
 
-    Recorded model, live tools: every call is made again and its answer compared. Where an answer changes what the
-    model would have seen, the new trajectory ends; the calls after that are compared all the same.
+    Recorded model, live tools: every call is made again and its answer is compared. If an answer
+    changes what the model would have seen, the new trajectory ends; later calls are still compared.
 
-    Live model, recorded tools: answers are served while the calls are the recorded ones. For the same tokens, ask a greedy
-    model one at a time (--set rollout.max_num_seqs=1): SGLang's arithmetic depends on what else is in the batch.
+    Live model, recorded tools: recorded answers are served as long as the calls are the recorded
+    ones. To get the same tokens, sample greedily and one at a time (--set rollout.max_num_seqs=1):
+    SGLang's arithmetic depends on what else is in the batch.
 
-    Both live: run again.
+    Both live: the run is done again.
 
-    Exit code 0: all identical (a fork: its tools are in the state they were in). 3: some diverged. 1: some failed or are
-    missing. 2: a mistake.
+    Exit code 0: all identical (a fork: its tools are in the state they were in). 3: some diverged.
+    1: some failed or are missing. 2: a user's mistake.
     """
     from rich.console import Console
 

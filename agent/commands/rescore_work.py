@@ -1,12 +1,11 @@
-"""`turntrace rescore`: rewards anew, by a function of the user's, without a model or a tool.
+"""The work of `turntrace rescore`: new rewards by a user's function, without a model or a tool.
 
-Invariant: everything of a record but `reward`, `reward_parts`, `parent` and the hash stays as it was. Infrastructure's
-failures keep their null. A new run that could not be finished is taken away again.
+Invariant: of a record only `reward`, `reward_parts`, `parent` and the hash change. Records that
+failed because of infrastructure keep their null. The new run is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -30,22 +29,27 @@ from agent.loop.boundary import describe
 from agent.loop.tasks import task_file_hash
 from agent.runs.manifest import command_line, parent_entry, save_tokenizer, versions
 from agent.runs.progress import counts
-from conversations.run.open_run import Run, open_run
+from conversations.errors import RunFolderError
+from conversations.run.new_folder import new_folder
+from conversations.run.open_run import TOKENIZER, Run, open_run
 from conversations.run.saved_tokenizer import load_tokenizer
-from conversations.run.store import RUN, TRAJECTORIES, RunFolder
+from conversations.run.store import RunFolder
 from conversations.trajectory import Trajectory, total_reward
 
 VERL_PARAMETERS = frozenset({"data_source", "solution_str", "ground_truth"})
-"""What tells verl's `compute_score(data_source, solution_str, ground_truth, extra_info=None)` from our own signature."""
+"""Parameters of verl's `compute_score(data_source, solution_str, ground_truth, extra_info=None)`.
+
+A function that has all of them is called as verl would call it.
+"""
 
 Score = Callable[[Trajectory], Any]
 CHUNK = 16
-"""Trajectories handed to a process at a time."""
+"""Trajectories that a process gets at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rescored:
-    """What came of it: `changed` counts rewards that are not what they were, `unscored` trajectories whose reward is null."""
+    """`changed` counts rewards that differ from the old ones, `unscored` those that are null."""
 
     progress: Progress
     changed: int
@@ -55,22 +59,24 @@ class Rescored:
 def rescore(
     run: Path, reward: str, out: Path, *, jobs: int = 1, argv: Iterable[str] = ()
 ) -> Rescored:
-    """A new run in `out`: that of `run` with the rewards that `reward` gives.
+    """Writes into `out` the trajectories of `run` with new rewards.
 
-    `reward` is `module:function` or `file.py:function`. The function takes a Trajectory and returns a number, a dict of
-    numbers (the parts), or None for no reward; or it is verl's `compute_score`, called with the decoded response.
-    `jobs` processes call it. Raises AgentError naming the trajectory that it failed on.
+    `reward` is `module:function` or `file.py:function`. The function takes a Trajectory and returns
+    a number, a dict of numbers (the parts), or None for no reward; or it is verl's `compute_score`,
+    called with the decoded response. `jobs` processes call it. Raises AgentError that names the
+    trajectory on which it failed.
     """
     if run.resolve() == out.resolve():
-        raise AgentError(f"--out {out} is the run itself; rewards go into a run of their own")
+        raise AgentError(f"--out {out} is the run itself; the new rewards need another folder")
     parent = open_run(run)
     if len(parent) == 0:
         raise AgentError(f"{run} has no finished trajectories to score")
     function = load_function(reward)
     progress, changed, unscored = Progress(total=len(parent)), 0, 0
-    with _new_run(out, _manifest(parent, reward, function, argv)) as folder:
-        if (run / "tokenizer").is_dir():
-            save_tokenizer(out, parent.tokenizer())
+    manifest = _manifest(parent, reward, function, argv)
+    with new_folder(out, RunFolderError) as path, RunFolder.create(path, manifest) as folder:
+        if (run / TOKENIZER).is_dir():
+            save_tokenizer(path, parent.tokenizer())
         for old, new in _scored(parent, reward, jobs):
             folder.append(new)
             progress.count(new)
@@ -78,18 +84,6 @@ def rescore(
             unscored += new.reward is None
         folder.close(counts(progress))
     return Rescored(progress, changed, unscored)
-
-
-@contextlib.contextmanager
-def _new_run(out: Path, manifest: dict[str, Any]) -> Iterator[RunFolder]:
-    with RunFolder.create(out, manifest) as folder:
-        try:
-            yield folder
-        except BaseException:
-            folder.close()
-            for name in (RUN, TRAJECTORIES):
-                (out / name).unlink(missing_ok=True)
-            raise
 
 
 def _manifest(
@@ -121,7 +115,7 @@ def _source_file(function: Callable[..., Any]) -> str | None:
 
 
 def _scored(parent: Run, reward: str, jobs: int) -> Iterator[tuple[float | None, Trajectory]]:
-    """(old reward, new trajectory) of each, in order; a few chunks ahead of what is written, never the whole run."""
+    """(old reward, new trajectory) of each, in order. Only a few chunks are in memory at a time."""
     score = functools.partial(_score_ids, str(parent.path), reward, sys.path[:])
     if jobs == 1:
         for ids in _chunks(parent.ids):
@@ -163,7 +157,10 @@ def _scorer(path: str, reward: str, search: tuple[str, ...]) -> tuple[Run, Score
 
 
 def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
-    """The record with its reward anew. Raises AgentError naming it where the function fails or returns no reward."""
+    """The record with its new reward.
+
+    Raises AgentError that names it if the function fails or returns no reward.
+    """
     parent = {"run": run.resolve().name, "id": record.id, "turn": (record.parent or {}).get("turn")}
     if record.infra_error:
         return dataclasses.replace(record, parent=parent)
@@ -171,7 +168,7 @@ def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
         parts = _parts(score(record))
         reward = total_reward(parts)
         if reward is not None and not math.isfinite(reward):
-            raise ValueError(f"the parts sum up to {reward}")
+            raise ValueError(f"the sum of the parts is {reward}")
     except Exception as error:
         raise AgentError(
             f"trajectory {record.id}: the reward function failed: {_one_line(error)}"
@@ -198,15 +195,18 @@ def _number(value: Any) -> float:
 
 
 def as_score(function: Callable[..., Any], run: Run) -> Score:
-    """The function as one of a trajectory; verl's signature is known by its parameters' names."""
+    """The user's function as one that takes a trajectory.
+
+    Parameter names tell which signature it has.
+    """
     if not _parameters(function).keys() >= VERL_PARAMETERS:
         return function
     tokenizer = load_tokenizer(run.path / "tokenizer")
 
     def compute_score(record: Trajectory) -> Any:
-        """As verl's reward managers call it: the whole response as text, special tokens left out."""
+        """Calls it as verl's reward managers do: with the response's text, no special tokens."""
         extra = record.extra if isinstance(record.extra, dict) else {}
-        found = function(
+        score = function(
             data_source=record.data_source,
             solution_str=tokenizer.decode(record.response_ids, skip_special_tokens=True),
             ground_truth=record.ground_truth,
@@ -215,7 +215,7 @@ def as_score(function: Callable[..., Any], run: Run) -> Score:
             ),
         )
         return (
-            found["score"] if isinstance(found, Mapping) else found
+            score["score"] if isinstance(score, Mapping) else score
         )  # its other keys are for verl's logs
 
     return compute_score
@@ -224,7 +224,7 @@ def as_score(function: Callable[..., Any], run: Run) -> Score:
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(function).parameters
-    except ValueError:  # some builtins do not tell
+    except ValueError:  # some builtins have no signature
         return {}
 
 
@@ -238,7 +238,7 @@ def _extra_info(function: Callable[..., Any], info: dict[str, Any]) -> dict[str,
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """What `module:function` or `file.py:function` names. Raises AgentError, in one line."""
+    """The function that `module:function` or `file.py:function` names. Raises AgentError."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise AgentError(f"--reward {name}: write it as module:function, or as file.py:function")
@@ -252,9 +252,9 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise AgentError(f"--reward {name}: {place} has no function {attribute!r}")
     if inspect.iscoroutinefunction(function):
-        raise AgentError(f"--reward {name}: an async function is not called here; give a plain one")
-    found: Callable[..., Any] = function
-    return found
+        raise AgentError(f"--reward {name}: an async function cannot be used; give a plain one")
+    plain: Callable[..., Any] = function
+    return plain
 
 
 def _file_module(file: Path) -> ModuleType:
@@ -267,7 +267,7 @@ def _file_module(file: Path) -> ModuleType:
 
 
 def _named_module(name: str) -> ModuleType:
-    """An installed module, else one in the current folder, which can shadow nothing that is installed."""
+    """An installed module, else one in the current folder, which cannot hide an installed one."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return importlib.import_module(name)

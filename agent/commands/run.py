@@ -22,7 +22,7 @@ def run(
     tools: Annotated[
         str | None,
         typer.Option(
-            help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all."
+            help="tools.yaml, or a shipped one's name: gsm8k, geo3k, search, sandbox, mcp, all."
         ),
     ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,

@@ -1,6 +1,7 @@
 """The work of `turntrace run`: prepare, open, run, sum up.
 
-Invariant: exit code 0 means that every conversation is on disk and none failed because of infrastructure.
+Invariant: exit code 0 means that every conversation is on disk and none failed because of
+infrastructure.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from tools.toolset import ToolSet
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What the command line asks for. `argv` are its words, for run.json and for the advice how to resume.
+    """What the command line asks for.
+
+    `argv` are its words, for run.json and for the advice how to resume.
 
     After `stop_after_s` seconds of conversations the run stops, as after Ctrl-C.
     """
@@ -78,7 +81,9 @@ def run(request: RunRequest, console: Console) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run whose tools, interactions and rows are loaded and checked. What takes seconds is still to come.
+    """A run whose tools, interactions and rows are loaded and checked.
+
+    What takes seconds is still to come.
 
     `asked` are the (task, sample) pairs, `target` how many of them the run waits for.
     """
@@ -92,7 +97,9 @@ class Plan:
 
 
 def prepare_run(request: RunRequest) -> Plan:
-    """Loads and checks what is quick. Reads the whole task file: a bad row is found now, not after hours.
+    """Loads and checks what is quick.
+
+    Reads the whole task file: a bad row is found now, not after hours.
 
     A resumed run gets a new seed: the same seed would sample the same conversations again.
     """
@@ -121,7 +128,7 @@ def _schema_notes(tools: ToolSet | None, most: int = 3) -> Iterator[str]:
 
 
 def enough_of(conversations: int, config: Config) -> int:
-    """How many conversations a run waits for: all but the share `over_sample_rate` (verl's formula)."""
+    """How many conversations a run waits for: `over_sample_rate` as verl's formula has it."""
     return max(1, int(conversations * (1 - config.rollout.over_sample_rate)))
 
 
@@ -135,7 +142,10 @@ class _RowChecks:
         self._without_user = 0
 
     def check(self, task: Task) -> None:
-        """Raises TaskError if the row chooses tools and none of them is there, or an unknown interaction."""
+        """Raises TaskError for a row that cannot get what it chooses.
+
+        That is: none of its tools is there, or its interaction is not.
+        """
         if task.interaction_kwargs:
             if self._interactions is None:
                 self._without_user += 1
@@ -207,7 +217,7 @@ class _StoppedError(Exception):
 
 
 def run_missing(plan: Plan, folder: RunFolder, progress: Progress, console: Console) -> int:
-    """Runs the conversations that are not in the folder, closes it and sums up; returns the exit code."""
+    """Runs the conversations that the folder lacks, and sums up. Returns the exit code."""
     request = plan.request
     try:
         with sigterm_as_interrupt(), _started(plan, folder, progress, console) as session:

@@ -1,7 +1,7 @@
 """`turntrace show`: one trajectory in the terminal.
 
-Invariant: what a record holds is printed as text, its control characters shown and not obeyed; where the output is no terminal, it is
-plain text without colours, and lines are not broken.
+Invariant: what a record holds is printed as text; control characters are shown as signs. If the
+output is no terminal, it is plain text without colours and line breaks of our own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 CUT = 2000
-"""Characters of a text that are shown without --full."""
+"""Characters of each text that are shown without --full."""
 AUTHORS = {
     "prompt": "bright_black",
     "sampled": "bold blue",
@@ -43,9 +43,11 @@ def show(
     trajectory: Annotated[
         str, typer.Argument(metavar="ID", help="A trajectory's id: TASK-SAMPLE.")
     ],
-    tokens: Annotated[bool, typer.Option("--tokens", help="The tokens too, by author.")] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Show the tokens as well, by author.")
+    ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help=f"Whole texts; otherwise {CUT} characters of each.")
+        bool, typer.Option("--full", help=f"Show whole texts, not only {CUT} characters of each.")
     ] = False,
 ) -> None:
     """Show one trajectory: its messages, calls and rewards, and who wrote its tokens."""
@@ -64,7 +66,8 @@ def show(
             screen.tokens(opened, record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise AgentError(
-            f"trajectory {trajectory} is damaged: {type(error).__name__}: {error}; turntrace verify says where"
+            f"trajectory {trajectory} is damaged: {type(error).__name__}: {error}; "
+            "turntrace verify says where"
         ) from error
 
 
@@ -76,27 +79,28 @@ class Screen:
         self._full = full
 
     def head(self, record: Record) -> None:
-        """What came of it, and what to know before reading on."""
+        """Its reward, stop reason and so on, and its warnings."""
         self._line(("", one_line(str(record["id"])), "bold"))
-        asked = {
+        facts = {
             "reward": _number(record["reward"]),
             "stop reason": record["stop_reason"],
             "turns": record["num_turns"],
-        }
-        told = {
             "time": f"{record['wall_s']:.2f} s",
             "ground truth": _json(record["ground_truth"]),
             "parent": _json(record["parent"]),
         }
-        for name, value in (asked | told).items():
+        for name, value in facts.items():
             self._line((f"{name:<14}", one_line(str(value))[:200], ""))
         if record["infra_error"]:
-            self._line(("", "infrastructure failed: no reward, left out of exports", "magenta"))
+            self._line(
+                ("", "failed because of infrastructure: no reward, left out of exports", "magenta")
+            )
         if not _matches_its_hash(record):
             self._line(
                 (
                     "",
-                    "does not match its hash: it was changed after it was written; turntrace verify says more",
+                    "does not match its hash: it was changed after it was written; "
+                    "turntrace verify says more",
                     "red",
                 )
             )
@@ -105,14 +109,14 @@ class Screen:
             self._line(("", one_line(str(text)), "yellow"))
 
     def messages(self, record: Record) -> None:
-        """The conversation, each call with its answer."""
+        """The messages, each call with its answer."""
         from conversations.rounds import is_sampled
 
         calls = {call["call_id"]: call for call in record["tool_calls"]}
         turn = 0
         for message in record["messages"]:
             if message["role"] == "tool" and message.get("tool_call_id") in calls:
-                continue  # stands with its call
+                continue  # it is shown with its call
             sampled = is_sampled(message)
             self._title(
                 message["role"],
@@ -209,10 +213,17 @@ def _matches_its_hash(record: Record) -> bool:
 def _turn(record: Record, turn: int) -> str:
     if turn >= len(record["turns"]):
         return ""
-    found = record["turns"][turn]
-    took = "" if found["engine_s"] is None else f", {found['engine_s']:.2f} s"
-    said = f"turn {turn + 1}: {found['end'] - found['start']} tokens after {found['prompt_tokens']}{took}, {found['finish_reason']}"
-    return f"{said}{''.join(f', gone on with at token {at}{_weights(version)}' for at, version in found.get('resumed') or ())}"
+    sampled = record["turns"][turn]
+    took = "" if sampled["engine_s"] is None else f", {sampled['engine_s']:.2f} s"
+    length, before = sampled["end"] - sampled["start"], sampled["prompt_tokens"]
+    resumed = [
+        f", resumed at token {token}{_weights(version)}"
+        for token, version in sampled.get("resumed") or ()
+    ]
+    return (
+        f"turn {turn + 1}: {length} tokens after {before}{took}, {sampled['finish_reason']}"
+        f"{''.join(resumed)}"
+    )
 
 
 def _weights(version: str | None) -> str:
@@ -220,22 +231,22 @@ def _weights(version: str | None) -> str:
 
 
 def _took(call: Record) -> str:
-    """Times, tries, what the model does not see of the answer, and the step reward."""
-    tries = call["attempts"]
-    parts = [f"ran {call['run_s']:.3f} s" if tries else "not run"]
+    """Times, attempts, how much of the answer was cut, and the step reward."""
+    attempts = call["attempts"]
+    parts = [f"ran {call['run_s']:.3f} s" if attempts else "not run"]
     if call["queue_s"] >= 0.0005:
         parts.insert(0, f"queued {call['queue_s']:.3f} s")
-    if len(tries) > 1:
-        parts.append(f"{len(tries)} attempts")
-    if tries and tries[-1].get("tokens_cut"):
-        parts.append(f"{tries[-1]['tokens_cut']} tokens cut")
+    if len(attempts) > 1:
+        parts.append(f"{len(attempts)} attempts")
+    if attempts and attempts[-1].get("tokens_cut"):
+        parts.append(f"{attempts[-1]['tokens_cut']} tokens cut")
     if call["reward"] is not None:
         parts.append(f"step reward {call['reward']:g}")
     return ", ".join(parts)
 
 
 def _arguments(value: Any) -> str:
-    """Text arguments as they read, others as JSON; a malformed call as it was written."""
+    """Texts as they are, other arguments as JSON, a malformed call as it was written."""
     if not isinstance(value, dict):
         return str(value)
     texts = {key: part if isinstance(part, str) else _json(part) for key, part in value.items()}
@@ -245,7 +256,7 @@ def _arguments(value: Any) -> str:
 
 
 def _texts(ids: list[int], texts: dict[int, str | list[int]]) -> Iterator[str]:
-    """The text of tokens in a row: characters that several tokens make up are put together."""
+    """The text of a run of tokens. A character that several tokens make up is put together."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in ids:
         piece = texts.get(token)

@@ -1,23 +1,22 @@
-"""Task files made here: generated problems and GSM8K's, as rows in verl's dataset schema.
+"""The work of `turntrace tasks`: rows in verl's dataset schema.
 
-Invariant: the same arguments write the same bytes, so that a task file can be made again from its command.
+Invariant: the same arguments write the same bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from agent.errors import TaskError
 from agent.loop.tasks import Row
+from conversations.run.whole_file import write_whole
 
 
 def write_gsm_symbolic(path: str | Path, size: int, seed: int) -> int:
-    """Writes `size` problems of reasoning-gym's gsm_symbolic drawn from `seed`; returns how many."""
+    """Writes `size` problems of reasoning-gym's gsm_symbolic; returns how many."""
     from reasoning_gym import create_dataset
 
     problems = create_dataset("gsm_symbolic", size=size, seed=seed)
@@ -36,7 +35,10 @@ def write_gsm_symbolic(path: str | Path, size: int, seed: int) -> int:
 
 
 def write_gsm8k(source: str | Path, path: str | Path) -> int:
-    """Converts GSM8K's own JSONL (question; answer ending in `#### 42`); returns how many rows. Raises TaskError."""
+    """Converts GSM8K's own JSONL (question, and an answer ending in `#### 42`).
+
+    Returns the number of rows. Raises TaskError.
+    """
     return write_rows(path, _gsm8k_rows(Path(source)))
 
 
@@ -88,19 +90,26 @@ def whole_number(answer: str) -> str:
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
-    """Writes rows as JSONL, whole or not at all; returns how many. Raises TaskError where the file cannot be written."""
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    """Writes rows as JSONL, whole or not at all; returns how many. Raises TaskError."""
+    file, lines = Path(path), _Lines(rows)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8") as file:
-            count = sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
-        draft.replace(target)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lines)
     except OSError as error:
         raise TaskError(
-            f"{target}: cannot be written: {error.strerror}; choose another --out"
+            f"{file} cannot be written: {error.strerror}; choose another --out"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-    return count
+    return lines.count
+
+
+class _Lines:
+    """Rows as lines of JSON, counted."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = rows
+        self.count = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for row in self._rows:
+            yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
+            self.count += 1

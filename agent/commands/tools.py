@@ -1,4 +1,4 @@
-"""`turntrace tools check` and `turntrace tools call`: a tool config looked at, and one of its tools called by hand."""
+"""`turntrace tools`: its options. The work is in `tools_work.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from agent.config.config import Config
 
-tools_app = typer.Typer(help="Look at a tool config, call a tool by hand.", no_args_is_help=True)
+tools_app = typer.Typer(help="Check a tool config, call a tool by hand.", no_args_is_help=True)
 
 FileArgument = Annotated[
     str,
@@ -23,11 +23,11 @@ FileArgument = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="A model whose chat template and tokens count: smollm2-tools, a folder."
+        "--model", help="The model whose chat template and tokens to use: smollm2-tools, a folder."
     ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="config.yaml, for its model and its limits.")
+    Path | None, typer.Option("--config", help="config.yaml, for its model and limits.")
 ]
 
 
@@ -39,11 +39,14 @@ def check(
     no_start: Annotated[
         bool,
         typer.Option(
-            "--no-start", help="Start no backend, but for the MCP servers that say what they offer."
+            "--no-start", help="Start no backend, except MCP servers: they say what they offer."
         ),
     ] = False,
 ) -> None:
-    """Load a tool config, start what it needs, show each tool as the model will see it; exit code 1 where one does not start."""
+    """Load a tool config, start its backends, show each tool as the model sees it.
+
+    Exit code 1 if one does not start.
+    """
     from agent.commands import tools_work
 
     raise typer.Exit(tools_work.check(file, _config(config, model), start=not no_start))
@@ -56,19 +59,22 @@ def call(
     arguments: Annotated[str, typer.Argument(metavar="ARGUMENTS", help="A JSON object.")] = "{}",
     ground_truth: Annotated[
         str | None,
-        typer.Option("--ground-truth", help="What a task would give the tool to grade by."),
+        typer.Option("--ground-truth", help="The task's ground truth, for tools that grade."),
     ] = None,
     model: ModelOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Call a tool once, as a run would; exit code 1 where its status is not ok. With a model, its answer is cut as a run would cut it."""
+    """Call a tool once, as a run does. Exit code 1 if its status is not ok.
+
+    With a model, a long answer is cut as in a run.
+    """
     from agent.commands import tools_work
 
     raise typer.Exit(tools_work.call(file, name, arguments, ground_truth, _config(config, model)))
 
 
 def _config(path: Path | None, model: str | None) -> Config | None:
-    """None where neither is given: then no tokenizer is needed, nor loaded."""
+    """None if neither is given: then no tokenizer is loaded."""
     if path is None and model is None:
         return None
     from agent.config.config import load_config

@@ -1,6 +1,6 @@
-"""The tools of a config looked at and called by hand, the way a run would: loaded, started, created, called, graded, released.
+"""The work of `turntrace tools`: shows the tools of a config and calls one, as a run does.
 
-Invariant: whatever was started is ended, by Ctrl-C as well.
+Invariant: whatever was started is stopped, also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from tools.registry import load_tools
 from tools.toolset import LoadedTool, ToolSet
 
 QUESTION = "..."
-"""Stands for a task in the prompt that `check` shows."""
+"""The task in the prompt that `check` shows."""
 
 
 # ---------------------------------------------------------------------- turntrace tools check
 
 
 def check(file: str, config: Config | None, *, start: bool) -> int:
-    """Prints each tool of a config, and what the model sees of them; 1 where a tool does not start, else 0."""
+    """Prints each tool of a config and what the model sees of them.
+
+    Returns 1 if a tool does not start, else 0.
+    """
     tools = load_tools(file)
-    print(
-        f"{file} offers {len(tools)} tool{'s' * (len(tools) != 1)}: {', '.join(map(one_line, tools))}"
-    )
+    plural = "s" * (len(tools) != 1)
+    print(f"{file} offers {len(tools)} tool{plural}: {', '.join(map(one_line, tools))}")
     failures = asyncio.run(_shown_and_started(tools, start=start))
     template = load_template(config) if config else None
     print("\nWhat the model sees:")
@@ -82,7 +84,10 @@ async def _started(tool: LoadedTool) -> str:
 
 
 def _policy(tool: LoadedTool) -> str:
-    """What its config, its class and the defaults make of it; limits that are not set are left out."""
+    """The limits that apply to the tool: its config's, its class's and the defaults.
+
+    Unset ones are left out.
+    """
     limits = {
         name: value
         for name, value in dataclasses.asdict(tool.policy).items()
@@ -95,7 +100,10 @@ def _policy(tool: LoadedTool) -> str:
 def _offered(tools: ToolSet, template: ChatTemplate | None) -> Iterator[str]:
     if template is None:
         yield from (visible(json.dumps(schema, ensure_ascii=False)) for schema in tools.schemas)
-        yield "\n(the schemas as JSON; --model or --config shows the prompt that a chat template makes of them)"
+        yield (
+            "\n(the schemas as JSON; --model or --config shows the prompt that a chat template "
+            "makes of them)"
+        )
         return
     with_tools, without = (_prompt_ids(template, schemas) for schemas in (tools.schemas, []))
     yield visible(template.decode(with_tools))
@@ -116,7 +124,7 @@ def _prompt_ids(template: ChatTemplate, schemas: list[dict[str, Any]]) -> list[i
 def call(
     file: str, name: str, arguments: str, ground_truth: str | None, config: Config | None
 ) -> int:
-    """Prints what came of one call; 0 where its status is ok, else 1."""
+    """Prints the result of one call. Returns 0 if its status is ok, else 1."""
     parsed = ToolCall(name, _arguments(arguments), raw="")
     tools = load_tools(file)
     if name not in tools:
@@ -134,7 +142,8 @@ def _arguments(text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(parsed, dict):
         raise AgentError(
-            f"the arguments must be a JSON object, got {text[:80]}; write them as a shell takes them: {example}"
+            f"the arguments must be a JSON object, got {text[:80]}; write them as a shell takes "
+            f"them: {example}"
         )
     return parsed
 
@@ -175,7 +184,10 @@ async def _called(
 
 
 def _dispatcher(tools: ToolSet, config: Config | None) -> Dispatcher:
-    """As a run would have it; without a config there is no model whose tokens a response could be measured in."""
+    """As in a run.
+
+    Without a config there is no model, so responses cannot be measured in tokens and are not cut.
+    """
     if config is None:
         return Dispatcher(tools, max_parallel_calls=1, cut=lambda text, **limits: None)
     return make_dispatcher(config, tools, load_template(config))
@@ -192,11 +204,12 @@ def _about(
     yield f"metrics      {json.dumps(line.metrics, ensure_ascii=False)}"
     yield f"seconds      {', '.join(f'{step} {seconds:.3f}' for step, seconds in clock.items())}"
     for number, attempt in enumerate(line.attempts, 1):
-        yield f"attempt {number}    {attempt.status}, queued {attempt.queue_s:.3f} s, ran {attempt.run_s:.3f} s"
+        times = f"queued {attempt.queue_s:.3f} s, ran {attempt.run_s:.3f} s"
+        yield f"attempt {number}    {attempt.status}, {times}"
 
 
 class _Clock:
-    """Seconds from each step's end to the next."""
+    """Seconds of each step."""
 
     def __init__(self) -> None:
         self.noted: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""`turntrace view`: a run as a page to look at, on disk or served."""
+"""`turntrace view`: a run as a web page, written or served. The server is in `view_server.py`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 def view(
     run: Annotated[
-        Path, typer.Argument(help="The run folder; with --serve also a folder of runs.")
+        Path, typer.Argument(help="The run folder. With --serve also a folder of runs.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write; default: RUN.html beside the run.")
+        Path | None, typer.Option(help="The page to write. Default: RUN.html beside the run.")
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Another run to compare with; default: the parent that the run names."),
+        typer.Option(help="Another run to compare with. Default: the parent that the run names."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Trajectories in the page; default: 20000, or 256 MB of them."),
+        typer.Option(min=1, help="Trajectories in the page. Default: 20000, or 256 MB of them."),
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")
     ] = False,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="With --serve. 0 takes a free one.")
     ] = 0,
 ) -> None:
     """Look at a run in a browser: one page that opens from disk, or a local server."""
@@ -77,23 +77,23 @@ def _other(run: Run, against: Path | None) -> Run | None:
 
     if against is not None:
         return open_run(against)
-    found = parent_of(run)
-    if found is None and run.manifest.get("parent"):
+    parent = parent_of(run)
+    if parent is None and run.manifest.get("parent"):
         print(
-            "note: its parent is not there as it was; --against RUN compares with any run",
+            "note: its parent is missing or changed; --against RUN compares with any run",
             file=sys.stderr,
         )
-    return found
+    return parent
 
 
 def _beside(run: Run) -> Path:
-    """Where the page goes when nobody says: never over a file that is not such a page."""
+    """The default page. Raises AgentError if a file is there that is not such a page."""
     from conversations.page.html import GENERATOR
 
     folder = run.path.resolve()
     target = folder.parent / f"{folder.name}.html"
     if target.exists() and f'content="{GENERATOR}"'.encode() not in _start(target):
-        raise AgentError(f"{target} is there and is no page of turntrace; choose another --out")
+        raise AgentError(f"{target} exists and is no page of turntrace; choose another --out")
     return target
 
 

@@ -1,7 +1,9 @@
-"""Runs served to a browser on this machine: a list of them, a page each, and the page's blocks when it asks for them.
+"""The server of `turntrace view --serve`.
 
-Invariant: read only, and only for this machine's browser: it listens on 127.0.0.1, answers no name but its own (a page elsewhere that has
-rebound its name to 127.0.0.1 gets nothing), and a run is looked up among those listed, never opened by a path out of an address.
+It serves a list of runs, a page for each, and the page's blocks on request. Invariant: it is read
+only and serves only browsers on this machine. It listens on 127.0.0.1 and answers only to its own
+name, so a page elsewhere that has rebound its name to 127.0.0.1 gets nothing. A run is looked up
+among those listed; no path is taken from an address.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from conversations.run.store import RUN, TRAJECTORIES, read_manifest
 from tools.servers.process import end_quietly_on_signals
 
 HOST = "127.0.0.1"
-KEPT = 3
-"""Pages whose blocks can be asked for; one more drops the oldest."""
+MAX_PAGES = 3
+"""Pages whose blocks are kept. One more page drops the oldest."""
 
 PATIENCE_S = 2.0
-"""How long a request waits for a page to be made; after that, the browser is told to ask again."""
+"""How long a request waits for a page. After that, the browser is told to ask again."""
 
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -50,8 +52,12 @@ HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A page as it was made. Its `version` names it to the browser, `stamp` is what the run's file was then."""
+class CachedPage:
+    """A page.
+
+    The browser asks for its blocks by `version`; `stamp` says which state of the run's file it
+    shows.
+    """
 
     name: str
     stamp: tuple[int, int]
@@ -59,23 +65,25 @@ class Ready:
     page: Page
 
 
-class Shelf:
-    """The runs of a folder, or the one run that it is, and the pages made of them. Its methods block; use a thread.
+class PageCache:
+    """The runs in a folder, or the run that the folder is, and their pages.
 
-    Raises AgentError where there is no run.
+    Methods block: call them on a thread.
+
+    Raises AgentError if there is no run.
     """
 
     def __init__(self, folder: Path, against: Path | None = None) -> None:
         self._folder = folder
         self._against = None if against is None else open_run(against)
-        self._ready: list[Ready] = []
+        self._pages: list[CachedPage] = []
         self._building = threading.Lock()
         self.single = (folder / RUN).is_file()
         if not self.runs():
             raise AgentError(f"{folder} holds no run: there is no {RUN} in it, nor one level down")
 
     def runs(self) -> dict[str, Path]:
-        """Folders of runs, by name."""
+        """The run folders by name."""
         if self.single:
             return {self._folder.resolve().name: self._folder}
         try:
@@ -85,41 +93,35 @@ class Shelf:
         except OSError as error:
             raise AgentError(f"{self._folder} cannot be read: {error.strerror}") from error
 
-    def page(self, name: str) -> Ready | None:
-        """The page of a run as the run is now; None where there is no such run. Raises ConversationsError."""
+    def page(self, name: str) -> CachedPage | None:
+        """The page of a run as it is now; None if there is none. Raises ConversationsError."""
         path = self.runs().get(name)
         if path is None:
             return None
         with self._building:
             stamp = _stamp(path)
-            found = next(
-                (one for one in self._ready if (one.name, one.stamp) == (name, stamp)), None
-            )
-            if found is None:
-                run = open_run(path)
-                found = Ready(
-                    name,
-                    stamp,
-                    uuid.uuid4().hex,
-                    build(run, against=self._against or parent_of(run)),
-                )
-                self._ready.append(found)
-                for old in self._ready[:-KEPT]:
-                    old.page.blocks.close()
-                self._ready = self._ready[-KEPT:]
-            return found
+            for cached in self._pages:
+                if (cached.name, cached.stamp) == (name, stamp):
+                    return cached
+            run = open_run(path)
+            page = build(run, against=self._against or parent_of(run))
+            made = CachedPage(name, stamp, uuid.uuid4().hex, page)
+            self._pages.append(made)
+            for old in self._pages[:-MAX_PAGES]:
+                old.page.blocks.close()
+            self._pages = self._pages[-MAX_PAGES:]
+            return made
 
     def block(self, name: str, number: int, version: str) -> bytes | None:
-        """A block of a page made earlier, whatever became of the run since; None where that is no longer kept."""
-        found = next(
-            (one for one in self._ready if (one.name, one.version) == (name, version)), None
-        )
-        with contextlib.suppress(IndexError, ValueError):  # ValueError: dropped in between
-            return None if found is None else found.page.blocks.read(number)
+        """A block of a page, even if the run has changed since; None if it is no longer kept."""
+        for cached in self._pages:
+            if (cached.name, cached.version) == (name, version):
+                with contextlib.suppress(IndexError, ValueError):  # ValueError: dropped meanwhile
+                    return cached.page.blocks.read(number)
         return None
 
     def close(self) -> None:
-        for one in self._ready:
+        for one in self._pages:
             one.page.blocks.close()
 
 
@@ -131,16 +133,16 @@ def _stamp(path: Path) -> tuple[int, int]:
     return (status.st_mtime_ns, status.st_size)
 
 
-def make_app(shelf: Shelf) -> Starlette:
+def make_app(cache: PageCache) -> Starlette:
     """The server's app: `/`, `/NAME/`, `/NAME/blocks/NUMBER?v=VERSION`."""
 
     reading: dict[
-        str, asyncio.Task[Ready | None]
+        str, asyncio.Task[CachedPage | None]
     ] = {}  # a page may take longer than a browser waits
 
     async def index(request: Request) -> Response:
-        runs = await run_in_threadpool(shelf.runs)
-        if shelf.single:
+        runs = await run_in_threadpool(cache.runs)
+        if cache.single:
             return RedirectResponse(_address(next(iter(runs))))
         rows = [
             {"name": name, "address": _address(name), **_about(path)} for name, path in runs.items()
@@ -149,27 +151,25 @@ def make_app(shelf: Shelf) -> Starlette:
 
     async def show(request: Request) -> Response:
         name = request.path_params["name"]
-        task = reading.get(name) or asyncio.create_task(run_in_threadpool(shelf.page, name))
+        task = reading.get(name) or asyncio.create_task(run_in_threadpool(cache.page, name))
         done, _ = await asyncio.wait([task], timeout=PATIENCE_S)
         if not done:
             reading[name] = task
             return _html(waiting(name))
         reading.pop(name, None)
-        found = task.result()
-        return (
-            _told(404, "there is no such run")
-            if found is None
-            else _html(found.page.served(found.version))
-        )
+        cached = task.result()
+        if cached is None:
+            return _text(404, "there is no such run")
+        return _html(cached.page.served(cached.version))
 
     async def block(request: Request) -> Response:
         params = request.path_params
-        found = await run_in_threadpool(
-            shelf.block, params["name"], params["number"], request.query_params.get("v", "")
+        content = await run_in_threadpool(
+            cache.block, params["name"], params["number"], request.query_params.get("v", "")
         )
-        if found is None:
-            return _told(409, "this page is no longer kept: load it again")
-        return Response(found, media_type="text/plain", headers=HEADERS)
+        if content is None:
+            return _text(409, "this page is no longer kept: load it again")
+        return Response(content, media_type="text/plain", headers=HEADERS)
 
     return Starlette(
         routes=[
@@ -185,7 +185,7 @@ def make_app(shelf: Shelf) -> Starlette:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return _told(500, str(error))
+    return _text(500, str(error))
 
 
 def _html(text: str) -> Response:
@@ -198,7 +198,7 @@ def _html(text: str) -> Response:
     )
 
 
-def _told(status: int, text: str) -> Response:
+def _text(status: int, text: str) -> Response:
     return PlainTextResponse(f"{text}\n", status_code=status, headers=HEADERS)
 
 
@@ -207,13 +207,13 @@ def _address(name: str) -> str:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What the list of runs says of one; nothing where its run.json cannot be read."""
+    """What the list says about a run; {} if its run.json cannot be read."""
     try:
         manifest = read_manifest(path)
     except ConversationsError:
         return {}
     counts, model = manifest.get("counts"), manifest.get("model")
-    said = {
+    about = {
         "created": manifest.get("created"),
         "model": model.get("path") if isinstance(model, dict) else None,
     }
@@ -222,22 +222,25 @@ def _about(path: Path) -> dict[str, Any]:
         if isinstance(counts, dict)
         else {}
     )
-    return {key: str(value or "") for key, value in said.items()} | done
+    return {key: str(value or "") for key, value in about.items()} | done
 
 
 def serve_until_ended(folder: Path, against: Path | None, port: int) -> None:
-    """Serves until Ctrl-C or SIGTERM, then ends the process with code 0; prints the address first. Raises OSError for a port in use."""
-    shelf = Shelf(folder, against)
+    """Prints the address, serves until Ctrl-C or SIGTERM, then ends the process with code 0.
+
+    Raises OSError for a port in use.
+    """
+    cache = PageCache(folder, against)
     end_quietly_on_signals()
     try:
-        asyncio.run(_serve(make_app(shelf), port))
+        asyncio.run(_serve(make_app(cache), port))
     finally:
-        shelf.close()
+        cache.close()
 
 
 async def _serve(app: Starlette, port: int) -> None:
     with socket.create_server((HOST, port)) as listener:
-        print(f"http://{HOST}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+        print(f"http://{HOST}:{listener.getsockname()[1]}/  (Ctrl-C stops it)", flush=True)
         await uvicorn.Server(
             uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning")
         ).serve([listener])

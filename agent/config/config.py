@@ -1,6 +1,7 @@
 """config.yaml: `model_path` and `rollout:`, in verl's names, checked before anything starts.
 
-Invariant: a `Config` that exists can be run. Everything wrong with a file is one `ConfigError` line that says where.
+Invariant: a `Config` that exists can be run. Everything wrong with a file is one `ConfigError` line
+that says where.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ EMBEDDED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A checked config. `given` are the dotted paths that the user wrote, in the file or with --set.
+    """A checked config.
+
+    `given` are the dotted paths that the user wrote, in the file or with --set.
 
     `seed` is the engine's; without it SGLang would draw one and not report it.
     """
@@ -67,7 +70,10 @@ class Config:
 
     @property
     def max_assistant_turns(self) -> int:
-        """Turns a conversation may sample: 1 without multi_turn; without a limit `max_model_len // 3`, as in verl."""
+        """Turns a conversation may sample: 1 without multi_turn.
+
+        Without a limit it is `max_model_len // 3`, as in verl.
+        """
         multi_turn = self.rollout.multi_turn
         if not multi_turn.enable:
             return 1
@@ -75,7 +81,7 @@ class Config:
 
     @property
     def tool_config_path(self) -> str | None:
-        """The tools to offer: a file, or the bare name of a shipped config; None without multi_turn."""
+        """The tool config: a file, or a shipped one's bare name; None without multi_turn."""
         multi_turn = self.rollout.multi_turn
         return multi_turn.tool_config_path if multi_turn.enable else None
 
@@ -97,8 +103,8 @@ class Config:
     def model_dir(self) -> Path:
         """The local folder of `model_path`. The embedded model is built on first use.
 
-        Engines elsewhere have their own weights: then a folder with the tokenizer will do. Raises ConfigError if there
-        is none.
+        Engines elsewhere have their own weights: then a folder with the tokenizer will do. Raises
+        ConfigError if there is none.
         """
         return (
             resolve_model(self.model_path)
@@ -111,7 +117,9 @@ class Config:
         return self.rollout.val_kwargs.n if validate else self.rollout.n
 
     def sampling(self, validate: bool = False) -> dict[str, Any]:
-        """SGLang's sampling params of a run, without budgets and stop ids, which the loop sets. Greedy is temperature 0."""
+        """SGLang's sampling params of a run, without budgets and stop ids, which the loop sets.
+        Greedy is temperature 0.
+        """
         source = self.rollout.val_kwargs if validate else self.rollout
         params: dict[str, Any] = {
             "temperature": source.temperature,
@@ -129,7 +137,7 @@ class Config:
         return notices(FATES, self.rollout, given)
 
     def verl_rollout(self) -> dict[str, Any]:
-        """Plain values for the fields of verl's `RolloutConfig`, nested ones as dicts, all given."""
+        """Plain values for all fields of verl's `RolloutConfig`, nested ones as dicts."""
         values = self.rollout.model_dump(
             exclude={"turntrace": True, "server": {"urls", "api_key"}, "engine_kwargs": {"vllm"}}
         )
@@ -157,10 +165,11 @@ def load_config(
     *,
     recorded: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Reads and checks a config file (None: the embedded default) with `key.path=value` overrides, values in YAML.
+    """Reads and checks a config file (None: the embedded default).
 
-    `recorded` takes the place of a file: a run's config as `resolved` wrote it, or a trainer's in the same keys. Its
-    paths are taken as they are. Raises ConfigError, one line, with everything in it that cannot work.
+    `overrides` are `key.path=value`, values in YAML. `recorded` takes the place of a file: a run's
+    config as `resolved` wrote it, or a trainer's in the same keys. Its paths are taken as they are.
+    Raises ConfigError, one line, with everything in it that cannot work.
     """
     file = Path(path) if path is not None else None
     assignments = [split_override(override) for override in overrides]
@@ -181,7 +190,10 @@ def load_config(
 
 
 def _checked(values: dict[str, Any], origin: Origin) -> ConfigFile:
-    """The values as a `ConfigFile`. Raises ConfigError with all problems: unknown keys, then wrong values."""
+    """The values as a `ConfigFile`.
+
+    Raises ConfigError with all problems: unknown keys, then wrong values.
+    """
     unknown = list(_unknown_sglang_arguments(values))
     try:
         checked = ConfigFile.model_validate(values)

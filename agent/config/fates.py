@@ -1,7 +1,9 @@
-"""What becomes of a key that the user set. It works, it is refused, or it is reported as without effect: never a fourth.
+"""What becomes of a key that the user set.
 
-What would change results is refused; what is harmless is reported. The fates of a key stand beside it in `schema.py`,
-as `Annotated` metadata.
+It works, it is refused, or it is reported as without effect: never a fourth.
+
+What would change results is refused; what is harmless is reported. The fates of a key stand beside
+it in `schema.py`, as `Annotated` metadata.
 """
 
 from __future__ import annotations
@@ -83,7 +85,10 @@ def refusals(fates: Fates, rollout: Any) -> Iterator[tuple[str, str]]:
 
 
 def notices(fates: Fates, rollout: Any, given: Iterable[str]) -> list[str]:
-    """Warnings, then one line for each reason why keys in `given` (paths under `rollout`) have no effect."""
+    """Warnings, then one line for each reason why given keys have no effect.
+
+    `given` are dotted paths under `rollout`.
+    """
     paths_by_reason: dict[str, list[str]] = {}
     for path in given:
         if reason := _no_effect(fates, rollout, path):
@@ -101,7 +106,10 @@ def notices(fates: Fates, rollout: Any, given: Iterable[str]) -> list[str]:
 
 
 def _no_effect(fates: Fates, rollout: Any, path: str) -> str | None:
-    """Why a key has no effect: its own reason, else that of the section around it. None if it works."""
+    """Why a key has no effect: its own reason, else that of the section around it.
+
+    None if it works.
+    """
     if any(isinstance(fate, Switch) for fate in fates.get(path, ())):
         return None
     while path:

@@ -1,6 +1,7 @@
 """What to write instead of an unknown key.
 
-In this order: a known foreign key's place here, a key in the wrong place, a misspelling, what is allowed there.
+In this order: a known foreign key's place here, a key in the wrong place, a misspelling, what is
+allowed there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ FOREIGN = {
     ),
     **dict.fromkeys(("quantization", "quantization_config_file"), _DTYPE),
 }
-"""Keys of newer verls, trainers and servers: the place that means the same here, or why there is none.
+"""Keys of newer verls, trainers and servers: what means the same here, or why nothing does.
 
 verl's are those of its `RolloutConfig` after 0.6.1 (0.7 to 0.9).
 """
@@ -110,7 +111,10 @@ def hint(path: str) -> str:
 
 
 def _foreign(parent: str, name: str) -> str | None:
-    """A block of a trainer's config is foreign at the top only. A place that ends in a dot is a mapping."""
+    """A block of a trainer's config is foreign at the top only.
+
+    A place that ends in a dot is a mapping.
+    """
     place = FOREIGN.get(name)
     if place is None or (parent and place == _TRAINER_BLOCK):
         return None

@@ -1,7 +1,8 @@
-"""Every key of config.yaml: its name, type, default and fate. verl 0.6.1's `RolloutConfig`, and ours.
+"""Every key of config.yaml: its name, type, default and fate.
 
-The table is static, because importing verl takes 8 s; a test compares the two. `OUR_DEFAULTS` says which defaults are
-not those of verl's dataclass, and why. verl documents what its keys mean; the comments here are about ours.
+The keys are those of verl 0.6.1's `RolloutConfig`, and ours. The table is static, because importing
+verl takes 8 s; a test compares the two. `OUR_DEFAULTS` says which defaults are not those of verl's
+dataclass, and why. verl documents what its keys mean; the comments here are about ours.
 
 A key without a fate works with every engine. See `fates.py` for the others.
 """
@@ -57,7 +58,8 @@ ROLLOUT_OWNED = {
     "dtype": "rollout.dtype",
     "load_format": "rollout.load_format",
 }
-"""SGLang arguments that a rollout key sets: `engine_kwargs.sglang` must not set them a second time."""
+"""SGLang arguments that a rollout key sets: `engine_kwargs.sglang` must not set them a second time.
+"""
 
 TEXT_ARGUMENTS = (
     "tool_call_parser",
@@ -115,7 +117,10 @@ class Sampling(Section):
 
 
 class MultiTurn(Section):
-    """Turns and tools. Lengths are tokens; None is no limit, `rollout.max_model_len // 3` for the turns."""
+    """Turns and tools.
+
+    Lengths are tokens; None is no limit, `rollout.max_model_len // 3` for the turns.
+    """
 
     enable: Annotated[bool, Switch()] = False
     max_assistant_turns: PositiveInt | None = None
@@ -180,10 +185,12 @@ class Trace(Section):
 
 
 class Server(Section):
-    """The SGLang servers of `name: sglang_server`. Times are seconds. `urls` and `api_key` are ours.
+    """The SGLang servers of `name: sglang_server`. Times are seconds.
 
-    One turn is sent at most `max_attempts` times. While no server is up, or the queue is full, turns wait for
-    `max_start_wait_time`.
+    `urls` and `api_key` are ours.
+
+    One turn is sent at most `max_attempts` times. While no server is up, or the queue is full,
+    turns wait for `max_start_wait_time`.
     """
 
     timeout: PositiveFloat = 3600.0
@@ -267,9 +274,9 @@ class Turntrace(Section):
     apply_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, such as `enable_thinking: false`."""
     max_consecutive_invalid_calls: PositiveInt | None = 8
-    """After this many invalid tool calls in a row a conversation ends with `invalid_tool_calls`; None: never."""
+    """Invalid calls in a row that end a conversation with `invalid_tool_calls`; None: never."""
     conversation_deadline_s: PositiveFloat | None = None
-    """Seconds after which a conversation ends with `deadline`, time before `--resume` included; None: never."""
+    """Seconds until a conversation ends with `deadline`, over all resumes; None: never."""
     max_tokens: PositiveInt | None = None
     """Tokens one turn may sample; None: what the other budgets leave."""
     recorded: Annotated[

@@ -1,7 +1,8 @@
-"""What no file and no message may show: keys, tokens and passwords, and the user and password of an address.
+"""Hides what no file and no message may show.
 
-Invariant: every value that leaves the process as part of a config, a command or a record has passed through here. What
-is no secret stays as it was, letter by letter: a text in which nothing was hidden is the text that was given.
+That is: keys, tokens, passwords, and the user and password of an address. Invariant: every value
+that leaves the process as part of a config, a command or a record has passed through here. A text
+without a secret comes back unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _COMMENT = re.compile(
     r"(?P<before>(?:^|\s)#.*?(?P<name>[\w-]+)[\"']?\s*:\s*)(?P<value>[^\s#][^\n]*)"
 )
 _REFERENCE = re.compile(r"\$\{?\w+")
-"""`${NAME}`: where a secret is, not what it is."""
+"""`${NAME}` names a variable that holds a secret: it stays."""
 _PROPERTIES = re.compile(r"(?:[&!]\S*\s+)*")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _SECRETS = frozenset(
@@ -40,12 +41,12 @@ _SECRETS = frozenset(
 
 
 def without_userinfo(text: str) -> str:
-    """The text with `user:password@` taken out of every address in it."""
+    """The text without `user:password@` in its addresses."""
     return _USERINFO.sub("", text)
 
 
 def without_secrets(value: Any) -> Any:
-    """A config's value with every secret and every address's user and password taken out."""
+    """A config's value without secrets, and without user and password in addresses."""
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items() if not is_secret(key)}
     if isinstance(value, list):
@@ -54,7 +55,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def hidden_in(word: str) -> str:
-    """A word of the command line; in one like `key.path=value` secrets are replaced by dots, so that it says where one was."""
+    """A word of the command line. In `key.path=value` dots stand in place of each secret."""
     key, equals, text = word.partition("=")
     if not equals:
         return without_userinfo(word)
@@ -75,7 +76,10 @@ def hidden_in(word: str) -> str:
 
 
 def hidden_in_yaml(text: str) -> str:
-    """A YAML text with dots for each secret: of keys and headers named like one, of options, of addresses, of comments."""
+    """A YAML text with dots in place of each secret.
+
+    Secrets are looked for in keys and headers, options, addresses and comments.
+    """
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError:
@@ -83,10 +87,10 @@ def hidden_in_yaml(text: str) -> str:
     pieces, at = [], 0
     for node, whole in sorted(
         set(_scalars(root, frozenset())),
-        key=lambda found: (found[0].start_mark.index, not found[1]),
+        key=lambda scalar: (scalar[0].start_mark.index, not scalar[1]),
     ):
         start, end = node.start_mark.index, node.end_mark.index
-        if start >= at:  # an alias stands where its anchor does
+        if start >= at:  # an alias has the position of its anchor
             pieces += [text[at:start], _hidden_scalar(text[start:end], whole=whole)]
             at = end
     return _COMMENT.sub(_hidden_comment, "".join([*pieces, text[at:]]))
@@ -95,7 +99,7 @@ def hidden_in_yaml(text: str) -> str:
 def _scalars(
     node: yaml.Node | None, above: frozenset[int], *, whole: bool = False
 ) -> Iterator[tuple[yaml.ScalarNode, bool]]:
-    """The scalars of a document, and of each whether the whole of it is a secret."""
+    """The scalars of a document, each with whether all of it is a secret."""
     if node is None or id(node) in above:
         return
     above |= {id(node)}
@@ -121,20 +125,20 @@ def _scalars(
 
 
 def _hidden_scalar(text: str, *, whole: bool) -> str:
-    """A scalar as it is written: its anchor and the line break after a block stay."""
+    """A scalar with its secret hidden. Its anchor and the line break after a block stay."""
     if not whole or _REFERENCE.search(text):
         return _hidden_text(text)
-    found = _PROPERTIES.match(text)
-    return (
-        f'{found[0] if found else ""}"{HIDDEN}"' + ("\n" if text.endswith("\n") else "")
-        if text.strip("'\" ")
-        else text
-    )
+    if not text.strip("'\" "):
+        return text
+    properties = _PROPERTIES.match(text)
+    anchor = properties[0] if properties else ""
+    line_break = "\n" if text.endswith("\n") else ""
+    return f'{anchor}"{HIDDEN}"{line_break}'
 
 
-def _hidden_comment(found: re.Match[str]) -> str:
-    is_kept = not is_secret(found["name"]) or _REFERENCE.search(found["value"])
-    return found["before"] + (_hidden_text(found["value"]) if is_kept else HIDDEN)
+def _hidden_comment(match: re.Match[str]) -> str:
+    is_kept = not is_secret(match["name"]) or _REFERENCE.search(match["value"])
+    return match["before"] + (_hidden_text(match["value"]) if is_kept else HIDDEN)
 
 
 def _hidden(value: Any) -> Any:
@@ -149,16 +153,19 @@ def _hidden(value: Any) -> Any:
 
 
 def _hidden_text(text: str) -> str:
-    """A text without what addresses and `name=value` in it would tell."""
+    """A text with the secrets of its addresses and of `name=value` hidden."""
     return _NAMED.sub(_hidden_value, _USERINFO.sub(f"{HIDDEN}@", text))
 
 
-def _hidden_value(found: re.Match[str]) -> str:
-    is_kept = not is_secret(found["name"]) or _REFERENCE.match(found["value"])
-    return found[0] if is_kept else f"{found['name']}={HIDDEN}"
+def _hidden_value(match: re.Match[str]) -> str:
+    is_kept = not is_secret(match["name"]) or _REFERENCE.match(match["value"])
+    return match[0] if is_kept else f"{match['name']}={HIDDEN}"
 
 
 def is_secret(name: object) -> bool:
-    """Whether a key, a header, an option or a variable of this name holds a secret: `api_key`, `X-Auth-Token`, `tavilyApiKey`."""
+    """Whether a key, header, option or variable of this name holds a secret.
+
+    `api_key`, `X-Auth-Token` and `tavilyApiKey` do.
+    """
     words = [word.lower() for word in _WORD.findall(name)] if isinstance(name, str) else []
     return bool(words) and (words[-1] in _SECRETS or (words[-1] == "key" and len(words) > 1))

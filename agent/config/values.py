@@ -25,7 +25,7 @@ PATH_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where keys were written: in the file `source`, or with --set, the dotted paths `overridden`."""
+    """Where keys were written: in the file `source`, or with --set (`overridden`)."""
 
     source: str
     overridden: tuple[str, ...]
@@ -48,8 +48,8 @@ def _overlap(key: str, name: str) -> bool:
 class Loader(yaml.SafeLoader):
     """YAML's safe loader, with two differences.
 
-    A key written twice is an error, where YAML would take the last one. `1e-6` is a number, as in verl's own configs
-    (OmegaConf); YAML 1.1 would read it as text.
+    A key written twice is an error, where YAML would take the last one. `1e-6` is a number, as in
+    verl's own configs (OmegaConf); YAML 1.1 would read it as text.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -143,7 +143,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def refuse_odd_values(value: Any, origin: Origin, key: str = "") -> None:
-    """Raises ConfigError for interpolation, which would stay text, and for a number that JSON does not have."""
+    """Raises ConfigError for interpolation, and for a number that JSON does not have."""
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
             f"{origin.where(key)}: {value!r:.80}: OmegaConf interpolation is not resolved here; "
@@ -151,7 +151,8 @@ def refuse_odd_values(value: Any, origin: Origin, key: str = "") -> None:
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(
-            f"{origin.where(key)}: {value} is not a finite number; leave the key out for its default"
+            f"{origin.where(key)}: {value} is not a finite number; "
+            "leave the key out for its default"
         )
     if isinstance(value, dict):
         for name, item in value.items():

@@ -1,6 +1,7 @@
 """What a run folder says about its run: run.json, and the tokenizer beside it.
 
-Invariant: the fields that a resume compares hold no secret, and nothing that changes from one start to the next.
+Invariant: the fields that a resume compares hold no secret, and nothing that changes from one start
+to the next.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def run_manifest(
 
 
 def fresh_seed(config: Config, folder: Path) -> Config:
-    """The config with another seed than the run in `folder` had; unchanged if there is no run or no seed."""
+    """The config with another seed than that of the run in `folder`.
+
+    It is unchanged if there is no run, or if the run has no seed.
+    """
     seed = read_manifest(folder).get("seed") if (folder / RUN).exists() else None
     return replace(config, seed=seed + 1) if isinstance(seed, int) else config
 
@@ -137,7 +141,11 @@ def _model(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def model_hash(folder: Path, names: Sequence[str] = ("*",)) -> dict[str, Any]:
-    """`sha256` over the names and contents of the files that match `names`, and the files hashed in part."""
+    """The hash of a model's files.
+
+    `sha256` covers the names and contents of the files that match `names`; `hashed_in_part` names
+    the files of which only size and both ends count.
+    """
     files = sorted(
         path
         for path in folder.iterdir()

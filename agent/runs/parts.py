@@ -1,7 +1,7 @@
 """The parts of a run, made from a config: chat template, tools, interactions, limits, engine.
 
-This is the only place that makes them, for runs, replays, trainers, `InferenceEngine` and the tool commands. A trainer
-maps its own config to a `Config` first.
+This is the only place that makes them, for runs, replays, trainers, `InferenceEngine` and the tool
+commands. A trainer maps its own config to a `Config` first.
 
 Invariant: each part is loaded once. Nothing is started here but by `start_engine`.
 """
@@ -64,7 +64,8 @@ def prepare(
 ) -> Parts:
     """Puts the parts together. `template` takes the place of the one that `model_path` has.
 
-    Raises TemplateError if the template cannot render what tools or users say, and what `load_template` raises.
+    Raises TemplateError if the template cannot render what tools or users say, and what
+    `load_template` raises.
     """
     template = template or load_template(config)
     if tools:
@@ -120,7 +121,10 @@ def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> D
 def loop_settings(
     config: Config, sampling: Mapping[str, Any], max_tokens: int | None = None
 ) -> LoopSettings:
-    """The loop's limits. `sampling` are the engine's sampling params, `max_tokens` overrides the config's."""
+    """The loop's limits.
+
+    `sampling` are the engine's sampling params, `max_tokens` overrides the config's.
+    """
     rollout, ours = config.rollout, config.rollout.turntrace
     return LoopSettings(
         prompt_length=rollout.prompt_length,

@@ -102,7 +102,7 @@ def summary(progress: Progress, folder: Path, wall_s: float) -> str:
 
 
 def shortfall(progress: Progress) -> str:
-    """Why a run is incomplete: conversations that failed, and those that are not on disk; "" if it is complete."""
+    """Why a run is incomplete: what failed or is not on disk; "" if it is complete."""
     problems = []
     if progress.infra_errors:
         problems.append(

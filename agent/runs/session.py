@@ -1,7 +1,8 @@
 """The engine and the event loop of a run.
 
-Invariant: the engine starts on the session's own loop thread and sees no other; the thread lives until `close`. Sync and
-async callers hand coroutines to it, so neither can give an SGLang engine a second event loop.
+Invariant: the engine starts on the session's own loop thread and sees no other; the thread lives
+until `close`. Sync and async callers hand coroutines to it, so neither can give an SGLang engine a
+second event loop.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ T = TypeVar("T")
 
 
 class Session:
-    """Starts the tools and the engine of `parts`; blocks until they are up (seconds to a minute). Close it, or use `with`.
+    """Starts the tools and the engine of `parts`; blocks until they are up (seconds to a minute).
+    Close it, or use `with`.
 
-    The tools are closed with the session. `log_path` is where the engine's processes write; None: this process's output.
-    `start` makes another engine than the config's. Raises EngineStartError, ToolsError and other one-line errors; then
-    nothing is left running.
+    The tools are closed with the session. `log_path` is where the engine's processes write; None:
+    this process's output. `start` makes another engine than the config's. Raises EngineStartError,
+    ToolsError and other one-line errors; then nothing is left running.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Session:
         return dataclasses.replace(self.runtime, settings=settings)
 
     def _serve(self) -> None:
-        """The loop thread. SGLang's children end with the thread that started them, so it starts them here.
+        """The loop thread.
 
-        Tools first: what they lack is known in a second, an engine takes a minute.
+        It starts SGLang, because SGLang's children end with the thread that started them.
+
+        Tools start first: what they lack is known in a second, an engine takes a minute.
         """
         asyncio.set_event_loop(self._loop)
         try:
@@ -86,9 +90,11 @@ class Session:
         poll: Callable[[], None] | None = None,
         every_s: float = 0.2,
     ) -> T:
-        """The coroutine's result, waited for here. `poll` is called meanwhile, every `every_s` seconds.
+        """Runs the coroutine on the loop and waits for its result.
 
-        Ctrl-C cancels the coroutine and waits for its clean-up before KeyboardInterrupt goes on.
+        Meanwhile `poll` is called every `every_s` seconds.
+
+        Ctrl-C cancels the coroutine and waits for its clean-up; then KeyboardInterrupt is raised.
         """
         work = _Work(coroutine)
         self._call(work.start, coroutine)
@@ -104,7 +110,7 @@ class Session:
         return result
 
     async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """`run`, awaited on the caller's own event loop; cancelling it cancels the coroutine and waits for its clean-up."""
+        """`run` for async code. Cancelling it cancels the coroutine and waits for its clean-up."""
         work = _Work(coroutine)
         self._call(work.start, coroutine)
         outcome = asyncio.wrap_future(work.outcome)
@@ -113,7 +119,8 @@ class Session:
         except asyncio.CancelledError:
             self._call(work.cancel, coroutine)
             await asyncio.wait((outcome,))
-            outcome.cancelled() or outcome.exception()  # seen: asyncio prints what nobody asked for
+            # Read it: asyncio prints an exception that nothing has read.
+            outcome.cancelled() or outcome.exception()
             raise
 
     def _call(self, callback: Callable[[], object], coroutine: Coroutine[Any, Any, Any]) -> None:
@@ -123,11 +130,14 @@ class Session:
         self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
-        """Cancels what still runs, closes tools and engine, ends the loop thread. Safe to call twice, and during start."""
+        """Cancels what runs, closes tools and engine, ends the loop thread.
+
+        Safe to call twice, and during start.
+        """
         if self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._cancel_all)
-        concurrent.futures.wait((self._started,))  # SGLang's start cannot be cut short
+        concurrent.futures.wait((self._started,))  # SGLang's start cannot be interrupted
         try:
             self.run(self._close_parts())
         finally:
@@ -162,7 +172,7 @@ class Session:
 
 
 class _Work:
-    """A coroutine on its way through the loop; `outcome` is done when it has ended, its clean-up included."""
+    """A coroutine handed to the loop. `outcome` is done when it has ended and cleaned up."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         self.outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()

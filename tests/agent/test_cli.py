@@ -121,7 +121,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["tasks", "gsm8k", "none.jsonl", "--out", "x.jsonl"], "error: none.jsonl: cannot be read"),
         (
             ["tasks", "gsm_symbolic", "--size", "1", "--out", "tasks.jsonl/x"],
-            "error: tasks.jsonl/x: cannot be written",
+            "error: tasks.jsonl/x cannot be written",
         ),
         (["model", "no/such-model"], "error: model_path: 'no/such-model' is neither"),
     ],

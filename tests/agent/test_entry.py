@@ -105,7 +105,7 @@ def test_a_package_in_the_current_folder_is_noted_but_hides_nothing_from_the_com
     ran = start(script(tmp_path / "bin"), "--help", cwd=tmp_path / "project", pythonpath=[site])
     assert ran.returncode == 0
     assert ran.stderr.startswith(
-        f"note: scripts started in this folder import {theirs} in place of turntrace's own package 'tools'"
+        f"note: scripts started in this folder import {theirs} instead of turntrace's own package 'tools'"
     )
     assert ran.stderr.count("\n") == 1
 

@@ -79,7 +79,7 @@ def test_where_a_turn_was_gone_on_with_is_shown(run: Path, tmp_path: Path) -> No
 
     other = changed_run(tmp_path / "run", run, resumed)
     shown = turntrace("show", "run", next(iter(open_run(other).ids)), cwd=tmp_path).stdout
-    assert ", gone on with at token 700 (weights step-3), gone on with at token 710\n" in shown
+    assert ", resumed at token 700 (weights step-3), resumed at token 710\n" in shown
 
 
 def test_a_record_that_was_changed_is_named(run: Path, record: Record, tmp_path: Path) -> None:

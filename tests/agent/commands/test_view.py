@@ -114,7 +114,7 @@ def test_the_parent_is_found_and_another_run_may_be_named(runs: Path, tmp_path: 
             "error: no/page.html cannot be written: No such file or directory",
         ),
         (["run", "--out", "run"], "error: run cannot be written: Is a directory"),
-        (["run"], "run.html is there and is no page of turntrace; choose another --out"),
+        (["run"], "run.html exists and is no page of turntrace"),
         (["run", "--serve", "--out", "x"], "error: --serve writes no page and has no limit"),
         (["run", "--serve", "--limit", "3"], "error: --serve writes no page and has no limit"),
         (
@@ -277,7 +277,7 @@ async def test_a_browser_is_told_to_wait_while_a_large_run_is_read(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(viewer, "PATIENCE_S", 0.0)
-    shelf = viewer.Shelf(runs)
+    shelf = viewer.PageCache(runs)
     try:
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(viewer.make_app(shelf)), base_url="http://127.0.0.1"
