@@ -1,1 +1,1 @@
-"""What every run shares: its parts made from a config, its loop thread, its manifest, its progress."""
+"""What all runs share: parts made from a config, the loop thread, run.json, progress."""
