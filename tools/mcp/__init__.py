@@ -1,4 +1,4 @@
-"""Tools of MCP servers. `McpTool` needs the extra `mcp`, and is imported when it is first asked for."""
+"""Tools of MCP servers. They need the extra `mcp`, and are imported on first use."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ _STRING_OR_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.DOTALL)
 
 
 def _without_comments(text: str) -> str:
-    """JSON as editors write it, with `//` and `/* */` comments and trailing commas, as plain JSON."""
+    """Removes what editors allow in JSON: `//` and `/* */` comments, and trailing commas."""
     for pattern in (_STRING_OR_COMMENT, _STRING_OR_COMMA):
         text = pattern.sub(lambda match: match[0] if match[0].startswith('"') else " ", text)
     return text

@@ -1,8 +1,9 @@
-"""A connection to an MCP server that can die, hang or come back, over the official client.
+"""A connection to an MCP server, which can die, hang or come back, over the official client.
 
-Invariant: a call ends. When the server dies, calls in flight fail at once; a cancelled call is told to the server; the
-contexts of the SDK, which anyio binds to the task that entered them, are entered and left in one task a connection owns.
-A server that was started here sees its stdin end when we do, by `kill -9` as well; one that ignores that then stays.
+Invariant: a call ends. If the server dies, calls in flight fail at once; the server is told of a
+cancelled call. anyio binds the SDK's contexts to the task that entered them, so each connection
+owns one task that enters and leaves them. A server that was started here sees its stdin end when
+this process ends, `kill -9` included; a server that ignores that stays.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tools.reading import first_problem
 R = TypeVar("R", bound=types.Result)
 
 SESSION_TERMINATED = 32600
-"""What the SDK makes of a 404: the server has been started anew and does not know our session."""
+"""The SDK's code for a 404: the server was restarted and does not know the session."""
 
 MAX_PAGES = 1000
 SAY_S = 5.0
@@ -45,11 +46,11 @@ class ConnectionLostError(BackendError):
 
 
 class NotSentError(ConnectionLostError):
-    """The server had gone away before the call: it did not run."""
+    """The server was gone before the call: it did not run."""
 
 
 class ListedTools(types.Result):
-    """A page of a server's tools. Each tool is looked at by itself: one that is wrong has a name."""
+    """A page of a server's tools. Each is checked by itself, so that a wrong one can be named."""
 
     tools: list[dict[str, Any]]
     nextCursor: str | None = None  # noqa: N815 - the protocol's name
@@ -58,7 +59,7 @@ class ListedTools(types.Result):
 class CallAnswer(types.Result):
     """The answer to a call, read more leniently than the SDK does.
 
-    `content` may be missing if there is structured content, and may hold blocks of a later protocol.
+    `content` may be missing, and may hold blocks of a later protocol.
     """
 
     content: list[types.ContentBlock | dict[str, Any]] = pydantic.Field(default_factory=list)
@@ -67,9 +68,10 @@ class CallAnswer(types.Result):
 
 
 class ReconnectingConnection:
-    """A connection that is opened when it is first needed, and again after it was lost: at most every few seconds.
+    """A connection that opens on first use, and again after it was lost, at most every few seconds.
 
-    `stateful`: what the server knew is lost with a connection, so that this is said once before another one is opened.
+    stateful: a lost connection loses what the server knew. One call raises NotSentError for that,
+        before another connection is opened.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class ReconnectingConnection:
         self._closed = False
 
     async def call(self, name: str, arguments: dict[str, Any]) -> CallAnswer:
-        """The tool's answer. Raises McpError for an error that the server answered, BackendError without an answer."""
+        """The tool's answer. Raises McpError, the server's answer, or BackendError: no answer."""
         connection = await self.connection()
         try:
             return await connection.call(name, arguments)
@@ -104,14 +106,15 @@ class ReconnectingConnection:
         return await (await self.connection()).call(name, arguments)
 
     async def connection(self) -> Connection:
-        """The open connection. Raises BackendError where there is none to be had."""
+        """The open connection. Raises BackendError if none can be opened."""
         async with self._opening:
             connection = self._connection
             if connection and connection.is_lost:
                 await self._forget(connection)
                 if self._stateful:
                     raise NotSentError(
-                        f"{self._config.shown} has ended, and what it knew of this trajectory with it: {connection.reason}"
+                        f"{self._config.shown} has ended, and its state of this trajectory is "
+                        f"lost: {connection.reason}"
                     )
             if self._connection is None:
                 self._connection = await self._opened()
@@ -120,7 +123,7 @@ class ReconnectingConnection:
     async def _opened(self) -> Connection:
         if (wait_s := self._retry_at - time.monotonic()) > 0:
             raise NotSentError(
-                f"{self._config.shown} could not be reached; it is tried again in {wait_s:.1f} s"
+                f"{self._config.shown} could not be reached; the next attempt is in {wait_s:.1f} s"
             )
         try:
             opened = await Connection.open(self._config, self._log, self._read_timeout_s)
@@ -147,7 +150,7 @@ class ReconnectingConnection:
 
 
 class Connection:
-    """One initialized session with a server. Made by `open`; closed by `close`, or lost."""
+    """One initialized session with a server: made by `open`, ended by `close`, or lost."""
 
     def __init__(self, config: McpServerConfig, log: IO[str], read_timeout_s: float) -> None:
         self._config = config
@@ -163,8 +166,9 @@ class Connection:
 
     @classmethod
     async def open(cls, config: McpServerConfig, log: IO[str], read_timeout_s: float) -> Connection:
-        """Starts or reaches the server. Raises BackendError with one line that says why it cannot be had."""
-        # The SDK logs what servers do wrong, some of it on the root logger; left alone that is printed over the progress display.
+        """Starts or reaches the server. Raises BackendError with the reason in one line."""
+        # The SDK logs servers' faults, partly on the root logger. That would be printed over the
+        # progress display.
         logging.getLogger("mcp").addHandler(_SILENT)
         logging.getLogger().addFilter(_not_the_sdks)
         connection = cls(config, log, read_timeout_s)
@@ -199,7 +203,7 @@ class Connection:
         return self._lost.result() if self._lost.done() else "it is not lost"
 
     async def tools(self) -> list[dict[str, Any]]:
-        """What the server offers, all pages of it, as it was sent. Raises McpError and BackendError."""
+        """All pages of the server's list, as it was sent. Raises McpError and BackendError."""
         listed: list[dict[str, Any]] = []
         cursors: set[str] = set()
         cursor: str | None = None
@@ -227,7 +231,7 @@ class Connection:
         return await self._asked(types.CallToolRequest(params=params), CallAnswer)
 
     async def close(self) -> None:
-        """Leaves the session; a server that was started for it is ended, by force where it does not go by itself."""
+        """Leaves the session. Ends a server that was started for it, by force if need be."""
         self._leave.set()
         if not self._ready.done():
             self._owner.cancel()
@@ -279,7 +283,7 @@ class Connection:
         self._leave.set()
 
     def _last_words(self) -> str:
-        """The last line that a started server wrote to stderr; the log is shared, so it may be another start's."""
+        """The last line in the log of a started server, which may be from an earlier start."""
         if self._config.command is None:
             return ""
         with contextlib.suppress(OSError, ValueError):
@@ -302,7 +306,7 @@ class Connection:
     # ------------------------------------------------------------------ one request
 
     async def _asked(self, request: types.ClientRequestType, result: type[R]) -> R:
-        """The answer to a request, or the loss of the connection, whichever comes first."""
+        """The answer to a request. Raises ConnectionLostError if the connection is lost first."""
         asking = asyncio.ensure_future(self._ask(request, result))
         try:
             await asyncio.wait((asking, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -326,9 +330,8 @@ class Connection:
     async def _ask(self, request: types.ClientRequestType, result: type[R]) -> R:
         if self._session is None or self.is_lost:
             raise ClosedResourceError
-        request_id = (
-            self._session._request_id
-        )  # the number that send_request takes: nothing is awaited before it does
+        # The number that send_request takes: it awaits nothing before.
+        request_id = self._session._request_id
         try:
             return await self._session.send_request(types.ClientRequest(request), result)
         except asyncio.CancelledError:
@@ -337,11 +340,11 @@ class Connection:
             raise
 
     def _told_apart(self, error: McpError) -> Exception:
-        """What failed: the session (gone, the call not run), the way there, or, as the server says, the call."""
+        """What failed: the session, before the call ran; the transport; or the call itself."""
         code, said = error.error.code, error.error.message
         if code == SESSION_TERMINATED:
-            self._lose("it knows our session no more")
-            return NotSentError(f"{self._config.shown} has been started anew")
+            self._lose("it does not know the session any more")
+            return NotSentError(f"{self._config.shown} was restarted")
         if code == types.CONNECTION_CLOSED:
             self._lose("it ended")
             return ConnectionLostError(
@@ -350,7 +353,7 @@ class Connection:
         return BackendError(f"{self._config.shown}: {said}") if code == HTTP_FAILED else error
 
     def _tell_cancelled(self, session: ClientSession, request_id: int) -> None:
-        """In a task of its own: who is being cancelled waits for nobody."""
+        """In a task of its own: a cancelled call does not wait."""
         telling = asyncio.create_task(_send_cancelled(session, request_id))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
@@ -373,7 +376,7 @@ def _abandon(asking: asyncio.Future[Any]) -> None:
 
 
 def _leaf(error: BaseException) -> str:
-    """The first thing that went wrong, in one line; anyio puts exceptions into groups."""
+    """The first error, in one line; anyio wraps exceptions in groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     said = str(error).splitlines()

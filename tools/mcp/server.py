@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class McpServer:
-    """A server as its tools share it: one connection for all trajectories, or one for each (`per_trajectory`)."""
+    """A server as its tools share it: one connection, or one per trajectory (`per_trajectory`)."""
 
     def __init__(self, config: McpServerConfig, timeout_s: float) -> None:
         self.config = config
@@ -31,21 +31,25 @@ class McpServer:
         self._connections: dict[str, tuple[ReconnectingConnection, int]] = {}
 
     async def listed(self) -> list[dict[str, Any]]:
-        """What the server offers, asked over a connection that is then closed. Raises BackendError and McpError."""
+        """The server's list of tools, over a connection of its own.
+
+        Raises BackendError and McpError.
+        """
         connection = await Connection.open(self.config, self._open_log(), self._read_timeout_s)
         try:
             async with asyncio.timeout(self.config.start_timeout_s):
                 return await connection.tools()
         except TimeoutError as error:
             raise BackendError(
-                f"{self.config.shown} did not list its tools within {self.config.start_timeout_s:g} s"
+                f"{self.config.shown} did not list its tools within "
+                f"{self.config.start_timeout_s:g} s"
             ) from error
         finally:
             await connection.close()
             self._close_log()
 
     async def start(self) -> None:
-        """Opens the shared connection. Raises ToolConfigError where the server is not to be had."""
+        """Opens the shared connection. Raises ToolConfigError if the server does not answer."""
         if not self.config.per_trajectory:
             try:
                 await self._shared_connection().connection()
@@ -53,7 +57,7 @@ class McpServer:
                 raise ToolConfigError(str(error)) from error
 
     def hold(self, trajectory: str) -> None:
-        """Counts a tool of a trajectory in. Where trajectories have connections of their own, the first call opens it."""
+        """Counts a tool of a trajectory in; with `per_trajectory` its first call connects."""
         if self.config.per_trajectory:
             connection, users = self._connections.get(trajectory) or (
                 self._new_connection(stateful=True),
@@ -62,7 +66,7 @@ class McpServer:
             self._connections[trajectory] = (connection, users + 1)
 
     async def drop(self, trajectory: str) -> None:
-        """Counts a tool of a trajectory out; the last one closes the trajectory's connection."""
+        """Counts a tool of a trajectory out; the last one closes its connection."""
         if trajectory not in self._connections:
             return
         connection, users = self._connections.pop(trajectory)
@@ -100,7 +104,7 @@ class McpServer:
         )
 
     def _open_log(self) -> IO[str]:
-        """Where started servers write their stderr: `log`, or a file without a name that is gone with this process."""
+        """Where started servers write stderr: `log`, or a file that ends with this process."""
         if self._log is None:
             try:
                 self._log = (
@@ -121,7 +125,7 @@ class McpServer:
 
 
 def run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The coroutine's result, from a thread with a loop of its own: a config may be loaded where a loop runs already."""
+    """The coroutine's result, from a thread with a loop of its own: this thread may have one."""
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     loop = asyncio.new_event_loop()
     task = loop.create_task(coroutine)
@@ -135,10 +139,10 @@ def run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
 
     threading.Thread(target=work, name="turntrace-mcp", daemon=True).start()
     try:
-        while not outcome.done():  # a Ctrl-C just before a wait is heard only after it
+        while not outcome.done():  # short waits: a Ctrl-C is handled only between them
             concurrent.futures.wait((outcome,), timeout=HEAR_S)
         return outcome.result()
-    except KeyboardInterrupt:  # what was started is ended first
+    except KeyboardInterrupt:  # the started server is ended first
         loop.call_soon_threadsafe(task.cancel)
         concurrent.futures.wait((outcome,))
         raise

@@ -1,7 +1,8 @@
-"""Tools that an MCP server offers: one entry of tools.yaml is a server, and yields as many tools as it has.
+"""Tools of an MCP server: one entry of tools.yaml is a server, and yields all its tools.
 
-The list is fetched when the config is loaded, over a connection of its own, so that the tools of a run are known, and
-stay the same, before it begins. A server that fails is a BackendError; what a tool says went wrong is for the model.
+The list is fetched when the config is loaded, over a connection of its own: the tools of a run are
+known before it begins, and stay the same. A server that fails is a BackendError; the model reads
+what a tool itself answers, errors included.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tools.reading import nearest, read
 from tools.toolset import LoadedTool, loaded_tool
 
 MAX_DEPTH = 64
-"""How deep arguments may be nested. Some more, and the SDK's serializer would end the connection with an error."""
+"""How deep arguments may be nested; the SDK's serializer ends the connection over deeper ones."""
 
 
 class McpTool(BaseTool):
-    """One tool of a server. A subclass may show results otherwise (`shown`).
+    """One tool of a server. A subclass may show results differently (`shown`).
 
-    config: the dispatcher's own keys, for each of the server's tools; verl's `timeout` is our `timeout_s`.
+    config: the dispatcher's keys, for each of the server's tools; verl's `timeout` is `timeout_s`
     """
 
     config_keys = frozenset({"timeout"})
@@ -120,7 +121,7 @@ def openai_schema(tool: types.Tool) -> dict[str, Any]:
 
 
 def _offered(server: McpServer) -> dict[str, dict[str, Any]]:
-    """What the server lists, by name, not looked at any further. Raises ToolConfigError."""
+    """What the server lists, by name, otherwise unchecked. Raises ToolConfigError."""
     shown = server.config.shown
     try:
         listed = run_apart(server.listed())
@@ -152,7 +153,7 @@ def _selected(offered: Mapping[str, Any], config: McpServerConfig) -> list[str]:
 
 
 def _sendable(value: Any, depth: int = 0) -> Any:
-    """Arguments as JSON over the wire can carry them. A model can write half of a surrogate pair, NaN, and endless nesting."""
+    """Arguments that JSON can carry. Raises ToolError: a model can write NaN and deep nesting."""
     if depth > MAX_DEPTH:
         raise ToolError("Error: the arguments are nested too deeply")
     if isinstance(value, str):

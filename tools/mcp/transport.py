@@ -1,7 +1,7 @@
-"""HTTP under the MCP client: every JSON-RPC request is answered, by an error in its name where HTTP fails.
+"""HTTP under the MCP client: every JSON-RPC request gets an answer, an error if HTTP fails.
 
-Left to itself the SDK's streamable HTTP ends the whole session on one refused or failed POST, and waits forever on an
-answer that breaks off or is none.
+By itself the SDK's streamable HTTP ends the whole session over one POST that fails, and waits
+forever for an answer that breaks off or is not JSON-RPC.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import httpx
 
 HTTP_FAILED = -32050
-"""The code of the errors made here; servers' own are other numbers."""
+"""The code of the errors made here; servers use other numbers."""
 
 GOODBYE_S = 5.0
-"""For the DELETE that ends a session: who closes waits for it."""
+"""For the DELETE that ends a session; closing waits for it."""
 
 _EVENT_ID = re.compile(rb"(^|\n)id:")
 
 
 class AnsweringTransport(httpx.AsyncHTTPTransport):
-    """A transport for the SDK's client. Answers must come unencoded (`accept-encoding: identity`)."""
+    """A transport for the SDK's client. Answers must come with `accept-encoding: identity`."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.method == "DELETE":
@@ -50,7 +50,10 @@ class AnsweringTransport(httpx.AsyncHTTPTransport):
 
 
 async def _completed(response: httpx.Response, request_id: Any) -> str | None:
-    """Sees to it that the body answers the request, or says why it does not. The SDK understands a 404 by itself."""
+    """Makes sure that the body answers the request; returns the reason if it does not.
+
+    The SDK handles a 404 itself.
+    """
     if response.status_code >= httpx.codes.MULTIPLE_CHOICES:
         return None
     content_type = response.headers.get("content-type", "").lower()
@@ -71,7 +74,10 @@ async def _completed(response: httpx.Response, request_id: Any) -> str | None:
 
 
 class _Events(httpx.AsyncByteStream):
-    """A stream of events. The SDK stops reading at the answer, so that an end which it sees comes too early."""
+    """A stream of events that ends with an error if it ends before the answer.
+
+    The SDK stops reading at the answer: if it sees the end, the answer did not come.
+    """
 
     def __init__(self, inner: httpx.AsyncByteStream, request_id: Any) -> None:
         self._inner = inner
@@ -86,14 +92,9 @@ class _Events(httpx.AsyncByteStream):
             problem = "the answer ended before it was complete"
         except httpx.TransportError as error:
             resumable, problem = False, f"{type(error).__name__}: {error}"
-        if (
-            not resumable
-        ):  # given event ids, the SDK takes the stream up again where a server ended it
-            yield (
-                b"\n\nevent: message\ndata: "
-                + json.dumps(_error(self._request_id, problem)).encode()
-                + b"\n\n"
-            )
+        if not resumable:  # a stream with event ids is resumed by the SDK
+            message = json.dumps(_error(self._request_id, problem)).encode()
+            yield b"\n\nevent: message\ndata: " + message + b"\n\n"
 
     async def aclose(self) -> None:
         await self._inner.aclose()

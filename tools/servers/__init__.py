@@ -1,1 +1,1 @@
-"""The embedded backends: what a tool talks to over HTTP where the user has no server of their own."""
+"""The embedded backends: servers for tools whose user has no server of their own."""

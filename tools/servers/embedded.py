@@ -1,6 +1,7 @@
-"""An embedded server as a child of this process: started by whoever needs it first, gone with the last of them.
+"""An embedded server, a child of this process: started on first use, stopped with its last user.
 
-It cannot outlive us: it holds the other end of a pipe of ours and ends when that breaks, `kill -9` included.
+It cannot outlive this process: it holds the other end of a pipe, and ends when that breaks, `kill
+-9` included.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from tools.base import SandboxUnavailable, SearchUnavailable, ToolsError
 
 _ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0
-"""How long a child may take to say where it is: it tries every language first."""
+"""How long a child may take to announce its port: it tries every language first."""
 _STOP_S = 5.0
 
 
 class EmbeddedServer:
-    """One child, `python -m MODULE ARGUMENTS`, shared by its users. Thread-safe; `url` takes half a second where it starts the child.
+    """One child, `python -m MODULE ARGUMENTS`, shared by its users. Thread-safe.
 
-    `unavailable` is what `url` raises where the child cannot do its work.
+    unavailable: what `url` raises if the child cannot work
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class EmbeddedServer:
                 self._stop()
 
     def url(self) -> str:
-        """The child's address. Starts it, again if it has died. Raises `unavailable`."""
+        """The child's address. Starts it, in half a second, if need be. Raises `unavailable`."""
         with self._lock:
             if self._child is None or self._child.poll() is not None:
                 self._start()
             return self._url
 
     def check(self) -> None:
-        """Raises `unavailable` where the child cannot do its work on this machine."""
+        """Raises `unavailable` if the child cannot work on this machine."""
         self.acquire()
         try:
             self.url()
@@ -75,7 +76,8 @@ class EmbeddedServer:
     def _start(self) -> None:
         self._stop()
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        # -P: a `tools` folder in the user's working folder is not ours. A session of its own: Ctrl-C is for us to handle.
+        # -P: a `tools` folder in the user's working folder is not ours. A session of its own:
+        # Ctrl-C is for this process to handle.
         command = [
             sys.executable,
             "-P",
@@ -93,11 +95,11 @@ class EmbeddedServer:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
-        told = _told(child, self._module)
-        if "error" in told:
+        first = _first_line(child, self._module)
+        if "error" in first:
             _end(child)
-            raise self._unavailable(told["error"])
-        self._child, self._url = child, f"http://127.0.0.1:{told['port']}"
+            raise self._unavailable(first["error"])
+        self._child, self._url = child, f"http://127.0.0.1:{first['port']}"
         atexit.register(self._stop_at_exit, os.getpid())
 
     def _stop(self) -> None:
@@ -107,21 +109,18 @@ class EmbeddedServer:
             _end(child)
 
     def _stop_at_exit(self, owner: int) -> None:
-        if os.getpid() == owner:  # A fork of ours has no child of its own to stop.
+        if os.getpid() == owner:  # a fork of this process must not stop its parent's child
             self._stop()
 
 
-def _told(child: subprocess.Popen[bytes], module: str) -> dict[str, Any]:
-    """The child's first line: its port, or what is wrong."""
+def _first_line(child: subprocess.Popen[bytes], module: str) -> dict[str, Any]:
+    """The child's announcement: its `port`, or an `error`."""
     if child.stdout is None or not connection.wait([child.stdout.fileno()], START_S):
         return {"error": f"{module} did not start within {START_S:g} s"}
-    line = child.stdout.readline()
-    told: dict[str, Any] = (
-        json.loads(line)
-        if line
-        else {"error": f"{module} ended at its start with code {child.wait()}"}
-    )
-    return told
+    if not (line := child.stdout.readline()):
+        return {"error": f"{module} ended at its start with code {child.wait()}"}
+    announced: dict[str, Any] = json.loads(line)
+    return announced
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -138,7 +137,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 @functools.cache
 def sandbox_with(*packages: str) -> EmbeddedServer:
-    """The sandbox server whose programs see these installed packages, and no other."""
+    """The sandbox server whose programs may import these installed packages and no others."""
     return EmbeddedServer(
         "tools.servers.sandbox", *(("--packages", ",".join(packages)) if packages else ())
     )
@@ -149,5 +148,5 @@ sandbox = sandbox_with()
 
 @functools.cache
 def search(index: str) -> EmbeddedServer:
-    """The search server of one index, a folder that `search_index.built_index` made."""
+    """The search server of one index, a folder that `search.index.index_of` returned."""
     return EmbeddedServer("tools.servers.search", "--index", index, unavailable=SearchUnavailable)

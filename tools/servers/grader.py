@@ -1,11 +1,12 @@
-"""mathruler's grading in a process of its own that may be killed: sympy can take forever over a line that a model wrote.
+"""mathruler's grading in a process of its own: sympy may never finish what a model wrote.
 
-A request is one line of JSON, `[answer, ground_truth]`; the answer is `true` or `false`. A line over the time limit is
-not answered: the kernel's timer ends the process, whatever it is busy with. It ends when its stdin does.
+A request is one line of JSON, `[answer, ground_truth]`; the answer is `true` or `false`. If a line
+takes too long, the kernel's timer ends the process. The process also ends when its stdin does.
 
-sympy *evaluates* what it parses, and mathruler's check lets through whatever has two letters; letters of other alphabets
-that Python takes for latin ones count as none, so that attributes, and by them anything, can be reached. Answers that
-hold an attribute, a string, a comment or a backslash when they get that far are compared as text alone.
+sympy *evaluates* what it parses. mathruler refuses expressions with more than two letters, but does
+not count letters of other alphabets that Python reads as latin ones, so that attributes, and with
+them any code, could be reached. So answers that still hold an attribute, a string, a comment or a
+backslash at that point are compared as text only.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import signal
 import sys
 
 GRADE_S = 2.0
-"""CPU time for one answer, so that a busy machine is nobody's fault; those of the geo3k dataset take milliseconds."""
+"""CPU time for one answer, whatever else the machine does. The geo3k dataset needs milliseconds."""
 MEMORY_BYTES = 2 << 30
 
 _NO_EXPRESSION = re.compile(r"""['"`#\\@\n]|__|\.\s*[^\W\d]""")
 
 
 def grade(answer: str, ground_truth: str) -> bool:
-    """Whether an answer is right, as `mathruler.grader.grade_answer` has it; what it chokes on is wrong."""
+    """`mathruler.grader.grade_answer`; an answer over which it raises is wrong."""
     try:
         return _grade(answer, ground_truth)
     except Exception:
@@ -45,8 +46,8 @@ def _grade(answer: str, ground_truth: str) -> bool:
 
 
 def main() -> None:
-    """Answers the lines of stdin until it ends. The first line written says that it is ready."""
-    grade("1", "2")  # what is imported for it takes a second: now, not at the first request
+    """Answers the lines of stdin until it ends. Writes a first line when it is ready."""
+    grade("1", "2")  # its imports take a second: now, not at the first request
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -1,7 +1,7 @@
-"""A small MCP server that needs nothing but this project: a clock, unit conversion, and notes. `tool_configs/mcp.yaml` starts it.
+"""A small MCP server: a clock, unit conversion, and notes. `tool_configs/mcp.yaml` starts it.
 
-Spoken to over stdin and stdout; it ends when its stdin does. Notes live as long as the process: with `per_trajectory`
-each trajectory has its own.
+It speaks over stdin and stdout and ends when its stdin does. Notes live as long as the process:
+with `per_trajectory` each trajectory has its own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def convert(
 
 
 class Notes:
-    """What was written down since the server was started."""
+    """The notes since the server was started."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []

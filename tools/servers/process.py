@@ -1,7 +1,7 @@
-"""A server as a process: announces its port in one line of JSON, serves, ends in good order when it is told or left alone.
+"""A server as a process: it announces its port, serves, and ends cleanly on a signal.
 
-When it answers, it has written one line to stdout: {"port": ..., and what else it says of itself}, or {"error": ...} and
-it ends with code 1.
+Before it serves, it writes one line of JSON to stdout: {"port": ...} with other facts about itself.
+If it cannot serve, the line is {"error": ...} and the process ends with code 1.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ _UVICORN: dict[str, Any] = {
     "access_log": False,
     "log_level": "warning",
     "timeout_graceful_shutdown": 5,
-    "timeout_keep_alive": 60,  # longer than clients keep an idle connection: a request that meets our closing it is lost
+    # Longer than clients keep an idle connection: a request sent while it closes is lost.
+    "timeout_keep_alive": 60,
 }
 
 
 def serve_until_ended(
     app: ASGIApp, host: str, port: int, says: dict[str, Any], *, with_parent: bool = False
 ) -> None:
-    """Serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent; then the process ends with code 0.
+    """Serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent; then exits with 0.
 
-    `says` follows the port in the line that announces it. Raises OSError (a port in use) before anything is served.
+    `says` follows the port in the announcement. Raises OSError (a port in use) before it serves.
     """
     end_quietly_on_signals()
     asyncio.run(serve(app, host, port, says, with_parent=with_parent))
 
 
 def end_quietly_on_signals() -> None:
-    """SIGTERM and SIGINT end this process with code 0, in good order: what is half-made is cleaned up on the way out."""
-    # uvicorn ends in good order and then raises the signal again, which would end us as if it had not.
+    """Makes SIGTERM and SIGINT end this process with code 0, after its clean-up."""
+    # uvicorn ends cleanly and then raises the signal again, which by default ends with a signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 
 
 def announce(**says: Any) -> None:
-    """Writes the line that a parent or a user waits for."""
+    """Writes the line that the parent or the user waits for."""
     print(json.dumps(says), flush=True)
 
 
@@ -62,10 +63,14 @@ async def serve(
     with_parent: bool = False,
     stopping: asyncio.Event | None = None,
 ) -> None:
-    """`serve_until_ended` as a coroutine. `stopping` is set when the server is about to wait for running requests."""
+    """`serve_until_ended` as a coroutine.
+
+    stopping: set when the server begins to wait for running requests
+    """
     _allow_many_files()
     with socket.create_server((host, port), backlog=1024) as listener:
-        # asyncio sets this only on sockets made with an explicit protocol; without it every answer waits 40 ms for an ACK.
+        # asyncio sets this only on sockets made with an explicit protocol. Without it every answer
+        # waits 40 ms for an ACK.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = _Server(uvicorn.Config(app, **_UVICORN), stopping or asyncio.Event())
         watch = asyncio.ensure_future(_end_with_parent(server)) if with_parent else None
@@ -76,7 +81,7 @@ async def serve(
 
 
 def _allow_many_files() -> None:
-    """Connections, and a sandbox's sessions, are many; what a shell allows by default, 1,024, is for programs that use select."""
+    """Raises the limit of open files, 1,024 by default: connections and sessions are many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
@@ -93,7 +98,10 @@ class _Server(uvicorn.Server):
 
 
 async def _end_with_parent(server: uvicorn.Server) -> None:
-    """Ends the server when stdin ends, or (another child of the parent may hold the pipe open) the parent is another."""
+    """Ends the server when stdin ends or the parent changes.
+
+    Another child of the parent may hold the pipe open, so stdin alone is not enough.
+    """
     loop, parent, ended = asyncio.get_running_loop(), os.getppid(), asyncio.Event()
     loop.add_reader(sys.stdin.fileno(), ended.set)
     while not ended.is_set() and os.getppid() == parent:

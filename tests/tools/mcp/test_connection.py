@@ -187,7 +187,7 @@ async def test_a_server_that_forgot_the_session_is_given_a_new_one(
     backend: Backend, link: ReconnectingConnection
 ) -> None:
     assert await outcome(link, "json") == "fine"
-    assert "has been started anew" in await outcome(link, "404")
+    assert "was restarted" in await outcome(link, "404")
     assert backend.sessions == 2
 
 

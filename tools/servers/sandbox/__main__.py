@@ -36,7 +36,7 @@ def main() -> int:
         "--session-idle-s",
         type=float,
         default=default.session_idle_s,
-        help="a session ends when nobody calls for so long",
+        help="a session without calls ends after so long",
     )
     parser.add_argument(
         "--cold", action="store_true", help="a bubblewrap of its own for each program"

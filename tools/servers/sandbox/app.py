@@ -1,4 +1,4 @@
-"""What the sandbox server answers: SandboxFusion's routes as the real server does, and routes of our own beside them.
+"""The sandbox server's routes: SandboxFusion's, with the real server's answers, and our own.
 
     POST /run_code, GET /v1/ping            SandboxFusion's
     GET /v1/info                            what this server can do and how well it isolates
@@ -6,8 +6,8 @@
     POST /v1/sessions/{id}/run_code         runs code in it
     DELETE /v1/sessions/{id}                ends it
 
-As many programs run at a time as there are workers; the others wait their turn in order of arrival, and waiting does not
-count against their time limit.
+As many programs run at a time as there are workers. The others wait in order of arrival; waiting
+does not count against their time limit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 def make_app(
     working: Working, sessions: Sessions, workers: int, stopping: asyncio.Event
 ) -> Starlette:
-    """The ASGI app that runs at most `workers` programs at a time, and ends them once `stopping` is set."""
+    """The ASGI app. Runs at most `workers` programs at a time; ends them if `stopping` is set."""
     turn = asyncio.Semaphore(workers)
 
     async def in_turn(running: Callable[[], Awaitable[Response]]) -> Response:
@@ -84,7 +84,7 @@ def make_app(
             return _refusal(429, "too_many", [], str(error))
         except (SandboxError, OSError) as error:
             return _refusal(500, "sandbox_error", [], str(error))
-        if await request.is_disconnected():  # nobody will ever know of it
+        if await request.is_disconnected():  # the client never learns the id
             await sessions.end(name)
         return JSONResponse({"id": name}, 201)
 
@@ -136,33 +136,36 @@ def make_app(
 
 async def _run_in_session(sessions: Sessions, name: str, asked: SessionCode) -> Response:
     try:
-        went = await sessions.run(name, asked.code, asked.stdin or "", asked.run_timeout)
+        called = await sessions.run(name, asked.code, asked.stdin or "", asked.run_timeout)
     except (SandboxError, OSError) as error:
         return _json(SessionResponse(status="SandboxError", message=str(error), session_ended=True))
-    if went is None:
+    if called is None:
         return _unknown_session()
-    ran = result(went.outcome, went.memory_mib)
+    ran = result(called.outcome, called.memory_mib)
     return _json(
         SessionResponse(
             status="Success" if ran.return_code == 0 else "Failed",
             run_result=ran,
-            session_ended=went.is_over,
+            session_ended=called.is_over,
         )
     )
 
 
 def _unknown_session() -> Response:
     return _refusal(
-        404, "no_session", ["path", "id"], "there is no such session: it has ended, or never was"
+        404,
+        "no_session",
+        ["path", "id"],
+        "there is no such session: it has ended, or never existed",
     )
 
 
 async def _asked(request: Request, model: type[_Model]) -> _Model | Response:
-    """The request's body, or what to answer where it cannot be served."""
+    """The request's body, or the answer if it cannot be served."""
     try:
         body = await _body(request)
     except ClientDisconnect:
-        return Response(status_code=400)  # nobody reads it
+        return Response(status_code=400)  # the client is gone
     if body is None:
         return _refusal(413, "too_large", [], f"the request is over {MAX_REQUEST_BYTES // MIB} MiB")
     try:
@@ -194,7 +197,7 @@ def _refusal(code: int, kind: str, where: list[str], message: str) -> Response:
 async def _unless(
     running: Coroutine[Any, Any, Response], *ends: Coroutine[Any, Any, Any]
 ) -> Response | None:
-    """The result, or None where one of `ends` comes first: the program is then ended, for nobody waits for it."""
+    """The result, or None if one of `ends` comes first; `running` is then cancelled."""
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(coroutine) for coroutine in (running, *ends)
     ]

@@ -1,7 +1,8 @@
-"""The cold way: a bubblewrap and an interpreter of its own for each program. The fall-back where there can be no zygote.
+"""The cold way: a bubblewrap and an interpreter for each program. Used if no zygote can start.
 
-The program's whole tree lives in a pid namespace that dies with the bubblewrap process that we started. Its init is
-bubblewrap's, and has the program's own rights; what would let the program reach into it, the filter refuses.
+All of a program's processes are in a pid namespace that dies with the bubblewrap process that we
+started. Its init is bubblewrap's and has the program's own rights; the system call filter refuses
+what would let the program reach into it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from tools.servers.sandbox.memory import Group
 from tools.servers.sandbox.program import MAX_FETCH_BYTES, Program, Running, SandboxError
 from tools.servers.sandbox.seccomp import filter_program
 
-# Set inside, by the sandbox's own shell: a limit on processes set outside would count all of nobody's on the machine.
-# dash calls RLIMIT_NPROC -p, bash -u.
+# Set inside, by the sandbox's own shell: outside, a limit on processes would count all processes of
+# the user nobody on the machine. dash calls RLIMIT_NPROC -p, bash -u.
 _LIMITS = """
 ulimit -c "$1"; ulimit -t "$2"; ulimit -f "$3"; ulimit -n "$4"
 ulimit -u "$5" 2>/dev/null || ulimit -p "$5"
@@ -29,8 +30,8 @@ ulimit "$6" "$7"
 shift 7; exec "$@"
 """
 
-# Runs the program as its child, then writes the files asked for to a file of ours. It runs inside: a link that the
-# program made leads nowhere that the program could not go itself.
+# Runs the program as its child, then writes the fetched files to a file of ours. It runs inside: a
+# link that the program made leads only where the program itself could go.
 _FETCH = f"""
 import base64, json, os, subprocess, sys
 out, names, command = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
@@ -93,7 +94,7 @@ class Cold:
             return _ColdProgram(process, os.dup(status), streams)
 
     async def close(self) -> None:
-        """There is nothing that programs share."""
+        """Nothing: programs share nothing."""
 
 
 def _fetching(program: Program, fetched: int) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ def _fetching(program: Program, fetched: int) -> tuple[str, ...]:
 
 
 def _limited(program: Program, command: tuple[str, ...]) -> list[str]:
-    """The command under the program's limits, in the shell's units: 512 bytes a block of a file, else KiB."""
+    """The command under the program's limits, in the shell's units: blocks of 512 bytes, KiB."""
     limits = program.limits
     memory = ("-v", limits["AS"] // 1024) if "AS" in limits else ("-d", limits["DATA"] // 1024)
     values = (
@@ -118,17 +119,16 @@ def _limited(program: Program, command: tuple[str, ...]) -> list[str]:
 
 
 def kill_bubblewrap(pid: int, status: int) -> None:
-    """One that was started in a session of its own, and what it started, at whatever point it is.
+    """Kills a bubblewrap that leads a session of its own, and what it started, at any point.
 
-    The process inside asks to die with the one outside only when it is set up. Until its id stands in the status it
-    waits, in the same process group; from then on the id is there to be killed.
+    The process inside asks to die with the one outside only when it is set up. Until its id is in
+    the status it waits in the same process group; from then on it can be killed by that id.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     for line in os.pread(status, 1 << 16, 0).splitlines():
-        with contextlib.suppress(
-            ProcessLookupError, ValueError
-        ):  # It may have died in the middle of a line.
+        # A ValueError: it died in the middle of a line.
+        with contextlib.suppress(ProcessLookupError, ValueError):
             if inside := json.loads(line).get("child-pid"):
                 os.kill(int(inside), signal.SIGKILL)
 
@@ -152,23 +152,22 @@ class _ColdProgram:
             kill_bubblewrap(self._process.pid, self._status)
 
     def pause(self) -> None:
-        """bubblewrap's init does not do that for us."""
+        """Nothing: bubblewrap's init cannot do that."""
 
     def resume(self) -> None:
-        """Nothing was stopped."""
+        """Nothing: nothing was stopped."""
 
     async def ended(self) -> int | None:
         await self._process.wait()
         for line in os.pread(self._status, 1 << 16, 0).splitlines():
-            if (
-                code := json.loads(line).get("exit-code")
-            ) is not None:  # bubblewrap's account, if the program was really started.
+            # bubblewrap says this only if the program was started.
+            if (code := json.loads(line).get("exit-code")) is not None:
                 return int(code)
         if self._is_killed:
             return None
         await self._streams.end()
         said = bytes(self._streams.stderr.kept).decode(errors="replace").strip()
-        raise SandboxError(said or "bubblewrap ended without a word")
+        raise SandboxError(said or "bubblewrap ended and printed nothing")
 
     def close(self) -> None:
         os.close(self._status)

@@ -1,6 +1,7 @@
-"""What goes into a program and comes out of it: files in memory, and pipes that are read as they fill.
+"""A program's input and output: files in memory, and pipes that are read as they fill.
 
-Nothing of a request ever lies on a disk, and a program that prints without end neither fills our memory nor blocks.
+Nothing of a request is ever on a disk. A program that prints without end neither fills the server's
+memory nor blocks.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _CHUNK_BYTES = 1 << 18
 
 
 class Streams:
-    """A program's stdin (a descriptor of the caller's), stdout and stderr, and the file for what is fetched.
+    """A program's stdin (a descriptor of the caller's), stdout, stderr, and fetched files.
 
-    `overflown` is called when it prints too much.
+    overflown: called when it prints too much
     """
 
     def __init__(
@@ -33,17 +34,20 @@ class Streams:
             stack.callback(drain.close)
 
     def close_write_ends(self) -> None:
-        """Ours, once the program has its own."""
+        """Closes ours, once the program has its own."""
         self.stdout.close_write_end()
         self.stderr.close_write_end()
 
     async def end(self) -> None:
-        """Returns when all is read and nobody can print any more."""
+        """Returns when all is read and no process can print any more."""
         await self.stdout.end()
         await self.stderr.end()
 
     def fetched_files(self) -> dict[str, str]:
-        """{path: base64}. Where the program could write here, too, what is not as we wrote it counts for nothing."""
+        """The fetched files, {path: base64}.
+
+        The program may have written here as well: anything that is not in our form is dropped.
+        """
         with open(self.fetched, "rb", closefd=False) as file:
             file.seek(0)
             content = file.read()
@@ -59,7 +63,7 @@ class Streams:
 
 
 class Drain:
-    """A pipe, read as it fills, however much comes; `most` bytes are kept, and `overflown` is called once there are more."""
+    """A pipe that is read as it fills. Keeps `most` bytes; calls `overflown` if there are more."""
 
     def __init__(self, overflown: Callable[[], None], most: int = MAX_OUTPUT_BYTES) -> None:
         self.kept = bytearray()
@@ -76,7 +80,7 @@ class Drain:
         return self._write_fd
 
     def read(self) -> bool:
-        """Reads some of what is there now; whether there was any."""
+        """Reads some of what is there now. Returns whether there was any."""
         try:
             chunk = os.read(self._read_fd, _CHUNK_BYTES)
         except BlockingIOError:
@@ -90,20 +94,20 @@ class Drain:
         return bool(chunk)
 
     def take(self) -> bytes:
-        """All that has been written so far, or since the last time."""
+        """All that was written so far, or since the last `take`."""
         while not self._end.done() and self.read():
             pass
         taken, self.kept = bytes(self.kept), bytearray()
         return taken
 
     def close_write_end(self) -> None:
-        """Ours; the end of the pipe comes when the program has closed its own."""
+        """Closes ours; the pipe ends when the program has closed its own."""
         if self._write_fd >= 0:
             os.close(self._write_fd)
             self._write_fd = -1
 
     async def end(self) -> None:
-        """Returns when nobody can write any more and all is read."""
+        """Returns when all is read and no process can write any more."""
         await asyncio.shield(self._end)
 
     def close(self) -> None:
@@ -113,14 +117,14 @@ class Drain:
 
 
 def memory_file(stack: contextlib.ExitStack) -> int:
-    """A file without a name, gone with the request."""
+    """A file without a name, which ends with the request."""
     fd = os.memfd_create("sandbox", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     return fd
 
 
 def sealed_file(stack: contextlib.ExitStack, content: bytes) -> int:
-    """One that nobody can change or make grow."""
+    """A file in memory that cannot be changed or extended."""
     fd = memory_file(stack)
     with open(fd, "wb", closefd=False) as file:
         file.write(content)

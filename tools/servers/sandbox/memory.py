@@ -1,11 +1,11 @@
-"""Memory in sum over all processes of a program: a memory cgroup for each, where one can be made; a watch where not.
+"""The memory of all processes of a program together: bounded by a cgroup, else watched.
 
-The kernel bounds a group exactly: scratch files, page tables and what is shared count, and the program that goes over is
-killed. The watch looks ten times a second at how much the processes hold: what is faster than that, or held outside
-processes (scratch files), it does not see.
+The kernel bounds a cgroup exactly: scratch files, page tables and shared pages count, and a program
+that exceeds the limit is killed. The watch adds up the memory of the processes ten times a second;
+it misses what is faster, and what is not in a process (scratch files).
 
-A group is used by one program after the other, for the kernel is slow to forget a removed one; its folder is gone with
-the server. A server that was killed leaves empty ones, which the next server removes.
+Programs use a group one after the other, because the kernel is slow to forget a removed group. Its
+folder ends with the server. A server that was killed leaves empty ones, which the next one removes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-OVERHEAD_MIB = (
-    16  # What the sandbox's own process and the kernel's tables take of a program's group.
-)
+OVERHEAD_MIB = 16  # of the sandbox's own process and the kernel's tables, in a program's group
 
 _PREFIX = "turntrace-sandbox-"
 _WATCH_S = 0.1
@@ -35,14 +33,19 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What the files of a group are called: those that get the limit and what to write there, in order; where kills are counted."""
+    """File names of one cgroup version.
+
+    limits: files and what to write there, in order
+    events: the file that counts OOM kills
+    """
 
     name: str
     limits: tuple[tuple[str, str], ...]
     events: str
 
 
-# In v1 the limit with swap is never below the one without; a kernel that does not count swap has no file for it.
+# In v1 the limit with swap is never below the one without. A kernel that does not count swap has
+# no file for it.
 _V1 = _Version(
     "cgroup v1",
     (
@@ -58,24 +61,27 @@ _NEEDED = ("memory.limit_in_bytes", "memory.max")
 
 @dataclass(slots=True)
 class Group:
-    """One program's. Who writes 0 to `join_fd` is in it, and so are the processes that it starts; None: there is no group."""
+    """One program's group.
+
+    join_fd: a process that writes 0 here joins, with its later children; None: no group
+    """
 
     join_fd: int | None = None
     events: Path | None = None
     kills_before: int = 0
 
     def join(self) -> None:
-        """Puts this process in, where there is a group. Raises OSError."""
+        """Puts this process into the group, if there is one. Raises OSError."""
         if self.join_fd is not None:
             os.write(self.join_fd, b"0")
 
     def kills(self) -> int:
-        """How many of the program's processes were killed so far because the limit was reached."""
+        """How many of the program's processes the kernel has killed over the limit."""
         return _field(self.events, "oom_kill") - self.kills_before if self.events is not None else 0
 
 
 class Groups:
-    """Groups below `parent`, a folder of the cgroup tree; None: there is nowhere to make one."""
+    """Groups below `parent`, a folder of the cgroup tree; None: groups cannot be made."""
 
     def __init__(self, parent: Path | None, version: _Version = _V1) -> None:
         self.parent = parent
@@ -105,12 +111,12 @@ class Groups:
             self._free.append(folder)
 
     async def close(self) -> None:
-        """Removes them all; no program may be running."""
+        """Removes all groups; no program may be running."""
         while self._free:
             await _removed(self._free.pop())
 
     async def _limited(self, parent: Path, limit_bytes: int) -> Path:
-        """A group that was used before, unless what its last program left to the kernel is still in the way of the limit."""
+        """A used group if the limit can be set there, else a new one."""
         while self._free:
             folder = self._free.pop()
             try:
@@ -131,9 +137,9 @@ class Groups:
 
 
 async def working_groups(identity: dict[str, Any]) -> Groups:
-    """The first place where a group can be made, limited and entered, nearest to our own; `Groups(None)` where there is none.
+    """The nearest place where a group can be made, limited and entered; else `Groups(None)`.
 
-    `identity` says for subprocess whom programs run as.
+    identity: the user of programs, as subprocess takes it
     """
     for groups in _candidates():
         _sweep(groups)
@@ -161,7 +167,7 @@ def _candidates() -> Iterator[Groups]:
 
 
 def _own_groups() -> Iterator[tuple[Path, Path, _Version]]:
-    """Our own group's folder and the root that it lies under, as far as this process sees it, for each hierarchy."""
+    """For each hierarchy: our own group's folder, the root that this process sees, the version."""
     lines = [line.split(":", 2) for line in _text(Path("/proc/self/cgroup")).splitlines()]
     paths = {
         controller: path for _, controllers, path in lines for controller in controllers.split(",")
@@ -181,7 +187,7 @@ def _own_groups() -> Iterator[tuple[Path, Path, _Version]]:
 
 
 def _sweep(groups: Groups) -> None:
-    """Removes what a killed server left, with what may still be in it. A group of a server that lives stays."""
+    """Removes the groups of killed servers and kills what is in them; running servers' stay."""
     for folder in groups.parent.glob(f"{_PREFIX}*") if groups.parent else ():
         if not os.path.exists(f"/proc/{folder.name.removeprefix(_PREFIX).split('-')[0]}"):
             _kill_members(folder)
@@ -196,7 +202,7 @@ def _kill_members(folder: Path) -> None:
 
 
 async def _emptied(folder: Path) -> None:
-    """The program is dead; what nevertheless is in its group, dies. Raises OSError where it does not."""
+    """Kills whatever is left in a dead program's group. Raises OSError if that does not help."""
     for _ in range(_PATIENCE):
         if not (folder / "cgroup.procs").read_bytes():
             return
@@ -221,19 +227,22 @@ def _is_removed(folder: Path) -> bool:
     return True
 
 
-# -- without a cgroup ----------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- without a cgroup
 
 
 async def watch(
     first: Callable[[], int | None], limit_mib: int, exceeded: Callable[[], None]
 ) -> None:
-    """Calls `exceeded` once a process and its descendants hold more than the limit. `first` says which one, if it is there."""
+    """Calls `exceeded` once a process and its descendants hold more than the limit.
+
+    first: returns the process's id, or None while there is none
+    """
     while True:
         await asyncio.sleep(_WATCH_S)
         pid = first()
         pids = list(_family(pid)) if pid is not None else []
         limit_bytes = (limit_mib + OVERHEAD_MIB) * MIB
-        # Resident pages count what is shared again for each process, but are cheap to read.
+        # Resident pages count shared ones for each process, but are cheap to read.
         if (
             sum(map(_resident_bytes, pids)) > limit_bytes
             and sum(map(_proportional_bytes, pids)) > limit_bytes
@@ -264,7 +273,7 @@ def _names(folder: str) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """A file of the kernel's; nothing where it, or its process, is not there."""
+    """The text of a kernel's file; empty if the file or its process is gone."""
     try:
         return path.read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Whether this machine can isolate code, found out by really running something; code is never run where it cannot.
+"""Whether this machine can isolate code, tested by running a probe; code never runs if it cannot.
 
-The probe program runs as every other one does, and says for itself what it could see and do. The warm way is taken where
-it holds, else the cold one, and it is said why.
+The probe runs as every program does, and checks what it can see and do. The warm way is used if the
+probe passes there, else the cold one, with a note that says why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.servers.sandbox.runner import Sandbox, run_code
 from tools.servers.sandbox.warm import Warm
 from tools.servers.sandbox.wire import RunCodeRequest, RunCodeResponse
 
-# Every line is a fact that makes the isolation; one that does not hold is an AssertionError with its name.
+# Each line checks one part of the isolation; a failure is an AssertionError with its name.
 _PROBE = """
 import os, resource
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -28,12 +28,17 @@ def must(fact, name):
     if not fact:
         raise AssertionError(name)
 must(os.getuid() == os.geteuid() == 65534, "it is nobody")
-must(int(status["CapEff"], 16) == 0 and status["NoNewPrivs"].strip() == "1", "it has no rights and can gain none")
+must(int(status["CapEff"], 16) == 0, "it has no rights")
+must(status["NoNewPrivs"].strip() == "1", "it can gain no rights")
 must(status["Seccomp"].strip() == "2", "its system calls are filtered")
-must(all(int(pid) < 20 for pid in os.listdir("/proc") if pid.isdigit()), "it sees no process of the machine")
-must([line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line] == ["lo"], "it has no network")
-must(set(os.listdir("/etc")) <= {"passwd", "group", "hosts", "ld.so.cache", "alternatives"}, "it sees no file of the machine's own")
-must(not os.access("/", os.W_OK) and not os.access("/usr/bin", os.W_OK), "it cannot write")
+pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+must(max(pids) < 20, "it sees no process of the machine")
+devices = [line.split(":")[0].strip() for line in open("/proc/net/dev") if ":" in line]
+must(devices == ["lo"], "it has no network")
+visible = {"passwd", "group", "hosts", "ld.so.cache", "alternatives"}
+must(set(os.listdir("/etc")) <= visible, "it sees no file of the machine's own")
+must(not os.access("/", os.W_OK), "it cannot write to /")
+must(not os.access("/usr/bin", os.W_OK), "it cannot write to /usr/bin")
 must(resource.getrlimit(resource.RLIMIT_NPROC)[1] <= 64, "its processes are limited")
 must(resource.getrlimit(resource.RLIMIT_AS)[1] == 512 << 20, "its memory is limited")
 print("isolated")
@@ -41,14 +46,16 @@ print("isolated")
 
 _PYTHON = next(candidates())
 _UNGROUPED = (
-    "no memory cgroup can be made here, so the memory of a program's processes in sum is only watched, ten times a second; "
-    "run as root with a writable /sys/fs/cgroup, or under systemd-run --user -p Delegate=yes, for a firm limit"
+    "no memory cgroup can be made here, so the memory of a program's processes together is only "
+    "watched, ten times a second; for a firm limit run as root with a writable /sys/fs/cgroup, or "
+    "under systemd-run --user -p Delegate=yes"
 )
 _INSTEAD = "or set sandbox_fusion_url to a SandboxFusion server of your own"
 
 _REMEDIES = {
-    "namespace": "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0; "
-    "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined)",
+    "namespace": "allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 or "
+    "kernel.apparmor_restrict_unprivileged_userns=0; docker run --security-opt seccomp=unconfined "
+    "--security-opt apparmor=unconfined)",
     "uid map": "allow user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0)",
     "proc": "let the container mount /proc (docker run --security-opt systempaths=unconfined)",
     "Permission denied": "install Python and bubblewrap where every user may read them",
@@ -57,7 +64,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class Working:
-    """What this machine offers. `notes` say, one line each, what it lacks, with the remedy."""
+    """What this machine offers. `notes` say what it lacks, one line each, with the remedy."""
 
     sandbox: Sandbox
     languages: dict[str, Language]
@@ -67,11 +74,13 @@ class Working:
 
 
 async def working_sandbox(packages: Sequence[str] = (), *, cold: bool = False) -> Working:
-    """The best sandbox of this machine, or the best `cold` one. Raises SandboxUnavailable, with the cause and the remedy.
+    """The best sandbox of this machine, or the best `cold` one.
 
-    Programs see the installed `packages`; ToolConfigError where one is not installed.
-    For a process that is the sandbox server's alone: as root it leaves for a mount namespace of its own. Elsewhere ask
-    `embedded.sandbox.check()`.
+    packages: installed ones that programs see
+
+    Only for the sandbox server's own process, which as root enters a mount namespace of its own;
+    elsewhere call `embedded.sandbox.check()`. Raises SandboxUnavailable with cause and remedy, and
+    ToolConfigError if a package is not installed.
     """
     causes = []
     for isolation in isolations(packages):
@@ -90,7 +99,8 @@ async def working_sandbox(packages: Sequence[str] = (), *, cold: bool = False) -
         await groups.close()
     if not causes:
         raise SandboxUnavailable(
-            f"cannot isolate code: there is no bubblewrap; pip install 'turntrace[sandbox]', {_INSTEAD}"
+            "cannot isolate code: there is no bubblewrap; "
+            f"pip install 'turntrace[sandbox]', {_INSTEAD}"
         )
     remedy = next(
         (remedy for sign, remedy in _REMEDIES.items() if sign in causes[-1]),
@@ -108,7 +118,7 @@ async def _what_is_wrong(sandbox: Sandbox) -> str | None:
 
 
 async def _languages(sandbox: Sandbox) -> dict[str, Language]:
-    """Those whose first program prints what it should."""
+    """The languages whose first program prints what it should."""
     tried = await asyncio.gather(*(_works(sandbox, language) for language in candidates()))
     return {
         language.name: language

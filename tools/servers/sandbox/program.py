@@ -1,4 +1,4 @@
-"""One program: what it is given, and what any way of shutting it in has to offer."""
+"""One program: what it gets, and what any way to isolate it must offer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ _LONGEST_S = 1e9
 
 
 class SandboxError(Exception):
-    """The sandbox, not the program, failed: the program never ran, or how it ended is not known."""
+    """The sandbox failed, not the program: it never ran, or how it ended is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """`command` runs in the working folder, where `files` lie {path: base64}; `fetch` names files wanted from there after it.
+    """A command and its limits.
 
-    `timeout_s` bounds it all, and, a little later, the CPU time of each process. `memory_mib` bounds the address space of
-    each process or, where `reserves_memory` says that the language's runtime reserves far more than it uses, its data; and
-    the memory of all processes in sum.
+    command: runs in the working folder
+    files: there, {path: base64}
+    fetch: names of files that are wanted from there afterwards
+    timeout_s: of all of it and, a little later, of each process's CPU time
+    memory_mib: of all processes together, and of each process's address space
+    reserves_memory: the language's runtime reserves far more address space than it uses; the limit
+        then bounds each process's data
     """
 
     command: tuple[str, ...]
@@ -42,7 +46,7 @@ class Program:
 
     @property
     def limits(self) -> dict[str, int]:
-        """By the name of the kernel's resource, RLIMIT_ left out."""
+        """Limits by the name of the kernel's resource, without RLIMIT_."""
         return {
             "CORE": 0,
             "CPU": math.ceil(min(self.timeout_s, _LONGEST_S)) + 1,
@@ -58,29 +62,32 @@ class Running(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Of the process from which all of the program descends; None while that is not known, or once it is gone."""
+        """The process from which all of the program descends; None if unknown or gone."""
 
     def kill(self) -> None:
-        """All of it, at once; also when it is already dead, or not yet there."""
+        """Kills all of it; also if it is already dead, or not started yet."""
 
     def pause(self) -> None:
-        """Stops all of it, where that can be done."""
+        """Stops all of it, if that is possible."""
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Continues it."""
 
     async def ended(self) -> int | None:
-        """When all of it is dead: its exit code, None where it was killed from outside. Raises SandboxError."""
+        """Waits until all of it is dead. Returns its exit code, None if it was killed.
+
+        Raises SandboxError.
+        """
 
     def close(self) -> None:
-        """Lets go of what we hold of it. It must be dead."""
+        """Frees what the server holds of it. It must be dead."""
 
 
 class Launcher(Protocol):
-    """A way to start programs shut in."""
+    """A way to start isolated programs."""
 
     async def start(self, program: Program, streams: Streams, group: Group) -> Running:
-        """Raises SandboxError or OSError; then nothing was started."""
+        """Starts one. Raises SandboxError or OSError if nothing was started."""
 
     async def close(self) -> None:
         """Frees what all programs share. Safe to call twice."""

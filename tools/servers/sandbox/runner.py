@@ -1,7 +1,7 @@
-"""One request, from the wire to the answer: start its program shut in, drain what it prints, end it and all that it started.
+"""One request, from the wire to the answer: start its program, drain its output, end all of it.
 
-However it ends (by itself, over a limit, or because nobody waits for it any more), when `run_code` returns nothing of it
-is left: no process, no scratch file, no memory group.
+Invariant: when `run_code` returns, nothing of the program is left, no process, no scratch file and
+no memory group, whether it ended by itself, over a limit, or because the client hung up.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tools.servers.sandbox.memory import MIB, Group, Groups, watch
 from tools.servers.sandbox.program import MAX_FETCH_BYTES, Launcher, Program, Running, SandboxError
 from tools.servers.sandbox.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
 
-DEFAULT_MEMORY_MIB = 2048  # where a request leaves it to the server
-MIN_MEMORY_MIB = 32  # less starts no interpreter
-MAX_MEMORY_MIB = 1 << 30  # more fits into no limit of the kernel's
+DEFAULT_MEMORY_MIB = 2048  # if a request leaves it to the server
+MIN_MEMORY_MIB = 32  # an interpreter needs it to start
+MAX_MEMORY_MIB = 1 << 30  # more does not fit into the kernel's limits
 
-_KILLED = 137  # As a shell says it: 128 + SIGKILL.
+_KILLED = 137  # in a shell's words: 128 + SIGKILL
 
 Cut = Literal["timeout", "output", "memory"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A way to start programs, and one to bound their memory in sum."""
+    """How to start programs, and how to bound their memory."""
 
     launcher: Launcher
     groups: Groups
@@ -39,7 +39,11 @@ class Sandbox:
 
 @dataclass(slots=True)
 class Outcome:
-    """How a program went: `cut` says why it was ended from outside, if it was; `files` is None where they could not be read."""
+    """The result of a program.
+
+    cut: why the server ended it; None if it ended by itself
+    files: fetched ones; None if they could not be read
+    """
 
     exit_code: int | None
     stdout: bytes
@@ -52,7 +56,10 @@ class Outcome:
 async def run_code(
     sandbox: Sandbox, language: Language, request: RunCodeRequest
 ) -> RunCodeResponse:
-    """Runs one request. Always answers, with SandboxError where the sandbox failed; cancelling it ends the program."""
+    """Runs one request. Always answers, with SandboxError if the sandbox failed.
+
+    Cancelling it ends the program.
+    """
     try:
         return await _answer(sandbox, language, request)
     except (SandboxError, OSError) as error:
@@ -101,7 +108,7 @@ def _program(language: Language, request: RunCodeRequest) -> Program:
 
 
 def utf8(text: str) -> bytes:
-    """What came as half of a surrogate pair is a question mark."""
+    """Half of a surrogate pair becomes a question mark."""
     return text.encode("utf-8", errors="replace")
 
 
@@ -118,7 +125,10 @@ def _missed(request: RunCodeRequest, outcome: Outcome) -> str:
 
 
 async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") -> Outcome:
-    """Runs a program to its end, its time limit, its output limit or its memory limit. Raises SandboxError, OSError."""
+    """Runs a program to its end or to a limit of time, output or memory.
+
+    Raises SandboxError, OSError.
+    """
     cut: Cut | None = None
     running: Running | None = None
 
@@ -148,7 +158,7 @@ async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") ->
 
 
 async def _ended(running: Running, timeout_s: float, end: Callable[[Cut], None]) -> int | None:
-    """Its exit code, None where it was killed. When this returns, or raises, it is dead."""
+    """Its exit code, None if it was killed. When this returns or raises, it is dead."""
     ended = asyncio.ensure_future(running.ended())
     try:
         async with asyncio.timeout(timeout_s):
@@ -165,7 +175,7 @@ async def _ended(running: Running, timeout_s: float, end: Callable[[Cut], None])
 async def watched(
     running: Running, memory_mib: int, group: Group, end: Callable[[Cut], None]
 ) -> AsyncIterator[None]:
-    """Where there is no group to bound the memory, somebody looks."""
+    """Watches the memory during the block if there is no group to bound it."""
     if group.join_fd is not None:
         yield
         return
@@ -178,14 +188,20 @@ async def watched(
 
 
 def result(outcome: Outcome, memory_mib: int) -> CommandRunResult:
-    """On the wire; what was cut is said at the end of stderr. Killed for memory is as the machine's own killing looks."""
+    """The result on the wire; stderr ends with the reason if it was cut.
+
+    A program that was killed for its memory looks like one that the machine killed.
+    """
     stdout, stderr = (
         stream.decode(errors="replace") for stream in (outcome.stdout, outcome.stderr)
     )
     if outcome.cut == "output":
         stderr += f"\nThe program printed more than {MAX_OUTPUT_BYTES // MIB} MiB and was stopped."
     if outcome.cut == "memory":
-        stderr += f"\nThe program's processes reached the limit of {memory_mib} MiB of memory in sum and some were killed."
+        stderr += (
+            f"\nThe program's processes together reached the limit of {memory_mib} MiB of memory "
+            "and some were killed."
+        )
     status: Literal["Finished", "Error", "TimeLimitExceeded"]
     status = (
         "TimeLimitExceeded"

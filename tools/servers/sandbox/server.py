@@ -1,8 +1,8 @@
-"""The sandbox server as a process: SandboxFusion's `POST /run_code` and `GET /v1/ping`, and sessions of our own.
+"""The sandbox server as a process: SandboxFusion's routes, and sessions of our own.
 
-When it answers, it has written one line of JSON to stdout: {"port": ...}, or {"error": ...} and it ends with code 1.
-What the machine lacks, it says once, on stderr. A client that hangs up ends its program, and so does SIGTERM, which
-answers 503; then nothing is left of any program.
+It announces {"port": ...} on stdout, or {"error": ...} and ends with code 1; on stderr it says once
+what the machine lacks. If a client hangs up, its program is ended. SIGTERM ends all programs, with
+503 for the answer. Nothing is left of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from tools.servers.sandbox.sessions import Sessions
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`workers`: programs at a time, None is one a CPU. `packages`: installed ones that programs see. `cold`: no zygote.
+    """Options of the server.
 
-    At most `sessions` are kept at a time, and each ends when nobody has called for `session_idle_s`.
+    workers: programs at a time; None: one for each CPU
+    packages: installed ones that programs may import
+    sessions: at a time, at most
+    session_idle_s: after which a session without calls ends
+    cold: without a zygote
+    with_parent: ends with the parent process
     """
 
     host: str = "127.0.0.1"
@@ -37,9 +42,9 @@ class Options:
 
 
 async def serve_sandbox(options: Options) -> None:
-    """Probes, announces the port, and serves until SIGTERM, SIGINT or, `with_parent`, the end of the parent.
+    """Probes, announces the port, and serves until a signal or, `with_parent`, the parent's end.
 
-    Raises ToolsError and OSError (a port in use) before anything is served.
+    Raises ToolsError and OSError (a port in use) before it serves.
     """
     stopping = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
@@ -57,11 +62,11 @@ async def serve_sandbox(options: Options) -> None:
 
 
 def serve_until_ended(options: Options) -> None:
-    """`serve_sandbox` as a whole process: SIGTERM and SIGINT end it in good order, with code 0."""
+    """`serve_sandbox` as a process: SIGTERM and SIGINT end it cleanly, with code 0."""
     end_quietly_on_signals()
     asyncio.run(serve_sandbox(options))
 
 
 def names(listed: str) -> tuple[str, ...]:
-    """What stands between commas."""
+    """The names in a comma-separated list."""
     return tuple(filter(None, (name.strip() for name in listed.split(","))))

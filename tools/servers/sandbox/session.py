@@ -1,8 +1,8 @@
-"""The interpreter of a session: runs inside the sandbox, one call after the other, in one `__main__` that lives on.
+"""The interpreter of a session: runs calls inside the sandbox, in one `__main__`.
 
-It stands alone (the standard library, no import of ours), for it is a script that is copied into the sandbox. Its stdin
-is a socket: a call is a message with two descriptors, the code and the call's own stdin; the answer is the exit code.
-Whatever the code does to this process it does to its own session; the server believes only in numbers.
+The script is copied into the sandbox, so it imports only the standard library. Its stdin is a
+socket: a call is a message with two descriptors, the code and the call's stdin; the answer is the
+exit code. The code can only harm its own session: the server accepts nothing but numbers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def main() -> None:
         if not message:
             return
         code = _call(module, f"<call {number}>", *fds)
-        if (
-            os.getpid() != process
-        ):  # A fork of the code's that ran on to the code's end: it is no second interpreter.
+        if os.getpid() != process:  # a fork that reached the code's end is no second interpreter
             os._exit(code)
         requests.send(str(code).encode())
 
@@ -40,14 +38,14 @@ def _call(module: types.ModuleType, name: str, code_fd: int, stdin_fd: int) -> i
         source = file.read()
     os.dup2(stdin_fd, 0)
     os.close(stdin_fd)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays until the next call
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - open until the next call
     linecache.cache[name] = (len(source), None, f"{source}\n".splitlines(keepends=True), name)
     code = _exit_code_of(module, name, source)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError, AttributeError):
-            code = code or 120  # As the interpreter ends when it cannot flush.
+            code = code or 120  # as the interpreter does if it cannot flush
     return code
 
 
@@ -60,9 +58,8 @@ def _exit_code_of(module: types.ModuleType, name: str, source: str) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        traceback.print_exception(
-            type(error), error, error.__traceback__ and error.__traceback__.tb_next
-        )  # Without this frame.
+        below = error.__traceback__ and error.__traceback__.tb_next  # without this frame
+        traceback.print_exception(type(error), error, below)
         return 1
     return 0
 

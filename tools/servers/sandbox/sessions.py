@@ -1,8 +1,9 @@
-"""Python sessions: interpreters that remember variables from call to call, each shut in as any program is.
+"""Python sessions: interpreters that keep variables from call to call, isolated like any program.
 
-A session belongs to whoever knows its id. Between calls all of its processes are stopped. It ends when it is told to,
-when its process ends or goes over a limit, when a call runs over its time or is abandoned, when nobody has called for
-`idle_s`, and with the server; then nothing of it is left, and its id is unknown. There are at most `most` at a time.
+A session belongs to whoever knows its id. Between calls all of its processes are stopped. It ends
+on request, when its process ends or exceeds a limit, when a call exceeds its time or is abandoned,
+when there is no call for `idle_s`, and with the server. Then nothing of it is left, and its id is
+unknown.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from tools.servers.sandbox.memory import Group
 from tools.servers.sandbox.program import Program, Running, SandboxError
 from tools.servers.sandbox.runner import Cut, Outcome, Sandbox, watched
 
-_CPU_S = 3600  # of a session's every process, over all of its calls
+_CPU_S = 3600  # of each process of a session, over all calls
 _START_S = 20.0
 _ANSWER_BYTES = 16
 
 
 class TooManySessions(Exception):  # noqa: N818 - an answer, not a fault
-    """The server holds as many as it may; the message says so."""
+    """The server has as many sessions as it may; the message says so."""
 
 
 @dataclass(frozen=True, slots=True)
-class Went:
-    """How a call went, and whether it was the session's last."""
+class CallResult:
+    """The result of a call, and whether it was the session's last."""
 
     outcome: Outcome
     memory_mib: int
@@ -40,7 +41,7 @@ class Went:
 
 
 class Sessions:
-    """All of a server's sessions, by id."""
+    """All of a server's sessions, by id; at most `most` at a time."""
 
     def __init__(self, sandbox: Sandbox, most: int, idle_s: float) -> None:
         self._sandbox = sandbox
@@ -50,7 +51,7 @@ class Sessions:
         self._lives: set[asyncio.Task[None]] = set()
 
     async def start(self, memory_mib: int) -> str:
-        """Starts one; its id. Raises TooManySessions, SandboxError, OSError."""
+        """Starts a session. Returns its id. Raises TooManySessions, SandboxError, OSError."""
         if len(self._lives) >= self._most:
             raise TooManySessions(
                 f"there are {self._most} sessions already, and no more are allowed at a time"
@@ -65,8 +66,8 @@ class Sessions:
         await asyncio.shield(session.started)
         return name
 
-    async def run(self, name: str, code: str, stdin: str, timeout_s: float) -> Went | None:
-        """How a call went; None where there is no such session.
+    async def run(self, name: str, code: str, stdin: str, timeout_s: float) -> CallResult | None:
+        """Runs code in a session. Returns None if there is no such session.
 
         Cancelling it ends the session. Raises SandboxError, OSError.
         """
@@ -74,7 +75,7 @@ class Sessions:
         return await session.run(code, stdin, timeout_s) if session else None
 
     async def end(self, name: str) -> bool:
-        """Ends one, all of it; whether it was there."""
+        """Ends a session. Returns whether it existed."""
         session = self._sessions.pop(name, None)
         if session is None:
             return False
@@ -83,7 +84,7 @@ class Sessions:
         return True
 
     async def close(self) -> None:
-        """Ends all."""
+        """Ends all sessions."""
         for session in list(self._sessions.values()):
             session.end()
         if self._lives:
@@ -91,7 +92,7 @@ class Sessions:
 
 
 class _Session:
-    """One. `live` holds all that there is of it, from its start to its end; `run` is a call."""
+    """One session. `live` is its life, with all its resources; `run` is one call."""
 
     def __init__(self, memory_mib: int, idle_s: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -145,7 +146,7 @@ class _Session:
                 self._why = self._why or "memory"
 
     async def _ready(self, ended: asyncio.Future[int | None]) -> None:
-        """The interpreter says when it listens. What it could not say, `ended` raises."""
+        """Waits until the interpreter listens. If it ends instead, raises what `ended` does."""
         async with asyncio.timeout(_START_S):
             if not await self._loop.sock_recv(self._socket, _ANSWER_BYTES):
                 await ended
@@ -153,8 +154,8 @@ class _Session:
         self._rest()
         self.started.set_result(None)
 
-    async def run(self, code: str, stdin: str, timeout_s: float) -> Went | None:
-        """How a call went; None where the session was over before. Cancelling it ends the session."""
+    async def run(self, code: str, stdin: str, timeout_s: float) -> CallResult | None:
+        """Runs a call. Returns None if the session has ended. Cancelling it ends the session."""
         async with self._turn:
             if self._is_ending:
                 return None
@@ -175,13 +176,13 @@ class _Session:
             cut, self._kills = self._why or self._killed_since(self._kills), self._group.kills()
             stdout, stderr = self._streams.stdout.take(), self._streams.stderr.take()
             outcome = Outcome(exit_code, stdout, stderr, time.perf_counter() - started, cut, {})
-            return Went(outcome, self._memory_mib, self._is_ending)
+            return CallResult(outcome, self._memory_mib, self._is_ending)
 
     def _killed_since(self, kills: int) -> Cut | None:
         return "memory" if self._group.kills() > kills else None
 
     async def _call(self, code: str, stdin: str, timeout_s: float) -> int | None:
-        """The exit code, or None where the session is over, or must be."""
+        """The exit code; None if the session has ended or must end."""
         self._wake()
         with contextlib.ExitStack() as stack:
             fds = [
@@ -199,7 +200,7 @@ class _Session:
         return int(answer) if answer.isdigit() and int(answer) < 256 else None
 
     def end(self, why: Cut | None = None) -> None:
-        """Kills it; `ended` says when it is gone."""
+        """Kills it; `ended` waits until it is gone."""
         self._is_ending = True
         self._why = self._why or why
         if self._timer:
@@ -211,7 +212,7 @@ class _Session:
         await self._gone.wait()
 
     def _rest(self) -> None:
-        """Until the next call, which must come in time."""
+        """Stops it until the next call, which must come within `idle_s`."""
         if self._running and not self._is_ending:
             self._running.pause()
             self._timer = self._loop.call_later(self._idle_s, self.end)

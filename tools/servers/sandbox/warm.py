@@ -1,12 +1,13 @@
-"""The warm way: a zygote inside bubblewrap, kept ready by the server, that starts each program with two forks.
+"""The warm way: a zygote inside bubblewrap, kept ready, that starts each program with two forks.
 
-Why a zygote and not a stock of interpreters started ahead: each of those costs a whole start of bubblewrap and Python,
-so under load, the only time that counts, the stock is empty and the throughput is the cold one. A fork costs a quarter.
-What makes it as safe: the zygote reads no request and answers none, and no program can reach it (`zygote.py` says why).
+Why no stock of started interpreters: each costs a whole start of bubblewrap and Python, so under
+load, when it matters, the stock is empty and the throughput is the cold one. A fork costs a
+quarter. It is as safe, because the zygote reads no request and answers none, and no program can
+reach it (`zygote.py` says why).
 
-Every request has a socket of its own, one end of which goes to its init process: first a pidfd comes back, by which the
-server kills the program and learns that all of it is dead, and at last how it ended. A zygote that has died took its
-programs with it, and the next request starts another.
+Each request has a socket of its own, whose other end goes to its init process. Init sends a pidfd,
+by which the server kills the program and learns that all of it is dead, and at last how it ended.
+If the zygote dies, its programs die with it, and the next request starts another.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Warm:
 
 
 def _settings() -> str:
-    """What the zygote is told once; see its `main`."""
+    """The zygote's settings; see its `main`."""
     return json.dumps(
         {
             "scratch_bytes": SCRATCH_BYTES,
@@ -101,7 +102,10 @@ def _settings() -> str:
 
 
 class _Zygote:
-    """The process, and our end of its channel, which takes descriptors only. It says nothing but why it fails."""
+    """The process, and our end of its channel, which carries only descriptors.
+
+    It prints nothing but the reason if it fails.
+    """
 
     def __init__(
         self, process: asyncio.subprocess.Process, status: int, channel: socket.socket, words: Drain
@@ -145,7 +149,7 @@ class _Zygote:
         return self._process.returncode is not None
 
     def send(self, fds: dict[str, int]) -> None:
-        """Raises OSError where it is dead or takes no more."""
+        """Raises OSError if the zygote is dead or its channel full."""
         socket.send_fds(self._channel, ["".join(fds).encode()], list(fds.values()))
 
     def kill(self) -> None:
@@ -153,7 +157,7 @@ class _Zygote:
             kill_bubblewrap(self._process.pid, self._status)
 
     async def last_words(self) -> str:
-        """Why it ended, where it did."""
+        """The last line that it printed: why it ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await self._words.end()
@@ -173,7 +177,7 @@ class _Zygote:
 
 
 class _WarmProgram:
-    """A program's own socket: from its init come the pidfd and then, in JSON, what became of it. See `Running`."""
+    """A program's socket: its init sends a pidfd and then, as JSON, the result. See `Running`."""
 
     def __init__(self, zygote: _Zygote, fds: dict[str, int]) -> None:
         self._zygote = zygote
@@ -181,7 +185,7 @@ class _WarmProgram:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         self._pidfd: int | None = None
-        self._told: dict[str, Any] = {}
+        self._result: dict[str, Any] = {}
         self._is_killed = False
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._dead: asyncio.Future[None] = self._loop.create_future()
@@ -194,7 +198,7 @@ class _WarmProgram:
         self._loop.add_reader(self._control.fileno(), self._hear)
 
     def _hear(self) -> None:
-        """All that has been said. The end of it comes when nobody holds the other end."""
+        """Reads all messages. The stream ends when no process holds the other end."""
         while True:
             try:
                 message, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
@@ -203,10 +207,8 @@ class _WarmProgram:
             if fds:
                 self._started_as(fds[0])
             elif message:
-                self._told = {
-                    **json.loads(message),
-                    **self._told,
-                }  # What came first counts: a program cannot take it back.
+                # The first value counts: a program cannot take it back.
+                self._result = {**json.loads(message), **self._result}
             if not self._started.done():
                 self._started.set_result(None)
             if not message:
@@ -220,7 +222,7 @@ class _WarmProgram:
             self.kill()
 
     def _die(self, pidfd: int) -> None:
-        """A pidfd is readable when its process is gone; init goes when all others are, and has spoken before."""
+        """A pidfd is readable when its process is gone: init ends last, after its messages."""
         self._loop.remove_reader(pidfd)
         self._hear()
         self._loop.remove_reader(self._control.fileno())
@@ -245,13 +247,13 @@ class _WarmProgram:
         self._order(b"resume")
 
     def _order(self, order: bytes) -> None:
-        """A message says what to do, a signal that there is one: signals alone would be merged."""
+        """Sends an order, and a signal to read it. Signals alone could be merged or swapped."""
         with contextlib.suppress(OSError):
             self._control.send(order)
         self._signal(signal.SIGUSR1)
 
     def _signal(self, number: int) -> None:
-        """To init."""
+        """Signals init."""
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -266,11 +268,11 @@ class _WarmProgram:
         if self._pidfd is None:
             raise SandboxError(await self._zygote.last_words())
         await asyncio.shield(self._dead)
-        if "error" in self._told:
-            raise SandboxError(self._told["error"])
-        if "exit" not in self._told and not self._is_killed and self._zygote.is_dead:
+        if "error" in self._result:
+            raise SandboxError(self._result["error"])
+        if "exit" not in self._result and not self._is_killed and self._zygote.is_dead:
             raise SandboxError("the zygote died")
-        return self._told.get("exit")
+        return self._result.get("exit")
 
     def close(self) -> None:
         self._loop.remove_reader(self._control.fileno())

@@ -1,7 +1,8 @@
-"""SandboxFusion's `POST /run_code`, as the real server speaks it: one format for our server, our client, and theirs.
+"""SandboxFusion's `POST /run_code`, in the real server's format; sessions of our own.
 
-A program that fails is an answer (`Failed`, with its exit code and output); `SandboxError` means the sandbox failed.
-Both come with HTTP 200; a request that cannot be served at all (no code, an unknown language) is a 422.
+A program that fails is an answer: `Failed`, with its exit code and output. `SandboxError` means
+that the sandbox failed. Both come with HTTP 200. A request that cannot be served (no code, an
+unknown language) is a 422.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Base64 = Annotated[str, AfterValidator(_base64)]
 
 
 class RunCodeRequest(BaseModel):
-    """Times in seconds, memory in MiB; -1 leaves the memory to the server. Paths are relative to the working folder."""
+    """Times in seconds, memory in MiB (-1: the server's default), paths from the working folder."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -49,7 +50,7 @@ class RunCodeRequest(BaseModel):
 
 
 class CommandRunResult(BaseModel):
-    """`return_code` is None where the program did not end by itself."""
+    """`return_code` is None if the program did not end by itself."""
 
     status: Literal["Finished", "Error", "TimeLimitExceeded"]
     execution_time: float | None = None
@@ -67,17 +68,17 @@ class RunCodeResponse(BaseModel):
     files: dict[str, str] = {}
 
 
-# -- of our own: sessions ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- sessions, our own
 
 
 class SessionRequest(BaseModel):
-    """Starts a Python session. Memory in MiB, of all of its processes; -1 leaves it to the server."""
+    """Starts a Python session. Memory in MiB of all its processes; -1: the server's default."""
 
     memory_limit_MB: int = -1  # noqa: N815 - the wire's name
 
 
 class SessionCode(BaseModel):
-    """Code for a session; the time in seconds is this call's."""
+    """Code for a session; `run_timeout` is in seconds, for this call."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -87,6 +88,6 @@ class SessionCode(BaseModel):
 
 
 class SessionResponse(RunCodeResponse):
-    """`session_ended`: nothing of the session is left, and its id is unknown from now on."""
+    """`session_ended`: nothing of the session is left, and its id is unknown."""
 
     session_ended: bool

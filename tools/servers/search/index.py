@@ -1,7 +1,7 @@
-"""BM25 over a corpus, by tantivy: built once, kept whole with its documents, opened read-only.
+"""BM25 over a corpus, by tantivy: built once, kept with its documents, opened read-only.
 
-A query is words, never tantivy's query language: it goes through the analyzer that the documents went through, and each
-word that comes out is looked up as it is. So there is no query that is not answered.
+A query is plain words, not tantivy's query language: it goes through the documents' analyzer, and
+each resulting word is looked up. So every query is answered.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tools.servers.search.corpus import Corpus, JsonlCorpus, WikipediaLeads
 
 MANIFEST = "turntrace-index.json"
 _FORMAT = 1
-"""Counts up when what is written into an index changes."""
+"""Increases when the form of an index changes."""
 
 ANALYZER = "english"
 FIELDS = ("title", "text")
-"""Both are searched. A title is short, so a word in it counts for more without a boost of its own."""
+"""Both are searched. A title is short, so a word in it counts for more without a boost."""
 
-# What is looked at of a query; a question has fifty words, and each costs a walk through its documents.
+# How much of a query is used. A question has fifty words; each costs a walk through documents.
 MAX_QUERY_CHARS = 10_000
 MAX_QUERY_TERMS = 128
 
@@ -37,7 +37,7 @@ _HEAP_BYTES = 256_000_000
 _PROGRESS_EVERY = 1000
 
 Progress = Callable[[float], None]
-"""Told now and then how much of a corpus is indexed, 0 to 1. What it raises ends the build."""
+"""Called now and then with the indexed share of a corpus, 0 to 1. An exception ends the build."""
 
 
 def _silent(_: float) -> None:
@@ -46,7 +46,7 @@ def _silent(_: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """`document` is JSON: `{"id": ..., "contents": ...}`; `score` is BM25's, over the title and the text."""
+    """`document` is JSON, `{"id": ..., "contents": ...}`; `score` is BM25 of title and text."""
 
     document: bytes
     score: float
@@ -58,7 +58,7 @@ def find_corpus(path: Path | None) -> Corpus:
 
 
 def index_of(path: Path | None, progress: Progress = _silent) -> Path:
-    """The index folder of a corpus: `path` itself where it is one, else the one in the cache, made anew where it is stale.
+    """The index folder of a corpus: `path` if it is one, else in the cache, rebuilt if outdated.
 
     Raises SearchUnavailable.
     """
@@ -71,7 +71,7 @@ def index_of(path: Path | None, progress: Progress = _silent) -> Path:
 
 
 def default_folder(path: Path | None) -> Path:
-    """Where the index of a corpus lies in the cache: one place a file, so that a new version replaces the old."""
+    """The place of a corpus' index in the cache: a new index of a file replaces the old one."""
     if path is None:
         return cache_dir() / "search" / "wikipedia-leads"
     return (
@@ -82,7 +82,10 @@ def default_folder(path: Path | None) -> Path:
 
 
 def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> bool:
-    """Makes `folder` the index of `corpus`; returns whether there was anything to do. Raises SearchUnavailable."""
+    """Makes `folder` the index of `corpus`. Returns whether it was built.
+
+    Raises SearchUnavailable.
+    """
     origin = corpus.fingerprint()
     if folder.resolve() == Path.cwd():
         raise SearchUnavailable(
@@ -103,17 +106,14 @@ def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> b
             write=lambda target: _write(corpus, origin, target, progress),
             while_waiting=lambda: progress(0.0),
         )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # tantivy's: a worker of its that fails says no more than that it did
+    except (OSError, ValueError) as error:  # tantivy only says that a worker failed
         raise SearchUnavailable(
             f"{folder}: the index cannot be written; is the disk full? ({error})"
         ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What an index says of itself: format, origin, name, license, documents. Raises SearchUnavailable."""
+    """An index's format, origin, name, license, documents. Raises SearchUnavailable."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
@@ -122,28 +122,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != _format():
         raise SearchUnavailable(
-            f"{folder} was made by another version; make it again with `turntrace index CORPUS --out {folder}`"
+            f"{folder} was made by another version; "
+            f"make it again with `turntrace index CORPUS --out {folder}`"
         )
     return manifest
 
 
 def staleness(folder: Path) -> str | None:
-    """Why an index is no longer true of the file it was made from; None where it is, or where that cannot be told."""
+    """Why an index is outdated; None if it is up to date, or if its file is gone."""
     origin = read_manifest(folder)["origin"]
     path = Path(origin.get("path", ""))
     if not path.is_file() or JsonlCorpus(path).fingerprint() == origin:
         return None
-    return f"{path} has changed since {folder} was made of it; run `turntrace index {path} --out {folder}`"
+    again = f"turntrace index {path} --out {folder}"
+    return f"{path} has changed since {folder} was made of it; run `{again}`"
 
 
 class SearchIndex:
-    """An index that answers queries, from several threads at a time. Raises SearchUnavailable where it cannot be opened."""
+    """An open index; several threads may query it. Raises SearchUnavailable if it cannot open."""
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
         try:
             index = tantivy.Index.open(str(folder))
-            index.config_reader("manual", 0)  # what is served stays what was opened
+            index.config_reader("manual", 0)  # the served index stays the one that was opened
             self._searcher = index.searcher()
         except (OSError, ValueError) as error:
             raise SearchUnavailable(
@@ -153,10 +155,10 @@ class SearchIndex:
         self._schema = index.schema
 
     def search(self, query: str, topk: int) -> list[Hit]:
-        """The `topk` best documents, the best first; none where no word of the query is known.
+        """The `topk` best documents, the best first; none if no word of the query is known.
 
-        A word that most documents have tells little (Robertson's idf is below 0 from half of them on) and costs most of the
-        time: such words are looked up only where the others find too little.
+        A word in most documents says little (Robertson's idf is negative from half of them on) and
+        costs most of the time: such words are looked up only if the others find too few documents.
         """
         terms = self._terms(query)
         telling = [
@@ -197,8 +199,8 @@ def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: Progr
         count = _add_all(writer, corpus, progress)
         writer.commit()
     except BaseException:
-        with contextlib.suppress(ValueError):  # where it failed itself
-            writer.rollback()  # its thread writes no more: the folder can go
+        with contextlib.suppress(ValueError):  # the writer itself failed
+            writer.rollback()  # its thread stops writing: the folder can be removed
         raise
     writer.wait_merging_threads()
     manifest = {

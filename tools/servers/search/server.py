@@ -2,11 +2,12 @@
 
     POST /retrieve {"queries": [str], "topk": 3, "return_scores": false}
     -> {"result": [[{"id", "contents"}, ...], ...]}, one list a query, the best document first
-       with return_scores: {"result": [[{"document": {"id", "contents"}, "score": float}, ...], ...]}
+       with return_scores:
+       {"result": [[{"document": {"id", "contents"}, "score": float}, ...], ...]}
 
-(Search-R1's `search_r1/search/retrieval_server.py`; verl always asks for scores.) A request that cannot be served is a 4xx
-whose `detail` names the field; a query is words and cannot be wrong. The line that announces the port names the corpus and
-its license.
+(Search-R1's `search_r1/search/retrieval_server.py`; verl always asks for scores.) A request that
+cannot be served is a 4xx whose `detail` names the field; every query is valid. The line that
+announces the port names the corpus and its license.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Asked:
 
 
 def make_app(index: SearchIndex) -> Starlette:
-    """The ASGI app over an open index. Queries run in one thread a core, so none holds up the others."""
+    """The ASGI app over an open index. Queries run in threads, one for each core."""
     threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="search")
 
     async def retrieve(request: Request) -> Response:
@@ -64,7 +65,7 @@ def make_app(index: SearchIndex) -> Starlette:
         except _Refused as refused:
             return refused.response()
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client is gone
         loop = asyncio.get_running_loop()
         found = await asyncio.gather(
             *(
@@ -83,7 +84,7 @@ def make_app(index: SearchIndex) -> Starlette:
 
 
 def describe(index: SearchIndex) -> dict[str, Any]:
-    """What is searched: the corpus, the number of its documents, their license where it is known."""
+    """The corpus, the number of its documents, and their license if it is known."""
     said = {
         "corpus": index.manifest["name"],
         "documents": index.manifest["documents"],
@@ -93,7 +94,7 @@ def describe(index: SearchIndex) -> dict[str, Any]:
 
 
 def _answer(found: Sequence[Sequence[Hit]], return_scores: bool) -> bytes:
-    """The documents are JSON already: they are put together, not encoded again."""
+    """The documents are JSON already: they are joined, not encoded again."""
     lists = (
         b", ".join(_hit(hit) if return_scores else hit.document for hit in hits) for hits in found
     )
@@ -159,7 +160,10 @@ def _kind(value: object) -> str:
 
 
 def serve(index: Path, host: str, port: int, *, with_parent: bool = False) -> None:
-    """Serves an index folder until the process is ended. Raises SearchUnavailable and OSError (a port in use) before that."""
+    """Serves an index folder until the process is ended.
+
+    Raises SearchUnavailable and OSError (a port in use) before it serves.
+    """
     opened = SearchIndex(index)
     if stale := staleness(index):
         print(f"note: {stale}", file=sys.stderr, flush=True)
