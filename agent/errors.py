@@ -1,20 +1,16 @@
 """Exceptions of this package. Each message is one line: what, where, what to do.
 
-AgentError                 a user's mistake or a machine's lack; the command line prints it without a traceback
+AgentError                 a user's mistake, or something the machine lacks; the command line
+                           prints it without a traceback
 ├── ConfigError            config.yaml: an unknown key, a bad value, a combination that cannot work
 ├── TaskError              a task file or row that cannot be read
 └── EngineStartError       an engine that could not be started
 
 EngineError                one generation failed; the conversation ends with `engine_error`, others go on
-EndConversation            a conversation has to end here for a reason that its engine or its tools know
+EndConversation            a conversation ends here, for a reason that its engine or tools know
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from agent.engines.engine import Generation
 
 
 class AgentError(Exception):
@@ -37,16 +33,10 @@ class EngineError(Exception):
     """The engine failed to answer one generation, or answered something that is not data."""
 
 
-class EndConversation(Exception):  # noqa: N818 - no failure: the end, and why
-    """Ends the conversation that it is raised in with this stop reason; `error` says more, for the record's `error`.
+class EndConversation(Exception):  # noqa: N818 - not a failure: the end, and why
+    """Ends the conversation with this stop reason; `error` says more, for the record's `error`."""
 
-    From an engine it may bring the `generation` that was cut off by that end.
-    """
-
-    def __init__(
-        self, reason: str, error: str | None, generation: Generation | None = None
-    ) -> None:
+    def __init__(self, reason: str, error: str | None) -> None:
         super().__init__(error or reason)
         self.reason = reason
         self.error = error
-        self.generation = generation

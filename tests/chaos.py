@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 
 from agent.engines.engine import Generation, SamplingParams
-from agent.loop.attempts import GRACE_S
 from agent.loop.batch import run_tasks
+from agent.loop.boundary import GRACE_S
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
@@ -340,7 +340,7 @@ async def run(template: ChatTemplate, folder: Path, conversations: int = CONVERS
         dispatcher = Dispatcher(
             toolset,
             max_parallel_calls=4,
-            cut=lambda text, **own: cut_to_tokens(text, 256, "middle", template),
+            shorten=lambda text, **own: cut_to_tokens(text, 256, "middle", template),
         )
         runtime = Runtime(Scripts(template, kinds), template, settings(max_turns=8), dispatcher)
         started = perf_counter()

@@ -22,7 +22,10 @@ from typing import Any
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Conversation, LoopSettings, Runtime, converse
+from agent.loop.conversation import Conversation
+from agent.loop.loop import converse
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
 from agent.model.base import base_model_dir
 from conversations.template import ChatTemplate
@@ -388,10 +391,10 @@ def settings(**fields: Any) -> LoopSettings:
 def runtime(
     template: ChatTemplate, engine: Any, tools: Sequence[Any] = (), **fields: Any
 ) -> Runtime:
-    """`fields`: those of LoopSettings, `max_parallel_calls` and `cut`."""
+    """`fields`: those of LoopSettings, `max_parallel_calls` and `shorten`."""
     limits = {
         "max_parallel_calls": fields.pop("max_parallel_calls", 16),
-        "cut": fields.pop("cut", lambda text: None),
+        "shorten": fields.pop("shorten", lambda text: None),
     }
     dispatcher = Dispatcher(ToolSet.from_tools(tools), **limits) if tools else None
     return Runtime(engine, template, settings(**fields), dispatcher)
@@ -401,4 +404,4 @@ async def run_one(shared: Runtime, the_task: Task | None = None) -> Trajectory:
     """One conversation, run to its end; its record as disk gives it back."""
     conversation = Conversation(the_task or task(), 0, shared)
     await converse(conversation)
-    return Trajectory.from_line(conversation.trajectory().to_line())
+    return Trajectory.from_line(trajectory_of(conversation).to_line())

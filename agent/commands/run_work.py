@@ -21,6 +21,7 @@ from agent.errors import TaskError
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.tasks import Task, read_tasks
 from agent.loop.users import Interactions
+from agent.replay.continuation import continuing
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
 from agent.runs.manifest import command_line, fresh_seed, run_manifest, save_tokenizer
 from agent.runs.parts import config_interactions, config_tools, prepare
@@ -311,7 +312,7 @@ async def _conversations(
                 n=request.config.n(request.validate),
                 max_concurrent=request.config.rollout.max_num_seqs,
                 target=plan.target,
-                unfinished=folder.unfinished,
+                make=continuing(session.runtime, folder.unfinished),
                 store=folder,
                 progress=progress,
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.config.config import Config
 from agent.errors import AgentError
-from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from agent.runs.parts import load_template, make_dispatcher
 from agent.terminal import one_line, visible
 from conversations.messages import ToolCall
@@ -152,14 +152,14 @@ async def _called(
     tools: ToolSet, call: ToolCall, ground_truth: str | None, config: Config | None
 ) -> int:
     conversation = ConversationTools(_dispatcher(tools, config), {}, ground_truth)
-    (line,) = ledger_lines([call], turn=0)
+    turn = PendingTurn(0, [call])
     clock = _Clock()
     try:
         await tools.start()
         clock.note("start")
         said = await conversation.create()
         clock.note("create")
-        await conversation.run([call], [line])
+        await conversation.run(turn)
         clock.note("call")
         rewards = await conversation.rewards()
         clock.note("calc_reward")
@@ -169,6 +169,7 @@ async def _called(
         finally:
             await tools.close()
     clock.note("release")
+    (line,) = turn.lines()
     for text in (
         *_about(line, rewards, clock.noted),
         *(warning.text for warning in conversation.warnings),
@@ -189,7 +190,7 @@ def _dispatcher(tools: ToolSet, config: Config | None) -> Dispatcher:
     Without a config there is no model, so responses cannot be measured in tokens and are not cut.
     """
     if config is None:
-        return Dispatcher(tools, max_parallel_calls=1, cut=lambda text, **limits: None)
+        return Dispatcher(tools, max_parallel_calls=1, shorten=lambda text, **limits: None)
     return make_dispatcher(config, tools, load_template(config))
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agent.errors import EndConversation
+
 SamplingParams = Mapping[str, Any]
 """SGLang's own names: temperature, top_p, top_k, min_p, max_new_tokens, stop_token_ids, ignore_eos,
 ...
@@ -47,6 +49,17 @@ class Interrupted(asyncio.CancelledError):
 
     def __init__(self, generation: Generation) -> None:
         super().__init__()
+        self.generation = generation
+
+
+class EndedGeneration(EndConversation):
+    """A conversation that an engine ends within a turn.
+
+    `generation` is what it sampled of the turn, its finish reason "abort"; None if that is nothing.
+    """
+
+    def __init__(self, reason: str, error: str | None, generation: Generation | None) -> None:
+        super().__init__(reason, error)
         self.generation = generation
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from agent.engines.engine import Generation, SamplingParams
-from agent.errors import EndConversation, EngineError
-from conversations.trajectory import Trajectory, Turn
+from agent.errors import EngineError
+from conversations.trajectory import Trajectory
 
 Respond = Callable[[Sequence[int], SamplingParams], Generation]
 """Makes the answer to a prompt; may raise EngineError."""
@@ -73,89 +72,3 @@ def recorded(trajectories: Iterable[Trajectory]) -> ScriptedEngine:
         return queue[-1]
 
     return ScriptedEngine(respond)
-
-
-class Playback:
-    """The model of one recorded trajectory: it samples the recorded turns again, from turn `first`
-    on.
-
-    Each turn comes back with everything that the record has on it. After the last turn the
-    conversation ends as the recorded one did. It ends as `cancelled` if the tokens before a turn
-    differ from the recorded ones, or if the turn does not fit into the budgets.
-    """
-
-    def __init__(self, trajectory: Trajectory, first: int = 0) -> None:
-        self._record = trajectory
-        self._ids = trajectory.prompt_ids + trajectory.response_ids
-        self._next = first
-
-    def describe(self) -> dict[str, Any]:
-        """The record's `engine` field: the engine that sampled the tokens."""
-        return self._record.engine
-
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
-    ) -> Generation:
-        """The recorded turn. Raises EndConversation, or the recorded EngineError."""
-        await asyncio.sleep(0)
-        if self._next >= len(self._record.turns):
-            raise self._end()
-        turn = self._record.turns[self._next]
-        if (at := first_difference(prompt_ids, self._ids[: turn.start])) is not None:
-            raise EndConversation(
-                "cancelled",
-                f"replay: turn {self._next} was sampled after other tokens, "
-                f"the first of them token {at}",
-            )
-        if turn.end - turn.start > sampling["max_new_tokens"]:
-            raise EndConversation(
-                "cancelled",
-                f"replay: turn {self._next} has {turn.end - turn.start} tokens, "
-                f"the budgets leave {sampling['max_new_tokens']}",
-            )
-        self._next += 1
-        if turn.finish_reason == "abort":
-            raise EndConversation(
-                self._record.stop_reason, self._record.error, self._generation(turn)
-            )
-        return self._generation(turn)
-
-    def _generation(self, turn: Turn) -> Generation:
-        shift = len(self._record.prompt_ids)
-        # All of them are floats: these tokens were sampled.
-        logprobs: Any = self._record.response_logprobs[turn.start - shift : turn.end - shift]
-        more = {
-            field.name: getattr(turn, field.name)
-            for field in dataclasses.fields(Generation)
-            if hasattr(turn, field.name)
-        }
-        return Generation(self._ids[turn.start : turn.end], logprobs, **more)
-
-    def _end(self) -> Exception:
-        record = self._record
-        if record.stop_reason == "engine_error":
-            return EngineError(record.error)
-        if record.stop_reason in ("cancelled", "deadline"):
-            return EndConversation(record.stop_reason, record.error)
-        return EndConversation(
-            "cancelled", f"replay: the recorded conversation ended here with {record.stop_reason}"
-        )
-
-    async def abort(self, request_id: str) -> None:
-        """Nothing runs that could be aborted."""
-
-    async def close(self) -> None:
-        """Nothing is held."""
-
-
-def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int | None:
-    """The first index at which two sequences differ; None if they are equal.
-
-    If one is the beginning of the other, it is the shorter one's length.
-    """
-    if first == second:
-        return None
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )

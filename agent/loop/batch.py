@@ -11,17 +11,23 @@ import asyncio
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import partial
 from typing import Any, Protocol
 
-from agent.loop.loop import Conversation, Runtime, converse
+from agent.loop.conversation import Conversation
+from agent.loop.loop import converse
+from agent.loop.observer import observed
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
-from agent.replay.continuation import continued
 from conversations.errors import RecordError
 from conversations.trajectory import INVALID_STATUSES, Trajectory
 from conversations.warning import RecordWarning
+
+FAILURES = frozenset({"engine_error", "prompt_too_long"})
+"""Stop reasons of conversations that nothing can be learned from."""
 
 _OPEN_PARTS: dict[str, Any] = {
     "messages": [],
@@ -64,6 +70,7 @@ class Progress:
     tool_errors: int = 0
     invalid_calls: int = 0
     infra_errors: int = 0
+    failed: int = 0
     rewards: int = 0
     reward_sum: float = 0.0
     stop_reasons: Counter[str] = field(default_factory=Counter)
@@ -104,9 +111,14 @@ class Progress:
         self.tool_errors += statuses.total() - statuses["ok"]
         self.invalid_calls += sum(statuses[status] for status in INVALID_STATUSES)
         self.infra_errors += trajectory.infra_error
+        self.failed += trajectory.infra_error or trajectory.stop_reason in FAILURES
         if trajectory.reward is not None:
             self.rewards += 1
             self.reward_sum += trajectory.reward
+
+
+Make = Callable[[Task, int], Conversation]
+"""Makes the conversation of a (task, sample)."""
 
 
 async def run_tasks(
@@ -116,24 +128,22 @@ async def run_tasks(
     n: int = 1,
     max_concurrent: int = 64,
     target: int | None = None,
-    unfinished: Mapping[tuple[str, int], Trajectory] = MappingProxyType({}),
+    make: Make | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
-    """Runs `n` samples of every task; what `store` already holds is skipped, what `unfinished` holds is gone on with.
+    """Runs `n` samples of every task. What `store` already holds is skipped.
 
-    Once `target` conversations are done that did not fail, the rest is cut off: aborted in the engine, and kept as unfinished.
-    `on_done` sees each trajectory once, as it ends. When cancelled, the running conversations are cancelled, their
-    records written as unfinished, and CancelledError is raised. An error of the store ends the run.
+    `make` makes each conversation; by default it is a new one. Once `target` conversations are done
+    that did not fail, the others are cut off: aborted in the engine, and kept as unfinished.
+    `on_done` sees each trajectory once, as it ends. If this is cancelled, so are the running
+    conversations: their records are written as unfinished, and CancelledError is raised. An error
+    of the store ends the run, as does a TaskError of `make`.
     """
-    conversations = (
-        continued(task, sample, unfinished.get((task.id, sample)), runtime)
-        for task in tasks
-        for sample in range(n)
-    )
+    make = make or partial(Conversation, runtime=runtime)
     return await run_conversations(
-        conversations,
+        (make(task, sample) for task in tasks for sample in range(n)),
         max_concurrent=max_concurrent,
         target=target,
         store=store,
@@ -151,7 +161,7 @@ async def run_conversations(
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
-    """`run_tasks` for conversations that are not all alike; each is made when there is room to run it."""
+    """`run_tasks` for conversations of any kind; each is made when there is room to run it."""
     batch = _Batch(store, progress or Progress(), on_done, target)
     missing = filter(batch.is_missing, conversations)
     slots = asyncio.Semaphore(max_concurrent)
@@ -182,8 +192,7 @@ class _Batch:
     @property
     def has_enough(self) -> bool:
         """Whether what has not ended by now is not waited for: failures, which come fast, do not crowd out the rest."""
-        failed = self.progress.infra_errors + self.progress.stop_reasons["prompt_too_long"]
-        return self.target is not None and self.progress.done - failed >= self.target
+        return self.target is not None and self.progress.done - self.progress.failed >= self.target
 
     def is_missing(self, conversation: Conversation) -> bool:
         """False, and counted as skipped, where the store has it already."""
@@ -195,21 +204,19 @@ class _Batch:
         return not is_there
 
     async def run(self, conversation: Conversation) -> None:
-        tracing = conversation.runtime.tracing
         self.progress.live.add(conversation)
         try:
-            with tracing.conversation(conversation) if tracing else contextlib.nullcontext():
-                await converse(conversation)
+            await _converse(conversation)
         except asyncio.CancelledError:
             if self.has_enough:
                 text = f"cut off when {self.target} conversations were done (over_sample_rate)"
                 conversation.warnings.append(RecordWarning("over_sampled", text))
             if self.store:
-                self._keep(self.store.append_unfinished, conversation.trajectory())
+                self._keep(self.store.append_unfinished, trajectory_of(conversation))
             raise
         finally:
             self.progress.live.discard(conversation)
-        trajectory = conversation.trajectory()
+        trajectory = trajectory_of(conversation)
         # What the engine's owner aborted was cut off, as what we cancel; a replay may end so.
         is_cut_off = trajectory.stop_reason == "cancelled" and trajectory.parent is None
         kept: Trajectory | None = trajectory
@@ -241,6 +248,20 @@ class _Batch:
         except RecordError as error:
             self.progress.lost.append(str(error))
             return None
+
+
+async def _converse(conversation: Conversation) -> None:
+    """Runs a conversation under the eyes of the run's observer, if it has one."""
+    observer = conversation.runtime.observer
+    if observer is None:
+        await converse(conversation)
+        return
+    begin = partial(observer.conversation, conversation.task.id, conversation.sample)
+    with observed(begin) as tell:
+        try:
+            await converse(conversation)
+        finally:
+            tell(trajectory_of(conversation))
 
 
 def _bare(trajectory: Trajectory, error: str) -> Trajectory:

@@ -1,23 +1,121 @@
-"""What tools answer, as what the record may hold: text, a finite number, plain JSON; and exceptions as text.
+"""The boundary around foreign code: tools, simulated users, and what they return.
 
-A tool is foreign code: each of these takes anything, and raises TypeError where it is not what the contract says.
+Invariant: whatever a foreign coroutine does, `bounded` returns within its time limit and a grace
+period, and raises an Exception or our own cancellation, nothing else. What it returned becomes
+what a record may hold: text, a finite number, plain JSON; exceptions become text.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
+import math
+import threading
 import traceback
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from conversations.encoding import without_lone_surrogates
 from conversations.trajectory import canonical_json
 
+T = TypeVar("T")
+
 FLOAT32_MAX = 3.4028234663852886e38
+GRACE_S = 1.0
+"""How long a cancelled coroutine may take to clean up before it is abandoned."""
+END_S = 5.0
+"""What rewards have, and then releases, if less than that is left of the deadline."""
+
+
+# ---------------------------------------------------------------------- foreign coroutines
+
+
+class CallTimeoutError(Exception):
+    """The coroutine exceeded its time limit. A TimeoutError of its own is something else."""
+
+
+async def bounded(begin: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+    """The result of the coroutine that `begin` makes.
+
+    On timeout or cancellation the coroutine is cancelled; if it ignores that for `GRACE_S`, it is
+    abandoned. Raises CallTimeoutError, and whatever `begin` or its coroutine raises, always as an
+    Exception: a SystemExit becomes a RuntimeError. Only our own cancellation passes through.
+    """
+    loop = asyncio.get_running_loop()
+    task, ended = loop.create_task(_contained(begin)), loop.create_future()
+    task.add_done_callback(lambda _: _wake(ended))
+    timer = loop.call_later(timeout_s, _wake, ended)
+    try:
+        await ended  # as asyncio.wait does it, at three quarters of the cost
+    except asyncio.CancelledError:
+        await _stop(task)
+        raise
+    finally:
+        timer.cancel()
+    if not task.done():
+        await _stop(task)
+        raise CallTimeoutError
+    if task.cancelled():
+        raise RuntimeError("the coroutine cancelled itself")
+    error = task.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise _as_exception(error) from error
+    return task.result()
+
+
+def time_left(deadline: asyncio.Timeout) -> float:
+    """Seconds for a step after the conversation's end: until the deadline, at least `END_S`."""
+    ends_at = deadline.when()
+    if ends_at is None:
+        return math.inf
+    return max(ends_at - asyncio.get_running_loop().time(), END_S)
+
+
+async def _contained(begin: Callable[[], Awaitable[T]]) -> T:
+    """Awaits what `begin` returns. Keeps what would end the event loop inside this task."""
+    try:
+        return await awaitable(begin())
+    except SystemExit as error:
+        raise _as_exception(error) from error
+    except KeyboardInterrupt as error:
+        if threading.current_thread() is threading.main_thread():
+            raise  # Ctrl-C reaches the main thread alone: it may be the user's
+        raise _as_exception(error) from error
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return RuntimeError(f"the coroutine raised {type(error).__name__}")
+
+
+def awaitable(returned: T) -> T:
+    """What a foreign method returned. Raises TypeError if it cannot be awaited."""
+    if not inspect.isawaitable(returned):
+        kind = type(returned).__name__
+        raise TypeError(f"the method must be `async def`; it returned {kind} at once")
+    return returned
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+async def _stop(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    # An abandoned task may still raise: asyncio would print that as our error.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await asyncio.wait((task,), timeout=GRACE_S)
+
+
+# ---------------------------------------------------------------------- foreign values
 
 
 def text_of(response: object) -> str:
-    """The text of a tool's answer: a `ToolResponse` (ours or verl's) or a plain string; with no half surrogates."""
+    """The text of a tool's response, a `ToolResponse` (ours or verl's) or a str.
+
+    Lone surrogates become U+FFFD. Raises TypeError if the response has no text.
+    """
     text = response if isinstance(response, str) else getattr(response, "text", text_of)
     if text is None:
         return ""
@@ -27,12 +125,15 @@ def text_of(response: object) -> str:
 
 
 def utf8_size(text: str) -> int:
-    """How many bytes a text without half surrogates is."""
+    """The number of UTF-8 bytes of a text without lone surrogates."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def finite(value: object) -> float:
-    """A reward as a number that has a float32, as trainers keep it; so sums are finite too. numpy's scalars have `item`."""
+    """A reward as a number that fits a float32, which is what trainers keep.
+
+    numpy and torch scalars are read by their `item`. Raises TypeError for anything else.
+    """
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, (int, float)) and abs(value) <= FLOAT32_MAX:
         return float(value)
@@ -40,7 +141,7 @@ def finite(value: object) -> float:
 
 
 def json_metrics(metrics: object) -> dict[str, Any]:
-    """The metrics as plain JSON; what has no JSON form becomes its text."""
+    """The metrics as plain JSON; a value without a JSON form becomes its text."""
     if not metrics:
         return {}
     if not isinstance(metrics, Mapping):
@@ -52,23 +153,20 @@ def _json_value(value: object) -> Any:
     try:
         return json.loads(canonical_json(value))
     except (TypeError, ValueError, RecursionError):
-        return _say(value)[:1000]
+        return _text(value)[:1000]
 
 
 def describe(error: BaseException) -> str:
-    """An exception for the record: its class, message and the line that raised it."""
+    """An exception for the record: its class, its message and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
-    cause = (
-        f" from {type(error.__cause__).__name__}: {_say(error.__cause__)}"
-        if error.__cause__
-        else ""
-    )
-    return f"{type(error).__name__}: {_say(error)}{where}{cause}"[:2000]
+    cause = error.__cause__
+    because = f" from {type(cause).__name__}: {_text(cause)}" if cause else ""
+    return f"{type(error).__name__}: {_text(error)}{where}{because}"[:2000]
 
 
-def _say(value: object) -> str:
-    """`str`, of things whose own text may fail."""
+def _text(value: object) -> str:
+    """`str`, for values whose own `__str__` may fail."""
     try:
         return str(value)
     except Exception:

@@ -1,66 +1,65 @@
-"""One turn's tool calls, at once: `asyncio.gather` over wrappers that always return.
+"""One turn's tool calls, all at once, and the tools of one conversation.
 
-Invariant: every call of a turn has one line in the ledger, with one status and a text for the model, in call order,
-whatever its tool does. A tool's exception, hang or nonsense never reaches a sibling or the conversation. Only
-cancellation passes through, after the tools have been told; the lines then say `cancelled`.
+Invariant: every call of a turn ends with one result, with a status and a text for the model, in
+call order, whatever its tool does. A tool's exception, hang or nonsense never reaches another call
+or the conversation. Only cancellation passes through, after the tools were cancelled; the calls
+that had not ended are `cancelled` then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from agent.loop.attempts import awaitable, bounded, serve
-from agent.loop.boundary import describe, finite, text_of
+from agent.loop.attempts import CANCELLED, AttemptOutcome, serve
+from agent.loop.boundary import CallTimeoutError, awaitable, bounded, describe, finite, text_of
+from agent.loop.ledger import Call, CallResult, call_id, ledger_line, not_run
 from agent.loop.limits import Gate
+from agent.loop.observer import Observer, observed
 from conversations.encoding import without_lone_surrogates
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
-from conversations.trajectory import ToolCallRecord
+from conversations.trajectory import Attempt, ToolCallRecord
 from conversations.truncate import Shortened
 from conversations.warning import RecordWarning
 from tools.policy import Policy
 from tools.toolset import LoadedTool, ToolSet
 
-Cut = Callable[..., Shortened | None]
-"""`cut(text, limit=..., side=...)`: what the model may see of a text, None where that is all of it. Without the keywords,
-which are a tool's own `max_response_tokens` and `response_side`, as the run says."""
-
-Call = ToolCall | MalformedToolCall
-
-Around = Callable[
-    [Callable[[], Coroutine[Any, Any, None]], ToolCallRecord], Coroutine[Any, Any, None]
-]
-"""Wraps the answering of one call; its ledger line is filled in when that has ended."""
-
 T = TypeVar("T")
+
+Shorten = Callable[..., Shortened | None]
+"""`shorten(text, limit=..., side=...)`: what the model may see of a text, None if that is all of it.
+
+The keywords are a tool's own `max_response_tokens` and `response_side`; without them, the run's.
+"""
 
 
 class Dispatcher:
     """The tools of a run and their limits, shared by all of its conversations."""
 
-    def __init__(self, tools: ToolSet, *, max_parallel_calls: int, cut: Cut) -> None:
+    def __init__(self, tools: ToolSet, *, max_parallel_calls: int, shorten: Shorten) -> None:
         self.tools = tools
         self.max_parallel_calls = max_parallel_calls
-        self.around: Around | None = None
-        self._cut = cut
-        self._cuts = {
-            name: partial(cut, **own)
+        self._shorten = shorten
+        self._own_shorten = {
+            name: partial(shorten, **own)
             for name, tool in tools.items()
             if (own := _own_size(tool.policy))
         }
         self._gates = {name: gate for name, tool in tools.items() if (gate := Gate.of(tool.policy))}
 
     def gate(self, tool: LoadedTool) -> Gate | None:
-        """What the tool's calls of all conversations pass through; None where nothing limits them."""
+        """What the tool's calls of all conversations pass through; None if nothing limits them."""
         return self._gates.get(tool.name)
 
-    def cut(self, name: str, text: str) -> Shortened | None:
-        """What the model may see of an answer to a call of that name; None where that is all of it."""
-        return self._cuts.get(name, self._cut)(text)
+    def shorten(self, name: str, text: str) -> Shortened | None:
+        """What the model may see of a response of the named tool; None if that is all of it."""
+        return self._own_shorten.get(name, self._shorten)(text)
 
 
 def _own_size(policy: Policy) -> dict[str, Any]:
@@ -68,34 +67,59 @@ def _own_size(policy: Policy) -> dict[str, Any]:
     return {key: value for key, value in sizes.items() if value is not None}
 
 
-def ledger_lines(calls: Sequence[Call], turn: int) -> list[ToolCallRecord]:
-    """The ledger lines of a turn's calls before they run; one that never gets to run stays `cancelled`."""
-    return [_line(call, f"call_{turn}_{index}", turn) for index, call in enumerate(calls)]
+@dataclass(slots=True)
+class PendingTurn:
+    """A sampled turn that nobody has answered yet. `number` counts the conversation's turns from 0.
 
+    `results` [calls] says how each of `calls` ended so far. `is_complete`: the model ended the turn
+    itself, no budget cut it.
+    """
 
-def _line(call: Call, call_id: str, turn: int) -> ToolCallRecord:
-    if isinstance(call, ToolCall):
-        return ToolCallRecord(call_id, turn, call.name, call.arguments)
-    return ToolCallRecord(
-        call_id, turn, call.name or "", call.raw, status="malformed", error=call.error
-    )
+    number: int
+    calls: Sequence[Call]
+    is_complete: bool = True
+    results: list[CallResult] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.results = [not_run(call) for call in self.calls]
+
+    def call_ids(self) -> list[str]:
+        """The ids of the calls, in order."""
+        return [call_id(self.number, index) for index in range(len(self.calls))]
+
+    def reject(self, error: str) -> None:
+        """Ends every call that could be read as `rejected`: it is not run."""
+        self.results = [
+            result if result.status == "malformed" else CallResult("rejected", error=error)
+            for result in self.results
+        ]
+
+    def lines(self) -> list[ToolCallRecord]:
+        """The lines of the calls in the ledger, as things stand."""
+        pairs = zip(self.calls, self.results, strict=True)
+        return [ledger_line(self.number, i, *pair) for i, pair in enumerate(pairs)]
 
 
 class ConversationTools:
     """One conversation's tool instances: created before its first turn, released after its last.
 
-    `tools_kwargs` is the row's: its keys choose the tools offered, all of them where it has none.
+    `tools_kwargs` is the row's: its keys choose the tools offered; without any, all are offered.
+    `failure` says what went wrong outside of a call; `warnings` are for the record.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, tools_kwargs: Mapping[str, Any], ground_truth: Any
+        self,
+        dispatcher: Dispatcher,
+        tools_kwargs: Mapping[str, Any],
+        ground_truth: Any,
+        observer: Observer | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._kwargs = tools_kwargs
         self._ground_truth = ground_truth
-        self._id = (
-            uuid.uuid4().hex
-        )  # one for all tools, as verl gives them its request id: some share a backend's state
+        self._observer = observer
+        # One id for all tools, as verl passes its request id: some of them share a backend's state.
+        self._id = uuid.uuid4().hex
         self._instances: dict[str, str] = {}
         known = dispatcher.tools
         self.offered: dict[str, LoadedTool] = {
@@ -116,12 +140,13 @@ class ConversationTools:
         """The OpenAI schemas offered, lossless, in order."""
         return [tool.schema for tool in self.offered.values()]
 
-    # ------------------------------------------------------------------ a conversation's beginning and end
+    # ------------------------------------------------------------------ beginning and end
 
     async def create(self) -> list[Message]:
-        """Creates one instance of each tool offered; returns what they say, as messages that follow the prompt.
+        """Creates one instance of each tool offered.
 
-        A tool that fails here answers none of its calls, and `failure` says why: infrastructure, not the model.
+        Returns what the tools say to that, as messages that follow the prompt. The calls of a tool
+        that fails here end with `backend_error`, and `failure` says why.
         """
         texts = await _together([self._create(tool) for tool in self.offered.values()])
         return [
@@ -135,16 +160,18 @@ class ConversationTools:
             kwargs = tool.create_kwargs(
                 self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth)
             )
-            response = await bounded(self._created(tool, kwargs), tool.policy.timeout_s)
+            begin = partial(self._created, tool, kwargs)
+            response = await bounded(begin, tool.policy.timeout_s)
             return "" if response is None else text_of(response)
         except Exception as error:
-            self._fail(tool, "create", error)
+            self._fail(tool, "create", error, tool.policy.timeout_s)
             return ""
 
     async def _created(self, tool: LoadedTool, kwargs: dict[str, Any]) -> object:
-        """Nothing is awaited between creation and the note of it: no cancellation leaves an instance unreleased.
+        """Creates an instance and notes it, with no await in between: no cancellation loses it.
 
-        One that was made although its creation was cancelled is nobody's any more, and may come after the last release.
+        An instance that comes although its creation was cancelled is released here: the
+        conversation may have released the others already.
         """
         created = await awaitable(tool.tool.create(self._id, **kwargs))
         instance_id, response = created if isinstance(created, tuple) else (created, None)
@@ -154,132 +181,188 @@ class ConversationTools:
             self._instances[tool.name] = instance_id
         return response
 
-    async def rewards(self) -> dict[str, float]:
-        """The trajectory's reward by each tool that has one. A tool that fails here sets `failure`."""
-        parts: dict[str, float] = {}
-        for name, instance_id in self._instances.items():
-            tool = self.offered[name]
-            try:
-                value = await bounded(
-                    tool.tool.calc_reward(instance_id, **self._given(tool, "calc_reward_kwargs")),
-                    tool.policy.timeout_s,
-                )
-                if value is not None:
-                    parts[name] = finite(value)
-            except Exception as error:
-                self._fail(tool, "calc_reward", error)
-        return parts
+    async def ended_early(self) -> None:
+        """Called if the conversation ended with `cancelled` by itself, before tools are released."""
 
-    async def release(self) -> None:
-        """Releases every instance once, all of them even if one fails or the conversation is cancelled meanwhile."""
+    async def rewards(self, within_s: float = math.inf) -> dict[str, Any]:
+        """The trajectory's reward by each tool that has one, asked for at once within `within_s`.
+
+        A tool that fails here sets `failure`.
+        """
+        rewards = await _together([self._reward(name, within_s) for name in self._instances])
+        pairs = zip(self._instances, rewards, strict=True)
+        return {name: reward for name, reward in pairs if reward is not None}
+
+    async def _reward(self, name: str, within_s: float) -> float | None:
+        tool, instance_id = self.offered[name], self._instances[name]
+        timeout_s = min(tool.policy.timeout_s, within_s)
+
+        def begin() -> Coroutine[Any, Any, Any]:
+            kwargs = self._given(tool, "calc_reward_kwargs")
+            return tool.tool.calc_reward(instance_id, **kwargs)
+
+        try:
+            value = await bounded(begin, timeout_s)
+            return None if value is None else finite(value)
+        except Exception as error:
+            self._fail(tool, "calc_reward", error, timeout_s)
+            return None
+
+    async def release(self, within_s: float = math.inf) -> None:
+        """Releases every instance once, at once, within `within_s`.
+
+        All are released even if one fails or the conversation is cancelled meanwhile.
+        """
         if not self._instances:
             return
-        releasing = asyncio.ensure_future(self._release())
+        instances, self._instances = self._instances, {}
+        releasing = asyncio.ensure_future(
+            _together([self._release(*pair, within_s) for pair in instances.items()])
+        )
         try:
             await asyncio.shield(releasing)
         except asyncio.CancelledError:
-            await asyncio.wait((releasing,))  # bounded by the tools' time-outs
+            await asyncio.wait((releasing,))  # bounded by the tools' timeouts
             raise
 
-    async def _release(self) -> None:
-        while self._instances:
-            name, instance_id = self._instances.popitem()
-            tool = self.offered[name]
-            try:
-                await bounded(
-                    tool.tool.release(instance_id, **self._given(tool, "release_kwargs")),
-                    tool.policy.timeout_s,
-                )
-            except Exception as error:
-                text = f"tool {name}: release failed: {describe(error)}"
-                self.warnings.append(RecordWarning("release_failed", text))
+    async def _release(self, name: str, instance_id: str, within_s: float) -> None:
+        tool = self.offered[name]
+        timeout_s = min(tool.policy.timeout_s, within_s)
+
+        def begin() -> Coroutine[Any, Any, None]:
+            return tool.tool.release(instance_id, **self._given(tool, "release_kwargs"))
+
+        try:
+            await bounded(begin, timeout_s)
+        except Exception as error:
+            text = f"tool {name}: release {_reason(error, timeout_s)}"
+            self.warnings.append(RecordWarning("release_failed", text))
 
     def _given(self, tool: LoadedTool, key: str) -> dict[str, Any]:
-        """The row's keywords for one coroutine of one tool, as a copy: the task's other samples need them too."""
+        """The row's keywords for one coroutine of a tool; a copy, as the task's other samples use them."""
         kwargs = self._kwargs.get(tool.name)
         given = kwargs.get(key) if isinstance(kwargs, Mapping) else None
         return copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}
 
-    def _fail(self, tool: LoadedTool, step: str, error: Exception) -> None:
-        self.failure = f"tool {tool.name}: {step} failed: {describe(error)}"
+    def _fail(self, tool: LoadedTool, step: str, error: Exception, timeout_s: float) -> None:
+        self.failure = f"tool {tool.name}: {step} {_reason(error, timeout_s)}"
 
     # ------------------------------------------------------------------ one turn
 
-    async def run(self, calls: Sequence[Call], lines: Sequence[ToolCallRecord]) -> None:
-        """Runs a turn's calls concurrently and fills in their ledger lines."""
-        limit, around = self._dispatcher.max_parallel_calls, self._dispatcher.around
-        answers = []
-        for index, (call, line) in enumerate(zip(calls, lines, strict=True)):
-            answer = partial(self._answer, call, line, index < limit)
-            answers.append(around(answer, line) if around else answer())
+    async def run(self, turn: PendingTurn) -> None:
+        """Runs a turn's calls concurrently; `turn.results` says how each ended."""
+        limit = self._dispatcher.max_parallel_calls
+        answers = [
+            self._observed_answer(turn, index, within_limit=index < limit)
+            for index in range(len(turn.calls))
+        ]
         await _together(answers)
 
-    async def _answer(self, call: Call, line: ToolCallRecord, within_limit: bool) -> None:
-        """Fills in one ledger line. Always returns, but for cancellation."""
+    async def _observed_answer(self, turn: PendingTurn, index: int, *, within_limit: bool) -> None:
+        if self._observer is None:
+            await self._answer(turn, index, within_limit=within_limit)
+            return
+        named, name = call_id(turn.number, index), turn.calls[index].name or ""
+        with observed(partial(self._observer.tool_call, named, name)) as tell:
+            await self._answer(turn, index, within_limit=within_limit)
+            tell(turn.results[index])
+
+    async def _answer(self, turn: PendingTurn, index: int, *, within_limit: bool) -> None:
+        """Sets the result of one call. Always returns, unless it is cancelled."""
+        call = turn.calls[index]
         if isinstance(call, MalformedToolCall):
-            self._refuse(line, "malformed", f"Error: malformed tool call: {call.error}", line.error)
+            text = f"Error: malformed tool call: {call.error}"
+            result = self._refused(call, "malformed", text, call.error)
         elif (tool := self.offered.get(call.name)) is None:
             names = ", ".join(self.offered) or "none"
-            self._refuse(
-                line,
-                "unknown_tool",
-                f"Error: there is no tool named {call.name!r}; the tools are: {names}",
-            )
+            text = f"Error: there is no tool named {call.name!r}; the tools are: {names}"
+            result = self._refused(call, "unknown_tool", text)
         elif problems := _problems(tool, call.arguments):
-            self._refuse(
-                line,
-                "invalid_arguments",
-                f"Error: invalid arguments for {call.name}: {'; '.join(problems)}",
-            )
+            text = f"Error: invalid arguments for {call.name}: {'; '.join(problems)}"
+            result = self._refused(call, "invalid_arguments", text)
         elif not within_limit:
             allowed = self._dispatcher.max_parallel_calls
-            self._refuse(
-                line,
-                "rejected",
-                f"Error: not run: at most {allowed} tool calls are allowed in one turn",
-            )
+            text = f"Error: not run: at most {allowed} tool calls are allowed in one turn"
+            result = self._refused(call, "rejected", text)
         elif (instance_id := self._instances.get(tool.name)) is None:
-            self._refuse(
-                line, "backend_error", f"Error: {tool.name} is not available", self.failure
-            )
+            text = f"Error: {tool.name} is not available"
+            result = self._refused(call, "backend_error", text, self.failure)
         else:
-            await self._execute(tool, instance_id, call, line)
+            await self._execute(tool, instance_id, turn, index, call)
+            return
+        turn.results[index] = result
 
     async def _execute(
-        self, tool: LoadedTool, instance_id: str, call: ToolCall, line: ToolCallRecord
+        self, tool: LoadedTool, instance_id: str, turn: PendingTurn, index: int, call: ToolCall
     ) -> None:
         def execute() -> Coroutine[Any, Any, Any]:
-            arguments = copy.deepcopy(
-                call.arguments
-            )  # what the tool does to them is not what the model wrote
+            arguments = copy.deepcopy(call.arguments)  # the record keeps what the model wrote
             return tool.tool.execute(instance_id, arguments, **self._given(tool, "execute_kwargs"))
 
-        outcome = await serve(tool, execute, self._dispatcher.gate(tool), line)
-        line.reward, line.metrics = outcome.reward, outcome.metrics
-        self._close(line, outcome.status, outcome.text, outcome.error)
+        attempts: list[Attempt] = []
+        outcome = CANCELLED
+        try:
+            outcome = await serve(tool, execute, self._dispatcher.gate(tool), attempts)
+        finally:
+            turn.results[index] = self._served(call.name, outcome, attempts)
 
-    def _refuse(
-        self, line: ToolCallRecord, status: str, text: str, error: str | None = None
-    ) -> None:
-        """Answers a call that is not run. What the model wrote may stand in the text: half surrogates, too."""
-        self._close(line, status, without_lone_surrogates(text), error)
+    def _served(self, name: str, outcome: AttemptOutcome, attempts: list[Attempt]) -> CallResult:
+        """The result of a call that was given to its tool."""
+        response, full_response, tokens_cut = self._shown(name, outcome.text)
+        if tokens_cut:
+            attempts[-1] = replace(attempts[-1], tokens_cut=tokens_cut)
+        queue_s = run_s = 0.0
+        for attempt in attempts:
+            queue_s += attempt.queue_s
+            run_s += attempt.run_s
+        return CallResult(
+            outcome.status,
+            response,
+            full_response,
+            outcome.reward,
+            outcome.metrics,
+            attempts,
+            queue_s,
+            run_s,
+            outcome.error,
+        )
 
-    def _close(self, line: ToolCallRecord, status: str, text: str, error: str | None) -> None:
-        line.status, line.error, line.response = status, error, text
-        if shown := self._dispatcher.cut(line.name, text):
-            line.response, line.full_response = shown.text, text
-            if line.attempts:
-                line.attempts[-1].tokens_cut = shown.tokens_cut
+    def _refused(self, call: Call, status: str, text: str, error: str | None = None) -> CallResult:
+        """The result of a call that is not run. `text` may quote the model: lone surrogates too."""
+        shown, full, _ = self._shown(call.name or "", without_lone_surrogates(text))
+        return CallResult(status, shown, full, error=error)
+
+    def _shown(self, name: str, text: str | None) -> tuple[str | None, str | None, int]:
+        """What the model sees of a response; all of it and the number of tokens cut, if cut."""
+        shown = None if text is None else self._dispatcher.shorten(name, text)
+        return (text, None, 0) if shown is None else (shown.text, text, shown.tokens_cut)
 
 
-async def _together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """What coroutines that always return give, run concurrently; a single one, the common case, needs no task of its own."""
-    return [await answers[0]] if len(answers) == 1 else await asyncio.gather(*answers)
+async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of coroutines that always return, run concurrently.
+
+    One alone, the common case, is awaited without a task. If this is cancelled, all of them are,
+    and have ended before CancelledError is raised.
+    """
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except asyncio.CancelledError:
+        await asyncio.wait(tasks)  # gather does not wait for those that take longer to end
+        raise
 
 
 def _problems(tool: LoadedTool, arguments: dict[str, Any]) -> list[str]:
-    """What is wrong with a call's arguments. A validator may choke on them too: on numbers beyond float, for one."""
+    """What is wrong with a call's arguments. The validator itself fails on numbers beyond float."""
     try:
         return tool.validate(arguments)
     except Exception as error:
         return [f"they cannot be checked ({type(error).__name__})"]
+
+
+def _reason(error: Exception, timeout_s: float) -> str:
+    if isinstance(error, CallTimeoutError):
+        return f"took more than {timeout_s:g} s"
+    return f"failed: {describe(error)}"

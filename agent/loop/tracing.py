@@ -1,9 +1,11 @@
-"""OpenTelemetry spans of a run: `invoke_agent` a conversation, `chat` a turn, `execute_tool` a tool call.
+"""OpenTelemetry spans of a run: `invoke_agent` for a conversation, `chat` for a turn, `execute_tool`
+for a call.
 
-Off unless the environment names an OTLP endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT` or `..._TRACES_ENDPOINT`); then the
-engine and the dispatcher are wrapped at a run's start, so the loop itself knows nothing of it and an untraced run pays
-nothing. Names and attributes are those of the GenAI semantic conventions 1.41 (opentelemetry.io/docs/specs/semconv/gen-ai).
-Prompts, arguments and answers are never in a span: they are in the record, which each span names by its id.
+Off unless the environment names an OTLP endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT` or
+`..._TRACES_ENDPOINT`). `Tracing` is an `Observer`: it changes nothing, and a run without it pays
+nothing. Names and attributes are those of the GenAI semantic conventions 1.41
+(opentelemetry.io/docs/specs/semconv/gen-ai). Prompts, arguments and responses are never in a span:
+they are in the record, which each span names by its id.
 """
 
 from __future__ import annotations
@@ -12,20 +14,18 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from agent.engines.engine import Engine, Generation, SamplingParams
+from agent.engines.engine import Generation
 from agent.errors import ConfigError
-from conversations.trajectory import ToolCallRecord
+from agent.loop.ledger import CallResult
+from conversations.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
-
-    from agent.loop.loop import Conversation, Runtime
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -42,13 +42,17 @@ _LOGGER = logging.getLogger("opentelemetry")
 
 
 def start_tracing() -> Tracing | None:
-    """The run's tracing; None where the environment names no endpoint. Raises ConfigError for a protocol we do not speak."""
+    """The run's tracing; None if the environment names no endpoint.
+
+    Raises ConfigError for a protocol other than http/protobuf.
+    """
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return None
     protocol = next(filter(None, map(os.environ.get, PROTOCOLS)), "http/protobuf")
     if protocol != "http/protobuf":
         raise ConfigError(
-            f"{PROTOCOLS[1]} is {protocol!r}; traces are sent as http/protobuf only (port 4318 by convention)"
+            f"{PROTOCOLS[1]} is {protocol!r}; traces are sent as http/protobuf only "
+            "(port 4318 by convention)"
         )
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -62,7 +66,7 @@ def start_tracing() -> Tracing | None:
 
 
 class _FirstWarning(logging.Handler):
-    """Says once that traces do not arrive; the exporter would say so at every try."""
+    """Prints once that traces do not arrive; the exporter would log it at every attempt."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -75,7 +79,7 @@ class _FirstWarning(logging.Handler):
 
 
 class Tracing:
-    """Makes the spans. `provider` is any SDK TracerProvider; it is shut down, its spans sent, by `close`."""
+    """Makes the spans. `provider` is any SDK TracerProvider; `close` sends its spans and shuts it down."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -87,7 +91,7 @@ class Tracing:
     def span(
         self, operation: str, subject: str, attributes: dict[str, Any], *, client: bool = False
     ) -> Iterator[Span]:
-        """A span that is current inside the block; what is raised there is its `error.type`."""
+        """A span that is current inside the block; an exception raised there is its `error.type`."""
         from opentelemetry.trace import SpanKind
 
         with self._tracer.start_as_current_span(
@@ -103,108 +107,94 @@ class Tracing:
                 raise
 
     @contextmanager
-    def conversation(self, conversation: Conversation) -> Iterator[None]:
-        """`invoke_agent` around one conversation, with what became of it."""
+    def conversation(self, task_id: str, sample: int) -> Iterator[Callable[[Trajectory], None]]:
+        """`invoke_agent` around one conversation; its result is how it ended."""
         attributes = {
             "gen_ai.agent.name": "turntrace",
-            "gen_ai.conversation.id": f"{conversation.task.id}-{conversation.sample}",
-            "turntrace.task.id": conversation.task.id,
-            "turntrace.sample": conversation.sample,
+            "gen_ai.conversation.id": f"{task_id}-{sample}",
+            "turntrace.task.id": task_id,
+            "turntrace.sample": sample,
         }
         with self.span("invoke_agent", "turntrace", attributes) as span:
-            try:
-                yield
-            finally:
-                span.set_attributes(_outcome(conversation))
-                if conversation.infra_error:
-                    fail(span, conversation.stop_reason or "infra_error", conversation.error)
 
-    def traced(self, runtime: Runtime) -> Runtime:
-        """The runtime with spans around its conversations, generations and tool calls."""
-        if runtime.dispatcher:
-            runtime.dispatcher.around = self.tool_call
-        return replace(runtime, engine=_TracedEngine(runtime.engine, self), tracing=self)
+            def tell(trajectory: Trajectory) -> None:
+                span.set_attributes(_outcome(trajectory))
+                if trajectory.infra_error:
+                    fail(span, trajectory.stop_reason, trajectory.error)
 
-    async def tool_call(
-        self, answer: Callable[[], Coroutine[Any, Any, None]], line: ToolCallRecord
-    ) -> None:
-        """`execute_tool` around the answering of one call; `line` is its line in the ledger."""
+            yield tell
+
+    @contextmanager
+    def generation(
+        self,
+        engine: Mapping[str, Any],
+        request_id: str,
+        prompt_tokens: int,
+        sampling: Mapping[str, Any],
+    ) -> Iterator[Callable[[Generation], None]]:
+        """`chat` around one generation; its result is what was sampled."""
+        model = str(engine.get("model") or engine.get("name"))
+        params = {
+            f"gen_ai.request.{name}": sampling[key]
+            for key, name in _REQUEST.items()
+            if key in sampling
+        }
         attributes = {
-            "gen_ai.tool.name": line.name,
-            "gen_ai.tool.call.id": line.call_id,
+            "gen_ai.provider.name": str(engine.get("name")),
+            "gen_ai.request.model": model,
+            **params,
+            "gen_ai.response.id": request_id,
+            "gen_ai.usage.input_tokens": prompt_tokens,
+        }
+        with self.span("chat", model, attributes, client=True) as span:
+
+            def tell(generation: Generation) -> None:
+                span.set_attribute("gen_ai.response.finish_reasons", [generation.finish_reason])
+                span.set_attribute("gen_ai.usage.output_tokens", len(generation.token_ids))
+                if generation.cached_tokens is not None:
+                    key = "gen_ai.usage.cache_read.input_tokens"
+                    span.set_attribute(key, generation.cached_tokens)
+
+            yield tell
+
+    @contextmanager
+    def tool_call(self, call_id: str, name: str) -> Iterator[Callable[[CallResult], None]]:
+        """`execute_tool` around the answering of one call; its result is how the call ended."""
+        attributes = {
+            "gen_ai.tool.name": name,
+            "gen_ai.tool.call.id": call_id,
             "gen_ai.tool.type": "function",
         }
-        with self.span("execute_tool", line.name, attributes) as span:
-            await answer()
-            span.set_attributes(
-                {
-                    "turntrace.tool.status": line.status,
-                    "turntrace.tool.attempts": len(line.attempts),
-                }
-            )
-            if line.status != "ok":
-                fail(span, line.status)
+        with self.span("execute_tool", name, attributes) as span:
+
+            def tell(result: CallResult) -> None:
+                span.set_attribute("turntrace.tool.status", result.status)
+                span.set_attribute("turntrace.tool.attempts", len(result.attempts))
+                if result.status != "ok":
+                    fail(span, result.status)
+
+            yield tell
 
     def close(self) -> None:
-        """Sends what is left, for a few seconds at most."""
+        """Sends the remaining spans, for a few seconds at most."""
         self._provider.shutdown()
         _LOGGER.removeHandler(self._warning)
 
 
 def fail(span: Span, error_type: str, description: str | None = None) -> None:
-    """Marks the span as failed, as the conventions on errors have it."""
+    """Marks the span as failed, as the conventions on recording errors say."""
     from opentelemetry.trace import Status, StatusCode
 
     span.set_attribute("error.type", error_type)
     span.set_status(Status(StatusCode.ERROR, description))
 
 
-def _outcome(conversation: Conversation) -> dict[str, Any]:
-    sampled = sum(turn.end - turn.start for turn in conversation.turns)
-    outcome = {
-        "turntrace.stop_reason": conversation.stop_reason or "cancelled",
-        "turntrace.num_turns": len(conversation.turns),
-        "gen_ai.usage.output_tokens": sampled,
+def _outcome(trajectory: Trajectory) -> dict[str, Any]:
+    outcome: dict[str, Any] = {
+        "turntrace.stop_reason": trajectory.stop_reason,
+        "turntrace.num_turns": trajectory.num_turns,
+        "gen_ai.usage.output_tokens": sum(turn.end - turn.start for turn in trajectory.turns),
     }
-    return outcome | (
-        {"turntrace.reward": sum(conversation.rewards.values())} if conversation.rewards else {}
-    )
-
-
-class _TracedEngine:
-    """An engine, and a span around each of its generations."""
-
-    def __init__(self, engine: Engine, tracing: Tracing) -> None:
-        self._engine = engine
-        self._tracing = tracing
-        self.describe = engine.describe
-        self.abort = engine.abort
-        self.close = engine.close
-        said = engine.describe()
-        self._model = str(said.get("model") or said.get("name"))
-        self._attributes = {
-            "gen_ai.provider.name": str(said.get("name")),
-            "gen_ai.request.model": self._model,
-        }
-
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
-    ) -> Generation:
-        asked = {
-            f"gen_ai.request.{name}": sampling[key]
-            for key, name in _REQUEST.items()
-            if key in sampling
-        }
-        attributes = {
-            **self._attributes,
-            **asked,
-            "gen_ai.response.id": request_id,
-            "gen_ai.usage.input_tokens": len(prompt_ids),
-        }
-        with self._tracing.span("chat", self._model, attributes, client=True) as span:
-            generation = await self._engine.generate(prompt_ids, sampling, request_id=request_id)
-            span.set_attribute("gen_ai.response.finish_reasons", [generation.finish_reason])
-            span.set_attribute("gen_ai.usage.output_tokens", len(generation.token_ids))
-            if generation.cached_tokens is not None:
-                span.set_attribute("gen_ai.usage.cache_read.input_tokens", generation.cached_tokens)
-            return generation
+    if trajectory.reward is not None:
+        outcome["turntrace.reward"] = trajectory.reward
+    return outcome

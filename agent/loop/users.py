@@ -1,9 +1,11 @@
-"""User turns that a program takes: verl's interactions, from the YAML that `interaction_config_path` names.
+"""User turns taken by a program: verl's interactions, from the YAML of `interaction_config_path`.
 
-A turn without a tool call is answered by the interaction that the row's `interaction_kwargs` choose: with a user
-message, or with the end of the conversation. Their contract is verl 0.6.1's (`verl/interactions/base.py`):
-`start_interaction(instance_id, **kwargs)`, `generate_response(instance_id, messages, **kwargs) -> (ends, text, reward,
-metrics)`, `finalize_interaction(instance_id)`. Each conversation has an instance of its own, finalized in every path.
+A turn without a tool call is answered by the interaction that the row's `interaction_kwargs`
+choose: with a user message, or with the end of the conversation. The contract is verl 0.6.1's
+(`verl/interactions/base.py`): `start_interaction(instance_id, **kwargs)`,
+`generate_response(instance_id, messages, **kwargs) -> (ends, text, reward, metrics)`,
+`finalize_interaction(instance_id)`. Each conversation has an instance of its own, finalized on
+every path.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import asyncio
 import contextlib
 import inspect
 import io
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
+import pydantic
 import yaml
 
 from agent.errors import ConfigError, TaskError
-from agent.loop.boundary import describe
+from agent.loop.boundary import CallTimeoutError, bounded, describe, finite
 from conversations.encoding import without_lone_surrogates
 from conversations.messages import Message
+from conversations.warning import RecordWarning
 from tools.base import ToolConfigError
 from tools.policy import nearest
 from tools.registry import import_attribute
@@ -47,9 +52,12 @@ class Interaction(Protocol):
     async def finalize_interaction(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+STEPS = ("start_interaction", "generate_response", "finalize_interaction")
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedInteraction:
-    """`timeout_s` bounds each of its coroutines: the config's, else a minute."""
+    """An interaction by name. `timeout_s` bounds each of its coroutines."""
 
     name: str
     interaction: Interaction
@@ -57,82 +65,107 @@ class LoadedInteraction:
 
 
 class Interactions(dict[str, LoadedInteraction]):
-    """All of a run's, by name. `source_text` is the YAML they came from."""
+    """All interactions of a run, by name. `source_text` is the YAML they came from."""
 
     def __init__(self, loaded: Sequence[LoadedInteraction], source_text: str) -> None:
         super().__init__((item.name, item) for item in loaded)
         self.source_text = source_text
 
     def chosen(self, kwargs: Mapping[str, Any]) -> LoadedInteraction:
-        """The one that a row's `interaction_kwargs` choose. Raises TaskError where there is none of that name."""
+        """The interaction that a row's `interaction_kwargs` choose. Raises TaskError if unknown."""
         name = kwargs.get("name", DEFAULT_NAME)
         if name not in self:
             raise TaskError(f"interaction_kwargs choose {name!r}{nearest(str(name), self)}")
         return self[name]
 
 
+# ---------------------------------------------------------------------- the YAML
+
+
+class _Config(pydantic.BaseModel):
+    """An entry's `config`: the key that is ours; all others are the interaction's."""
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+    timeout_s: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] = DEFAULT_TIMEOUT_S
+
+
+class _Entry(pydantic.BaseModel):
+    """One interaction: its class, and the name that rows choose it by."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    class_name: str
+    name: str | None = None
+    config: _Config | None = None
+
+
+class _File(pydantic.BaseModel):
+    """The whole file, as verl writes it."""
+
+    interaction: Annotated[list[_Entry], pydantic.Field(min_length=1)]
+
+
 def load_interactions(path: Path) -> Interactions:
-    """The interactions of a YAML file. Raises ConfigError with one line: the file, the entry, what is wrong."""
+    """The interactions of a YAML file, each constructed once.
+
+    Raises ConfigError with one line: the file, the entry, what is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         document = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    entries = document.get("interaction") if isinstance(document, Mapping) else None
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(
-            f"{path}: expected `interaction:` over a list of class_name, name and config"
-        )
+    try:
+        entries = _File.model_validate(document).interaction
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {_mistake(error)}") from error
     loaded: list[LoadedInteraction] = []
     for index, entry in enumerate(entries):
         try:
             loaded.append(_load(entry, path))
         except (ConfigError, ToolConfigError) as error:
-            raise ConfigError(f"{path}: entry {index}: {error}") from error
-    if len({item.name for item in loaded}) < len(loaded):
-        raise ConfigError(
-            f"{path}: each interaction needs a name of its own, got {', '.join(item.name for item in loaded)}"
-        )
+            raise ConfigError(f"{path}: interaction.{index}: {error}") from error
+    names = [item.name for item in loaded]
+    if len({*names}) < len(names):
+        raise ConfigError(f"{path}: each interaction needs its own name, got {', '.join(names)}")
     return Interactions(loaded, text)
 
 
-def _load(entry: Any, path: Path) -> LoadedInteraction:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("class_name"), str):
-        raise ConfigError(
-            "expected class_name (package.module.Class), and name and config where needed"
-        )
-    config = entry.get("config") or {}
-    if not isinstance(config, Mapping):
-        raise ConfigError(f"config must be a mapping, got {type(config).__name__}")
-    module, _, class_name = entry["class_name"].rpartition(".")
-    name = entry.get("name") or class_name.removesuffix("Interaction").lower()
-    timeout_s = config.get("timeout_s", DEFAULT_TIMEOUT_S)
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        raise ConfigError(f"config.timeout_s must be a number above 0, got {timeout_s!r}")
+def _mistake(error: pydantic.ValidationError) -> str:
+    """The first mistake, in one line: the key, what is wrong, what the file should hold."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    expected = "a list `interaction:` of class_name (package.module.Class), name and config"
+    return f"{where}: {first['msg']}, got {first['input']!r:.80}; expected {expected}"
+
+
+def _load(entry: _Entry, path: Path) -> LoadedInteraction:
+    module, _, class_name = entry.class_name.rpartition(".")
+    name = entry.name or class_name.removesuffix("Interaction").lower()
+    config = entry.config or _Config()
     interaction_class = import_attribute(module, class_name, path)
+    given = config.model_dump(exclude_unset=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            made = interaction_class(config={**config, "name": name})
-    except Exception as error:
-        raise ConfigError(
-            f"{entry['class_name']} cannot be made: {type(error).__name__}: {error}"
-        ) from error
-    missing = [
-        step
-        for step in ("start_interaction", "generate_response", "finalize_interaction")
-        if not hasattr(made, step)
-    ]
+            made = interaction_class(config={**given, "name": name})
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{entry.class_name} cannot be constructed: {reason}") from error
+    missing = [step for step in STEPS if not hasattr(made, step)]
     if missing:
-        raise ConfigError(
-            f"{entry['class_name']} is no interaction: it has no {', '.join(missing)}"
-        )
-    return LoadedInteraction(str(name), made, float(timeout_s))
+        raise ConfigError(f"{entry.class_name} is no interaction: it has no {', '.join(missing)}")
+    return LoadedInteraction(name, made, config.timeout_s)
+
+
+# ---------------------------------------------------------------------- one conversation's user
 
 
 class SimulatedUser:
-    """One conversation's user. Nothing here raises but for cancellation; a failure ends the user's part.
+    """One conversation's user. Nothing here raises but cancellation; a failure ends the user's part.
 
-    `rewards` are those of its turns, in order, the one that ended the conversation included. `failures` say what went wrong.
+    `turns` counts the answers. `rewards` are those of the user's turns in order, the one that
+    ended the conversation included. `failures` say what went wrong.
     """
 
     def __init__(self, loaded: LoadedInteraction, kwargs: Mapping[str, Any]) -> None:
@@ -142,6 +175,7 @@ class SimulatedUser:
         self.turns = 0
         self.rewards: list[float] = []
         self.failures: list[str] = []
+        self.warnings: list[RecordWarning] = []
 
     async def start(self) -> None:
         """Starts the instance."""
@@ -152,37 +186,43 @@ class SimulatedUser:
         )
 
     async def reply(self, messages: Sequence[Message]) -> str | None:
-        """What the user says to the conversation so far; None where the user is done, or failed."""
+        """What the user says to the conversation so far; None if the user is content, or failed."""
         if self.failures:
             return None
         seen = [{"role": message["role"], "content": message["content"]} for message in messages]
-        return await self._bounded("generate_response", lambda: self._answer(seen))
-
-    async def _answer(self, seen: list[dict[str, Any]]) -> str | None:
-        ends, text, reward, _ = await self._loaded.interaction.generate_response(
-            self._instance_id or "", seen, **self._kwargs
+        instance_id = self._instance_id or ""
+        return await self._bounded(
+            "generate_response",
+            lambda: self._loaded.interaction.generate_response(instance_id, seen, **self._kwargs),
+            self._read,
         )
+
+    def _read(self, answer: tuple[bool, str, Any, Any]) -> str | None:
+        """Notes the reward of an answer that came in time; returns what the user says."""
+        ends, text, reward, _ = answer
         self.turns += 1
         if reward is not None:
-            self.rewards.append(_reward(reward))
+            self.rewards.append(finite(reward))
         if ends:
             return None
         if not isinstance(text, str):
             raise TypeError(f"expected the user's words as a string, got {type(text).__name__}")
         return without_lone_surrogates(text)
 
-    async def finalize(self) -> None:
-        """Ends the instance, once, whether or not it was started to the end, and if the conversation is cancelled meanwhile."""
+    async def finalize(self, within_s: float = math.inf) -> None:
+        """Ends the instance, once, within `within_s`; also if the start failed or we are cancelled."""
         instance_id, self._instance_id = self._instance_id, None
         if instance_id is None:
             return
         ending = asyncio.ensure_future(
-            self._bounded("finalize_interaction", lambda: self._finalized(instance_id))
+            self._bounded(
+                "finalize_interaction", lambda: self._finalized(instance_id), within_s=within_s
+            )
         )
         try:
             await asyncio.shield(ending)
         except asyncio.CancelledError:
-            await asyncio.wait((ending,))  # bounded by its time-out
+            await asyncio.wait((ending,))  # bounded by its timeout
             raise
 
     def _finalized(self, instance_id: str) -> Awaitable[Any]:
@@ -190,24 +230,20 @@ class SimulatedUser:
         finalize = self._loaded.interaction.finalize_interaction
         return finalize(instance_id) if inspect.signature(finalize).parameters else finalize()
 
-    async def _bounded(self, step: str, begin: Callable[[], Awaitable[T]]) -> T | None:
-        """What the coroutine that `begin` makes returns. That, too, may raise: a class may not take what a row gives it."""
-        deadline = asyncio.timeout(self._loaded.timeout_s)
+    async def _bounded(
+        self,
+        step: str,
+        begin: Callable[[], Awaitable[T]],
+        read: Callable[[T], str | None] = lambda result: None,
+        within_s: float = math.inf,
+    ) -> str | None:
+        """What `read` makes of the result of `begin`'s coroutine; None, and a failure, if one fails."""
+        timeout_s = min(self._loaded.timeout_s, within_s)
         try:
-            async with deadline:
-                return await begin()
+            return read(await bounded(begin, timeout_s))
+        except CallTimeoutError:
+            reason = f"took more than {timeout_s:g} s"
         except Exception as error:
-            took = (
-                f"took more than {self._loaded.timeout_s:g} s"
-                if deadline.expired()
-                else f"failed: {describe(error)}"
-            )
-            self.failures.append(f"interaction {self._loaded.name}: {step} {took}")
+            reason = f"failed: {describe(error)}"
+        self.failures.append(f"interaction {self._loaded.name}: {step} {reason}")
         return None
-
-
-def _reward(value: Any) -> float:
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, (int, float)) and abs(value) < float("inf"):
-        return float(value)
-    raise TypeError(f"expected a finite number as the user turn's reward, got {value!r:.100}")

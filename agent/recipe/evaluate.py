@@ -17,7 +17,7 @@ from rich.console import Console
 
 from agent.config.config import Config, load_config
 from agent.loop.batch import Progress, run_tasks
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.model.base import BASE_NAME, model_dir
 from agent.recipe import data, heldout, report

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from agent.commands.tasks_work import whole_number
-from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from agent.loop.tasks import Task
 from agent.recipe import symbolic
 from agent.recipe.data import held_out, read_gsm8k
@@ -96,13 +96,13 @@ def _broken_problems(count: int) -> Iterator[tuple[Problem, str]]:
 async def _run(dispatcher: Dispatcher, call: ToolCall) -> ToolCallRecord:
     """What the runtime's ledger says of a call, its text for the model included."""
     tools = ConversationTools(dispatcher, {}, None)
-    lines = ledger_lines([call], 0)
+    turn = PendingTurn(0, [call])
     try:
         await tools.create()
-        await tools.run([call], lines)
+        await tools.run(turn)
     finally:
         await tools.release()
-    return lines[0]
+    return turn.lines()[0]
 
 
 def _exchange(call: ToolCall, response: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from agent.engines.scripted import first_difference
+from conversations.checks.finding import first_difference as first_index
 from conversations.trajectory import ToolCallRecord, Trajectory, Turn, canonical_json
 
 NOT_COMPARED = {
@@ -100,6 +100,11 @@ class Answers:
         self.compared += 1
         self.different += bool(difference)
         self.fields += [name for name in difference if name not in self.fields]
+
+
+def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
+    """The first index at which two sequences differ, the shorter one's end included; None if equal."""
+    return None if one == other else first_index(one, other)
 
 
 def compare(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Divergence | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from agent.loop.conversation import Conversation
 from agent.replay.compare import (
     Answers,
     Scope,
@@ -22,7 +23,6 @@ from agent.replay.compare import (
     compared_answers,
     logprob_difference,
 )
-from agent.replay.conversation import ReplayedConversation
 from agent.replay.tools import LiveTools
 from conversations.errors import RunFolderError
 from conversations.run.store import RunFolder
@@ -81,22 +81,20 @@ class ComparingStore:
         self._scope = scope
         self._lines = lines
         self._tell = tell
-        self._running: dict[str, ReplayedConversation] = {}
+        self._running: dict[str, tuple[Trajectory, Conversation]] = {}
 
-    def watched(
-        self, conversations: Iterable[ReplayedConversation]
-    ) -> Iterator[ReplayedConversation]:
-        """The conversations, remembered until they are on disk."""
-        for conversation in conversations:
-            self._running[f"{conversation.task.id}-{conversation.sample}"] = conversation
+    def watched(self, replays: Iterable[tuple[Trajectory, Conversation]]) -> Iterator[Conversation]:
+        """The conversations, remembered with what they replay until they are on disk."""
+        for record, conversation in replays:
+            self._running[f"{conversation.task.id}-{conversation.sample}"] = record, conversation
             yield conversation
 
     def append(self, trajectory: Trajectory) -> None:
         """Compares, notes, and writes a finished conversation."""
         trajectory.to_line()  # what has no JSON form is refused before anything is noted
-        conversation = self._running[trajectory.id]
+        record, conversation = self._running[trajectory.id]
         tools = conversation.tools if isinstance(conversation.tools, LiveTools) else None
-        line = outcome(conversation.record, trajectory, self._scope, tools)
+        line = outcome(record, trajectory, self._scope, tools)
         self._note(line)
         self._folder.append(trajectory)
         del self._running[trajectory.id]

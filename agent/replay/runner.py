@@ -19,9 +19,11 @@ from agent.engines.scripted import recorded
 from agent.errors import AgentError
 from agent.loop.batch import Progress, run_conversations
 from agent.loop.calls import ConversationTools
-from agent.loop.loop import Runtime
+from agent.loop.conversation import Conversation, Counterparts
+from agent.loop.runtime import Runtime
+from agent.loop.tasks import recorded_task
+from agent.loop.users import SimulatedUser
 from agent.replay.compare import Scope
-from agent.replay.conversation import ReplayedConversation, played_back
 from agent.replay.outcome import (
     FAILED,
     IDENTICAL,
@@ -32,11 +34,13 @@ from agent.replay.outcome import (
     earlier_lines,
     outcome,
 )
+from agent.replay.playback import played_back
 from agent.replay.report import as_json, show
 from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
+from agent.replay.restored import replayed
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_interactions, live_tools, replay_config
-from agent.replay.user import RecordedUser, has_user
+from agent.replay.user import AskedAgainUser, RecordedUser, has_user
 from agent.runs.ending import (
     DONE,
     INCOMPLETE,
@@ -271,55 +275,66 @@ async def _conversations(
     with (request.out / REPLAY).open("a" if request.resume else "w", encoding="utf-8") as lines:
         store = ComparingStore(folder, plan.scope, lines, tally.add)
         await run_conversations(
-            store.watched(_made(plan, session, folder)),
+            store.watched(_replays(plan, session, folder)),
             max_concurrent=plan.config.rollout.max_num_seqs,
             store=store,
             progress=progress,
         )
 
 
-def _made(plan: Plan, session: Session, folder: RunFolder) -> Iterator[ReplayedConversation]:
-    """The conversations that are not there yet, each made from its record when there is room for it."""
+def _replays(
+    plan: Plan, session: Session, folder: RunFolder
+) -> Iterator[tuple[Trajectory, Conversation]]:
+    """What is missing: each record with its replay, made when there is room for it."""
     n = plan.request.n
     for name in plan.choice.ids:
         task_id, _, sample = name.rpartition("-")
-        missing = [
-            number
-            for number in range(int(sample) * n, int(sample) * n + n)
-            if (task_id, number) not in folder.done
-        ]
-        for number in missing:
-            yield _conversation(plan, plan.run[name], number, session.runtime)
+        for number in range(int(sample) * n, int(sample) * n + n):
+            if (task_id, number) not in folder.done:
+                record = plan.run[name]
+                yield record, _conversation(plan, record, number, session.runtime)
 
 
-def _conversation(
-    plan: Plan, record: Trajectory, sample: int, runtime: Runtime
-) -> ReplayedConversation:
+def _conversation(plan: Plan, record: Trajectory, sample: int, runtime: Runtime) -> Conversation:
     """One replay of `record`, with the model and the tools that were asked for."""
     request = plan.request
     kept = kept_turns(record, request.from_turn)
     if not request.live_model:
         runtime = played_back(runtime, record, kept or 0)
+    counterparts = Counterparts(
+        _tools(plan, record, kept, runtime), _user(plan, record, kept, runtime)
+    )
     parent = {"run": plan.run.path.resolve().name, "id": record.id, "turn": kept}
-    made = ReplayedConversation(record, sample, runtime, parent, kept=kept)
-    made.given_tools = _tools(plan, made)
-    if runtime.interactions is None and has_user(record):
-        made.given_user = RecordedUser(record, live_model=request.live_model)
-    return made
+    return replayed(record, sample, runtime, counterparts, kept=kept, parent=parent)
 
 
-def _tools(plan: Plan, made: ReplayedConversation) -> ConversationTools | None:
-    live_model, dispatcher = plan.request.live_model, made.runtime.dispatcher
+def _tools(
+    plan: Plan, record: Trajectory, kept: int | None, runtime: Runtime
+) -> ConversationTools | None:
+    live_model = plan.request.live_model
     if not plan.request.live_tools:
-        recorded_answers = make_dispatcher(plan.config, stand_ins(made.record), plan.template)
-        return RecordedTools(
-            made.record, recorded_answers, live_model=live_model, kept=made.kept or 0
-        )
-    if dispatcher is None:
+        recorded_answers = make_dispatcher(plan.config, stand_ins(record), plan.template)
+        return RecordedTools(record, recorded_answers, live_model=live_model, kept=kept or 0)
+    if runtime.dispatcher is None:
         return None
     return LiveTools(
-        dispatcher, made.task, made.record, recorded_prompt=not live_model or made.kept is not None
+        runtime.dispatcher,
+        recorded_task(record),
+        record,
+        turns=kept,
+        recorded_prompt=not live_model or kept is not None,
+        observer=runtime.observer,
     )
+
+
+def _user(
+    plan: Plan, record: Trajectory, kept: int | None, runtime: Runtime
+) -> SimulatedUser | None:
+    if runtime.interactions is None:
+        if not has_user(record):
+            return None
+        return RecordedUser(record, live_model=plan.request.live_model, kept=kept or 0)
+    return AskedAgainUser.of(recorded_task(record), record, kept or 0, runtime)
 
 
 def _verdict(plan: Plan, tally: Tally, console: Console) -> int:

@@ -1,8 +1,9 @@
-"""The tools of a replayed conversation: recorded answers, or today's tools with an eye on what was recorded.
+"""The tools of a replayed conversation: recorded answers, or today's tools compared with the record.
 
-Invariant: a recorded answer is given only to the call that got it (same turn and place, name and arguments) while every
-call before it was the same too, so that a tool with state would be in the state it was in. Which calls reach a tool at
-all is not taken from the record: today's code parses, checks and limits them as it would in a run.
+Invariant: a recorded answer is given only to the call that got it (same turn and place, name and
+arguments), and only if every call before it was the same too, so that a tool with state would be in
+the state that it was in. Which calls reach a tool at all is not taken from the record: today's code
+parses, checks and limits them as in a run.
 """
 
 from __future__ import annotations
@@ -10,50 +11,42 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agent.errors import EndConversation
-from agent.loop.calls import Call, ConversationTools, Dispatcher
+from agent.errors import EndConversation, EngineError
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
+from agent.loop.ledger import CallResult, result_of
+from agent.loop.observer import Observer
 from agent.loop.tasks import Task, given_length
 from agent.replay.compare import answer_difference, same_call
+from agent.replay.restored import sampled_messages
 from conversations.messages import Message, ToolCall
 from conversations.trajectory import ToolCallRecord, Trajectory
+from conversations.warning import RecordWarning
 from tools.base import BaseTool, ToolResponse
 from tools.toolset import LoadedTool, ToolSet, loaded_tool
 
 LOOP_WARNINGS = frozenset({"control_tokens", "history_rewritten", "unknown_ids"})
 """The kinds that the loop finds again in a replay; the others of a record are copied."""
 
-_ANSWER_FIELDS = (
-    "status",
-    "response",
-    "full_response",
-    "reward",
-    "metrics",
-    "attempts",
-    "queue_s",
-    "run_s",
-    "error",
-)
+REACHED = frozenset({"ok", "tool_error", "backend_error", "timeout", "cancelled"})
+
+NO_ANSWER = CallResult("cancelled", error="replay: no recorded answer")
 
 
 def reached_a_tool(line: ToolCallRecord) -> bool:
-    """Whether a recorded call was given to its tool, or was about to be: it may have changed the tool's state."""
-    return bool(line.attempts) or line.status in (
-        "ok",
-        "tool_error",
-        "backend_error",
-        "timeout",
-        "cancelled",
-    )
+    """Whether a recorded call was given to its tool, or about to be: it may have changed its state."""
+    return bool(line.attempts) or line.status in REACHED
 
 
 class RecordedTools(ConversationTools):
-    """Answers with what the ledger of `record` has. Nothing is imported and nothing runs; `dispatcher` holds `stand_ins(record)`.
+    """Answers with what the ledger of `record` has. Nothing is imported and nothing runs.
 
-    A call that the record has no answer for ends the conversation as `cancelled`. `kept` turns are in the conversation
-    already. With a live model the recorded reward is given only where all recorded calls were made again.
+    `dispatcher` holds `stand_ins(record)`. A call without a recorded answer ends the conversation
+    with `cancelled`. The first `kept` turns were answered already. With a live model the recorded
+    reward is given only if all recorded calls were made again.
     """
 
     def __init__(
@@ -67,9 +60,7 @@ class RecordedTools(ConversationTools):
             for line in record.tool_calls
             if line.turn >= kept and reached_a_tool(line)
         }
-        self.warnings = [
-            warning for warning in record.warnings if warning.kind not in LOOP_WARNINGS
-        ]
+        self.warnings = [one for one in record.warnings if one.kind not in LOOP_WARNINGS]
 
     async def create(self) -> list[Message]:
         """What the tools said when they were created."""
@@ -79,45 +70,52 @@ class RecordedTools(ConversationTools):
             self.failure = record.error
         if not record.prompt_ids and record.stop_reason in ("cancelled", "deadline"):
             raise EndConversation(record.stop_reason, record.error)
-        first = next(
-            (i for i, message in enumerate(record.messages) if message.get("raw") is not None), None
-        )
-        return record.messages[given_length(record) : first]
+        sampled = sampled_messages(record)
+        return record.messages[given_length(record) : sampled[0] if sampled else None]
 
-    async def run(self, calls: Sequence[Call], lines: Sequence[ToolCallRecord]) -> None:
-        """Fills in the ledger lines of a turn: by our own code where no tool is asked, else from the record."""
-        await super().run(calls, lines)
+    async def run(self, turn: PendingTurn) -> None:
+        """Answers a turn's calls: by our own code if no tool is asked, else from the record."""
+        await super().run(turn)
         recorded = {
-            line.call_id: line for line in self._record.tool_calls if line.turn == lines[0].turn
+            line.call_id: line for line in self._record.tool_calls if line.turn == turn.number
         }
-        missing = [line for line in lines if not self._fill(line, recorded.get(line.call_id))]
+        missing = [line for line in turn.lines() if not self._answer_again(turn, line, recorded)]
         if missing:
-            raise EndConversation(
-                "cancelled",
-                f"replay: {missing[0].call_id} ({missing[0].name}) is a call without a recorded answer",
-            )
-        if unmade := [call_id for call_id, turn in self._open.items() if turn <= lines[0].turn]:
-            raise EndConversation("cancelled", f"replay: {unmade[0]} of the record was not made")
+            line = missing[0]
+            text = f"replay: {line.call_id} ({line.name}) is a call without a recorded answer"
+            raise EndConversation("cancelled", text)
+        if not_made := [named for named, number in self._open.items() if number <= turn.number]:
+            text = f"replay: {not_made[0]} of the record was not made"
+            raise EndConversation("cancelled", text)
         if any(map(self._is_cut_off, recorded.values())):
             raise EndConversation(self._record.stop_reason, self._record.error)
 
-    def _fill(self, line: ToolCallRecord, recorded: ToolCallRecord | None) -> bool:
-        """Puts the recorded answer in the place of a stand-in's, and cuts our own answers as the record's are; False without one."""
-        if recorded is None or not same_call(line, recorded):
-            if not line.attempts:
+    def _answer_again(
+        self, turn: PendingTurn, line: ToolCallRecord, recorded: dict[str, ToolCallRecord]
+    ) -> bool:
+        """Puts the recorded result in the place of a stand-in's; False if there is none.
+
+        What our own code answered is shortened as the record's answer is.
+        """
+        index = turn.call_ids().index(line.call_id)
+        result, old = turn.results[index], recorded.get(line.call_id)
+        if old is None or not same_call(line, old):
+            if not result.attempts:
                 return True
-            _copy_answer(line, ToolCallRecord("", 0, "", {}, error="replay: no recorded answer"))
+            turn.results[index] = NO_ANSWER
             return False
-        if not line.attempts and not self._is_cut_off(recorded):  # no tool was asked
-            if _whole(line) == _whole(recorded) and line.status == recorded.status:
-                line.response, line.full_response = recorded.response, recorded.full_response
+        if not result.attempts and not self._is_cut_off(old):  # no tool was asked
+            if _whole(result) == _whole(old) and result.status == old.status:
+                turn.results[index] = dataclasses.replace(
+                    result, response=old.response, full_response=old.full_response
+                )
             return True
-        _copy_answer(line, recorded)
+        turn.results[index] = result_of(old)
         self._open.pop(line.call_id, None)
-        return recorded.response is not None or self._is_cut_off(recorded)
+        return old.response is not None or self._is_cut_off(old)
 
     def _is_cut_off(self, recorded: ToolCallRecord) -> bool:
-        """A call that was not answered when the recorded conversation was cut off."""
+        """Whether a call was not answered because the recorded conversation was cut off."""
         is_last = recorded.turn == len(self._record.turns) - 1
         return (
             is_last
@@ -125,7 +123,7 @@ class RecordedTools(ConversationTools):
             and self._record.stop_reason in ("cancelled", "deadline")
         )
 
-    async def rewards(self) -> dict[str, Any]:
+    async def rewards(self, within_s: float = math.inf) -> dict[str, Any]:
         """The recorded reward, as far as it belongs to these calls."""
         if not self._live_model:
             return self._record.reward_parts
@@ -136,27 +134,35 @@ class RecordedTools(ConversationTools):
         }
 
 
-def _copy_answer(line: ToolCallRecord, recorded: ToolCallRecord) -> None:
-    for name in _ANSWER_FIELDS:
-        setattr(line, name, getattr(recorded, name))
-
-
-def _whole(line: ToolCallRecord) -> str | None:
-    return line.response if line.full_response is None else line.full_response
+def _whole(answer: CallResult | ToolCallRecord) -> str | None:
+    return answer.response if answer.full_response is None else answer.full_response
 
 
 class LiveTools(ConversationTools):
-    """Today's tools. `differences` holds, as JSON, what they answered otherwise outside of the conversation's own turns.
+    """Today's tools, brought into the state that they were in after the first `turns` turns.
 
-    With `recorded_prompt` the model was shown the record's schemas, and these stand in the new record.
+    `differences` holds, as JSON, what they answered differently outside of the conversation's own
+    turns. `turns` is None if the conversation starts anew. With `recorded_prompt` the model was
+    shown the record's schemas, and these stand in the new record. With `resumes` the differences
+    are warnings, too.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, task: Task, record: Trajectory, *, recorded_prompt: bool
+        self,
+        dispatcher: Dispatcher,
+        task: Task,
+        record: Trajectory,
+        *,
+        turns: int | None,
+        recorded_prompt: bool = False,
+        resumes: bool = False,
+        observer: Observer | None = None,
     ) -> None:
-        super().__init__(dispatcher, task.tools_kwargs, task.ground_truth)
+        super().__init__(dispatcher, task.tools_kwargs, task.ground_truth, observer)
         self._record = record
+        self._turns = turns
         self._recorded_prompt = recorded_prompt
+        self._resumes = resumes
         self._turns_run: set[int] = set()
         self.differences: list[dict[str, Any]] = []
         self.asked_again: list[tuple[ToolCallRecord, ToolCallRecord]] = []
@@ -166,13 +172,38 @@ class LiveTools(ConversationTools):
         """The schemas that stand in the prompt."""
         return self._record.tools if self._recorded_prompt else super().schemas
 
-    async def run(self, calls: Sequence[Call], lines: Sequence[ToolCallRecord]) -> None:
-        """Runs a turn's calls."""
-        self._turns_run.add(lines[0].turn)
-        await super().run(calls, lines)
+    async def create(self) -> list[Message]:
+        """Creates the tools, and makes the recorded calls of the first `turns` turns again.
 
-    async def rebuild(self, turns: int, created: Sequence[Message]) -> None:
-        """Brings the tools into the state after the first `turns` recorded turns: their calls are made again, in silence."""
+        Raises EngineError if a backend fails meanwhile: nothing can go on from there.
+        """
+        created = await super().create()
+        if self._turns is None:
+            return created
+        self._compare_created(created)
+        await self._make_again(range(self._turns))
+        if self._resumes:
+            self._warn_of_differences()
+        for _, line in self.asked_again:
+            if line.status == "backend_error":
+                raise EngineError(f"{line.call_id} could not be made again: {line.error}")
+        return created
+
+    async def run(self, turn: PendingTurn) -> None:
+        """Runs a turn's calls."""
+        self._turns_run.add(turn.number)
+        await super().run(turn)
+
+    async def ended_early(self) -> None:
+        """Makes the recorded calls that the conversation did not come to, to compare the answers.
+
+        The record is not touched.
+        """
+        await self._make_again(
+            sorted({line.turn for line in self._record.tool_calls} - self._turns_run)
+        )
+
+    def _compare_created(self, created: Sequence[Message]) -> None:
         recorded = self._record.messages[given_length(self._record) :]
         before = [
             message["content"]
@@ -181,61 +212,54 @@ class LiveTools(ConversationTools):
         ]
         now = [message["content"] for message in created]
         if before != now:
-            self.differences.append(
-                {
-                    "call_id": None,
-                    "name": None,
-                    "recorded": {"created": before},
-                    "replayed": {"created": now},
-                }
-            )
-        await self._again(range(turns))
+            self._note(None, None, {"created": before}, {"created": now})
 
-    async def run_rest(self) -> None:
-        """Makes the recorded calls that the conversation did not come to, to compare their answers too; the record is not touched."""
-        await self._again(sorted({line.turn for line in self._record.tool_calls} - self._turns_run))
-
-    async def _again(self, turns: Iterable[int]) -> None:
+    async def _make_again(self, turns: Iterable[int]) -> None:
         written = _written_arguments(self._record)
         for turn in turns:
             lines = [
                 line
                 for line in self._record.tool_calls
-                if line.turn == turn and reached_a_tool(line)
+                if line.turn == turn and line.call_id in written and reached_a_tool(line)
             ]
-            if known := [
-                (line, written[line.call_id]) for line in lines if line.call_id in written
-            ]:
-                await self._ask_again(turn, known)
+            if lines:
+                await self._ask_again(turn, lines, written)
 
     async def _ask_again(
-        self, turn: int, recorded: Sequence[tuple[ToolCallRecord, dict[str, Any]]]
+        self, turn: int, lines: Sequence[ToolCallRecord], written: dict[str, dict[str, Any]]
     ) -> None:
         self._turns_run.add(turn)
-        fresh = [
-            ToolCallRecord(line.call_id, turn, line.name, arguments) for line, arguments in recorded
-        ]
-        await super().run(
-            [ToolCall(line.name, arguments, "") for line, arguments in recorded], fresh
-        )
-        for (old, _), new in zip(recorded, fresh, strict=True):
+        calls = [ToolCall(line.name, written[line.call_id], "") for line in lines]
+        fresh = PendingTurn(turn, calls)
+        await super().run(fresh)
+        for old, answer in zip(lines, fresh.lines(), strict=True):
             if old.status == "cancelled":
                 continue
+            new = dataclasses.replace(answer, call_id=old.call_id)
             self.asked_again.append((old, new))
             if difference := answer_difference(old, new):
-                sides = [{name: pair[side] for name, pair in difference.items()} for side in (0, 1)]
-                self.differences.append(
-                    {
-                        "call_id": old.call_id,
-                        "name": old.name,
-                        "recorded": sides[0],
-                        "replayed": sides[1],
-                    }
+                before, now = (
+                    {name: pair[side] for name, pair in difference.items()} for side in (0, 1)
                 )
+                self._note(old.call_id, old.name, before, now)
+
+    def _note(
+        self, named: str | None, name: str | None, recorded: dict[str, Any], now: dict[str, Any]
+    ) -> None:
+        self.differences.append(
+            {"call_id": named, "name": name, "recorded": recorded, "replayed": now}
+        )
+
+    def _warn_of_differences(self) -> None:
+        names = {one["name"] or "what tools say when created" for one in self.differences}
+        self.warnings += [
+            RecordWarning("tools_differ", f"{name}: not what was recorded, when asked again")
+            for name in sorted(names)
+        ]
 
 
 def _written_arguments(record: Trajectory) -> dict[str, dict[str, Any]]:
-    """The arguments of each call as the model wrote them: the ledger's have lost the order of their keys."""
+    """The arguments of each call as the model wrote them: the ledger's lost the order of their keys."""
     calls = [
         call
         for message in record.messages
@@ -253,7 +277,7 @@ def _written_arguments(record: Trajectory) -> dict[str, dict[str, Any]]:
 
 
 class _StandIn(BaseTool):
-    """Takes every call; `RecordedTools` puts the recorded answer in the place of its own."""
+    """Accepts every call; `RecordedTools` puts the recorded answer in the place of its own."""
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
@@ -262,7 +286,10 @@ class _StandIn(BaseTool):
 
 
 def stand_ins(record: Trajectory) -> ToolSet:
-    """The tools offered in a record, as what answers calls instead of them. Those whose success ended the conversation do so again."""
+    """Stand-ins for the tools offered in a record.
+
+    Those whose success ended the conversation end it again.
+    """
     ending = _ending(record)
     tools = [_stand_in(json.dumps(schema)) for schema in record.tools]
     return ToolSet(
@@ -278,7 +305,7 @@ def _stand_in(schema: str) -> LoadedTool:
 
 
 def _ending(record: Trajectory) -> set[str]:
-    """The tools that may have ended the conversation: they answered in its last turn, and in no turn before."""
+    """The tools that may have ended the conversation: they succeeded in its last turn alone."""
     if record.stop_reason != "tool_stop":
         return set()
     last = len(record.turns) - 1

@@ -19,7 +19,7 @@ from agent.engines.engine import Engine
 from agent.engines.scripted import recorded
 from agent.errors import ConfigError
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
 from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate
@@ -115,7 +115,7 @@ def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> D
     multi_turn = config.rollout.multi_turn
     limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
     cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
-    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls, cut=cut)
+    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls, shorten=cut)
 
 
 def loop_settings(

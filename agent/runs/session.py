@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from agent.engines.engine import Engine
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tracing import start_tracing
 from agent.runs.parts import Parts, loop_settings, start_engine
 
@@ -52,7 +52,7 @@ class Session:
         try:
             self.engine = self._started.result()
             runtime = parts.runtime(self.engine, parts.config.sampling(validate))
-            self.runtime = self._tracing.traced(runtime) if self._tracing else runtime
+            self.runtime = dataclasses.replace(runtime, observer=self._tracing)
         except BaseException:
             self.close()
             raise

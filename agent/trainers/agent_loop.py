@@ -33,12 +33,14 @@ from verl.utils.rollout_trace import rollout_trace_op
 from agent.config.config import Config
 from agent.errors import ConfigError
 from agent.loop.batch import run_conversations
-from agent.loop.loop import Conversation, Runtime
+from agent.loop.conversation import Conversation
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.runs.manifest import versions
 from agent.runs.parts import config_interactions, config_tools, make_template, prepare
 from agent.trainers.client import VerlClientEngine
-from agent.trainers.layout import batch_tasks, why_not_trained
+from agent.trainers.layout import batch_tasks, has_failed, why_not_trained
 from agent.trainers.options import (
     TrainerOptions,
     checked_options,
@@ -102,7 +104,7 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
             worker.offered(task), sample, worker.runtime(engine, sampling_params)
         )
         progress = await run_conversations([conversation], store=worker.store)
-        record = conversation.trajectory()
+        record = trajectory_of(conversation)
         if reason := why_not_trained(record):
             logger.warning("conversation %s is not trained on: %s", record.task_id, reason)
         for lost in progress.lost:
@@ -208,7 +210,7 @@ class _Worker:
         """
         ids, mask = one.response_ids, one.response_mask
         logprobs = [value or 0.0 for value in one.response_logprobs]
-        if one.infra_error or one.stop_reason == "cancelled":
+        if has_failed(one) or one.stop_reason == "cancelled":
             mask = [0] * len(ids)
         # verl's worker can neither pad an empty list nor score it
         nothing = [self.parts.template.end_id]

@@ -17,7 +17,8 @@ from typing import Any
 from agent.engines.engine import Engine
 from agent.errors import ConfigError
 from agent.loop.batch import run_conversations
-from agent.loop.loop import Conversation
+from agent.loop.conversation import Conversation
+from agent.loop.record import trajectory_of
 from agent.loop.tasks import Task
 from agent.runs.parts import config_interactions, config_tools, make_template, prepare
 from agent.trainers.layout import batch_tasks, why_not_trained
@@ -103,7 +104,7 @@ class TrainerBatches:
                 on_done=lambda one: ended.add((one.task_id, one.sample)),
             )
         trajectories = [
-            _as_it_ended(conversation.trajectory(), ended) for conversation in conversations
+            _as_it_ended(trajectory_of(conversation), ended) for conversation in conversations
         ]
         _warn(trajectories, progress.lost)
         return trajectories

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-from agent.engines.engine import Generation, SamplingParams
-from agent.errors import EndConversation, EngineError
+from agent.engines.engine import EndedGeneration, Generation, SamplingParams
+from agent.errors import EngineError
 from agent.loop.boundary import describe
 
 ABORTED = ("abort", "aborted")
@@ -54,7 +54,7 @@ class VerlClientEngine:
     ) -> Generation:
         """Samples one turn.
 
-        Raises EngineError if verl's servers failed, EndConversation if the trainer aborted the
+        Raises EngineError if verl's servers failed, EndedGeneration if the trainer aborted the
         turn.
         """
         limit = sampling["max_new_tokens"]
@@ -74,7 +74,7 @@ class VerlClientEngine:
         generation = _generation(output, limit, sampling["stop_token_ids"])
         if generation.finish_reason == "abort":
             partial = generation if generation.token_ids else None
-            raise EndConversation("cancelled", None, partial)
+            raise EndedGeneration("cancelled", "the trainer aborted the request", partial)
         return generation
 
     async def abort(self, request_id: str) -> None:

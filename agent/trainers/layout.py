@@ -71,9 +71,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def has_failed(one: Trajectory) -> bool:
+    """Whether a conversation has no reward because something failed: infrastructure, or its template."""
+    return one.infra_error or one.stop_reason == "engine_error"
+
+
 def why_not_trained(one: Trajectory) -> str | None:
     """Why a trajectory cannot be trained on; None if it can, or if it was cut off on purpose."""
-    if one.infra_error:
+    if has_failed(one):
         return one.error or "a tool's backend failed"
     if one.stop_reason == "prompt_too_long":
         return (
@@ -145,7 +150,7 @@ def _trainable(one: Trajectory, prompt_length: int) -> Trajectory:
     one = replace(one, prompt_ids=one.prompt_ids[-prompt_length:])
     if one.stop_reason == "cancelled":
         return replace(one, response_ids=[], response_mask=[], response_logprobs=[])
-    if one.infra_error:
+    if has_failed(one):
         return replace(one, response_mask=[0] * len(one.response_ids))
     return one
 

@@ -74,7 +74,10 @@ def _failure(trajectory: Trajectory) -> Iterator[Finding]:
     """Who failed is told the same way everywhere."""
     failed = [line.call_id for line in trajectory.tool_calls if line.status == "backend_error"]
     if not trajectory.infra_error:
-        if trajectory.stop_reason == "engine_error" or (
+        # A chat template that refuses the messages ends a conversation with its reason, which is
+        # not infrastructure: the same messages would be refused again.
+        is_refused = trajectory.stop_reason == "engine_error" and trajectory.error is not None
+        if (trajectory.stop_reason == "engine_error" and not is_refused) or (
             failed and trajectory.stop_reason != "cancelled"
         ):
             why = (
@@ -84,7 +87,9 @@ def _failure(trajectory: Trajectory) -> Iterator[Finding]:
             )
             yield Finding(f"{differs('infra_error', False, True)}: {why}")
         # A replay says there where it left the record, a trainer why it aborted the conversation.
-        may_say = trajectory.parent is not None or trajectory.stop_reason == "cancelled"
+        may_say = (
+            trajectory.parent is not None or trajectory.stop_reason == "cancelled" or is_refused
+        )
         if trajectory.error is not None and not may_say:
             yield Finding(
                 differs(

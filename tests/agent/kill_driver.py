@@ -21,7 +21,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
 from conversations.run.store import RUN, RunFolder
 from conversations.template import ChatTemplate
@@ -80,7 +80,7 @@ def tasks(count: int) -> Iterator[Task]:
 def run(folder: Path, count: int, seed: str, template: ChatTemplate) -> None:
     """One attempt at the whole run: a new folder, or the old one resumed."""
     dispatcher = Dispatcher(
-        ToolSet.from_tools([double]), max_parallel_calls=4, cut=lambda text: None
+        ToolSet.from_tools([double]), max_parallel_calls=4, shorten=lambda text: None
     )
     runtime = Runtime(
         Slow(template, random.Random(seed)), template, LoopSettings(4096, 4096, 8192), dispatcher

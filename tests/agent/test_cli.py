@@ -23,7 +23,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks, task_file_hash
 from conversations.run.store import RunFolder, read_manifest, read_trajectories
 from conversations.verify import verify_run
@@ -253,7 +253,9 @@ async def record(folder: Path) -> None:
         """Looks something up."""
         return "found"
 
-    dispatcher = Dispatcher(ToolSet.from_tools([look]), max_parallel_calls=1, cut=lambda text: None)
+    dispatcher = Dispatcher(
+        ToolSet.from_tools([look]), max_parallel_calls=1, shorten=lambda text: None
+    )
     runtime = Runtime(ScriptedEngine(respond), template, LoopSettings(1024, 512, 1536), dispatcher)
     (folder / "recorded").mkdir()
     with RunFolder.create(folder / "recorded", {}) as store:

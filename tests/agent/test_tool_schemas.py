@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
-from agent.loop.loop import Conversation, Runtime
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
+from agent.loop.conversation import Conversation
+from agent.loop.runtime import Runtime
 from conversations.formats.hermes import parse
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -91,7 +92,7 @@ async def test_schemas_reach_the_models_prompt_and_the_record_unchanged(
     template: ChatTemplate, yaml_file: Path
 ) -> None:
     """The order of keys included: models read it as an order of arguments."""
-    dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=4, cut=lambda text: None)
+    dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=4, shorten=lambda text: None)
     runtime = Runtime(says(template, "No trip."), template, settings(), dispatcher)
     record = await run_one(runtime)
     prompt = template.decode(record.prompt_ids)
@@ -167,7 +168,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_wrong_arguments_are_answered_with_the_field_and_the_reason(yaml_file: Path) -> None:
-    dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=64, cut=lambda text: None)
+    dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=64, shorten=lambda text: None)
     tools = ConversationTools(dispatcher, {}, None)
     calls = parse(
         "".join(
@@ -175,10 +176,11 @@ async def test_wrong_arguments_are_answered_with_the_field_and_the_reason(yaml_f
             for arguments in [*FINE, *(arguments for arguments, _ in WRONG)]
         )
     ).calls
-    lines = ledger_lines(calls, 0)
+    turn = PendingTurn(0, calls)
     await tools.create()
-    await tools.run(calls, lines)
+    await tools.run(turn)
     await tools.release()
+    lines = turn.lines()
     fine, wrong = lines[: len(FINE)], lines[len(FINE) :]
     assert [(line.status, line.response) for line in fine] == [
         ("ok", json.dumps(arguments, sort_keys=True)) for arguments in FINE
@@ -207,7 +209,7 @@ async def test_all_that_is_wrong_is_said_at_once(yaml_file: Path) -> None:
 
 
 async def test_the_model_reads_what_was_wrong(smollm2: ChatTemplate, yaml_file: Path) -> None:
-    dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=4, cut=lambda text: None)
+    dispatcher = Dispatcher(load_tools(yaml_file), max_parallel_calls=4, shorten=lambda text: None)
     engine = says(smollm2, call("plan_trip", stops=[{"place": {"name": 7}}]), "Sorry.")
     record: Trajectory = await run_one(Runtime(engine, smollm2, settings(), dispatcher))
     shown = smollm2.decode(record.response_ids)

@@ -18,7 +18,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
 from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
@@ -92,7 +92,7 @@ async def run(folder: Path) -> None:
     """Runs the questions into a run folder."""
     template, tools = hermes_template(), load_tools("all")
     cut = functools.partial(cut_to_tokens, template=template, limit=1024, side="middle")
-    dispatcher = Dispatcher(tools, max_parallel_calls=4, cut=cut)
+    dispatcher = Dispatcher(tools, max_parallel_calls=4, shorten=cut)
     runtime = Runtime(model(template), template, LoopSettings(2048, 4096, 6144), dispatcher)
     tasks = [
         Task(f"q{index}", [{"role": "user", "content": one.text}], ground_truth=one.answer)

@@ -127,7 +127,7 @@ async def _run(workload: Workload, turns: int, conversations: int, folder: Path)
         workload.template,
         ScriptedEngine(workload.respond),
         [EchoTool({}, TOOL_SCHEMA)],
-        cut=lambda text: cut_to_tokens(text, 256, "middle", workload.template),
+        shorten=lambda text: cut_to_tokens(text, 256, "middle", workload.template),
         max_turns=turns,
         response_length=room,
         max_model_len=4096 + room,

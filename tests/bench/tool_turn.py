@@ -78,7 +78,7 @@ async def _ratio(workload: Workload, calls: int, policy: dict[str, Any]) -> floa
         return generation
 
     record = await run_one(
-        runtime(template, ScriptedEngine(respond), [tool], cut=lambda text, **own: None)
+        runtime(template, ScriptedEngine(respond), [tool], shorten=lambda text, **own: None)
     )
     if [call.status for call in record.tool_calls] != ["ok"] * calls or record.num_turns != 2:
         raise RuntimeError(f"the turn did not run its {calls} calls: {record.tool_calls}")

@@ -24,7 +24,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
 from agent.loop.batch import Progress, run_tasks
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import read_tasks
 from agent.model.base import base_model_dir
 from agent.runs.manifest import run_manifest

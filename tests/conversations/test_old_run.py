@@ -21,8 +21,9 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks
+from agent.replay.continuation import continuing
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import DIVERGED, replay
 from conversations import atif
@@ -173,7 +174,7 @@ async def test_it_resumes(folder: Path) -> None:
         ScriptedEngine(respond),
         template,
         LoopSettings(700, 400, 1100, max_turns=4),
-        Dispatcher(load_tools(TOOLS), max_parallel_calls=16, cut=cut),
+        Dispatcher(load_tools(TOOLS), max_parallel_calls=16, shorten=cut),
         interactions=patient()[0],
     )
     manifest = read_manifest(folder)
@@ -181,7 +182,8 @@ async def test_it_resumes(folder: Path) -> None:
         assert len(store.done) == FINISHED - 3
         assert len(store.unfinished) == UNFINISHED
         tasks = read_tasks(folder / "tasks.jsonl", None)
-        await run_tasks(tasks, runtime, unfinished=store.unfinished, store=store)
+        make = continuing(runtime, store.unfinished)
+        await run_tasks(tasks, runtime, make=make, store=store)
         store.close({"asked": FINISHED + UNFINISHED, "done": FINISHED + UNFINISHED})
     whole = open_run(folder)
     assert len(whole) == FINISHED + UNFINISHED

@@ -19,7 +19,7 @@ from agent.engines.engine import Generation
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
 from agent.loop.batch import Progress, run_tasks
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.runs.progress import counts
 from conversations import verify as verify_module
 from conversations.checks.clock import OutOfTime, time_limit
@@ -177,7 +177,7 @@ def test_whatever_tools_and_models_do_the_record_holds(
     toy = Toy(create=("say", "long")[seed], calc_reward="reward")
     cut = lambda text, limit=50, side="middle": cut_to_tokens(text, limit, side, template)  # noqa: E731
     shared = runtime(
-        template, odd_model(template, seed), [toy], cut=cut, max_parallel_calls=1, **limits
+        template, odd_model(template, seed), [toy], shorten=cut, max_parallel_calls=1, **limits
     )
     defects, verdict = verified(ran(tmp_path / "run", shared, tasks=20, n=2))
     assert defects == []
@@ -197,7 +197,7 @@ def test_a_functions_decorator_may_say_how_long_its_answers_are(
 
     cut = lambda text, limit=50, side="middle": cut_to_tokens(text, limit, side, smollm2)  # noqa: E731
     for entry, wrong in (("function: my_tools:count", []), ("class_name: my_tools.Count", [True])):
-        shared = runtime(smollm2, says(smollm2, call("count"), "Done."), [count], cut=cut)
+        shared = runtime(smollm2, says(smollm2, call("count"), "Done."), [count], shorten=cut)
         defects, _ = verified(ran(tmp_path / entry[:5], shared, tools=f"- {entry}\n"))
         assert ["its cut as the config asks for" in defect for defect in defects] == wrong
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.loop.batch import run_tasks
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from conversations.checks.facts import RunFacts, facts_of
 from conversations.checks.finding import Defect
 from conversations.checks.record import check_line

@@ -17,8 +17,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from agent.engines.servers import SGLangServerEngine
 from agent.loop.batch import run_tasks
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tracing import Tracing
+from agent.replay.continuation import continuing
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import replay
 from agent.trainers.client import VerlClientEngine
@@ -70,7 +71,7 @@ async def traced(world: World) -> None:
     provider.add_span_processor(SimpleSpanProcessor(spans))
     tracing = Tracing(provider)
     with open_store(world) as store:
-        await run_in(world, tracing.traced(world.runtime(world.model())), store)
+        await run_in(world, replace(world.runtime(world.model()), observer=tracing), store)
         store.close({})
     tracing.close()
     kinds = [span.name.split()[0] for span in spans.get_finished_spans()]
@@ -89,7 +90,8 @@ async def resumed(world: World) -> None:
         store.close({})
     with RunFolder.resume(world.out, world.manifest()) as store:
         runtime = world.runtime(world.model())
-        await run_in(world, runtime, store, unfinished=store.unfinished)
+        make = continuing(runtime, store.unfinished)
+        await run_in(world, runtime, store, make=make)
         store.close({})
 
 
@@ -107,7 +109,8 @@ async def stopped_after(world: World) -> None:
     world.write_files()
     with RunFolder.resume(world.out, world.manifest()) as store:
         runtime = world.runtime(world.model())
-        await run_in(world, runtime, store, unfinished=store.unfinished)
+        make = continuing(runtime, store.unfinished)
+        await run_in(world, runtime, store, make=make)
         store.close({})
 
 

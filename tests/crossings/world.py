@@ -18,7 +18,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
 from agent.interactions import load_interactions
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task, row_task
 from conversations.errors import TemplateError
 from conversations.messages import Message
@@ -265,7 +265,7 @@ class World:
             engine,
             template,
             settings(**LIMITS, deadline_s=self.fault.deadline_s),
-            Dispatcher(tools, max_parallel_calls=16, cut=lambda text: None),
+            Dispatcher(tools, max_parallel_calls=16, shorten=lambda text: None),
         )
         users = load_interactions(self.users_path) if self.with_user else None
         return replace(made, interactions=users)

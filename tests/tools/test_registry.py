@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from conversations.messages import ToolCall
 from tools import registry
 from tools.base import BaseTool, ToolConfigError, ToolResponse, ToolsError
@@ -219,19 +219,20 @@ async def test_verls_own_tools_run_as_a_conversation_runs_them(
     pytest.importorskip(module)
     tools = load_tools(write({"tools": [entry(ANSWER, f"{module}.{cls}", type="native")]}))
     conversation = ConversationTools(
-        Dispatcher(tools, max_parallel_calls=16, cut=lambda text: None), {}, truth
+        Dispatcher(tools, max_parallel_calls=16, shorten=lambda text: None), {}, truth
     )
     calls = [
         ToolCall("calculate_answer", {"answer": answer}, raw="") for answer in ("8", "7", "7", "8")
     ]
-    lines = ledger_lines(calls, 0)
+    turns = [PendingTurn(number, [call]) for number, call in enumerate(calls)]
     await conversation.create()
     rewards = []
-    for call, line in zip(calls, lines, strict=True):
-        await conversation.run([call], [line])
+    for turn in turns:
+        await conversation.run(turn)
         rewards.append((await conversation.rewards())["calculate_answer"])
     await conversation.release()
     assert conversation.warnings == []
+    lines = [line for turn in turns for line in turn.lines()]
     assert [line.status for line in lines] == ["ok"] * 4
     assert lines[1].response == "Current parsed answer='7' reward=1.0"
     assert ([line.reward for line in lines], rewards) == (

@@ -26,7 +26,7 @@ from agent.engines.servers import SGLangServerEngine
 from agent.errors import EngineError, EngineStartError
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.model.base import base_model_dir
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -314,7 +314,7 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
             engine,
             smollm2,
             settings(),
-            Dispatcher(ToolSet.from_tools([look]), max_parallel_calls=1, cut=lambda text: None),
+            Dispatcher(ToolSet.from_tools([look]), max_parallel_calls=1, shorten=lambda text: None),
         )
         tasks = [
             task(f"t{number}", messages=[{"role": "user", "content": f"q:{number}"}])

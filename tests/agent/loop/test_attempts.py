@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent.loop.attempts import pause_s
-from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from conversations.formats.hermes import parse
 from conversations.template import ChatTemplate
 from conversations.trajectory import ToolCallRecord, Trajectory
@@ -65,19 +65,19 @@ def cut(text: str, /, *, limit: int = 100, side: str = "right") -> Shortened | N
 async def turn(
     tools: ConversationTools, lines: list[ToolCallRecord], calls: int = 1
 ) -> list[ToolCallRecord]:
-    parsed = parse(call("flaky") * calls).calls
-    lines += ledger_lines(parsed, 0)
+    pending = PendingTurn(0, parse(call("flaky") * calls).calls)
     await tools.create()
     try:
-        await tools.run(parsed, lines)
+        await tools.run(pending)
     finally:
+        lines += pending.lines()
         await tools.release()
     return lines
 
 
 def tools_of(*tools: BaseTool) -> ConversationTools:
     return ConversationTools(
-        Dispatcher(ToolSet.from_tools(tools), max_parallel_calls=64, cut=cut), {}, None
+        Dispatcher(ToolSet.from_tools(tools), max_parallel_calls=64, shorten=cut), {}, None
     )
 
 
@@ -194,7 +194,7 @@ def test_a_refused_call_is_not_tried_again() -> None:
 
 def test_the_breaker_is_the_runs_and_a_probe_brings_the_backend_back() -> None:
     tool = Flaky("lost", "lost", "fine", circuit_breaker={"failures": 2, "cooldown_s": 30})
-    dispatcher = Dispatcher(ToolSet.from_tools([tool]), max_parallel_calls=64, cut=cut)
+    dispatcher = Dispatcher(ToolSet.from_tools([tool]), max_parallel_calls=64, shorten=cut)
 
     async def conversations() -> list[str]:
         seen = []
@@ -256,13 +256,13 @@ async def test_every_way_to_end_has_its_class() -> None:
     does = {"say": None, "bug": "ZeroDivisionError", "tool_error": "ToolError", "backend": "BackendError", "hang": "CallTimeoutError",
             "wrong_type": "TypeError", "exit": "RuntimeError", "timeout_error": "TimeoutError"}  # fmt: skip
     tools = ConversationTools(
-        Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, cut=cut), {}, None
+        Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, shorten=cut), {}, None
     )
-    calls = parse("".join(call("toy", do=do) for do in does)).calls
-    lines = ledger_lines(calls, 0)
+    turn = PendingTurn(0, parse("".join(call("toy", do=do) for do in does)).calls)
     await tools.create()
-    await tools.run(calls, lines)
+    await tools.run(turn)
     await tools.release()
+    lines = turn.lines()
     assert [line.attempts[0].error_class for line in lines] == list(does.values())
     assert [line.attempts[0].bytes for line in lines] == [
         0,
@@ -384,23 +384,21 @@ async def test_cancelling_reaches_the_tool_and_frees_its_slot() -> None:
                 raise
 
     toy = Noticing(max_concurrency=1)
-    dispatcher = Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, cut=cut)
+    dispatcher = Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, shorten=cut)
     first, second = ConversationTools(dispatcher, {}, None), ConversationTools(dispatcher, {}, None)
     await first.create()
     await second.create()
-    hangs, says = (
-        parse(call("toy", do="hang")).calls,
-        parse(call("toy", do="say", text="fine")).calls,
-    )
-    lines = ledger_lines(says, 0)
-    hanging = asyncio.create_task(first.run(hangs, ledger_lines(hangs, 0)))
+    hangs = PendingTurn(0, parse(call("toy", do="hang")).calls)
+    says = PendingTurn(0, parse(call("toy", do="say", text="fine")).calls)
+    hanging = asyncio.create_task(first.run(hangs))
     await until(toy.hanging.is_set)
-    waiting = asyncio.create_task(second.run(says, lines))
+    waiting = asyncio.create_task(second.run(says))
     await until(lambda: True)
-    assert (toy.count("execute"), lines[0].attempts) == (1, [])
+    assert (toy.count("execute"), says.lines()[0].attempts) == (1, [])
     hanging.cancel()
     await asyncio.wait_for(waiting, 60)
-    assert (lines[0].status, lines[0].response) == ("ok", "fine")
+    (line,) = says.lines()
+    assert (line.status, line.response) == ("ok", "fine")
     assert (hanging.cancelled(), toy.cancelled) == (True, 1)
     await first.release()
     await second.release()

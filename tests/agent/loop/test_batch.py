@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from agent.engines.engine import Generation, SamplingParams
-from agent.errors import EndConversation, EngineError
+from agent.engines.engine import EndedGeneration, Generation, SamplingParams
+from agent.errors import EngineError
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run
@@ -89,7 +89,7 @@ def acts(name: str, *turns: str, **fields: Any) -> Task:
 
 def shared(engine: Actors, *toys: Toy, **fields: Any) -> Runtime:
     dispatcher = (
-        Dispatcher(ToolSet.from_tools(toys), max_parallel_calls=4, cut=lambda text: None)
+        Dispatcher(ToolSet.from_tools(toys), max_parallel_calls=4, shorten=lambda text: None)
         if toys
         else None
     )
@@ -492,7 +492,7 @@ async def test_what_the_engines_owner_aborts_is_unfinished_and_verifies(
 ) -> None:
     ids = smollm2.encode("half a")
     cut = Generation(ids, logprobs(ids), "abort")
-    engine = says(smollm2, EndConversation("cancelled", "the trainer aborted it", cut))
+    engine = says(smollm2, EndedGeneration("cancelled", "the trainer aborted it", cut))
     with RunFolder.create(tmp_path, {"config": {}, "n": 1, "parent": None}) as store:
         smollm2.tokenizer.save_pretrained(tmp_path / "tokenizer")
         progress = await run_tasks([task("t")], runtime(smollm2, engine), store=store)

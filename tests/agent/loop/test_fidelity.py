@@ -24,7 +24,10 @@ import pytest
 from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Conversation, LoopSettings, Runtime, converse
+from agent.loop.conversation import Conversation
+from agent.loop.loop import converse
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
 from conversations.messages import given_messages
 from conversations.template import ChatTemplate
@@ -363,7 +366,7 @@ class World:
 
     async def run(self) -> Trajectory:
         dispatcher = Dispatcher(
-            self.tools, max_parallel_calls=self.max_parallel_calls, cut=self.cut
+            self.tools, max_parallel_calls=self.max_parallel_calls, shorten=self.cut
         )
         self.conversation = Conversation(
             self.task, 0, Runtime(self.engine, self.template, self.settings, dispatcher)
@@ -375,7 +378,7 @@ class World:
             assert current is not None
             assert self.engine.asked[-1].did == "cancel"
             current.uncancel()
-        return self.conversation.trajectory()
+        return trajectory_of(self.conversation)
 
 
 # ---------------------------------------------------------------------- what must come of it

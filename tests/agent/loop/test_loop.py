@@ -13,7 +13,9 @@ import pytest
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.scripted import ScriptedEngine, recorded
 from agent.errors import EndConversation, EngineError
-from agent.loop.loop import Conversation, converse
+from agent.loop.conversation import Conversation
+from agent.loop.loop import converse
+from agent.loop.record import trajectory_of
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.conversations.templates import family
@@ -512,7 +514,7 @@ async def test_cancellation_is_passed_on_and_recorded(smollm2: ChatTemplate) -> 
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    record = Trajectory.from_line(conversation.trajectory().to_line())
+    record = Trajectory.from_line(trajectory_of(conversation).to_line())
     assert (record.stop_reason, record.num_turns, record.reward, record.infra_error) == (
         "cancelled",
         2,
@@ -565,7 +567,7 @@ async def test_the_tokens_of_a_turn_that_is_cut_off_are_kept(
             await running
     else:
         await running
-    record = Trajectory.from_line(conversation.trajectory().to_line())
+    record = Trajectory.from_line(trajectory_of(conversation).to_line())
     assert (record.stop_reason, record.num_turns, record.turns[-1].finish_reason) == (
         reason,
         2,
@@ -580,9 +582,9 @@ async def test_the_tokens_of_a_turn_that_is_cut_off_are_kept(
 
 def test_the_first_stop_reason_stays(smollm2: ChatTemplate) -> None:
     conversation = Conversation(task(), 0, runtime(smollm2, says(smollm2)))
-    conversation.stop("max_turns")
-    conversation.stop("cancelled")
-    assert conversation.trajectory().stop_reason == "max_turns"
+    conversation.ending.stop("max_turns")
+    conversation.ending.stop("cancelled")
+    assert trajectory_of(conversation).stop_reason == "max_turns"
 
 
 # ---------------------------------------------------------------------- infrastructure
@@ -699,7 +701,11 @@ async def test_messages_that_the_template_refuses(smollm2: ChatTemplate) -> None
         runtime(template, says(template, "42")),
         task(messages=[{"role": "system", "content": "x"}, *QUESTION]),
     )
-    assert (record.stop_reason, record.infra_error, record.prompt_ids) == ("engine_error", True, [])
+    assert (record.stop_reason, record.infra_error, record.prompt_ids) == (
+        "engine_error",
+        False,
+        [],
+    )
     assert record.error is not None
     assert "System role not supported" in record.error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from agent.errors import ConfigError, EngineError
 from agent.loop.batch import run_tasks
-from agent.loop.loop import Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tracing import ENDPOINTS, PROTOCOLS, Tracing, start_tracing
 from conversations.template import ChatTemplate
 from tests.helpers import Toy, call, runtime, says, task
@@ -93,7 +94,7 @@ def tracing(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> Tracing:
 
 
 def run(tracing: Tracing, shared: Runtime) -> None:
-    asyncio.run(run_tasks([task("t")], tracing.traced(shared)))
+    asyncio.run(run_tasks([task("t")], dataclasses.replace(shared, observer=tracing)))
     tracing.close()
 
 

@@ -154,7 +154,7 @@ async def test_a_user_turn_that_does_not_fit_is_not_appended(smollm2: ChatTempla
         ("generate hangs", "generate_response took more than 0.1 s"),
         ("generate of its own", "generate_response failed: TimeoutError: a server was slow"),
         ("text", "expected the user's words as a string, got int"),
-        ("reward", "expected a finite number as the user turn's reward, got nan"),
+        ("reward", "expected a finite number as reward, got nan"),
     ],
 )
 async def test_a_broken_user_is_infrastructure_never_a_reward(
@@ -259,24 +259,27 @@ def test_names_come_from_the_class_as_in_verl(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("interaction: [", "cannot be read"),
-        ("tools: []", "expected `interaction:` over a list"),
-        ("interaction:\n  - {name: x}", "entry 0: expected class_name"),
-        ("interaction:\n  - {class_name: nowhere.Thing}", "entry 0: there is no module 'nowhere'"),
+        ("tools: []", "interaction: Field required"),
+        ("interaction:\n  - {name: x}", "interaction.0.class_name: Field required"),
+        (
+            "interaction:\n  - {class_name: nowhere.Thing}",
+            "interaction.0: there is no module 'nowhere'",
+        ),
         (
             "interaction:\n  - {class_name: pathlib.PurePath, config: {}}",
-            "entry 0: pathlib.PurePath cannot be made",
+            "interaction.0: pathlib.PurePath cannot be",
         ),
         (
             "interaction:\n  - {class_name: tests.helpers.Unprintable, config: {}}",
-            "entry 0: tests.helpers.Unprintable cannot be made",
+            "interaction.0: tests.helpers.Unprintable cannot be",
         ),
         (
             "interaction:\n  - {class_name: tests.agent.loop.test_users.Patient, config: {timeout_s: 0}}",
-            "timeout_s must be a number above 0",
+            "interaction.0.config.timeout_s",
         ),
         (
             "interaction:\n" + "  - {class_name: tests.agent.loop.test_users.Patient}\n" * 2,
-            "needs a name of its own",
+            "its own name",
         ),
     ],
 )

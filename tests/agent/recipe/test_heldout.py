@@ -78,7 +78,7 @@ async def test_a_recovery_task_holds_a_program_that_fails_and_what_the_sandbox_s
     await tools.start()
     try:
         tasks = await recovery_tasks(
-            Dispatcher(tools, max_parallel_calls=1, cut=lambda text: None), 6
+            Dispatcher(tools, max_parallel_calls=1, shorten=lambda text: None), 6
         )
     finally:
         await tools.close()

@@ -14,10 +14,13 @@ import pytest
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.errors import EngineError
 from agent.loop.batch import run_tasks
-from agent.loop.loop import Conversation, Runtime, converse
+from agent.loop.conversation import Conversation
+from agent.loop.loop import converse
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.loop.users import Interactions
-from agent.replay.continuation import ContinuedConversation, continued
+from agent.replay.continuation import continued, continuing
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding
 from conversations.checks.record import check_line
@@ -99,14 +102,14 @@ async def cut_off(conversation: Conversation, ready: Callable[[], bool]) -> Traj
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    return Trajectory.from_line(conversation.trajectory().to_line())
+    return Trajectory.from_line(trajectory_of(conversation).to_line())
 
 
 async def go_on(record: Trajectory, runtime: Runtime, the_task: Task | None = None) -> Trajectory:
     conversation = continued(the_task or task(), 0, record, runtime)
-    assert isinstance(conversation, ContinuedConversation)
+    assert conversation.before is record
     await converse(conversation)
-    return Trajectory.from_line(conversation.trajectory().to_line())
+    return Trajectory.from_line(trajectory_of(conversation).to_line())
 
 
 def comparable(record: Trajectory) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def comparable(record: Trajectory) -> dict[str, Any]:
 async def undisturbed(template: ChatTemplate) -> Trajectory:
     conversation = Conversation(task(), 0, shared(template, Model(template, "v1"), Toy()))
     await converse(conversation)
-    return Trajectory.from_line(conversation.trajectory().to_line())
+    return Trajectory.from_line(trajectory_of(conversation).to_line())
 
 
 @pytest.mark.parametrize("turn", [0, 1, 2])
@@ -178,7 +181,7 @@ async def test_cut_off_while_tools_run_the_calls_are_made_again(template: ChatTe
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert again.trajectory().response_ids == record.response_ids
+    assert trajectory_of(again).response_ids == record.response_ids
 
 
 def says_all(template: ChatTemplate, turns: list[str]) -> Any:
@@ -285,7 +288,7 @@ async def test_another_prompt_begins_anew(smollm2: ChatTemplate) -> None:
         Conversation(task(), 0, shared(smollm2, model, Toy())), model.waiting.is_set
     )
     other = shared(smollm2, Model(smollm2, "v2"), Toy("other"))
-    assert not isinstance(continued(task(), 0, record, other), ContinuedConversation)
+    assert continued(task(), 0, record, other).before is None
 
 
 async def test_a_batch_stopped_and_gone_on_with(smollm2: ChatTemplate, tmp_path: Path) -> None:
@@ -302,12 +305,9 @@ async def test_a_batch_stopped_and_gone_on_with(smollm2: ChatTemplate, tmp_path:
             await running
     with RunFolder.resume(tmp_path, {}) as store:
         assert len(store.unfinished) == 30
-        await run_tasks(
-            tasks,
-            shared(smollm2, Model(smollm2, "v2"), Toy()),
-            unfinished=store.unfinished,
-            store=store,
-        )
+        runtime = shared(smollm2, Model(smollm2, "v2"), Toy())
+        make = continuing(runtime, store.unfinished)
+        await run_tasks(tasks, runtime, make=make, store=store)
     records = list(read_trajectories(tmp_path))
     assert sorted(record.task_id for record in records) == sorted(one.id for one in tasks)
     expected = (await undisturbed(smollm2)).response_ids
@@ -479,10 +479,8 @@ async def test_where_infrastructure_failed_already_it_begins_anew(smollm2: ChatT
         Conversation(task(), 0, shared(smollm2, model, Gone())), model.waiting.is_set
     )
     assert [line.status for line in record.tool_calls][:1] == ["backend_error"]
-    assert not isinstance(
-        continued(task(), 0, record, shared(smollm2, Model(smollm2, "v2"), Toy())),
-        ContinuedConversation,
-    )
+    other = shared(smollm2, Model(smollm2, "v2"), Toy())
+    assert continued(task(), 0, record, other).before is None
 
 
 class Gone(Toy):

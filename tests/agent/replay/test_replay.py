@@ -25,7 +25,7 @@ from agent.engines.scripted import ScriptedEngine
 from agent.errors import AgentError
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks
 from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
@@ -131,7 +131,7 @@ def write_script(folder: Path, tasks: Path, **variant: bool) -> None:
         return Generation(ids, [-0.25] * len(ids), "stop")
 
     dispatcher = Dispatcher(
-        load_tools(tasks.parent / "tools.yaml"), max_parallel_calls=16, cut=lambda text: None
+        load_tools(tasks.parent / "tools.yaml"), max_parallel_calls=16, shorten=lambda text: None
     )
     runtime = Runtime(ScriptedEngine(respond), template, LoopSettings(1024, 512, 1536), dispatcher)
 

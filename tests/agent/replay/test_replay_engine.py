@@ -11,10 +11,13 @@ import pytest_asyncio
 
 from agent.loop.batch import run_conversations, run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
-from agent.loop.tasks import Task
+from agent.loop.conversation import Conversation, Counterparts
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import LoopSettings, Runtime
+from agent.loop.tasks import Task, recorded_task
 from agent.replay.compare import Scope, compare
-from agent.replay.conversation import ReplayedConversation, played_back
+from agent.replay.playback import played_back
+from agent.replay.restored import replayed
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from conversations.messages import given_messages
 from conversations.run.open_run import open_run
@@ -74,7 +77,7 @@ def messages(word: str) -> list[dict[str, Any]]:
 def real(engine: Any, function: Any = price, **fields: Any) -> Runtime:
     """The engine with one tool."""
     dispatcher = Dispatcher(
-        ToolSet.from_tools([function]), max_parallel_calls=4, cut=lambda text: None
+        ToolSet.from_tools([function]), max_parallel_calls=4, shorten=lambda text: None
     )
     half = ENGINE_CONTEXT // 2
     limits = {"max_tokens": 32, "max_turns": 3, "sampling": {"temperature": 0.0}, **fields}
@@ -101,53 +104,51 @@ async def records(
     return found
 
 
-Make = Callable[[Trajectory, int], ReplayedConversation]
+Make = Callable[[Trajectory, int], Conversation]
 
 
-async def replayed(
+async def run_again(
     records: list[Trajectory], make: Make, n: int = 1, at_a_time: int = 1
-) -> dict[str, ReplayedConversation]:
-    """The conversations that `make` makes, run; by the id of their record."""
-    made = [make(record, record.sample * n + branch) for record in records for branch in range(n)]
-    await run_conversations(made, max_concurrent=at_a_time)
-    return {f"{each.record.id}/{each.sample}": each for each in made}
+) -> list[tuple[Trajectory, Trajectory]]:
+    """Each record with the record of its replay, which `make` makes."""
+    pairs = [
+        (record, make(record, record.sample * n + branch))
+        for record in records
+        for branch in range(n)
+    ]
+    await run_conversations([made for _, made in pairs], max_concurrent=at_a_time)
+    return [(record, trajectory_of(made)) for record, made in pairs]
 
 
-def replay_of(
+def with_recorded_tools(
+    record: Trajectory, sample: int, runtime: Runtime, *, live_model: bool
+) -> Conversation:
+    dispatcher = Dispatcher(stand_ins(record), max_parallel_calls=4, shorten=lambda text: None)
+    tools = RecordedTools(record, dispatcher, live_model=live_model)
+    return replayed(record, sample, runtime, Counterparts(tools, None), kept=None, parent={})
+
+
+def with_live_tools(
     record: Trajectory, sample: int, runtime: Runtime, kept: int | None = None
-) -> ReplayedConversation:
-    return ReplayedConversation(
-        record, sample, runtime, {"run": "r", "id": record.id, "turn": kept}, kept=kept
-    )
-
-
-def with_recorded_tools(made: ReplayedConversation, *, live_model: bool) -> ReplayedConversation:
-    dispatcher = Dispatcher(stand_ins(made.record), max_parallel_calls=4, cut=lambda text: None)
-    made.given_tools = RecordedTools(made.record, dispatcher, live_model=live_model)
-    return made
-
-
-def with_live_tools(made: ReplayedConversation) -> ReplayedConversation:
-    assert made.runtime.dispatcher is not None
-    made.given_tools = LiveTools(
-        made.runtime.dispatcher, made.task, made.record, recorded_prompt=True
-    )
-    return made
+) -> Conversation:
+    assert runtime.dispatcher is not None
+    task = recorded_task(record)
+    tools = LiveTools(runtime.dispatcher, task, record, turns=kept, recorded_prompt=True)
+    parent = {"run": "r", "id": record.id, "turn": kept}
+    return replayed(record, sample, runtime, Counterparts(tools, None), kept=kept, parent=parent)
 
 
 @on_session_loop
 async def test_both_recorded_is_identical(records: list[Trajectory], sglang_rollout: Any) -> None:
     runtime = real(None)
-    done = await replayed(
+    done = await run_again(
         records,
         lambda record, n: with_recorded_tools(
-            replay_of(record, n, played_back(runtime, record)), live_model=False
+            record, n, played_back(runtime, record), live_model=False
         ),
     )
     scope = Scope(live_model=False, live_tools=False, decode=runtime.template.decode)
-    assert [compare(made.record, made.trajectory(), scope) for made in done.values()] == [
-        None
-    ] * len(WORDS)
+    assert [compare(*pair, scope) for pair in done] == [None] * len(WORDS)
 
 
 @on_session_loop
@@ -155,16 +156,14 @@ async def test_a_changed_tool_is_shown_where_it_first_answered_otherwise(
     records: list[Trajectory], sglang_rollout: Any
 ) -> None:
     runtime = real(None, dearer())
-    done = await replayed(
+    done = await run_again(
         records,
-        lambda record, n: with_live_tools(replay_of(record, n, played_back(runtime, record))),
+        lambda record, n: with_live_tools(record, n, played_back(runtime, record)),
     )
     scope = Scope(live_model=False, live_tools=True, decode=runtime.template.decode)
-    for made in done.values():
-        first = next(
-            (line for line in made.record.tool_calls if "apple" in str(line.response)), None
-        )
-        found = compare(made.record, made.trajectory(), scope)
+    for record, other in done:
+        first = next((line for line in record.tool_calls if "apple" in str(line.response)), None)
+        found = compare(record, other, scope)
         if first is None:
             assert found is None
         else:
@@ -183,13 +182,12 @@ async def test_the_engine_asked_again_samples_the_same_or_the_first_other_token_
 ) -> None:
     """Greedy, one at a time; the record was made four at a time, and SGLang on a CPU is not batch-invariant."""
     runtime = real(sglang_rollout.engine())
-    done = await replayed(
+    done = await run_again(
         records,
-        lambda record, n: with_recorded_tools(replay_of(record, n, runtime), live_model=True),
+        lambda record, n: with_recorded_tools(record, n, runtime, live_model=True),
     )
     scope = Scope(live_model=True, live_tools=False, decode=runtime.template.decode)
-    for made in done.values():
-        record, other = made.record, made.trajectory()
+    for record, other in done:
         found = compare(record, other, scope)
         old, new = record.prompt_ids + record.response_ids, other.prompt_ids + other.response_ids
         if found is None:
@@ -209,15 +207,14 @@ async def test_forks_go_on_from_the_very_tokens_of_their_parent(
     records: list[Trajectory], sglang_rollout: Any
 ) -> None:
     runtime = real(sglang_rollout.engine(), sampling={"temperature": 1.5})
-    forks = await replayed(
+    forks = await run_again(
         records,
-        lambda record, n: with_live_tools(replay_of(record, n, runtime, kept=2)),
+        lambda record, n: with_live_tools(record, n, runtime, kept=2),
         n=2,
         at_a_time=ENGINE_SLOTS,
     )
     assert len(forks) == 2 * len(WORDS)
-    for made in forks.values():
-        parent, fork = made.record, made.trajectory()
+    for parent, fork in forks:
         start = parent.turns[2].start
         kept = start - len(parent.prompt_ids)
         assert (fork.prompt_ids, fork.turns[:2], fork.turns[2].start) == (
@@ -230,6 +227,6 @@ async def test_forks_go_on_from_the_very_tokens_of_their_parent(
         assert fork.tool_calls[:2] == parent.tool_calls[:2]
         assert fork.turns[2].prompt_tokens == start  # what the engine itself counted
         assert (fork.parent or {})["turn"] == 2
-    assert len({tuple(made.trajectory().response_ids) for made in forks.values()}) > len(
+    assert len({tuple(fork.response_ids) for _, fork in forks}) > len(
         WORDS
     )  # fresh, not played back

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import Conversation, Runtime, converse
+from agent.loop.conversation import Conversation, Counterparts
+from agent.loop.loop import converse
+from agent.loop.record import trajectory_of
+from agent.loop.runtime import Runtime
 from agent.replay.compare import NOT_COMPARED, Divergence, Scope, compare
-from agent.replay.conversation import ReplayedConversation, played_back
+from agent.replay.playback import played_back
+from agent.replay.restored import replayed
 from agent.replay.tools import RecordedTools, stand_ins
 from agent.replay.user import RecordedUser, has_user
 from conversations.template import ChatTemplate
@@ -49,15 +53,16 @@ async def worlds(
 async def again(world: World, record: Trajectory) -> Trajectory:
     """Both recorded, from the record and the limits of its run."""
     runtime = played_back(Runtime(world.engine, world.template, world.settings), record)
-    made = ReplayedConversation(
-        record, record.sample, runtime, {"run": "r", "id": record.id, "turn": None}, kept=None
-    )
     dispatcher = Dispatcher(
-        stand_ins(record), max_parallel_calls=world.max_parallel_calls, cut=world.cut
+        stand_ins(record), max_parallel_calls=world.max_parallel_calls, shorten=world.cut
     )
-    made.given_tools = RecordedTools(record, dispatcher, live_model=False)
+    tools = RecordedTools(record, dispatcher, live_model=False)
+    parent = {"run": "r", "id": record.id, "turn": None}
+    made = replayed(
+        record, record.sample, runtime, Counterparts(tools, None), kept=None, parent=parent
+    )
     await converse(made)
-    return made.trajectory()
+    return trajectory_of(made)
 
 
 def plain(record: Trajectory) -> dict[str, Any]:
@@ -121,22 +126,21 @@ async def test_simulated_users_say_again_what_they_said(
     assert (
         compare(
             record,
-            made.trajectory(),
+            trajectory_of(made),
             Scope(live_model=False, live_tools=False, decode=smollm2.decode),
         )
         is None
     )
-    assert plain(record) == plain(made.trajectory())
+    assert plain(record) == plain(trajectory_of(made))
 
 
 def with_user(
     record: Trajectory, runtime: Runtime, *, live_model: bool, kept: int | None = None
-) -> ReplayedConversation:
-    made = ReplayedConversation(record, 0, runtime, {}, kept=kept)
-    dispatcher = Dispatcher(stand_ins(record), max_parallel_calls=16, cut=lambda text: None)
-    made.given_tools = RecordedTools(record, dispatcher, live_model=live_model, kept=kept or 0)
-    made.given_user = RecordedUser(record, live_model=live_model)
-    return made
+) -> Conversation:
+    dispatcher = Dispatcher(stand_ins(record), max_parallel_calls=16, shorten=lambda text: None)
+    tools = RecordedTools(record, dispatcher, live_model=live_model, kept=kept or 0)
+    user = RecordedUser(record, live_model=live_model, kept=kept or 0)
+    return replayed(record, 0, runtime, Counterparts(tools, user), kept=kept, parent={})
 
 
 async def test_a_recorded_user_answers_nobody_who_says_something_else(
@@ -147,19 +151,22 @@ async def test_a_recorded_user_answers_nobody_who_says_something_else(
         record, helpers.runtime(smollm2, says(smollm2, "It is 41.", "Well.")), live_model=True
     )
     await converse(made)
-    assert (made.stop_reason, made.error, len(made.turns)) == (
+    assert (made.ending.stop_reason, made.ending.error, len(made.turns)) == (
         "cancelled",
         "replay: the user has no recorded answer to this",
         2,
     )
-    assert made.trajectory().reward is None
+    assert trajectory_of(made).reward is None
     same = with_user(
         record,
         helpers.runtime(smollm2, says(smollm2, "It is 41.", "Hm.", "It is 42.")),
         live_model=True,
     )
     await converse(same)
-    assert (same.stop_reason, same.trajectory().reward_parts) == ("stop", record.reward_parts)
+    assert (same.ending.stop_reason, trajectory_of(same).reward_parts) == (
+        "stop",
+        record.reward_parts,
+    )
 
 
 async def test_a_fork_keeps_what_its_user_said(smollm2: ChatTemplate) -> None:
@@ -169,7 +176,7 @@ async def test_a_fork_keeps_what_its_user_said(smollm2: ChatTemplate) -> None:
     runtime = played_back(helpers.runtime(smollm2, None), record, 2)
     made = with_user(record, runtime, live_model=False, kept=2)
     await converse(made)
-    assert plain(made.trajectory()) == plain(record)
+    assert plain(trajectory_of(made)) == plain(record)
 
 
 @pytest.mark.parametrize("cut", [(0, 3), (1, 7), (2, 0)])
@@ -183,12 +190,12 @@ async def test_a_conversation_that_was_cut_off_and_gone_on_with_is_replayed_like
     record = await go_on(first, shared(smollm2, Model(smollm2, "v2"), Toy()))
     assert any(turn.resumed for turn in record.turns) == (cut[1] > 0)
     made = with_user(record, played_back(helpers.runtime(smollm2, None), record), live_model=False)
-    made.given_user = None
+    made.user = None
     await converse(made)
     assert (
         compare(
             record,
-            made.trajectory(),
+            trajectory_of(made),
             Scope(live_model=False, live_tools=False, decode=smollm2.decode),
         )
         is None

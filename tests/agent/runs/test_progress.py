@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from agent.loop.batch import Progress
-from agent.loop.loop import Conversation, Runtime
+from agent.loop.conversation import Conversation
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.runs.progress import Display, counts, say, shortfall, summary
 from conversations.trajectory import Turn

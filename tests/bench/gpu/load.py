@@ -32,7 +32,7 @@ from typing import Any
 from agent.engines.engine import Engine, Generation, SamplingParams
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.calls import Dispatcher
-from agent.loop.loop import LoopSettings, Runtime
+from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
 from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
@@ -355,7 +355,7 @@ class Load:
 
         tools = ToolSet.from_tools([NapTool({"nap_s": nap_s}, TOOL_SCHEMA)])
         return Runtime(
-            engine, self._template, settings, Dispatcher(tools, max_parallel_calls=16, cut=cut)
+            engine, self._template, settings, Dispatcher(tools, max_parallel_calls=16, shorten=cut)
         )
 
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from agent.loop.calls import ConversationTools, Dispatcher, ledger_lines
+from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from conversations.messages import ToolCall
 from tests.helpers import hermes_template, until
 from tests.tools.mcp import misbehaving
@@ -465,13 +465,14 @@ async def test_through_the_dispatcher_each_end_has_its_status(either: Server, lo
         made("error", {}),
         made("schema", {"either": "long"}),
     ]
-    lines = ledger_lines([*calls, made("die", {})], 0)
+    first, last = PendingTurn(0, calls), PendingTurn(1, [made("die", {})])
     try:
-        await conversation.run(calls, lines[:4])
-        await conversation.run([made("die", {})], lines[4:])
+        await conversation.run(first)
+        await conversation.run(last)
         await conversation.release()
     finally:
         await tools.close()
+    lines = first.lines() + last.lines()
     assert [line.status for line in lines] == [
         "ok",
         "timeout",
@@ -496,7 +497,7 @@ def made(name: str, arguments: dict[str, Any]) -> ToolCall:
 
 async def conversation_of(tools: ToolSet) -> ConversationTools:
     dispatcher = Dispatcher(
-        tools, max_parallel_calls=16, cut=lambda text, limit=None, side=None: None
+        tools, max_parallel_calls=16, shorten=lambda text, limit=None, side=None: None
     )
     conversation = ConversationTools(dispatcher, {}, None)
     await conversation.create()
@@ -506,8 +507,9 @@ async def conversation_of(tools: ToolSet) -> ConversationTools:
 
 async def say(conversation: ConversationTools, name: str, **arguments: Any) -> tuple[str, str]:
     call = made(name, arguments)
-    (line,) = ledger_lines([call], 0)
-    await conversation.run([call], [line])
+    turn = PendingTurn(0, [call])
+    await conversation.run(turn)
+    (line,) = turn.lines()
     return line.status, str(line.response)
 
 

@@ -1,0 +1,66 @@
+"""The record of a conversation as it stands: what `conversations.trajectory` writes to disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from agent.loop.conversation import Conversation
+from conversations.trajectory import Trajectory, total_reward
+
+
+def trajectory_of(conversation: Conversation) -> Trajectory:
+    """The record of the conversation as it stands.
+
+    That of a resumed conversation whose tools and user were not brought back is the earlier one.
+    """
+    if conversation.before is not None:
+        return _not_resumed(conversation, conversation.before)
+    task, tokens, ending = conversation.task, conversation.tokens, conversation.ending
+    runtime, clock = conversation.runtime, conversation.clock
+    parts = {} if ending.is_failure else conversation.rewards
+    stop_token_ids = runtime.template.stop_token_ids
+    return Trajectory(
+        id=f"{task.id}-{conversation.sample}",
+        task_id=task.id,
+        sample=conversation.sample,
+        prompt_ids=tokens.prompt_ids(),
+        response_ids=tokens.response_ids(),
+        response_mask=tokens.response_mask(),
+        response_logprobs=tokens.response_logprobs(),
+        segments=tokens.segments(),
+        turns=conversation.turns,
+        messages=conversation.messages,
+        tool_calls=conversation.ledger,
+        tools=conversation.schemas,
+        stop_reason=ending.stop_reason or "cancelled",
+        num_turns=len(conversation.turns),
+        infra_error=ending.infra_error,
+        error=ending.error,
+        warnings=conversation.warnings,
+        reward=total_reward(parts),
+        reward_parts=parts,
+        ground_truth=task.ground_truth,
+        data_source=task.data_source,
+        extra=task.extra,
+        engine=runtime.engine.describe(),
+        sampling={**runtime.settings.sampling, "stop_token_ids": stop_token_ids},
+        parent=conversation.parent,
+        started_at=clock.started_at,
+        wall_s=clock.wall_s,
+    )
+
+
+def _not_resumed(conversation: Conversation, before: Trajectory) -> Trajectory:
+    """The earlier record as it was; as a failure if the conversation ended by itself."""
+    ending = conversation.ending
+    if ending.stop_reason in (None, "cancelled"):
+        return before
+    return replace(
+        before,
+        stop_reason=ending.stop_reason,
+        infra_error=True,
+        error=ending.error or "its tools were not brought back before its deadline",
+        reward=None,
+        reward_parts={},
+        wall_s=conversation.clock.wall_s,
+    )

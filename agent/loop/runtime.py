@@ -1,0 +1,44 @@
+"""What all conversations of a run share: engine, chat template, tools, users, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.engines.engine import Engine
+from agent.loop.calls import Dispatcher
+from agent.loop.observer import Observer
+from agent.loop.users import Interactions
+from conversations.template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Budgets and limits of one conversation: token counts, unless the name has another unit.
+
+    `sampling` are the engine's sampling params without `max_new_tokens` and `stop_token_ids`, which
+    the loop sets. None means no limit.
+    """
+
+    prompt_length: int
+    response_length: int
+    max_model_len: int
+    max_tokens: int | None = None
+    max_turns: int | None = None
+    max_user_turns: int | None = None
+    max_consecutive_invalid_calls: int | None = 8
+    deadline_s: float | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The parts themselves. `dispatcher` is None without tools, `interactions` without users."""
+
+    engine: Engine
+    template: ChatTemplate
+    settings: LoopSettings
+    dispatcher: Dispatcher | None = None
+    observer: Observer | None = None
+    interactions: Interactions | None = None

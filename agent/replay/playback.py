@@ -1,0 +1,86 @@
+"""The model of one recorded trajectory: it samples what was sampled, if it sees what was seen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from agent.engines.engine import EndedGeneration, Generation, SamplingParams
+from agent.errors import EndConversation, EngineError
+from agent.loop.runtime import Runtime
+from agent.loop.turns import generation_of
+from agent.replay.compare import first_difference
+from conversations.trajectory import Trajectory, Turn
+
+
+def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime:
+    """The runtime with `record` as its model from turn `first` on.
+
+    It has the record's sampling params and no deadline.
+    """
+    sampling = {key: value for key, value in record.sampling.items() if key != "stop_token_ids"}
+    settings = replace(runtime.settings, deadline_s=None, sampling=sampling)
+    return replace(runtime, engine=Playback(record, first), settings=settings)
+
+
+class Playback:
+    """An engine: from turn `first` on it returns the recorded turns, with all that is recorded of them.
+
+    If the record has no next turn, the conversation ends as the recorded one did. If the tokens
+    before a turn are others, or the turn does not fit its budget, it ends with `cancelled`.
+    """
+
+    def __init__(self, trajectory: Trajectory, first: int = 0) -> None:
+        self._record = trajectory
+        self._ids = trajectory.prompt_ids + trajectory.response_ids
+        self._next = first
+
+    def describe(self) -> dict[str, Any]:
+        """The engine that sampled the tokens: nothing new is sampled here."""
+        return self._record.engine
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
+        """The recorded turn. Raises EndConversation, or the recorded EngineError."""
+        await asyncio.sleep(0)
+        if self._next >= len(self._record.turns):
+            raise self._end()
+        number, turn = self._next, self._record.turns[self._next]
+        at = first_difference(prompt_ids, self._ids[: turn.start])
+        if at is not None:
+            text = f"replay: turn {number} was sampled after other tokens, from token {at} on"
+            raise EndConversation("cancelled", text)
+        size, room = turn.end - turn.start, sampling["max_new_tokens"]
+        if size > room:
+            text = f"replay: turn {number} has {size} tokens, the budgets leave {room}"
+            raise EndConversation("cancelled", text)
+        self._next += 1
+        generation = self._generation(turn)
+        if turn.finish_reason == "abort":
+            raise EndedGeneration(self._record.stop_reason, self._record.error, generation)
+        return generation
+
+    def _generation(self, turn: Turn) -> Generation:
+        shift = len(self._record.prompt_ids)
+        span = slice(turn.start - shift, turn.end - shift)
+        # Floats: these tokens were sampled.
+        logprobs: list[Any] = self._record.response_logprobs[span]
+        return generation_of(turn, self._ids[turn.start : turn.end], logprobs)
+
+    def _end(self) -> Exception:
+        record = self._record
+        if record.stop_reason == "engine_error" and record.infra_error:
+            return EngineError(record.error)
+        if record.stop_reason in ("cancelled", "deadline", "engine_error"):
+            return EndConversation(record.stop_reason, record.error)
+        text = f"replay: the recorded conversation ended here with {record.stop_reason}"
+        return EndConversation("cancelled", text)
+
+    async def abort(self, request_id: str) -> None:
+        """Nothing runs that could be aborted."""
+
+    async def close(self) -> None:
+        """Nothing is held."""
