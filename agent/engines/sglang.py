@@ -1,9 +1,9 @@
 """The in-process SGLang engine behind the engine protocol.
 
-Invariants: all calls come from one event loop; a request id is in flight once; what SGLang returns
-is either data that adds up (ids, log-probs, lengths) or an `EngineError`. A cancelled request is
-aborted in SGLang, and its state there is kept until SGLang has answered: it kills the process when
-it must answer a request it no longer knows.
+Invariants: all calls come from one event loop; a request id is in flight once; an answer of SGLang
+is consistent (ids, log-probs, lengths) or it is an `EngineError`. A cancelled request is aborted in
+SGLang, and its state there is kept until SGLang has answered: SGLang kills the process if it must
+answer a request that it no longer knows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ REFUSED_SAMPLING = {
     "stop_regex": "stop patterns need a tokenizer in the engine; use stop_token_ids",
     "min_new_tokens": "min_new_tokens needs a tokenizer in the engine",
 }
-"""Each of these kills SGLang's scheduler when it runs without a tokenizer."""
+"""Each of these kills SGLang's scheduler if it runs without a tokenizer."""
 
 ABORT_S = 2.0
-"""How long the tokens of an aborted request are waited for: a step of the model and the way back.
-"""
+"""Time limit for the tokens of an aborted request: a step of the model and the way back."""
 
 
 class SGLangEngine:
@@ -113,7 +112,7 @@ class SGLangEngine:
             task.exception()  # of a request nobody waits for any more
 
     async def abort(self, request_id: str) -> None:
-        """Stops a running or queued request: its `generate` returns what it has, with finish reason
+        """Stops a running or queued request: `generate` returns what was sampled, with finish reason
         "abort".
         """
         self._stop(request_id)
@@ -125,7 +124,7 @@ class SGLangEngine:
             task.cancel()
 
     async def close(self) -> None:
-        """Ends the engine's processes; what is in flight fails with EngineError.
+        """Ends the engine's processes; requests in flight fail with EngineError.
 
         Safe to call twice.
         """
@@ -138,7 +137,7 @@ class SGLangEngine:
 
 
 async def interruption(answer: asyncio.Future[dict[str, Any]]) -> asyncio.CancelledError:
-    """What to raise for a request that was aborted: `Interrupted` with what was sampled, once
+    """The error for a request that was aborted: `Interrupted` with the sampled tokens, once
     SGLang's answer has come.
 
     Waits for that, ABORT_S at most.
@@ -221,8 +220,9 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
     )
 
 
-def _number(told: Any) -> Any:
-    """What is told beside the tokens, where it can stand in a record: a conversation is not lost
-    for a latency of NaN.
+def _number(reported: Any) -> Any:
+    """A number reported beside the tokens; None if a record cannot hold it.
+
+    A conversation must not be lost because a latency is NaN.
     """
-    return told if type(told) in (int, float) and math.isfinite(told) else None
+    return reported if type(reported) in (int, float) and math.isfinite(reported) else None

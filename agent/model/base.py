@@ -1,4 +1,4 @@
-"""Where the model lies on disk: names and adapters resolved to plain Hugging Face directories.
+"""The model on disk: names and adapters resolved to plain Hugging Face directories.
 
 Each directory is built once, in the cache, under a lock, and appears there whole or not at all.
 Nothing here uses the network. `smollm2-base` is SmolLM2-135M-Instruct with the hermes chat
@@ -33,7 +33,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """The local directory of a `model_path`: `smollm2-tools`, `smollm2-base`, a directory, or a
     cached hub id.
 
-    Raises ConfigError when there is none; nothing is downloaded.
+    Raises ConfigError if there is none; nothing is downloaded.
     """
     name = str(name_or_path)
     if name == BASE_NAME:
@@ -62,7 +62,7 @@ def resolve_tokenizer(name_or_path: str | Path) -> Path:
 
 
 def model_name(folder: Path) -> str:
-    """What to call a model that `resolve_model` found, the same on every machine: a hub id, else
+    """The name of a model that `resolve_model` returned, the same on every machine: a hub id, else
     the folder's own name.
     """
     repository = folder.parent.parent.name

@@ -154,7 +154,7 @@ class Renderer:
     ) -> Example | None:
         """One conversation about the problem.
 
-        None where it is longer than any other should wait for.
+        None if it is longer than any other should wait for.
         """
         setup = draw(self.shipped, rng, mix.shipped_share)
         failing = _faults(problem, setup, rng, mix.fault_share)

@@ -36,7 +36,7 @@ def call_text(name: str, arguments: dict[str, object]) -> str:
 def broken_code(code: str, rng: Random) -> tuple[str, str] | None:
     """A program that fails where `code` did not, and its output and traceback.
 
-    None where no try broke it.
+    None if no try broke it.
     """
     for _ in range(8):
         broken = rng.choice(_BREAKS)(code, rng)

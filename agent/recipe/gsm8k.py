@@ -39,7 +39,7 @@ _FINAL = re.compile(r"####\s*(-?[\d,]+(?:\.\d+)?)\s*$")
 def from_gsm8k(question: str, answer: str) -> Problem | None:
     """A GSM8K row as a problem.
 
-    None where its annotations do not make a program that prints its answer.
+    None if its annotations do not make a program that prints its answer.
     """
     final = _FINAL.search(answer)
     steps = _steps(answer, set(_numbers(question)))
@@ -124,7 +124,7 @@ def _steps(answer: str, told: set[float]) -> list[Step]:
 def _expression(text: str, names: dict[float, str], values: dict[str, float]) -> str | None:
     """The annotation's left side as Python, earlier results by name.
 
-    None where it is no arithmetic.
+    None if it is no arithmetic.
     """
     text = text.replace(",", "").replace("$", "").replace("x", "*").strip()
     text = re.sub(r"(\d+(?:\.\d+)?)%", r"\1/100", text)
@@ -206,7 +206,7 @@ def with_other_numbers(problem: Problem, rng: Random, tries: int = 40) -> Proble
     """The problem with the whole numbers of its story redrawn, in the question and in the program
     alike.
 
-    What was whole stays whole and what was positive stays positive, in every step. None where no
+    What was whole stays whole and what was positive stays positive, in every step. None if no
     draw does that.
     """
     used = {n for step in problem.steps for n in _numbers(step.expression)}
@@ -260,7 +260,7 @@ def _replace(text: str, mapping: dict[int, int]) -> str:
 
 
 def _values(steps: tuple[Step, ...]) -> list[Fraction]:
-    """Each step's exact value, [] where one cannot be told."""
+    """Each step's exact value, [] if one cannot be known."""
     values: dict[str, float] = {}
     exact: list[Fraction] = []
     try:

@@ -16,7 +16,7 @@ from conversations.trajectory import INVALID_STATUSES, ToolCallRecord, Trajector
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One conversation. `recovered` is None where its task did not begin with a failing call."""
+    """One conversation. `recovered` is None if its task did not begin with a failing call."""
 
     calls: int
     valid_calls: int
@@ -34,7 +34,7 @@ class Share:
 
     @property
     def value(self) -> float | None:
-        """As a fraction; None where there was nothing to count."""
+        """As a fraction; None if there was nothing to count."""
         return self.part / self.whole if self.whole else None
 
 
@@ -69,7 +69,7 @@ def outcome(trajectory: Trajectory) -> Outcome:
 
 
 def complete(trajectory: Trajectory) -> bool:
-    """True where a program ran, an answer was submitted after it, and the model ended with text and
+    """True if a program ran, an answer was submitted after it, and the model ended with text and
     no call.
     """
     names = [call.name for call in trajectory.tool_calls if call.status == "ok"]
@@ -87,7 +87,7 @@ def complete(trajectory: Trajectory) -> bool:
 def given_code(trajectory: Trajectory) -> str | None:
     """The program of a failing call that the task itself began with.
 
-    None where it began with none.
+    None if it began with none.
     """
     for message in trajectory.messages:
         if message.get("raw") is None and message.get("tool_calls"):
@@ -97,7 +97,7 @@ def given_code(trajectory: Trajectory) -> str | None:
 
 
 def _recovers(ledger: Sequence[ToolCallRecord], given: str) -> bool:
-    """True where the model's own first program is another one, and runs."""
+    """True if the model's own first program is another one, and runs."""
     first = next((call for call in ledger if call.name == CODE_TOOL), None)
     if first is None or first.status != "ok" or not isinstance(first.arguments, dict):
         return False

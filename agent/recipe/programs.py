@@ -34,7 +34,7 @@ _MAX_EXPONENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """What a program printed, and the traceback text it ended with (None where it ended well)."""
+    """What a program printed, and the traceback text it ended with (None if it ended well)."""
 
     stdout: str
     error: str | None
@@ -43,7 +43,7 @@ class Execution:
 def run(code: str) -> Execution:
     """Executes an arithmetic program in this process.
 
-    Raises ValueError where it is anything but arithmetic.
+    Raises ValueError if it is anything but arithmetic.
     """
     stdout = io.StringIO()
     try:
@@ -129,7 +129,7 @@ def number_text(text: str) -> str | None:
 
 
 def prints(code: str, answer: str) -> bool:
-    """True where the program runs and its whole output is the number `answer`."""
+    """True if the program runs and its whole output is the number `answer`."""
     try:
         done = run(code)
     except ValueError:

@@ -32,7 +32,7 @@ class Setup:
     answer_name: str
     answer_argument: str
     graded: bool
-    """True where the answer tool tells what the answer is worth, as the shipped one does."""
+    """True if the answer tool tells what the answer is worth, as the shipped one does."""
     shipped: bool
 
 

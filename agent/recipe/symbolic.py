@@ -165,7 +165,7 @@ def _steps(derivation: _Derivation, seen: dict[str, Any], question: str) -> list
 
 
 def _hidden(name: str, arguments: set[str], seen: dict[str, Any], question: str) -> bool:
-    """True where the question gives a step's result and not the numbers it was computed from."""
+    """True if the question gives a step's result and not the numbers it was computed from."""
     untold = any(_literal(seen[argument], question) is None for argument in arguments)
     return untold and _literal(seen.get(name), question) is not None
 
@@ -214,7 +214,7 @@ _RATIO = re.compile(r"\d+/\d+")
 def _told(value: Any, question: str) -> str:
     """The literal of a number the question tells.
 
-    Raises ValueError where it does not, or where it is no number.
+    Raises ValueError if it does not, or where it is no number.
     """
     literal = _literal(value, question)
     if literal is None:

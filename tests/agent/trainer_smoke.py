@@ -20,7 +20,7 @@ from agent.engines import cpu_guards
 from agent.engines.arguments import environment, start_variables
 from agent.model.base import TOOLS_NAME, resolve_model
 
-PROBLEMS, SAMPLES = 3, 2
+PROBLEMS, SAMPLES = 2, 2
 TOOLS = str(Path(__file__).resolve().parents[2] / "tool_configs" / "gsm8k.yaml")
 
 
@@ -28,7 +28,7 @@ def write_data(folder: Path) -> Path:
     """The generated problems as a verl data set."""
     import pandas
 
-    write_gsm_symbolic(folder / "tasks.jsonl", PROBLEMS * 2, seed=5)
+    write_gsm_symbolic(folder / "tasks.jsonl", PROBLEMS * 2, seed=0)
     rows = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
     for row in rows:
         prompt = row["prompt"]
@@ -61,7 +61,7 @@ def main(folder: Path) -> dict[str, Any]:
     config = {
         "mode": "sync",
         "prompt_length": 768,
-        "response_length": 512,
+        "response_length": 384,
         "max_model_len": 8192,  # all of the model's positions
         "temperature": 0.7,
         "max_num_seqs": 8,

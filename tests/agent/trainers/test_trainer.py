@@ -668,12 +668,14 @@ def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
     told = [line for line in done.stdout.splitlines() if line.startswith("SMOKE ")]
     assert told, done.stderr[-2000:]
     steps = json.loads(told[0].removeprefix("SMOKE "))["steps"]
-    assert [step["rows"] for step in steps] == [6, 6]
+    assert [step["rows"] for step in steps] == [4, 4]
     for step in steps:
         assert step["sampled_tokens"] > 100
         assert step["advantages_off_mask"] == step["logprobs_off_mask"] == 0
         assert step["logprobs_finite"]
-        assert 1.0 in step["rewards"]
+        assert set(step["rewards"]) <= {0.0, 1.0}
+    # `test_adapter.py` solves most of these problems greedily.
+    assert any(1.0 in step["rewards"] for step in steps)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "train-1-rank-0",
         "train-2-rank-0",
