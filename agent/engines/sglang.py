@@ -112,7 +112,7 @@ class SGLangEngine:
             task.exception()  # of a request nobody waits for any more
 
     async def abort(self, request_id: str) -> None:
-        """Stops a running or queued request: `generate` returns what was sampled, with finish reason
+        """Stops a running or queued request: `generate` returns what was sampled, as
         "abort".
         """
         self._stop(request_id)

@@ -4,8 +4,7 @@ a step.
 Invariants. Each folder has one writer, although others make folders beside it. A record of
 `StepFolders` stands in the folder of the weights that sampled its last token. At most `MAX_OPEN`
 are open; a record for one that has been closed (a straggler of an asynchronous trainer) opens
-another beside it. A conversation that the trainer aborted is unfinished, so it stands in
-`unfinished.jsonl`.
+another beside it.
 """
 
 from __future__ import annotations
@@ -100,9 +99,6 @@ class StepFolders:
 
     def append(self, trajectory: Trajectory) -> None:
         """Writes a conversation that has ended as the next sample of its task."""
-        if trajectory.stop_reason == "cancelled":  # the trainer aborted it
-            self.append_unfinished(trajectory)
-            return
         place = self._place(trajectory)
         place.add(place.folder.append, trajectory)
 

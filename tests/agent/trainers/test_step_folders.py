@@ -57,18 +57,6 @@ def test_samples_of_a_task_are_counted_in_each_folder(
     assert samples(tmp_path) == {"1": [0, 1, 2, 3], "2": [0], "none": [0]}
 
 
-def test_what_the_trainer_aborted_is_unfinished_and_no_defect(
-    tmp_path: Path, record: Trajectory, smollm2: ChatTemplate
-) -> None:
-    folders = StepFolders(tmp_path, lambda step: {"step": step}, smollm2.tokenizer)
-    folders.append(record)
-    folders.append(dataclasses.replace(record, stop_reason="cancelled"))
-    folders.close()
-    (folder,) = tmp_path.iterdir()
-    assert [one.stop_reason for one in open_run(folder)] == ["stop"]
-    assert [one.stop_reason for one in open_run(folder).unfinished()] == ["cancelled"]
-
-
 def test_a_straggler_opens_another_folder_once_its_own_is_closed(
     tmp_path: Path, record: Trajectory, smollm2: ChatTemplate
 ) -> None:
