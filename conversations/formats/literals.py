@@ -98,7 +98,7 @@ def python_string(text: str, position: int) -> tuple[str, int]:
     string = _PYTHON_STRING.match(text, position)
     if string is None:
         raise LiteralError("expected a value", position)
-    body = string.group("body")
+    body = string.group(string.lastgroup or 0)
     try:
         return (_ESCAPE.sub(_escaped, body) if "\\" in body else body), string.end()
     except ValueError as error:
@@ -172,7 +172,7 @@ _ESCAPES = {
 }
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
 _PYTHON_STRING = re.compile(
-    r"(?P<quote>['\"])(?P<body>(?:[^'\"\\]|\\.|(?!(?P=quote))['\"])*)(?P=quote)", re.DOTALL
+    r"'(?P<single>(?:[^'\\]++|\\.)*+)'|\"(?P<double>(?:[^\"\\]++|\\.)*+)\"", re.DOTALL
 )
 
 PYTHON = Literals(python_string)
