@@ -1,4 +1,4 @@
-"""Calls written as `call:NAME{key:value,...}` between two tokens, strings between a token of their own.
+"""Calls as `call:NAME{key:value,...}` between two tokens, strings between a token of their own.
 
 Nothing escapes a string. It ends at the first quote token that a comma or a closing bracket
 follows; other quote tokens belong to it. A token that opens a string ends the search: what stands

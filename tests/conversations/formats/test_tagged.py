@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conversations.formats import deepseek_v4, glm45, minimax_m2, qwen3_coder, seed_oss
+from conversations.formats import deepseek_v4, glm45, hy3, minimax_m2, qwen3_coder, seed_oss
 from conversations.formats.blocks import read_turn
 from conversations.formats.format import NO_TYPES, ParameterTypes
 from conversations.formats.registry import format_named
@@ -32,6 +32,7 @@ TAGS = {
     "seed_oss": seed_oss.TAGS,
     "minimax_m2": minimax_m2.TAGS,
     "glm45": glm45.TAGS,
+    "hy3": hy3.TAGS,
     "deepseek_v4": deepseek_v4.TAGS,
 }
 NAMES = sorted(TAGS)

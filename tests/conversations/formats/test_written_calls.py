@@ -38,6 +38,11 @@ TRL = {
     "llama3_json": ("llama3_1", "llama3_2"),
     "gemma4": ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"),
 }
+THOUGHTS = {
+    "gemma4": "<|channel>thought\n{}<channel|>",
+    "seed_oss": "<seed:think>{}</seed:think>",
+    "hy3": "<think:opensource>{}</think:opensource>",
+}
 
 
 def trl_template(name: str) -> str:
@@ -142,8 +147,7 @@ def test_text_and_thoughts_stay_where_they_were(name: str) -> None:
     turn = form.parse(f"One. {call} Two.\n{call}\n\nThree.\n", TYPES)
     assert "".join(turn.content.split()) == "One.Two.Three."
     assert calls_of(name, f"One. {call} Two.\n{call}\n\nThree.\n") == PLAIN[:1] * 2
-    thought = "<|channel>thought\n{}<channel|>" if name == "gemma4" else "<think>{}</think>"
-    thought = "<seed:think>{}</seed:think>" if name == "seed_oss" else thought
+    thought = THOUGHTS.get(name, "<think>{}</think>")
     inside = thought.format(call)
     assert calls_of(name, inside + "No call.") == []
     assert calls_of(name, inside + call) == PLAIN[:1]

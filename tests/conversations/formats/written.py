@@ -97,6 +97,19 @@ def glm47(calls: Calls) -> str:
     return "".join(one(*call) for call in calls)
 
 
+def hy3(calls: Calls) -> str:
+    def one(name: str, arguments: Arguments) -> str:
+        pairs = "".join(
+            f"<arg_key>{key}</arg_key>\n<arg_value>{{{number}}}</arg_value>\n"
+            for number, key in enumerate(arguments)
+        )
+        call = f"<tool_call>{name}<tool_sep>\n{pairs}</tool_call>\n".replace(">", ":opensource>")
+        return call.format(*map(_text, arguments.values()))
+
+    written = "".join(one(*call) for call in calls)
+    return f"<tool_calls:opensource>\n{written}</tool_calls:opensource>"
+
+
 def _dsml(block: str) -> Callable[[Calls], str]:
     def parameter(key: str, value: object) -> str:
         is_string = "true" if isinstance(value, str) else "false"
@@ -137,6 +150,7 @@ TAGGED: dict[str, Callable[[Calls], str]] = {
     "seed_oss": seed_oss,
     "minimax_m2": minimax_m2,
     "glm45": glm45,
+    "hy3": hy3,
     "deepseek_v4": _dsml("tool_calls"),
     "deepseek_v32": _dsml("function_calls"),
     "gemma4": _braces("<|tool_call>", "<tool_call|>", '<|"|>'),
@@ -150,6 +164,7 @@ CLOSING_TAGS = (
     *("</tool_call>", "</function>", "</parameter>", "</arg_value>", "</invoke>", "</think>"),
     *("</minimax:tool_call>", "</seed:tool_call>", "</｜DSML｜parameter>", "</｜DSML｜invoke>"),
     *("<tool_call|>", '<|"|>', "<escape>", "<end_function_call>", "<|tool_call_end|>"),
+    *("</arg_value:opensource>", "</tool_call:opensource>"),
 )
 _PIECES = (
     *("", " ", "\n", "\n\n", "\t", "\r\n", "word", "42", "-0.5e3", "true", "None", "null"),
