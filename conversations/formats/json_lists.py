@@ -16,6 +16,15 @@ OBJECT is `{"name": NAME, "arguments": ARGUMENTS}`, in some formats with an id; 
 `tool_call_id`, `tool_name` and `parameters`. Written after the models' own chat templates.
 
 A construct without a closing token ends at its bracket or brace; the text behind it is content.
+Cohere's thoughts are `<|START_THINKING|>...<|END_THINKING|>`.
+
+| malformed | the model is told |
+|---|---|
+| JSON that cannot be read, with the rest of its list | what is wrong, at which character |
+| no name, arguments that are no object, another key for them | which |
+| a token without a list, or without an object | that |
+| a list without a call | that |
+| no `]`, no closing token: the last call was not finished | what is missing |
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
-from conversations.formats.blocks import THINK, Call, opening, read_turn, skip_space
+from conversations.formats.blocks import THINK, Call, Thought, opening, read_turn, skip_space
 from conversations.formats.call_list import (
     BlockRun,
     CallList,
@@ -44,12 +53,18 @@ class JsonLists:
     """
 
     def __init__(
-        self, form: tuple[str, str, str], read: ReadObject, *, opens: str = "", listed: bool = True
+        self,
+        form: tuple[str, str, str],
+        read: ReadObject,
+        *,
+        opens: str = "",
+        listed: bool = True,
+        thought: Thought = THINK,
     ) -> None:
         start, self._close, hint = form
         tags = [opens or re.escape(start), *([re.escape(self._close)] if self._close else [])]
         self._token = start
-        self._opens = opening(THINK, tags[0])
+        self._thought, self._opens = thought, opening(thought, tags[0])
         self._list = CallList(hint, re.compile("|".join(tags)), self._close)
         self._read, self._is_list = read, listed
 
@@ -66,7 +81,7 @@ class JsonLists:
                 return self._list.read(raw, start, body, calls, element)
             return self._objects(raw, body, reader, BlockRun(raw, start, calls, self._list.hint))
 
-        return read_turn(raw, self._opens, THINK, in_think, block)
+        return read_turn(raw, self._opens, self._thought, in_think, block)
 
     def _objects(self, text: str, body: int, reader: JsonReader, run: BlockRun) -> int:
         """Reads one object, or up to the closing token as many as there are."""
@@ -101,6 +116,7 @@ def _single_key(hint: str) -> ReadObject:
 
 _OBJECT = CallObject("", id="id")
 _COHERE = CallObject("", "tool_name", ("parameters",), "tool_call_id")
+_COHERE_THOUGHT = Thought("<|START_THINKING|>", "<|END_THINKING|>")
 _INTERNLM = CallObject("", arguments=("arguments", "parameters"), id="id")
 _APERTUS = ("<|tools_prefix|>", "<|tools_suffix|>")
 _APERTUS_HINT = "write <|tools_prefix|>[{NAME: {...}}]<|tools_suffix|>"
@@ -113,12 +129,13 @@ def _parser(
     opens: str = "",
     call: CallObject = _OBJECT,
     listed: bool = True,
+    thought: Thought = THINK,
 ) -> Parse:
     """Reads calls that are objects with the keys of `call`."""
     shape = f'{{"{call.name}": ..., "{call.arguments[0]}": {{...}}}}'
     hint = f"write {start}{f'[{shape}]' if listed else shape}{close}"
     read = replace(call, hint=hint).read
-    return JsonLists((start, close, hint), read, opens=opens, listed=listed).parse
+    return JsonLists((start, close, hint), read, opens=opens, listed=listed, thought=thought).parse
 
 
 def _format(name: str, parse: Parse, *aliases: str, taught_by: tuple[str, ...] = ()) -> CallFormat:
@@ -131,7 +148,7 @@ PHI4_MINI = _parser("functools", opens=r"functools(?=\[)")
 NEMOTRON_NANO = _parser("<TOOLCALL>", "</TOOLCALL>")
 APRIEL = _parser("<tool_calls>", "</tool_calls>")
 APERTUS = JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT)).parse
-COHERE = _parser("<|START_ACTION|>", "<|END_ACTION|>", call=_COHERE)
+COHERE = _parser("<|START_ACTION|>", "<|END_ACTION|>", call=_COHERE, thought=_COHERE_THOUGHT)
 MINIMAX_M1 = _parser("<tool_calls>", "</tool_calls>", listed=False)
 INTERNLM2 = _parser("<|action_start|><|plugin|>", "<|action_end|>", call=_INTERNLM, listed=False)
 

@@ -35,6 +35,10 @@ DETECTORS = {
     "minimax_m2": "minimax-m2",
     "kimi_k2": "kimi_k2",
     "deepseek_v31": "deepseekv31",
+    "deepseek_v3": "deepseekv3",
+    "gpt_oss": "gpt-oss",
+    "llama3_json": "llama3",
+    "llama4_pythonic": "pythonic",
     "hermes": "qwen25",
 }
 
