@@ -163,7 +163,7 @@ class Server:
         served, serves = self.info.get("model_path"), found.get("model_path")
         # One conversation is never sampled by two models.
         if served and serves and serves != served:
-            return f"it came back with {serves} where it had {served}"
+            return f"it came back with {serves} instead of {served}"
         return ""
 
     async def close(self) -> None:

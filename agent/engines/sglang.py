@@ -185,7 +185,7 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
 def read_answer(answer: Mapping[str, Any]) -> Generation:
     """SGLang's answer to one `/generate` with `return_logprob`, checked.
 
-    Raises EngineError where it is not data.
+    Raises EngineError if it is not data.
     """
     try:
         ids, meta = list(answer["output_ids"]), answer["meta_info"]

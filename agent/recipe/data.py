@@ -65,7 +65,7 @@ FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
 class Example:
     """One conversation.
 
-    `ids` [T], `loss` [T] 1 where the model is trained, and what it is made of.
+    `ids` [T], `loss` [T] 1 for the tokens that are trained on, and the source.
     """
 
     ids: list[int]
@@ -319,7 +319,7 @@ def build(
 def write(examples: Iterable[Example], path: Path) -> int:
     """Writes the examples as one compressed `.npz`; returns their number.
 
-    Ids are 16 bit where the vocabulary allows.
+    Ids are 16 bit if the vocabulary allows.
     """
     import numpy as np
 

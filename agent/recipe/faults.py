@@ -176,7 +176,7 @@ _BREAKS: tuple[_Break, ...] = (
 # ------------------------------------------------------------------ ways to break a call
 
 
-def _told(setup: Setup, rng: Random, shipped: str, *others: str) -> str:
+def _message(setup: Setup, rng: Random, shipped: str, *others: str) -> str:
     """A message to the model: the runtime's own for the shipped tools, any of them for others."""
     return shipped if setup.shipped else rng.choice((shipped, *others))
 
@@ -197,7 +197,7 @@ def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
     error = calls[0].error
     return Fault(
         text,
-        _told(
+        _message(
             setup, rng, f"Error: malformed tool call: {error}", error, f"Invalid tool call: {error}"
         ),
     )
@@ -214,10 +214,10 @@ def _wrong_argument(setup: Setup, code: str, rng: Random) -> Fault | None:
     )
     problem = f'arguments: "{argument}" is a required property'
     shipped = f"Error: invalid arguments for {name}: {problem}"
-    told = _told(
+    response = _message(
         setup, rng, shipped, f"Invalid arguments: {problem}", f"missing argument '{argument}'"
     )
-    return Fault(call_text(name, {wrong: code}), told)
+    return Fault(call_text(name, {wrong: code}), response)
 
 
 def _unknown_tool(setup: Setup, code: str, rng: Random) -> Fault | None:
@@ -231,12 +231,12 @@ def _unknown_tool(setup: Setup, code: str, rng: Random) -> Fault | None:
     )
     offered = ", ".join(names)
     shipped = f"Error: there is no tool named {wrong!r}; the tools are: {offered}"
-    told = _told(setup, rng, shipped, f"Unknown tool: {wrong}", f"Use one of: {offered}")
-    return Fault(call_text(wrong, {setup.code_argument: code}), told)
+    response = _message(setup, rng, shipped, f"Unknown tool: {wrong}", f"Use one of: {offered}")
+    return Fault(call_text(wrong, {setup.code_argument: code}), response)
 
 
 def _silent(setup: Setup, code: str, rng: Random) -> Fault | None:
     """A program that prints nothing."""
     quiet = code[: code.rindex("\nprint(")]
-    told = _told(setup, rng, "The code ran and printed nothing.", "(no output)", "")
-    return Fault(call_text(setup.code_name, {setup.code_argument: quiet}), told)
+    response = _message(setup, rng, "The code ran and printed nothing.", "(no output)", "")
+    return Fault(call_text(setup.code_name, {setup.code_argument: quiet}), response)

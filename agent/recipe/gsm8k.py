@@ -1,8 +1,8 @@
 """GSM8K's worked answers as programs: each `<<48/2=24>>` of the text becomes a line, and the
 program must print the answer.
 
-Rows whose annotations make no such program, or one with numbers that nobody told, are left out. A
-problem can also be told again with other numbers, in the story and in the program alike.
+Rows whose annotations make no such program, or one with numbers that no text names, are left out. A
+problem can also be written again with other numbers, in the story and in the program alike.
 """
 
 from __future__ import annotations
@@ -76,31 +76,31 @@ _SMALL = frozenset({3, 4, 5, 6, 8, 10, 16, 36, 0.1, 0.2, 0.25, 0.5, 0.75, 1.5, 3
 
 
 def _unexplained(problem: Problem) -> set[float]:
-    """Numbers of the program that no one told: worked out in the head, or brought along by a step
+    """Numbers of the program that no text names: worked out in the head, or brought along by a step
     that was not annotated.
     """
-    told = set(_numbers(problem.question)) | {
+    named = set(_numbers(problem.question)) | {
         _WORDS[word] for word in _WORD.findall(problem.question.lower()) if word in _WORDS
     }
     percent = {
         round(value, 6)
-        for n in told
+        for n in named
         for value in (n / 100, 1 + n / 100, 1 - n / 100, 100 - n, 100 + n)
     }
     used = {n for step in problem.steps for n in _numbers(step.expression)}
-    return used - told - percent - _FACTS - _SMALL
+    return used - named - percent - _FACTS - _SMALL
 
 
-def _steps(answer: str, told: set[float]) -> list[Step]:
+def _steps(answer: str, named: set[float]) -> list[Step]:
     """The annotations as steps.
 
-    `told` are the numbers the question names. Empty where one is no arithmetic.
+    `named` are the numbers in the question. Empty if one is not arithmetic.
     """
     steps: list[Step] = []
     shown = ""
     values: dict[str, float] = {}
     for match in _ANNOTATION.finditer(answer):
-        names = {v: n for n, v in values.items() if v not in told}
+        names = {v: n for n, v in values.items() if v not in named}
         # A number that the question and the step just before both gave is that step's, if the line
         # names it once.
         if (
@@ -210,15 +210,15 @@ def with_other_numbers(problem: Problem, rng: Random, tries: int = 40) -> Proble
     draw does that.
     """
     used = {n for step in problem.steps for n in _numbers(step.expression)}
-    told = _numbers(problem.question)
+    named = _numbers(problem.question)
     free = sorted(
         {
             int(n)
-            for n in told
-            if n in used and n == int(n) and n not in _FACTS and n < 1e7 and told.count(n) <= 2
+            for n in named
+            if n in used and n == int(n) and n not in _FACTS and n < 1e7 and named.count(n) <= 2
         }
     )
-    if not free or used - set(told) - _FACTS - _SMALL:
+    if not free or used - set(named) - _FACTS - _SMALL:
         return None  # nothing to redraw, or a number that would go stale
     before = _values(problem.steps)
     for _ in range(tries):

@@ -214,7 +214,7 @@ _RATIO = re.compile(r"\d+/\d+")
 def _told(value: Any, question: str) -> str:
     """The literal of a number the question tells.
 
-    Raises ValueError if it does not, or where it is no number.
+    Raises ValueError if it does not, or if it is not a number.
     """
     literal = _literal(value, question)
     if literal is None:

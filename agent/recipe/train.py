@@ -312,7 +312,7 @@ def load_base(model_dir: Path, device: str) -> Any:
 
 
 def default_device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
+    """`cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

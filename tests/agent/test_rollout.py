@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -133,7 +134,7 @@ async def test_logprobs_are_those_of_the_temperature_scaled_distribution(
 
 
 def reference_logits(ids: list[int], sampled: list[int]) -> Any:
-    """[len(sampled), vocabulary]: what each sampled token was drawn from, before the temperature."""
+    """[len(sampled), vocabulary]: the logits of each sampled token, before the temperature."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -405,6 +406,22 @@ def test_it_is_verls_own_rollout_class(sglang_rollout: Any) -> None:
 
 
 # ---------------------------------------------------------------------- starting and ending
+
+
+def test_ports_are_free_and_those_that_sglang_derives_exist(sglang_rollout: Any) -> None:
+    """SGLang 0.5.12 takes the port + 10000 for itself."""
+    from agent.engines.rollout import PORTS, free_port
+
+    assert sglang_rollout._engine.server_args.port in PORTS
+    assert max(PORTS) + 10000 < 1 << 16
+    with socket.socket() as taken, socket.socket() as other:
+        taken.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in (taken, other)]
+        other.close()
+        assert free_port(ports) == ports[1]
+        with pytest.raises(ConfigError, match="SGLANG_PORT"):
+            free_port(ports[:1])
 
 
 @pytest.mark.slow

@@ -14,12 +14,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.engines.compat import DIFFERENCES, NEEDED, PROVEN, lacks
+from agent.engines.compat import DIFFERENCES, NEEDED, PROVEN, lacks, watchdogs
 from tests.agent import overlay
 from tests.agent.test_rollout import SAMPLE_TO, greedy_sample
 from tests.helpers import ROOT
@@ -95,6 +96,18 @@ def test_what_a_version_lacks_is_found(place: str, name: str) -> None:
     assert lacks(place, name)
     assert not lacks("json.decoder", "JSONDecoder")
     assert not lacks("json.decoder:JSONDecoder", "decode")
+
+
+def test_no_watchdog_of_sglang_is_started() -> None:
+    """Whatever its name: each would send a signal to this process."""
+    module = types.ModuleType("engine")
+    for name in ("SubprocessWatchdog", "NewWatchdog", "Engine"):
+        setattr(module, name, type(name, (), {}))
+    stand_ins = watchdogs(module)
+    assert sorted(stand_ins) == ["NewWatchdog", "SubprocessWatchdog"]
+    for stand_in in stand_ins.values():
+        watchdog = stand_in(processes=[], process_names=[])
+        assert (watchdog.start(), watchdog.stop()) == (None, None)
 
 
 def test_a_version_that_lacks_something_is_one_line(tmp_path: Path) -> None:
