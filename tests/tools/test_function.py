@@ -1,4 +1,5 @@
-"""Rules: a function's hints and docstring are its schema; a hung sync call holds up nobody; ToolError is for the model."""
+"""Rules: a function's hints and docstring are its schema; a hung call blocks no other; ToolError is
+for the model."""
 
 from __future__ import annotations
 
@@ -330,7 +331,7 @@ def test_an_object_that_is_no_function_is_refused_in_one_line() -> None:
 async def test_verls_shapes_of_an_answer_leak_no_reward_into_the_text(
     returned: Any, answer: tuple[str, float | None, dict[str, Any]]
 ) -> None:
-    """A response, (response, reward), (response, reward, metrics): verl's documentation of function tools."""
+    """verl documents a response, (response, reward), (response, reward, metrics)."""
     response, reward, metrics = await tool(lambda: returned).execute("t", {})
     assert (response.text, reward, metrics) == answer
     assert reward is None or type(reward) is float

@@ -1,4 +1,4 @@
-"""Rules: graded as verl 0.6.1 grades; whatever a model writes is graded in bounded time, runs nothing and blocks nobody."""
+"""Rules: graded as in verl 0.6.1; any answer takes bounded time, runs nothing, blocks nothing."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ SCHEMA: dict[str, Any] = {
     },
 }
 PIECES = (
-    "1", "2", "7", "12", "0.5", ".5", "1,000", "\\frac{1}{2}", "\\frac12", "1/2", "\\sqrt{2}", "2\\sqrt{3}", "\\pi", "x", "y", "+", "-",
-    "*", "^2", "(", ")", "[", ",", " ", "\\text{ cm}", "cm", "^\\circ", "degrees", "°", "%", "\\%", "$", "\\boxed{7}", "=",
+    "1", "2", "7", "12", "0.5", ".5", "1,000", "\\frac{1}{2}", "\\frac12", "1/2", "\\sqrt{2}",
+    "2\\sqrt{3}", "\\pi", "x", "y", "+", "-", "*", "^2", "(", ")", "[", ",", " ", "\\text{ cm}",
+    "cm", "^\\circ", "degrees", "°", "%", "\\%", "$", "\\boxed{7}", "=",
     "\\left(", "\\right)",
     "\\dfrac{3}{4}", "{", "}", " or ", "million", "A", "∠", "√3", "_1", "!",
 )  # fmt: skip
@@ -123,7 +124,7 @@ async def test_an_answer_that_takes_too_long_says_so_in_its_metrics(geo3k: Geo3k
 
 
 def test_what_python_would_run_is_not_evaluated(tmp_path: Path) -> None:
-    """Letters that count as none, attributes and the escapes of strings are how code gets past mathruler's check."""
+    """Code gets past mathruler's check by uncounted letters, attributes and escapes in strings."""
     target = tmp_path / "reached"
     attacks = [
         f"__import__('os').system('touch {target}')",

@@ -1,4 +1,4 @@
-"""Rules: answers are read, graded and answered exactly as verl 0.6.1 does it; the state is one per trajectory."""
+"""Rules: answers are read, graded and answered as in verl 0.6.1; state is per trajectory."""
 
 from __future__ import annotations
 

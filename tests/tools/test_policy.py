@@ -1,4 +1,4 @@
-"""What tools.yaml may say about a tool's calls: what is read, what is the default, and one line for each mistake."""
+"""Rules: every key about a tool's calls is read and has a default; each mistake is one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rules: both YAML forms load; schemas stay lossless; verl's tools run unchanged; each mistake is one line that helps."""
+"""Rules: both YAML forms load; schemas stay lossless; verl's tools run unchanged; each mistake is
+one line that helps."""
 
 from __future__ import annotations
 
@@ -92,7 +93,7 @@ def schema_with(**parameters: Any) -> dict[str, Any]:
     }
 
 
-# -- what loads ----------------------------------------------------------------------------------------------------------
+# -- what loads -----------------------------------------------------------------------------------
 
 
 def test_both_forms_load_and_the_text_is_kept(write: Any) -> None:
@@ -142,7 +143,8 @@ def test_limits_are_read_from_config(write: Any) -> None:
         (
             {"points": [], "either": "long"},
             [
-                "either: \"long\" is not valid under any of the schemas listed in the 'anyOf' keyword"
+                'either: "long" is not valid under any of the schemas listed in the '
+                "'anyOf' keyword"
                 ' ("long" is longer than 3 characters; "long" is not of type "integer")'
             ],
         ),
@@ -174,7 +176,7 @@ def test_arguments_as_deep_as_a_json_parser_reads_them_are_checked(write: Any) -
 
 
 def test_no_pattern_takes_for_ever(write: Any) -> None:
-    """A regular expression that backtracks without end would stop everybody: there is a limit to it."""
+    """A regular expression that backtracks without end would block all calls: it is limited."""
     slow = {"plain": {"pattern": "^(a+)+$"}, "back": {"pattern": "^(?:(a+)\\1?)+(?=c)$"}}
     loaded = load_tools(write([entry(schema_with(type="object", properties=slow))]))["f"]
     assert loaded.validate({"back": "a" * 5000 + "b"}) == [
@@ -292,7 +294,8 @@ async def test_a_verl_subclass_may_read_its_keywords_flat_or_nested(
 
         class Late(BaseTool):
             async def create(self, instance_id=None, **kwargs):
-                return instance_id, ToolResponse(text=kwargs["create_kwargs"]["ground_truth"] + kwargs["ground_truth"])
+                nested = kwargs["create_kwargs"]["ground_truth"]
+                return instance_id, ToolResponse(text=nested + kwargs["ground_truth"])
         """)
     )
     loaded = load_tools(write([entry(cls="my_verl_tools.Late")]))["calculate_answer"]
@@ -386,7 +389,7 @@ async def test_a_set_from_python_objects() -> None:
         ToolSet.from_tools([Closing])
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------
 
 REFUSED = [
     (["x"], "entry 0: expected class_name, config and tool_schema, got str"),
@@ -427,7 +430,10 @@ REFUSED = [
     ([entry(type="mpc")], "config.type must be 'native' or 'mcp', got 'mpc'"),
     (
         [entry(cls="verl.tools.search_tool.SearchTool")],
-        "verl.tools.search_tool.SearchTool: it runs only inside Ray; tools.search.SearchTool takes the same config and tool_schema",
+        (
+            "verl.tools.search_tool.SearchTool: it runs only inside Ray; "
+            "tools.search.SearchTool takes the same config and tool_schema"
+        ),
     ),
     (
         [entry(cls="verl.tools.sandbox_fusion_tools.SandboxFusionTool")],
@@ -526,7 +532,10 @@ def test_a_shadowed_folder_of_the_users_is_named(
     (tmp_path / "tools" / "mine.py").write_text("class Thing: ...")
     with pytest.raises(
         ToolConfigError,
-        match=r"no module 'tools.mine'; your .*/tools is shadowed by turntrace's own package 'tools'",
+        match=(
+            r"no module 'tools.mine'; your .*/tools is shadowed by turntrace's own "
+            r"package 'tools'"
+        ),
     ):
         load_tools(write([entry(cls="tools.mine.Thing")]))
 
@@ -550,7 +559,8 @@ def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
     path = write([entry()])
     code = (
         "import sys, json; from tools.registry import load_tools; load_tools(sys.argv[1]);"
-        "print(json.dumps([m for m in ('torch', 'verl', 'transformers', 'ray', 'sglang', 'httpx') if m in sys.modules]))"
+        "print(json.dumps([m for m in ('torch', 'verl', 'transformers', 'ray', "
+        "'sglang', 'httpx') if m in sys.modules]))"
     )
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": str(root)}
@@ -570,7 +580,10 @@ def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
     [
         (
             "2026-01-01",
-            "function.parameters.properties.day.default is a date (2026-01-01), which JSON does not have; put it in quotes",
+            (
+                "function.parameters.properties.day.default is a date (2026-01-01), "
+                "which JSON does not have; put it in quotes"
+            ),
         ),
         (".nan", "function.parameters.properties.day.default is nan, which is no number in JSON"),
         (
@@ -579,7 +592,10 @@ def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
         ),
         (
             "{1: one}",
-            "function.parameters.properties.day.default has the key 1, which YAML reads as int; put it in quotes",
+            (
+                "function.parameters.properties.day.default has the key 1, which YAML "
+                "reads as int; put it in quotes"
+            ),
         ),
         ("&me [*me]", "is nested too deeply, or holds itself"),
     ],
@@ -591,7 +607,10 @@ def test_what_yaml_can_say_and_json_cannot_is_refused_with_its_place(
 - class_name: tools.gsm8k.Gsm8kTool
   tool_schema:
     type: function
-    function: {{name: f, description: "", parameters: {{type: object, properties: {{day: {{default: {value}}}}}}}}}
+    function:
+      name: f
+      description: ""
+      parameters: {{type: object, properties: {{day: {{default: {value}}}}}}}
 """
     with pytest.raises(ToolConfigError) as raised:
         load_tools(write(text))
@@ -600,7 +619,7 @@ def test_what_yaml_can_say_and_json_cannot_is_refused_with_its_place(
     assert "\n" not in str(raised.value)
 
 
-# -- schemas: what no call could meet, and what models will stumble over -------------------------------------------------
+# -- schemas: what no call could meet, and what models will stumble over --------------------------
 
 
 @pytest.mark.parametrize(
@@ -635,7 +654,7 @@ PAIR = {"type": "array", "items": [{"type": "number"}, {"type": "string"}]}
 def test_the_dialect_that_a_schema_names_is_the_one_it_is_read_in(
     write: Any, dialect: dict[str, Any]
 ) -> None:
-    """A tuple is a list under `items` up to draft 2019-09, and is known as one without a `$schema` as well."""
+    """A tuple is a list under `items` up to draft 2019-09; it is read without `$schema` as well."""
     schema = schema_with(**dialect, type="object", properties={"pair": PAIR})
     (loaded,) = load_tools(write([entry(schema)])).values()
     assert loaded.schema == schema
@@ -758,7 +777,8 @@ def test_what_models_will_stumble_over_is_a_warning(
     "schema",
     [
         {"properties": {"a": {"type": "integer", "nullable": True, "default": None}}},
-        {"properties": {"a": {"type": "number", "default": 1}, "b": {"type": "integer", "default": 2.0}}},
+        {"properties": {"a": {"type": "number", "default": 1}}},
+        {"properties": {"a": {"type": "integer", "default": 2.0}}},
         {"properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
         {"properties": {"a": {}}, "patternProperties": {"^x": {}}, "required": ["x1"]},
         {"properties": {"default": {"type": "integer"}}, "required": ["default"]},
@@ -770,7 +790,7 @@ def test_what_models_can_meet_is_no_warning(write: Any, schema: dict[str, Any]) 
     assert load_tools(write([entry(schema_with(**schema))])).warnings == []
 
 
-# -- refused by class, not by name ---------------------------------------------------------------------------------------
+# -- refused by class, not by name ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rules: a program that fails is an answer for the model, a sandbox that fails is the backend's fault; nothing is left over."""
+"""Rules: a failing program is an answer, a failing sandbox is a BackendError; nothing is left."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def schema(**properties: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[None]:
-    """Keeps the embedded server up between tests, each of which has a tool and a loop of its own."""
+    """Keeps the embedded server running between tests, which have tools and loops of their own."""
     embedded.sandbox.acquire()
     yield
     embedded.sandbox.release()
@@ -60,7 +60,7 @@ async def failing(config: dict[str, Any], code: str, **more: Any) -> ToolError:
     return caught.value
 
 
-# -- on the embedded server ----------------------------------------------------------------------------------------------
+# -- on the embedded server -----------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("running")
@@ -192,12 +192,12 @@ async def test_a_package_that_is_not_installed_is_told_at_the_start(config: dict
     await tool.close()
 
 
-# -- sessions ------------------------------------------------------------------------------------------------------------
+# -- sessions -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def session(running: None) -> AsyncIterator[Callable[..., Awaitable[str]]]:
-    """Calls a tool with sessions: (code, trajectory) to what the model is told. Nothing is left of it afterwards."""
+    """Calls a tool with sessions: (code, trajectory) to the text. Afterwards nothing is left."""
     tool = SandboxFusionTool({"session": True, "default_timeout": 2}, schema())
     await tool.start()
 
@@ -268,12 +268,12 @@ async def test_a_server_that_died_took_the_sessions_along(session: Any) -> None:
     assert await session("print(1)") == f"{LOST}\n1\n"
 
 
-# -- on a server that answers as it is told ------------------------------------------------------------------------------
+# -- on a server that answers as it is told -------------------------------------------------------
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
-    """Starts a real HTTP server that gives one answer to everything; returns its address and the requests it gets."""
+    """Starts an HTTP server with one answer to everything; returns its address and the requests."""
     servers = []
 
     def start(status: int, body: Any, *, close: bool = False) -> tuple[str, list[Any]]:

@@ -1,5 +1,5 @@
-"""Rules: the model reads what verl shows, to the letter; its own mistakes are answered; whatever the server does wrong is the
-backend's fault, tried once; the embedded server starts when it is needed, again when it died, and is gone with its last user."""
+"""Rules: the model reads exactly what verl shows; its mistakes are answered; a server's fault is a
+BackendError after one attempt; the embedded server starts on use and stops with its last user."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def children() -> set[psutil.Process]:
     return set(psutil.Process().children())
 
 
-# -- on the embedded server ----------------------------------------------------------------------------------------------
+# -- on the embedded server -----------------------------------------------------------------------
 
 
 async def test_what_is_found_is_shown(tools: ToolSet) -> None:
@@ -231,7 +231,7 @@ async def test_what_cannot_be_searched_is_said_before_the_run(
         await load_tools("search").start()
 
 
-# -- the model's mistakes, and the user's --------------------------------------------------------------------------------
+# -- the model's mistakes, and the user's ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -305,14 +305,14 @@ def test_limits_come_from_verls_keys() -> None:
     assert "rate_limit" not in tool(rate_limit=9, enable_global_rate_limit=False).config
 
 
-# -- on a server that answers as it is told ------------------------------------------------------------------------------
+# -- on a server that answers as it is told -------------------------------------------------------
 
 Serve = Callable[..., tuple[str, list[Any]]]
 
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts a real HTTP server that gives one answer to everything; returns its address and the requests it gets."""
+    """Starts an HTTP server with one answer to everything; returns its address and the requests."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(answer: Any, code: int = 200, cut: int = 0) -> tuple[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Rules: every shipped tool config works as shipped, by its bare name, from anywhere; every line of it is explained."""
+"""Rules: every shipped tool config works by its name, from anywhere; every line is explained."""
 
 from __future__ import annotations
 

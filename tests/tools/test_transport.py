@@ -1,4 +1,4 @@
-"""httpx over aiohttp: what arrives, how many at a time, and every way of getting no answer as httpx's error."""
+"""httpx over aiohttp: what arrives, how many at a time, and each failure as httpx's error."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 @functools.cache
 def verl_client() -> ModuleType:
-    """verl's own functions, from their file: importing the package that they lie in would take half a minute."""
+    """verl's own functions, from their file: importing their package would take half a minute."""
     verl = importlib.util.find_spec("verl")
     assert verl is not None
     assert verl.submodule_search_locations

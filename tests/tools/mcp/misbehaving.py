@@ -1,7 +1,7 @@
-"""An MCP server over the SDK that misbehaves on request: `python misbehaving.py stdio|http|json [LOG]`.
+"""An MCP server over the SDK that misbehaves on request.
 
-`http` answers calls with event streams, `json` with JSON. Over HTTP it prints its port first. What is called and
-cancelled goes to LOG, one line each.
+`python misbehaving.py stdio|http|json [LOG]`: `http` answers calls with event streams, `json` with
+JSON. Over HTTP it prints its port first. Calls and cancellations go to LOG, one line each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules: other clients' files of servers are read; a key is used, known to change nothing, or refused."""
+"""Rules: other clients' files are read; a key is used, known to change nothing, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rule: however HTTP fails under a call, the call is answered at once, and the session and the calls beside it live on."""
+"""Rule: however HTTP fails, the call is answered at once; the session and other calls live on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ def http(
     status: str = "200 OK",
     length: int | None = None,
 ) -> bytes:
-    head = f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body) if length is None else length}\r\n\r\n"
+    head = (
+        f"HTTP/1.1 {status}\r\n"
+        f"content-type: {content_type}\r\n"
+        f"content-length: {len(body) if length is None else length}\r\n"
+        f"\r\n"
+    )
     return head.encode() + body
 
 
@@ -71,7 +76,7 @@ ANSWERS: dict[str, Any] = {
 
 
 class Backend:
-    """Speaks HTTP by hand: it begins sessions as it should, and answers a call as the tool's name says."""
+    """Speaks HTTP by hand: starts sessions correctly, answers a call as the tool's name says."""
 
     def __init__(self) -> None:
         self.sessions = 0
@@ -191,7 +196,7 @@ async def test_a_server_that_forgot_the_session_is_given_a_new_one(
     assert backend.sessions == 2
 
 
-async def test_what_is_in_flight_when_the_connection_closes_is_lost_and_what_comes_after_is_not_sent(
+async def test_a_closed_connection_loses_what_is_in_flight_and_sends_nothing_more(
     backend: Backend,
 ) -> None:
     with tempfile.TemporaryFile("a+") as log:

@@ -1,5 +1,5 @@
-"""Rules: what a server offers reaches the model as the server says it; a call always ends; a server that dies is met
-again; nothing of a server outlives its tools."""
+"""Rules: schemas reach the model as the server sends them; a call always ends; a server that dies
+is started or reached again; nothing of a server outlives its tools."""
 
 from __future__ import annotations
 
@@ -197,7 +197,9 @@ async def test_a_subclass_shows_results_its_own_way(
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_mcp.py").write_text(
-        "from tools.mcp import McpTool\nclass Loud(McpTool):\n    def shown(self, result): return super().shown(result).upper()\n"
+        "from tools.mcp import McpTool\n"
+        "class Loud(McpTool):\n"
+        "    def shown(self, result): return super().shown(result).upper()\n"
     )
     (tmp_path / "tools.yaml").write_text(
         yaml.safe_dump([{"class_name": "my_mcp.Loud", "mcp": stdio.mcp}])
@@ -382,7 +384,7 @@ async def test_a_started_server_gets_little_of_our_environment(
     assert folder == str(tmp_path)
 
 
-# ---------------------------------------------------------------------- servers that die, calls that are cancelled
+# ---------------------------------------------------------------------- deaths, cancellations
 
 
 async def test_a_death_ends_what_is_in_flight_and_the_next_call_meets_the_server_again(
@@ -419,7 +421,10 @@ async def test_a_server_that_stays_away_is_not_started_at_each_call(
 ) -> None:
     script = tmp_path / "starts.sh"
     script.write_text(
-        f'#!/bin/sh\necho start >> {tmp_path}/starts\n[ -e {tmp_path}/broken ] && exit 3\nexec "$@"\n'
+        f"#!/bin/sh\n"
+        f"echo start >> {tmp_path}/starts\n"
+        f"[ -e {tmp_path}/broken ] && exit 3\n"
+        f'exec "$@"\n'
     )
     script.chmod(0o755)
     tools = load({"command": str(script), "args": [sys.executable, *stdio.mcp["args"]]})
@@ -488,7 +493,7 @@ async def test_through_the_dispatcher_each_end_has_its_status(either: Server, lo
     assert "dying" not in str(lines[4].response)
 
 
-# ---------------------------------------------------------------------- whose state it is, and what is left
+# ---------------------------------------------------------------------- state, and what is left
 
 
 def made(name: str, arguments: dict[str, Any]) -> ToolCall:

@@ -1,4 +1,4 @@
-"""Rules: the embedded server starts when it is first needed, is shared, and is gone with its last user or its parent."""
+"""Rule: an embedded server starts on use, is shared, and stops with its last user or parent."""
 
 from __future__ import annotations
 

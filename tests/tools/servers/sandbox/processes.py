@@ -1,4 +1,4 @@
-"""A real sandbox server for a test module, and what its programs look like from outside."""
+"""A real sandbox server for a test module, and its programs as seen from outside."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def programs_of(server: EmbeddedServer) -> list[psutil.Process]:
 
 
 def programs(server: psutil.Process) -> list[psutil.Process]:
-    """The server's programs, as the machine sees them: what descends from its zygote; all that it started, where it has none."""
+    """The server's programs as the machine sees them: the descendants of its zygote.
+
+    Without a zygote: all that the server started.
+    """
     family = server.children(recursive=True)
     zygotes = [process for process in family if _is_zygote(process)]
     for zygote in zygotes:
@@ -51,7 +54,7 @@ def _is_zygote(process: psutil.Process) -> bool:
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Waits until it is true."""
+    """Waits until the condition is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

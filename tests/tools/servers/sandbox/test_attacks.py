@@ -1,6 +1,7 @@
-"""Rule: every attack is contained while honest programs beside it get their right answers, and nothing of it stays.
+"""Rule: every attack is contained and leaves nothing, while honest programs get their right answers.
 
-All of it over HTTP, on one real server, the attacks a few at a time and eight honest clients without a pause.
+All of it over HTTP, on one real server: a few attacks at a time, and eight honest clients without a
+pause.
 """
 
 from __future__ import annotations
@@ -52,16 +53,36 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def honest(number: int) -> tuple[dict[str, Any], str]:
-    """An honest request and its right answer: each of the kinds in turn, each with a number of its own."""
+    """An honest request and its right answer: the kinds in turn, with a number of its own."""
     long = f"{number}" * 300_000
     kinds: list[tuple[str, str, str]] = [
         (f"print({number} ** 2)", "", f"{number**2}"),
-        (f"import subprocess; print(subprocess.check_output(['sh', '-c', 'echo $(({number} + 1))']).decode(), end='')", "", f"{number + 1}"),
-        (f"from concurrent.futures import ThreadPoolExecutor as P; print(sum(P(8).map(lambda x: x * {number}, range(9))))", "", f"{36 * number}"),
-        (f"import asyncio\nasync def f(): await asyncio.sleep(0.01); return {number}\nprint(asyncio.run(f()))", "", f"{number}"),
-        (f"import multiprocessing as m\ndef f(x): return x + {number}\nwith m.Pool(2) as p: print(*p.map(f, [1, 2]))", "", f"{number + 1} {number + 2}"),
-        (f"import socket; a, b = socket.socketpair(); a.send(b'{number}'); print(b.recv(99).decode())", "", f"{number}"),
-        ("import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())", long, hashlib.sha256(long.encode()).hexdigest()),
+        ((
+            f"import subprocess; print(subprocess.check_output(['sh', '-c', 'echo "
+            f"$(({number} + 1))']).decode(), end='')"
+        ), "", f"{number + 1}"),
+        ((
+            f"from concurrent.futures import ThreadPoolExecutor as P; "
+            f"print(sum(P(8).map(lambda x: x * {number}, range(9))))"
+        ), "", f"{36 * number}"),
+        ((
+            f"import asyncio\n"
+            f"async def f(): await asyncio.sleep(0.01); return {number}\n"
+            f"print(asyncio.run(f()))"
+        ), "", f"{number}"),
+        ((
+            f"import multiprocessing as m\n"
+            f"def f(x): return x + {number}\n"
+            f"with m.Pool(2) as p: print(*p.map(f, [1, 2]))"
+        ), "", f"{number + 1} {number + 2}"),
+        ((
+            f"import socket; a, b = socket.socketpair(); a.send(b'{number}'); "
+            f"print(b.recv(99).decode())"
+        ), "", f"{number}"),
+        ((
+            "import hashlib, sys; "
+            "print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())"
+        ), long, hashlib.sha256(long.encode()).hexdigest()),
         (f"print('{number}' * 300_000)", "", long),
     ]  # fmt: skip
     code, stdin, answer = kinds[number % len(kinds)]
@@ -83,7 +104,7 @@ async def ask(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
 async def be_honest(
     client: httpx.AsyncClient, numbers: Iterator[int], stop: asyncio.Event
 ) -> list[str]:
-    """Goes on until it is told to stop; what was wrong, and how many were right as the last word."""
+    """Sends requests until `stop`. Returns what was wrong; the last entry counts the right ones."""
     wrong, right = [], 0
     while not stop.is_set():
         request, answer = honest(next(numbers))

@@ -1,4 +1,4 @@
-"""Rules: a program's memory in sum has a bound, by a group of the kernel's or by a watch; no group is left over."""
+"""Rules: a program's memory is bounded, by a kernel's group or by a watch; no group is left."""
 
 from __future__ import annotations
 

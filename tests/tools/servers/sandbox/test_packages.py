@@ -1,4 +1,4 @@
-"""Rules: programs import the packages that were allowed and what those require, and none of the others beside them."""
+"""Rule: programs import the allowed packages and what those require, and no others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ try:
 except OSError:
     print("refused")
 import subprocess, sys
-print(subprocess.check_output([sys.executable, '-c', 'import mpmath; print(mpmath.mpf(1))']).decode())
+command = [sys.executable, '-c', 'import mpmath; print(mpmath.mpf(1))']
+print(subprocess.check_output(command).decode())
 """
     for server in running_server("--packages", "numpy, sympy"):
         assert printed(server, code) == "6 (x - 1)*(x + 1)\nrefused\n1.0\n\n"
@@ -103,7 +104,10 @@ def test_a_folder_that_packages_share_is_not_shown_as_a_whole(
     [
         (
             "no-such-package-at-all",
-            "the package 'no-such-package-at-all' is not installed here; pip install it, or leave it out",
+            (
+                "the package 'no-such-package-at-all' is not installed here; pip "
+                "install it, or leave it out"
+            ),
         ),
         ("num py", "'num py' is not the name of a package"),
     ],

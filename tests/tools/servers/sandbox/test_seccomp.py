@@ -1,4 +1,7 @@
-"""Rule: the filter's program says about every call what its list says; run here by an interpreter of its few instructions."""
+"""Rule: the filter answers every call as its list says.
+
+A small interpreter of its instructions runs it here.
+"""
 
 from __future__ import annotations
 

