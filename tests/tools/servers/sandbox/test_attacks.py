@@ -1,4 +1,4 @@
-"""Rule: every attack is contained and leaves nothing, while honest programs get their right answers.
+"""Rule: every attack is contained and leaves nothing; honest programs get their right answers.
 
 All of it over HTTP, on one real server: a few attacks at a time, and eight honest clients without a
 pause.
