@@ -65,7 +65,7 @@ def braces_format(name: str, tokens: Tokens, aliases: tuple[str, ...] = ()) -> C
     def parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
         return read_turn(raw, opens, tokens.thought, in_think, _Turn(tokens, patterns, raw).block)
 
-    return CallFormat(name, parse, aliases, is_typed=False)
+    return CallFormat(name, parse, aliases, is_typed=False, thought=tokens.thought)
 
 
 class _Patterns:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from conversations.formats.blocks import THINK, Thought
 from conversations.messages import ParsedTurn
 
 Schema = Mapping[str, Any]
@@ -69,7 +70,7 @@ class CallFormat:
 
     `taught_by` are pieces of text that all stand in a prompt whose system text teaches the format.
     They count only for templates that never print a call. `is_typed` is False if values need no
-    declared types: then `parse` gets `NO_TYPES`.
+    declared types: then `parse` gets `NO_TYPES`. `thought`: the tags around the model's thoughts.
     """
 
     name: str
@@ -77,3 +78,4 @@ class CallFormat:
     aliases: tuple[str, ...] = ()
     taught_by: tuple[str, ...] = ()
     is_typed: bool = True
+    thought: Thought = THINK

@@ -159,7 +159,7 @@ FORMATS = (
     _format("nemotron_nano", NEMOTRON_NANO, "nemotron_nano_v2"),
     _format("apriel", APRIEL, "hunyuan_a13b", "jamba"),
     _format("apertus", APERTUS),
-    _format("cohere", COHERE, "cohere2", "command_r7b"),
+    replace(_format("cohere", COHERE, "cohere2", "command_r7b"), thought=_COHERE_THOUGHT),
     _format("minimax_m1", MINIMAX_M1, "minimax"),
     _format("internlm2", INTERNLM2, "internlm"),
 )

@@ -77,4 +77,6 @@ def _named(text: str, position: int, reader: JsonReader, run: BlockRun) -> int:
     return run.end
 
 
-FORMAT = CallFormat("mistral", parse, aliases=("devstral", "ministral"), is_typed=False)
+FORMAT = CallFormat(
+    "mistral", parse, aliases=("devstral", "ministral"), is_typed=False, thought=THINK
+)

@@ -62,7 +62,7 @@ def tagged_format(name: str, tags: Tags, aliases: tuple[str, ...] = ()) -> CallF
         turn = _Turn(grammar, raw, types)
         return read_turn(raw, grammar.opens, tags.thought, in_think, turn.block)
 
-    return CallFormat(name, parse, aliases)
+    return CallFormat(name, parse, aliases, thought=tags.thought)
 
 
 class _TagError(Exception):

@@ -38,11 +38,6 @@ TRL = {
     "llama3_json": ("llama3_1", "llama3_2"),
     "gemma4": ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"),
 }
-THOUGHTS = {
-    "gemma4": "<|channel>thought\n{}<channel|>",
-    "seed_oss": "<seed:think>{}</seed:think>",
-    "hy3": "<think:opensource>{}</think:opensource>",
-}
 
 
 def trl_template(name: str) -> str:
@@ -147,14 +142,18 @@ def test_text_and_thoughts_stay_where_they_were(name: str) -> None:
     turn = form.parse(f"One. {call} Two.\n{call}\n\nThree.\n", TYPES)
     assert "".join(turn.content.split()) == "One.Two.Three."
     assert calls_of(name, f"One. {call} Two.\n{call}\n\nThree.\n") == PLAIN[:1] * 2
-    thought = THOUGHTS.get(name, "<think>{}</think>")
-    inside = thought.format(call)
+    inside, closing = form.thought.open + call + form.thought.close, form.thought.close
     assert calls_of(name, inside + "No call.") == []
     assert calls_of(name, inside + call) == PLAIN[:1]
     assert form.parse(inside + "No call.", TYPES).content == inside + "No call."
-    closing = thought.split("{}")[1]
     assert form.parse(f"{call}{closing}{call}", TYPES, in_think=True).calls[1:] == ()
     assert form.parse(call, TYPES, in_think=True).content == call
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt_oss"])
+def test_a_call_inside_the_formats_own_thought_is_no_call(name: str) -> None:
+    thought, call = format_named(name).thought, WRITERS[name](PLAIN[:1])
+    assert calls_of(name, f"{thought.open}{call}{thought.close}") == []
 
 
 def test_random_samples_hold_what_parsers_trip_over() -> None:
