@@ -101,11 +101,13 @@ class CallList:
     """Calls between `[` and `]`, and behind that `close` if it is not empty.
 
     `tags` finds the tokens that close a list or open another block: what cannot be read ends there.
+    `ends_turn`: `close` is the end token of the turn, so the text of a turn may lack it.
     """
 
     hint: str
     tags: re.Pattern[str]
     close: str = ""
+    ends_turn: bool = False
 
     def read(
         self, text: str, start: int, bracket: int, calls: list[Call], element: ReadElement
@@ -146,6 +148,8 @@ class CallList:
         closing = skip_space(text, position) if self.close else position
         if text.startswith(self.close, closing):
             run.close(closing + len(self.close), "the list holds no call")
+        elif self.ends_turn and closing == len(text):
+            run.close(closing, "the list holds no call")
         else:
             end = self.after(text, position)
             run.leave_open(end, f"the list is not followed by {self.close}")

@@ -16,6 +16,7 @@ OBJECT is `{"name": NAME, "arguments": ARGUMENTS}`, in some formats with an id; 
 `tool_call_id`, `tool_name` and `parameters`. Written after the models' own chat templates.
 
 A construct without a closing token ends at its bracket or brace; the text behind it is content.
+`<|tools_suffix|>` ends Apertus' turn: like any end token, it may be missing at the turn's end.
 Cohere's thoughts are `<|START_THINKING|>...<|END_THINKING|>`.
 
 | malformed | the model is told |
@@ -60,12 +61,13 @@ class JsonLists:
         opens: str = "",
         listed: bool = True,
         thought: Thought = THINK,
+        ends_turn: bool = False,
     ) -> None:
         start, self._close, hint = form
         tags = [opens or re.escape(start), *([re.escape(self._close)] if self._close else [])]
         self._token = start
         self._thought, self._opens = thought, opening(thought, tags[0])
-        self._list = CallList(hint, re.compile("|".join(tags)), self._close)
+        self._list = CallList(hint, re.compile("|".join(tags)), self._close, ends_turn)
         self._read, self._is_list = read, listed
 
     def parse(self, raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
@@ -147,7 +149,7 @@ GRANITE = _parser("<|tool_call|>")
 PHI4_MINI = _parser("functools", opens=r"functools(?=\[)")
 NEMOTRON_NANO = _parser("<TOOLCALL>", "</TOOLCALL>")
 APRIEL = _parser("<tool_calls>", "</tool_calls>")
-APERTUS = JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT)).parse
+APERTUS = JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT), ends_turn=True).parse
 COHERE = _parser("<|START_ACTION|>", "<|END_ACTION|>", call=_COHERE, thought=_COHERE_THOUGHT)
 MINIMAX_M1 = _parser("<tool_calls>", "</tool_calls>", listed=False)
 INTERNLM2 = _parser("<|action_start|><|plugin|>", "<|action_end|>", call=_INTERNLM, listed=False)

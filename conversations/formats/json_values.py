@@ -49,7 +49,7 @@ class CallObject:
             )
         name = self.name_of(value)
         if not name:
-            reason = f'"{self.name}" must be a non-empty string of whole characters'
+            reason = f'"{self.name}" must be a non-empty string'
             return MalformedToolCall(block, f"{reason}; {self.hint}")
         written = [key for key in self.arguments if key in value]
         if not written and (others := [key for key in value if key not in (self.name, self.id)]):
@@ -88,7 +88,7 @@ def checked_call(
     A string that holds a JSON object is that object: some models encode twice.
     """
     if not name or not _is_encodable(name):
-        return MalformedToolCall(block, f"a call needs a name, of whole characters; {hint}")
+        return MalformedToolCall(block, f"a call needs a name; {hint}")
     if isinstance(arguments, str):
         arguments = _decoded(arguments)
     if not isinstance(arguments, dict):

@@ -64,6 +64,7 @@ WELL_FORMED = [
         "A\n",
     ),
     ("apertus", '<|tools_prefix|>[{"f": {"x": 1}}]<|tools_suffix|>', ""),
+    ("apertus", '<|tools_prefix|>[{"f": {"x": 1}}]', ""),
     ("minimax_m1", '<tool_calls>\n{"name": "f", "arguments": {"x": 1}}\n</tool_calls>', ""),
     (
         "internlm2",
@@ -233,6 +234,7 @@ MALFORMED: list[tuple[str, str, list[str], str, str | None]] = [
         '<TOOLCALL>[oops]</TOOLCALL><TOOLCALL>[{"name": "f"}]</TOOLCALL>',
         ["f"], "JSON", None,
     ),
+    ("apertus", '<|tools_prefix|>[{"f": {}}] x', [], "suffix", "f"),
     ("apertus", "<|tools_prefix|>[{}]<|tools_suffix|>", [], "one key", None),
     ("apertus", '<|tools_prefix|>[{"": {}}]<|tools_suffix|>', [], "name", None),
     ("apertus", '<|tools_prefix|>[{"f": 1}]<|tools_suffix|>', [], "object", "f"),
@@ -367,7 +369,8 @@ def test_a_recipient_without_functions_keeps_its_whole_name() -> None:
 def test_a_call_that_was_cut_off_never_runs(form: str) -> None:
     calls: list[tuple[str, dict[str, object]]] = [("look", {"x": [1, {"y": "a"}]})]
     text = JSON_WRITERS[form](calls)
-    needed = len(text.removesuffix("<|call|>"))  # an end token is no part of a turn
+    end_token = {"gpt_oss": "<|call|>", "apertus": "<|tools_suffix|>"}.get(form, "")
+    needed = len(text.removesuffix(end_token))  # an end token is no part of a turn
     for end in range(needed):
         assert good(read(form, text[:end])) == [], text[:end]
     assert good(read(form, text[:needed])) == calls
