@@ -11,7 +11,8 @@ Contract of every `parse`, whatever the format (hermes.py is the model of it):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,11 +35,31 @@ class ParameterTypes:
 
         A parameter's schema holds its tool's `$defs`, so that it can be read alone.
         """
-        return cls({tool["function"]["name"]: _parameters(tool["function"]) for tool in tools})
+        return cls(_Offered(tools))
 
     def schema(self, tool: str, parameter: str) -> Schema | None:
         """The schema of a parameter, None if the tool is not offered or does not declare it."""
         return self.by_tool.get(tool, {}).get(parameter)
+
+
+class _Offered(Mapping[str, Mapping[str, Schema]]):
+    """The parameters of tools, looked up when they are asked for: most turns call one tool or none."""
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._tools = tools
+
+    @functools.cached_property
+    def _functions(self) -> dict[str, Mapping[str, Any]]:
+        return {tool["function"]["name"]: tool["function"] for tool in self._tools}
+
+    def __getitem__(self, name: str) -> Mapping[str, Schema]:
+        return _parameters(self._functions[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
 
 
 def _parameters(function: Mapping[str, Any]) -> Mapping[str, Schema]:
