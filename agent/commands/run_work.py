@@ -221,13 +221,15 @@ def run_missing(plan: Plan, folder: RunFolder, progress: Progress, console: Cons
     """Runs the conversations that the folder lacks, and sums up. Returns the exit code."""
     request = plan.request
     try:
-        with sigterm_as_interrupt(), _started(plan, folder, progress, console) as session:
-            in_flight = getattr(session.engine, "tokens_in_flight", None)
-            with Display(progress, console, in_flight) as display:
-                gc.collect()
-                gc.freeze()  # the garbage collector skips what is loaded by now
-                session.run(_conversations(plan, session, folder, progress), poll=display.refresh)
-                wall_s = display.wall_s
+        with (
+            sigterm_as_interrupt(),
+            _started(plan, folder, progress, console) as session,
+            Display(progress, console, session.engine) as display,
+        ):
+            gc.collect()
+            gc.freeze()  # the garbage collector skips what is loaded by now
+            session.run(_conversations(plan, session, folder, progress), poll=display.refresh)
+            wall_s = display.wall_s
     except KeyboardInterrupt as interrupt:
         folder.close(counts(progress))
         say(console, _cut_short(request, progress, "interrupted"))

@@ -64,7 +64,11 @@ class EndedGeneration(EndConversation):
 
 
 class Engine(Protocol):
-    """All that a conversation asks of an engine."""
+    """All that a conversation asks of an engine.
+
+    An engine may also have `tokens_in_flight() -> int`: the tokens sampled so far by turns that are
+    not complete, for a line of progress. Any thread may call it.
+    """
 
     def describe(self) -> dict[str, Any]:
         """Name, model and versions, for the record's `engine` field. JSON values only."""

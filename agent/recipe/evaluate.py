@@ -118,7 +118,7 @@ class Examination:
             progress=progress,
             on_done=found.append,
         )
-        with Display(progress, self.console) as display:
+        with Display(progress, self.console, session.engine) as display:
             try:
                 session.run(running, poll=display.refresh)
             finally:

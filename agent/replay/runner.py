@@ -243,7 +243,7 @@ def _run_missing(
         with (
             sigterm_as_interrupt(),
             _started(plan, console) as session,
-            Display(progress, console) as display,
+            Display(progress, console, session.engine) as display,
         ):
             session.run(
                 _conversations(plan, session, folder, tally, progress), poll=display.refresh

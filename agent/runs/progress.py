@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from agent.config.config import Config
+from agent.engines.engine import Engine
 from agent.loop.batch import Progress
 from agent.terminal import LiveLine, say
 
@@ -28,17 +29,17 @@ def starting(config: Config, log: Path) -> str:
 class Display:
     """Shows `progress` on `console` inside the `with` block. Call `refresh` often.
 
-    `tokens_in_flight` is the engine's: tokens sampled so far of turns that are not complete.
+    An `engine` that has `tokens_in_flight` lets tokens count before their turn is complete.
     """
 
     def __init__(
         self,
         progress: Progress,
         console: Console,
-        tokens_in_flight: Callable[[], int] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self._progress = progress
-        self._in_flight = tokens_in_flight
+        self._in_flight: Callable[[], int] | None = getattr(engine, "tokens_in_flight", None)
         self._line = LiveLine(console, self.line)
         self._started = perf_counter()
         self._turns, self._tokens = progress.turns_so_far, progress.sampled_tokens_so_far

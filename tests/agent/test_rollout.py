@@ -223,6 +223,20 @@ async def test_a_greedy_sample_for_another_version(engine: SGLangEngine) -> None
 
 
 @on_session_loop
+async def test_tokens_count_while_their_turn_is_sampled(engine: SGLangEngine) -> None:
+    request_id = uuid.uuid4().hex
+    running = endless(engine, request_id, seed=7)
+
+    async def some_arrived() -> bool:
+        return engine.tokens_in_flight() > 0
+
+    await until(some_arrived)
+    await engine.abort(request_id)
+    assert len((await running).token_ids) > 0
+    assert engine.tokens_in_flight() == 0
+
+
+@on_session_loop
 async def test_abort_of_a_running_request_returns_what_it_has(
     engine: SGLangEngine, sglang_rollout: Any
 ) -> None:

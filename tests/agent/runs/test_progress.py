@@ -13,6 +13,8 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from agent.engines.engine import Generation
+from agent.engines.scripted import ScriptedEngine
 from agent.loop.batch import Progress
 from agent.loop.conversation import Conversation
 from agent.loop.runtime import Runtime
@@ -56,9 +58,20 @@ def test_the_line_counts_and_rates_start_at_what_was_there_before() -> None:
         assert part in display.line()
 
 
+class _Counting(ScriptedEngine):
+    """An engine in the middle of its turns, with the counts that it reports one after the other."""
+
+    def __init__(self, counts: list[int]) -> None:
+        super().__init__(lambda prompt_ids, sampling: Generation([], [], "stop"))
+        self._counts = counts
+
+    def tokens_in_flight(self) -> int:
+        return self._counts.pop(0)
+
+
 def test_tokens_count_before_their_turn_is_complete() -> None:
-    in_flight = [0, 350]
-    display = Display(some_progress(), Console(file=io.StringIO()), lambda: in_flight.pop(0))
+    engine = _Counting([0, 350])
+    display = Display(some_progress(), Console(file=io.StringIO()), engine)
     assert "waiting for the first tokens" in display.line()
     assert "0 turns (0.0/s)  350 tokens" in display.line()
 
