@@ -27,7 +27,7 @@ from tools.extras import require
 from tools.function import FunctionTool
 from tools.policy import check_config_keys
 from tools.reading import STRICT, check_keys, nearest, read
-from tools.schema import check_can_be_met, check_schema
+from tools.schema import check_can_be_met, check_tool_schema
 from tools.toolset import LoadedTool, Tool, ToolSet, is_verl, loaded_tool
 
 __all__ = ["LoadedTool", "ToolSet", "load_tools", "tool_entries", "tools_from_text"]
@@ -206,7 +206,7 @@ def _load(given: Any, path: Path) -> list[LoadedTool]:
     config = entry.config or {}
     config_type = read(_ConfigType, {"type": config.get("type", "native")}, "config").type
     if entry.tool_schema is not None:
-        check_schema(entry.tool_schema)
+        check_tool_schema(entry.tool_schema)
         check_can_be_met(entry.tool_schema)
     with _located(target):
         if entry.mcp is not None or config_type == "mcp":

@@ -16,7 +16,7 @@ from tools.backend import Backend, remote_url
 from tools.base import BackendError, BaseTool, ToolConfigError, ToolError, ToolResponse
 from tools.policy import Count, read_own, with_rate_limit
 from tools.reading import STRICT, first_problem
-from tools.sandbox_sessions import Sessions
+from tools.sandbox_sessions import TrajectorySessions
 from tools.servers import embedded
 from tools.servers.sandbox.wire import CommandRunResult, RunCodeRequest, RunCodeResponse
 
@@ -90,7 +90,7 @@ class SandboxFusionTool(BaseTool):
         self._sessions = None
         if own.session:
             self._check_session()
-            self._sessions = Sessions(self._backend, own.memory_limit_mb)
+            self._sessions = TrajectorySessions(self._backend, own.memory_limit_mb)
 
     async def start(self) -> None:
         """Starts the embedded server, or probes a remote one and what the config needs of it.

@@ -38,7 +38,7 @@ class _TrajectorySession:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Sessions:
+class TrajectorySessions:
     """The sessions of all trajectories. `memory_mib` is the limit of each."""
 
     def __init__(self, backend: Backend, memory_mib: int) -> None:

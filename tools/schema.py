@@ -79,7 +79,7 @@ class CheckedSchema:
         return [_argument_error(error) for error in errors[:MAX_ERRORS]]
 
 
-def check_schema(schema: object) -> CheckedSchema:
+def check_tool_schema(schema: object) -> CheckedSchema:
     """Checks an OpenAI function schema. Raises ToolConfigError, which names the place."""
     function = schema.get("function") if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping):

@@ -135,7 +135,7 @@ class SearchTool(BaseTool):
                 raise _CancelledBuildError
 
         try:
-            return embedded.search(str(await asyncio.to_thread(index_of, self._corpus, go_on)))
+            return embedded.search_over(str(await asyncio.to_thread(index_of, self._corpus, go_on)))
         finally:
             cancelled.set()
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from tools.base import ToolConfigError, ToolsError
 from tools.function import FunctionTool
 from tools.policy import Policy, check_config_keys, read_policy, read_policy_config
-from tools.schema import CheckedSchema, check_schema
+from tools.schema import CheckedSchema, check_tool_schema
 
 
 @runtime_checkable
@@ -188,7 +188,7 @@ def loaded_tool(tool: Tool, schema: dict[str, Any] | None = None) -> LoadedTool:
     Raises ToolConfigError: a schema or a limit that cannot be used.
     """
     schema = copy.deepcopy(schema if schema is not None else _own_schema(tool))
-    checked = check_schema(schema)
+    checked = check_tool_schema(schema)
     config: Mapping[str, Any] = getattr(tool, "config", None) or {}
     check_config_keys(config, getattr(tool, "config_keys", None))
     verl = is_verl(type(tool))

@@ -25,14 +25,19 @@ def index(
     ] = None,
 ) -> None:
     """Make a corpus searchable. An index that is up to date stays as it is."""
-    from tools.servers.search.index import build_index, default_folder, find_corpus, read_manifest
+    from tools.servers.search.index import (
+        build_index,
+        default_folder,
+        find_corpus,
+        read_index_manifest,
+    )
 
     folder = out or default_folder(corpus)
     started = time.monotonic()
     made = with_progress(
         f"indexing {corpus}", lambda tell: build_index(find_corpus(corpus), folder, tell)
     )
-    documents = read_manifest(folder)["documents"]
+    documents = read_index_manifest(folder)["documents"]
     if not made:
         print(f"nothing to do: {folder} holds the {documents} documents of {corpus}")
         return

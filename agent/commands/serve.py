@@ -43,11 +43,11 @@ def sandbox(
 
     Prints its port. Ctrl-C or SIGTERM stops it.
     """
-    from tools.servers.sandbox.server import Options, names, serve_until_ended
+    from tools.servers.sandbox.server import Options, package_names, run_sandbox_server
 
-    options = Options(host, port, workers, names(packages), sessions, session_idle_s, cold)
+    options = Options(host, port, workers, package_names(packages), sessions, session_idle_s, cold)
     with _listening(host, port):
-        serve_until_ended(options)
+        run_sandbox_server(options)
 
 
 @serve_app.command("search")
@@ -73,14 +73,14 @@ def search(
     from agent.commands.index import with_progress
     from tools.servers.process import end_quietly_on_signals
     from tools.servers.search.index import index_of
-    from tools.servers.search.server import serve
+    from tools.servers.search.server import serve_index
 
     end_quietly_on_signals()
     folder = index or with_progress(
         f"indexing {corpus or 'the Wikipedia leads'}", lambda tell: index_of(corpus, tell)
     )
     with _listening(host, port):
-        serve(folder, host, port)
+        serve_index(folder, host, port)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def rows(*, quick: bool, documents: int = DOCUMENTS) -> list[Row]:
 
 
 async def _measure(index: Path, requests: int) -> list[Row]:
-    server = embedded.search(str(index))
+    server = embedded.search_over(str(index))
     server.acquire()
     try:
         port = urlsplit(await asyncio.to_thread(server.url)).port or 0

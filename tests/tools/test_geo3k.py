@@ -16,7 +16,7 @@ import pytest_asyncio
 from tests.helpers import until
 from tools.base import BackendError
 from tools.geo3k import Geo3kTool, WorkerEndedError
-from tools.servers.grader import grade
+from tools.servers.grader import grade_expression
 
 SCHEMA: dict[str, Any] = {
     "type": "function",
@@ -65,7 +65,7 @@ def test_grading_agrees_with_verl() -> None:
     for answer, truth in zip(answers(400, seed=1), answers(400, seed=2), strict=True):
         for given in (answer, truth, f" {truth} "):
             expected = verl.compute_score(given, truth, use_boxed=False, format_score=0.0)
-            assert float(grade(given, truth)) == expected, (given, truth)
+            assert float(grade_expression(given, truth)) == expected, (given, truth)
             right += expected == 1.0
     assert 400 < right < 1200
 
@@ -136,9 +136,9 @@ def test_what_python_would_run_is_not_evaluated(tmp_path: Path) -> None:
         "1 .ⅽⅼ()",
     ]
     for attack in attacks:
-        assert not grade(attack, "2")
-        assert not grade(f"(2)-0*({attack})", "2")
-        assert grade(attack, attack)
+        assert not grade_expression(attack, "2")
+        assert not grade_expression(f"(2)-0*({attack})", "2")
+        assert grade_expression(attack, attack)
     assert not target.exists()
 
 

@@ -147,6 +147,6 @@ sandbox = sandbox_with()
 
 
 @functools.cache
-def search(index: str) -> EmbeddedServer:
+def search_over(index: str) -> EmbeddedServer:
     """The search server of one index, a folder that `search.index.index_of` returned."""
     return EmbeddedServer("tools.servers.search", "--index", index, unavailable=SearchUnavailable)

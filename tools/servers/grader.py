@@ -24,7 +24,7 @@ MEMORY_BYTES = 2 << 30
 _NO_EXPRESSION = re.compile(r"""['"`#\\@\n]|__|\.\s*[^\W\d]""")
 
 
-def grade(answer: str, ground_truth: str) -> bool:
+def grade_expression(answer: str, ground_truth: str) -> bool:
     """`mathruler.grader.grade_answer`; an answer over which it raises is wrong."""
     try:
         return _grade(answer, ground_truth)
@@ -47,14 +47,14 @@ def _grade(answer: str, ground_truth: str) -> bool:
 
 def main() -> None:
     """Answers the lines of stdin until it ends. Writes a first line when it is ready."""
-    grade("1", "2")  # its imports take a second: now, not at the first request
+    grade_expression("1", "2")  # its imports take a second: now, not at the first request
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     print("ready", flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, GRADE_S)
-        answer = json.dumps(grade(*json.loads(line)))
+        answer = json.dumps(grade_expression(*json.loads(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(answer, flush=True)
 

@@ -10,7 +10,7 @@ import sys
 
 from tools.base import ToolsError
 from tools.servers.process import announce
-from tools.servers.sandbox.server import Options, names, serve_until_ended
+from tools.servers.sandbox.server import Options, package_names, run_sandbox_server
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="programs at a time; default: one a CPU")
     parser.add_argument(
         "--packages",
-        type=names,
+        type=package_names,
         default=(),
         help="installed packages that programs see: numpy,sympy",
     )
@@ -45,7 +45,7 @@ def main() -> int:
         "--with-parent", action="store_true", help="end when stdin ends or the parent does"
     )
     try:
-        serve_until_ended(Options(**vars(parser.parse_args())))
+        run_sandbox_server(Options(**vars(parser.parse_args())))
     except (ToolsError, OSError) as error:
         announce(error=str(error))
         return 1

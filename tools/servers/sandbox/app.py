@@ -40,7 +40,7 @@ MAX_REQUEST_BYTES = 64 * MIB
 _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 
 
-def make_app(
+def sandbox_app(
     working: Working, sessions: Sessions, workers: int, stopping: asyncio.Event
 ) -> Starlette:
     """The ASGI app. Runs at most `workers` programs at a time; ends them if `stopping` is set."""

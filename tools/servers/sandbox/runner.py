@@ -38,7 +38,7 @@ class Sandbox:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ProgramResult:
     """The result of a program.
 
     cut: why the server ended it; None if it ended by itself
@@ -116,7 +116,7 @@ def memory_mib(asked: int) -> int:
     return min(max(asked, MIN_MEMORY_MIB), MAX_MEMORY_MIB) if asked > 0 else DEFAULT_MEMORY_MIB
 
 
-def _missed(request: RunCodeRequest, outcome: Outcome) -> str:
+def _missed(request: RunCodeRequest, outcome: ProgramResult) -> str:
     missed = [path for path in request.fetch_files if path not in (outcome.files or {})]
     why = f"no regular file of at most {MAX_FETCH_BYTES // MIB} MiB"
     return (
@@ -124,7 +124,7 @@ def _missed(request: RunCodeRequest, outcome: Outcome) -> str:
     )
 
 
-async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") -> Outcome:
+async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") -> ProgramResult:
     """Runs a program to its end or to a limit of time, output or memory.
 
     Raises SandboxError, OSError.
@@ -152,7 +152,7 @@ async def run_program(sandbox: Sandbox, program: Program, stdin: bytes = b"") ->
             files = streams.fetched_files() if program.fetch and code is not None else {}
             if cut is None and group.kills():
                 cut = "memory"
-            return Outcome(
+            return ProgramResult(
                 code, bytes(streams.stdout.kept), bytes(streams.stderr.kept), wall_s, cut, files
             )
 
@@ -187,7 +187,7 @@ async def watched(
         await asyncio.wait([watching])
 
 
-def result(outcome: Outcome, memory_mib: int) -> CommandRunResult:
+def result(outcome: ProgramResult, memory_mib: int) -> CommandRunResult:
     """The result on the wire; stderr ends with the reason if it was cut.
 
     A program that was killed for its memory looks like one that the machine killed.

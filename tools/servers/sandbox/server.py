@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 
 from tools.servers.process import end_quietly_on_signals, serve
-from tools.servers.sandbox.app import make_app
+from tools.servers.sandbox.app import sandbox_app
 from tools.servers.sandbox.probe import working_sandbox
 from tools.servers.sandbox.sessions import Sessions
 
@@ -55,18 +55,18 @@ async def serve_sandbox(options: Options) -> None:
             print(f"note: sandbox: {note}", file=sys.stderr, flush=True)
         sessions = Sessions(working.sandbox, options.sessions, options.session_idle_s)
         stack.push_async_callback(sessions.close)
-        app = make_app(working, sessions, options.workers or os.cpu_count() or 1, stopping)
+        app = sandbox_app(working, sessions, options.workers or os.cpu_count() or 1, stopping)
         await serve(
             app, options.host, options.port, {}, with_parent=options.with_parent, stopping=stopping
         )
 
 
-def serve_until_ended(options: Options) -> None:
+def run_sandbox_server(options: Options) -> None:
     """`serve_sandbox` as a process: SIGTERM and SIGINT end it cleanly, with code 0."""
     end_quietly_on_signals()
     asyncio.run(serve_sandbox(options))
 
 
-def names(listed: str) -> tuple[str, ...]:
+def package_names(listed: str) -> tuple[str, ...]:
     """The names in a comma-separated list."""
     return tuple(filter(None, (name.strip() for name in listed.split(","))))

@@ -20,7 +20,7 @@ from tools.servers.sandbox.isolation import SESSION
 from tools.servers.sandbox.languages import python
 from tools.servers.sandbox.memory import Group
 from tools.servers.sandbox.program import Program, Running, SandboxError
-from tools.servers.sandbox.runner import Cut, Outcome, Sandbox, watched
+from tools.servers.sandbox.runner import Cut, ProgramResult, Sandbox, watched
 
 _CPU_S = 3600  # of each process of a session, over all calls
 _START_S = 20.0
@@ -32,10 +32,10 @@ class TooManySessions(Exception):  # noqa: N818 - an answer, not a fault
 
 
 @dataclass(frozen=True, slots=True)
-class CallResult:
+class SessionResult:
     """The result of a call, and whether it was the session's last."""
 
-    outcome: Outcome
+    outcome: ProgramResult
     memory_mib: int
     is_over: bool
 
@@ -66,7 +66,7 @@ class Sessions:
         await asyncio.shield(session.started)
         return name
 
-    async def run(self, name: str, code: str, stdin: str, timeout_s: float) -> CallResult | None:
+    async def run(self, name: str, code: str, stdin: str, timeout_s: float) -> SessionResult | None:
         """Runs code in a session. Returns None if there is no such session.
 
         Cancelling it ends the session. Raises SandboxError, OSError.
@@ -154,7 +154,7 @@ class _Session:
         self._rest()
         self.started.set_result(None)
 
-    async def run(self, code: str, stdin: str, timeout_s: float) -> CallResult | None:
+    async def run(self, code: str, stdin: str, timeout_s: float) -> SessionResult | None:
         """Runs a call. Returns None if the session has ended. Cancelling it ends the session."""
         async with self._turn:
             if self._is_ending:
@@ -175,8 +175,10 @@ class _Session:
                 self._rest()
             cut, self._kills = self._why or self._killed_since(self._kills), self._group.kills()
             stdout, stderr = self._streams.stdout.take(), self._streams.stderr.take()
-            outcome = Outcome(exit_code, stdout, stderr, time.perf_counter() - started, cut, {})
-            return CallResult(outcome, self._memory_mib, self._is_ending)
+            outcome = ProgramResult(
+                exit_code, stdout, stderr, time.perf_counter() - started, cut, {}
+            )
+            return SessionResult(outcome, self._memory_mib, self._is_ending)
 
     def _killed_since(self, kills: int) -> Cut | None:
         return "memory" if self._group.kills() > kills else None

@@ -36,10 +36,10 @@ def main() -> int:
     try:
         require("tantivy", extra="search")
         from tools.servers.search.index import index_of
-        from tools.servers.search.server import serve
+        from tools.servers.search.server import serve_index
 
         index = options.index or index_of(options.corpus)
-        serve(index, options.host, options.port, with_parent=options.with_parent)
+        serve_index(index, options.host, options.port, with_parent=options.with_parent)
     except (ToolsError, OSError) as error:
         announce(error=str(error))
         return 1

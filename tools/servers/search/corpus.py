@@ -24,7 +24,7 @@ PACKAGE_FILE_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class CorpusDocument:
     """One document of a corpus."""
 
     id: str | int
@@ -55,7 +55,7 @@ class Corpus(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that change with the documents. Raises SearchUnavailable if none exist."""
 
-    def documents(self) -> Iterator[tuple[Document, float]]:
+    def documents(self) -> Iterator[tuple[CorpusDocument, float]]:
         """Each document, with the share of the corpus read so far, 0 to 1.
 
         Raises SearchUnavailable.
@@ -87,7 +87,7 @@ class JsonlCorpus:
             "mtime_ns": found.st_mtime_ns,
         }
 
-    def documents(self) -> Iterator[tuple[Document, float]]:
+    def documents(self) -> Iterator[tuple[CorpusDocument, float]]:
         try:
             with self.path.open("rb") as file:
                 size, done = self.path.stat().st_size or 1, 0
@@ -108,11 +108,11 @@ class WikipediaLeads:
     def fingerprint(self) -> dict[str, Any]:
         return {"package": REQUIREMENT, "sha256": PACKAGE_FILE_SHA256}
 
-    def documents(self) -> Iterator[tuple[Document, float]]:
+    def documents(self) -> Iterator[tuple[CorpusDocument, float]]:
         articles = json.loads(self._read())
         for number, (key, article) in enumerate(articles.items(), 1):
             yield (
-                Document(key, _contents(article["title"], article["extract"])),
+                CorpusDocument(key, _contents(article["title"], article["extract"])),
                 number / len(articles),
             )
 
@@ -130,7 +130,7 @@ class WikipediaLeads:
         return data
 
 
-def _document(line: bytes, where: str) -> Document:
+def _document(line: bytes, where: str) -> CorpusDocument:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -148,7 +148,7 @@ def _document(line: bytes, where: str) -> Document:
         contents = _string(row, "contents", where)
     else:
         contents = _contents(_string(row, "title", where), _string(row, "text", where))
-    return Document(_unicode(name) if isinstance(name, str) else name, contents)
+    return CorpusDocument(_unicode(name) if isinstance(name, str) else name, contents)
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:

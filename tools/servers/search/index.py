@@ -36,7 +36,7 @@ MAX_QUERY_TERMS = 128
 _HEAP_BYTES = 256_000_000
 _PROGRESS_EVERY = 1000
 
-Progress = Callable[[float], None]
+OnProgress = Callable[[float], None]
 """Called now and then with the indexed share of a corpus, 0 to 1. An exception ends the build."""
 
 
@@ -57,13 +57,13 @@ def find_corpus(path: Path | None) -> Corpus:
     return WikipediaLeads() if path is None else JsonlCorpus(path)
 
 
-def index_of(path: Path | None, progress: Progress = _silent) -> Path:
+def index_of(path: Path | None, progress: OnProgress = _silent) -> Path:
     """The index folder of a corpus: `path` if it is one, else in the cache, rebuilt if outdated.
 
     Raises SearchUnavailable.
     """
     if path is not None and path.is_dir():
-        read_manifest(path)
+        read_index_manifest(path)
         return path.resolve()
     target = default_folder(path)
     build_index(find_corpus(path), target, progress)
@@ -81,7 +81,7 @@ def default_folder(path: Path | None) -> Path:
     )
 
 
-def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> bool:
+def build_index(corpus: Corpus, folder: Path, progress: OnProgress = _silent) -> bool:
     """Makes `folder` the index of `corpus`. Returns whether it was built.
 
     Raises SearchUnavailable.
@@ -112,7 +112,7 @@ def build_index(corpus: Corpus, folder: Path, progress: Progress = _silent) -> b
         ) from error
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_index_manifest(folder: Path) -> dict[str, Any]:
     """An index's format, origin, name, license, documents. Raises SearchUnavailable."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def staleness(folder: Path) -> str | None:
     """Why an index is outdated; None if it is up to date, or if its file is gone."""
-    origin = read_manifest(folder)["origin"]
+    origin = read_index_manifest(folder)["origin"]
     path = Path(origin.get("path", ""))
     if not path.is_file() or JsonlCorpus(path).fingerprint() == origin:
         return None
@@ -142,7 +142,7 @@ class SearchIndex:
     """An open index; several threads may query it. Raises SearchUnavailable if it cannot open."""
 
     def __init__(self, folder: Path) -> None:
-        self.manifest = read_manifest(folder)
+        self.manifest = read_index_manifest(folder)
         try:
             index = tantivy.Index.open(str(folder))
             index.config_reader("manual", 0)  # the served index stays the one that was opened
@@ -189,7 +189,7 @@ class SearchIndex:
         return list(dict.fromkeys(self._analyzer.analyze(text)))[:MAX_QUERY_TERMS]
 
 
-def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: Progress) -> None:
+def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: OnProgress) -> None:
     folder.mkdir()
     index = tantivy.Index(_schema(), str(folder))
     index.register_tokenizer(ANALYZER, _analyzer())
@@ -213,7 +213,7 @@ def _write(corpus: Corpus, origin: dict[str, Any], folder: Path, progress: Progr
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _add_all(writer: tantivy.IndexWriter, corpus: Corpus, progress: Progress) -> int:
+def _add_all(writer: tantivy.IndexWriter, corpus: Corpus, progress: OnProgress) -> int:
     count = 0
     for count, (document, done) in enumerate(corpus.documents(), 1):
         fields = {"title": document.title, "text": document.text, "document": document.to_json()}
@@ -227,7 +227,7 @@ def _add_all(writer: tantivy.IndexWriter, corpus: Corpus, progress: Progress) ->
 
 def _is_of(folder: Path, origin: dict[str, Any]) -> bool:
     try:
-        return bool(read_manifest(folder)["origin"] == origin)
+        return bool(read_index_manifest(folder)["origin"] == origin)
     except SearchUnavailable:
         return False
 

@@ -55,7 +55,7 @@ class _Asked:
     return_scores: bool
 
 
-def make_app(index: SearchIndex) -> Starlette:
+def search_app(index: SearchIndex) -> Starlette:
     """The ASGI app over an open index. Queries run in threads, one for each core."""
     threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="search")
 
@@ -76,14 +76,14 @@ def make_app(index: SearchIndex) -> Starlette:
         return Response(_answer(found, asked.return_scores), media_type="application/json")
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", **describe(index)})
+        return JSONResponse({"status": "ok", **index_facts(index)})
 
     return Starlette(
         routes=[Route("/retrieve", retrieve, methods=["POST"]), Route("/health", health)]
     )
 
 
-def describe(index: SearchIndex) -> dict[str, Any]:
+def index_facts(index: SearchIndex) -> dict[str, Any]:
     """The corpus, the number of its documents, and their license if it is known."""
     said = {
         "corpus": index.manifest["name"],
@@ -159,7 +159,7 @@ def _kind(value: object) -> str:
     return names.get(type(value), "null")
 
 
-def serve(index: Path, host: str, port: int, *, with_parent: bool = False) -> None:
+def serve_index(index: Path, host: str, port: int, *, with_parent: bool = False) -> None:
     """Serves an index folder until the process is ended.
 
     Raises SearchUnavailable and OSError (a port in use) before it serves.
@@ -167,4 +167,4 @@ def serve(index: Path, host: str, port: int, *, with_parent: bool = False) -> No
     opened = SearchIndex(index)
     if stale := staleness(index):
         print(f"note: {stale}", file=sys.stderr, flush=True)
-    serve_until_ended(make_app(opened), host, port, describe(opened), with_parent=with_parent)
+    serve_until_ended(search_app(opened), host, port, index_facts(opened), with_parent=with_parent)

@@ -25,7 +25,7 @@ from tools.servers.search.index import (
     build_index,
     default_folder,
     index_of,
-    read_manifest,
+    read_index_manifest,
     staleness,
 )
 
@@ -271,7 +271,7 @@ def test_a_killed_build_is_made_good_by_the_next(corpus: Path, tmp_path: Path, c
     )
     assert died.returncode == -signal.SIGKILL
     assert files(cache / "search") == [f".{default_folder(corpus).name}.building"]
-    assert read_manifest(index_of(corpus))["documents"] == 3000
+    assert read_index_manifest(index_of(corpus))["documents"] == 3000
     assert files(cache / "search") == [default_folder(corpus).name]
 
 
@@ -305,7 +305,7 @@ def test_waiting_for_another_builder_can_be_ended(corpus: Path, tmp_path: Path) 
             other.communicate()
     assert first == b"building\n"
     assert other.returncode == 0
-    assert read_manifest(index_of(corpus))["documents"] == 3000
+    assert read_index_manifest(index_of(corpus))["documents"] == 3000
 
 
 def _give_up(_: float) -> None:
