@@ -575,7 +575,7 @@ def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path
     starved = {
         "prompt_length": 64,
         "response_length": 64,
-        "engine_kwargs": {"sglang": {"max_total_tokens": 2}},
+        "engine_kwargs": {"sglang": {"max_total_tokens": -1}},
     }
     with pytest.raises(EngineStartError, match=r"^[^\n]+$") as failure:
         start(starved, base_model_dir(), log_path=log)
