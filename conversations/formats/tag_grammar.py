@@ -9,7 +9,7 @@ from conversations.formats.blocks import THINK, Thought, one_of, opening
 
 _NAME = r"""[^\s<>"'{}]+"""
 _KEY = r"""[^<>"\n]*"""
-_GOES_ON = re.compile(r"[ \t\r]*\n\s*\S")
+_NEXT_LINE = r"[ \t\r]*\n\s*\S"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Grammar:
     call         the tag with a call's name
     parameter    the tag with a parameter's name
     parameters   the tags around a parameter, with any name or attributes
+    goes_on      what stands behind a parameter's end if the next one lost its opening tag
     in_value     where a value may end: its own end, a call that begins, a call that ends
     balance      where a call begins and ends; with its block, if each call has a block of its own
     resume       where to go on behind a malformed call
@@ -64,11 +65,15 @@ class Grammar:
         stray_close = f"{call_close}(?:\\s*{block_close})?" if call_close else block_close
         others = (block_open, stray) if start else (block_open,)
 
+        behind_key = tags.parameter[1]
+        lost_start = (f"\\s*{_KEY}{behind_key}",) if behind_key.startswith("</") else ()
+
         self.tags = tags
         self.opens = opening(tags.thought, block_open, stray)
         self.call = re.compile(f"{start}({_NAME}){behind}")
-        self.parameter = re.compile(f"{key_start}({_KEY}){tags.parameter[1]}")
+        self.parameter = re.compile(f"{key_start}({_KEY}){behind_key}")
         self.parameters = re.compile(one_of(close=parameter_close, open=any_open))
+        self.goes_on = re.compile("|".join((_NEXT_LINE, *lost_start)))
         self.in_value = re.compile(one_of(value_end=value_end, call=call, end=end))
         self.balance = re.compile(one_of(call=call, end=end))
         self.resume = re.compile(one_of(done=block_close, call=call, block=block_open))
@@ -86,18 +91,14 @@ class Grammar:
 
     def _lost_tag(self, value: str) -> bool:
         """Whether a tag closes a parameter that the value did not open, and more follows."""
-        opened, lost = 0, False
+        opened = 0
         for tag in self.parameters.finditer(value):
             if tag.lastgroup == "open":
-                if lost:
-                    return True
                 opened += 1
             elif opened:
                 opened -= 1
-            elif _GOES_ON.match(value, tag.end()):
+            elif self.goes_on.match(value, tag.end()):
                 return True
-            else:
-                lost = True
         return False
 
     @property

@@ -13,10 +13,10 @@ rules:
   `</parameter>` alone, `</tool_call>` or `<tool_call>` inside a value belong to the value.
 - A whole call inside a value belongs to the value: its tags are balanced. So an example of a call
   that a model writes into a file is not run. A value that opens a call and does not close it is
-  malformed.
+  malformed; what it opened is read as the next call.
 - A value that opens a parameter and does not close it is a parameter that was not closed. A value
-  that closes one it did not open, and goes on in the next line or opens one, lost an opening tag.
-  Neither is run. `x</parameter>y` and balanced tags, as in an XML file, are values.
+  that closes one it did not open, and goes on in the next line, lost an opening tag. Neither is
+  run. `x</parameter>y` and balanced tags, as in an XML file, are values.
 - A malformed call ends at its own end tag, else before the next call, else with its block. Its
   neighbors stay good.
 - A call outside a block is malformed. A closing tag that closes nothing is content.

@@ -114,6 +114,14 @@ def test_xml_with_the_same_tags_inside_a_value_comes_back(name: str) -> None:
     assert good(read(name, WRITERS[name](calls))) == calls
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_source_code_about_the_tags_comes_back(name: str) -> None:
+    tags = TAGS[name]
+    code = f'CLOSE = "{tags.parameter_close}", "{tags.call_close}", "{tags.block[1]}"\nx = 1\n'
+    calls = [("look", {"city": code, "days": 1})]
+    assert good(read(name, WRITERS[name](calls))) == calls
+
+
 def test_dsml_says_itself_what_is_a_string() -> None:
     write = WRITERS["deepseek_v4"]
     assert good(read("deepseek_v4", write([("look", {"days": "3"})]))) == [("look", {"days": "3"})]
