@@ -3,14 +3,16 @@ r"""Formats whose calls are JSON objects behind a token, most of them in a list.
 | format | models | calls |
 |---|---|---|
 | granite | Granite 3 | `<|tool_call|>[OBJECT, ...]` |
-| phi4_mini | Phi-4-mini | `functools[OBJECT, ...]` |
+| phi4_mini | Phi-4-mini, Firefunction | `functools[OBJECT, ...]` |
 | nemotron_nano | Nemotron-Nano v2 | `<TOOLCALL>[OBJECT, ...]</TOOLCALL>` |
 | apriel | Apriel, Hunyuan-A13B, Jamba | `<tool_calls>[OBJECT, ...]</tool_calls>` |
 | cohere | Command-R7B, Cohere2 | `<|START_ACTION|>[OBJECT, ...]<|END_ACTION|>` |
 | apertus | Apertus | `<|tools_prefix|>[{NAME: ARGUMENTS}, ...]<|tools_suffix|>` |
 | minimax_m1 | MiniMax-M1 | `<tool_calls>OBJECT OBJECT ...</tool_calls>` |
 | internlm2 | InternLM 2.5 | `<|action_start|><|plugin|>OBJECT<|action_end|>` |
+| command_r_plus | Command-R+ | `Action:`, a fenced `json` block of `[OBJECT, ...]` |
 | granite_20b_fc | Granite-20b-functioncalling | `<function_call> OBJECT` |
+| gigachat3 | GigaChat 3.1 | `<|function_call|>OBJECT` |
 
 OBJECT is `{"name": NAME, "arguments": ARGUMENTS}`, in some formats with an id; Cohere has the keys
 `tool_call_id`, `tool_name` and `parameters`. Written after the models' own chat templates.
@@ -150,6 +152,8 @@ PHI4_MINI = _parser("functools", opens=r"functools(?=\[)")
 NEMOTRON_NANO = _parser("<TOOLCALL>", "</TOOLCALL>")
 APRIEL = _parser("<tool_calls>", "</tool_calls>")
 APERTUS = JsonLists((*_APERTUS, _APERTUS_HINT), _single_key(_APERTUS_HINT), ends_turn=True).parse
+COMMAND_R_PLUS = _parser("Action:\n```json", "```", call=_COHERE)
+GIGACHAT3 = _parser("<|function_call|>", listed=False)
 COHERE = _parser("<|START_ACTION|>", "<|END_ACTION|>", call=_COHERE, thought=_COHERE_THOUGHT)
 MINIMAX_M1 = _parser("<tool_calls>", "</tool_calls>", listed=False)
 INTERNLM2 = _parser("<|action_start|><|plugin|>", "<|action_end|>", call=_INTERNLM, listed=False)
@@ -157,11 +161,13 @@ INTERNLM2 = _parser("<|action_start|><|plugin|>", "<|action_end|>", call=_INTERN
 FORMATS = (
     _format("granite", GRANITE, "granite3", taught_by=("<|tool_call|>", "JSON list of tools")),
     _format("granite_20b_fc", GRANITE_20B, "granite-20b-fc"),
-    _format("phi4_mini", PHI4_MINI, "phi4_mini_json", taught_by=("functools[",)),
+    _format("phi4_mini", PHI4_MINI, "phi4_mini_json", "firefunction", taught_by=("functools[",)),
     _format("nemotron_nano", NEMOTRON_NANO, "nemotron_nano_v2"),
     _format("apriel", APRIEL, "hunyuan_a13b", "jamba"),
     _format("apertus", APERTUS),
     replace(_format("cohere", COHERE, "cohere2", "command_r7b"), thought=_COHERE_THOUGHT),
+    _format("command_r_plus", COMMAND_R_PLUS),
+    _format("gigachat3", GIGACHAT3),
     _format("minimax_m1", MINIMAX_M1, "minimax"),
     _format("internlm2", INTERNLM2, "internlm"),
 )

@@ -318,16 +318,11 @@ def test_what_opens_no_call_is_text(form: str, text: str) -> None:
     assert read(form, text) == ParsedTurn(text)
 
 
-THOUGHTS = {
-    "mistral": ("[THINK]", "[/THINK]"),
-    "cohere": ("<|START_THINKING|>", "<|END_THINKING|>"),
-}
-
-
 @pytest.mark.parametrize("form", sorted(set(JSON_WRITERS) - {"gpt_oss"}))
 def test_a_call_in_a_thought_is_a_thought(form: str) -> None:
     call = JSON_WRITERS[form]([("look", {"x": 1})])
-    open_, close = THOUGHTS.get(form, ("<think>", "</think>"))
+    thought = format_named(form).thought
+    open_, close = thought.open, thought.close
     assert read(form, f"{open_}{call}{close} So.") == ParsedTurn(f"{open_}{call}{close} So.")
     assert read(form, f"{open_}{call}") == ParsedTurn(f"{open_}{call}")
     assert read(form, f"{call}{close} So.", in_think=True).calls == ()

@@ -157,7 +157,7 @@ TAGGED: dict[str, Callable[[Calls], str]] = {
     "functiongemma": _braces("<start_function_call>", "<end_function_call>", "<escape>"),
 }
 WRITERS = {**TAGGED, **JSON_WRITERS}
-ONE_CALL = ("gpt_oss", "llama3_json")
+ONE_CALL = ("gigachat3", "gpt_oss", "llama3_json")
 """Formats whose templates write only one call a turn."""
 
 CLOSING_TAGS = (

@@ -115,6 +115,11 @@ def cohere(calls: Calls) -> str:
     return f"<|START_ACTION|>[\n    {written}\n]<|END_ACTION|>"
 
 
+def command_r_plus(calls: Calls) -> str:
+    objects = [{"tool_name": name, "parameters": arguments} for name, arguments in calls]
+    return f"Action:\n```json\n{json.dumps(objects, ensure_ascii=False, indent=4)}\n```"
+
+
 def minimax_m1(calls: Calls) -> str:
     return f"<tool_calls>\n{''.join(_object(*call) + chr(10) for call in calls)}</tool_calls>"
 
@@ -141,6 +146,8 @@ JSON_WRITERS: dict[str, Writer] = {
     "apriel": _listed("<tool_calls>", "</tool_calls>"),
     "apertus": apertus,
     "cohere": cohere,
+    "command_r_plus": command_r_plus,
+    "gigachat3": lambda calls: "".join(f"<|function_call|>{_object(*c)}" for c in calls),
     "minimax_m1": minimax_m1,
     "internlm2": internlm2,
 }
