@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from conversations.formats.format import NO_TYPES, ParameterTypes
 from conversations.formats.registry import format_named
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 from tests.conversations.formats.written_json import JSON_WRITERS
+from tests.formats_fuzz import covers_harmony
 
 TYPES = ParameterTypes({"look": {}})
 KIMI = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
@@ -350,6 +354,18 @@ def test_a_final_answer_of_gpt_oss_is_content() -> None:
     final = "<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>analysis<|message|>"
     turn = read("gpt_oss", final + "B<|end|><|start|>assistant<|channel|>final<|message|> 42 \n")
     assert (turn.reasoning, turn.content, turn.calls) == ("A\nB", " 42 \n", ())
+
+
+def test_what_a_parser_of_gpt_oss_would_lose_is_seen() -> None:
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    final = "<|start|>assistant<|channel|>final<|message|>So."
+    text = thought + OSS_CALL.format("f", "{}") + final
+    turn = read("gpt_oss", text)
+    assert covers_harmony(text, turn)
+    losses: list[dict[str, Any]]
+    losses = [{"content": ""}, {"reasoning": None}, {"calls": ()}, {"content": "So. So."}]
+    for lost in losses:
+        assert not covers_harmony(text, dataclasses.replace(turn, **lost))
 
 
 def test_a_recipient_without_functions_keeps_its_whole_name() -> None:
