@@ -17,7 +17,7 @@ from agent.loop.batch import Progress, run_tasks
 from agent.loop.calls import Dispatcher
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
-from conversations.errors import RunFolderError
+from conversations.errors import RunFolderError, TemplateError
 from conversations.run.open_run import open_run
 from conversations.run.store import (
     RUN,
@@ -500,6 +500,40 @@ async def test_what_the_engines_owner_aborts_is_unfinished_and_verifies(
     assert progress.done == 0
     [record] = open_run(tmp_path).unfinished()
     assert (record.stop_reason, record.num_turns) == ("cancelled", 1)
+    defects: list[str] = []
+    verify_run(tmp_path, on_defect=lambda defect: defects.append(str(defect)))
+    assert defects == []
+
+
+async def test_a_task_that_the_template_refuses_is_not_run_again(
+    smollm2: ChatTemplate, tmp_path: Path
+) -> None:
+    """It is no failure of infrastructure: a resumed run leaves it as it is."""
+
+    class Refusing(ChatTemplate):
+        def prompt(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+            if "no" in messages[0]["content"]:
+                raise TemplateError("the chat template refuses the messages")
+            return super().prompt(messages, *args, **kwargs)
+
+    template = Refusing(smollm2.tokenizer)
+    no = {"role": "user", "content": "no"}
+    tasks = [task("fine"), task("refused", messages=[no]), task("last")]
+    with RunFolder.create(tmp_path, {"config": {}, "n": 1, "parent": None}) as store:
+        template.tokenizer.save_pretrained(tmp_path / "tokenizer")
+        engine = says(template, "42", "43")
+        progress = await run_tasks(tasks, runtime(template, engine), store=store, target=2)
+        store.close({"asked": 3, "done": progress.done})
+    assert (progress.failed, progress.infra_errors) == (1, 0)
+    records = {record.task_id: record for record in read_trajectories(tmp_path)}
+    refused = records["refused"]
+    assert (refused.stop_reason, refused.infra_error, refused.reward) == (
+        "engine_error",
+        False,
+        None,
+    )
+    with RunFolder.resume(tmp_path, {"config": {}, "n": 1, "parent": None}) as store:
+        assert ("refused", 0) in store.done
     defects: list[str] = []
     verify_run(tmp_path, on_defect=lambda defect: defects.append(str(defect)))
     assert defects == []

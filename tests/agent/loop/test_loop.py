@@ -13,11 +13,14 @@ import pytest
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.scripted import ScriptedEngine, recorded
 from agent.errors import EndConversation, EngineError
+from agent.loop.boundary import END_S
 from agent.loop.conversation import Conversation
 from agent.loop.loop import converse
 from agent.loop.record import trajectory_of
+from conversations.errors import TemplateError
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
+from tests import virtual_time
 from tests.conversations.templates import family
 from tests.helpers import (
     QUESTION,
@@ -708,6 +711,54 @@ async def test_messages_that_the_template_refuses(smollm2: ChatTemplate) -> None
     )
     assert record.error is not None
     assert "System role not supported" in record.error
+
+
+async def test_a_template_that_refuses_a_response_is_no_infrastructure_either(
+    smollm2: ChatTemplate,
+) -> None:
+    class Refusing(ChatTemplate):
+        def delta(self, messages: Any, kind: str = "tool") -> Any:
+            raise TemplateError("the chat template refuses these messages")
+
+    template = Refusing(smollm2.tokenizer)
+    toy = Toy(calc_reward="reward")
+    record = await run_one(runtime(template, says(template, call("toy", do="say")), [toy]))
+    assert (record.stop_reason, record.infra_error, record.reward) == ("engine_error", False, None)
+    assert "refuses" in str(record.error)
+    assert [line.status for line in record.tool_calls] == ["ok"]
+    assert (toy.count("calc_reward"), toy.count("released")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "ends_s"), [(None, 60.0 + 60.0), (10.0, 10.0 + END_S), (1.0, END_S + END_S)]
+)
+def test_rewards_and_releases_run_at_once_and_within_the_deadline(
+    smollm2: ChatTemplate, deadline_s: float | None, ends_s: float
+) -> None:
+    hangs: dict[str, Any] = {"calc_reward": "hang", "release": "hang", "timeout_s": 60.0}
+    toys = [Toy(f"toy{number}", **hangs) for number in range(4)]
+
+    async def run() -> tuple[Trajectory, float]:
+        record = await run_one(runtime(smollm2, says(smollm2, "42"), toys, deadline_s=deadline_s))
+        return record, asyncio.get_running_loop().time()
+
+    record, ended = virtual_time.run(run())
+    assert ended == pytest.approx(ends_s)
+    assert (record.stop_reason, record.infra_error, record.reward) == ("stop", True, None)
+    assert "calc_reward" in str(record.error)
+    assert [warning.kind for warning in record.warnings] == ["release_failed"] * 4
+
+
+async def test_rewards_whose_sum_has_no_float32_are_a_failure(smollm2: ChatTemplate) -> None:
+    class Rich(Toy):
+        async def calc_reward(self, instance_id: str, **kwargs: Any) -> float | None:
+            return 3e38
+
+    one = await run_one(runtime(smollm2, says(smollm2, "42"), [Rich("a")]))
+    assert (one.reward, one.infra_error) == (3e38, False)
+    two = await run_one(runtime(smollm2, says(smollm2, "42"), [Rich("a"), Rich("b")]))
+    assert (two.reward, two.infra_error, two.reward_parts) == (None, True, {})
+    assert "sum" in str(two.error)
 
 
 # ---------------------------------------------------------------------- samples share nothing, and recorded runs run again

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,8 +17,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from agent.errors import ConfigError, EngineError
 from agent.loop.batch import run_tasks
 from agent.loop.runtime import Runtime
+from agent.loop.tasks import Task
 from agent.loop.tracing import ENDPOINTS, PROTOCOLS, Tracing, start_tracing
 from conversations.template import ChatTemplate
+from tests.agent.loop.test_users import asks, patient
 from tests.helpers import Toy, call, runtime, says, task
 
 Attributes = dict[str, Any]
@@ -93,8 +96,8 @@ def tracing(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> Tracing:
     return started
 
 
-def run(tracing: Tracing, shared: Runtime) -> None:
-    asyncio.run(run_tasks([task("t")], dataclasses.replace(shared, observer=tracing)))
+def run(tracing: Tracing, shared: Runtime, the_task: Task | None = None) -> None:
+    asyncio.run(run_tasks([the_task or task("t")], dataclasses.replace(shared, observer=tracing)))
     tracing.close()
 
 
@@ -188,6 +191,53 @@ def test_failures_have_an_error_type_and_no_content(
     ]
     assert statuses == ["ok", "tool_error", "malformed"]
     assert not any("s3cret" in str(span) for span in collector.spans)
+
+
+def test_the_rewards_of_a_user_are_part_of_the_reward(
+    tracing: Tracing, collector: Collector, smollm2: ChatTemplate
+) -> None:
+    shared = runtime(smollm2, says(smollm2, "It is 41.", "It is 42."), [Toy(calc_reward="reward")])
+    run(tracing, dataclasses.replace(shared, interactions=patient()[0]), asks())
+    (root,) = collector.named("invoke_agent turntrace")
+    assert root["turntrace.reward"] == 2.0
+
+
+class Broken:
+    """An observer that fails at every place named."""
+
+    def __init__(self, *places: str) -> None:
+        self._places = places
+
+    @contextmanager
+    def _observe(self, *args: Any) -> Iterator[Any]:
+        self._may_fail("begin")
+        yield lambda result: self._may_fail("result")
+        self._may_fail("end")
+
+    conversation = generation = tool_call = _observe
+
+    def _may_fail(self, place: str) -> None:
+        if place in self._places:
+            raise TypeError(f"a bug at the {place}")
+
+
+@pytest.mark.parametrize("place", ["begin", "result", "end"])
+def test_an_observers_bug_changes_no_record(smollm2: ChatTemplate, place: str) -> None:
+    records = []
+    for observer in (None, Broken(place)):
+        engine = says(smollm2, call("toy", do="say", text="42"), "It is 42.")
+        shared = runtime(smollm2, engine, [Toy(calc_reward="reward")])
+        shared = dataclasses.replace(shared, observer=observer)
+        progress = asyncio.run(run_tasks([task("t")], shared, on_done=records.append))
+        assert progress.done == 1
+    first, second = records
+    assert (second.response_ids, second.stop_reason, second.reward, second.error) == (
+        first.response_ids,
+        "stop",
+        1.0,
+        None,
+    )
+    assert [line.status for line in second.tool_calls] == ["ok"]
 
 
 def test_without_an_endpoint_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:

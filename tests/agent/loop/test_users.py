@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 
 from agent.errors import ConfigError, TaskError
+from agent.loop.boundary import GRACE_S
+from agent.loop.conversation import Conversation
 from agent.loop.tasks import Task
 from agent.loop.users import Interactions, LoadedInteraction, load_interactions
 from conversations.template import ChatTemplate
 from conversations.tokens import USER
 from conversations.trajectory import Trajectory
-from tests.helpers import Toy, call, run_one, runtime, says, task
+from tests import virtual_time
+from tests.helpers import NotAnException, Toy, call, run_one, runtime, says, task
 
 
 class Patient:
@@ -223,6 +227,83 @@ async def test_a_class_that_does_not_take_what_it_is_given_costs_one_conversatio
     assert record.stop_reason == "stop"
     texts = [record.error or "", *(warning.text for warning in record.warnings)]
     assert any(f"{step} failed: TypeError" in text for text in texts)
+
+
+# ---------------------------------------------------------------------- the boundary around users
+
+
+class Awkward(Patient):
+    """Does in `generate_response` what `does` says; `late` is set once it may end."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__({})
+        self.does = does
+        self.late = asyncio.Event()
+
+    async def generate_response(
+        self, instance_id: str, messages: list[dict[str, Any]], **kwargs: Any
+    ) -> tuple[bool, Any, Any, dict[str, Any]]:
+        if self.does == "exits":
+            raise SystemExit(3)
+        if self.does == "panics":
+            raise NotAnException("inside")
+        while self.does == "deaf" and not self.late.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.late.wait()
+        return True, "", {"large": 1e39, "largest": 1e308}.get(self.does, 7.0), {}
+
+
+def awkward(does: str, timeout_s: float = 5.0) -> tuple[Interactions, Awkward]:
+    made = Awkward(does)
+    return Interactions([LoadedInteraction("patient", made, timeout_s)], ""), made
+
+
+@pytest.mark.parametrize("does", ["exits", "panics", "large", "largest"])
+async def test_what_no_user_may_do_costs_its_conversation_alone(
+    smollm2: ChatTemplate, does: str
+) -> None:
+    record = await talk(smollm2, awkward(does)[0], "It is 41.")
+    assert (record.stop_reason, record.infra_error, record.reward) == ("stop", True, None)
+    assert "generate_response" in str(record.error)
+
+
+@pytest.mark.parametrize(
+    ("limits", "timeout_s", "stop_reason", "ends_s"),
+    [({}, 3.0, "stop", 3.0 + GRACE_S), ({"deadline_s": 2.0}, 60.0, "deadline", 2.0 + GRACE_S)],
+)
+def test_a_user_that_swallows_cancellation_is_abandoned(
+    smollm2: ChatTemplate,
+    limits: dict[str, float],
+    timeout_s: float,
+    stop_reason: str,
+    ends_s: float,
+) -> None:
+    async def run() -> tuple[Trajectory, float]:
+        interactions, user = awkward("deaf", timeout_s)
+        record = await talk(smollm2, interactions, "It is 41.", **limits)
+        ended = asyncio.get_running_loop().time()
+        user.late.set()  # what it answers now comes too late
+        await asyncio.sleep(1)
+        return record, ended
+
+    record, ended = virtual_time.run(run())
+    assert (record.stop_reason, ended) == (stop_reason, pytest.approx(ends_s))
+    assert (record.reward, record.reward_parts) == (None, {})
+
+
+async def test_a_row_that_loses_its_user_says_so(smollm2: ChatTemplate) -> None:
+    record = await run_one(runtime(smollm2, says(smollm2, "It is 41.")), asks())
+    assert [warning.kind for warning in record.warnings] == ["no_interactions"]
+    assert (record.stop_reason, record.num_turns) == ("stop", 1)
+
+
+async def test_a_row_that_chooses_an_unknown_user_is_refused_before_anything_runs(
+    smollm2: ChatTemplate,
+) -> None:
+    shared = runtime(smollm2, says(smollm2, "It is 41."))
+    shared = dataclasses.replace(shared, interactions=patient()[0])
+    with pytest.raises(TaskError, match="nobody"):
+        Conversation(asks(name="nobody"), 0, shared)
 
 
 # ---------------------------------------------------------------------- the YAML

@@ -24,6 +24,7 @@ from agent.replay.continuation import continued, continuing
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding
 from conversations.checks.record import check_line
+from conversations.errors import TemplateError
 from conversations.run.store import UNFINISHED, RunFolder, read_trajectories
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -481,6 +482,59 @@ async def test_where_infrastructure_failed_already_it_begins_anew(smollm2: ChatT
     assert [line.status for line in record.tool_calls][:1] == ["backend_error"]
     other = shared(smollm2, Model(smollm2, "v2"), Toy())
     assert continued(task(), 0, record, other).before is None
+
+
+async def test_a_lower_limit_on_invalid_calls_ends_a_resumed_conversation(
+    smollm2: ChatTemplate,
+) -> None:
+    """The record is beyond the limit already, so the limit is never met exactly."""
+    model, waiting = says_all(smollm2, [call("nobody")] * 9), asyncio.Event()
+    sample = model.generate
+
+    async def waits(prompt_ids: Sequence[int], *args: Any, **kwargs: Any) -> Generation:
+        if smollm2.decode(prompt_ids).count("<|im_start|>assistant\n") == 4:
+            waiting.set()
+            await asyncio.Event().wait()
+        generation: Generation = await sample(prompt_ids, *args, **kwargs)
+        return generation
+
+    model.generate = waits
+    record = await cut_off(Conversation(task(), 0, shared(smollm2, model, Toy())), waiting.is_set)
+    assert [line.status for line in record.tool_calls] == ["unknown_tool"] * 3
+    model.generate = sample
+    whole = await go_on(record, shared(smollm2, model, Toy(), max_consecutive_invalid_calls=2))
+    assert (whole.stop_reason, whole.num_turns) == ("invalid_tool_calls", 4)
+
+
+async def test_a_record_that_cannot_be_restored_costs_its_own_conversation_alone(
+    smollm2: ChatTemplate,
+) -> None:
+    """The chat template of today refuses its messages, or its tool kwargs are no tool kwargs."""
+    model = Model(smollm2, "v1", (1, 4))
+    record = await cut_off(
+        Conversation(task("t1"), 0, shared(smollm2, model, Toy())), model.waiting.is_set
+    )
+
+    class Refusing(ChatTemplate):
+        def prompt(self, *args: Any, **kwargs: Any) -> Any:
+            raise TemplateError("the chat template refuses the messages")
+
+    refusing = Refusing(smollm2.tokenizer)
+    odd = dataclasses.replace(record, extra={"tools_kwargs": {"toy": {"unknown_kwargs": {}}}})
+    for template, before, stop_reason in (
+        (refusing, record, "engine_error"),
+        (smollm2, odd, "stop"),
+    ):
+        runtime = shared(template, Model(template, "v2"), Toy())
+        ended: list[Trajectory] = []
+        await run_tasks(
+            [task("t0"), task("t1"), task("t2")],
+            runtime,
+            make=continuing(runtime, {("t1", 0): before}),
+            on_done=ended.append,
+        )
+        assert [one.stop_reason for one in ended] == [stop_reason] * 3
+        assert not any(one.infra_error for one in ended)
 
 
 class Gone(Toy):
