@@ -14,9 +14,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from tools.base import BaseTool, ToolConfigError
-from tools.reading import STRICT, check_keys, nearest, read
-
-__all__ = ["DISPATCH_KEYS", "BreakerPolicy", "Policy", "PolicyConfig", "nearest", "read_policy"]
+from tools.reading import STRICT, check_keys, read
 
 SIDES = ("left", "middle", "right")
 MAX_RETRIES = 10

@@ -22,7 +22,7 @@ from conversations.template import ChatTemplate
 from conversations.trajectory import ToolCallRecord
 from tools.base import BaseTool, ToolsError
 from tools.function import FunctionTool
-from tools.policy import nearest
+from tools.reading import nearest
 from tools.registry import load_tools
 from tools.toolset import LoadedTool, ToolSet
 

@@ -30,7 +30,7 @@ from conversations.encoding import without_lone_surrogates
 from conversations.messages import Message
 from conversations.warning import RecordWarning
 from tools.base import ToolConfigError
-from tools.policy import nearest
+from tools.reading import nearest
 from tools.registry import import_attribute
 
 T = TypeVar("T")
