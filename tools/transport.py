@@ -1,10 +1,12 @@
 """httpx over aiohttp's connections: a request's CPU does not grow with the number of others.
 
 httpx's own pool looks at all its connections for each request: with 256 calls at once it takes 20
-times the CPU of this one (`make bench`, http_call_cpu_ms). The library httpx-aiohttp costs no less
-CPU and does not fit: it retries no connecting, keeps cookies from one call to the next, warns about
-the connections of a closed event loop, and reports a connection that broke as a ConnectTimeout, so
-that a call which may have run looks like one that was never sent.
+times the CPU of this one (`make bench`, http_call_cpu_ms).
+
+The library httpx-aiohttp costs about the same CPU but does not fit. It reports a refused
+connection, and one that broke during a call, as a ConnectTimeout, so that a call which may have run
+looks like one that was never sent; it lets errors of aiohttp through, retries no connecting,
+refuses a URL with a password, and warns about the connections of a closed event loop.
 """
 
 from __future__ import annotations
