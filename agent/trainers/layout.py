@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 
 def has_failed(one: Trajectory) -> bool:
-    """Whether a conversation has no reward because something failed: infrastructure, or its template."""
+    """Whether a conversation has no reward because infrastructure or its template failed."""
     return one.infra_error or one.stop_reason == "engine_error"
 
 
