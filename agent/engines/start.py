@@ -36,6 +36,18 @@ def start(
     10 to 60 s. Raises EngineStartError if the engine does not start, and ConfigError if verl
     refuses the config; both are one line.
     """
+    with starting():
+        from agent.engines.rollout import EngineRollout
+
+        return EngineRollout.alone(rollout, model_path, log_path)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Prepares this process to import a rollout class and make one in the block.
+
+    Raises what `start` raises.
+    """
     import torch
 
     cuda = torch.cuda.is_available()
@@ -44,9 +56,7 @@ def start(
     with environment(start_variables(cuda=cuda)), _process_state_kept():
         try:
             compat.prepare()
-            from agent.engines.rollout import EngineRollout
-
-            return EngineRollout.alone(rollout, model_path, log_path)
+            yield
         except AgentError:
             raise
         except AssertionError as error:  # verl's config checks

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.commands.tasks_work import write_gsm_symbolic
-from agent.engines import cpu_guards
-from agent.engines.arguments import environment, start_variables
+from agent.engines.start import starting
 from agent.model.base import TOOLS_NAME, resolve_model
 
 PROBLEMS, SAMPLES = 2, 2
@@ -77,8 +76,7 @@ def main(folder: Path) -> dict[str, Any]:
             "turntrace": {"save_to": str(folder / "kept")},
         },
     }
-    cpu_guards.install()
-    with environment(start_variables(cuda=False)):
+    with starting():
         from agent.rollout import AgentRollout
 
         rollout = AgentRollout.alone(config, model, folder / "engine.log")

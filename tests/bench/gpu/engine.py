@@ -35,10 +35,14 @@ def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
     """An AgentRollout in this process and the load on it; both live on the main thread's event
     loop, as in a trainer.
     """
-    from agent.engines.start import start
+    from agent.engines.start import starting
 
     config, began = place.config(), perf_counter()
-    rollout = start(config.verl_rollout(), place.model, log_path=place.options.logs / "engine.log")
+    with starting():
+        from agent.rollout import AgentRollout
+
+        log = place.options.logs / "engine.log"
+        rollout = AgentRollout.alone(config.verl_rollout(), place.model, log)
     place.figures.add(
         "machine",
         "engine's start",
