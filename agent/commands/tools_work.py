@@ -15,7 +15,7 @@ from typing import Any
 from agent.config.config import Config
 from agent.errors import AgentError
 from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
-from agent.runs.parts import load_template, make_dispatcher
+from agent.runs.parts import load_template, make_dispatcher, prepare
 from agent.terminal import one_line, visible
 from conversations.messages import ToolCall
 from conversations.template import ChatTemplate
@@ -42,7 +42,7 @@ def check(file: str, config: Config | None, *, start: bool) -> int:
     plural = "s" * (len(tools) != 1)
     print(f"{file} offers {len(tools)} tool{plural}: {', '.join(map(one_line, tools))}")
     failures = asyncio.run(_shown_and_started(tools, start=start))
-    template = load_template(config) if config else None
+    template = prepare(config, tools).template if config else None
     print("\nWhat the model sees:")
     for line in _offered(tools, template):
         print(line)

@@ -1,9 +1,10 @@
 """Runs 64 conversations at a time into a run folder, for `test_kill.py` to kill.
 
-    python -m tests.agent.kill_driver FOLDER TASKS
+python -m tests.agent.kill_driver FOLDER TASKS
 
-Imports once, then forks one child for each line "go SEED" on its stdin and prints the child's pid; the child opens the
-run folder as the command line does and runs all tasks. When a child is gone its exit status is printed.
+Imports once, then forks one child for each line "go SEED" on its stdin and prints the child's pid;
+the child opens the run folder as the command line does and runs all tasks. When a child is gone its
+exit status is printed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MANIFEST = {"config": {"rollout": {"name": "scripted"}}, "n": 1}
 
 
 class Slow:
-    """An engine that takes its time: two calls, then an answer. Now and then it fails, another time perhaps not."""
+    """A slow engine: two calls, then an answer. Now and then it fails."""
 
     def __init__(self, template: ChatTemplate, rng: random.Random) -> None:
         self._template, self._rng = template, rng

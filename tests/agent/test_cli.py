@@ -1,4 +1,4 @@
-"""The command line: quick help, one-line errors with exit code 2, and `run` from a task file to a run folder."""
+"""The command line: quick help, one-line errors with exit code 2, and `run`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def env(more: dict[str, str]) -> dict[str, str]:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys\nimport agent.cli\nprint({'torch', 'transformers', 'verl', 'sglang', 'ray', 'pyarrow', 'pydantic'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "verl", "sglang", "ray", "pyarrow", "pydantic", "rich.live"}
+    code = f"import sys\nimport agent.cli\nprint({heavy} & set(sys.modules))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -140,7 +141,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 
 def test_a_package_that_is_missing_since_an_update_is_one_line() -> None:
     arguments = ["turntrace", "tools", "check", "gsm8k"]
-    code = f"import sys; sys.modules['jsonschema_rs'] = None; sys.argv = {arguments}; from agent.cli import main; sys.exit(main())"
+    code = (
+        f"import sys; sys.modules['jsonschema_rs'] = None; sys.argv = {arguments}; "
+        "from agent.cli import main; sys.exit(main())"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -150,7 +154,7 @@ def test_a_package_that_is_missing_since_an_update_is_one_line() -> None:
     )
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(
-        "error: the Python package 'jsonschema_rs' is not installed; set this environment up again: "
+        "error: the Python package 'jsonschema_rs' is not installed; set this environment up"
     )
     assert ran.stderr.count("\n") == 1
 
@@ -185,10 +189,7 @@ def test_task_files_are_written_and_named(tmp_path: Path) -> None:
 def test_doctor_ends_with_1_where_something_fails(tmp_path: Path) -> None:
     ran = turntrace("doctor", "--set", "rollout.skip_tokenizer_init=false", cwd=tmp_path)
     assert ran.returncode == 1
-    assert (
-        "fail  config: --set rollout.skip_tokenizer_init: mode async needs skip_tokenizer_init: true"
-        in ran.stdout
-    )
+    assert "fail  config: --set rollout.skip_tokenizer_init: " in ran.stdout
 
 
 def test_serve_sandbox_serves_until_sigterm(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_serve_sandbox_serves_until_sigterm(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: tasks, a tool of their own, a config whose scripted engine plays back the run in `recorded/`."""
+    """A user's folder: tasks, a tool, a config whose engine plays the run in `recorded/`."""
     folder = tmp_path_factory.mktemp("project")
     questions = [
         f"quick {index}" if index < QUICK else f"question {index}" for index in range(TASKS)
@@ -288,7 +289,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """`turntrace run` with the project's config into tmp_path/run, in this process: a new one takes seconds to import."""
+    """`turntrace run` into tmp_path/run, in this process: a new one takes seconds to import."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("LOOK", str(look))
 
@@ -597,7 +598,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_how_to_go_on(
         said, _ = process.communicate(timeout=300)
     assert process.returncode == code
     assert (
-        f"interrupted: {QUICK} of {TASKS} conversations are in {out}, {TASKS - QUICK} unfinished ones beside them"
+        f"interrupted: {QUICK} of {TASKS} conversations are in {out}, {TASKS - QUICK} unfinished"
         in said
     )
     assert said.splitlines()[-1].endswith(

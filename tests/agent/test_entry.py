@@ -1,4 +1,4 @@
-"""Whose `agent`, `tools` and `conversations` Python imports: ours, or one line that names the folder in their way."""
+"""Whose packages Python imports: ours, or one line that names the folder in their way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(folder: Path, code: str = "from turntrace import main; main()") -> Path:
-    """A script in a folder of its own, which Python puts first on its path, as it does with an installed command."""
+    """A script in a folder of its own, which Python puts first on its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "script.py"
     path.write_text(code, encoding="utf-8")
@@ -105,7 +105,7 @@ def test_a_package_in_the_current_folder_is_noted_but_hides_nothing_from_the_com
     ran = start(script(tmp_path / "bin"), "--help", cwd=tmp_path / "project", pythonpath=[site])
     assert ran.returncode == 0
     assert ran.stderr.startswith(
-        f"note: scripts started in this folder import {theirs} instead of turntrace's own package 'tools'"
+        f"note: scripts started in this folder import {theirs} instead of turntrace's own"
     )
     assert ran.stderr.count("\n") == 1
 
@@ -135,7 +135,10 @@ def test_a_stray_file_in_the_current_folder_is_not_imported(site: Path, tmp_path
     """Packages try for optional modules by name: `h2` or `uvloop` here would be run."""
     for name in ("stray", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')", encoding="utf-8")
-    code = "import sys\nsys.argv = ['turntrace', 'version']\nfrom turntrace import main\ntry:\n  main()\nfinally:\n  import stray"
+    code = (
+        "import sys\nsys.argv = ['turntrace', 'version']\nfrom turntrace import main\n"
+        "try:\n  main()\nfinally:\n  import stray"
+    )
     ran = start(script(tmp_path / "bin", code), cwd=tmp_path, pythonpath=[site])
     assert ran.stderr.endswith("ModuleNotFoundError: No module named 'stray'\n")
 

@@ -1,4 +1,4 @@
-"""`InferenceEngine` and the session under it: what `generate` returns, from sync and async code, and how it ends."""
+"""`InferenceEngine` and its session: what `generate` returns, from sync and async code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def double(number: int) -> int:
 
 @pytest.fixture(scope="module")
 def recording(smollm2: ChatTemplate, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in which each question is answered with one call, and two samples of the second question differ."""
+    """A run that answers each question with one call; two samples of the second differ."""
     folder = tmp_path_factory.mktemp("recording")
     answers = {("0", 0): "It is 4.", ("1", 0): "It is 42.", ("1", 1): "42, I think."}
 
@@ -263,7 +263,8 @@ async def start() -> None:
     print("starting", flush=True)
     await asyncio.sleep(600)
 
-overrides = ["model_path=smollm2-base", "rollout.name=sglang_server", f"rollout.server.urls=[{sys.argv[2]!r}]"]
+urls = f"rollout.server.urls=[{sys.argv[2]!r}]"
+overrides = ["model_path=smollm2-base", "rollout.name=sglang_server", urls]
 tools = ToolSet.from_tools([nothing])
 if sys.argv[1] == "tools":
     tools["nothing"].tool.start = start

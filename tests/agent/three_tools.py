@@ -1,7 +1,9 @@
-"""Search, code and an answer together, on real questions over the real corpus: `python -m tests.agent.three_tools FOLDER`.
+"""Search, code and an answer together, on real questions over the real corpus: `python -m
+tests.agent.three_tools FOLDER`.
 
-The embedded model is too small to search, so its turns are scripted: each reads what the tools really answered, and
-writes the next call from that. Tools, sandbox, index, template and record are the real ones.
+The embedded model is too small to search, so its turns are scripted: each reads what the tools
+really answered, and writes the next call from that. Tools, sandbox, index, template and record are
+the real ones.
 """
 
 from __future__ import annotations
@@ -110,5 +112,6 @@ async def run(folder: Path) -> None:
 if __name__ == "__main__":
     asyncio.run(run(Path(sys.argv[1])))
     print(
-        f"{len(QUESTIONS)} conversations in {sys.argv[1]}; look at one with: turntrace show {sys.argv[1]} q0-0"
+        f"{len(QUESTIONS)} conversations in {sys.argv[1]}; look at one with: "
+        f"turntrace show {sys.argv[1]} q0-0"
     )

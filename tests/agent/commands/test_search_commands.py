@@ -1,4 +1,4 @@
-"""`turntrace index` and `turntrace serve search`: what they say, what they leave, one line for a mistake."""
+"""`turntrace index` and `turntrace serve search`: output, files, one line for a mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from tests.helpers import ROOT
 from tools.servers.search.corpus import JsonlCorpus
 from tools.servers.search.index import build_index
 
-CORPUS = '{"id": "1", "contents": "\\"Cats\\"\\nCats chase mice."}\n{"id": "2", "title": "Dogs", "text": "Dogs chase cats."}\n'
+CORPUS = (
+    '{"id": "1", "contents": "\\"Cats\\"\\nCats chase mice."}\n'
+    '{"id": "2", "title": "Dogs", "text": "Dogs chase cats."}\n'
+)
 
 
 @pytest.fixture(autouse=True)

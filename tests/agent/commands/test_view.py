@@ -1,4 +1,4 @@
-"""`turntrace view`: a page on disk, or a server that shows runs to this machine's browser and to nobody else."""
+"""`turntrace view`: a page on disk, or a server for this machine's browser only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.yaml: every key of verl's RolloutConfig is known, and works, is refused or is reported; mistakes are one line."""
+"""config.yaml: every key works, is refused or is reported; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ WORKS_IN_PROCESS = {
     ),
     "turntrace.max_tokens",
 }
-"""Leaves under `rollout` that have an effect (or are refused) with `name: sglang`; every other one must be reported."""
+"""The keys that work (or are refused) with `name: sglang`; all others are reported."""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -527,7 +527,8 @@ def test_paths_are_found_beside_the_config_file_first(
         return load_config(
             write(
                 beside,
-                f"model_path: model\nrollout: {{multi_turn: {{enable: true, tool_config_path: {name}}}}}\n",
+                "model_path: model\n"
+                f"rollout: {{multi_turn: {{enable: true, tool_config_path: {name}}}}}\n",
             )
         )
 
@@ -542,7 +543,8 @@ def test_paths_are_found_beside_the_config_file_first(
 
 
 def test_verls_target_keys_are_let_pass(tmp_path: Path) -> None:
-    body = "{_target_: verl.workers.config.RolloutConfig, val_kwargs: {_target_: verl.workers.config.SamplingConfig, n: 2}}"
+    sampling = "{_target_: verl.workers.config.SamplingConfig, n: 2}"
+    body = f"{{_target_: verl.workers.config.RolloutConfig, val_kwargs: {sampling}}}"
     config = load_config(rollout_yaml(tmp_path, body))
     assert config.n(validate=True) == 2
     assert config.given == ("model_path", "rollout.val_kwargs.n")

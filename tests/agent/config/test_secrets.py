@@ -25,7 +25,8 @@ tools:
           s3cret
           s3cret
         NAME: max_tokens=12
-    config: {max_tokens: 5, keys: [a], passwords: x, password: 's3cret', api_key: ""}  # token: s3cret
+    config: {max_tokens: 5, keys: [a], passwords: x,
+      password: 's3cret', api_key: ""}  # token: s3cret
   - tool_schema: {properties: {token: {type: string, description: "the token: a word"}}}
 """
 

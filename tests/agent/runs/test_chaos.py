@@ -1,4 +1,4 @@
-"""1,000 conversations whose tools do their worst: all on disk, each failure with its true status, and nothing left over."""
+"""1,000 conversations with the worst tools: all on disk, each failure with its true status."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ async def test_a_thousand_conversations_in_chaos(smollm2: ChatTemplate, tmp_path
     files, children = process.num_fds(), set(process.children())
     run = await chaos.run(smollm2, tmp_path)
     print(
-        f"wall {run.wall_s:.2f} s, ideal {run.ideal_s:.2f} s, ratio {run.wall_s / run.ideal_s:.3f}, {run.deaths} deaths"
+        f"wall {run.wall_s:.2f} s, ideal {run.ideal_s:.2f} s, "
+        f"ratio {run.wall_s / run.ideal_s:.3f}, {run.deaths} deaths"
     )
 
     records = {record.task_id: record for record in read_trajectories(tmp_path)}
@@ -48,7 +49,7 @@ async def test_a_thousand_conversations_in_chaos(smollm2: ChatTemplate, tmp_path
 
 
 def check(record: Trajectory, kind: Kind, run: Chaos) -> None:
-    """The ledger against what the conversation provoked, and against what the tools themselves say they saw."""
+    """The ledger against what the conversation provoked and what the tools saw."""
     where = (record.id, kind.name)
     assert (record.stop_reason, record.num_turns) == ("stop", len(kind.turns) + 1), where
     for line, expected in zip(record.tool_calls, kind.statuses, strict=True):

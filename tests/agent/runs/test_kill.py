@@ -1,4 +1,4 @@
-"""`kill -9` at random moments of a run with 64 conversations at a time, then resume: nothing lost, nothing twice."""
+"""`kill -9` at random moments of a run, then resume: nothing is lost, nothing is there twice."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def finished(folder: Path) -> dict[str, str]:
 
 
 def wait_for_growth(file: Path) -> None:
-    """Returns when the file has grown; an attempt that first sets lines aside may shrink it before."""
+    """Returns when the file has grown. A resume that retires lines may shrink it first."""
     size = file.stat().st_size if file.exists() else 0
     until = time.monotonic() + 60
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""`turntrace run` against a server in this process: what a user sees when servers change, refuse, or do not say what they are."""
+"""`turntrace run` against a server in this process: one that changes, refuses, reports nothing."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_resume_finds_the_model_of_the_first_start(
     before = read_manifest(tmp_path / "run")
     assert before["served"] == {"model_path": "/models/m", "weight_version": "default"}
     server.model, server.weights = "/models/other", "step-2"
-    says = "model_path was /models/m, is /models/other; weight_version was default, is step-2; use --force"
+    says = "model_path was /models/m, is /models/other; weight_version was default, is step-2"
     with pytest.raises(RunFolderError, match=says):
         go()
     assert read_manifest(tmp_path / "run") == before
@@ -104,7 +104,7 @@ def test_a_server_that_does_not_say_what_it_serves_is_noted(
     server.says["/get_server_info"] = Response(status_code=404)
     ran = go()
     assert ran.code == DONE
-    assert ran.said.count("note: the server does not say which model it serves") == 1
+    assert ran.said.count("note: the server does not report its model") == 1
     assert read_manifest(tmp_path / "run")["served"]["model_path"] == "/models/m"
 
 
@@ -142,7 +142,7 @@ def test_a_refusal_of_every_turn_is_a_failure_of_infrastructure(
     server.behaviours = [status(403, "key revoked")]
     ran = go()
     assert ran.code == INCOMPLETE
-    assert f"{TASKS} conversations failed by infrastructure" in ran.said
+    assert f"{TASKS} conversations failed because of infrastructure" in ran.said
     assert {len(server.bodies)} == {TASKS}  # each turn is sent once
     server.behaviours = [behaviour(hermes_template(), 0.0)]
     assert go().code == DONE
