@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -26,12 +27,12 @@ T = TypeVar("T")
 
 
 class Session:
-    """Starts the tools and the engine of `parts`; blocks until they are up (seconds to a minute).
-    Close it, or use `with`.
+    """Starts the tools and the engine of `parts`, and blocks until they are up.
 
-    The tools are closed with the session. `log_path` is where the engine's processes write; None:
-    this process's output. `start` makes another engine than the config's. Raises EngineStartError,
-    ToolsError and other one-line errors; then nothing is left running.
+    That takes seconds to a minute. Close it, or use `with`. The tools are closed with the session.
+    `log_path` is where the engine's processes write; None: this process's output. `start` makes
+    another engine than the config's. Raises EngineStartError, ToolsError and other one-line errors;
+    then nothing is left running.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Session:
     ) -> None:
         self.parts = parts
         self._tracing = start_tracing()
+        self._is_over = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="turntrace-loop", daemon=True)
         self._started: concurrent.futures.Future[Engine] = concurrent.futures.Future()
@@ -65,9 +67,8 @@ class Session:
     def _serve(self) -> None:
         """The loop thread.
 
-        It starts SGLang, because SGLang's children end with the thread that started them.
-
-        Tools start first: what they lack is known in a second, an engine takes a minute.
+        It starts SGLang, because SGLang's children end with the thread that started them. Tools
+        start first: what they lack is known in a second, an engine takes a minute.
         """
         asyncio.set_event_loop(self._loop)
         try:
@@ -79,7 +80,10 @@ class Session:
             self._started.set_result(engine)
         except BaseException as error:
             self._started.set_exception(error)
-        self._loop.run_forever()
+        while not self._is_over:
+            # A SystemExit in a task ends `run_forever`; the task has it, and its caller gets it.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_forever()
 
     # ------------------------------------------------------------------ handing work to the loop
 
@@ -141,6 +145,7 @@ class Session:
         try:
             self.run(self._close_parts())
         finally:
+            self._is_over = True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
