@@ -66,7 +66,7 @@ class Grammar:
         others = (block_open, stray) if start else (block_open,)
 
         behind_key = tags.parameter[1]
-        lost_start = (f"\\s*{_KEY}{behind_key}",) if behind_key.startswith("</") else ()
+        lost_start = (f"\\s*+{_KEY}+{behind_key}",) if behind_key.startswith("</") else ()
 
         self.tags = tags
         self.opens = opening(tags.thought, block_open, stray)

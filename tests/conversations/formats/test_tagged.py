@@ -278,6 +278,13 @@ def test_work_grows_with_the_text_not_with_its_square(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run", [" ", "k", "\n", "\n "])
+def test_a_long_run_behind_a_tag_inside_a_value_parses(name: str, run: str) -> None:
+    value = TAGS[name].parameter_close + run * 200_000  # a square would take minutes
+    assert len(read(name, WRITERS[name]([("look", {"city": value, "days": 1})])).calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_long_hostile_text_parses(name: str) -> None:
     for unit in hostile_units(TAGS[name]):
         text = unit * (200_000 // len(unit))  # a square would take many minutes
