@@ -6,7 +6,7 @@ AgentError                 a user's mistake, or something the machine lacks; the
 ├── TaskError              a task file or row that cannot be read
 └── EngineStartError       an engine that could not be started
 
-EngineError                one generation failed; the conversation ends with `engine_error`, others go on
+EngineError                one generation failed; its conversation ends with `engine_error`
 EndConversation            a conversation ends here, for a reason that its engine or tools know
 """
 

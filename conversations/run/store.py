@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import yaml
+
 from conversations.errors import RecordError, RunFolderError
 from conversations.run.whole_file import sync_folder, write_whole
 from conversations.trajectory import Trajectory, read_record
@@ -352,8 +354,18 @@ def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
     return [
         f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
         for key in (old if earlier.get("schema") == OLD_SCHEMA else {**old, **new})
-        if old.get(key) != new.get(key)
+        if _content(key, old.get(key)) != _content(key, new.get(key))
     ]
+
+
+def _content(key: str, value: Any) -> Any:
+    """What a field of run.json says. Comments and layout of the YAML texts in it do not count."""
+    if key not in ("tools", "interactions") or not isinstance(value, str):
+        return value
+    try:
+        return json.dumps(yaml.safe_load(value), default=str, sort_keys=True)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return value
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -575,3 +575,31 @@ def test_a_forced_resume_keeps_what_the_earlier_starts_were(tmp_path: Path) -> N
     assert [one["config"] for one in manifest["earlier_starts"]] == [
         one["config"] for one in configs[:-1]
     ]
+
+
+OLD_TOOLS = """
+tools:
+  - class_name: tools.gsm8k.Gsm8kTool  # graded by the number
+    config: {method: flexible}
+"""
+
+
+@pytest.mark.parametrize(
+    ("tools", "is_same"),
+    [
+        (OLD_TOOLS.replace("# graded by the number", "# another comment"), True),
+        ("tools:\n- {class_name: tools.gsm8k.Gsm8kTool, config: {method: flexible}}\n", True),
+        (OLD_TOOLS.replace("flexible", "strict"), False),
+        ("{no: yaml", False),
+    ],
+)
+def test_comments_of_a_tool_config_are_no_difference(
+    tmp_path: Path, tools: str, is_same: bool
+) -> None:
+    """A shipped config may be worded otherwise in the next version."""
+    RunFolder.create(tmp_path, {"tools": OLD_TOOLS}).close()
+    if is_same:
+        RunFolder.resume(tmp_path, {"tools": tools}).close()
+    else:
+        with pytest.raises(RunFolderError, match="tools"):
+            RunFolder.resume(tmp_path, {"tools": tools})
