@@ -55,9 +55,12 @@ class ParsedTurn:
 def assistant_message(raw: str, parsed: ParsedTurn, call_ids: Sequence[str]) -> Message:
     """The message of a sampled turn. `call_ids` [number of calls] name the calls in order.
 
-    A malformed call stands among the `tool_calls` with `malformed: true` and its verbatim block as `arguments`.
+    A malformed call stands among the `tool_calls` with `malformed: true` and its verbatim block as
+    `arguments`. A call with an id that the model wrote has it as `written_id`: ids of ours are unique.
     """
     message: Message = {"role": "assistant", "content": parsed.content, "raw": raw}
+    if parsed.reasoning is not None:
+        message["reasoning_content"] = parsed.reasoning
     if parsed.calls:
         message["tool_calls"] = [
             _tool_call(call, call_id) for call, call_id in zip(parsed.calls, call_ids, strict=True)
@@ -68,7 +71,8 @@ def assistant_message(raw: str, parsed: ParsedTurn, call_ids: Sequence[str]) -> 
 def _tool_call(call: ToolCall | MalformedToolCall, call_id: str) -> dict[str, Any]:
     if isinstance(call, ToolCall):
         function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-        return {"id": call_id, "type": "function", "function": function}
+        written = {"written_id": call.id} if call.id is not None else {}
+        return {"id": call_id, **written, "type": "function", "function": function}
     return {
         "id": call_id,
         "type": "function",
@@ -159,23 +163,6 @@ def _given_call(call: object, index: int) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": text}}
-
-
-def template_view(message: Message) -> Message:
-    """The message as chat templates want it: call arguments as objects, our own keys left out."""
-    view = {key: value for key, value in message.items() if key != "raw"}
-    if "tool_calls" in view:
-        view["tool_calls"] = [_template_call(call) for call in view["tool_calls"]]
-    return view
-
-
-def _template_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        arguments = function["arguments"]
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _shape(value: object) -> str:

@@ -28,7 +28,7 @@ from conversations.checks.finding import Defect, Finding, differs, printable
 from conversations.checks.group import RunChecks
 from conversations.checks.record import LineResult, check_line
 from conversations.errors import ConversationsError, RunFolderError
-from conversations.run.open_run import TOKENIZER, template_kwargs
+from conversations.run.open_run import TOKENIZER, recorded_reading, template_kwargs
 from conversations.run.saved_tokenizer import is_failure, load_tokenizer, one_line
 from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
@@ -277,7 +277,8 @@ class _Verification:
 def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     """Raises ConversationsError, whatever is wrong with the folder."""
     try:
-        return ChatTemplate(load_tokenizer(folder), kwargs=template_kwargs(manifest))
+        kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
+        return ChatTemplate(load_tokenizer(folder), kwargs=kwargs, reading=reading)
     except BaseException as error:  # a tokenizer that is not one may fail in any way
         if isinstance(error, ConversationsError) or not is_failure(error):
             raise

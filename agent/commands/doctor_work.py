@@ -32,6 +32,7 @@ from agent.model.base import (
 from agent.packages import how_to_install, local_folders
 from agent.runs.parts import config_interactions, config_tools, load_template, prepare
 from conversations.errors import ConversationsError
+from conversations.formats.proof import FormatReport
 from tools.base import ToolsError
 from tools.cache import cache_dir
 
@@ -304,9 +305,18 @@ def check_template(config: Config) -> Iterator[Finding]:
         tools, interactions = config_tools(config), config_interactions(config)
     except (ConfigError, ToolsError):
         return
-    prepare(config, tools, interactions, template=load_template(config, folder))
+    template = load_template(config, folder)
+    prepare(config, tools, interactions, template=template)
     answers = [what for what, given in (("tools", tools), ("users", interactions)) if given]
     yield Finding("ok", f"{config.model_path}: proven for {' and '.join(answers) or 'prompts'}")
+    yield _call_format(template.format_report(), bool(tools))
+
+
+def _call_format(report: FormatReport, is_needed: bool) -> Finding:
+    if report.is_proven:
+        return Finding("ok", f"tool calls in the format {report.name}, proven {report.how}")
+    level = "warn" if is_needed else "ok"
+    return Finding(level, f"the call format of the model is not proven: {report.problem}")
 
 
 def check_server(config: Config) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ from agent.runs.session import Session
 from agent.terminal import say
 from conversations.errors import RunFolderError
 from conversations.run.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
+from conversations.template import ChatTemplate
 from tools.toolset import ToolSet
 
 
@@ -251,6 +252,8 @@ def _started(
     try:
         parts = prepare(request.config, plan.tools, plan.interactions)
         save_tokenizer(request.out, parts.template.tokenizer)
+        if plan.tools:
+            _note_call_format(request, parts.template, folder)
         log = request.out / "engine.log"
         say(console, starting(request.config, log))
         session = Session(parts, validate=request.validate, log_path=log)
@@ -264,6 +267,17 @@ def _started(
             _forget(request, folder, progress)
             raise
         yield session
+
+
+def _note_call_format(request: RunRequest, template: ChatTemplate, folder: RunFolder) -> None:
+    """Writes the call format into run.json. Raises RunFolderError if a resumed run had another."""
+    entry, earlier = template.format_entry(), folder.manifest.get("call_format") or {}
+    if earlier and earlier.get("name") != entry["name"] and not request.force:
+        raise RunFolderError(
+            f"{request.out} was made with the call format {earlier.get('name')}, now it is "
+            f"{entry['name']}; use --force to continue"
+        )
+    folder.note("call_format", entry)
 
 
 def _forget(request: RunRequest, folder: RunFolder, progress: Progress) -> None:

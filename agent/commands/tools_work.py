@@ -43,6 +43,9 @@ def check(file: str, config: Config | None, *, start: bool) -> int:
     print(f"{file} offers {len(tools)} tool{plural}: {', '.join(map(one_line, tools))}")
     failures = asyncio.run(_shown_and_started(tools, start=start))
     template = prepare(config, tools).template if config else None
+    if template:
+        report = template.require_tools()
+        print(f"\nThe model writes calls in the format {report.name}, {report.how}.")
     print("\nWhat the model sees:")
     for line in _offered(tools, template):
         print(line)

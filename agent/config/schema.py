@@ -25,6 +25,18 @@ def _not_zero(top_k: int) -> int:
     return top_k
 
 
+def _call_format(name: str) -> str:
+    if name != "auto":
+        from conversations.errors import CallFormatError
+        from conversations.formats.registry import format_named
+
+        try:
+            format_named(name)
+        except CallFormatError as error:
+            raise PydanticCustomError("call_format", "{text}", {"text": str(error)}) from error
+    return name
+
+
 Temperature = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 TopK = Annotated[int, Field(ge=-1, le=2**31 - 1), AfterValidator(_not_zero)]
@@ -150,12 +162,9 @@ class MultiTurn(Section):
     ] = "strict"
     format: Annotated[
         str,
-        Refused(
-            "only hermes tool calls (<tool_call>{...}</tool_call>) are read; set it to hermes "
-            "or leave it out",
-            lambda rollout: rollout.multi_turn.format != "hermes",
-        ),
-    ] = "hermes"
+        AfterValidator(_call_format),
+    ] = "auto"
+    """How the model writes tool calls: a format's name, or `auto`, which proves it from the chat template."""
     num_repeat_rollouts: Annotated[
         int | None, NoEffect(f"{NEVER_READ}; rollout.n is the number of samples of a task")
     ] = None
@@ -279,6 +288,10 @@ class Turntrace(Section):
     """Seconds until a conversation ends with `deadline`, over all resumes; None: never."""
     max_tokens: PositiveInt | None = None
     """Tokens one turn may sample; None: what the other budgets leave."""
+    format_unproven: bool = False
+    """Take `multi_turn.format` although the chat template does not prove it."""
+    calls_in_thoughts: bool = False
+    """Run the calls that stand inside a thought; else they are part of the thought."""
     recorded: Annotated[
         str | None,
         Refused(
@@ -492,6 +505,7 @@ OUR_DEFAULTS = {
     "load_format": "outside a trainer no weights are synced into a dummy",
     "server.max_attempts": "each restart of a server costs the turns in flight one",
     "server.timeout": "a long turn on a busy server takes more than verl's 60 s",
+    "multi_turn.format": "the chat template proves it",
     "multi_turn.max_parallel_calls": "one call a turn is not what parallel means",
     "val_kwargs.temperature": "rollout.yaml's, greedy, which is what verl's trainers use",
     "val_kwargs.do_sample": "rollout.yaml's, greedy, which is what verl's trainers use",

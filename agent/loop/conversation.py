@@ -417,8 +417,8 @@ class Conversation:
         Returns False, with nothing appended, if that does not fit.
         """
         template, settings = self.runtime.template, self.runtime.settings
-        delta = template.delta(messages, kind)
-        missing_end = [] if self.tokens.ids[-1] in template.end_ids else [template.end_id]
+        delta = template.delta(messages, kind, turn=self.messages[-1])
+        missing_end = template.missing_end(self.tokens.ids[-1], kind)
         if not _fits(self.tokens, len(missing_end) + len(delta), settings):
             return False
         self.tokens.append(TEMPLATE, missing_end)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from agent.recipe.faults import HERMES
 from agent.recipe.programs import number_text, run
 from agent.recipe.train import Tokens
-from conversations.formats.hermes import parse
+from conversations.formats.format import NO_TYPES
 from conversations.messages import ToolCall
 
 
@@ -91,7 +92,7 @@ def _turns(
 
 
 def _grade(text: str, answer: str) -> tuple[bool, bool, bool]:
-    calls = parse(text).calls
+    calls = HERMES.parse(text, NO_TYPES).calls
     call = calls[0] if len(calls) == 1 else None
     if not isinstance(call, ToolCall) or len(call.arguments) != 1:
         return False, False, False

@@ -15,7 +15,8 @@ from random import Random
 
 from agent.recipe.programs import run
 from agent.recipe.setups import Setup
-from conversations.formats.hermes import parse
+from conversations.formats.format import NO_TYPES
+from conversations.formats.registry import format_named
 from conversations.messages import MalformedToolCall
 
 
@@ -25,6 +26,10 @@ class Fault:
 
     text: str
     response: str
+
+
+HERMES = format_named("hermes")
+"""The call format that the embedded model's chat template teaches."""
 
 
 def call_text(name: str, arguments: dict[str, object]) -> str:
@@ -191,7 +196,7 @@ def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
         lambda text: text.replace("\n</tool_call>", ""),
     )
     text = rng.choice(breaks)(good)
-    calls = parse(text).calls
+    calls = HERMES.parse(text, NO_TYPES).calls
     if len(calls) != 1 or not isinstance(calls[0], MalformedToolCall):
         return None
     error = calls[0].error

@@ -219,6 +219,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
         "tools": source(plan.tools) if request.live_tools else earlier.get("tools"),
         "interactions": source(plan.parts.interactions) or earlier.get("interactions"),
         "model": model_entry(config) if request.live_model else earlier.get("model"),
+        "call_format": _call_format(plan),
         "tasks": earlier.get("tasks"),
         "limit": None,
         "n": samples * request.n if plan.choice.is_all and isinstance(samples, int) else None,
@@ -233,6 +234,13 @@ def _manifest(plan: Plan) -> dict[str, Any]:
             "n": request.n,
         },
     }
+
+
+def _call_format(plan: Plan) -> Any:
+    """The parent's call format, or the one of the model that samples now."""
+    if not plan.request.live_model:
+        return plan.run.manifest.get("call_format")
+    return plan.template.format_entry() if plan.parts.tools else None
 
 
 def _run_missing(

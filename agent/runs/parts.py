@@ -22,8 +22,8 @@ from agent.loop.calls import Dispatcher
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
 from conversations.run.store import read_trajectories
-from conversations.template import ChatTemplate
-from conversations.tokens import TOOL, USER
+from conversations.template import ChatTemplate, Reading
+from conversations.tokens import USER
 from conversations.truncate import cut_to_tokens
 from tools.registry import load_tools
 from tools.toolset import ToolSet
@@ -64,14 +64,14 @@ def prepare(
 ) -> Parts:
     """Puts the parts together. `template` takes the place of the one that `model_path` has.
 
-    Raises TemplateError if the template cannot render what tools or users say, and what
-    `load_template` raises.
+    Raises TemplateError if the template cannot render what tools or users say, CallFormatError if
+    its call format is not proven, and what `load_template` raises.
     """
     template = template or load_template(config)
     if tools:
-        template.require(TOOL)
+        template.require_tools()
     if interactions:
-        template.require(USER)
+        template.require(USER, with_tools=bool(tools))
     dispatcher = make_dispatcher(config, tools, template) if tools else None
     return Parts(config, template, tools, interactions, dispatcher)
 
@@ -107,7 +107,11 @@ def load_template(config: Config, folder: Path | None = None) -> ChatTemplate:
 
 def make_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The tokenizer's chat template with the config's arguments. Raises TemplateError."""
-    return ChatTemplate(tokenizer, kwargs=config.rollout.turntrace.apply_chat_template_kwargs)
+    ours = config.rollout.turntrace
+    reading = Reading(
+        config.rollout.multi_turn.format, ours.format_unproven, ours.calls_in_thoughts
+    )
+    return ChatTemplate(tokenizer, kwargs=ours.apply_chat_template_kwargs, reading=reading)
 
 
 def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> Dispatcher:

@@ -52,6 +52,8 @@ OUR_KEYS = (
     "conversation_deadline_s",
     "max_tokens",
     "apply_chat_template_kwargs",
+    "format_unproven",
+    "calls_in_thoughts",
 )
 
 
@@ -65,6 +67,8 @@ class TrainerOptions(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     apply_chat_template_kwargs: dict[str, Any] = {}
+    format_unproven: bool = False
+    calls_in_thoughts: bool = False
     max_consecutive_invalid_calls: pydantic.PositiveInt | None = 8
     conversation_deadline_s: pydantic.PositiveFloat | None = None
     max_tokens: pydantic.PositiveInt | None = None
@@ -104,14 +108,8 @@ def trainer_config(
 
     `config` is verl's rollout config; `max_model_len` and `multi_turn` replace its keys of those
     names. A key that the version of verl does not have, or has as null, counts with our default.
-    Raises ConfigError if a value is out of range or `format` names another form of tool calls than
-    hermes.
+    Raises ConfigError if a value is out of range or `format` is no call format.
     """
-    if (form := config.multi_turn.get("format", "hermes")) != "hermes":
-        raise ConfigError(
-            f"rollout.multi_turn.format: {form}: only hermes tool calls "
-            "(<tool_call>{...}</tool_call>) are read"
-        )
     longest = config.prompt_length + config.response_length
     turns = {**{key: config.multi_turn.get(key) for key in TURN_KEYS}, **multi_turn}
     values = {
@@ -141,6 +139,7 @@ def manifest(parts: Parts, trainer: Mapping[str, Any], **which: Any) -> dict[str
     """A run.json. `trainer` is the trainer's own config, `which` names the batch."""
     return {
         "config": parts.config.resolved(),
+        "call_format": parts.template.format_entry() if parts.tools else None,
         "tools": source(parts.tools),
         "interactions": source(parts.interactions),
         **which,

@@ -180,13 +180,14 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
             yield Finding(f"{line.call_id}: it was answered, and the ledger has no response", k)
 
 
-def response_tokens(lines: list[ToolCallRecord], template: ChatTemplate) -> int:
-    """How many tokens the responses of a turn's calls would add. Raises TemplateError where the template refuses them."""
-    return len(
-        template.delta(
-            [
-                tool_message(line.response or "", call_id=line.call_id, name=line.name)
-                for line in lines
-            ]
-        )
-    )
+def response_tokens(
+    lines: list[ToolCallRecord], turn: Message | None, template: ChatTemplate
+) -> int:
+    """How many tokens the responses of a turn's calls would add. `turn` is its message.
+
+    Raises TemplateError if the template refuses them.
+    """
+    messages = [
+        tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines
+    ]
+    return len(template.delta(messages, turn=turn))

@@ -10,7 +10,8 @@ from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, show
 from conversations.checks.ledger import response_tokens
 from conversations.rounds import Rounds
-from conversations.tokens import USER
+from conversations.template import ChatTemplate
+from conversations.tokens import TOOL, USER
 from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_reward
 
 
@@ -130,6 +131,7 @@ class _Ending:
         self.last: Turn | None = trajectory.turns[-1] if trajectory.turns else None
         self.turn = len(trajectory.turns) - 1
         self.answered = bool(parts.rounds and parts.rounds[-1].replies)
+        self.message = parts.rounds[-1].message if parts.rounds else None
         self.lines = [line for line in trajectory.tool_calls if line.turn == self.turn]
         self.has_user = facts.users or any(
             each.replies and each.kind == USER for each in parts.rounds
@@ -236,6 +238,12 @@ class _Ending:
             longest = max(longest, row) if line.turn == self.turn else 0
         return longest
 
+    def _answer_tokens(self, template: ChatTemplate) -> int:
+        """How many tokens the answers to the last turn would add, a missing end token included."""
+        response = self.trajectory.response_ids
+        missing = template.missing_end(response[-1] if response else None, TOOL)
+        return len(missing) + response_tokens(self.lines, self.message, template)
+
     def _length_needs(self) -> str | None:
         """`length` without a turn that was cut: no room for another turn, or for the last one's responses."""
         facts, trajectory = self.facts, self.trajectory
@@ -249,8 +257,7 @@ class _Ending:
         )
         if facts.response_length is None or facts.max_model_len is None:
             return None
-        missing_end = not response or trajectory.response_ids[-1] not in facts.template.end_ids
-        added = 1 if self.answered else response_tokens(self.lines, facts.template) + missing_end
+        added = 1 if self.answered else self._answer_tokens(facts.template)
         if response + added > facts.response_length or total + added > facts.max_model_len:
             return None
         return f"{added} more tokens fit its budgets"

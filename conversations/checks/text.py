@@ -54,7 +54,8 @@ def _turn_findings(
         yield Finding(
             f"raw is not the text of the sampled tokens, {show_difference(raw, decoded)}", k, token
         )
-    parsed = template.read(raw, trajectory.tools, after=before)
+    has_view = "reasoning_content" in message  # a record of turntrace/1 has thoughts in its content
+    parsed = template.read(raw, trajectory.tools, after=before, split_thought=has_view)
     expected = assistant_message(
         raw, parsed, [f"call_{k}_{index}" for index in range(len(parsed.calls))]
     )
@@ -163,8 +164,8 @@ def _answered(each: Round, sampled: list[int], template: ChatTemplate) -> list[P
     """The end token that the turn may lack, and its replies."""
     if not each.replies:
         return []
-    complete = bool(sampled) and sampled[-1] in template.end_ids
+    missing = template.missing_end(sampled[-1] if sampled else None, each.kind)
     return [
-        *([] if complete else [(TEMPLATE, [template.end_id])]),
-        *template.delta(each.replies, each.kind).pieces,
+        *([(TEMPLATE, missing)] if missing else []),
+        *template.delta(each.replies, each.kind, turn=each.message).pieces,
     ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from conversations.errors import ImportFileError, TemplateError
+from conversations.errors import CallFormatError, ImportFileError, TemplateError
 from conversations.imports.blank import EPOCH, blank, reward_fields
 from conversations.messages import Message, assistant_message, tool_message
 from conversations.template import ChatTemplate, Piece
@@ -158,7 +158,8 @@ class Conversation:
         )
         if self._template is not None and kind != TEMPLATE:
             try:
-                pieces = self._template.delta(self._since_turn, kind).pieces
+                turn = self._messages[-len(self._since_turn) - 1] if self._turns else None
+                pieces = self._template.delta(self._since_turn, kind, turn=turn).pieces
             except TemplateError:
                 pieces = ()
             if [token for _, piece in pieces for token in piece] == ids:
@@ -205,7 +206,11 @@ class Conversation:
             return _assistant(step, text, names, raw=text)
         raw = self._template.raw(step["metrics"]["completion_token_ids"])
         before = self._messages[-1] if self._messages else None
-        parsed = self._template.read(raw, self._tools, after=before)
+        try:
+            parsed = self._template.read(raw, self._tools, after=before)
+        except CallFormatError:
+            self._warn(CALLS_DIFFER)
+            return _assistant(step, text, names, raw=raw)
         found = [(call.name, getattr(call, "arguments", None)) for call in parsed.calls]
         calls = step.get("tool_calls") or []
         if found == [(call["function_name"], call["arguments"]) for call in calls]:

@@ -61,6 +61,8 @@ def import_run(
         if template is not None:
             template.tokenizer.save_pretrained(folder / TOKENIZER)
         manifest = _manifest(source, kind, files, command)
+        if template is not None:
+            manifest["call_format"] = template.format_entry()
         facts = facts_of(manifest, template)
         with RunFolder.create(folder, manifest) as store:
             asked = 0

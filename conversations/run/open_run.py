@@ -27,7 +27,7 @@ from conversations.run.store import TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.trajectory import Trajectory, parse_record, read_record
 
 if TYPE_CHECKING:
-    from conversations.template import ChatTemplate
+    from conversations.template import ChatTemplate, Reading
 
 TOKENIZER = "tokenizer"
 
@@ -150,7 +150,9 @@ class Run:
         """The run's chat template, with the template arguments of its config. Raises TemplateError where it cannot be used."""
         from conversations.template import ChatTemplate
 
-        return ChatTemplate(self.tokenizer(), kwargs=template_kwargs(self.manifest))
+        manifest = self.manifest
+        kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
+        return ChatTemplate(self.tokenizer(), kwargs=kwargs, reading=reading)
 
     # ------------------------------------------------------------------ tables
 
@@ -172,6 +174,17 @@ def template_kwargs(manifest: dict[str, Any]) -> dict[str, Any]:
     for key in ("config", "rollout", "turntrace", "apply_chat_template_kwargs"):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def recorded_reading(manifest: dict[str, Any]) -> Reading:
+    """How the run read its turns. Runs that do not say so read hermes calls."""
+    from conversations.template import Reading
+
+    entry = manifest.get("call_format")
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return Reading("hermes", unproven=True)
+    in_thoughts = entry.get("calls_in_thoughts") is True
+    return Reading(entry["name"], unproven=True, calls_in_thoughts=in_thoughts)
 
 
 def _sample(trajectory_id: str) -> int:

@@ -89,6 +89,38 @@ GENERATION_REWRITES = CHATML_TOOLS.replace(
     1,
 )
 
+NO_TOOL_MESSAGES = CHATML_TOOLS.replace(
+    "{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}", 1
+)
+CALL_IDS = CHATML_TOOLS.replace("+ m.content }}", "+ m.content + (m.tool_call_id or '') }}")
+NEEDS_TOOLS = "{%- for t in tools %}{{- t.function.name }}{%- endfor %}" + CHATML_TOOLS
+
+GLM = """{{- '[gMASK]<sop>' }}{%- if tools %}{{- '<|system|>\\n' + (tools | tojson) }}{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{- '<|user|>\\n' + m.content }}
+{%- elif m.role == 'system' %}{{- '<|system|>\\n' + m.content }}
+{%- elif m.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|observation|>' }}{%- endif %}
+{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{%- else %}{{- '<|assistant|>\\n' + m.content }}
+{%- for c in m.tool_calls or [] %}{{- '\\n<tool_call>' + c.function.name }}
+{%- for k, v in c.function.arguments.items() %}
+{{- '\\n<arg_key>' + k + '</arg_key>\\n<arg_value>' }}
+{{- (v if v is string else v | tojson) + '</arg_value>' }}{%- endfor %}
+{{- '\\n</tool_call>' }}{%- endfor %}
+{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
+
+HARMONY = """{%- for m in messages %}
+{%- if m.role == 'assistant' and m.tool_calls %}{%- set c = m.tool_calls[0].function %}
+{{- '<|start|>assistant<|channel|>commentary to=functions.' + c.name }}
+{{- ' <|constrain|>json<|message|>' + (c.arguments | tojson) + '<|call|>' }}
+{%- elif m.role == 'assistant' %}{{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+{{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|system|>")
+HARMONY_TOKENS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 LLAMA3_TOKENS = (
     "<|begin_of_text|>",
     "<|start_header_id|>",
@@ -133,6 +165,13 @@ def family(name: str) -> ChatTemplate:
                 MISTRAL, MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>"
             ),
             "gemma": lambda: on_smollm2(GEMMA, GEMMA_TOKENS, bos_token="<bos>", eos_token="<eos>"),
+            "call_named": lambda: on_smollm2(CALL_NAMED),
+            "last_unended": lambda: on_smollm2(LAST_UNENDED),
+            "mistral_strict": lambda: on_smollm2(
+                MISTRAL_STRICT, MISTRAL_TOKENS, bos_token="<s>", eos_token="</s>"
+            ),
+            "glm": lambda: on_smollm2(GLM, GLM_TOKENS, eos_token="<|endoftext|>"),
+            "harmony": lambda: on_smollm2(HARMONY, HARMONY_TOKENS, eos_token="<|return|>"),
             "metaspace_first": lambda: metaspace("first", CHATML_TOOLS),
             "metaspace_always": lambda: metaspace("always", CHATML_TOOLS),
             "metaspace_mistral": lambda: metaspace("first", MISTRAL),

@@ -9,7 +9,8 @@ import pytest
 
 from conversations.errors import MessageError
 from conversations.formats.hermes import parse
-from conversations.messages import assistant_message, given_messages, template_view, tool_message
+from conversations.messages import assistant_message, given_messages, tool_message
+from conversations.template.views import Dialect
 from tests.helpers import call
 
 
@@ -166,5 +167,5 @@ def test_templates_see_arguments_as_objects_and_no_raw() -> None:
             "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}],
         }
 
-    assert template_view({**message('{"x": 1}'), "raw": "r"}) == message({"x": 1})
-    assert template_view(message("not json")) == message("not json")
+    assert Dialect().view([{**message('{"x": 1}'), "raw": "r"}]) == [message({"x": 1})]
+    assert Dialect().view([message("not json")]) == [message("not json")]

@@ -87,6 +87,8 @@ WORKS_IN_PROCESS = {
         "turntrace.max_consecutive_invalid_calls",
         "turntrace.conversation_deadline_s",
     ),
+    "turntrace.format_unproven",
+    "turntrace.calls_in_thoughts",
     "turntrace.max_tokens",
 }
 """The keys that work (or are refused) with `name: sglang`; all others are reported."""
@@ -355,7 +357,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("overrides", "says"),
     [
         (["rollout.skip_tokenizer_init=false"], "mode async needs skip_tokenizer_init: true"),
-        (["rollout.multi_turn.format=llama3_json"], "only hermes"),
+        (["rollout.multi_turn.format=llama3_jsn"], "did you mean llama3_json?"),
         (["rollout.multi_turn.use_inference_chat_template=true"], "never a history rendered again"),
         (["rollout.multi_turn.interaction_config_path=i.yaml"], "there is no i.yaml"),
         (["rollout.skip_rollout=true"], "never served"),

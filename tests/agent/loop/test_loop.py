@@ -305,7 +305,8 @@ async def test_thoughts_that_the_generation_prompt_opened() -> None:
     raw = f"{call('toy', do='say')}</think>Yes.{call('toy', do='say')}"
     record = await run_one(runtime(template, says(template, raw, "hm</think>42"), [toy]))
     assert toy.count("execute") == 1
-    assert record.messages[1]["content"] == f"{call('toy', do='say')}</think>Yes."
+    assert record.messages[1]["reasoning_content"] == call("toy", do="say")
+    assert record.messages[1]["content"] == "Yes."
 
 
 async def test_a_template_that_drops_thoughts_is_warned_about_and_the_sampled_tokens_stay() -> None:

@@ -1,0 +1,271 @@
+"""The chat template of a model: prompts, deltas between turns, and what a sampled turn says.
+
+The one place that knows both messages and tokens. Deltas: see deltas.py. Call formats: proven, not
+believed; see ../formats/proof.py. Where a template rewrites *earlier* turns (Qwen3 drops old
+`<think>` blocks) the deltas still hold: the sampled tokens stay, and `rewrites_history` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conversations.encoding import SegmentEncoder, without_lone_surrogates
+from conversations.errors import TemplateError
+from conversations.formats.proof import NOT_PROVEN, FormatReport
+from conversations.messages import Message, ParsedTurn
+from conversations.template.deltas import Delta, Deltas, End, Piece, split
+from conversations.template.probing import find_dialect, user
+from conversations.template.reading import Reader, Reading
+from conversations.template.renderer import Renderer
+from conversations.tokens import PROMPT, TOOL, USER
+
+
+class ChatTemplate:
+    """Renders prompts and deltas with a Hugging Face fast tokenizer and its chat template.
+
+    `end_ids` are the ids with which the template ends an assistant turn, `end_id` the one that it
+    puts after an answer; `stop_token_ids` is what an engine must be told to stop at. Ids from
+    `vocabulary_size` on have no text. `opens_think`: the generation prompt leaves a `<think>` block
+    open. Raises TemplateError if the tokenizer or its template cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        reading: Reading = Reading(),  # noqa: B008 - frozen
+    ) -> None:
+        self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+        _check(self.name, tokenizer)
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        self.vocabulary_size = max(ids, default=-1) + 1  # ids may have gaps
+        self._segments = SegmentEncoder(tokenizer)
+        self._renderer = Renderer(self.name, tokenizer, kwargs or {})
+        self._renderer.compile()
+        self._renderer.dialect = find_dialect(self._renderer)
+        asking = self._try_deltas(USER)
+        likely_end = None if isinstance(asking, str) else asking.end
+        self._deltas = {TOOL: self._try_deltas(TOOL, likely_end), USER: asking}
+        working = {k: each for k, each in self._deltas.items() if isinstance(each, Deltas)}
+        if not working:
+            raise TemplateError(str(self._deltas[USER]))
+        self.end_id = working.get(USER, working.get(TOOL)).end.token  # type: ignore[union-attr]
+        self.end_ids = frozenset(each.end.token for each in working.values())
+        self.stop_token_ids = sorted(self.end_ids | ({tokenizer.eos_token_id} - {None}))
+        self.opens_think = any(each.opens_think for each in working.values())
+        self._unproven = {
+            (kind, with_tools): self._try_proof(kind, with_tools)
+            for kind, with_tools in ((TOOL, True), (USER, True), (USER, False))
+        }
+        for kind, each in working.items():
+            if not self._unproven[kind, True]:
+                each.find_frame()
+        self.rewrites_history = self._rewrites_history()
+        ends = {each.end.text for each in working.values()}
+        self._reader = Reader(self._renderer, ends, reading)
+
+    # ------------------------------------------------------------------ what a conversation asks
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        created: Sequence[Message] = (),
+    ) -> list[Piece]:
+        """The token ids before the first turn, the generation prompt included.
+
+        `created` are the tool messages that tools gave when they were created: kind `tool`, after
+        the prompt. Raises TemplateError if the template refuses the messages.
+        """
+        whole = self._renderer.whole([*messages, *created], tools, generation=True)
+        if not created:
+            return [(PROMPT, self.encode(whole))]
+        common = self._renderer.common_length
+        start = common(self._renderer.whole(messages, tools, generation=False), whole)
+        quiet = self._renderer.whole([*messages, *created], tools, generation=False)
+        ids, cuts = self._encode_cut(whole, [start, max(start, common(quiet, whole))])
+        return [
+            (kind, part)
+            for kind, part in zip((PROMPT, TOOL, PROMPT), split(ids, cuts), strict=True)
+            if part
+        ]
+
+    def delta(
+        self, messages: Sequence[Message], kind: str = TOOL, *, turn: Message | None = None
+    ) -> Delta:
+        """What stands between a complete assistant turn and the next: all of its `messages` together.
+
+        `kind` is "tool" or "user"; `turn` is the assistant message that they answer: some templates
+        print the names or ids of its calls. The cost depends on `messages` alone. Raises
+        TemplateError if the template refuses them or has no such deltas (see `require`).
+        """
+        deltas = self._deltas[kind]
+        if isinstance(deltas, str):
+            raise TemplateError(deltas)
+        return deltas.delta(messages, turn)
+
+    def missing_end(self, last_id: int | None, kind: str) -> list[int]:
+        """The end token that a turn lacks before a delta of `kind`, given its last id.
+
+        Empty if it has one. A token that opens the next block ends turns of its own kind alone.
+        """
+        deltas = self._deltas[kind]
+        if isinstance(deltas, str):
+            raise TemplateError(deltas)
+        return [] if last_id in self._ends_before[kind] else [deltas.end.token]
+
+    @functools.cached_property
+    def _ends_before(self) -> dict[str, frozenset[int]]:
+        ends = {k: each.end for k, each in self._deltas.items() if isinstance(each, Deltas)}
+        closing = {end.token for end in ends.values() if not end.opens_next}
+        return {
+            kind: frozenset({end.token} if end.opens_next else closing)
+            for kind, end in ends.items()
+        }
+
+    def require(self, kind: str, *, with_tools: bool = False) -> None:
+        """Raises TemplateError, naming the cause, if deltas of `kind` are not proven exact.
+
+        `with_tools`: in conversations that offer tools; those of kind "tool" always do.
+        """
+        if problem := self._unproven[kind, with_tools or kind == TOOL]:
+            raise TemplateError(
+                f"the chat template of {self.name} cannot be continued turn by turn with {kind} "
+                f"messages: {problem}; use another chat_template"
+            )
+
+    # ------------------------------------------------------------------ ids and text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of template text, control tokens recognized, none added. Lone surrogates become U+FFFD."""
+        return self._segments.encode(without_lone_surrogates(text))
+
+    def encoding(self, text: str) -> Any:
+        """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end) characters."""
+        return self._backend.encode(without_lone_surrogates(text), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens kept, spaces not cleaned up."""
+        return str(self._backend.decode(ids, skip_special_tokens=False))
+
+    def raw(self, sampled_ids: Sequence[int]) -> str:
+        """The text of a sampled turn without a trailing end token: an assistant message's `raw`."""
+        ends = len(sampled_ids) > 0 and sampled_ids[-1] in self.end_ids
+        return self.decode(sampled_ids[:-1] if ends else sampled_ids)
+
+    def control_tokens(self, text: str) -> list[str]:
+        """Special tokens that stand in a text as plain characters.
+
+        The tokenizer will take them for control tokens.
+        """
+        return sorted({match.group() for match in self._control.finditer(text)})
+
+    @functools.cached_property
+    def _control(self) -> Any:
+        import re
+
+        names = sorted(self.tokenizer.all_special_tokens)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def _encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids of `text` and, for each character position, the first token that starts at or after it."""
+        encoding = self.encoding(text)
+        starts = [start for start, _ in encoding.offsets]
+        return list(encoding.ids), [
+            next((i for i, start in enumerate(starts) if start >= cut), len(starts)) for cut in cuts
+        ]
+
+    # ------------------------------------------------------------------ what a turn says
+
+    def read(
+        self,
+        raw: str,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        after: Message | None = None,
+        split_thought: bool = True,
+    ) -> ParsedTurn:
+        """What a sampled turn says: the one place that reads `raw`.
+
+        `tools` are the OpenAI schemas offered; without any there are no calls. `after` is the
+        message before the turn, whose generation prompt may have opened a thought. Records of
+        `turntrace/1` have thoughts in their content: without `split_thought` they stay there.
+        Raises CallFormatError if the model's call format is not proven (see `require_tools`).
+        """
+        in_think = self.opens_think and self._opens_think(after)
+        return self._reader.read(raw, tools, in_think=in_think, split_thought=split_thought)
+
+    def require_tools(self) -> FormatReport:
+        """The call format of a run with tools, which is proven or taken by `Reading.unproven`.
+
+        Raises TemplateError if tool deltas are not proven, CallFormatError if the format is not.
+        """
+        self.require(TOOL)
+        form = self._reader.form
+        report = self._reader.report
+        return report if report.name == form.name else FormatReport(form.name, NOT_PROVEN)
+
+    def format_entry(self) -> dict[str, Any]:
+        """`call_format` of a run.json: the format that turns are read with, and what is proven of it."""
+        report, reading = self._reader.report, self._reader.reading
+        source = json.dumps(self.tokenizer.chat_template, sort_keys=True)
+        return {
+            "name": report.name,
+            "proven": report.is_proven,
+            "how": report.how,
+            "calls_in_thoughts": reading.calls_in_thoughts,
+            "template_sha256": hashlib.sha256(source.encode(errors="replace")).hexdigest(),
+        }
+
+    def format_report(self) -> FormatReport:
+        """What is proven of the model's call format; the problem in words if nothing is."""
+        return self._reader.report
+
+    def _opens_think(self, after: Message | None) -> bool:
+        deltas = self._deltas[TOOL if after and after["role"] == TOOL else USER]
+        return self.opens_think if isinstance(deltas, str) else deltas.opens_think
+
+    # ------------------------------------------------------------------ the probe at load
+
+    def _try_deltas(self, kind: str, likely_end: End | None = None) -> Deltas | str:
+        try:
+            return Deltas(kind, self._renderer, self.encode, self.encoding, likely_end)
+        except TemplateError as error:
+            return str(error)
+
+    def _try_proof(self, kind: str, with_tools: bool) -> str:
+        deltas = self._deltas[kind]
+        if isinstance(deltas, str):
+            return deltas
+        try:
+            return deltas.prove(with_tools)
+        except TemplateError as error:
+            return str(error)
+
+    def _rewrites_history(self) -> bool:
+        """True if a later message changes how an earlier assistant turn is rendered."""
+        turn = "<think>\nt\n</think>\n\nanswer"
+        messages = [user("u"), {"role": "assistant", "content": turn}, user("v")]
+        try:
+            return turn not in self._renderer.whole(messages, [], generation=True)
+        except TemplateError:
+            return False
+
+
+def _check(name: str, tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise TemplateError(
+            f"{name}: turntrace needs a fast tokenizer (tokenizer.json); this one is slow"
+        )
+    if not tokenizer.chat_template:
+        raise TemplateError(
+            f"{name}: the tokenizer has no chat template; "
+            "set `chat_template` in tokenizer_config.json"
+        )
