@@ -80,22 +80,22 @@ class TrajectorySessions:
             return response, (before, after)
 
     async def _run(self, session: _TrajectorySession, request: RunCodeRequest) -> SessionResponse:
-        asked = (
+        body = (
             SessionCode(code=request.code, stdin=request.stdin, run_timeout=request.run_timeout)
             .model_dump_json()
             .encode()
         )
         if session.path is not None:
-            answer = await self._backend.send("POST", asked, f"{session.path}/run_code")
+            answer = await self._backend.send("POST", body, f"{session.path}/run_code")
             if answer.status_code != httpx.codes.NOT_FOUND:
                 return self._parsed(answer)
             session.path, session.is_lost = None, True
         session.path = await self._start()
-        return self._parsed(await self._backend.send("POST", asked, f"{session.path}/run_code"))
+        return self._parsed(await self._backend.send("POST", body, f"{session.path}/run_code"))
 
     async def _start(self) -> str:
-        asked = SessionRequest(memory_limit_MB=self._memory_mib).model_dump_json().encode()
-        answer = self._backend.succeeded(await self._backend.send("POST", asked, _PATH))
+        body = SessionRequest(memory_limit_MB=self._memory_mib).model_dump_json().encode()
+        answer = self._backend.succeeded(await self._backend.send("POST", body, _PATH))
         try:
             return f"{_PATH}/{answer.json()['id']}"
         except (ValueError, KeyError, TypeError) as error:

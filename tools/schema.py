@@ -317,12 +317,12 @@ def _argument_error(error: ValidationError) -> str:
     alternatives = []
     for leaf in islice(_leaves(error), MAX_ERRORS) if _inner(error) else ():
         inside = ".".join(_path(leaf)[len(path) :])
-        alternatives.append(f"{inside}: {_said(leaf)}" if inside else _said(leaf))
-    said = f"{'.'.join(path) or 'arguments'}: {_said(error)}"
+        alternatives.append(f"{inside}: {_message(leaf)}" if inside else _message(leaf))
+    said = f"{'.'.join(path) or 'arguments'}: {_message(error)}"
     return f"{said} ({'; '.join(alternatives)})" if alternatives else said
 
 
-def _said(error: ValidationError) -> str:
+def _message(error: ValidationError) -> str:
     """What is wrong. The validator names two of an enum's values; the model needs them all."""
     if isinstance(error.kind, ValidationErrorKind.Enum):
         instance, options = (

@@ -106,15 +106,15 @@ class SearchTool(BaseTool):
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
         queries = _queries(parameters)
-        asked = {"queries": queries, "topk": self._topk, "return_scores": True}
-        found = _found(await self._backend.post(json.dumps(asked).encode()), len(queries))
-        total = sum(map(len, found))
+        body = {"queries": queries, "topk": self._topk, "return_scores": True}
+        documents = _documents_of(await self._backend.post(json.dumps(body).encode()), len(queries))
+        total = sum(map(len, documents))
         metrics = {
             "query_count": len(queries),
             "status": "success" if total else "no_results",
             "total_results": total,
         }
-        text = "\n---\n".join(map(_shown, found)) if total else NOTHING_FOUND
+        text = "\n---\n".join(map(_rendered, documents)) if total else NOTHING_FOUND
         return ToolResponse(json.dumps({"result": text}, ensure_ascii=False)), None, metrics
 
     async def close(self) -> None:
@@ -158,7 +158,7 @@ def _queries(parameters: dict[str, Any]) -> list[str]:
     return [query.encode("utf-8", errors="replace").decode() for query in given]
 
 
-def _found(content: bytes, queries: int) -> list[list[str]]:
+def _documents_of(content: bytes, queries: int) -> list[list[str]]:
     """The documents' contents, one list for each query."""
     try:
         answer = _Answer.model_validate_json(content)
@@ -170,7 +170,7 @@ def _found(content: bytes, queries: int) -> list[list[str]]:
     return [[hit.document.contents for hit in hits] for hits in answer.result]
 
 
-def _shown(documents: list[str]) -> str:
+def _rendered(documents: list[str]) -> str:
     blocks = []
     for number, contents in enumerate(documents, 1):
         title, _, text = contents.partition("\n")

@@ -158,7 +158,7 @@ class Connection:
         self._read_timeout_s = read_timeout_s
         self._session: ClientSession | None = None
         self._leave = asyncio.Event()
-        self._telling: set[asyncio.Task[None]] = set()
+        self._notifications: set[asyncio.Task[None]] = set()
         self._ready = asyncio.get_running_loop().create_future()
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._owner = asyncio.create_task(self._own(), name=f"mcp {config.shown}")
@@ -209,7 +209,7 @@ class Connection:
         cursor: str | None = None
         while len(cursors) < MAX_PAGES:
             params = types.PaginatedRequestParams(cursor=cursor)
-            page = await self._asked(types.ListToolsRequest(params=params), ListedTools)
+            page = await self._request(types.ListToolsRequest(params=params), ListedTools)
             listed += page.tools
             cursor = page.nextCursor
             if not cursor:
@@ -228,7 +228,7 @@ class Connection:
         Raises McpError and ConnectionLostError.
         """
         params = types.CallToolRequestParams(name=name, arguments=arguments)
-        return await self._asked(types.CallToolRequest(params=params), CallAnswer)
+        return await self._request(types.CallToolRequest(params=params), CallAnswer)
 
     async def close(self) -> None:
         """Leaves the session. Ends a server that was started for it, by force if need be."""
@@ -305,29 +305,29 @@ class Connection:
 
     # ------------------------------------------------------------------ one request
 
-    async def _asked(self, request: types.ClientRequestType, result: type[R]) -> R:
+    async def _request(self, request: types.ClientRequestType, result: type[R]) -> R:
         """The answer to a request. Raises ConnectionLostError if the connection is lost first."""
-        asking = asyncio.ensure_future(self._ask(request, result))
+        pending = asyncio.ensure_future(self._send(request, result))
         try:
-            await asyncio.wait((asking, self._lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((pending, self._lost), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            _abandon(asking)
+            _abandon(pending)
             raise
-        if not asking.done():
-            _abandon(asking)
+        if not pending.done():
+            _abandon(pending)
             raise ConnectionLostError(f"{self._config.shown} went away: {self.reason}")
         try:
-            return asking.result()
+            return pending.result()
         except (ClosedResourceError, BrokenResourceError) as error:
             self._lose("it had ended")
             raise NotSentError(f"{self._config.shown} had ended{self._last_words()}") from error
         except McpError as error:
-            raise self._told_apart(error) from error
+            raise self._classified(error) from error
         except pydantic.ValidationError as error:
             said = first_problem(error, result)
             raise BackendError(f"{self._config.shown} answered what is not MCP: {said}") from error
 
-    async def _ask(self, request: types.ClientRequestType, result: type[R]) -> R:
+    async def _send(self, request: types.ClientRequestType, result: type[R]) -> R:
         if self._session is None or self.is_lost:
             raise ClosedResourceError
         # The number that send_request takes: it awaits nothing before.
@@ -336,10 +336,10 @@ class Connection:
             return await self._session.send_request(types.ClientRequest(request), result)
         except asyncio.CancelledError:
             if not self.is_lost:
-                self._tell_cancelled(self._session, request_id)
+                self._notify_cancelled(self._session, request_id)
             raise
 
-    def _told_apart(self, error: McpError) -> Exception:
+    def _classified(self, error: McpError) -> Exception:
         """What failed: the session, before the call ran; the transport; or the call itself."""
         code, said = error.error.code, error.error.message
         if code == SESSION_TERMINATED:
@@ -352,11 +352,11 @@ class Connection:
             )
         return BackendError(f"{self._config.shown}: {said}") if code == HTTP_FAILED else error
 
-    def _tell_cancelled(self, session: ClientSession, request_id: int) -> None:
+    def _notify_cancelled(self, session: ClientSession, request_id: int) -> None:
         """In a task of its own: a cancelled call does not wait."""
-        telling = asyncio.create_task(_send_cancelled(session, request_id))
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+        notification = asyncio.create_task(_send_cancelled(session, request_id))
+        self._notifications.add(notification)
+        notification.add_done_callback(self._notifications.discard)
 
 
 async def _send_cancelled(session: ClientSession, request_id: int) -> None:
@@ -370,9 +370,9 @@ async def _send_cancelled(session: ClientSession, request_id: int) -> None:
             )
 
 
-def _abandon(asking: asyncio.Future[Any]) -> None:
-    asking.add_done_callback(lambda done: done.cancelled() or done.exception())
-    asking.cancel()
+def _abandon(pending: asyncio.Future[Any]) -> None:
+    pending.add_done_callback(lambda done: done.cancelled() or done.exception())
+    pending.cancel()
 
 
 def _leaf(error: BaseException) -> str:

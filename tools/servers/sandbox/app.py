@@ -56,30 +56,30 @@ def sandbox_app(
         )
 
     async def run(request: Request) -> Response:
-        asked = await _asked(request, RunCodeRequest)
-        if isinstance(asked, Response):
-            return asked
-        language = working.languages.get(asked.language)
+        body = await _parsed_body(request, RunCodeRequest)
+        if isinstance(body, Response):
+            return body
+        language = working.languages.get(body.language)
         if language is None:
             supported = ", ".join(working.languages)
             return _refusal(
                 422,
                 "enum",
                 ["body", "language"],
-                f"{asked.language!r} is not supported here; supported are {supported}",
+                f"{body.language!r} is not supported here; supported are {supported}",
             )
 
         async def running() -> Response:
-            return _json(await run_code(working.sandbox, language, asked))
+            return _json(await run_code(working.sandbox, language, body))
 
         return await unless_left(request, running)
 
     async def start_session(request: Request) -> Response:
-        asked = await _asked(request, SessionRequest)
-        if isinstance(asked, Response):
-            return asked
+        body = await _parsed_body(request, SessionRequest)
+        if isinstance(body, Response):
+            return body
         try:
-            name = await sessions.start(memory_mib(asked.memory_limit_MB))
+            name = await sessions.start(memory_mib(body.memory_limit_MB))
         except TooManySessions as error:
             return _refusal(429, "too_many", [], str(error))
         except (SandboxError, OSError) as error:
@@ -89,12 +89,12 @@ def sandbox_app(
         return JSONResponse({"id": name}, 201)
 
     async def run_in_session(request: Request) -> Response:
-        asked = await _asked(request, SessionCode)
-        if isinstance(asked, Response):
-            return asked
+        body = await _parsed_body(request, SessionCode)
+        if isinstance(body, Response):
+            return body
 
         async def running() -> Response:
-            return await _run_in_session(sessions, request.path_params["id"], asked)
+            return await _run_in_session(sessions, request.path_params["id"], body)
 
         return await unless_left(request, running)
 
@@ -134,9 +134,9 @@ def sandbox_app(
     )
 
 
-async def _run_in_session(sessions: Sessions, name: str, asked: SessionCode) -> Response:
+async def _run_in_session(sessions: Sessions, name: str, body: SessionCode) -> Response:
     try:
-        called = await sessions.run(name, asked.code, asked.stdin or "", asked.run_timeout)
+        called = await sessions.run(name, body.code, body.stdin or "", body.run_timeout)
     except (SandboxError, OSError) as error:
         return _json(SessionResponse(status="SandboxError", message=str(error), session_ended=True))
     if called is None:
@@ -160,7 +160,7 @@ def _unknown_session() -> Response:
     )
 
 
-async def _asked(request: Request, model: type[_Model]) -> _Model | Response:
+async def _parsed_body(request: Request, model: type[_Model]) -> _Model | Response:
     """The request's body, or the answer if it cannot be served."""
     try:
         body = await _body(request)

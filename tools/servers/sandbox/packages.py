@@ -45,24 +45,24 @@ def _required(names: Iterable[str]) -> list[Distribution]:
     """The packages, and the installed ones that they require; extras only if they are asked for."""
     from packaging.utils import canonicalize_name
 
-    found: dict[str, Distribution] = {}
+    packages: dict[str, Distribution] = {}
     waiting = [(_requirement(name), True) for name in names]
     while waiting:
-        requirement, is_asked = waiting.pop()
+        requirement, is_requested = waiting.pop()
         name = canonicalize_name(requirement.name)
-        if name in found:
+        if name in packages:
             continue
         try:
-            found[name] = distribution(requirement.name)
+            packages[name] = distribution(requirement.name)
         except PackageNotFoundError as error:
-            if is_asked:
+            if is_requested:
                 raise ToolConfigError(
                     f"the package {requirement.name!r} is not installed here; pip install it, "
                     "or leave it out"
                 ) from error
             continue
-        waiting += [(needed, False) for needed in _needed_by(found[name], requirement.extras)]
-    return list(found.values())
+        waiting += [(needed, False) for needed in _needed_by(packages[name], requirement.extras)]
+    return list(packages.values())
 
 
 def _requirement(name: str) -> Requirement:

@@ -112,8 +112,10 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", errors="replace")
 
 
-def memory_mib(asked: int) -> int:
-    return min(max(asked, MIN_MEMORY_MIB), MAX_MEMORY_MIB) if asked > 0 else DEFAULT_MEMORY_MIB
+def memory_mib(requested: int) -> int:
+    if requested <= 0:
+        return DEFAULT_MEMORY_MIB
+    return min(max(requested, MIN_MEMORY_MIB), MAX_MEMORY_MIB)
 
 
 def _missed(request: RunCodeRequest, outcome: ProgramResult) -> str:

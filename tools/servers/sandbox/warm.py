@@ -58,14 +58,14 @@ class Warm:
             if self._zygote is None or self._zygote.is_dead:
                 await self.close()
                 self._zygote = await _Zygote.started(self._isolation)
-        asked = {
+        message = {
             "program": program.command,
             "files": program.files,
             "fetch": program.fetch,
             "limits": program.limits,
         }
         with contextlib.ExitStack() as stack:
-            request = sealed_file(stack, json.dumps(asked).encode())
+            request = sealed_file(stack, json.dumps(message).encode())
             fds = {
                 "s": request,
                 "i": streams.stdin,

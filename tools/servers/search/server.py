@@ -49,7 +49,7 @@ class _Refused(Exception):  # noqa: N818 - an answer, not an error of ours
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _RetrieveRequest:
     queries: list[str]
     topk: int
     return_scores: bool
@@ -61,19 +61,19 @@ def search_app(index: SearchIndex) -> Starlette:
 
     async def retrieve(request: Request) -> Response:
         try:
-            asked = _read(await _body(request))
+            wanted = _read(await _body(request))
         except _Refused as refused:
             return refused.response()
         except ClientDisconnect:
             return Response(status_code=400)  # the client is gone
         loop = asyncio.get_running_loop()
-        found = await asyncio.gather(
+        hits = await asyncio.gather(
             *(
-                loop.run_in_executor(threads, index.search, query, asked.topk)
-                for query in asked.queries
+                loop.run_in_executor(threads, index.search, query, wanted.topk)
+                for query in wanted.queries
             )
         )
-        return Response(_answer(found, asked.return_scores), media_type="application/json")
+        return Response(_answer(hits, wanted.return_scores), media_type="application/json")
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", **index_facts(index)})
@@ -93,10 +93,10 @@ def index_facts(index: SearchIndex) -> dict[str, Any]:
     return {key: value for key, value in said.items() if value is not None}
 
 
-def _answer(found: Sequence[Sequence[Hit]], return_scores: bool) -> bytes:
+def _answer(hits: Sequence[Sequence[Hit]], return_scores: bool) -> bytes:
     """The documents are JSON already: they are joined, not encoded again."""
     lists = (
-        b", ".join(_hit(hit) if return_scores else hit.document for hit in hits) for hits in found
+        b", ".join(_hit(hit) if return_scores else hit.document for hit in each) for each in hits
     )
     return b'{"result": [' + b", ".join(b"[" + each + b"]" for each in lists) + b"]}"
 
@@ -114,7 +114,7 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _read(body: bytes) -> _Asked:
+def _read(body: bytes) -> _RetrieveRequest:
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -144,7 +144,7 @@ def _read(body: bytes) -> _Asked:
     scores = given.get("return_scores", False)
     if not isinstance(scores, bool):
         raise _Refused(422, ["return_scores"], f"must be true or false, got {_kind(scores)}")
-    return _Asked(queries, topk, scores)
+    return _RetrieveRequest(queries, topk, scores)
 
 
 def _kind(value: object) -> str:
