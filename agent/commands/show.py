@@ -126,6 +126,7 @@ class Screen:
                 if message["role"] == "assistant"
                 else "",
             )
+            self._thinking(str(message.get("reasoning_content") or ""))
             self._text(str(message.get("content") or ""))
             for call in record["tool_calls"] if sampled else ():
                 if call["turn"] == turn:
@@ -175,6 +176,13 @@ class Screen:
     def _title(self, name: str, more: str, style: str | None = None) -> None:
         chosen = ROLES.get(name, "bold") if style is None else style
         self._line(("\n", one_line(name), chosen), (f"  {one_line(more)}" if more else "", "", ""))
+
+    def _thinking(self, text: str) -> None:
+        """What the model thought: its length, and the text with --full."""
+        if text and self._full:
+            self._text(text, indent="  ~ ")
+        elif text:
+            self._print(f"  ~ thinking: {len(text)} characters; --full shows them", "bright_black")
 
     def _text(self, text: str, indent: str = "") -> None:
         if not text:

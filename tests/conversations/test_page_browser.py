@@ -260,6 +260,27 @@ async def test_where_a_turn_was_gone_on_with_is_shown(
         assert any(shown in text for text in await opened.texts("#detail .message > header"))
 
 
+async def test_thinking_is_folded_and_escaped_and_warnings_have_their_kind(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
+    thought = "<b>six</b> \x1b sevens"
+
+    def thinks(number: int, record: Record) -> None:
+        record["warnings"] = [{"kind": "other", "text": "look <here>"}]
+        for message in record["messages"]:
+            message["reasoning_content"] = thought
+
+    page = write_page(changed_run(tmp_path / "run", run, thinks), tmp_path / "p.html", limit=1)
+    async with tab(browser, page, f"#/t/{next(iter(open_run(run).ids))}") as opened:
+        await opened.until("document.querySelector('.thinking summary')")
+        assert await opened.page.locator(".thinking .text").count() == 0
+        await opened.page.locator(".thinking summary").first.click()
+        await opened.until("document.querySelector('.thinking .text')")
+        shown = await opened.page.locator(".thinking .text").first.text_content()
+        assert shown == thought.replace("\x1b", "\u241b")
+        assert "other: look <here>" in await opened.page.locator(".remark").all_text_contents()
+
+
 async def test_what_was_cut_for_the_model_is_there_in_full(
     browser: Any, page: Path, records: list[Record]
 ) -> None:

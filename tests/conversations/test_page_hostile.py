@@ -64,6 +64,7 @@ def poisoned(record: Record, number: int, text: str) -> Record:
         message["content"] = text
         if isinstance(message.get("raw"), str):
             message["raw"] = text
+            message["reasoning_content"] = text
     for call in record["tool_calls"]:
         call |= {
             "name": text,

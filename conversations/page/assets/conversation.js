@@ -15,6 +15,7 @@ function conversation(record, options = {}) {
     const answers = own.map((call) => callCard(call, answerTo(record, call)));
     const at = sampled ? `turn-${turn}` : `message-${place}`;
     const shown = [h('header', {}, h('span', { class: 'role', text: visible(message.role) }), h('span', { class: 'meta', text: metaOf(record, message, sampled ? turn : -1) }))];
+    if (message.reasoning_content) shown.push(thinking(message.reasoning_content));
     if (String(message.content ?? '').trim() || !answers.length) shown.push(content(message));
     if (!sampled && Array.isArray(message.tool_calls)) shown.push(...message.tool_calls.map(givenCall));
     return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, shown, answers);
@@ -26,6 +27,13 @@ function conversation(record, options = {}) {
 function content(message) {
   const text = String(message.content ?? '');
   return text === '' ? h('div', { class: 'text none', text: '(empty)' }) : textBlock(text);
+}
+
+/** What a model thought, folded: often long, and not the answer. */
+function thinking(text) {
+  const block = h('details', { class: 'thinking' }, h('summary', { text: `Thinking, ${plural(String(text).length, 'character')}` }));
+  block.addEventListener('toggle', () => block.childElementCount === 1 && block.append(textBlock(text)));
+  return block;
 }
 
 function ownCalls(message, calls, turn, placed) {

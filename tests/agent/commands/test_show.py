@@ -181,6 +181,24 @@ def test_an_id_that_is_not_there_names_those_like_it(run: Path) -> None:
     assert turntrace("show", str(run / "none"), "x", cwd=run).returncode == 2
 
 
+def test_thinking_is_folded_and_warnings_have_their_kind(run: Path, tmp_path: Path) -> None:
+    def thinks(number: int, record: Record) -> None:
+        record["warnings"] = [{"kind": "other", "text": "look"}]
+        for message in record["messages"]:
+            message["reasoning_content"] = "six \x1b sevens"
+
+    other = changed_run(tmp_path / "run", run, thinks)
+    name = next(iter(open_run(other).ids))
+    folded, whole = (
+        turntrace("show", "run", name, *options, cwd=tmp_path).stdout
+        for options in ([], ["--full"])
+    )
+    assert "other: look" in folded
+    assert "thinking: 13 characters" in folded
+    assert "sevens" not in folded
+    assert "~ six \u241b sevens" in whole
+
+
 def test_a_damaged_record_is_one_line(run: Path, tmp_path: Path) -> None:
     other = changed_run(
         tmp_path / "run",
