@@ -194,7 +194,7 @@ def test_thinking_is_folded_and_warnings_have_their_kind(run: Path, tmp_path: Pa
         for options in ([], ["--full"])
     )
     assert "other: look" in folded
-    assert "thinking: 13 characters" in folded
+    assert "thinking: 12 characters" in folded
     assert "sevens" not in folded
     assert "~ six \u241b sevens" in whole
 
