@@ -1,6 +1,8 @@
-"""What a conversation is: messages, tokens, the chat template, the trajectory record and the run folder.
+"""What a conversation is: messages, tokens, the chat template, the trajectory record, the run
+folder.
 
-Imports neither `agent` nor `tools`; knows no engine and no network. `conversations.open_run(path)` reads a run.
+Imports neither `agent` nor `tools`, no engine and no network. `conversations.open_run(path)` reads
+a run.
 """
 
 from conversations.open_run import Run, open_run

@@ -1,19 +1,22 @@
-"""Trajectories as Arrow tables: tokens as numbers, text as text, everything nested or of any shape as JSON text.
+"""Trajectories as Arrow tables: tokens as numbers, text as text, anything nested as JSON text.
 
     prompt_ids, response_ids    list<int32>
     response_mask               list<int8>
     response_logprobs           list<float32>, null where nothing was sampled
     segments                    list<struct<kind: string, start: int32, end: int32>>
-    turns                       list<struct<start, end, finish_reason, prompt_tokens, cached_tokens, queue_s, engine_s, weight_version,
+    turns                       list<struct<start, end, finish_reason, prompt_tokens,
+                                cached_tokens, queue_s, engine_s, weight_version,
                                 resumed: list<struct<token: int32, weight_version: string>>>>
     sample, num_turns           int32
     infra_error                 bool
     reward, wall_s              double
     warnings                    list<struct<kind: string, text: string>>
     schema, id, task_id, stop_reason, error, started_at, sha256    string
-    messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine, sampling, parent, branches    JSON text
+    messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine,
+    sampling, parent, branches                                     JSON text
 
-JSON text reads back with `json.loads` and is null where the field is null. Log-probs lose nothing: they were float32 when sampled.
+JSON text reads back with `json.loads`; it is null if the field is null. Log-probs lose nothing:
+they were float32 when they were sampled.
 """
 
 from __future__ import annotations
@@ -77,7 +80,10 @@ BATCH = 256
 
 
 def schema(columns: Collection[str] | None = None) -> Any:
-    """The `pyarrow.Schema` of those columns, in the order given; None: all. Raises RunFolderError for an unknown one."""
+    """The `pyarrow.Schema` of the columns in the order given, or of all columns.
+
+    Raises RunFolderError for an unknown column.
+    """
     pa = pyarrow()
     known = _columns(pa)
     if unknown := [name for name in columns or () if name not in known]:
@@ -90,7 +96,7 @@ def schema(columns: Collection[str] | None = None) -> Any:
 def batches(
     records: Iterable[dict[str, Any]], columns: Collection[str] | None = None, *, size: int = BATCH
 ) -> Iterator[Any]:
-    """`pyarrow.RecordBatch`es of `size` records each, made as they are asked for."""
+    """`pyarrow.RecordBatch`es of `size` records each, made when they are asked for."""
     pa = pyarrow()
     form = schema(columns)
     rest = iter(records)

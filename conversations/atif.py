@@ -1,9 +1,12 @@
-"""Records as ATIF v1.8 documents (Agent Trajectory Interchange Format), and such documents back as the same records.
+"""Records as ATIF v1.8 documents (Agent Trajectory Interchange Format), and the way back.
 
-ATIF's own fields hold what they can: messages, calls, observations, and per generation the prompt ids, sampled ids and log-probs.
-All else of the record stands in `extra.turntrace`: of the document (segments, mask, rewards, ...), of a step (the message's own keys),
-of a call (the ledger's line, a malformed call's text). Invariant: `record_of(document(record)) == record`, hash and the order of keys in
-messages and tools included (a message's own keys stand in `extra` in order, null where ATIF has the value).
+ATIF's own fields hold what they can: messages, calls, observations and, for each generation, the
+prompt ids, the sampled ids and the log-probs. `extra.turntrace` holds the rest: of the document
+(segments, mask, rewards, ...), of a step (the message's own keys), of a call (its ledger line, the
+text of a malformed call).
+
+Invariant: `record_of(document(record)) == record`, with the hash and the order of keys in messages
+and tools. A message's own keys stand in `extra` in order, null where ATIF has the value.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ _ATIF_KEYS = frozenset({"content", "tool_calls", "reasoning_content"})
 
 
 def document(record: Mapping[str, Any]) -> Document:
-    """The record as an ATIF document. Raises RecordError where its tokens do not line up or a log-prob is no number."""
+    """The record as an ATIF document.
+
+    Raises RecordError if its tokens do not line up or a log-prob is not a finite number.
+    """
     check_tokens(record)
     record = as_written(record)
     steps = _Steps(record)
@@ -75,7 +81,9 @@ def document(record: Mapping[str, Any]) -> Document:
 
 
 def check_tokens(record: Mapping[str, Any]) -> None:
-    """Raises RecordError where ids, mask, log-probs and turns do not line up, which ATIF's own models would let pass."""
+    """Raises RecordError if ids, mask, log-probs and turns do not line up. ATIF's own models accept
+    that.
+    """
     count = len(record["response_ids"])
     if not len(record["response_mask"]) == len(record["response_logprobs"]) == count:
         raise RecordError(
@@ -111,7 +119,7 @@ class _Steps:
             self._append("user" if role == "user" else "system", message, {})
 
     def rest(self) -> list[dict[str, Any]]:
-        """Lines of the ledger that belong to no message."""
+        """The ledger lines that belong to no message."""
         return list(self._ledger.values())
 
     def _append(self, source: str, message: Mapping[str, Any], more: dict[str, Any]) -> None:
@@ -180,7 +188,10 @@ class _Steps:
         }
 
     def _observe(self, message: Mapping[str, Any]) -> None:
-        """A tool message is an observation of the step whose call it answers; what a tool said unasked is a step of its own."""
+        """Adds a tool message as an observation of the step whose call it answers.
+
+        What a tool said at its creation becomes a step of its own.
+        """
         last = self.done[-1] if self.done else {}
         known = {call["tool_call_id"] for call in last.get("tool_calls", [])}
         call_id = message.get("tool_call_id")
@@ -194,7 +205,7 @@ class _Steps:
 
 
 def _object(text: Any) -> dict[str, Any] | None:
-    """A call's arguments as the object that ATIF wants; None where they are none."""
+    """A call's arguments as the object that ATIF wants, or None if they are not an object."""
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -206,7 +217,10 @@ def _object(text: Any) -> dict[str, Any] | None:
 
 
 def record_of(found: Mapping[str, Any]) -> Record:
-    """The record that `document` wrote. Raises RecordError or KeyError, TypeError, ... where the document was changed since."""
+    """The record that `document` wrote.
+
+    Raises RecordError, or KeyError, TypeError and the like, if the document was changed since.
+    """
     own = dict(found["extra"][OWN])
     tail, prompt_length, ledger = (
         own.pop("tail_ids"),
@@ -249,7 +263,10 @@ def record_of(found: Mapping[str, Any]) -> Record:
 
 
 def grown(ids: Sequence[int], metrics: Mapping[str, Any], turn: int) -> list[int]:
-    """The sequence with a generation added. Raises RecordError where its prompt does not start with all that was there before."""
+    """The sequence with a generation added.
+
+    Raises RecordError if the prompt does not start with all tokens before it.
+    """
     prompt = metrics["prompt_token_ids"]
     if list(prompt[: len(ids)]) != list(ids):
         raise RecordError(

@@ -1,7 +1,7 @@
-"""Lists of numbers as JSON text, to the character as `json` writes them, in a third of the time.
+"""Lists of numbers as JSON text, identical to what `json` writes, in a third of the time.
 
-Ids, masks and log-probs are most of a record. orjson writes the same digits, the fewest that read back as the same
-double, and differs in where an exponent begins and how it looks: what it wrote is mended, or `json` writes it after all.
+Ids, masks and log-probs are most of a record. orjson writes the same digits, the fewest that read
+back as the same double, but other exponents: they are corrected here, or `json` writes the list.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _BELOW_1E_4 = re.compile(r"(?<![0-9])0\.0000\d+")
 
 
 def number_list_json(values: object) -> str:
-    """`json.dumps` of a list of numbers and nulls, or of what else stands in its place, without spaces.
+    """`json.dumps` of a list of numbers and nulls, or of any other value, without spaces.
 
-    Raises what that raises: ValueError for NaN, TypeError for what has no JSON.
+    Raises what `json.dumps` raises: ValueError for NaN, TypeError for a value that has no JSON
+    form.
     """
     if not isinstance(values, list):
         return _encode(values)

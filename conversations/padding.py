@@ -1,6 +1,8 @@
-"""Trajectories as the padded arrays of a verl batch, as `SGLangRollout.generate_sequences` of verl 0.6.1 lays them out.
+"""Trajectories as the padded arrays of a verl batch.
 
-    prompts            [B, P] int64   left-padded with `pad_id`; P is `prompt_length`, or the longest prompt
+The layout is that of `SGLangRollout.generate_sequences` in verl 0.6.1:
+
+    prompts            [B, P] int64   left-padded with `pad_id`; P is `prompt_length` or longer
     responses          [B, R] int64   right-padded with `pad_id`; R likewise
     response_mask      [B, R] int64   1 where the engine sampled the token
     input_ids          [B, P + R]     prompts and responses side by side
@@ -8,7 +10,8 @@
     position_ids       [B, P + R]     counted from 0 at the first real token, 0 where padded
     rollout_log_probs  [B, R] float32 the engine's log-probs, 0 where nothing was sampled
 
-Padding exists only here and only for verl; everything else keeps each token sequence at its own length.
+P and R grow to the longest sequence. Padding exists only here and only for verl: everywhere else a
+token sequence has its own length.
 """
 
 from __future__ import annotations

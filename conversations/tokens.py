@@ -1,6 +1,7 @@
 """The token sequence of one conversation: append only, every token with its author.
 
-Ids, authorship and log-probs are appended in one place, together. `response_mask` and the segments are only views.
+Ids, authors and log-probs are appended together, in one place. `response_mask` and the segments are
+views.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ KINDS = (PROMPT, SAMPLED, TOOL, USER, TEMPLATE)
 
 
 class TokenSequence:
-    """`ids` [N] is what an engine sees: `prompt_ids + response_ids`. The response starts at the first sampled token."""
+    """The tokens that an engine sees: `ids` [N] = `prompt_ids + response_ids`.
+
+    The response starts at the first sampled token.
+    """
 
     __slots__ = ("_kinds", "_logprobs", "_starts", "ids", "prompt_length")
 
@@ -32,7 +36,7 @@ class TokenSequence:
         return 0 if self.prompt_length is None else len(self.ids) - self.prompt_length
 
     def append(self, kind: str, ids: Sequence[int]) -> None:
-        """Appends tokens that nobody sampled."""
+        """Appends tokens that were not sampled."""
         if not ids:
             return
         if not self._kinds or self._kinds[-1] != kind:
@@ -41,7 +45,7 @@ class TokenSequence:
         self.ids.extend(ids)
 
     def append_sampled(self, ids: Sequence[int], logprobs: list[float]) -> None:
-        """Appends what the engine sampled, `ids` [T] with `logprobs` [T]; the first call ends the prompt."""
+        """Appends sampled tokens, `ids` [T] with `logprobs` [T]. The first call ends the prompt."""
         if len(ids) != len(logprobs):
             raise ValueError(f"{len(ids)} sampled ids with {len(logprobs)} log-probs")
         if self.prompt_length is None:
@@ -50,7 +54,7 @@ class TokenSequence:
         self.append(SAMPLED, ids)
 
     def segments(self) -> list[tuple[str, int, int]]:
-        """Runs of tokens by one author, [kind, start, end), covering the whole sequence in order."""
+        """The runs of tokens by one author, (kind, start, end), in order and without gaps."""
         ends = [*self._starts[1:], len(self.ids)]
         return list(zip(self._kinds, self._starts, ends, strict=True)) if self._kinds else []
 

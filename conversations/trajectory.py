@@ -1,7 +1,7 @@
-"""The trajectory record, `turntrace/2`: everything about one finished conversation, on one JSON line.
+"""The trajectory record, `turntrace/2`: one finished conversation on one JSON line.
 
-Invariant: `sha256` is the hash of the canonical JSON of all other fields, so a record can be checked anywhere with
-nothing but a JSON library. Field by field meaning: the class docstrings below.
+Invariant: `sha256` is the hash of the canonical JSON of all other fields, so a record can be
+checked with nothing but a JSON library. The class docstrings say what each field means.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CALL_STATUSES = (
     "cancelled",
 )
 INVALID_STATUSES = frozenset({"unknown_tool", "invalid_arguments", "malformed"})
-"""Statuses that say the model's call itself was wrong."""
+"""Statuses of calls that were the model's mistake."""
 
 Ids = Annotated[list[int], "token ids"]
 Mask = Annotated[list[int], "0 or 1"]
@@ -56,12 +56,13 @@ Branches = Annotated[list[dict[str, Any]], "empty in this version"]
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at serving a call: seconds waited, seconds run, and how it ended.
+    """One attempt at a call: seconds waited, seconds run, and its outcome.
 
-    It waits for the pause before a retry, for a free slot, for the tool's rate; one that never began ran 0 s.
-    `error_class` is the exception's class name, None where there was none. `bytes` is the UTF-8 size of what the tool
-    answered, before any cut; None where it answered nothing. `tokens_cut` is what the model does not see of it, as
-    `conversations.truncate.Shortened` has it.
+    The wait includes the pause before a retry, the wait for a free slot and for the tool's rate
+    limit. An attempt that never began ran 0 s. `error_class` is the class name of the exception,
+    None if there was none. `bytes` is the size of the tool's whole answer in UTF-8, None if there
+    was no answer. `tokens_cut` counts the tokens of it that the model does not see, as
+    `conversations.truncate.Shortened` does.
     """
 
     status: str
@@ -77,10 +78,10 @@ class Attempt:
 class ToolCallRecord:
     """One line of the ledger. `call_id` is `call_{turn}_{i}`; turns and calls count from 0.
 
-    `arguments` is the object as parsed, or the verbatim block of a malformed call. `response` is the text as shown to
-    the model, `full_response` the whole of it where it was cut, None where it was not. `reward` is the step reward
-    `execute` gave. `attempts` is in order; `queue_s` and `run_s` are their sums. `error` is for the reader of the
-    record, never shown to the model.
+    `arguments` is the parsed object, or the verbatim block of a malformed call. `response` is the
+    text that the model was shown, `full_response` the whole text if it was cut, else None. `reward`
+    is the step reward that `execute` returned. `attempts` is in order; `queue_s` and `run_s` are
+    its sums. `error` is for readers of the record and is never shown to the model.
     """
 
     call_id: str
@@ -102,8 +103,9 @@ class ToolCallRecord:
 class Turn:
     """One generation. `start` and `end` span its sampled tokens over `prompt_ids + response_ids`.
 
-    Of a turn that was cut off and gone on with later, `resumed` says where, [token index, weight version from there on];
-    `weight_version` is that of its beginning, `finish_reason` that of its end. "abort": cut off, and not gone on with.
+    `resumed` lists where an interrupted turn was resumed: [token index, weight version from there
+    on]. `weight_version` is that of the turn's first token, `finish_reason` that of its last part;
+    "abort" means that the turn was interrupted and not resumed.
     """
 
     start: int
@@ -119,10 +121,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A finished conversation. The names are the record's; `to_line` and `from_line` are its only way to disk.
+    """A finished conversation. `to_line` and `from_line` are its only way to disk and back.
 
-    `parent` is {run, id, turn} of what a replay, a fork or a rescoring was made from, else None. In a fork `turn` is the
-    first turn of its own: everything before `turns[turn].start` is the parent's, sampled tokens and log-probs included.
+    `parent` is {run, id, turn} of the trajectory that a replay, a fork or a rescoring was made
+    from, else None. In a fork, `turn` is the first turn of its own: everything before
+    `turns[turn].start` is the parent's, with the sampled tokens and log-probs.
     """
 
     id: str
@@ -155,9 +158,10 @@ class Trajectory:
     branches: Branches = field(default_factory=list)
 
     def to_line(self) -> str:
-        """The record as one JSON line without the newline, `sha256` last. Messages and tools keep the order of their keys.
+        """The record as one JSON line without the newline, `sha256` last.
 
-        Raises RecordError where a value has no JSON form (NaN, an object): the record would not read back.
+        Messages and tools keep the order of their keys. Raises RecordError if a value has no JSON
+        form (NaN, an object).
         """
         record = {"schema": SCHEMA, **{name: _plain(getattr(self, name)) for name in _FIELDS}}
         try:
@@ -168,12 +172,15 @@ class Trajectory:
 
     @classmethod
     def from_line(cls, line: str) -> Trajectory:
-        """Reads a record line back, checking schema, fields and hash. Raises RecordError saying what is wrong."""
+        """Reads a record line. Raises RecordError if its schema, fields or hash are wrong."""
         return cls.from_record(read_record(line))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Trajectory:
-        """A record that `read_record` or `parse_record` gave. Raises RecordError where its turns, segments or ledger are damaged."""
+        """The trajectory of a dict from `read_record` or `parse_record`.
+
+        Raises RecordError if turns, segments, ledger or warnings are damaged.
+        """
         values = {name: record[name] for name in _FIELDS}
         try:
             values["segments"] = [tuple(segment) for segment in record["segments"]]
@@ -194,14 +201,16 @@ types: the names are listed in `Trajectory` alone.
 
 _FIELDS = tuple(item.name for item in fields(Trajectory))
 _RENDERED = frozenset({"messages", "tools"})
-"""Fields that a chat template sees. It may write a tool down as JSON, keys in their order: the line keeps that order, or the prompt
-could not be rendered from the record again. The hash is of sorted keys, as for all fields."""
+"""Fields that a chat template sees. It may write a tool as JSON with the keys in their order, so
+the line keeps that order: otherwise the prompt could not be rendered from the record. The hash is
+of sorted keys, as for all fields.
+"""
 _NUMBERS = frozenset(name for name, kind in FIELD_TYPES.items() if kind in (Ids, Mask, LogProbs))
 _KINDS = {**dict.fromkeys(_RENDERED, "rendered"), **dict.fromkeys(_NUMBERS, "numbers")}
 
 
 def _canonical_parts(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The fields by name, as many at once as are written alike, each time with their part of the canonical JSON."""
+    """Yields groups of fields that are written alike, each with its part of the canonical JSON."""
     for kind, names in groupby(sorted(record), _KINDS.get):
         part = {name: record[name] for name in names}
         if kind == "numbers":
@@ -214,7 +223,7 @@ def _canonical_parts(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any]
 
 
 def _texts(record: Mapping[str, Any]) -> tuple[str, str]:
-    """The record's canonical JSON, and the same with the rendered fields' keys in their own order."""
+    """The canonical JSON, and the same with the rendered fields' keys in their own order."""
     canonical, written = [], []
     for part, text in _canonical_parts(record):
         canonical.append(text)
@@ -223,7 +232,10 @@ def _texts(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def canonical_json(value: object) -> str:
-    """The JSON text that hashes are taken of. Raises TypeError, ValueError or RecursionError where there is none."""
+    """The JSON text that is hashed.
+
+    Raises TypeError, ValueError or RecursionError if the value has no JSON form.
+    """
     return _encode(value)
 
 
@@ -237,7 +249,10 @@ _encode_in_order = json.JSONEncoder(
 
 
 def total_reward(parts: Mapping[str, Any]) -> float | None:
-    """A trajectory's reward: the sum of its parts, each a number or, for user turns, a list of them; None without any."""
+    """A trajectory's reward: the sum of its parts, None if there are none.
+
+    A part is a number or, for user turns, a list of numbers.
+    """
     if not parts:
         return None
     return float(sum(sum(part) if isinstance(part, list) else part for part in parts.values()))
@@ -255,9 +270,10 @@ def line_hash(line: Mapping[str, Any]) -> str:
 
 
 def read_record(line: str) -> dict[str, Any]:
-    """One line as a checked dict: valid JSON, a readable schema, exactly its fields, the right hash.
+    """A record line as a checked dict: JSON, a readable schema, exactly its fields, the right hash.
 
-    The dict has the form of `SCHEMA`; `schema` and `sha256` are those of the line.
+    The dict has the form of `SCHEMA`; `schema` and `sha256` are those of the line. Raises
+    RecordError.
     """
     found = _parsed(line)
     name = f"trajectory {str(found.get('id'))[:200]}"
@@ -271,7 +287,7 @@ def read_record(line: str) -> dict[str, Any]:
 
 
 def parse_record(line: str) -> dict[str, Any]:
-    """`read_record` without the hash."""
+    """`read_record` without the check of the hash."""
     return _with_all_fields(upgraded(_parsed(line)))
 
 
@@ -302,7 +318,7 @@ def _read_call(call: dict[str, Any]) -> ToolCallRecord:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses of the record as dicts; everything else is JSON already."""
+    """The record's dataclasses as dicts; other values are JSON already."""
     if (
         isinstance(value, list)
         and value

@@ -1,7 +1,7 @@
-"""Cutting a long text to a number of tokens, with a visible marker where it was cut.
+"""Cuts a long text to a number of tokens, with a visible marker where it was cut.
 
-Invariant: the work is bounded by the limit, not by the length of the text: a 10 MB tool output costs as much as a
-100 KB one.
+Invariant: the work depends on the limit, not on the length of the text: a tool output of 10 MB
+costs as much as one of 100 KB.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ _MARKER = re.compile(r"\n\.\.\. \[(\d{1,18}) characters cut\] \.\.\.\n", re.ASCI
 
 @dataclass(frozen=True, slots=True)
 class Shortened:
-    """A text that was cut. `tokens_cut` is what is not in it: counted up to some thousand characters, estimated beyond."""
+    """A text that was cut. `tokens_cut` is the number of tokens left out.
+
+    It is counted for up to some thousand characters and estimated beyond.
+    """
 
     text: str
     tokens_cut: int
 
 
 def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> Shortened | None:
-    """`text` cut to at most `limit` tokens plus the marker, or None where it fits as it is.
+    """`text` cut to at most `limit` tokens plus the marker, or None if it fits.
 
     Raises ValueError for an unknown side.
     """
@@ -45,7 +48,7 @@ def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> S
 
 
 def is_cut_of(shown: str, text: str) -> bool:
-    """Whether `shown` is `text` cut to some number of tokens, on any side: its beginning, a true marker, its end."""
+    """Whether `shown` is `text` cut on any side: its beginning, a true marker, its end."""
     for marker in _MARKER.finditer(shown):
         head, tail = shown[: marker.start()], shown[marker.end() :]
         cut = int(marker[1])
@@ -60,7 +63,7 @@ def is_cut_of(shown: str, text: str) -> bool:
 
 
 def _tokens(text: str, start: int, end: int, limit: int, template: ChatTemplate) -> int:
-    """How many tokens `text[start:end]` is; of a long one, how many it would be if all of it were like its beginning."""
+    """The number of tokens in `text[start:end]`, estimated from its beginning if it is long."""
     sample = text[start : min(end, start + _window(limit))]
     return round(len(template.encoding(sample).ids) * (end - start) / len(sample))
 
@@ -71,7 +74,7 @@ def _window(count: int) -> int:
 
 
 def _head(text: str, count: int, template: ChatTemplate) -> str:
-    """The beginning of `text` that holds at most `count` tokens, whole characters only."""
+    """The longest beginning of `text` with at most `count` tokens and only whole characters."""
     window = _window(count)
     while True:
         piece = text[:window]

@@ -1,11 +1,13 @@
-"""Proves a run folder: every record against its hash, itself, the saved tokenizer and template, its group, and run.json.
+"""Proves a run folder: every record, its group, and the run as a whole.
 
-Records are checked one by one, in several processes where asked for, each reading its own range of the file; what only the run as a
-whole can tell is checked at the end. The checks of one record are in `checks/`.
+Each record is checked against its hash, itself, the saved tokenizer and template (`checks/`), one
+by one, in several processes if asked for, each with its own range of the file. At the end come the
+checks that need all records.
 
-Invariant: whatever the folder holds ends in defects, not in an exception; nothing in it is run as code, and nothing is written. What
-could not be checked is a defect or a note, never silence. What no record can reveal: a number that fits as well as the true one, such
-as another plausible log-prob under a forged hash, or a consistent rewrite of tokens and messages alike.
+Invariant: anything in the folder ends in defects, not in an exception; nothing in it is run as
+code, and nothing is written. What could not be checked is a defect or a note. No record can reveal
+a number that fits as well as the true one, such as another plausible log-prob under a forged hash,
+or a consistent change of tokens and messages.
 """
 
 from __future__ import annotations
@@ -36,18 +38,20 @@ from conversations.template import ChatTemplate
 CHUNK = 4 << 20
 """Bytes of a file that are checked at a time."""
 MAX_LINE = 1 << 29
-"""Bytes of a line; a longer one is none of ours, and would only fill the memory."""
+"""Bytes of a line. A longer one was not written by turntrace and would fill the memory."""
 TIME_LIMIT_S = 60.0
 """For one record, and for the chat template to load."""
 MAX_FINDINGS = 40
-"""Shown of one line."""
+"""Findings shown for one line."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What there is to say at the end. `counts` are trajectories, turns, tokens and the like; `notes` what was not checked, and why.
+    """The result of a verification.
 
-    `digest` stands for all finished records and their order: whoever notes it down elsewhere can tell any later change.
+    `counts` has trajectories, turns, tokens and so on; `notes` say what was not checked, and why.
+    `digest` stands for all finished records in their order: whoever keeps it elsewhere can detect
+    any later change.
     """
 
     path: Path
@@ -90,10 +94,11 @@ def verify_run(
     on_defect: Callable[[Defect], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
-    """Checks a run folder; `on_defect` is told of each defect as it is found, `on_progress` of the bytes done and in all.
+    """Checks a run folder. `on_defect` gets each defect as it is found, `on_progress` bytes done
+    and total.
 
-    With more than one job the process forks: call it so from a program without threads of its own. Raises RunFolderError where
-    there is no run.
+    With more than one job the process forks, so call it from a program without threads. Raises
+    RunFolderError if there is no run.
     """
     folder = Path(path)
     if not (folder / RUN).exists() and not (folder / TRAJECTORIES).exists():
@@ -154,7 +159,10 @@ class _Verification:
             return {}
 
     def _template(self, manifest: dict[str, Any]) -> ChatTemplate | None:
-        """The saved chat template; None, and a defect, where tokens cannot be checked against messages. An import may have none."""
+        """The saved chat template, or None and a defect if it cannot be used.
+
+        An import may have no tokenizer: that is no defect.
+        """
         if facts_of(manifest, None).imported is not None and not (self.folder / TOKENIZER).exists():
             return None
         try:
@@ -175,7 +183,7 @@ class _Verification:
         return None
 
     def _check_digest(self, manifest: dict[str, Any]) -> None:
-        """Whether the records are, all in all, those that were there when the run closed."""
+        """Reports a defect if the finished records are not those that the run had when it closed."""
         self.verdict.digest = self.checks.digest.hexdigest()
         said = (
             manifest.get("digest") if "counts" in manifest and not self.checks.unreadable else None
@@ -252,7 +260,7 @@ class _Verification:
     def _results(
         self, chunks: list[Chunk], facts: RunFacts
     ) -> Iterator[tuple[Chunk, list[LineResult]]]:
-        """Each chunk with what its lines gave, in order; a few are under way at a time."""
+        """Yields each chunk with the results of its lines, in order; a few are checked at a time."""
         jobs = min(self.jobs, len(chunks))
         if jobs <= 1:
             yield from ((chunk, check_chunk(chunk, facts)) for chunk in chunks)
@@ -275,7 +283,7 @@ class _Verification:
 
 
 def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
-    """Raises ConversationsError, whatever is wrong with the folder."""
+    """The run's chat template. Raises ConversationsError, whatever is wrong with the folder."""
     try:
         kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
         return ChatTemplate(load_tokenizer(folder), kwargs=kwargs, reading=reading)
@@ -299,7 +307,7 @@ class Chunk:
 
 
 _facts = RunFacts()
-"""Of a worker process: set when it starts."""
+"""The facts of a worker process, set when it starts."""
 
 
 def _start_worker(facts: RunFacts) -> None:
@@ -313,7 +321,7 @@ def _work(chunk: Chunk) -> list[LineResult]:
 
 
 def check_chunk(chunk: Chunk, facts: RunFacts) -> list[LineResult]:
-    """What each line of the range gave, in order."""
+    """The results of the lines of a range, in order."""
     results: list[LineResult] = []
     with suppress(FileNotFoundError), chunk.file.open("rb") as lines:
         position = max(chunk.start - 1, 0)

@@ -1,6 +1,6 @@
-"""What a record warns of: a kind out of a closed set, and a text for people.
+"""A record's warnings: a kind from a closed set, and a text for people.
 
-Invariant: code decides by `kind` alone. The text may be worded anew at any time.
+Invariant: code decides by `kind` alone, so the text may be reworded at any time.
 """
 
 from __future__ import annotations

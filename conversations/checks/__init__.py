@@ -1,1 +1,1 @@
-"""What `verify` checks of one record, a file for each kind of thing that can be wrong; `record.py` runs them all."""
+"""The checks of one record, one file for each kind of defect; `record.py` runs them all."""

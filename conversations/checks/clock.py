@@ -1,4 +1,4 @@
-"""A limit on the time that somebody else's template may take: a run folder can hold one that never ends."""
+"""A time limit for templates from elsewhere: a run folder can hold one that never ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import NoReturn
 
 
 class OutOfTime(BaseException):
-    """The work took longer than its limit. No Exception, or a template engine's `except Exception` would swallow it."""
+    """The work took longer than its limit.
+
+    It is no Exception: a template engine's `except Exception` would swallow it.
+    """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block after so many seconds. Only a process's main thread can be stopped so; others get no limit."""
+    """Raises OutOfTime in the block after `seconds`.
+
+    SIGALRM reaches only the main thread; other threads get no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,7 @@
-"""What run.json counted when the run was closed, against the records. While a run goes on, and after a kill, it counts nothing."""
+"""The counts that run.json got when the run was closed, against the records.
+
+run.json holds no counts while a run is in progress or after it was killed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ SUMMED = ("turns", "sampled_tokens", "tool_calls", "tool_errors", "invalid_calls
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """`asked` and `done` are None where the run was not closed. Where `limit` or `over_samples`, not all of all groups was asked for."""
+    """The counts of a run.json. `asked` and `done` are None if the run was not closed.
+
+    With `limit` or `over_samples` the run did not ask for all samples of all groups.
+    """
 
     values: dict[str, Any]
     asked: int | None
@@ -38,7 +44,10 @@ class Counts:
         return cls(values, asked, done, manifest.get("limit") is not None, over_samples)
 
     def is_complete(self, here: int) -> bool:
-        """Whether all samples of every task that is there must be there. A limit may have come after a larger run that was stopped."""
+        """Whether every task that is there must have all its samples.
+
+        A limit may have been set after a larger run was stopped.
+        """
         return (
             self.done is not None
             and self.asked == self.done
@@ -47,7 +56,9 @@ class Counts:
         )
 
     def findings(self, here: int, tally: Counter[str], rewards: list[float]) -> Iterator[Finding]:
-        """Where `here` finished trajectories, with these sums and rewards, are not what was counted."""
+        """Differences between `here` finished trajectories, with their sums and rewards, and the
+        counts.
+        """
         if self.done is None:
             return
         if here != self.done:
@@ -82,7 +93,7 @@ class Counts:
             yield Finding(differs("counts.mean_reward, against the records", mean, ours))
 
     def note(self, here: int, unfinished: int) -> str:
-        """Why missing samples were not looked for."""
+        """Why missing samples are no defect."""
         there = f"{here} finished trajectories are here" + (
             f", {unfinished} unfinished" if unfinished else ""
         )

@@ -1,4 +1,6 @@
-"""What a run says about all of its trajectories: its chat template and the limits of its config. None where run.json is silent."""
+"""What run.json says about all trajectories of a run: its chat template and the limits of its
+config.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ MAX_STARTS = 16
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """`ids` is how many token ids the tokenizer has, `n` the size of a group; `cuts` are the (tokens, side) that a tool's answer may
-    be cut to, the run's own first; `cuts_in_code` says that functions are among the tools, whose decorators may say others; `users`
-    says that a program takes user turns; `imported` is the format that the run was imported from, which may not say all that a record
-    holds; `is_replay` says that its records have parents, None where that is not known; `earlier` are the facts of the
-    run's earlier starts, if a resume was forced with another config; the others are the loop's limits, in tokens
-    unless the name says otherwise.
+    """The facts of a run. A fact that run.json does not state is None.
+
+    `ids` is the number of token ids of the tokenizer, `n` the size of a group. `cuts` are the
+    (tokens, side) that a tool's answer may be cut to, the run's own first; `cuts_in_code` means
+    that functions are among the tools, whose decorators may set others. `users` means that
+    simulated users take turns. `imported` is the format that the run was imported from: its records
+    may lack something. `is_replay` means that its records have parents. `earlier` are the facts of
+    the run's earlier starts, if a resume was forced with another config. The others are the loop's
+    limits, in tokens unless the name says otherwise.
     """
 
     template: ChatTemplate | None = None
@@ -44,7 +49,9 @@ class RunFacts:
 
     @property
     def reads_clock(self) -> bool:
-        """Whether the template writes today's date into prompts: they cannot be rendered again on another day."""
+        """Whether the template writes today's date: such a prompt cannot be rendered again another
+        day.
+        """
         return self.template is not None and "strftime_now" in str(
             self.template.tokenizer.chat_template
         )
@@ -68,7 +75,7 @@ class RunFacts:
 
 
 def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFacts:
-    """The facts in a run.json, whatever else it holds."""
+    """The facts of a run.json of any content."""
     facts = _facts_of(manifest, template)
     starts = manifest.get("earlier_starts")
     if not isinstance(starts, list):
@@ -105,7 +112,9 @@ def _facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFac
 
 
 def _max_turns(multi_turn: dict[str, Any], max_model_len: int | None) -> int | None:
-    """As a run's config means it: one turn without `enable`, a third of the context where no limit is set."""
+    """The limit of turns that the config sets: 1 without `enable`, a third of the context by
+    default.
+    """
     if multi_turn.get("enable") is False:
         return 1
     third = None if max_model_len is None or not multi_turn else max(1, max_model_len // 3)
@@ -113,7 +122,7 @@ def _max_turns(multi_turn: dict[str, Any], max_model_len: int | None) -> int | N
 
 
 def _cuts(multi_turn: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
-    """The run's, and those that tools have of their own in tools.yaml; nothing where the run's is not known."""
+    """The run's own cut, then those of tools in tools.yaml. None if the run's is not known."""
     tokens, side = (
         _count(multi_turn, "max_tool_response_length"),
         multi_turn.get("tool_response_truncate_side"),

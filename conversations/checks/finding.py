@@ -1,6 +1,7 @@
-"""One thing that is wrong with a record, said in one line: where, what, found, expected.
+"""One thing that is wrong with a record, in one line: where, what, found, expected.
 
-Invariant: a line can be printed on a terminal whatever the record holds: values are cut, and shown escaped where they do not print.
+Invariant: the line can be printed on a terminal, whatever the record holds: values are cut, and
+escaped if they do not print.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ _LONGEST_ID = 200
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`turn` counts generations from 0, `token` is an index over `prompt_ids + response_ids`; None where it has no such place."""
+    """What is wrong, and where. `turn` counts generations from 0, `token` counts from the first
+    prompt id.
+
+    Both are None if the finding has no such place.
+    """
 
     what: str
     turn: int | None = None
@@ -25,7 +30,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """A finding with its place. `line` counts from 1; 0 stands for the file as a whole. `trajectory` is None where a line has no id."""
+    """A finding and its file, line and trajectory.
+
+    `line` counts from 1, 0 stands for the whole file. `trajectory` is None if the line has no id.
+    """
 
     file: str
     line: int
@@ -66,7 +74,7 @@ def show(value: object) -> str:
 
 
 def show_difference(found: str, expected: str) -> str:
-    """Two texts from shortly before the first character in which they differ."""
+    """Two texts, from shortly before their first different character."""
     start = max(0, first_difference(found, expected) - 12)
     return f"found {_from(found, start)}, expected {_from(expected, start)}"
 
@@ -78,7 +86,7 @@ def _from(text: str, start: int) -> str:
 
 
 def printable(text: str) -> str:
-    """The text, with escapes for what a terminal would not print as it stands."""
+    """The text, escaped if a terminal would not print it as it stands."""
     return (
         text
         if text.isprintable()
@@ -87,7 +95,9 @@ def printable(text: str) -> str:
 
 
 def first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
-    """The first index at which two sequences differ, their common length where one begins with the other."""
+    """The first index at which two sequences differ, the shorter length if one begins with the
+    other.
+    """
     return next(
         (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
         min(len(found), len(expected)),
@@ -95,7 +105,10 @@ def first_difference(found: Sequence[Any], expected: Sequence[Any]) -> int:
 
 
 def first_of(indices: Iterable[int], say: Callable[[int], Finding]) -> Iterator[Finding]:
-    """What is wrong with the first index, and with how many more: a spoilt record must not say so once a token."""
+    """The finding for the first index, with the number of further ones.
+
+    One finding for each token would flood the output.
+    """
     found = list(indices)
     if found:
         first = say(found[0])

@@ -17,7 +17,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A finished trajectory in its group: its line, and the digests of what it must share with the others."""
+    """A finished trajectory in its group: its line, and digests of what a group must share."""
 
     sample: int
     line: int
@@ -26,7 +26,7 @@ class Member:
 
 @dataclass(slots=True)
 class RunChecks:
-    """Every record's key and the sums over all of them; memory grows by some 400 bytes a trajectory."""
+    """The keys of all records and the sums over them, some 400 bytes a trajectory."""
 
     groups: dict[str, list[Member]] = field(default_factory=dict)
     places: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class RunChecks:
     def add(
         self, file: str, line: int, checked: LineResult, *, finished: bool
     ) -> Iterator[Finding]:
-        """Takes note of a record; yields what is wrong with it beside the others."""
+        """Adds a record. Yields what is wrong with it in the context of the others."""
         self.partial += checked.partial
         self.unproven += checked.unproven
         if checked.key is None:
@@ -62,11 +62,11 @@ class RunChecks:
 
     @property
     def finished(self) -> int:
-        """Lines of finished trajectories, damaged ones included."""
+        """The number of lines of finished trajectories, damaged ones included."""
         return self.tally["done"] + self.unreadable
 
     def defects(self, file: str, counts: Counts, facts: RunFacts) -> Iterator[Defect]:
-        """What is wrong with groups and counts, once every record was added."""
+        """Defects of groups and counts, after every record was added."""
         n = facts.n
         for task_id, members in self.groups.items():
             if facts.imported is None:
@@ -81,7 +81,7 @@ class RunChecks:
 
 
 def _unlike(file: str, task_id: str, members: list[Member]) -> Iterator[Defect]:
-    """The samples that do not share with most of their group what all samples of a task share."""
+    """The samples that differ from most of their group in what all samples of a task share."""
     commons = Counter(member.common for member in members if member.common)
     if len(commons) < 2:
         return

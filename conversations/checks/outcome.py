@@ -1,4 +1,4 @@
-"""How a conversation ended, and what it was worth: identity, stop reason, budgets, reward."""
+"""How a conversation ended and what it was worth: identity, stop reason, budgets, reward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_r
 def outcome_findings(
     trajectory: Trajectory, parts: Rounds, facts: RunFacts, *, finished: bool
 ) -> Iterator[Finding]:
-    """What contradicts the stop reason, the run's limits or the reward. `finished` is False for what was cut off."""
+    """Contradictions to the stop reason, the run's limits or the reward.
+
+    `finished` is False for a conversation that was interrupted.
+    """
     yield from _identity(trajectory, facts)
     yield from _reward(trajectory)
     yield from _failure(trajectory)
@@ -47,7 +50,7 @@ def _identity(trajectory: Trajectory, facts: RunFacts) -> Iterator[Finding]:
 
 
 def _reward(trajectory: Trajectory) -> Iterator[Finding]:
-    """The sum of its parts; none where infrastructure failed."""
+    """The reward is the sum of its parts, and null after an infrastructure failure."""
     found, parts = trajectory.reward, trajectory.reward_parts
     if trajectory.infra_error:
         if found is not None or parts:
@@ -72,7 +75,7 @@ def _reward(trajectory: Trajectory) -> Iterator[Finding]:
 
 
 def _failure(trajectory: Trajectory) -> Iterator[Finding]:
-    """Who failed is told the same way everywhere."""
+    """`infra_error`, `error`, stop reason and ledger agree on whether infrastructure failed."""
     failed = [line.call_id for line in trajectory.tool_calls if line.status == "backend_error"]
     if not trajectory.infra_error:
         # A chat template that refuses the messages ends a conversation with its reason, which is
@@ -139,7 +142,7 @@ class _Ending:
         self.calls = bool(parts.rounds and parts.rounds[-1].message.get("tool_calls"))
 
     def findings(self, finished: bool) -> Iterator[Finding]:
-        """What does not go together, said as what the stop reason needs."""
+        """Contradictions, each as what the stop reason needs."""
         reason = self.trajectory.stop_reason
         if finished and reason == "cancelled" and self.trajectory.parent is None:
             yield Finding("a conversation that was cut off stands among the finished ones")
@@ -184,7 +187,7 @@ class _Ending:
         return len(self.trajectory.prompt_ids) <= min(facts.prompt_length, facts.max_model_len - 1)
 
     def _cut_turn(self) -> int | None:
-        """The first turn that the engine cut off: it says so, and no end token is there."""
+        """The first turn that the engine cut: it says so, and the end token is missing."""
         template = self.facts.template
         if template is None:
             return None
@@ -205,7 +208,7 @@ class _Ending:
         )
 
     def _needs(self, reason: str, cut: int | None) -> str | None:
-        """What the stop reason needs and the record has not."""
+        """What the stop reason needs and the record does not have."""
         if reason in ("tool_stop", "max_turns", "invalid_tool_calls") and (
             self.answered or not self.calls
         ):
@@ -231,7 +234,7 @@ class _Ending:
         return None
 
     def _invalid_in_a_row(self) -> int:
-        """The longest row of invalid calls that reaches into the last turn."""
+        """The longest row of invalid calls that reaches the last turn."""
         row = longest = 0
         for line in self.trajectory.tool_calls:
             row = row + 1 if line.status in INVALID_STATUSES else 0
@@ -245,7 +248,9 @@ class _Ending:
         return len(missing) + response_tokens(self.lines, self.message, template)
 
     def _length_needs(self) -> str | None:
-        """`length` without a turn that was cut: no room for another turn, or for the last one's responses."""
+        """`length` without a cut turn needs too little room for another turn or for the last
+        responses.
+        """
         facts, trajectory = self.facts, self.trajectory
         if facts.template is None:
             return None

@@ -1,6 +1,6 @@
-"""One line of a run, checked: from its bytes to what is wrong with it, and what the run as a whole needs to know of it.
+"""One line of a run, checked: from its bytes to its findings.
 
-Invariant: no line raises, whatever it holds, and none is skipped: what cannot be checked is a finding, too.
+Invariant: no line raises and none is skipped; what cannot be checked is a finding.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ from conversations.trajectory import INVALID_STATUSES, Trajectory, canonical_jso
 from conversations.upgrade import check_schema, upgraded
 
 GROUP_FIELDS = ("prompt", "tools", "ground_truth", "data_source", "extra")
-"""What the samples of a task have in common, each with a digest of its own in `LineResult.common`."""
+"""What the samples of a task share, each with its own digest in `LineResult.common`."""
 _DIGEST = 8
 
 
 @dataclass(slots=True)
 class LineResult:
-    """`id` is the record's where it has one. `key` is its (task, sample), `common` the digests of `GROUP_FIELDS`, where it could be
-    read; `tally` counts what run.json counts, `sha256` is the hash that the record bears. `partial` says that the record is of a
-    failure and holds only a part of its conversation.
+    """The result of one line.
+
+    `id` is None if the line has none. `key` is (task, sample) and `common` the digests of
+    `GROUP_FIELDS`, if the record could be read. `tally` counts what run.json counts; `sha256` is
+    the hash that the record carries. `partial` means that it is of a failure and holds only parts
+    of its conversation, `unproven` that it is an import whose messages do not match its tokens.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -50,7 +53,7 @@ class LineResult:
 
 
 def check_line(line: bytes, facts: RunFacts, *, finished: bool = True) -> LineResult:
-    """Everything that one record alone can tell. `finished` is False for what was cut off."""
+    """All checks of one record. `finished` is False for a conversation that was interrupted."""
     checked = LineResult(id=_id_in(line))
     try:
         found = _parsed(line)
@@ -98,7 +101,7 @@ def _under_its_start(
 
 
 def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:
-    """Whether the record is what was written."""
+    """A finding if the record is not what was written."""
     try:
         expected = line_hash(record)
     except (ValueError, RecursionError) as error:
@@ -136,7 +139,7 @@ def _trajectory_findings(
 
 
 def _turns_lie_in_order(trajectory: Trajectory) -> bool:
-    """Whether the turns can be cut out of the tokens at all; where not, `token_findings` has said so."""
+    """Whether the turns lie within the tokens, in order. If not, `token_findings` has said so."""
     position, total = (
         len(trajectory.prompt_ids),
         len(trajectory.prompt_ids) + len(trajectory.response_ids),
@@ -162,7 +165,10 @@ def _is_unproven(trajectory: Trajectory, facts: RunFacts) -> bool:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """The line as a dict. Raises RecordError for what is not one JSON object in UTF-8, each key once, every number finite."""
+    """The line as a dict.
+
+    Raises RecordError if it is not one JSON object in UTF-8 with unique keys and finite numbers.
+    """
     if not line.strip():
         raise RecordError("the line is blank")
     try:
@@ -173,7 +179,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def _id_in(line: bytes) -> str | None:
-    """The id of a line that may not be JSON any more, where it can still be made out."""
+    """The id of a line that may be no JSON, if it can be found."""
     found = ID.findall(line)
     try:
         return str(json.loads(found[0])) if len(found) == 1 else None
@@ -182,7 +188,7 @@ def _id_in(line: bytes) -> str | None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """One JSON object. A key that stands there twice means one thing to one reader and another to the next."""
+    """One JSON object. A key that stands there twice means different things to different readers."""
     values = dict(pairs)
     if len(values) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

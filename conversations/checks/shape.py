@@ -1,6 +1,6 @@
-"""The record's form: every field with its type, nothing missing, nothing unknown, every number finite and in range.
+"""The record's form: every field with its type, none missing, none unknown, numbers in range.
 
-What passes here can be read by attribute without a surprise, so that the other checks need not doubt a type.
+What passes here can be read by attribute: the other checks need not check types.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Status = Annotated[str, AfterValidator(_among(*CALL_STATUSES))]
 Segment = Annotated[
     tuple[Annotated[str, AfterValidator(_among(*KINDS))], Place, Place], Field(strict=False)
 ]
-"""A list in JSON; what is in it stays strict."""
+"""A list in JSON, read as a tuple; its values stay strict."""
 
 
 class Turn(TypedDict):
@@ -166,7 +166,7 @@ def _record() -> TypeAdapter[Any]:
 
 
 def shape_findings(record: dict[str, Any]) -> Iterator[Finding]:
-    """What in the record is not of the form above, the first `MAX_SHOWN`."""
+    """The first `MAX_SHOWN` values that do not have the form above."""
     try:
         _record().validate_python(record)
     except ValidationError as error:
@@ -201,7 +201,7 @@ def _turn(place: tuple[int | str, ...]) -> int | None:
 
 
 def _token(place: tuple[int | str, ...], record: dict[str, Any]) -> int | None:
-    """Which token a place in one of the token lists means."""
+    """The token index of a place in one of the token lists."""
     if len(place) < 2 or not isinstance(place[1], int):
         return None
     if place[0] == "prompt_ids":

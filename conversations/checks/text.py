@@ -1,6 +1,7 @@
-"""Tokens against messages: the prompt and every delta rendered again, every sampled turn decoded and parsed again.
+"""Tokens against messages: prompt and deltas rendered again, sampled turns decoded and parsed
+again.
 
-The record is rebuilt from its messages and the ids it says were sampled; ids and segments must come out the same.
+The record is rebuilt from its messages and sampled ids; ids and segments must come out the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from conversations.trajectory import Trajectory, canonical_json
 def text_findings(
     trajectory: Trajectory, parts: Rounds, template: ChatTemplate, *, trust_prompt: bool = False
 ) -> Iterator[Finding]:
-    """Where tokens and messages do not say the same. The turns must lie within the tokens, in order.
+    """Differences between tokens and messages. The turns must lie within the tokens, in order.
 
     `trust_prompt` takes the prompt as recorded: one with a date in it cannot be rendered again.
     """
@@ -93,7 +94,7 @@ def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
 def _rebuilt_findings(
     trajectory: Trajectory, parts: Rounds, template: ChatTemplate, trust_prompt: bool
 ) -> Iterator[Finding]:
-    """The first token, and the first segment, that the messages do not give."""
+    """The first token, or else the first segment, that the messages do not give."""
     ids = trajectory.prompt_ids + trajectory.response_ids
     if not ids:  # the prompt could not be rendered, or nobody came to it
         return

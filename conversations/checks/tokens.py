@@ -1,4 +1,4 @@
-"""Tokens, authors, log-probs, turns: that they are parallel and tell the same story. Needs no tokenizer."""
+"""Tokens, authors, log-probs and turns against each other. Needs no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from conversations.tokens import PROMPT, SAMPLED, TOOL
 from conversations.trajectory import Trajectory
 
 ROUNDING = 1e-3
-"""A log-prob may stand this far above 0: an engine's softmax rounds."""
+"""A log-prob may be this far above 0: an engine's softmax rounds."""
 
 
 PADDING = 4096
-"""A model's vocabulary may be larger than its tokenizer's, by some hundred ids as a rule, and it may sample one of those."""
+"""A model's vocabulary may be larger than its tokenizer's, usually by some hundred ids, and the
+model may sample one of those.
+"""
 
 
 def token_findings(
@@ -56,7 +58,10 @@ def turn_of(trajectory: Trajectory, token: int) -> int | None:
 
 
 def _segments(trajectory: Trajectory) -> Iterator[Finding]:
-    """They cover everything, in order, none empty, none to be one with the next; the prompt ends at the first sampled token."""
+    """Segments cover everything in order, none is empty, and neighbours differ.
+
+    The prompt ends at the first sampled token.
+    """
     total, prompt = (
         len(trajectory.prompt_ids) + len(trajectory.response_ids),
         len(trajectory.prompt_ids),
