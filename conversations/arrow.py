@@ -88,7 +88,8 @@ def schema(columns: Collection[str] | None = None) -> Any:
     known = _columns(pa)
     if unknown := [name for name in columns or () if name not in known]:
         raise RunFolderError(
-            f"there is no column {', '.join(map(repr, unknown))}; the columns are {', '.join(known)}"
+            f"there is no column {', '.join(map(repr, unknown))}; "
+            f"the columns are {', '.join(known)}"
         )
     return pa.schema([(name, known[name]) for name in (known if columns is None else columns)])
 

@@ -87,7 +87,8 @@ def check_tokens(record: Mapping[str, Any]) -> None:
     count = len(record["response_ids"])
     if not len(record["response_mask"]) == len(record["response_logprobs"]) == count:
         raise RecordError(
-            f"trajectory {record['id']}: {count} response ids, and other numbers of mask bits or log-probs"
+            f"trajectory {record['id']}: {count} response ids, "
+            "but not as many mask bits or log-probs"
         )
     values = [value for value in record["response_logprobs"] if value is not None]
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
@@ -95,7 +96,8 @@ def check_tokens(record: Mapping[str, Any]) -> None:
     sampled = len(sampled_places(record["messages"]))
     if sampled != len(record["turns"]):
         raise RecordError(
-            f"trajectory {record['id']}: {len(record['turns'])} turns, but {sampled} sampled messages"
+            f"trajectory {record['id']}: {len(record['turns'])} turns, "
+            f"but {sampled} sampled messages"
         )
 
 
@@ -270,7 +272,8 @@ def grown(ids: Sequence[int], metrics: Mapping[str, Any], turn: int) -> list[int
     prompt = metrics["prompt_token_ids"]
     if list(prompt[: len(ids)]) != list(ids):
         raise RecordError(
-            f"the prompt of generation {turn + 1} does not start with the tokens of generation {turn}"
+            f"the prompt of generation {turn + 1} does not start with "
+            f"the tokens of generation {turn}"
         )
     return [*prompt, *metrics["completion_token_ids"]]
 

@@ -239,7 +239,7 @@ def canonical_json(value: object) -> str:
     return _encode(value)
 
 
-# A circular value ends in a RecursionError; looking out for it costs every list and object of every record.
+# A circular value ends in a RecursionError: a check for it would cost time in every record.
 _encode = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False
 ).encode

@@ -132,10 +132,10 @@ class _Verification:
             chunk for name in (TRAJECTORIES, UNFINISHED, SUPERSEDED) for chunk in self._chunks(name)
         ]
         total, done, lines = sum(chunk.end - chunk.start for chunk in chunks), 0, Counter[str]()
-        for chunk, result in self._results(chunks, facts):
-            for number, checked in enumerate(result, lines[chunk.name] + 1):
-                self._take(chunk.name, number, checked)
-            lines[chunk.name] += len(result)
+        for chunk, results in self._results(chunks, facts):
+            for number, result in enumerate(results, lines[chunk.name] + 1):
+                self._take(chunk.name, number, result)
+            lines[chunk.name] += len(results)
             done += chunk.end - chunk.start
             self._on_progress(done, total)
         counts = Counts.of(manifest)
@@ -183,7 +183,7 @@ class _Verification:
         return None
 
     def _check_digest(self, manifest: dict[str, Any]) -> None:
-        """Reports a defect if the finished records are not those that the run had when it closed."""
+        """Reports a defect if the finished records are not those at the run's close."""
         self.verdict.digest = self.checks.digest.hexdigest()
         said = (
             manifest.get("digest") if "counts" in manifest and not self.checks.unreadable else None
@@ -207,9 +207,15 @@ class _Verification:
         if not counts.is_complete(self.checks.finished):
             yield counts.note(self.checks.finished, unfinished)
         if self.checks.partial:
-            yield f"{self.checks.partial} records of failures hold only the part that could be written: their text was not checked"
+            yield (
+                f"{self.checks.partial} records of failures hold only the part that could be "
+                "written: their text was not checked"
+            )
         if self.checks.unproven:
-            yield f"{self.checks.unproven} imported records say that tokens and messages do not match: they were not compared"
+            yield (
+                f"{self.checks.unproven} imported records say that tokens and messages do not "
+                "match: they were not compared"
+            )
         if not facts.cuts:
             yield f"{RUN} does not say how tool responses are cut: cuts were not checked"
         if facts.imported is not None:
@@ -218,27 +224,33 @@ class _Verification:
                 if facts.template
                 else "; there is no tokenizer: tokens were not checked against messages"
             )
-            yield f"the run was imported from {printable(facts.imported)}: how conversations ended was not checked{unread}"
+            yield (
+                f"the run was imported from {printable(facts.imported)}: "
+                f"how conversations ended was not checked{unread}"
+            )
         if facts.n is None:
-            yield f"{RUN} does not say how many samples a group has: groups were not checked for missing ones"
+            yield (
+                f"{RUN} does not say how many samples a group has: "
+                "groups were not checked for missing samples"
+            )
         if facts.reads_clock:
             yield "the chat template reads the clock: prompts were taken as recorded"
 
     # ------------------------------------------------------------------ records
 
-    def _take(self, name: str, line: int, checked: LineResult) -> None:
-        findings = checked.findings
+    def _take(self, name: str, line: int, result: LineResult) -> None:
+        findings = result.findings
         if name != SUPERSEDED:
             findings = [
                 *findings,
-                *self.checks.add(name, line, checked, finished=name == TRAJECTORIES),
+                *self.checks.add(name, line, result, finished=name == TRAJECTORIES),
             ]
         for finding in findings[:MAX_FINDINGS]:
-            self._report(Defect(name, line, checked.id, finding))
+            self._report(Defect(name, line, result.id, finding))
         if len(findings) > MAX_FINDINGS:
             self._report(
                 Defect(
-                    name, line, checked.id, Finding(f"{len(findings) - MAX_FINDINGS} more defects")
+                    name, line, result.id, Finding(f"{len(findings) - MAX_FINDINGS} more defects")
                 )
             )
 
@@ -260,7 +272,7 @@ class _Verification:
     def _results(
         self, chunks: list[Chunk], facts: RunFacts
     ) -> Iterator[tuple[Chunk, list[LineResult]]]:
-        """Yields each chunk with the results of its lines, in order; a few are checked at a time."""
+        """Yields each chunk with the results of its lines, in order."""
         jobs = min(self.jobs, len(chunks))
         if jobs <= 1:
             yield from ((chunk, check_chunk(chunk, facts)) for chunk in chunks)
@@ -276,7 +288,10 @@ class _Verification:
                     chunk, future = under_way.popleft()
                     yield chunk, future.result()
             except BrokenProcessPool:
-                what = f"the process that checked bytes {chunk.start} to {chunk.end} was killed; what follows was not checked"
+                what = (
+                    f"the process that checked bytes {chunk.start} to {chunk.end} was killed; "
+                    "what follows was not checked"
+                )
                 self._report(Defect(chunk.name, 0, None, Finding(what)))
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -351,7 +366,8 @@ def _checked(line: bytes, name: str, facts: RunFacts) -> LineResult:
         return LineResult(
             [
                 Finding(
-                    "the line is torn: no newline ends it; `turntrace run --resume` cuts it and runs its conversation again"
+                    "the line is torn: it has no newline; `turntrace run --resume` cuts it "
+                    "and runs its conversation again"
                 )
             ]
         )

@@ -98,11 +98,11 @@ class Counts:
             f", {unfinished} unfinished" if unfinished else ""
         )
         if self.done is None:
-            why = f"the run is going on, or was killed: {there}"
+            why = f"the run is in progress or was killed: {there}"
         elif self.over_samples:
-            why = f"the run cut off whoever was late (over_sample_rate): {there}"
+            why = f"the run cut off the slowest conversations (over_sample_rate): {there}"
         elif self.asked == self.done:
-            why = f"a larger run was gone on with for {self.done} conversations (--limit): {there}"
+            why = f"a larger run was resumed for {self.done} conversations (--limit): {there}"
         else:
             why = f"the run stopped at {self.done} of {self.asked} conversations: {there}"
         return f"{why}; missing samples were not looked for"

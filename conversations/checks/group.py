@@ -1,4 +1,4 @@
-"""What only a run as a whole can tell: no sample twice, groups whole and alike."""
+"""The checks that need all records: no sample twice, groups complete and consistent."""
 
 from __future__ import annotations
 
@@ -37,28 +37,24 @@ class RunChecks:
     partial: int = 0
     unproven: int = 0
 
-    def add(
-        self, file: str, line: int, checked: LineResult, *, finished: bool
-    ) -> Iterator[Finding]:
+    def add(self, file: str, line: int, result: LineResult, *, finished: bool) -> Iterator[Finding]:
         """Adds a record. Yields what is wrong with it in the context of the others."""
-        self.partial += checked.partial
-        self.unproven += checked.unproven
-        if checked.key is None:
+        self.partial += result.partial
+        self.unproven += result.unproven
+        if result.key is None:
             self.unreadable += finished
             return
         if not finished:
-            return  # it may have been cut off again, or have ended since: a run that was killed has not tidied up
-        first = self.places.setdefault(checked.key, line)
+            return  # after a kill it may be there twice, or among the finished ones as well
+        first = self.places.setdefault(result.key, line)
         if first != line:
-            yield Finding(f"sample {checked.key[1]} of this task stands already at {file}:{first}")
+            yield Finding(f"sample {result.key[1]} of this task stands already at {file}:{first}")
             return
-        self.groups.setdefault(checked.key[0], []).append(
-            Member(checked.key[1], line, checked.common)
-        )
-        self.tally += checked.tally
-        self.digest.update(checked.sha256.encode())
-        if checked.reward is not None:
-            self.rewards.append(checked.reward)
+        self.groups.setdefault(result.key[0], []).append(Member(result.key[1], line, result.common))
+        self.tally += result.tally
+        self.digest.update(result.sha256.encode())
+        if result.reward is not None:
+            self.rewards.append(result.reward)
 
     @property
     def finished(self) -> int:
@@ -90,7 +86,10 @@ def _unlike(file: str, task_id: str, members: list[Member]) -> Iterator[Defect]:
         if member.common not in (b"", usual):
             names = ", ".join(differing_fields(member.common, usual))
             other = next(each for each in members if each.common == usual)
-            what = f"{names}: not as in the group's other samples (sample {other.sample}, line {other.line})"
+            what = (
+                f"{names}: not as in the group's other samples "
+                f"(sample {other.sample}, line {other.line})"
+            )
             yield Defect(file, member.line, f"{task_id}-{member.sample}", Finding(what))
 
 
@@ -98,5 +97,6 @@ def _missing(file: str, task_id: str, members: list[Member], n: int) -> Iterator
     there = {member.sample for member in members}
     missing = [sample for sample in range(min(n, len(there) + _SHOWN)) if sample not in there]
     if len(there) < n:
-        what = f"the group of task {task_id} has {len(there)} of {n} samples, missing: {', '.join(map(str, missing[:_SHOWN]))}"
+        shown = ", ".join(map(str, missing[:_SHOWN]))
+        what = f"the group of task {task_id} has {len(there)} of {n} samples, missing: {shown}"
         yield Defect(file, 0, f"{task_id}-{missing[0]}", Finding(what))

@@ -141,7 +141,8 @@ def _cut_findings(line: ToolCallRecord, facts: RunFacts) -> Iterator[str]:
         return
     if not tokens_cut:
         expected = allowed[0][0] or "no cut at all"
-        yield f"the response is not the whole text or its cut as the config asks for, {show_difference(line.response, expected)}"
+        difference = show_difference(line.response, expected)
+        yield f"the response is not the whole text or the cut that the config says, {difference}"
     elif line.attempts and line.attempts[-1].tokens_cut not in tokens_cut:
         yield differs("tokens_cut of the last attempt", line.attempts[-1].tokens_cut, tokens_cut[0])
 
@@ -174,7 +175,8 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
                 value if isinstance(value, str) else show(value)
                 for value in (found.get(key), wanted.get(key))
             )
-            what = f"the tool message's {show(key)[1:-1]} is not the ledger's, {show_difference(one, two)}"
+            difference = show_difference(one, two)
+            what = f"the tool message's {show(key)[1:-1]} is not the ledger's, {difference}"
             yield Finding(f"{line.call_id}: {what}", k)
         if line.response is None:
             yield Finding(f"{line.call_id}: it was answered, and the ledger has no response", k)

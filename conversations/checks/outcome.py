@@ -145,13 +145,14 @@ class _Ending:
         """Contradictions, each as what the stop reason needs."""
         reason = self.trajectory.stop_reason
         if finished and reason == "cancelled" and self.trajectory.parent is None:
-            yield Finding("a conversation that was cut off stands among the finished ones")
+            yield Finding("an interrupted conversation stands among the finished ones")
         for turn, each in enumerate(self.trajectory.turns):
             if each.finish_reason == "abort" and (
                 turn < self.turn or reason not in ("cancelled", "deadline", "engine_error")
             ):
                 yield Finding(
-                    "the turn was aborted, and the conversation went on or ended otherwise", turn
+                    "the turn was aborted, but the conversation continued or ended differently",
+                    turn,
                 )
         cut = self._cut_turn()
         if cut is not None and (cut < self.turn or reason != "length"):
@@ -160,11 +161,11 @@ class _Ending:
                 if cut < self.turn
                 else f"the stop reason is {show(reason)}"
             )
-            yield Finding(f"the engine cut the turn off, and {then}", cut)
+            yield Finding(f"the engine cut the turn, and {then}", cut)
         elif cut is not None and any(
             line.status not in ("malformed", "rejected") for line in self.lines
         ):
-            yield Finding("a call of a turn that was cut off was run", cut)
+            yield Finding("a call of a turn that the engine cut was run", cut)
         elif self.last is None and reason in (
             "stop",
             "tool_stop",
@@ -177,7 +178,8 @@ class _Ending:
             yield Finding(f"the stop reason {show(reason)} does not fit: {needs}", self.turn)
         elif reason == "prompt_too_long" and self._prompt_fits():
             yield Finding(
-                f"the stop reason {show(reason)} does not fit: {len(self.trajectory.prompt_ids)} tokens fit the prompt's budget"
+                f"the stop reason {show(reason)} does not fit: "
+                f"{len(self.trajectory.prompt_ids)} tokens fit the prompt's budget"
             )
 
     def _prompt_fits(self) -> bool:
@@ -228,7 +230,8 @@ class _Ending:
             and self.facts.max_turns is not None
             and len(self.trajectory.turns) < self.facts.max_turns
         ):
-            return f"there are {len(self.trajectory.turns)} turns, and max_assistant_turns is {self.facts.max_turns}"
+            turns = len(self.trajectory.turns)
+            return f"there are {turns} turns, and max_assistant_turns is {self.facts.max_turns}"
         if reason == "length" and cut is None:
             return self._length_needs()
         return None

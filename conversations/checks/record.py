@@ -54,30 +54,30 @@ class LineResult:
 
 def check_line(line: bytes, facts: RunFacts, *, finished: bool = True) -> LineResult:
     """All checks of one record. `finished` is False for a conversation that was interrupted."""
-    checked = LineResult(id=_id_in(line))
+    result = LineResult(id=_id_in(line))
     try:
         found = _parsed(line)
-        checked.id = found["id"] if isinstance(found.get("id"), str) else None
-        checked.findings += hash_findings(found)
+        result.id = found["id"] if isinstance(found.get("id"), str) else None
+        result.findings += hash_findings(found)
         record = upgraded(found)
         if shape := list(shape_findings(record)):
-            checked.findings += shape
-            return checked
+            result.findings += shape
+            return result
         trajectory = Trajectory.from_record(record)
     except (RecordError, RecursionError) as error:
-        checked.findings.append(Finding(str(error)))
-        return checked
-    checked.key, checked.reward, checked.sha256 = (
+        result.findings.append(Finding(str(error)))
+        return result
+    result.key, result.reward, result.sha256 = (
         (trajectory.task_id, trajectory.sample),
         trajectory.reward,
         record["sha256"],
     )
-    checked.partial = _is_partial(trajectory)
-    checked.unproven = _is_unproven(trajectory, facts)
-    checked.findings += _under_its_start(trajectory, facts, finished, checked.partial)
-    checked.common = b"" if checked.partial else _common(trajectory)
-    _count(trajectory, checked.tally)
-    return checked
+    result.partial = _is_partial(trajectory)
+    result.unproven = _is_unproven(trajectory, facts)
+    result.findings += _under_its_start(trajectory, facts, finished, result.partial)
+    result.common = b"" if result.partial else _common(trajectory)
+    _count(trajectory, result.tally)
+    return result
 
 
 def _under_its_start(
@@ -188,7 +188,7 @@ def _id_in(line: bytes) -> str | None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """One JSON object. A key that stands there twice means different things to different readers."""
+    """One JSON object. Readers differ in what a repeated key means."""
     values = dict(pairs)
     if len(values) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

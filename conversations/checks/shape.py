@@ -152,7 +152,7 @@ _FORMS: dict[Any, Any] = {
     int: Place,
     float: Seconds,
 }
-"""What a field of a record must be, by its type in `Trajectory`; other types stand for themselves."""
+"""The form of a record's field, by its type in `Trajectory`; other types are used as they are."""
 
 
 @functools.cache
@@ -180,9 +180,8 @@ def _finding(detail: ErrorDetails, record: dict[str, Any]) -> Finding:
     place = detail["loc"]
     path = ".".join(map(str, place))
     if detail["type"] in ("missing", "extra_forbidden"):
-        return Finding(
-            f"the field {show(path)[1:-1]} is {'missing' if detail['type'] == 'missing' else 'not known'}"
-        )
+        problem = "missing" if detail["type"] == "missing" else "not known"
+        return Finding(f"the field {show(path)[1:-1]} is {problem}")
     expected = (
         detail["msg"]
         .removeprefix("Input should be ")

@@ -73,10 +73,8 @@ def _turn_findings(
                 value if isinstance(value, str) else canonical_json(value)
                 for value in (message.get(key), expected.get(key))
             )
-            yield Finding(
-                f"{show(key)[1:-1]} is not what parsing raw gives, {show_difference(found, parsed_value)}",
-                k,
-            )
+            difference = show_difference(found, parsed_value)
+            yield Finding(f"{show(key)[1:-1]} is not what parsing raw gives, {difference}", k)
 
 
 def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
@@ -111,7 +109,10 @@ def _rebuilt_findings(
             for side in (ids, rebuilt.ids)
         )
         one, two = (side[token] if token < len(side) else None for side in (ids, rebuilt.ids))
-        what = f"the token is not the one that the messages render to, found {show(one)} {show(found)}, expected {show(two)} {show(expected)}"
+        what = (
+            "the token is not the one that the messages render to, "
+            f"found {show(one)} {show(found)}, expected {show(two)} {show(expected)}"
+        )
         yield Finding(what, turn_of(trajectory, token), token)
         return
     segments, expected_segments = trajectory.segments, rebuilt.segments()

@@ -69,7 +69,10 @@ def _segments(trajectory: Trajectory) -> Iterator[Finding]:
     position, before = 0, None
     for kind, start, end in trajectory.segments:
         if start != position or end <= start or end > total:
-            what = f"segments do not cover the tokens in order, found {show([kind, start, end])}, expected one from {position} within {total}"
+            what = (
+                f"segments do not cover the tokens in order, found {show([kind, start, end])}, "
+                f"expected one from {position} within {total}"
+            )
             yield Finding(what, turn_of(trajectory, position), min(start, position))
             return
         if kind == before:
@@ -79,10 +82,9 @@ def _segments(trajectory: Trajectory) -> Iterator[Finding]:
                 start,
             )
         if (kind == PROMPT) != (start < prompt) and not (kind == TOOL and start < prompt):
-            yield Finding(
-                f"a {kind} segment stands {'before' if start < prompt else 'after'} the first sampled token",
-                token=start,
-            )
+            side = "before" if start < prompt else "after"
+            what = f"a {kind} segment stands {side} the first sampled token"
+            yield Finding(what, token=start)
         if start < prompt < end:
             yield Finding(
                 differs(f"prompt_ids end inside a {kind} segment", prompt, end), token=prompt
@@ -156,7 +158,10 @@ def _turns(trajectory: Trajectory) -> Iterator[Finding]:
         places = [turn.start, *(place for place, _ in turn.resumed or ()), turn.end]
         for before, token in pairwise(places[:-1]):
             if not before < token < turn.end:
-                what = "the turn was gone on with at a token that is not its own, or not after the last such one"
+                what = (
+                    "the turn was resumed at a token that is not its own, "
+                    "or not after the last such token"
+                )
                 yield Finding(differs(what, token, [before, turn.end]), k, token)
         if turn.cached_tokens is not None and turn.cached_tokens > turn.start:
             yield Finding(differs("cached_tokens", turn.cached_tokens, f"at most {turn.start}"), k)

@@ -11,7 +11,7 @@ from conversations.trajectory import Trajectory
 
 
 def round_findings(trajectory: Trajectory, rounds: list[Round]) -> Iterator[Finding]:
-    """A message for each turn, answered by tools or a user alone; only the last may go unanswered."""
+    """One message a turn, answered by tools or a user alone; only the last may be unanswered."""
     if len(rounds) != len(trajectory.turns):
         what = differs(
             "the number of messages that carry `raw`", len(rounds), len(trajectory.turns)

@@ -1,4 +1,4 @@
-"""ATIF v1.8, one document a line; `conversations.atif` says which field goes where, and reads it back."""
+"""ATIF v1.8, one document a line. `conversations.atif` maps the fields, both ways."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ ATIF = Format(
     write=write_json_lines("trajectories.jsonl", exact=True),
     unit="trajectory",
     fields={
-        "steps[].metrics": "of each generation prompt_token_ids (all that the engine saw), completion_token_ids, logprobs: exactly",
-        "steps[].extra.turntrace, tool_calls[].extra.turntrace": "a message's raw text, a malformed call, the ledger's line of a call",
-        "extra.turntrace": "response_mask, segments, rewards and all else of the record; `turntrace import` gives it back as it was",
+        "steps[].metrics": "for each generation exactly prompt_token_ids (all the engine saw), "
+        "completion_token_ids and logprobs",
+        "steps[].extra.turntrace, tool_calls[].extra.turntrace": "a message's raw text, "
+        "a malformed call, a call's ledger line",
+        "extra.turntrace": "response_mask, segments, rewards and the rest of the record; "
+        "`turntrace import` restores it unchanged",
     },
     usage="one ATIF document a line; `split -l 1` makes files of them",
 )

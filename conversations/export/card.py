@@ -1,4 +1,4 @@
-"""The dataset card: what lies in an export, where it comes from, what is missing, and how to make it again. Markdown."""
+"""The dataset card, in Markdown: contents, origin, what is missing, the command."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from conversations.export.export import Export
 from conversations.export.filters import Filters
 from conversations.export.text import VERDICTS
 
-LICENCES = {
+LICENSES = {
     "smollm2-tools": "Apache-2.0",
     "smollm2-base": "Apache-2.0",
     "openai/gsm8k": "MIT",
 }
-"""Of models and data sources by the names that runs give them, as far as known."""
+"""Licenses of models and data sources, by the names that runs use."""
 
 
 def card(done: Export) -> str:
     """The card as text, ending in a newline."""
     parts = [
         f"# {done.rows} {plural(done.format.unit, done.rows)} for {done.format.consumer}",
-        f"{done.kept.trajectories} of {done.whole.trajectories} trajectories of one turntrace run, as `{done.format.name}`. To load: "
+        f"{done.kept.trajectories} of {done.whole.trajectories} trajectories of one turntrace run, "
+        f"as `{done.format.name}`. To load: "
         f"`{done.format.usage}`.",
         "## Fields\n\n" + _table(("field", "what it holds"), done.format.fields.items()),
         "## What was left out\n\n" + _left_out(done),
@@ -76,8 +77,8 @@ def _checked(done: Export) -> str:
         if done.verdicts[name]
     ]
     return (
-        "## Text or tokens\n\nThe format holds text. Each was tokenised again as its consumer does, and compared with the ids and the mask "
-        "of the record:\n\n"
+        "## Text or tokens\n\nThe format holds text. Each text was tokenised again as its consumer "
+        "does, and compared with the ids and the mask of the record:\n\n"
         + _table(("finding", "how many", "the first", "meaning"), rows)
         + "\n\n"
         "trl-sft, dataproto, atif and parquet hold the ids and the mask themselves."
@@ -90,7 +91,8 @@ def _statistics(done: Export) -> str:
     return (
         _table(("", "the whole run", "exported"), rows)
         + f"\n\nA sample passes with a reward of at least {done.filters.pass_reward:g}. pass@k "
-        "is the unbiased estimator of Chen et al. 2021, averaged over groups with k samples; filters on trajectories bias the right column."
+        "is the unbiased estimator of Chen et al. 2021, averaged over groups with k samples; "
+        "filters on trajectories bias the right column."
     )
 
 
@@ -103,14 +105,15 @@ def _origin(done: Export) -> str:
     rows = [
         (
             "run made",
-            f"{manifest.get('created', 'unknown')} by `{_code(manifest.get('command', 'unknown'))}`",
+            f"{manifest.get('created', 'unknown')} by "
+            f"`{_code(manifest.get('command', 'unknown'))}`",
         ),
         *[(f"SHA-256 of {name}", digest) for name, digest in done.run_files.items()],
         ("model", f"{model.get('path', 'unknown')} (SHA-256 {model.get('sha256') or 'unknown'})"),
         ("tasks", f"{tasks.get('file', 'unknown')} (SHA-256 {tasks.get('sha256') or 'unknown'})"),
         ("data sources", sources),
-        ("licence of the model", LICENCES.get(str(model.get("path")), "unknown")),
-        ("licence of the tasks", _licences(list(done.kept.data_sources))),
+        ("license of the model", LICENSES.get(str(model.get("path")), "unknown")),
+        ("license of the tasks", _licenses(list(done.kept.data_sources))),
         *(
             [("imported from", str(_part(manifest, "imported").get("from")))]
             if manifest.get("imported")
@@ -120,10 +123,10 @@ def _origin(done: Export) -> str:
     return _table(("", ""), rows)
 
 
-def _licences(names: Sequence[str]) -> str:
-    known = {name: LICENCES.get(name, "unknown") for name in names[:8]}
+def _licenses(names: Sequence[str]) -> str:
+    known = {name: LICENSES.get(name, "unknown") for name in names[:8]}
     return (
-        ", ".join(f"{name}: {licence}" for name, licence in known.items())
+        ", ".join(f"{name}: {license}" for name, license in known.items())
         if set(known.values()) != {"unknown"}
         else "unknown"
     )
@@ -133,7 +136,10 @@ def _again(done: Export) -> str:
     versions = _part(done.manifest, "versions")
     command = f"```sh\n{done.command}\n```\n\n" if done.command else ""
     made = versions.get("turntrace", "unknown")
-    return f"{command}The run was made with turntrace {made}. The same run gives the same rows in the same order."
+    return (
+        f"{command}The run was made with turntrace {made}. "
+        "The same run gives the same rows in the same order."
+    )
 
 
 def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -142,7 +148,7 @@ def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def plural(unit: str, count: int) -> str:
-    """The name of so many rows."""
+    """The unit's name for a number of rows."""
     many = {"trajectory": "trajectories", "batch": "batches"}.get(unit, unit + "s")
     return unit if count == 1 else many
 

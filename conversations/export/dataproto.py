@@ -1,7 +1,7 @@
-"""verl `DataProto` files, batch by batch: what `generate_sequences` returns for the same trajectories, tensor for tensor.
+"""verl `DataProto` files, one a batch: the tensors that `generate_sequences` returns.
 
-Written with verl's own `save_to_disk`, which is a pickle: `DataProto.load_from_disk` runs whatever code such a file holds, so load none
-that you did not write yourself. turntrace never loads one.
+They are written with verl's own `save_to_disk`, which is a pickle: `DataProto.load_from_disk` runs
+any code in such a file, so load only files that you wrote. turntrace never loads one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _rows(source: Source) -> Iterator[Row]:
 
 
 def _trainable(record: Record) -> Trajectory:
-    """What infrastructure failed is there where it was asked for, and nothing of it is trained on, as in a trainer."""
+    """The trajectory; the mask of an infrastructure failure is 0 throughout, as in a trainer."""
     mask = [0] * len(record["response_ids"]) if record["infra_error"] else record["response_mask"]
     return Trajectory.from_record({**record, "response_mask": mask})
 
@@ -52,7 +52,7 @@ def _columns(batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
 
 
 def _lengths(manifest: Mapping[str, Any]) -> tuple[int, int]:
-    """The run's own `prompt_length` and `response_length`, to which a trainer pads; 0 where it had none: the longest counts."""
+    """The run's `prompt_length` and `response_length`, the padded lengths; 0 if it has none."""
     config = manifest.get("config")
     rollout = config.get("rollout") if isinstance(config, dict) else None
     found = rollout if isinstance(rollout, dict) else {}
@@ -61,7 +61,7 @@ def _lengths(manifest: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """verl pads with the tokenizer's pad token, and gives one without a pad token its end-of-text token."""
+    """The tokenizer's pad token, or else its end-of-text token, as in verl."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ExportError(
@@ -90,7 +90,7 @@ def _write(rows: Iterator[Row], folder: Path) -> int:
 
 
 def _objects(values: list[Any], np: Any) -> Any:
-    """A one-dimensional array of objects, whatever they are."""
+    """A one-dimensional array of any objects."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array
@@ -103,11 +103,14 @@ DATAPROTO = Format(
     write=_write,
     unit="batch",
     fields={
-        "prompts, responses, input_ids, attention_mask, position_ids": "int64, padded to the run's prompt_length and response_length",
+        "prompts, responses, input_ids, attention_mask, position_ids": "int64, padded to the run's "
+        "prompt_length and response_length",
         "response_mask": "int64, 1 exactly where the engine sampled the token",
         "rollout_log_probs": "float32, the engine's, 0 where nothing was sampled",
-        "messages, reward_scores, request_id": "non-tensors as verl 0.6.1's rollout has them: messages, reward parts, the trajectory's id",
-        "uid, reward, ground_truth, data_source, __num_turns__": "the group's id, and more of the record",
+        "messages, reward_scores, request_id": "non-tensors as in verl 0.6.1's rollout: messages, "
+        "reward parts, the trajectory's id",
+        "uid, reward, ground_truth, data_source, __num_turns__": "the group's id, "
+        "and more of the record",
     },
     usage='DataProto.load_from_disk("batch-00000.pkl"), a pickle: load none from elsewhere',
 )

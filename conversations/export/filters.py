@@ -1,7 +1,7 @@
-"""Which trajectories of a run are exported, and for each that is not, why.
+"""Which trajectories of a run are exported, and why the others are not.
 
-Filters are asked in the order of `REASONS`, and a trajectory counts for the first that leaves it out; so what is kept and the counts by
-reason add up to the run. Filters on groups look at the whole run's groups, before any other filter.
+Filters apply in the order of `REASONS`, and a trajectory counts for the first one that drops it, so
+the kept ones and the counts add up to the run. Filters on groups use the groups of the whole run.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ REASONS = {
     "too many tokens": "max_tokens",
     "duplicate": "dedupe",
 }
-"""Why a trajectory is left out, in the order asked, and the field of `Filters` behind it."""
+"""Why a trajectory is left out, in order, with the field of `Filters` that decides it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What is to be kept; the defaults keep everything that infrastructure did not fail.
+    """What to keep. The defaults keep everything but infrastructure failures.
 
-    Bounds are inclusive. `pass_rate` is the share of a group's samples with a reward of at least `pass_reward`. `max_tokens` counts
-    prompt and response. Raises ExportError for values that mean nothing.
+    Bounds are inclusive. `pass_rate` is the share of a group's samples with a reward of at least
+    `pass_reward`. `max_tokens` counts prompt and response. `dedupe` keeps the first of several with
+    the same token ids. Raises ExportError for values that make no sense.
     """
 
     min_reward: float | None = None
@@ -54,7 +55,8 @@ class Filters:
     def __post_init__(self) -> None:
         if unknown := self.stop_reasons.difference(STOP_REASONS):
             raise ExportError(
-                f"there is no stop reason {', '.join(sorted(unknown))}; the stop reasons are {', '.join(STOP_REASONS)}"
+                f"there is no stop reason {', '.join(sorted(unknown))}; "
+                f"the stop reasons are {', '.join(STOP_REASONS)}"
             )
         if any(
             bound is not None and math.isnan(bound)
@@ -77,7 +79,7 @@ class Filters:
 
     @property
     def on_groups(self) -> bool:
-        """Whether the run's groups must be known before its first trajectory can be judged."""
+        """Whether the run's groups are needed before its first trajectory."""
         return self.mixed_groups or self.pass_rate is not None
 
 
@@ -102,12 +104,12 @@ class Seen:
 
 @dataclass(slots=True)
 class Selection:
-    """The kept records of a run, once through: iterating fills `whole`, `kept` and `dropped`."""
+    """The kept records of a run. Iterate once: it fills `whole`, `kept` and `dropped`."""
 
     run: Run
     filters: Filters
     progress: Callable[[int], None] | None = None
-    """Told how many records were read."""
+    """Called with the number of records read."""
     whole: Statistics = field(init=False)
     kept: Statistics = field(init=False)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -130,7 +132,7 @@ class Selection:
                 self.dropped[reason] += 1
 
     def _groups(self) -> Statistics:
-        """The run's rewards by group, where a filter asks for them."""
+        """The run's rewards by group, if a filter needs them."""
         groups = Statistics(self.filters.pass_reward)
         if self.filters.on_groups:
             for record in self.run.records(check=False):

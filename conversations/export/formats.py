@@ -1,7 +1,8 @@
-"""What a format is, and the list of them: each is a function from the selected records to rows, and a way to write rows.
+"""What a format is, and the list of them: a function from records to rows, and a writer of rows.
 
-A format reads its `Source` once, front to back, and holds no more than a few numbers a trajectory. What it cannot carry it reports
-there: `leave_out` for a record without a place in the format, `found` for what a consumer would make of a text (`text.VERDICTS`).
+A format reads its `Source` once, front to back, and keeps no more than a few numbers a trajectory.
+It reports there what it cannot hold: `leave_out` for a record without a place in it, `count` for
+what a consumer would make of a text (`text.VERDICTS`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class Source:
-    """The selected records of a run; iterate once. `batch_size` is what `dataproto` puts into one file."""
+    """The selected records of a run. Iterate once. `batch_size` is for `dataproto`: rows in one
+    file.
+    """
 
     run: Run
     selected: Iterable[Record]
@@ -31,7 +34,7 @@ class Source:
     left_out: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
     differing: dict[str, str] = field(default_factory=dict)
-    """The first ids with each verdict but "same"."""
+    """The first id with each verdict but "same"."""
     notes: list[str] = field(default_factory=list)
     _view: TextView | None = None
 
@@ -39,7 +42,7 @@ class Source:
         return iter(self.selected)
 
     def with_ids(self) -> Iterator[Record]:
-        """The records that something was sampled in, token by token."""
+        """The records with sampled tokens; the others are left out."""
         for record in self:
             if record["turns"]:
                 yield record
@@ -51,7 +54,9 @@ class Source:
         self.left_out[reason] += 1
 
     def fits(self, record: Record, retokenise: Callable[..., Tokens], *texts: Any) -> bool:
-        """Counts what the consumer will make of a record's texts; False, and left out, where it would refuse them."""
+        """Counts what the consumer makes of a record's texts. False, and left out, if it refuses
+        them.
+        """
         name = self._verdict(record, retokenise, texts)
         self.count(name, record)
         if name == "refused":
@@ -88,18 +93,19 @@ class Source:
             return self.run.template()
         except ConversationsError as error:
             self.notes.append(
-                f"tools stand in no system message, and nothing was checked, as the run's chat template cannot be used: {error}"
+                "tools are in no system message and nothing was checked, "
+                f"because the run's chat template cannot be used: {error}"
             )
             return None
 
 
 Writer = Callable[[Iterator[Row], Path], int]
-"""Writes rows below a folder, returns how many."""
+"""Writes rows into a folder, returns how many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One `--to`. `fields` documents its rows for the card, `usage` says how the consumer loads them."""
+    """One format of `--to`. `fields` documents its rows, `usage` how the consumer loads them."""
 
     name: str
     consumer: str
@@ -112,12 +118,12 @@ class Format:
 
 
 def names() -> tuple[str, ...]:
-    """The formats, in the order to show them."""
+    """The names of the formats, in the order to show them."""
     return tuple(_modules())
 
 
 def get_format(name: str) -> Format:
-    """The format of that name. Raises ExportError, with the names that there are."""
+    """The format of that name. Raises ExportError if there is none."""
     from importlib import import_module
 
     if name not in _modules():
@@ -131,7 +137,7 @@ def get_format(name: str) -> Format:
 
 @functools.cache
 def _modules() -> dict[str, str]:
-    """Each format's module, imported when asked for."""
+    """Each format's module; it is imported on first use."""
     return {
         "verl-rl": "verl_rl",
         "verl-sft": "verl_sft",

@@ -1,7 +1,8 @@
 """Group statistics: how often the samples of a task pass, and how their rewards spread.
 
-A group is the samples of one task; a sample counts where it has a reward (infrastructure failures have none). pass@k is the unbiased
-estimator of Chen et al. 2021 (arXiv:2107.03374, equation 1), averaged over the groups that have at least k samples.
+A group is the samples of one task. A sample counts if it has a reward; infrastructure failures have
+none. pass@k is the unbiased estimator of Chen et al. 2021 (arXiv:2107.03374, equation 1), averaged
+over the groups with at least k samples.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ PASS_REWARD = 1.0
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
-    """The chance that at least one of `k` samples passes, estimated from `n` samples of which `passed` did; k <= n."""
+    """The estimated probability that at least one of `k` samples passes, `passed` of `n` did; k <=
+    n.
+    """
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Counters over trajectories, filled by `add`; `rewards` holds each task's rewards, so memory is a number a sample."""
+    """Counters over trajectories, filled by `add`. Memory is one number a sample."""
 
     pass_reward: float = PASS_REWARD
     trajectories: int = 0
@@ -62,28 +65,32 @@ class Statistics:
             self.rewards.setdefault(record["task_id"], []).append(record["reward"])
 
     def passed(self, task_id: str) -> tuple[int, int]:
-        """How many of a task's samples passed, and how many have a reward."""
+        """The number of a task's samples that passed, and the number that have a reward."""
         rewards = self.rewards.get(task_id, [])
         return sum(reward >= self.pass_reward for reward in rewards), len(rewards)
 
     def is_mixed(self, task_id: str) -> bool:
-        """True where a task's rewards differ: those from which a group-relative advantage learns."""
+        """Whether a task's rewards differ: only then does a group-relative advantage learn from
+        them.
+        """
         return len(set(self.rewards.get(task_id, []))) > 1
 
     def reward_mean(self) -> float | None:
-        """Over all samples; None where none has a reward."""
+        """The mean over all samples, None if none has a reward."""
         return fmean(self._all()) if self.rewards else None
 
     def reward_std(self) -> float | None:
-        """Over all samples, of the population."""
+        """The standard deviation over all samples, of the population."""
         return pstdev(self._all()) if self.rewards else None
 
     def group_std(self) -> float | None:
-        """The mean over groups of a group's own standard deviation: what a group-relative advantage is made of."""
+        """The mean over groups of the standard deviation within a group."""
         return fmean(pstdev(rewards) for rewards in self.rewards.values()) if self.rewards else None
 
     def pass_at(self) -> dict[int, tuple[float, int]]:
-        """For k = 1, 2, 4, ... up to the largest group: pass@k, and how many groups have k samples."""
+        """pass@k for k = 1, 2, 4, ... up to the largest group, with the number of groups of k
+        samples.
+        """
         counted = [(n, passed) for passed, n in map(self.passed, self.rewards)]
         largest = max((n for n, _ in counted), default=0)
         ks = [1 << power for power in range(largest.bit_length())]

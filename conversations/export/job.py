@@ -1,6 +1,6 @@
-"""`turntrace export`: select, write beside, describe, rename.
+"""`turntrace export`: selects, writes into a new folder, describes it, renames it.
 
-Invariant: the out folder is there whole, card and all, or not at all (`new_folder`).
+Invariant: the out folder exists complete with its card, or not at all (`new_folder`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def export(
     command: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Export:
-    """Writes the run's selected trajectories in the format `to` into the new folder `out`; returns what was done.
+    """Writes the run's selected trajectories in the format `to` into the new folder `out`.
 
-    `progress` is called with the number of trajectories read so far; `command` goes into the card as the way to do it again. Raises
-    ExportError where `out` is there already, the format does not exist, nothing is left to write, or a value has no place in the format.
+    `progress` is called with the number of trajectories read so far; `command` goes into the card.
+    Raises ExportError if `out` exists, the format does not, nothing is left to write, or a value
+    has no place in the format.
     """
     chosen, filters, out = get_format(to), filters or Filters(), Path(out)
     selection = Selection(run, filters, progress)
@@ -43,9 +44,8 @@ def export(
     with new_folder(out, ExportError) as folder:
         rows = chosen.write(chosen.rows(source), folder)
         if rows == 0:
-            raise ExportError(
-                f"nothing is left to export of {len(run)} trajectories: {_reasons(selection.dropped + source.left_out)}"
-            )
+            reasons = _reasons(selection.dropped + source.left_out)
+            raise ExportError(f"nothing is left to export of {len(run)} trajectories: {reasons}")
         done = Export(
             format=chosen,
             run=run.path,

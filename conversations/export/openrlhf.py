@@ -1,7 +1,8 @@
-"""OpenRLHF 0.11: SFT on whole conversations, prompts to roll out again, and preference pairs; JSON Lines for its `datasets/`.
+"""OpenRLHF 0.11, JSON Lines for its `datasets/`: SFT, prompts to roll out again, preference pairs.
 
-Its datasets hold text only. SFT is for `multiturn` with the chat template (`SFTDataset` gives a loss range to each assistant
-message); prompts and pairs are rendered already, and want no chat template.
+Its datasets hold only text. SFT is for `multiturn` with the chat template: `SFTDataset` gives a
+loss range to each assistant message. Prompts and pairs are rendered already and need no chat
+template.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from conversations.export.writers import json_text, write_json_lines
 
 
 def retokenised_messages(messages: list[dict[str, str]], view: TextView) -> Tokens:
-    """datasets/sft_dataset.py with `multiturn`: one text for all, and a range for each assistant message. Raises Refused."""
+    """The tokens of datasets/sft_dataset.py with `multiturn`. Raises Refused.
+
+    It renders one text for all, and has a loss range for each assistant message.
+    """
     assert view.template is not None
     encode = view.template.encode
     ranges = []
@@ -40,7 +44,9 @@ def retokenised_messages(messages: list[dict[str, str]], view: TextView) -> Toke
 
 
 def retokenised_pair(prompt: str, completion: str, view: TextView) -> Tokens:
-    """datasets/reward_dataset.py without a chat template; all of the completion counts."""
+    """The tokens of datasets/reward_dataset.py without a chat template; all of the completion
+    counts.
+    """
     assert view.template is not None
     ids = view.template.encode(_closed(prompt + completion, view))
     ids[-1] = view.template.tokenizer.eos_token_id
@@ -48,7 +54,7 @@ def retokenised_pair(prompt: str, completion: str, view: TextView) -> Tokens:
 
 
 def _closed(text: str, view: TextView) -> str:
-    """The text with the end-of-text token, which its datasets put where it is missing."""
+    """The text with an end-of-text token, which its datasets add if it is missing."""
     assert view.template is not None
     text, eos = text.rstrip("\n"), view.template.tokenizer.eos_token
     return text if text.endswith(eos) else f"{text} {eos}"
@@ -95,7 +101,8 @@ OPENRLHF_SFT = Format(
     write=write_json_lines("train.jsonl"),
     unit="trajectory",
     fields={
-        "input": "the messages up to the last sampled one; tools stand in the system message, an assistant's content is as sampled",
+        "input": "the messages up to the last sampled one; tools stand in the system message, "
+        "an assistant's content is as sampled",
         "id, reward": "the trajectory in the run, and its reward",
     },
     usage="--data.input_key input --data.apply_chat_template --data.multiturn",
@@ -108,10 +115,12 @@ OPENRLHF_PROMPTS = Format(
     write=write_json_lines("train.jsonl"),
     unit="task",
     fields={
-        "input": "the text of the prompt's ids: chat template, tools and all; do not apply a chat template again",
+        "input": "the text of the prompt's ids, with chat template and tools; "
+        "do not apply a chat template again",
         "label": "the ground truth, as text",
         "datasource": "the task's data source",
-        "task_id, samples, reward_mean": "the group in the run, how many of its samples were exported, and their mean reward",
+        "task_id, samples, reward_mean": "the group in the run, how many of its samples were "
+        "exported, and their mean reward",
     },
     usage="--data.input_key input --data.label_key label",
 )

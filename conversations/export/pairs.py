@@ -1,7 +1,9 @@
-"""Preference pairs: of each group the best and the worst sample, where their rewards differ and their prompts are the same.
+"""Preference pairs: the best and the worst sample of each group.
 
-The texts are decoded from the ids, up to the last sampled token, so chat template and tools stand in them as the engine saw them.
-Neither TRL nor OpenRLHF has a mask for a pair: a trainer counts tool responses in a completion too, and `verdict` says so.
+Their rewards must differ and their prompts must be equal. The texts are decoded from the ids, up to
+the last sampled token, so they have the chat template and tools as the engine saw them. Neither TRL
+nor OpenRLHF has a mask for a pair: a trainer counts the tool responses in a completion too, and
+`verdict` says so.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from conversations.export.formats import Row, Source
 from conversations.export.text import TextView, Tokens
 
 FIELDS = {
-    "prompt": "the text of the prompt's ids: chat template, tools and all; do not apply a chat template again",
-    "chosen, rejected": "the text of the best and of the worst response of the group, up to the last sampled token",
+    "prompt": "the text of the prompt's ids, with chat template and tools; "
+    "do not apply a chat template again",
+    "chosen, rejected": "the text of the best and of the worst response of the group, "
+    "up to the last sampled token",
     "chosen_reward, rejected_reward": "the rewards of the two",
     "chosen_id, rejected_id, task_id": "the trajectories and their group in the run",
 }
@@ -24,7 +28,7 @@ FIELDS = {
 
 @dataclass(slots=True)
 class _Extremes:
-    """The best and the worst sample so far; of equals the first."""
+    """The best and the worst sample so far, the first of equals."""
 
     best: tuple[float, str]
     worst: tuple[float, str]
@@ -37,7 +41,7 @@ class _Extremes:
 
 
 def pairs(source: Source, retokenise: Callable[[str, str, TextView], Tokens]) -> Iterator[Row]:
-    """One row a group; `retokenise` is what the consumer does with a prompt and a completion."""
+    """One row for each group. `retokenise` tokenises prompt and completion as the consumer."""
     view = source.view
     if view.template is None:
         raise ExportError(f"{source.run.path}: pairs hold text, and {source.notes[-1]}")

@@ -1,4 +1,4 @@
-"""Plain Parquet: the whole record, column by column, as `conversations.arrow` documents; zstd. Nothing is lost."""
+"""Plain Parquet: the whole record, in the columns of `conversations.arrow`. Lossless."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ PARQUET = Format(
     write=_write,
     unit="trajectory",
     fields={
-        "prompt_ids, response_ids, response_mask, response_logprobs": "the tokens, exactly; the mask is 1 where the engine sampled",
-        "segments, turns": "who wrote which tokens; each generation's span, finish reason and times",
+        "prompt_ids, response_ids, response_mask, response_logprobs": "the tokens, exactly; "
+        "the mask is 1 where the engine sampled",
+        "segments, turns": "who wrote which tokens; "
+        "each generation's span, finish reason and times",
         ", ".join(arrow.JSON_COLUMNS): "JSON text",
         "(others)": "as in the record",
     },

@@ -1,7 +1,9 @@
-"""ShareGPT as LLaMA-Factory 0.9.5 reads it (data/converter.py, `SharegptDatasetConverter`), with its dataset_info.json.
+"""ShareGPT as LLaMA-Factory 0.9.5 reads it, with its dataset_info.json.
 
-A turn that says nothing but valid calls is a `function_call`, any other a `gpt` turn with its text as sampled. Turns must alternate:
-human or observation, then gpt or function_call; a turn's tool responses are one observation, joined as LLaMA-Factory joins them.
+Source: data/converter.py, `SharegptDatasetConverter`. A turn with nothing but valid calls is a
+`function_call`, any other a `gpt` turn with its text as sampled. Turns must alternate: human or
+observation, then gpt or function_call. A turn's tool responses are one observation, joined as
+LLaMA-Factory joins them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _ASKS, _ANSWERS = {"human", "observation"}, {"gpt", "function_call"}
 
 
 def turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]] | None:
-    """ShareGPT's turns of messages without a system message; None where they do not alternate."""
+    """ShareGPT's turns of messages without a system message, None if they do not alternate."""
     found: list[dict[str, str]] = []
     for message in messages:
         if message["role"] == "tool" and found and found[-1]["from"] == "observation":
@@ -67,7 +69,10 @@ def _arguments(text: str) -> Any:
 def retokenised(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], view: TextView
 ) -> Tokens:
-    """What a trainer gets that renders the same turns with the run's own chat template and trains on gpt and function_call turns."""
+    """The tokens of a trainer that renders the same turns with the run's own chat template.
+
+    It trains on gpt and function_call turns.
+    """
     assert view.template is not None
     encode = view.template.encode
     shown = [_as_rendered(message) for message in messages]
@@ -140,7 +145,8 @@ SHAREGPT = Format(
     write=_write,
     unit="trajectory",
     fields={
-        "conversations": "turns of {from, value}: human, gpt, function_call (JSON of name and arguments), observation",
+        "conversations": "turns of {from, value}: human, gpt, "
+        "function_call (JSON of name and arguments), observation",
         "system": "the system message, or what the run's chat template says where none was given",
         "tools": "the OpenAI tool schemas offered, as JSON text",
         "id, reward": "the trajectory in the run, and its reward",

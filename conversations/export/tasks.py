@@ -1,4 +1,4 @@
-"""One row a task, for formats that hold prompts to run again: the group's first record, and how its samples did."""
+"""One row for each task, for formats that hold prompts to run again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from conversations.export.formats import Record, Source
 
 
 def first_of_each_task(source: Source) -> Iterator[tuple[Record, dict[str, Any]]]:
-    """For each task its first selected record, and `samples` and `reward_mean` over those selected, tasks in file order."""
+    """Yields each task's first selected record, with `samples` and `reward_mean` of those selected.
+
+    Tasks come in file order.
+    """
     first: dict[str, str] = {}
     rewards: dict[str, list[float]] = {}
     samples: dict[str, int] = {}

@@ -1,10 +1,11 @@
-"""Conversations as text, for formats that hold no token ids, and what comes of it when a consumer makes tokens again.
+"""Conversations as text, for formats that hold no token ids, and what a consumer makes of it.
 
-Text is as near to the tokens as messages can be: an assistant's content is its `raw`, calls and all, and where a consumer does not
-hand tools to its chat template the tools stand in the system message, word for word as they stood in the prompt's tokens.
+The text is as close to the tokens as messages can be: an assistant's content is its `raw` with its
+calls, and if a consumer gives no tools to its chat template, the tools stand in the system message,
+word for word as they stood in the prompt's tokens.
 
-Each text format has a `retokenised` that does what its consumer's own code does (tests compare the two), and `verdict` says what
-that means for the record: whether the consumer trains on the ids that were sampled, and on nothing else.
+Each text format has a `retokenised` that does what its consumer's own code does (tests compare the
+two). `verdict` says whether the consumer trains on the sampled ids and on nothing else.
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ from conversations.template import ChatTemplate
 
 VERDICTS = {
     "same": "the consumer's tokens and mask are the record's",
-    "scaffold": "the tokens are the record's; the consumer also trains on the template's scaffold after an end token (a newline)",
-    "mask": "the tokens are the record's, but the consumer trains on some that the model did not sample, or not on some that it did",
+    "scaffold": "the tokens are the record's; the consumer also trains on the template's scaffold "
+    "after an end token (a newline)",
+    "mask": "the tokens are the record's, but the consumer trains on some that the model did not "
+    "sample, or not on some that it did",
     "tokens": "the consumer gets other tokens out of the text",
     "refused": "the consumer's code or the chat template refuses the messages; left out",
     "not checked": "the run has no tokenizer, or the record no token ids",
 }
-"""What a check can find, the best first."""
+"""What a check can find, best first."""
 
 REMEMBERED = 1024
-"""System messages with tools in them; more are found anew."""
+"""The number of system messages with tools that are remembered."""
 
 _MARK = "a4b1turntrace"
 
 Tokens = tuple[list[int], list[int]]
-"""A consumer's token ids, and a mask: 1 where it trains the model to say the token."""
+"""A consumer's token ids and mask: 1 where it trains the model on the token."""
 
 
 class Refused(Exception):  # noqa: N818
-    """A consumer could not read the messages; never leaves this package."""
+    """A consumer could not read the messages. It never leaves this package."""
 
 
 class TextView:
-    """Messages of records as text, by the chat template of their run."""
+    """Records' messages as text, by the chat template of their run."""
 
     def __init__(self, template: ChatTemplate | None, kwargs: Mapping[str, Any]) -> None:
         self.template = template
@@ -49,12 +52,16 @@ class TextView:
         self._defaults: dict[str, str] = {}
 
     def messages(self, record: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Role and content up to the last sampled message, tools in the system message; assistants' content as sampled."""
+        """Role and content up to the last sampled message, an assistant's content as it was
+        sampled.
+
+        Tools stand in the system message.
+        """
         spoken = record["messages"][: last_sampled(record["messages"]) + 1]
         return self._with_tools([_plain(message) for message in spoken], record)
 
     def default_system(self, tools: Sequence[Any]) -> str:
-        """What the template says for a system message where none is given; "" where nothing."""
+        """The system message that the template adds if none is given, "" if it adds none."""
         key = json.dumps(tools)
         if key not in self._defaults:
             self._defaults[key] = self._default_system(tools)
@@ -130,7 +137,9 @@ class TextView:
     def _system_with_tools(
         self, system: list[dict[str, str]], rest: list[dict[str, str]], record: Mapping[str, Any]
     ) -> str | None:
-        """The system message that renders to the prompt, tools and all; None where the template has no such place."""
+        """The system message that renders to the prompt with its tools, None if there is no such
+        message.
+        """
         asked = rest[
             : next(
                 (index for index, message in enumerate(rest) if message["role"] == "assistant"),
@@ -164,7 +173,7 @@ def whole_mask(record: Mapping[str, Any]) -> list[int]:
 
 
 def after_common(prompt: list[int], whole: list[int]) -> Tokens:
-    """Tokens of a prompt and its completion, where all that differs from the prompt's own tokens is trained on."""
+    """The tokens of a prompt with its completion. The mask is 1 after the prompt's own tokens."""
     common = next(
         (
             place
@@ -184,7 +193,7 @@ def _plain(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def verdict(record: Mapping[str, Any], tokens: Tokens, template: ChatTemplate) -> str:
-    """One of `VERDICTS`: what the consumer gets, compared with the record up to its last sampled token."""
+    """One of `VERDICTS`: the consumer's tokens against the record's, to the last sampled one."""
     ids, mask = tokens
     end = record["turns"][-1]["end"]
     own = whole_ids(record)
@@ -201,7 +210,7 @@ def verdict(record: Mapping[str, Any], tokens: Tokens, template: ChatTemplate) -
 
 
 def _scaffold(record: Mapping[str, Any], template: ChatTemplate) -> Callable[[int], bool]:
-    """Whether a place holds what the template puts behind an end token: before the next block, or behind the last turn."""
+    """Whether a place is scaffold that the template puts after an end token."""
     own, end = whole_ids(record), record["turns"][-1]["end"]
     places = {
         place

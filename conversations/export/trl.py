@@ -1,7 +1,8 @@
 """TRL: SFT on exact tokens, and preference pairs as text.
 
-SFT rows are tokenised already: `SFTTrainer` takes `input_ids` as they are and makes labels of `assistant_masks` (TRL 1.16,
-trainer/sft_trainer.py, `_prepare_dataset`). `DPOTrainer` tokenises text always, so a pair holds the decoded text of its tokens.
+SFT rows are tokenised already: `SFTTrainer` uses `input_ids` as they are and makes labels of
+`assistant_masks` (TRL 1.16, trainer/sft_trainer.py, `_prepare_dataset`). `DPOTrainer` always
+tokenises text, so a pair holds the decoded text of its tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def _sft_schema() -> Any:
 
 
 def retokenised(prompt: str, completion: str, view: TextView) -> Tokens:
-    """TRL 1.16, trainer/dpo_trainer.py, on two texts: the end-of-text token follows where it is missing; all of the completion counts."""
+    """The tokens of TRL 1.16, trainer/dpo_trainer.py, for two texts; all of the completion counts.
+
+    It adds the end-of-text token if that is missing.
+    """
     assert view.template is not None
     tokenizer = view.template.tokenizer
     completion += "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
@@ -56,10 +60,12 @@ TRL_SFT = Format(
     unit="trajectory",
     fields={
         "input_ids": "prompt and response, the ids that the engine saw and sampled",
-        "assistant_masks": "1 exactly where the engine sampled the token; SFTTrainer trains on these",
+        "assistant_masks": "1 exactly where the engine sampled the token; "
+        "SFTTrainer trains on these",
         "id": "the trajectory in the run",
     },
-    usage='SFTTrainer(train_dataset=datasets.load_dataset("parquet", data_files="train.parquet", split="train"), ...)',
+    usage='SFTTrainer(train_dataset=datasets.load_dataset("parquet", '
+    'data_files="train.parquet", split="train"), ...)',
 )
 
 TRL_PREFERENCE = Format(
@@ -69,5 +75,6 @@ TRL_PREFERENCE = Format(
     write=write_json_lines("train.jsonl"),
     unit="pair",
     fields=FIELDS,
-    usage='DPOTrainer(train_dataset=datasets.load_dataset("json", data_files="train.jsonl", split="train"), ...)',
+    usage='DPOTrainer(train_dataset=datasets.load_dataset("json", '
+    'data_files="train.jsonl", split="train"), ...)',
 )

@@ -1,7 +1,9 @@
-"""verl's RL Parquet: the tasks of the exported trajectories, to be rolled out again; for `RLHFDataset` (verl 0.6.1).
+"""verl's RL Parquet for `RLHFDataset` (verl 0.6.1): the tasks of the trajectories, to roll out
+again.
 
-A row is the task as it stood in its task file: its messages, and every key that the record carries in `extra`. What this run's samples
-of it did stands in `extra_info.turntrace`. Tools come from the trainer's tool config, as in the run.
+A row is the task as its task file had it: its messages, and every key that the record carries in
+`extra`. `extra_info.turntrace` says how the run's samples of it did. Tools come from the trainer's
+tool config, as in the run.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from conversations.export.tasks import first_of_each_task
 from conversations.export.writers import write_shaped_parquet
 from conversations.rounds import given_length
 
-_NOTE = "a tool with empty kwargs has null in tools_kwargs: Parquet has no empty objects; fill them in before verl's own rollout reads it"
+_NOTE = (
+    "a tool with empty kwargs has null in tools_kwargs: Parquet has no empty objects; "
+    "fill them in before verl's own rollout reads it"
+)
 
 
 def _rows(source: Source) -> Iterator[Row]:
@@ -83,7 +88,8 @@ VERL_RL = Format(
         "id": "the task's id in the run; `turntrace run` keeps it, verl does not read it",
         "prompt": "the task's messages",
         "data_source, reward_model.ground_truth": "as the task had them",
-        "extra_info": "the task's own, tools_kwargs included; turntrace: its task_id, how many samples were exported, their mean reward",
+        "extra_info": "the task's own, tools_kwargs included; turntrace: its task_id, how many "
+        "samples were exported, their mean reward",
         "(others)": "every other key of the task's row",
     },
     usage="data.train_files=train.parquet data.return_raw_chat=true",

@@ -1,7 +1,9 @@
-"""verl's multi-turn SFT Parquet, for `MultiTurnSFTDataset` (verl 0.6.1, utils/dataset/multiturn_sft_dataset.py).
+"""verl's multi-turn SFT Parquet, for `MultiTurnSFTDataset` of verl 0.6.1.
 
-Its `tools` column would be a Parquet struct, in which every tool gets the keys of all others as null, and the prompt shows them: the
-tools stand in the system message instead. A given assistant message has `loss_mask` 0, which that dataset honours.
+Source: utils/dataset/multiturn_sft_dataset.py. Its `tools` column would be a Parquet struct, in
+which every tool gets the keys of all others as null, and the prompt would show them: the tools
+stand in the system message instead. A given assistant message has `loss_mask` 0, which that dataset
+honours.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from conversations.run.open_run import template_kwargs
 
 
 def retokenised(messages: Sequence[Mapping[str, Any]], view: TextView) -> Tokens:
-    """What that dataset does: the tokens of a message are those of the text it adds to the rendering so far. Raises Refused."""
+    """The tokens of that dataset: each message adds those of the text that it adds to the
+    rendering.
+
+    Raises Refused.
+    """
     assert view.template is not None
     encode = view.template.encode
     roles = [message["role"] for message in messages]
@@ -48,7 +54,7 @@ def _check_order(roles: Sequence[str]) -> None:
 
 
 def _block_end(roles: Sequence[str], index: int) -> int:
-    """Where a run of tool messages ends; every other message is a block of its own."""
+    """The end of a block: a run of tool messages, or one other message."""
     end = index + 1
     while roles[index] == "tool" and end < len(roles) and roles[end] == "tool":
         end += 1
@@ -80,7 +86,10 @@ def _rows(source: Source) -> Iterator[Row]:
 def _aligned(
     shown: Sequence[dict[str, str]], given: Sequence[dict[str, Any]]
 ) -> list[tuple[dict[str, str], dict[str, Any]]]:
-    """Each message as text with the record's: the text may have one more, a system message that holds the tools."""
+    """Pairs of a message as text and the record's own.
+
+    The text may have one message more: a system message with the tools.
+    """
     given = given[: last_sampled(given) + 1]
     return list(zip(shown, [{}] * (len(shown) - len(given)) + list(given), strict=True))
 
@@ -103,11 +112,13 @@ VERL_SFT = Format(
     write=write_parquet("train.parquet", _schema),
     unit="trajectory",
     fields={
-        "messages": "role and content up to the last sampled message; tools stand in the system message, an assistant's content is as "
-        "sampled; loss_mask is 0 for assistant messages that were given, else null",
+        "messages": "role and content up to the last sampled message; tools stand in the system "
+        "message, an assistant's content is as sampled; loss_mask is 0 for given assistant "
+        "messages, else null",
         "enable_thinking": "as the run's config had it for its chat template, else null",
         "tool_schemas": "the tools offered, as JSON text; verl does not read it",
         "id, reward": "the trajectory in the run, and its reward",
     },
-    usage="data.train_files=train.parquet data.multiturn.enable=true data.multiturn.messages_key=messages",
+    usage="data.train_files=train.parquet data.multiturn.enable=true "
+    "data.multiturn.messages_key=messages",
 )

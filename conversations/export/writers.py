@@ -1,7 +1,7 @@
-"""Rows to files: JSON Lines, Parquet of a known schema, Parquet whose schema the rows decide. Memory holds one batch of rows.
+"""Rows to files: JSON Lines, or Parquet with a known schema or one that the rows decide.
 
-Parquet is compressed with zstd. A value that has no single Arrow type, such as a number in one row
-and a text in another, becomes JSON text.
+Memory holds one batch of rows. Parquet is compressed with zstd. A value that has no single Arrow
+type, such as a number in one row and a text in another, becomes JSON text.
 
 Text for trainers is Unicode: half a surrogate pair becomes U+FFFD, in every such format alike. Only
 an `exact` writer keeps it, as JSON can.
@@ -42,7 +42,7 @@ def write_json_lines(name: str, *, exact: bool = False) -> Callable[[Iterator[Ro
 
 
 def json_text(value: Any) -> str:
-    """The value as JSON. Raises ExportError for what JSON cannot hold: NaN, a lone object."""
+    """The value as JSON. Raises ExportError if it has no JSON form, such as NaN."""
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -59,7 +59,10 @@ def write_parquet(name: str, schema: Callable[[], Any]) -> Callable[[Iterator[Ro
 
 
 def write_shaped_parquet(name: str) -> Callable[[Iterator[Row], Path], int]:
-    """A writer of the Parquet file `name` whose schema has every key of any row; a key that a row lacks is null there."""
+    """A writer of the Parquet file `name` whose schema has the keys of all rows.
+
+    A key that a row does not have is null there.
+    """
 
     def write(rows: Iterator[Row], folder: Path) -> int:
         scratch = folder / (name + ".rows")
@@ -126,7 +129,7 @@ def shape_of(value: Any) -> Shape:
 
 
 def merged(one: Shape, other: Shape) -> Shape:
-    """A shape that both fit; "text" where there is no other."""
+    """A shape that both fit, "text" if there is no other."""
     if one is None or other is None:
         return other if one is None else one
     if isinstance(one, dict) and isinstance(other, dict):

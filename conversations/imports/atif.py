@@ -1,8 +1,9 @@
-"""ATIF documents as records: turntrace's own come back as they were, others as far as they carry tokens.
+"""ATIF documents as records: turntrace's own come back unchanged, others with the tokens they have.
 
-Structure is checked by the `atif` package's models, what those let pass here: token ids that are no ids, log-probs that do not line up.
-Of another's document every generation must have its prompt's and its own token ids, each prompt starting with all that was there before;
-otherwise it is imported without tokens, and its warnings say why.
+The `atif` package's models check the structure, this file what they accept: invalid token ids,
+log-probs that do not line up. Every generation of a foreign document must have the ids of its
+prompt and its own, each prompt starting with all tokens before it; otherwise it is imported without
+tokens, and a warning says why.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from conversations.upgrade import READABLE, upgraded
 MAX_ERRORS = 10
 MAX_ID = 1 << 31
 ROUNDING = 1e-3
-"""A log-prob may stand this far above 0: an engine's softmax rounds."""
+"""A log-prob may be this far above 0: an engine's softmax rounds."""
 CHANGED = (
     "the ATIF document was changed after turntrace wrote it: the record does not match its hash"
 )
 
 
 class reader:  # noqa: N801 - a function that remembers
-    """Reads documents; those with the same `session_id` and no `trajectory_id` are a group, numbered as they come."""
+    """Reads documents. Those with the same `session_id` and no `trajectory_id` are one group, in
+    order.
+    """
 
     def __init__(self, template: ChatTemplate | None) -> None:
         self._template = template
@@ -63,7 +66,7 @@ class reader:  # noqa: N801 - a function that remembers
 
 
 def _check_structure(found: dict[str, Any]) -> None:
-    """Raises ImportFileError with a line for each of the first `MAX_ERRORS` things that are not ATIF."""
+    """Raises ImportFileError with a line for each of the first `MAX_ERRORS` violations of ATIF."""
     try:
         import atif
     except ImportError as error:
@@ -91,7 +94,7 @@ def _check_structure(found: dict[str, Any]) -> None:
 
 
 def _check_numbers(found: dict[str, Any]) -> None:
-    """What the models let pass: ids out of range, log-probs of another length, infinite, or above 0."""
+    """Raises ImportFileError for numbers that the models accept but a record cannot hold."""
     if not found["steps"]:
         raise ImportFileError("it has no steps")
     for step in found["steps"]:
@@ -124,7 +127,7 @@ def _check_numbers(found: dict[str, Any]) -> None:
 
 
 def _own(found: dict[str, Any]) -> dict[str, Any]:
-    """The record that turntrace wrote. Raises ImportFileError where what is left of it is none any more."""
+    """The record that turntrace wrote. Raises ImportFileError if it is damaged."""
     try:
         written = record_of(found)
         unchanged = line_hash(written) == written["sha256"]
@@ -142,7 +145,7 @@ def _own(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Raises ImportFileError for a record whose form or tokens are not whole any more."""
+    """Raises ImportFileError if the record's form or tokens are damaged."""
     findings = list(shape_findings(record)) or list(token_findings(Trajectory.from_record(record)))
     if findings:
         raise ImportFileError(

@@ -1,7 +1,7 @@
-"""Another's ATIF steps as a conversation: messages, turns, tokens, the ledger.
+"""The steps of a foreign ATIF document as messages, turns, tokens and ledger.
 
-What cannot be known without the run's tokenizer is taken from the text and said in `warnings`: a message's `raw`, and where inside a gap
-between two generations the scaffold ends and a tool's block begins.
+What only the run's tokenizer could tell is taken from the text, and a warning says so: a message's
+`raw`, and where in a gap between two generations the scaffold ends and a tool's block begins.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ NO_LOGPROBS = "some generations have no log-probs: null stands there"
 NOT_FLOAT32 = "log-probs were no float32: the nearest ones stand there"
 RAW_IS_TEXT = "raw is the message's text, as there was no tokenizer to decode the sampled ids with"
 CALLS_DIFFER = "the calls of a message are ATIF's, not those that its text parses to"
-GAPS_WHOLE = "between two turns all tokens are counted to tool or user: what of them is the template's scaffold is not known"
+GAPS_WHOLE = (
+    "all tokens between two turns count as tool or user: the template's scaffold in them is unknown"
+)
 TOOLS_REWRITTEN = "the tool definitions are not OpenAI's: they were written in that form"
 TOOLS_LEFT_OUT = "a tool definition has no name: the definitions were left out"
 LEFT_OUT = "parts that are not text were left out"
 NO_TIME = "the steps have no timestamps: started_at is 1970"
-LEDGER = "the ledger is made from ATIF's calls and observations: a call with an answer counts as ok, without one as cancelled"
+LEDGER = (
+    "the ledger is made from ATIF's calls and observations: "
+    "a call with an answer counts as ok, without one as cancelled"
+)
 
 
 class Conversation:
@@ -82,7 +87,7 @@ class Conversation:
     # ------------------------------------------------------------------ tokens
 
     def _check_tokens(self) -> bool:
-        """Whether every generation's tokens stand in one growing sequence; says why not."""
+        """Whether all generations are one growing sequence of tokens. A warning says why not."""
         ids: list[int] = []
         for step in self._found["steps"]:
             if not _is_generation(step):
@@ -148,7 +153,9 @@ class Conversation:
         self._turns.append({**turn, "queue_s": None, "engine_s": None, "weight_version": None})
 
     def _gap(self, ids: list[int]) -> Sequence[Piece]:
-        """Who wrote the tokens between two turns: as the template tells them, else whoever spoke there."""
+        """The authors of the tokens between two turns: by the template, else by whoever spoke
+        there.
+        """
         kind = (
             TOOL
             if any(message["role"] == "tool" for message in self._since_turn)
@@ -254,7 +261,7 @@ class Conversation:
     # ------------------------------------------------------------------ the rest
 
     def _stop_reason(self) -> str:
-        """The one that goes with how the conversation ends."""
+        """The stop reason that fits the end of the conversation."""
         last = self._messages[-1] if self._messages else {}
         if last.get("role") == "assistant":
             return "max_turns" if last.get("tool_calls") else "stop"
@@ -278,7 +285,7 @@ class Conversation:
 
 
 def _is_generation(step: dict[str, Any]) -> bool:
-    """Whether a model was asked here: an agent's step that is neither copied context nor made without a model."""
+    """Whether a model generated this step: an agent's, neither copied nor made by code."""
     return (
         step["source"] == "agent"
         and not step.get("is_copied_context")
@@ -306,7 +313,7 @@ def _answered(step: dict[str, Any]) -> list[int | None]:
 
 
 def _unique(ids: list[str]) -> list[str]:
-    """The ids, each one that was there before with a number behind it."""
+    """The ids made unique: one that is there already gets a number."""
     found: list[str] = []
     for name in ids:
         number, fresh = 1, name

@@ -1,4 +1,4 @@
-"""A record of which nothing is known yet, and how the parts that no source tells are said to be missing."""
+"""An empty record, and how an import says that a source lacks something."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from conversations.errors import ImportFileError
 from conversations.trajectory import FIELD_TYPES
 
 EPOCH = "1970-01-01T00:00:00+00:00"
-"""`started_at` where the source has no time."""
+"""`started_at` if the source has no time."""
 
 
 def blank(task_id: str, sample: int) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def blank(task_id: str, sample: int) -> dict[str, Any]:
 
 
 def _empty(kind: Any) -> Any:
-    """The empty value of a field's type; None where it may be null or anything."""
+    """The empty value of a field's type, None if it may be null."""
     bare = get_origin(kind) or kind
     if bare is Annotated:
         return _empty(kind.__origin__)
@@ -28,7 +28,7 @@ def _empty(kind: Any) -> Any:
 
 
 def reward_fields(value: Any, what: str) -> dict[str, Any]:
-    """`reward` and `reward_parts` of a number; of null none. Raises ImportFileError for anything else."""
+    """`reward` and `reward_parts` of a number or null. Raises ImportFileError for anything else."""
     if value is None:
         return {"reward": None, "reward_parts": {}}
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -28,7 +28,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """Something that is no document, and why."""
+    """A place that holds no document, and why."""
 
     place: str
     what: str
@@ -38,7 +38,7 @@ class Defect:
 
 
 def source_files(source: Path) -> list[Path]:
-    """The files to read, by name. Raises ImportFileError where there are none."""
+    """The files to read, by name. Raises ImportFileError if there are none."""
     if source.is_dir():
         files = sorted(
             file for file in source.rglob("*") if file.suffix in SUFFIXES and file.is_file()

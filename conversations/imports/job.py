@@ -1,6 +1,7 @@
-"""`turntrace import`: every document of the source, checked and written as a record; what cannot be is named, line by line.
+"""`turntrace import`: checks every document of a source and writes it as a record.
 
-Invariant: the run folder is there whole or not at all (`new_folder`), and it holds every document that is not among the defects.
+Invariant: the run folder exists complete or not at all (`new_folder`), and it holds every document
+that is not among the defects.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 
 Reader = Callable[[Document], Trajectory]
-"""A document as a record. Raises ImportFileError, a line for each thing that is wrong with it."""
+"""Reads a document as a trajectory. Raises ImportFileError with a line for each thing wrong."""
 
 
 @dataclass(slots=True)
 class Imported:
-    """What came in: how many trajectories, how many of them with token ids, and what did not, as `place: what is wrong`."""
+    """The result of an import: counts of trajectories, and defects as `place: text`."""
 
     trajectories: int = 0
     with_ids: int = 0
     defects: list[str] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
-    """How many records have each warning."""
+    """The number of records with each warning."""
 
 
 def import_run(
@@ -50,8 +51,8 @@ def import_run(
 ) -> Imported:
     """Writes the documents in `source`, a file or a folder of files, into the new run folder `out`.
 
-    `kind` is atif or verl. `tokenizer`, a folder with a tokenizer.json, goes into the run, and says what ids mean. Raises
-    ImportFileError where there is nothing to import, nothing could be, or `out` is there already.
+    `kind` is atif or verl. `tokenizer`, a folder with a tokenizer.json, is what the ids belong to
+    and goes into the run. Raises ImportFileError if no document could be imported or `out` exists.
     """
     source, out = Path(source), Path(out)
     files = source_files(source)
@@ -92,7 +93,7 @@ def _reader(kind: str, template: ChatTemplate | None) -> Reader:
 def _take(
     document: Document | Defect, reader: Reader, facts: RunFacts, store: RunFolder, done: Imported
 ) -> None:
-    """Writes one document. Whatever is wrong with it, or with its reader, is a defect of that one."""
+    """Writes one document. Any error, of the document or of its reader, is a defect of that one."""
     if isinstance(document, Defect):
         done.defects.append(str(document))
         return
@@ -116,7 +117,9 @@ def _take(
 
 
 def _manifest(source: Path, kind: str, files: list[Path], command: str) -> dict[str, Any]:
-    """run.json of an imported run: `imported` says from what; what a source does not tell is null."""
+    """run.json of an imported run. `imported` names the source; what a source does not tell is
+    null.
+    """
     hashes = {file.name: _sha256(file) for file in files}
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,7 @@
-"""What an import writes is what `verify` accepts: each record is checked before it is written.
+"""Makes sure that `verify` accepts what an import writes: checks each record before it is written.
 
-A source may say less about tokens and messages than `verify` compares. Such a record is kept, with
-a warning of the kind `unproven`; anything else that `verify` would reject is a defect of the source.
+A source may not have all that `verify` compares. If only messages and tokens do not match, the
+record is kept with a warning of the kind `unproven`. Anything else is a defect of the source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""verl's rollout dumps (`trainer.rollout_data_dir`, verl 0.6.1 trainer/ppo/ray_trainer.py, `_dump_generations`): JSONL, a file a step.
+"""verl's rollout dumps (`trainer.rollout_data_dir`), JSON Lines, a file for each step.
 
-A line has `input` and `output`, decoded with `skip_special_tokens=True`, `gts`, `score`, `step` and whatever the reward function added.
-So it has no ids, no mask, no log-probs and no turns: the record holds two given messages and the reward.
+Source: verl 0.6.1, trainer/ppo/ray_trainer.py, `_dump_generations`. A line has `input` and
+`output`, decoded with `skip_special_tokens=True`, `gts`, `score`, `step` and what the reward
+function added. It has no ids, mask, log-probs or turns: the record holds two given messages and a
+reward.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 
 WARNING = (
-    "imported from a verl rollout dump, which is text without special tokens: no token ids, mask, log-probs or turns; the two messages are "
-    "all that went in and all that came out, tool responses included; stop_reason and started_at are not known"
+    "imported from a verl rollout dump, which is text without special tokens: no token ids, mask, "
+    "log-probs or turns; the two messages are all that went in and all that came out, tool "
+    "responses included; stop_reason and started_at are not known"
 )
 _KEYS = ("input", "output", "gts", "score", "step")
 
 
 class reader:  # noqa: N801 - a function that remembers
-    """Reads lines; samples of one prompt in one step are a group, numbered as they come."""
+    """Reads lines. The samples of one prompt in one step are a group, in order."""
 
     def __init__(self, template: ChatTemplate | None) -> None:
         if template is not None:
             raise ImportFileError(
-                "--tokenizer: a verl dump's text lacks its special tokens, so no tokenizer can tell its ids"
+                "--tokenizer: a verl dump's text has no special tokens, "
+                "so no tokenizer can tell its ids"
             )
         self._samples: Counter[str] = Counter()
 
@@ -40,7 +44,8 @@ class reader:  # noqa: N801 - a function that remembers
         if isinstance(step, bool) or not isinstance(step, int):
             raise ImportFileError(f"step is {step!r:.60}, expected an integer")
         reward = reward_fields(row.get("score"), "score")
-        task_id = f"step{step}-{hashlib.sha256(texts['input'].encode(errors='surrogatepass')).hexdigest()[:16]}"
+        prompt = texts["input"].encode(errors="surrogatepass")
+        task_id = f"step{step}-{hashlib.sha256(prompt).hexdigest()[:16]}"
         record = {
             **blank(task_id, self._samples[task_id]),
             **reward,

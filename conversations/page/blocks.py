@@ -1,7 +1,7 @@
-"""Lines of JSON in deflated blocks: written one after another into a temporary file, read back by number.
+"""Lines of JSON in deflated blocks: written to a temporary file, read back by number.
 
-Invariant: a block is the base64 of one raw zlib stream, so it holds no character that means anything to HTML. Neighbours in a run share
-prompt and tools; together they compress several times better than alone.
+Invariant: a block is the base64 of one zlib stream, so no character of it means anything to HTML.
+Neighbours in a run share prompt and tools: together they compress several times better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 BLOCK_CHARACTERS = 256 << 10
-"""A block is closed when it holds this much; opening a trajectory inflates its whole block."""
+"""The size at which a block is closed. Opening a trajectory inflates its whole block."""
 THREADS = 2
 LEVEL = 5
 
@@ -27,10 +27,14 @@ def packed(text: str) -> bytes:
 
 
 class Blocks:
-    """Blocks being written, then read. `len()` counts the closed ones. Close it (or `with`): the file goes then."""
+    """Blocks that are written, then read. `len()` counts the closed ones.
+
+    Close it (or use `with`) to remove the file.
+    """
 
     def __init__(self) -> None:
-        self._file: Any = tempfile.TemporaryFile(prefix="turntrace-page-")  # noqa: SIM115 - closed by close()
+        # Closed by `close`.
+        self._file: Any = tempfile.TemporaryFile(prefix="turntrace-page-")  # noqa: SIM115
         self._ends: list[int] = []
         self._open: list[str] = []
         self._held = 0
@@ -39,7 +43,7 @@ class Blocks:
         self._pending: deque[Future[bytes]] = deque()
 
     def add(self, lines: Sequence[str]) -> tuple[int, int]:
-        """Adds lines that stay together; returns their block and the place of the first in it."""
+        """Adds lines that stay together. Returns their block and the first one's place in it."""
         place = (self._closed_blocks, len(self._open))
         self._open += lines
         self._held += sum(map(len, lines))
@@ -48,7 +52,7 @@ class Blocks:
         return place
 
     def finish(self) -> None:
-        """Nothing is added any more; all blocks can be read."""
+        """Closes the last block; all blocks can be read afterwards."""
         if self._open:
             self._close_block()
         while self._pending:
@@ -61,11 +65,13 @@ class Blocks:
 
     @property
     def size(self) -> int:
-        """Bytes of all blocks so far, those still being deflated left out."""
+        """The bytes of all blocks so far, without those still being deflated."""
         return self._ends[-1] if self._ends else 0
 
     def read(self, number: int) -> bytes:
-        """One block's base64; any thread may ask. Raises IndexError where there is none, ValueError after `close`."""
+        """One block's base64, for any thread. Raises IndexError if there is none, ValueError after
+        `close`.
+        """
         if not 0 <= number < len(self._ends):
             raise IndexError(number)
         start = self._ends[number - 1] if number else 0

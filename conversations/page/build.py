@@ -1,6 +1,7 @@
-"""From a run to a page: one pass over the records, then a file or, for a server, a shell that asks for its blocks.
+"""From a run to a page: one pass over the records, then a file, or a shell for a server.
 
-Invariant: memory holds the summary, a few blocks and the ids of the tokens in use; it does not grow with what conversations hold.
+Invariant: memory holds the summary, a few blocks and the token ids in use; it does not grow with
+the conversations.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from conversations.run.open_run import TOKENIZER, Run
 from conversations.run.whole_file import write_whole
 
 LIMIT, MAX_BYTES = 20_000, 256 << 20
-"""Trajectories, and bytes of their blocks, that a page on disk holds unless told otherwise."""
+"""The default limits of a page on disk: trajectories, and bytes of their blocks."""
 
 
 @dataclass(slots=True)
 class Page:
-    """A run made ready for the browser: its `title`, `summary` and `pieces` (base64 of deflated JSON) and its `blocks`."""
+    """A run prepared for the browser. `summary` and `pieces` are base64 of deflated JSON."""
 
     title: str
     summary: bytes
@@ -36,14 +37,16 @@ class Page:
     blocks: Blocks = field(repr=False)
 
     def write(self, path: str | Path) -> int:
-        """The page as one file; returns its size in bytes. Raises RunFolderError where it cannot be written."""
+        """Writes the page as one file. Returns its bytes. Raises RunFolderError if it cannot be
+        written.
+        """
         try:
             return write_whole(Path(path), self._parts())
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
 
     def served(self, version: str) -> str:
-        """The page for a server, which has its blocks at `blocks/NUMBER?v=VERSION` beside it."""
+        """The page for a server that has its blocks at `blocks/NUMBER?v=VERSION` beside it."""
         head, tail = shell(self.title, self.summary, self.pieces, version=version)
         return head + tail
 
@@ -69,11 +72,12 @@ class Page:
 def build(
     run: Run, *, against: Run | None = None, limit: int | None = None, max_bytes: int | None = None
 ) -> Page:
-    """The first trajectories of `run`, each beside its counterpart in `against` where that has one.
+    """The first trajectories of `run`, each beside its counterpart in `against`, if it has one.
 
-    All of them, or `limit`, or as many as fill `max_bytes` of blocks (a few blocks may come on top).
-    A counterpart is the trajectory that the record's `parent` names, else the one of the same id. Close the page (or `with`).
-    Raises RunFolderError naming file and line where a record cannot be read, RecordError where one is not of a record's form.
+    All of them, or `limit`, or as many as fill `max_bytes` of blocks; a few blocks may come on top.
+    A counterpart is the trajectory that the record's `parent` names, else the one of the same id.
+    Close the page (or use `with`). Raises RunFolderError with file and line if a record cannot be
+    read, RecordError if it has not the form of a record.
     """
     blocks = Blocks()
     try:
@@ -147,9 +151,10 @@ def _counterpart(record: Record, against: Run | None) -> Record | None:
 
 
 def first_difference(record: Record, other: Record) -> dict[str, int | None] | None:
-    """Where the token sequences of two records part: `token` (position) and `turn`, the record's generation it lies in or after.
+    """The first token at which two records differ, None if they have the same tokens.
 
-    A `turn` of None is the prompt. None where they are the same. One that ends earlier parts there.
+    `token` is its position, `turn` the record's generation that it lies in or after, None for the
+    prompt. A sequence that ends earlier differs there.
     """
     ours, theirs = (one["prompt_ids"] + one["response_ids"] for one in (record, other))
     if ours == theirs:

@@ -1,7 +1,8 @@
-"""The page around the data: a jinja2 template, one style sheet and one script, and the policy that lets only those two in.
+"""The page around the data: a jinja2 template, one style sheet, one script, and the policy.
 
-Invariant: the policy names script and style by their hashes, so nothing else runs, whatever a record holds; trusted types make the
-browser refuse every way from text to markup. From disk the page reaches nothing at all; served, only its own origin.
+Invariant: the policy names script and style by their hashes, so nothing else runs, whatever a
+record holds; trusted types make the browser refuse every way from text to markup. From disk the
+page reaches nothing; served, only its own origin.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ SCRIPTS = (
     "app.js",
 )
 GENERATOR = "turntrace"
-"""What a page names as its generator."""
+"""The generator that a page names."""
 _MARK = "<!-- blocks -->"
 
 
 def shell(title: str, summary: bytes, pieces: bytes, *, version: str = "") -> tuple[str, str]:
-    """The page before and after its blocks. A `version` makes it a served page, which asks for its blocks by that."""
+    """The page before and after its blocks. A `version` makes it a served page."""
     data = {
         "summary": Markup(summary.decode()),
         "pieces": Markup(pieces.decode()),
@@ -51,12 +52,14 @@ def shell(title: str, summary: bytes, pieces: bytes, *, version: str = "") -> tu
 
 
 def listing(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A page that links to runs: `name`, `address`, and what is known of `created`, `model`, `done`, `reward`."""
+    """A page that links to runs: `name`, `address` and, if known, `created`, `model`, `done`,
+    `reward`.
+    """
     return _render("runs.html.j2", runs=runs, policy=policy(served=True))
 
 
 def waiting(name: str) -> str:
-    """A page that says that a run is being read, and asks again in a second."""
+    """A page that says that a run is being read, and reloads after a second."""
     return _render("waiting.html.j2", name=name, policy=policy(served=True))
 
 

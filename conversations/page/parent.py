@@ -1,6 +1,7 @@
-"""The run that a replay came from, found again.
+"""Finds the run that a replay was made from.
 
-Invariant: a parent is known by the hash of its run.json, so a run folder from elsewhere cannot name just any folder of this machine.
+Invariant: a parent is known by the hash of its run.json, so a run folder from elsewhere cannot name
+any folder of this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from conversations.run.store import RUN
 
 
 def parent_of(run: Run) -> Run | None:
-    """The run that `run.manifest["parent"]` names, where it was or beside this one; None where there is none, or it has changed."""
+    """The run that `run.manifest["parent"]` names, at its place or beside this one.
+
+    None if there is none, or if it has changed.
+    """
     parent = run.manifest.get("parent")
     if not isinstance(parent, dict) or not parent.get("run_sha256"):
         return None

@@ -1,6 +1,7 @@
-"""Token ids as the text they stand for, one by one: a token may be half a character, so a piece is bytes.
+"""The text of each token id. A token may be half a character, so a piece is bytes.
 
-Invariant: an id's piece does not depend on its neighbours, and an id that the tokenizer does not know has none.
+Invariant: an id's piece does not depend on its neighbours; an id that the tokenizer does not know
+has none.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 Piece = str | list[int]
-"""Text, or the bytes of what is no UTF-8 by itself."""
+"""Text, or the bytes of a piece that is no UTF-8 by itself."""
 
 
 def pieces(tokenizer_json: Path, ids: Iterable[int]) -> dict[str, Any]:
-    """`{"ids": [...], "pieces": [...], "special": [...]}` of those `ids` that the tokenizer knows; empty where it cannot be read."""
+    """`{"ids": [...], "pieces": [...], "special": [...]}` of the `ids` that the tokenizer knows.
+
+    Empty if the tokenizer cannot be read.
+    """
     read = _reader(tokenizer_json)
     if read is None:
         return {"ids": [], "pieces": [], "special": []}
@@ -35,7 +39,10 @@ def _piece(raw: bytes) -> Piece:
 
 
 class _Reader:
-    """A `tokenizer.json` as a table. Byte-level BPE and byte-fallback vocabularies are read to the byte, others as they stand."""
+    """A `tokenizer.json` as a table.
+
+    Byte-level BPE and byte-fallback vocabularies are read to the byte, others as they are.
+    """
 
     def __init__(self, document: dict[str, Any]) -> None:
         added = {token["id"]: token for token in document.get("added_tokens", [])}
@@ -70,7 +77,7 @@ def _reader(file: Path) -> _Reader | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others for U+0100 onwards."""
+    """GPT-2's characters for the 256 bytes: itself if it prints, else one from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {

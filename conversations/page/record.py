@@ -1,7 +1,7 @@
 """One record as the page keeps it: a row of the summary, a line of text and a line of tokens.
 
-Invariant: nothing is lost on the way but what is said to be: texts are cut only in a record over `RECORD_LIMIT`, with the whole length
-named; log-probs keep every bit (float32 where that is what they are).
+Invariant: nothing is lost silently: texts are cut only in a record over `RECORD_LIMIT`, and the cut
+names the whole length; log-probs keep every bit (as float32 if they fit).
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ TEXT_LIMIT = 1 << 20
 """Characters that a text of such a record keeps."""
 PREVIEW = 160
 STATUSES = 40
-"""Kinds of status that fit into a row's bits, which JavaScript keeps as a number."""
+"""The number of statuses that fit the bits of a row, which JavaScript keeps as a number."""
 
 Record = Mapping[str, Any]
 
 
 @dataclass(slots=True)
 class Summary:
-    """The run by columns, one value a trajectory, and one a tool call in `calls`; names are replaced by their place in `names`."""
+    """The run by columns: one value a trajectory, and in `calls` one a tool call.
+
+    Names are replaced by their place in `names`.
+    """
 
     columns: dict[str, list[Any]] = field(default_factory=dict)
     calls: dict[str, list[Any]] = field(
@@ -109,12 +112,12 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _ran(call: Record) -> float | None:
-    """Seconds that a call ran; None where it was never tried."""
+    """The seconds that a call ran, None if it was never attempted."""
     return _number(call["run_s"]) if call["attempts"] else None
 
 
 def _number(value: Any) -> float | None:
-    """A finite number to six digits, which is what lists and plots show; None for none."""
+    """A finite number to six digits, as lists and plots show it; None otherwise."""
     if value is None or isinstance(value, str) or not math.isfinite(value):
         return None
     return float(f"{value:.6g}")
@@ -126,7 +129,7 @@ def _preview(messages: list[Record]) -> str:
 
 
 def text_line(record: Record) -> str:
-    """All of the record but its tokens, on one JSON line."""
+    """All of the record except its tokens, on one JSON line."""
     text = _dumps(
         {
             key: value
@@ -150,9 +153,10 @@ def token_line(record: Record) -> str:
 
 
 def _packed(values: list[float | None]) -> Any:
-    """Log-probs as little-endian bytes in base64, NaN for null: {"f32": ...} where that keeps every bit, else {"f64": ...}.
+    """Log-probs as base64 of little-endian bytes, NaN for null.
 
-    What is not a list of numbers is passed on as it is.
+    {"f32": ...} if that keeps every bit, else {"f64": ...}. A value that is no list of numbers is
+    returned as it is.
     """
     try:
         exact = array("d", [math.nan if value is None else value for value in values])
@@ -169,7 +173,8 @@ def _cut(value: Any) -> Any:
         return (
             value
             if len(value) <= TEXT_LIMIT
-            else f"{value[:TEXT_LIMIT]}\n[cut in this page: {TEXT_LIMIT} of {len(value)} characters]"
+            else f"{value[:TEXT_LIMIT]}\n"
+            f"[cut in this page: {TEXT_LIMIT} of {len(value)} characters]"
         )
     if isinstance(value, list):
         return [_cut(item) for item in value]
@@ -177,7 +182,10 @@ def _cut(value: Any) -> Any:
 
 
 def _dumps(value: Any) -> str:
-    """One line of JSON that is UTF-8 and that browsers read: lone surrogates escaped, NaN and infinities as their names."""
+    """One line of JSON that is UTF-8 and that browsers read.
+
+    Lone surrogates are escaped; NaN and infinities become their names.
+    """
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError:

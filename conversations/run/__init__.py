@@ -1,1 +1,1 @@
-"""The run folder: written by one, read by many."""
+"""The run folder: one process writes it, any number read it."""

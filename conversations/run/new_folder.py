@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: written under a hidden name beside its own, and renamed at the very end."""
+"""A folder that exists complete or not at all: it is renamed from a hidden one at the very end."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from conversations.errors import ConversationsError
 
 @contextlib.contextmanager
 def new_folder(out: Path, error_class: type[ConversationsError]) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well, and vanishes otherwise, Ctrl-C included.
+    """A folder to write into. It becomes `out` if the block succeeds, and is removed otherwise.
 
-    Raises `error_class` where `out` is there already and not empty, or cannot be written.
+    Raises `error_class` if `out` exists and is not empty, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise error_class(f"{out} is there already; move it away, or choose another --out")

@@ -5,8 +5,9 @@
     run["gsm8k-17-2"].reward
     run.to_pandas(columns=["id", "reward", "stop_reason"])
 
-Invariant: a `Run` is what was on disk when it was opened, and reading changes nothing: no lock is taken, nothing is written, and a
-torn last line (a run still being written) is not there yet. Beside the tokenizer, memory holds an id and an offset a trajectory.
+Invariant: a `Run` is what was on disk when it was opened, and reading changes nothing: it takes no
+lock and writes nothing. A torn last line (of a run in progress) is not there yet. Memory holds an
+id and an offset for each trajectory, besides the tokenizer.
 """
 
 from __future__ import annotations
@@ -32,22 +33,25 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer"
 
 ID = re.compile(rb'"id":("(?:[^"\\]|\\.)*"),"infra_error":(?:true|false),"messages":')
-"""Where a record line as we write it has its id: keys are sorted. Found twice (a record inside `extra`), the line is parsed whole."""
+"""The id in a record line as turntrace writes it, with sorted keys. If it is found twice (a record
+inside `extra`), the whole line is parsed.
+"""
 _BLOCK = 1 << 20
 
 
 def open_run(path: str | Path) -> Run:
-    """The run in a folder, as it is on disk now: finished, still being written, or copied from elsewhere.
+    """The run in a folder as it is now: finished, in progress, or copied from elsewhere.
 
-    Raises RunFolderError where there is none.
+    Raises RunFolderError if there is none.
     """
     return Run(path)
 
 
 class Run:
-    """A run folder open for reading. `path` is its folder, `manifest` its run.json; `len()` counts finished trajectories.
+    """A run folder open for reading: its folder `path`, its run.json `manifest`.
 
-    What is wrong with a line is a RunFolderError naming file and line. Open it again to see what was written since.
+    `len()` is the number of finished trajectories. A damaged line raises RunFolderError with file
+    and line. Open the run again to see what was written since.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,11 +78,14 @@ class Run:
         return (self._finished.trajectory(row) for row in self._index.values())
 
     def __getitem__(self, trajectory_id: str) -> Trajectory:
-        """One trajectory by its id. Raises RunFolderError, naming ids like it, where there is none."""
+        """One trajectory by its id. Raises RunFolderError, naming similar ids, if there is none."""
         return self._finished.trajectory(self._row(trajectory_id))
 
     def records(self, *, check: bool = True) -> Iterator[dict[str, Any]]:
-        """The finished trajectories as the plain dicts on disk; `check=False` leaves the hash out, at half the time."""
+        """The finished trajectories as plain dicts.
+
+        `check=False` does not check their hashes, and takes half the time.
+        """
         return (self._finished.record(row, check=check) for row in self._index.values())
 
     def record(self, trajectory_id: str, *, check: bool = True) -> dict[str, Any]:
@@ -86,7 +93,7 @@ class Run:
         return self._finished.record(self._row(trajectory_id), check=check)
 
     def groups(self) -> Iterator[tuple[str, list[Trajectory]]]:
-        """Each task's id and samples, by sample, wherever they stand in the file; one group in memory at a time."""
+        """Each task's id with its samples in order, one group in memory at a time."""
         for task_id, ids in self.group_ids().items():
             yield task_id, [self[trajectory_id] for trajectory_id in ids]
 
@@ -100,12 +107,12 @@ class Run:
         return groups
 
     def unfinished(self) -> Iterator[Trajectory]:
-        """What was cut off and not yet gone on with."""
+        """The interrupted trajectories that were not resumed yet."""
         return (self._unfinished.trajectory(row) for row in range(len(self._unfinished)))
 
     @functools.cached_property
     def _index(self) -> dict[str, int]:
-        """Row by id, found without parsing the records."""
+        """The row of each id, found without parsing the records."""
         index: dict[str, int] = {}
         for row in range(len(self._finished)):
             trajectory_id = self._finished.id(row)
@@ -125,7 +132,7 @@ class Run:
         return row
 
     def _near(self, name: str) -> str:
-        """What may have been meant: the task's samples, ids that look alike, or simply the first ones."""
+        """Suggestions for an unknown id: the task's samples, similar ids, or the first ones."""
         from difflib import get_close_matches
 
         alike = [known for known in self._index if known.startswith(str(name))][
@@ -141,13 +148,15 @@ class Run:
     # ------------------------------------------------------------------ the tokenizer
 
     def tokenizer(self) -> Any:
-        """The run's own tokenizer, out of its `tokenizer/`; code that may lie there is never run."""
+        """The run's own tokenizer, from its `tokenizer/`. No code in it is run."""
         from conversations.run.saved_tokenizer import load_tokenizer
 
         return load_tokenizer(self.path / TOKENIZER)
 
     def template(self) -> ChatTemplate:
-        """The run's chat template, with the template arguments of its config. Raises TemplateError where it cannot be used."""
+        """The run's chat template with its config's arguments. Raises TemplateError if it is
+        unusable.
+        """
         from conversations.template import ChatTemplate
 
         manifest = self.manifest
@@ -157,7 +166,9 @@ class Run:
     # ------------------------------------------------------------------ tables
 
     def to_arrow(self, columns: Collection[str] | None = None) -> Any:
-        """The finished trajectories as a `pyarrow.Table`, one row each; `conversations.arrow` documents its columns."""
+        """The finished trajectories as a `pyarrow.Table`; `conversations.arrow` documents its
+        columns.
+        """
         from conversations.arrow import table
 
         return table(self.records(check=False), columns)
@@ -169,7 +180,7 @@ class Run:
 
 
 def template_kwargs(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the run's config hands to the chat template (`enable_thinking` and the like)."""
+    """The template arguments of the run's config (`enable_thinking` and the like)."""
     found: Any = manifest
     for key in ("config", "rollout", "turntrace", "apply_chat_template_kwargs"):
         found = found.get(key) if isinstance(found, dict) else None
@@ -192,7 +203,7 @@ def _sample(trajectory_id: str) -> int:
 
 
 class _Lines:
-    """The whole lines of a file as it was when opened; a missing file has none. Later appends and replacements are not seen."""
+    """The complete lines of a file as it was when it was opened. A missing file has none."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -213,7 +224,7 @@ class _Lines:
 
     @functools.cached_property
     def _ends(self) -> array[int]:
-        """Where each line ends, its newline included; what stands behind the last newline is torn."""
+        """The end of each line, with its newline. What comes after the last newline is torn."""
         ends = array("Q")
         for start in range(0, self._size, _BLOCK):
             block = os.pread(self._descriptor, min(_BLOCK, self._size - start), start)
@@ -228,7 +239,7 @@ class _Lines:
         return os.pread(self._descriptor, self._ends[row] - start, start)
 
     def id(self, row: int) -> str:
-        """The record's id. Raises RunFolderError where it has none that ends in `-sample`."""
+        """The record's id. Raises RunFolderError if it does not end in `-sample`."""
         found = ID.findall(line := self.line(row))
         try:
             name = json.loads(found[0]) if len(found) == 1 else parse_record(line.decode())["id"]

@@ -1,7 +1,8 @@
-"""The tokenizer that a run keeps in its `tokenizer/`, loaded as data: a run folder may come from anybody.
+"""Loads the tokenizer of a run's `tokenizer/` as data: a run folder may come from anyone.
 
-Invariant: nothing that lies in the folder is run as code. One class of transformers reads `tokenizer.json`, whatever class the folder
-names, so neither remote code nor a slow tokenizer's pickles are looked at; the chat template runs in jinja2's sandbox.
+Invariant: nothing in the folder is run as code. One class of transformers reads `tokenizer.json`,
+whatever class the folder names, so neither remote code nor a slow tokenizer's pickles are read; the
+chat template runs in jinja2's sandbox.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from conversations.errors import RunFolderError
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The `PreTrainedTokenizerFast` of a saved tokenizer. Raises RunFolderError where there is none that can be read."""
+    """The `PreTrainedTokenizerFast` of a folder. Raises RunFolderError if it cannot be read."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     if not (folder / "tokenizer.json").is_file():
         raise RunFolderError(
-            f"{folder} holds no tokenizer.json; the run was copied without its tokenizer, or it was never written"
+            f"{folder} holds no tokenizer.json; "
+            "the run was copied without its tokenizer, or it was never written"
         )
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of the class that the folder names
@@ -38,7 +40,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a library failed, and nobody asked us to stop: a panic of the Rust tokenizers is no Exception."""
+    """Whether a library failed, as opposed to a request to stop.
+
+    A panic of the Rust tokenizers is no Exception.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

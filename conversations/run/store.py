@@ -2,14 +2,15 @@
 
     run.json             what was run: config, tools, model, tasks, versions, counts
     trajectories.jsonl   one record a line, appended as each conversation ends
-    unfinished.jsonl     what was cut off, in the same form
-    superseded.jsonl     what a later attempt replaced: retried infrastructure failures, unfinished records run again
-    replay.jsonl         of a replay: what became of each trajectory, and where it first differs from its parent
+    unfinished.jsonl     interrupted conversations, in the same form
+    superseded.jsonl     what a later attempt replaced: retried failures, resumed conversations
+    replay.jsonl         of a replay: its outcome and first difference for each trajectory
     tokenizer/           the tokenizer and chat template, so that the run can be verified anywhere
 
-Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and flushed whole before
-the next begins and is on the disk (fsync) about a second later; what a kill leaves of a torn last line is cut on resume,
-and its conversation run again. One process writes at a time, held by a lock that dies with the process.
+Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and
+flushed before the next begins, and is on disk (fsync) about a second later. A resume cuts a torn
+last line, and its conversation runs again. One process writes at a time: a lock, which dies with
+the process, makes sure.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ WHEREABOUTS = frozenset(
         "parent.path",
     }
 )
-"""Keys among them that only say where something lies. What lies there counts: the text of `tools`, the hash in `model`."""
+"""Keys that only say where something is. Its content counts: the text of `tools`, the hash in
+`model`.
+"""
 
 FSYNC_INTERVAL_S = 1.0
 
@@ -93,13 +96,15 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, manifest: Mapping[str, Any]) -> RunFolder:
-        """A new run. `manifest` becomes run.json. Raises RunFolderError where a run is there already."""
+        """Creates a run with `manifest` as run.json. Raises RunFolderError if there is a run
+        already.
+        """
         path = Path(path)
         lock = _locked(path)
         try:
             if (path / RUN).exists() or (path / TRAJECTORIES).exists():
                 raise RunFolderError(
-                    f"{path} already holds a run; use --resume to go on with it, or another --out"
+                    f"{path} already holds a run; use --resume to resume it, or another --out"
                 )
             return cls(path, _write_manifest(path, {"schema": SCHEMA, **manifest}), lock, set())
         except BaseException:
@@ -110,22 +115,26 @@ class RunFolder:
     def resume(
         cls, path: str | Path, manifest: Mapping[str, Any], *, force: bool = False
     ) -> RunFolder:
-        """An earlier run, to be gone on with: `done` holds the (task, sample) pairs that need not run again, `unfinished` those cut off.
+        """Opens an earlier run to resume it.
 
-        Raises RunFolderError where there is no run, another process writes to it, its file is damaged, or `manifest`
-        differs in what makes the run (all differences are named; `force` accepts them).
+        `done` holds the (task, sample) pairs that need not run again, `unfinished` the interrupted
+        ones. Raises RunFolderError if there is no run, another process writes to it, a file is
+        damaged, or `manifest` differs in `IDENTITY`. The error names all differences; `force`
+        accepts them.
         """
         path = Path(path)
         if not (path / RUN).exists():
             raise RunFolderError(
-                f"{path} holds no run to resume: {RUN} is not there; leave --resume out to start one"
+                f"{path} holds no run to resume: {RUN} is not there; "
+                "leave --resume out to start one"
             )
         lock = _locked(path)
         try:
             earlier = read_manifest(path)
             if (differences := _differences(earlier, manifest)) and not force:
                 raise RunFolderError(
-                    f"{path} was run differently: {'; '.join(differences)}; use --force to go on all the same"
+                    f"{path} was run differently: {'; '.join(differences)}; "
+                    "use --force to resume it all the same"
                 )
             _cut_torn_line(path / UNFINISHED)
             _cut_torn_line(path / TRAJECTORIES)
@@ -147,11 +156,15 @@ class RunFolder:
             raise
 
     def note(self, name: str, value: Any) -> None:
-        """Writes a field into run.json that is known only once the run has begun."""
+        """Adds a field to run.json that is only known after the start."""
         self.manifest = _write_manifest(self.path, {**self.manifest, name: value})
 
     def append(self, trajectory: Trajectory) -> None:
-        """Writes a finished conversation. Raises RunFolderError where its (task, sample) is there, RecordError where it has no JSON."""
+        """Writes a finished conversation.
+
+        Raises RunFolderError if its (task, sample) is there already, RecordError if it has no JSON
+        form.
+        """
         key = (trajectory.task_id, trajectory.sample)
         if key in self.done:
             raise RunFolderError(
@@ -163,13 +176,14 @@ class RunFolder:
         self.done.add(key)
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
-        """Writes what there is of a conversation that was cut off."""
+        """Writes what there is of an interrupted conversation."""
         self._files.append(UNFINISHED, trajectory.to_line())
 
     def close(self, counts: Mapping[str, Any] | None = None) -> None:
-        """Syncs and unlocks; `counts` go into run.json, and with them the digest of all finished records. Safe to call twice.
+        """Syncs and unlocks. Safe to call twice.
 
-        The digest is the SHA-256 of their `sha256`, one after the other: `jq -jr .sha256 trajectories.jsonl | sha256sum`.
+        `counts` go into run.json, with the digest of all finished records: the SHA-256 of their
+        `sha256` in order (`jq -jr .sha256 trajectories.jsonl | sha256sum`).
         """
         if self._lock.closed:
             return
@@ -197,7 +211,7 @@ class RunFolder:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """run.json as a dict. Raises RunFolderError where it is missing, damaged or of another schema."""
+    """run.json as a dict. Raises RunFolderError if it is missing, damaged or of another schema."""
     file = Path(path) / RUN
     if file.exists() and not file.is_file():
         raise RunFolderError(f"{file} is not a file")  # a named pipe would wait for its writer
@@ -213,9 +227,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
-    """The finished trajectories of a run folder or a .jsonl file, one by one, each checked against its hash.
+    """The finished trajectories of a run folder or a .jsonl file, each checked against its hash.
 
-    Raises RunFolderError naming file and line.
+    Raises RunFolderError with file and line.
     """
     file = Path(path) / TRAJECTORIES if Path(path).is_dir() else Path(path)
     try:
@@ -230,7 +244,7 @@ def read_trajectories(path: str | Path) -> Iterator[Trajectory]:
 
 
 class _Files:
-    """The files being appended to, and one thread that syncs what was written to them."""
+    """The open files, and one thread that syncs what was written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -285,7 +299,7 @@ class _Files:
 
 
 def _write_whole(file: FileIO, data: bytes) -> None:
-    """All of `data` at the end of the file, or nothing: what a full disk took of it is cut off again."""
+    """Appends all of `data`, or nothing: what a full disk took is removed again."""
     start = file.seek(0, os.SEEK_END)
     rest = memoryview(data)
     try:
@@ -338,9 +352,10 @@ def _replace(file: Path, content: Iterable[bytes]) -> None:
 
 
 def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """What makes two runs different, one phrase a key.
+    """The differences between two runs, one phrase for each key.
 
-    A key that a run of an older schema does not have is no difference: that version had no such key.
+    A key that a run of an older schema does not have is no difference: that version did not know
+    it.
     """
     old, new = (
         {
@@ -382,7 +397,7 @@ def _short(value: Any) -> str:
 
 
 def _cut_torn_line(file: Path) -> None:
-    """Cuts what a kill left of the last line: one without a newline. A whole line that is damaged was not torn by us."""
+    """Cuts a last line without a newline. A complete line that is damaged is not cut."""
     if not file.exists():
         return
     with file.open("rb+") as lines:
@@ -394,7 +409,7 @@ def _cut_torn_line(file: Path) -> None:
 
 
 def _last_line_start(lines: IO[bytes]) -> int:
-    """Byte position at which the last line starts, searched from the end."""
+    """The byte position of the last line, searched from the end."""
     size = position = lines.seek(0, os.SEEK_END)
     tail = b""
     while position > 0:
@@ -409,7 +424,9 @@ def _last_line_start(lines: IO[bytes]) -> int:
 
 
 def _retire_failed(path: Path) -> tuple[set[tuple[str, int]], hashlib._Hash]:
-    """Moves what infrastructure failed to superseded.jsonl; returns the (task, sample) pairs that stay, and their digest."""
+    """Moves infrastructure failures to superseded.jsonl. Returns the remaining pairs and their
+    digest.
+    """
     done, digest, failed = _sort_out(path / TRAJECTORIES)
     _lay_aside(path, failed)
     if failed:
@@ -418,7 +435,10 @@ def _retire_failed(path: Path) -> tuple[set[tuple[str, int]], hashlib._Hash]:
 
 
 def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str, int], Trajectory]:
-    """Moves to superseded.jsonl what ended since, or was cut off again; returns the others by (task, sample)."""
+    """Moves conversations that ended or were interrupted again to superseded.jsonl.
+
+    Returns the others by (task, sample).
+    """
     unfinished: dict[tuple[str, int], tuple[bytes, Trajectory]] = {}
     stale = []
     count = 0
@@ -432,7 +452,7 @@ def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str
         key = (record.task_id, record.sample)
         if (
             key in unfinished and (earlier := unfinished.pop(key)[0]) != line
-        ):  # the same again: it was cut off before it had gone on
+        ):  # the same line again: it was interrupted before it progressed
             stale.append(earlier)
         if key in done:
             stale.append(line)
@@ -445,8 +465,11 @@ def _retire_unfinished(path: Path, done: set[tuple[str, int]]) -> dict[tuple[str
 
 
 def _lay_aside(path: Path, lines: Sequence[bytes]) -> None:
-    """Puts lines into superseded.jsonl. They are on disk there before they are dropped elsewhere, so a kill in between loses
-    nothing; one that such a kill left in both places is not written again."""
+    """Adds lines to superseded.jsonl.
+
+    They are on disk there before they are removed elsewhere, so a kill in between loses nothing. A
+    line that such a kill left in both places is not added again.
+    """
     known = set(_lines(path / SUPERSEDED)) if lines else set()
     if fresh := [line for line in lines if line not in known]:
         _cut_torn_line(path / SUPERSEDED)
@@ -457,7 +480,7 @@ def _lay_aside(path: Path, lines: Sequence[bytes]) -> None:
 
 
 def _sort_out(file: Path) -> tuple[set[tuple[str, int]], hashlib._Hash, list[bytes]]:
-    """The pairs that are done, their digest, and the lines of those that infrastructure failed."""
+    """The finished pairs, their digest, and the lines of infrastructure failures."""
     kept: set[tuple[str, int]] = set()
     digest = hashlib.sha256()
     retired: list[bytes] = []
@@ -467,13 +490,15 @@ def _sort_out(file: Path) -> tuple[set[tuple[str, int]], hashlib._Hash, list[byt
             key = (str(record["task_id"]), int(record["sample"]))
         except (RecordError, ValueError, TypeError) as error:
             raise RunFolderError(
-                f"{file}:{number} is damaged: {error}; mend that line, or drop it to have it run again"
+                f"{file}:{number} is damaged: {error}; "
+                "repair that line, or delete it to run its conversation again"
             ) from error
         if record["infra_error"]:
             retired.append(line)
         elif key in kept:
             raise RunFolderError(
-                f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; move the run away or drop that line"
+                f"{file}:{number} holds trajectory {key[0]}-{key[1]} a second time; "
+                "move the run away or delete that line"
             )
         else:
             kept.add(key)

@@ -280,7 +280,7 @@ def test_the_card_names_counts_filters_hashes_and_the_command(tmp_path: Path) ->
         "turntrace export run --to trl-sft",
         done.run_files["trajectories.jsonl"],
         done.files["train.parquet"][0],
-        "licence of the tasks | unknown",
+        "license of the tasks | unknown",
         "pass@1",
         *(f"| {reason} | {count} |" for reason, count in done.dropped.items()),
     ):

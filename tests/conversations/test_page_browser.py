@@ -256,7 +256,7 @@ async def test_where_a_turn_was_gone_on_with_is_shown(
     )
     async with tab(browser, page, f"#/t/{next(iter(open_run(run).ids))}") as opened:
         await opened.until("document.querySelector('#detail .message')")
-        shown = "gone on with at token 700 (weights step-3) · gone on with at token 710"
+        shown = "resumed at token 700 (weights step-3) · resumed at token 710"
         assert any(shown in text for text in await opened.texts("#detail .message > header"))
 
 

@@ -51,10 +51,10 @@ function metaOf(record, message, turn) {
   const found = record.turns[turn];
   if (!found) return `turn ${turn + 1}`;
   const cached = found.cached_tokens ? ` (${count(found.cached_tokens)} cached)` : '';
-  return [`turn ${turn + 1}`, plural(found.end - found.start, 'token'), `prompt ${count(found.prompt_tokens)}${cached}`, seconds(found.engine_s), visible(found.finish_reason), ...goneOn(found)].join(' · ');
+  return [`turn ${turn + 1}`, plural(found.end - found.start, 'token'), `prompt ${count(found.prompt_tokens)}${cached}`, seconds(found.engine_s), visible(found.finish_reason), ...resumedAt(found)].join(' · ');
 }
 
-const goneOn = (turn) => (turn.resumed || []).map(([at, weights]) => `gone on with at token ${count(at)}${weights === null ? '' : ` (weights ${brief(weights, 40)})`}`);
+const resumedAt = (turn) => (turn.resumed || []).map(([at, weights]) => `resumed at token ${count(at)}${weights === null ? '' : ` (weights ${brief(weights, 40)})`}`);
 
 // ------------------------------------------------------------------ calls
 
