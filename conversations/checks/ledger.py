@@ -1,4 +1,4 @@
-"""The ledger against the messages: one line a call, in order, with what the model wrote and what it was shown."""
+"""The ledger against the messages: one line for each call, in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NEVER_RUN = frozenset({"malformed", "unknown_tool", "invalid_arguments", "rejec
 
 
 def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: RunFacts) -> Iterator[Finding]:
-    """Calls without a line, lines without a call, and whatever line, call and answer say differently."""
+    """Calls without a line, lines without a call, and differences of line, call and answer."""
     calls = [
         (k, call)
         for k, each in enumerate(parts.rounds)
@@ -86,7 +86,7 @@ def _offer_findings(line: ToolCallRecord, offered: set[str]) -> Iterator[str]:
 
 
 def _canonical(arguments: str) -> str:
-    """The call's arguments as the ledger would show them; what is no JSON stands for itself."""
+    """The call's arguments as the ledger writes them; text that is no JSON stays as it is."""
     try:
         return canonical_json(json.loads(arguments))
     except (ValueError, RecursionError):
@@ -94,9 +94,10 @@ def _canonical(arguments: str) -> str:
 
 
 def _attempt_findings(line: ToolCallRecord, *, replayed: bool) -> Iterator[str]:
-    """`queue_s` and `run_s` are the attempts' sums, the last attempt ended as the call did; who was never run has none.
+    """Differences between a line and its attempts: the sums of their times, the last status.
 
-    A replay may answer a call out of the record, without an attempt.
+    A call that was never run has no attempts. A replay may answer a call from the record, without
+    an attempt.
     """
     for name in ("queue_s", "run_s"):
         total = math.fsum(getattr(attempt, name) for attempt in line.attempts)
@@ -115,7 +116,7 @@ def _attempt_findings(line: ToolCallRecord, *, replayed: bool) -> Iterator[str]:
 
 
 def _cut_findings(line: ToolCallRecord, facts: RunFacts) -> Iterator[str]:
-    """A response is the whole text where it fits, and the cut that the config asks for where it does not."""
+    """A response is the whole text if it fits, else the cut that the config asks for."""
     if line.response is None:
         if line.full_response is not None:
             yield "there is a full_response, and no response"
@@ -185,7 +186,7 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
 def response_tokens(
     lines: list[ToolCallRecord], turn: Message | None, template: ChatTemplate
 ) -> int:
-    """How many tokens the responses of a turn's calls would add. `turn` is its message.
+    """The number of tokens that the responses of a turn's calls would add.
 
     Raises TemplateError if the template refuses them.
     """
