@@ -535,6 +535,16 @@ def test_resume_with_another_config_names_the_difference(run: Run) -> None:
     assert run("--resume", "--force", "--set", "rollout.response_length=256").returncode == 0
 
 
+def test_a_forced_resume_with_smaller_limits_leaves_no_defect(run: Run, tmp_path: Path) -> None:
+    """Records are checked against the limits that they were made under."""
+    assert run("--limit", "2").returncode == 0
+    smaller = ("--set", "rollout.response_length=8", "--set", "rollout.max_model_len=2000")
+    assert run("--resume", "--force", *smaller).returncode == 0
+    records = list(read_trajectories(tmp_path / "run"))
+    assert {len(record.response_ids) > 8 for record in records} == {True, False}
+    assert verify_run(tmp_path / "run").defects == 0
+
+
 def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(
     run: Run, tmp_path: Path, look: Path
 ) -> None:
