@@ -176,9 +176,8 @@ class _RowChecks:
             )
         if self._without_user:
             yield (
-                f"{self._without_user} rows have interaction_kwargs, but this run has no "
-                "interactions: no user answers there; rollout.multi_turn.interaction_config_path "
-                "names the interactions"
+                "this run has no interactions, so no user answers in rows with interaction_kwargs "
+                f"({self._without_user} here); rollout.multi_turn.interaction_config_path names them"
             )
 
 
