@@ -177,7 +177,7 @@ class _RowChecks:
         if self._without_user:
             yield (
                 "this run has no interactions, so no user answers in rows with interaction_kwargs "
-                f"({self._without_user} here); rollout.multi_turn.interaction_config_path names them"
+                f"({self._without_user} here); multi_turn.interaction_config_path names them"
             )
 
 
