@@ -164,7 +164,7 @@ class MultiTurn(Section):
         str,
         AfterValidator(_call_format),
     ] = "auto"
-    """How the model writes tool calls: a format's name, or `auto`, which proves it from the chat template."""
+    """How the model writes tool calls: a format, or `auto`: proven from the chat template."""
     num_repeat_rollouts: Annotated[
         int | None, NoEffect(f"{NEVER_READ}; rollout.n is the number of samples of a task")
     ] = None
