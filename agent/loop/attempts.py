@@ -1,4 +1,4 @@
-"""One call given to its tool: attempt after attempt, as the tool's policy allows, until one is final.
+"""One call given to its tool: attempts, as many as the tool's policy allows, until one is final.
 
 Invariant: whatever a tool does, an attempt ends within its timeout (and a grace period to clean
 up) as an AttemptOutcome, and is noted, a cancelled one too. Only cancellation passes through.
@@ -38,10 +38,10 @@ Execution = Callable[[], Coroutine[Any, Any, Any]]
 
 @dataclass(frozen=True, slots=True)
 class AttemptOutcome:
-    """How an attempt ended. `text` is for the model, None if it was cancelled; `error` is for the record.
+    """How an attempt ended. `text` is for the model, `error` for the record.
 
-    `size` is the number of bytes that the tool answered. `is_retryable`: another attempt may end
-    differently.
+    `text` is None if the attempt was cancelled. `size` is the number of bytes that the tool
+    answered. `is_retryable`: another attempt may end differently.
     """
 
     status: str

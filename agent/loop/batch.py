@@ -1,8 +1,8 @@
 """Many conversations at once: admission, groups, progress, and what is kept when a run is cut off.
 
-Invariant: each (task, sample) that was begun ends on exactly one line, in `trajectories.jsonl` when it finished and
-in `unfinished.jsonl` when it was cancelled. At most `max_concurrent` conversations are alive; tasks are read as they
-are admitted, so memory does not grow with the task file.
+Invariant: each (task, sample) that was begun ends on exactly one line: in `trajectories.jsonl` if
+it finished, in `unfinished.jsonl` if it was cut off. At most `max_concurrent` conversations are alive;
+tasks are read as they are admitted, so memory does not grow with the task file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OPEN_PARTS: dict[str, Any] = {
     "engine": {},
     "sampling": {},
 }
-"""The parts of a record that hold whatever a row, a tool or an engine gave, and their empty forms."""
+"""The parts of a record that hold what rows, tools and engines gave, and their empty forms."""
 
 
 class Store(Protocol):
@@ -54,10 +54,11 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """Counters of a run as it goes, of finished conversations but for `live`, those being run.
+    """Counters of the finished conversations of a run; `live` are those that are being run.
 
-    `total` is None while the number of tasks is not known. `live` changes on the loop's thread and is read on others:
-    copy it before walking it. `lost` says of each conversation that could not be written why not.
+    `total` is None if the number of tasks is not known. `live` changes on the loop's thread and is
+    read on others: copy it before iterating. `failed` counts what has no reward because something
+    failed. `lost` says why a conversation could not be written, one line each.
     """
 
     total: int | None = None
@@ -83,12 +84,12 @@ class Progress:
 
     @property
     def turns_so_far(self) -> int:
-        """`turns`, and those of the conversations that are being run."""
+        """`turns` and those of the live conversations."""
         return self.turns + sum(len(conversation.turns) for conversation in tuple(self.live))
 
     @property
     def sampled_tokens_so_far(self) -> int:
-        """`sampled_tokens`, and those of the conversations that are being run."""
+        """`sampled_tokens` and those of the live conversations."""
         return self.sampled_tokens + sum(
             turn.end - turn.start
             for conversation in tuple(self.live)
@@ -191,11 +192,11 @@ class _Batch:
 
     @property
     def has_enough(self) -> bool:
-        """Whether what has not ended by now is not waited for: failures, which come fast, do not crowd out the rest."""
+        """Whether the rest can be cut off. Failures, which come fast, do not count."""
         return self.target is not None and self.progress.done - self.progress.failed >= self.target
 
     def is_missing(self, conversation: Conversation) -> bool:
-        """False, and counted as skipped, where the store has it already."""
+        """False, and counted as skipped, if the store has it already."""
         is_there = (
             self.store is not None
             and (conversation.task.id, conversation.sample) in self.store.done
@@ -236,7 +237,10 @@ class _Batch:
     def _keep(
         self, append: Callable[[Trajectory], None], trajectory: Trajectory
     ) -> Trajectory | None:
-        """What `append` took: the trajectory, or what of it has a JSON form; None where that cannot be written either."""
+        """Writes the trajectory, or a copy without the parts that have no JSON form.
+
+        Returns what was written, None if neither could be.
+        """
         try:
             append(trajectory)
             return trajectory
@@ -251,7 +255,7 @@ class _Batch:
 
 
 async def _converse(conversation: Conversation) -> None:
-    """Runs a conversation under the eyes of the run's observer, if it has one."""
+    """Runs a conversation, watched by the run's observer if there is one."""
     observer = conversation.runtime.observer
     if observer is None:
         await converse(conversation)

@@ -33,7 +33,7 @@ from tools.toolset import LoadedTool, ToolSet
 T = TypeVar("T")
 
 Shorten = Callable[..., Shortened | None]
-"""`shorten(text, limit=..., side=...)`: what the model may see of a text, None if that is all of it.
+"""`shorten(text, limit=..., side=...)`: what the model may see of a text, None if all of it.
 
 The keywords are a tool's own `max_response_tokens` and `response_side`; without them, the run's.
 """
@@ -182,7 +182,7 @@ class ConversationTools:
         return response
 
     async def ended_early(self) -> None:
-        """Called if the conversation ended with `cancelled` by itself, before tools are released."""
+        """Called before the release if the conversation ended with `cancelled` by itself."""
 
     async def rewards(self, within_s: float = math.inf) -> dict[str, Any]:
         """The trajectory's reward by each tool that has one, asked for at once within `within_s`.
@@ -239,7 +239,7 @@ class ConversationTools:
             self.warnings.append(RecordWarning("release_failed", text))
 
     def _given(self, tool: LoadedTool, key: str) -> dict[str, Any]:
-        """The row's keywords for one coroutine of a tool; a copy, as the task's other samples use them."""
+        """A copy of the row's keywords for one coroutine of a tool: other samples use them, too."""
         kwargs = self._kwargs.get(tool.name)
         given = kwargs.get(key) if isinstance(kwargs, Mapping) else None
         return copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}

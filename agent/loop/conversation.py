@@ -69,7 +69,7 @@ class Ending:
 
 @dataclass(slots=True)
 class Clock:
-    """When a conversation started, and how long it ran. `earlier_s` is from before it was resumed."""
+    """When a conversation started and how long it ran, `earlier_s` of it before it was resumed."""
 
     started_at: str = field(
         default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -85,7 +85,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Counterparts:
-    """Who answers a conversation's turns: its tools, not yet created, and its user, not yet started."""
+    """Who answers a conversation's turns: tools, not yet created, and a user, not yet started."""
 
     tools: ConversationTools | None
     user: SimulatedUser | None

@@ -1,7 +1,7 @@
-"""What stands between a call and its tool, over all conversations of a run: slots, a rate, a circuit breaker.
+"""The limits on a tool's calls over all conversations of a run: slots, a rate, a circuit breaker.
 
-Invariant: every `Gate.enter` that returns is followed by one `Gate.leave`; one that raises, because it was cancelled or
-refused, has taken nothing: no slot, no place in the rate, no probe.
+Invariant: every `Gate.enter` that returns is followed by one `Gate.leave`. One that raises, because
+it was cancelled or refused, has taken nothing: no slot, no place in the rate, no probe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CircuitOpenError(BackendError):
 
 
 class Gate:
-    """The way in to one tool that has limits."""
+    """What each attempt to call a tool with limits passes through."""
 
     def __init__(self, policy: Policy) -> None:
         self._slots = asyncio.Semaphore(policy.max_concurrency) if policy.max_concurrency else None
@@ -31,7 +31,7 @@ class Gate:
 
     @classmethod
     def of(cls, policy: Policy) -> Gate | None:
-        """None where there is nothing to wait for, the common case."""
+        """The gate of a policy; None if nothing limits the calls, the common case."""
         return (
             cls(policy)
             if policy.max_concurrency or policy.rate_limit or policy.circuit_breaker
@@ -41,7 +41,7 @@ class Gate:
     async def enter(self) -> bool:
         """Waits until an attempt may begin; returns whether it probes the backend, for `leave`.
 
-        Raises CircuitOpenError where it would be in vain: at once, or once the wait is over that the breaker opened in.
+        Raises CircuitOpenError if the breaker is open, at once or after a wait in which it opened.
         """
         self._breaker.check()
         if self._slots is None:
@@ -63,15 +63,17 @@ class Gate:
             return probe
 
     def leave(self, status: str, *, probe: bool) -> None:
-        """Ends an attempt that entered; `status` is how."""
+        """Ends an attempt that entered; `status` says how it ended."""
         self._breaker.end(status, probe=probe)
         if self._slots is not None:
             self._slots.release()
 
 
 class Rate:
-    """At most `per_second` (rounded up) begin in any one second, and no more than `per_second` of them on average, in the
-    order in which they came. Who holds `turn` is the next."""
+    """At most `per_second` attempts (rounded up) begin in any one second, and on average no more.
+
+    They begin in the order in which they came: the next one holds `turn`.
+    """
 
     def __init__(self, per_second: float) -> None:
         calls = math.ceil(per_second)
@@ -80,19 +82,22 @@ class Rate:
         self._begun: deque[float] = deque(maxlen=calls)
 
     async def ready(self) -> None:
-        """Waits until another one may begin."""
+        """Waits until another attempt may begin."""
         if len(self._begun) == self._begun.maxlen:
             wait_s = self._begun[0] + self._window_s - asyncio.get_running_loop().time()
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
 
     def count(self) -> None:
-        """Notes that one begins now."""
+        """Notes that an attempt begins now."""
         self._begun.append(asyncio.get_running_loop().time())
 
 
 class Breaker:
-    """Closed, it counts backend failures in a row. Open, it refuses until its cooldown is over; then one at a time probes."""
+    """Closed, it counts backend failures in a row. Open, it refuses all attempts.
+
+    After its cooldown it lets one attempt at a time probe the backend.
+    """
 
     def __init__(self, policy: BreakerPolicy | None) -> None:
         self._limit: float = policy.failures if policy else math.inf
@@ -102,7 +107,7 @@ class Breaker:
         self._probing = False
 
     def check(self) -> None:
-        """Raises CircuitOpenError where an attempt would be refused."""
+        """Raises CircuitOpenError if an attempt would be refused."""
         if self._failures >= self._limit and (
             self._probing or asyncio.get_running_loop().time() < self._refuses_until
         ):
@@ -116,7 +121,7 @@ class Breaker:
         return probe
 
     def end(self, status: str, *, probe: bool) -> None:
-        """Learns from an attempt that began. One that was cancelled says nothing of the backend; any answer closes."""
+        """Notes how an attempt ended: any answer closes the breaker, a cancelled one says nothing."""
         if probe:
             self._probing = False
         if status in BACKEND_FAILURES:

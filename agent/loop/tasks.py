@@ -1,7 +1,7 @@
-"""Task files: JSONL or Parquet rows in verl's dataset schema, or just `{"prompt": "..."}`, read lazily.
+"""Task files: JSONL or Parquet rows in verl's dataset schema, or just `{"prompt": "..."}`.
 
-Invariant: a `Task` that exists can be run, and its id is the same wherever the same file is read again: the row's own
-`id`, else a hash of the row, `#k` behind it for the k-th repetition.
+Invariant: a `Task` that exists can be run. Its id is the same whenever the same file is read: the
+row's own `id`, else a hash of the row, with `#k` for the k-th repetition. Rows are read lazily.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Row = dict[str, Any]
 
 TOOL_KWARGS = ("create_kwargs", "execute_kwargs", "calc_reward_kwargs", "release_kwargs")
 _RECORDED = ("id", "prompt", "messages", "data_source", "ground_truth")
-"""Keys of a row that have a place of their own in the record; all others are its `extra`."""
+"""Keys of a row that have fields of their own in the record; all others are its `extra`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """A row: messages, ground truth and tool kwargs.
 
-    `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; its keys are the tools that the row chooses
-    (`extra_info.tool_selection`, else the row's `tools_kwargs`). Empty: the row does not choose, all tools are offered.
-    `interaction_kwargs` is for the interaction that it names; empty: nobody answers a turn without a call.
-    `extra` holds everything else of the row, as it stood there.
+    `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; its keys are the tools that the
+    row chooses (`extra_info.tool_selection`, else the row's `tools_kwargs`). If it is empty, all
+    tools are offered. `interaction_kwargs` is for the interaction that it names; if it is empty, nobody
+    answers a turn without a call. `extra` holds everything else of the row, unchanged.
     """
 
     id: str
@@ -49,10 +49,10 @@ class Task:
 def read_tasks(
     path: str | Path, limit: int | None = None, check: Callable[[Task], None] | None = None
 ) -> Iterator[Task]:
-    """Yields the first `limit` tasks of a .jsonl, .json or .parquet file, one row in memory at a time (Parquet: 256).
+    """Yields the first `limit` tasks of a .jsonl, .json or .parquet file.
 
-    Raises TaskError naming file and line for a row that is not a task, or that `check` raises TaskError for, and for a
-    file without rows.
+    One row is in memory at a time (Parquet: 256). Raises TaskError, naming file and line, for a row
+    that is not a task or that `check` refuses, and for a file without rows.
     """
     file = Path(path)
     ids = _Ids()
@@ -70,9 +70,9 @@ def read_tasks(
 
 
 def recorded_task(trajectory: Trajectory) -> Task:
-    """The task that a trajectory came from: its row's messages, ground truth and tool kwargs, as the record carries them.
+    """The task that a trajectory came from: messages, ground truth and tool kwargs of its row.
 
-    Raises TaskError where the record's `extra` holds tool kwargs that no row could have.
+    Raises TaskError if the record's `extra` holds tool kwargs that no row could have.
     """
     extra = trajectory.extra if isinstance(trajectory.extra, dict) else {}
     try:
@@ -124,7 +124,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Row]]:
     reader = readers.get(file.suffix)
     if reader is None:
         raise TaskError(
-            f"{file}: a task file ends in .jsonl (one JSON object a line) or .parquet, not {file.suffix or 'without a suffix'}"
+            f"{file}: a task file ends in .jsonl (one JSON object a line) or .parquet, "
+            f"not {file.suffix or 'without a suffix'}"
         )
     if not file.is_file():
         raise TaskError(f"{file}: no such task file; `turntrace tasks gsm_symbolic` writes one")
@@ -147,15 +148,16 @@ def _json_row(line: str, place: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        whole = (
+        hint = (
             "; this looks like one JSON array: write one object a line instead"
             if line.lstrip().startswith("[")
             else ""
         )
-        raise TaskError(f"{place}: not a JSON object on one line: {error}{whole}") from error
+        raise TaskError(f"{place}: not a JSON object on one line: {error}{hint}") from error
     if not isinstance(row, dict):
         raise TaskError(
-            f'{place}: a task is a JSON object such as {{"prompt": "..."}}, got {type(row).__name__}'
+            f'{place}: a task is a JSON object such as {{"prompt": "..."}}, '
+            f"got {type(row).__name__}"
         )
     return row
 
@@ -178,7 +180,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without mapping keys that are null: Parquet gives every row every key that any row has."""
+    """The value without null keys: Parquet gives every row the keys that any row has."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -188,7 +190,10 @@ def without_nulls(value: Any) -> Any:
 
 
 def row_hash(row: Any) -> str:
-    """The id of what has none of its own: 16 hex digits of the SHA-256 of its canonical JSON, null keys left out."""
+    """The id of a row without one: 16 hex digits of the SHA-256 of its canonical JSON.
+
+    Null keys are left out.
+    """
     return hashlib.sha256(canonical_json(without_nulls(row)).encode("ascii")).hexdigest()[:16]
 
 
@@ -208,7 +213,8 @@ class _Ids:
         first = self._places.setdefault(str(own), place)
         if first != place:
             raise TaskError(
-                f"the id {own!r} stands already at {first}; ids must differ (leave them out to have rows hashed)"
+                f"the id {own!r} is already used at {first}; ids must differ "
+                "(leave them out to have rows hashed)"
             )
         return str(own)
 
@@ -225,7 +231,7 @@ def _task(row: Row, ids: _Ids, place: str) -> Task:
 
 
 def row_task(row: Row, name: str) -> Task:
-    """The task of one row, under an id of its own. Raises TaskError and MessageError where it is not one."""
+    """The task of one row, with the id `name`. Raises TaskError or MessageError if it is none."""
     info = _mapping(row, "extra_info")
     reward_model = _mapping(row, "reward_model")
     ground_truth = row.get("ground_truth")
@@ -262,7 +268,8 @@ def _prompt(row: Row) -> object:
             else ""
         )
         raise TaskError(
-            f"the row has {problem}; it needs one of them, a text or a list of messages (its keys: {keys}){gsm8k}"
+            f"the row has {problem}; it needs one of them, a text or a list of messages "
+            f"(its keys: {keys}){gsm8k}"
         )
     prompt = row[given[0]]
     if isinstance(prompt, str):
@@ -283,7 +290,8 @@ def _tools_kwargs(row: Row, info: Mapping[str, Any]) -> dict[str, dict[str, Any]
     given = _mapping(holder, "tools_kwargs", where)
     if info.get("need_tools_kwargs") and not given:
         raise TaskError(
-            "extra_info.need_tools_kwargs is true but there are no tools_kwargs; give them, or set it to false"
+            "extra_info.need_tools_kwargs is true but there are no tools_kwargs; "
+            "give them, or set it to false"
         )
     tools_kwargs: dict[str, dict[str, Any]] = {}
     for tool in given:

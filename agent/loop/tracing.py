@@ -1,5 +1,6 @@
-"""OpenTelemetry spans of a run: `invoke_agent` for a conversation, `chat` for a turn, `execute_tool`
-for a call.
+"""OpenTelemetry spans of a run: `invoke_agent`, `chat` and `execute_tool`.
+
+They stand for a conversation, a turn and a call.
 
 Off unless the environment names an OTLP endpoint (`OTEL_EXPORTER_OTLP_ENDPOINT` or
 `..._TRACES_ENDPOINT`). `Tracing` is an `Observer`: it changes nothing, and a run without it pays
@@ -79,7 +80,7 @@ class _FirstWarning(logging.Handler):
 
 
 class Tracing:
-    """Makes the spans. `provider` is any SDK TracerProvider; `close` sends its spans and shuts it down."""
+    """Makes the spans. `provider` is an SDK TracerProvider; `close` sends its spans and ends it."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -91,7 +92,7 @@ class Tracing:
     def span(
         self, operation: str, subject: str, attributes: dict[str, Any], *, client: bool = False
     ) -> Iterator[Span]:
-        """A span that is current inside the block; an exception raised there is its `error.type`."""
+        """A span that is current in the block; an exception raised there is its `error.type`."""
         from opentelemetry.trace import SpanKind
 
         with self._tracer.start_as_current_span(

@@ -162,7 +162,7 @@ def _load(entry: _Entry, path: Path) -> LoadedInteraction:
 
 
 class SimulatedUser:
-    """One conversation's user. Nothing here raises but cancellation; a failure ends the user's part.
+    """One conversation's user. It raises only cancellation; a failure ends the user's part.
 
     `turns` counts the answers. `rewards` are those of the user's turns in order, the one that
     ended the conversation included. `failures` say what went wrong.
@@ -210,7 +210,7 @@ class SimulatedUser:
         return without_lone_surrogates(text)
 
     async def finalize(self, within_s: float = math.inf) -> None:
-        """Ends the instance, once, within `within_s`; also if the start failed or we are cancelled."""
+        """Ends the instance, once, within `within_s`, whether or not its start succeeded."""
         instance_id, self._instance_id = self._instance_id, None
         if instance_id is None:
             return
@@ -237,7 +237,7 @@ class SimulatedUser:
         read: Callable[[T], str | None] = lambda result: None,
         within_s: float = math.inf,
     ) -> str | None:
-        """What `read` makes of the result of `begin`'s coroutine; None, and a failure, if one fails."""
+        """What `read` makes of the coroutine's result; None, and a failure, if either fails."""
         timeout_s = min(self._loaded.timeout_s, within_s)
         try:
             return read(await bounded(begin, timeout_s))

@@ -1,5 +1,7 @@
-"""A recorded run again: model recorded or live, tools recorded or live, and the first place where a trajectory goes another way.
+"""Runs recorded trajectories again, each with the first place where it differs from the record.
 
-What is the same and what is not is a pure function of two records (`compare.py`); the new run's records are as honest as
-any other run's: nothing in them was sampled or answered elsewhere than they say.
+Model and tools are recorded or live.
+
+What differs is a pure function of two records (`compare.py`). The new records are as honest as any
+others: nothing in them was sampled or answered by anyone but whom they name.
 """

@@ -1,4 +1,4 @@
-"""Two records of one conversation: where they first differ, in the order in which the conversation happened.
+"""Where two records of one conversation first differ, in the order in which it happened.
 
 Invariant: whatever is not listed in `NOT_COMPARED`, or in the list of a part that was live, counts.
 """
@@ -20,27 +20,27 @@ NOT_COMPARED = {
     "turn": frozenset({"cached_tokens", "queue_s", "engine_s"}),
     "call": frozenset({"attempts", "queue_s", "run_s"}),
 }
-"""Clocks, caches and names: what differs although nothing else happened (and with them `sha256`)."""
+"""Clocks, caches and names differ between equal conversations (and with them `sha256`)."""
 
 LIVE_MODEL = {
     "trajectory": frozenset({"engine", "sampling", "response_logprobs", "warnings"}),
     "turn": frozenset({"weight_version", "resumed"}),
     "call": frozenset[str](),
 }
-"""What an engine of today may say otherwise while it samples the same tokens."""
+"""What today's engine may report differently although it samples the same tokens."""
 
 LIVE_TOOLS = {
     "trajectory": frozenset({"error", "warnings"}),
     "turn": frozenset[str](),
     "call": frozenset({"error"}),
 }
-"""What tools of today may note otherwise while they answer the same."""
+"""What today's tools may note differently although they answer the same."""
 
 ANSWER = ("status", "response", "full_response", "reward", "metrics")
-"""What a tool answers, as far as the ledger keeps it."""
+"""The fields of the ledger that hold a tool's answer."""
 
 CLOCK_METRIC = re.compile(r"(^|_)(time|duration|elapsed|latency|seconds|s|ms)$")
-"""Metrics by such a name are measured times: never the same twice."""
+"""Metrics with such a name are measured times, which are never the same twice."""
 
 CONTEXT = 24
 """Tokens shown on each side of a difference."""
@@ -52,11 +52,12 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where two records part.
+    """Where two records first differ.
 
-    `kind`: prompt, sampled, logprob, turn, call, answer, delta (what was appended after a turn), end, or record (a field
-    of the record alone). `token` is an index into `prompt_ids + response_ids`. `recorded` and `replayed` are JSON: for
-    tokens {ids, text, logprob} from the token on, with `before`, the text they share; for answers the fields that differ.
+    `kind`: prompt, sampled, logprob, turn, call, answer, delta (what was appended after a turn),
+    end, or record (a field of the record alone). `token` is an index into `prompt_ids + response_ids`.
+    `recorded` and `replayed` are JSON: for tokens {ids, text, logprob} from the token on, with
+    `before`, the text they share; for answers the fields that differ.
     """
 
     kind: str
@@ -71,7 +72,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which parts of the replay were live; `decode` turns ids into text."""
+    """What a comparison is about: which parts were live; `decode` turns ids into text."""
 
     live_model: bool
     live_tools: bool
@@ -96,24 +97,24 @@ class Answers:
     fields: list[str] = field(default_factory=list)
 
     def count(self, difference: dict[str, Any]) -> None:
-        """One answer more; `difference` as `answer_difference` gives it."""
+        """Counts one answer; `difference` is what `answer_difference` returned."""
         self.compared += 1
         self.different += bool(difference)
         self.fields += [name for name in difference if name not in self.fields]
 
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
-    """The first index at which two sequences differ, the shorter one's end included; None if equal."""
+    """The first index at which two sequences differ, an end included; None if they are equal."""
     return None if one == other else first_index(one, other)
 
 
 def compare(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Divergence | None:
-    """The first difference, None where the records are the same."""
+    """The first difference, None if the records are the same."""
     return next(_differences(recorded, replayed, scope), None)
 
 
 def answer_difference(recorded: ToolCallRecord, replayed: ToolCallRecord) -> dict[str, Any]:
-    """{field: [recorded, replayed]} of what two answers to one call do not share."""
+    """{field: [recorded, replayed]} of each field in which two answers to one call differ."""
     pairs = {name: (_answer(recorded, name), _answer(replayed, name)) for name in ANSWER}
     return {name: _clipped_pair(*pair) for name, pair in pairs.items() if _differ(*pair)}
 
@@ -121,7 +122,7 @@ def answer_difference(recorded: ToolCallRecord, replayed: ToolCallRecord) -> dic
 def compared_answers(
     recorded: Trajectory, replayed: Trajectory
 ) -> Iterator[tuple[ToolCallRecord, ToolCallRecord]]:
-    """The pairs of answers to one and the same call: up to the first call that is another one."""
+    """The pairs of answers to the same call, up to the first call that differs."""
     for old, new in zip(recorded.tool_calls, replayed.tool_calls, strict=False):
         if not same_call(old, new) or "cancelled" in (old.status, new.status):
             return
@@ -129,7 +130,7 @@ def compared_answers(
 
 
 def same_call(one: ToolCallRecord, other: ToolCallRecord) -> bool:
-    """The same call at the same place."""
+    """Whether these are the same call at the same place."""
     return (
         one.call_id == other.call_id
         and one.name == other.name
@@ -138,7 +139,7 @@ def same_call(one: ToolCallRecord, other: ToolCallRecord) -> bool:
 
 
 def logprob_difference(recorded: Trajectory, replayed: Trajectory) -> float | None:
-    """The largest difference between the log-probs of tokens that were sampled alike; None without any."""
+    """The largest difference between log-probs of the same sampled tokens; None without any."""
     old, new = recorded.response_ids, replayed.response_ids
     if first_difference(recorded.prompt_ids, replayed.prompt_ids) is not None:
         return None
@@ -147,7 +148,7 @@ def logprob_difference(recorded: Trajectory, replayed: Trajectory) -> float | No
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=None)
 
 
-# ---------------------------------------------------------------------- in the order of the conversation
+# ---------------------------------------------------------------------- in order
 
 
 def _differences(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Iterator[Divergence]:
@@ -281,7 +282,7 @@ def _calls(number: int, old: _Side, new: _Side, scope: Scope) -> Iterator[Diverg
 
 
 def _end(recorded: Trajectory, replayed: Trajectory) -> Iterator[Divergence]:
-    """How the conversations ended. One that a replay could not go on with has said so in `error`."""
+    """How the conversations ended. If the replay had to stop, its `error` says why."""
     one, other = (
         {"stop_reason": record.stop_reason, "turns": record.num_turns}
         for record in (recorded, replayed)
@@ -326,12 +327,12 @@ def _answer(line: ToolCallRecord, name: str) -> Any:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """As JSON: 1 and 1.0 and True are three things, tuples are lists."""
+    """Whether the JSON differs: 1, 1.0 and True are three values, a tuple is a list."""
     return one is not other and canonical_json(one) != canonical_json(other)
 
 
 def _clipped_pair(one: Any, other: Any) -> list[Any]:
-    """Both, long ones as text cut around where they differ: the records have them whole."""
+    """Both values; long ones as a piece of text around the difference."""
     texts = [value if isinstance(value, str) else canonical_json(value) for value in (one, other)]
     start = max(0, (first_difference(*texts) or 0) - CLIP // 4)
     return [

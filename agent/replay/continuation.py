@@ -70,7 +70,7 @@ def _schemas(task: Task, runtime: Runtime) -> list[dict[str, object]]:
 
 
 def _resumed(record: Trajectory, runtime: Runtime) -> Conversation:
-    """The conversation with all that it was; its time goes on, too: its deadline is of all of it."""
+    """The conversation with all that it was. The time that it ran counts to its deadline."""
     task = recorded_task(record)
     answered = len(record.turns) - (record.messages[-1].get("raw") is not None)
     tools = None

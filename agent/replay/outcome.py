@@ -1,4 +1,6 @@
-"""What became of each trajectory of a replay: one JSON line in the new run's `replay.jsonl`, written before the trajectory itself.
+"""How each trajectory of a replay compares: one JSON line in the new run's `replay.jsonl`.
+
+The line is written before the trajectory itself.
 
 Invariant: a trajectory that is on disk has its line. The last line of an id counts.
 """
@@ -32,14 +34,16 @@ REPLAY = "replay.jsonl"
 IDENTICAL, DIVERGED, FAILED = "identical", "diverged", "failed"
 
 Line = dict[str, Any]
-"""`id`, `parent` (its id), `outcome`, `first` (a Divergence or null), `answers` ({tool: compared, different, fields}),
-`elsewhere` (answers that differ outside of the record: while state was rebuilt, or after the record's end), `logprob_difference`."""
+"""`id`, `parent` (its id), `outcome`, `first` (a Divergence or null), `answers` ({tool: compared,
+different, fields}), `elsewhere` (answers that differ outside of the record: while state was
+rebuilt, or after the record's end), `logprob_difference`.
+"""
 
 
 def outcome(
     recorded: Trajectory, replayed: Trajectory, scope: Scope, tools: LiveTools | None
 ) -> Line:
-    """What the two records, and the calls made beside them, come to."""
+    """The line of a trajectory: its record beside its parent's, and the calls made beside both."""
     first = compare(recorded, replayed, scope)
     failed = replayed.infra_error and not recorded.infra_error
     return {
@@ -71,7 +75,7 @@ def _answers(
 
 
 class ComparingStore:
-    """A run folder in front of which every trajectory is compared with its parent."""
+    """A run folder that compares every trajectory with its parent before writing it."""
 
     def __init__(
         self, folder: RunFolder, scope: Scope, lines: IO[str], tell: Callable[[Line], None]
@@ -106,7 +110,8 @@ class ComparingStore:
             self._lines.flush()
         except OSError as error:
             raise RunFolderError(
-                f"{self._folder.path / REPLAY} cannot be written: {error.strerror}; make room and --resume"
+                f"{self._folder.path / REPLAY} cannot be written: {error.strerror}; "
+                "make room and --resume"
             ) from error
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
@@ -115,26 +120,26 @@ class ComparingStore:
 
 
 def earlier_lines(out: Path, ids: Iterable[str], compared: Callable[[str], Line]) -> list[Line]:
-    """The lines of the trajectories that a resumed replay has already; the file holds these alone afterwards.
+    """The lines of the trajectories that a resumed replay already has; the file keeps only these.
 
-    `compared` makes a line that is not there from the two records; what was found beside them is lost with it.
+    `compared` makes a missing line from the two records; differences outside of them are lost.
     """
-    found: dict[str, Line] = {}
+    written: dict[str, Line] = {}
     if (out / REPLAY).exists():
         for text in (out / REPLAY).read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(
                 ValueError, TypeError, KeyError
             ):  # torn by a kill: its trajectory was not written either
                 line = json.loads(text)
-                found[line["id"]] = line
-    kept = [found.get(name) or compared(name) for name in ids]
+                written[line["id"]] = line
+    kept = [written.get(name) or compared(name) for name in ids]
     (out / REPLAY).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return kept
 
 
 @dataclass(slots=True)
 class Tally:
-    """The counts of a replay. `diverged` keeps the lines of what did not come out the same, `failed` included."""
+    """The counts of a replay. `diverged` keeps the lines of all that is not identical."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)

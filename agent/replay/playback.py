@@ -26,7 +26,7 @@ def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime
 
 
 class Playback:
-    """An engine: from turn `first` on it returns the recorded turns, with all that is recorded of them.
+    """An engine that returns the recorded turns from turn `first` on, with all that is recorded.
 
     If the record has no next turn, the conversation ends as the recorded one did. If the tokens
     before a turn are others, or the turn does not fit its budget, it ends with `cancelled`.

@@ -1,4 +1,4 @@
-"""A replay summed up: the first few divergences with both sides, then the counts; the same as JSON.
+"""Sums up a replay: the first few divergences with both sides, then the counts; also as JSON.
 
 What records hold is untrusted: it is printed as text, control characters escaped, never as markup.
 """
@@ -55,7 +55,10 @@ def show(tally: Tally, request: ReplayRequest, console: Console) -> None:
 
 
 def as_json(tally: Tally, request: ReplayRequest) -> dict[str, Any]:
-    """The whole report as one object; `diverged` holds a line as in replay.jsonl for each trajectory that is not the same."""
+    """The whole report as one object.
+
+    `diverged` holds a line, as in replay.jsonl, for each trajectory that is not identical.
+    """
     return {
         "run": str(request.run),
         "out": str(request.out),
@@ -78,7 +81,7 @@ def _outcomes(tally: Tally) -> Table:
     table.add_row("diverged", str(tally.outcomes[DIVERGED]))
     for kind, count in tally.kinds.most_common():
         table.add_row(f"  first at {_WHERE[kind]}", str(count))
-    table.add_row("failed by infrastructure", str(tally.outcomes[FAILED]))
+    table.add_row("failed because of infrastructure", str(tally.outcomes[FAILED]))
     return table
 
 
@@ -121,7 +124,7 @@ def _place(first: dict[str, Any]) -> str:
 
 
 def _side(value: Any) -> str:
-    """One side in one line: tokens as text with the first id and its log-prob, anything else as JSON."""
+    """One side in one line: tokens as text with the first id and log-prob, the rest as JSON."""
     if isinstance(value, dict) and set(value) == {"ids", "text", "logprob"}:
         if not value["ids"]:
             return "(ends here)"

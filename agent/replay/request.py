@@ -1,4 +1,4 @@
-"""What was asked of a replay, and which trajectories it is about: everything that can be found wrong before anything starts."""
+"""What is to be replayed, checked before anything starts: the options and the trajectories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ RECORDED, LIVE = "recorded", "live"
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequest:
-    """The command line's words. `from_turn` None: each trajectory whole. `n` branches of each trajectory."""
+    """The options of the command line.
+
+    Without `from_turn` each trajectory is replayed from its prompt. `n` is the number of replays of
+    each.
+    """
 
     run: Path
     out: Path
@@ -51,22 +55,24 @@ class ReplayRequest:
 
     @property
     def resume_command(self) -> str:
-        """What goes on with this replay."""
+        """The command that resumes this replay."""
         return command_line(self.argv if self.resume else [*self.argv, "--resume"])
 
     def check(self) -> None:
         """Raises AgentError for options that contradict each other."""
         if self.from_turn is not None and not self.live_model:
             raise AgentError(
-                "--from-turn goes on with fresh tokens, which the recorded model does not have; use --model live"
+                "--from-turn samples fresh tokens, which the recorded model does not have; "
+                "use --model live"
             )
         if self.n > 1 and not self.live_model:
             raise AgentError(
-                f"--n {self.n}: with the recorded model all branches would be the same; use --model live"
+                f"--n {self.n}: with the recorded model all replays would be the same; "
+                "use --model live"
             )
         if (self.tools_config or self.trust_tools) and not self.live_tools:
             raise AgentError(
-                "--tools-config and --trust-tools are about tools that run; use --tools live with them"
+                "--tools-config and --trust-tools are about live tools; use --tools live with them"
             )
         if self.run.resolve() == self.out.resolve():
             raise AgentError(
@@ -75,7 +81,10 @@ class ReplayRequest:
 
 
 def kept_turns(record: Trajectory, from_turn: int | None) -> int | None:
-    """How many turns stay as they are: those before `from_turn`, else those a fork had kept; None: nothing, not even the prompt."""
+    """The number of turns that are kept: those before `from_turn`, else those that a fork had kept.
+
+    None: nothing is kept, not even the prompt.
+    """
     if from_turn is not None:
         return from_turn
     turn = (record.parent or {}).get("turn")
@@ -84,7 +93,7 @@ def kept_turns(record: Trajectory, from_turn: int | None) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The ids to replay, in order, whether they are all of the run's, and a line for each reason to leave some out."""
+    """The ids to replay, in order; whether they are all; why others are left out, in notes."""
 
     ids: list[str]
     is_all: bool
@@ -92,9 +101,10 @@ class Choice:
 
 
 def choose(run: Run, request: ReplayRequest) -> Choice:
-    """Reads every chosen trajectory once: a damaged or forged one is known before anything runs.
+    """Reads every chosen trajectory once, so that a damaged one is known before anything runs.
 
-    Raises RunFolderError for one that does not match its hash, RecordError for one whose parts contradict each other.
+    Raises RunFolderError if one does not match its hash, RecordError if its parts contradict each
+    other.
     """
     asked = _asked(run, request)
     chosen, too_short, empty = [], [], []
@@ -116,19 +126,21 @@ def choose(run: Run, request: ReplayRequest) -> Choice:
     ]
     if not chosen:
         raise AgentError(
-            f"{run.path}: nothing to replay: {'; '.join(notes) or 'the run has no finished trajectories'}"
+            f"{run.path}: nothing to replay: "
+            + ("; ".join(notes) or "the run has no finished trajectories")
         )
     return Choice(chosen, len(chosen) == len(run), notes)
 
 
 def checked(run: Run, trajectory_id: str) -> Trajectory:
-    """A trajectory whose hash, form and spans are right. Raises RunFolderError or RecordError, in one line."""
+    """A trajectory whose hash, form and spans are right. Raises RunFolderError or RecordError."""
     finding = next(shape_findings(run.record(trajectory_id)), None)
     record = run[trajectory_id] if finding is None else None
     finding = finding or (next(token_findings(record), None) if record else None)
     if finding or record is None:
         raise RecordError(
-            f"{run.path}: trajectory {trajectory_id} cannot be replayed: {finding.what if finding else 'it is damaged'}"
+            f"{run.path}: trajectory {trajectory_id} cannot be replayed: "
+            + (finding.what if finding else "it is damaged")
         )
     problem = next(_contradictions(record), None)
     try:
@@ -167,7 +179,7 @@ def _asked(run: Run, request: ReplayRequest) -> list[str]:
 
 
 def _reaches(record: Trajectory, turn: int) -> bool:
-    """Whether the tokens before `turn` are all there: it was sampled, or everything up to it was appended."""
+    """Whether all tokens before `turn` are there: it was sampled, or all up to it was appended."""
     if turn < len(record.turns):
         return True
     end = record.turns[-1].end if record.turns else 0

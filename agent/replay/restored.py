@@ -44,7 +44,7 @@ def restored(
 ) -> Conversation:
     """The conversation of `record` after its first `turns` turns were answered, as sample `sample`.
 
-    Its tools and user are the given ones, which are to bring themselves into the state they were in.
+    The given tools and user bring themselves into the state that they were in.
     """
     conversation = Conversation(recorded_task(record), sample, runtime, counterparts)
     _restore_tokens(conversation.tokens, record, turns)

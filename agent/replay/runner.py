@@ -1,7 +1,7 @@
-"""`turntrace replay`, in order: read the parent, check what is cheap, open the new run, start what is live, run, compare, sum up.
+"""`turntrace replay`: read the parent, check, open the new run, start, run, compare, sum up.
 
-Invariant: exit code 0 means that every trajectory asked for is on disk and the same as its parent (a fork: that its tools
-came into the state they were in).
+Invariant: exit code 0 means that every trajectory asked for is on disk and identical to its parent
+(for a fork: that its tools came into the state that they were in).
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ from conversations.trajectory import Trajectory, canonical_json
 from tools.toolset import ToolSet
 
 DIVERGED = 3
-"""Exit code where a trajectory is not the same as its parent; the others are those of `turntrace run`."""
+"""Exit code if a trajectory differs from its parent; the others are those of `turntrace run`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A replay with everything that could be found wrong beforehand found right."""
+    """A replay whose options, records and config were checked."""
 
     request: ReplayRequest
     run: Run
@@ -112,7 +112,10 @@ class Plan:
 
 
 def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any]]:
-    """Replays a run into a new folder; returns the exit code and the report. Raises the packages' own errors for a user's mistake."""
+    """Replays a run into a new folder; returns the exit code and the report.
+
+    Raises the packages' own errors for a user's mistake.
+    """
     plan = make_plan(request)
     for note in (*plan.choice.notes, *_notes(plan)):
         say(console, f"note: {note}")
@@ -129,7 +132,8 @@ def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any
     if code in (INTERRUPTED, TERMINATED):
         say(
             console,
-            f"interrupted: {progress.done} of {plan.total} trajectories are in {request.out}; go on with: {request.resume_command}",
+            f"interrupted: {progress.done} of {plan.total} trajectories are in {request.out}; "
+            f"resume with: {request.resume_command}",
         )
     else:
         show(tally, request, console)
@@ -138,7 +142,7 @@ def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any
 
 
 def _count_earlier(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress) -> None:
-    """What is in the new run already counts like what is still to come."""
+    """Counts what the new run already has."""
     run = open_run(plan.request.out)
     ids = [f"{task}-{sample}" for task, sample in sorted(folder.done & plan.keys())]
 
@@ -153,7 +157,7 @@ def _count_earlier(plan: Plan, folder: RunFolder, tally: Tally, progress: Progre
 
 
 def make_plan(request: ReplayRequest) -> Plan:
-    """Everything checked that needs no engine and no tool."""
+    """Checks everything that needs no engine and no tool."""
     request.check()
     run = open_run(request.run)
     choice = choose(run, request)
@@ -169,7 +173,7 @@ def make_plan(request: ReplayRequest) -> Plan:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    """What the user should hear before anything starts."""
+    """What the user should know before anything starts."""
     request, unfinished = plan.request, plan.run.path / UNFINISHED
     if unfinished.exists() and (count := _lines_in(unfinished)):
         yield f"{count} unfinished conversations of {plan.run.path} are not replayed"
@@ -181,7 +185,10 @@ def _notes(plan: Plan) -> Iterator[str]:
             if name not in plan.tools:
                 yield f"there is no tool {name} now: its calls cannot be answered as they were"
             elif canonical_json(plan.tools[name].schema) != canonical_json(tool):
-                yield f"the schema of {name} is not the recorded one, which is what the model saw; calls are checked against today's"
+                yield (
+                    f"the schema of {name} is not the recorded one, which the model saw; "
+                    "calls are checked against today's"
+                )
 
 
 def _lines_in(file: Path) -> int:
@@ -195,7 +202,8 @@ def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
         with_added_tokens=True
     ) != template.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True):
         raise AgentError(
-            f"the model's tokenizer is not that of {run.path}: a fork keeps the parent's tokens, which mean nothing to {template.name}"
+            f"the model's tokenizer is not that of {run.path}: "
+            f"a fork keeps the parent's tokens, which mean nothing to {template.name}"
         )
 
 
@@ -266,7 +274,7 @@ def _run_missing(
 
 
 def _started(plan: Plan, console: Console) -> Session:
-    """The session: the config's engine, or none where the model is recorded."""
+    """The session: with the config's engine, or with none if the model is recorded."""
     request = plan.request
     save_tokenizer(request.out, plan.template.tokenizer)
     if not request.live_model:
@@ -348,7 +356,10 @@ def _user(
 def _verdict(plan: Plan, tally: Tally, console: Console) -> int:
     done = sum(tally.outcomes.values())
     if tally.outcomes[FAILED] or done < plan.total:
-        problem = f"{tally.outcomes[FAILED]} trajectories failed by infrastructure, {plan.total - done} are missing"
+        problem = (
+            f"{tally.outcomes[FAILED]} trajectories failed because of infrastructure, "
+            f"{plan.total - done} are missing"
+        )
         say(console, f"{problem}; run them again with: {plan.request.resume_command}")
         return INCOMPLETE
     if plan.request.from_turn is not None:

@@ -1,4 +1,4 @@
-"""The tools of a replayed conversation: recorded answers, or today's tools compared with the record.
+"""The tools of a replayed conversation: recorded answers, or today's tools beside the record.
 
 Invariant: a recorded answer is given only to the call that got it (same turn and place, name and
 arguments), and only if every call before it was the same too, so that a tool with state would be in
@@ -37,7 +37,7 @@ NO_ANSWER = CallResult("cancelled", error="replay: no recorded answer")
 
 
 def reached_a_tool(line: ToolCallRecord) -> bool:
-    """Whether a recorded call was given to its tool, or about to be: it may have changed its state."""
+    """Whether a recorded call was given to its tool, and may have changed its state."""
     return bool(line.attempts) or line.status in REACHED
 
 
@@ -259,7 +259,7 @@ class LiveTools(ConversationTools):
 
 
 def _written_arguments(record: Trajectory) -> dict[str, dict[str, Any]]:
-    """The arguments of each call as the model wrote them: the ledger's lost the order of their keys."""
+    """The arguments of each call as the model wrote them; the ledger lost the order of the keys."""
     calls = [
         call
         for message in record.messages
@@ -273,7 +273,7 @@ def _written_arguments(record: Trajectory) -> dict[str, dict[str, Any]]:
     }
 
 
-# ---------------------------------------------------------------------- tools that are only their schema
+# ---------------------------------------------------------------------- stand-ins
 
 
 class _StandIn(BaseTool):

@@ -1,7 +1,8 @@
-"""What a run folder may decide about this machine. It may come from anybody, and its run.json says what to import and whom to call.
+"""What a run folder, whose run.json says what to import and call, may decide on this machine.
 
-Invariant: nothing that a run names is imported, and no address it names is called, unless the user said so. Turntrace's
-own tools may be had for the asking, where they stay on this machine.
+Invariant: a run folder may come from anybody. Nothing that it names is imported, and no address
+that it names is called, unless the user says so. Turntrace's own tools are allowed if they stay on this
+machine.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ OWN_TOOLS = frozenset(
         "tools.sandbox.SandboxFusionTool",
     }
 )
-"""Shipped tools that do no more than they say, whatever their config is, but for addresses. MCP's starts any command."""
+"""Shipped tools that are safe with any config that names no address. MCP's starts any command."""
 LOAD_FORMATS = ("auto", "safetensors")
 _OWN_KEYS = frozenset({"class_name", "class_path", "config", "tool_schema"})
 
@@ -53,7 +54,7 @@ _OWN_KEYS = frozenset({"class_name", "class_path", "config", "tool_schema"})
 def replay_config(run: Run, request: ReplayRequest) -> Config:
     """The config to replay with: the file the user gave, else the run's own, with their overrides.
 
-    Raises ConfigError, in one line, also where a live model would do what only the run says.
+    Raises ConfigError, in one line, also if a live model would do what only the run says.
     """
     recorded = run.manifest.get("config")
     if request.config is None and not isinstance(recorded, dict):
@@ -76,21 +77,27 @@ def _check_engine(config: Config, run: Run) -> None:
     if rollout.name == "sglang_server" and not is_given("server.urls"):
         named = ", ".join(rollout.server.urls)
         raise ConfigError(
-            f"{run.path} names the servers {named}: a run is not asked whom to call; --set 'rollout.server.urls=[\"{named}\"]'"
+            f"{run.path} names the servers {named}, which a run may not: "
+            f"use --set 'rollout.server.urls=[\"{named}\"]'"
         )
     for key in rollout.engine_kwargs.sglang:
         if key not in HARMLESS and not is_given(f"engine_kwargs.sglang.{key}"):
             raise ConfigError(
-                f"{run.path} sets rollout.engine_kwargs.sglang.{key}, which a run may not: say so with --set, or give --config"
+                f"{run.path} sets rollout.engine_kwargs.sglang.{key}, which a run may not: "
+                "use --set, or give --config"
             )
     if rollout.load_format not in LOAD_FORMATS and not is_given("load_format"):
         raise ConfigError(
-            f"{run.path} sets rollout.load_format: {rollout.load_format}, which a run may not: say so with --set"
+            f"{run.path} sets rollout.load_format: {rollout.load_format}, which a run may not: "
+            "use --set"
         )
 
 
 def live_interactions(request: ReplayRequest, config: Config) -> Interactions | None:
-    """The interactions to run. They are code: only if tools are live, and the user named them or trusts the run."""
+    """The interactions to run: those of the config if tools are live and the user allowed them.
+
+    They are code: the user names their file, gives the config, or trusts the run.
+    """
     is_given = (
         request.trust_tools
         or request.config is not None
@@ -100,7 +107,9 @@ def live_interactions(request: ReplayRequest, config: Config) -> Interactions | 
 
 
 def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | None:
-    """The tools to run: the ones given, else those of the given config, else what run.json has of them; None where it had none.
+    """The tools to run: the ones given, else those of the given config, else those in run.json.
+
+    None if the run had none.
 
     Raises ToolConfigError, and AgentError for tools of the run that the user has not trusted.
     """
@@ -111,20 +120,22 @@ def live_tools(run: Run, request: ReplayRequest, config: Config) -> ToolSet | No
     if not isinstance(text, str) or not text:
         if any(record["tools"] for record in run.records(check=False)):
             raise AgentError(
-                f"{run.path}/run.json does not hold the tools of the run; give them with --tools-config FILE"
+                f"{run.path}/run.json does not hold the tools of the run; "
+                "give them with --tools-config FILE"
             )
         return None
     if request.trust_tools:
         return tools_from_text(text, _origin(run, config))
     for problem in _untrusted(text, run.path / "run.json"):
         raise AgentError(
-            f"{run.path}/run.json {problem}; give the tools with --tools-config FILE, or --trust-tools to take the run's"
+            f"{run.path}/run.json {problem}; give the tools with --tools-config FILE, "
+            "or use --trust-tools to take the run's"
         )
     return tools_from_text(text, run.path / "run.json")
 
 
 def _untrusted(text: str, file: Path) -> Iterator[str]:
-    """What is wrong with taking the tools from there: imports that are not turntrace's own, addresses."""
+    """What is unsafe about the tools there: imports that are not turntrace's own, addresses."""
     for entry in tool_entries(text, file):
         own = (
             isinstance(entry, Mapping)
@@ -138,12 +149,12 @@ def _untrusted(text: str, file: Path) -> Iterator[str]:
 
 
 def _target(entry: Any) -> str:
-    found = (
+    named = (
         [str(entry[key]) for key in sorted(map(str, entry)) if key not in ("config", "tool_schema")]
         if isinstance(entry, Mapping)
         else []
     )
-    return ", ".join(found) or type(entry).__name__
+    return ", ".join(named) or type(entry).__name__
 
 
 def _addresses(value: Any) -> Iterator[str]:
@@ -156,6 +167,6 @@ def _addresses(value: Any) -> Iterator[str]:
 
 
 def _origin(run: Run, config: Config) -> Path:
-    """Where the tools' YAML lay when the run was made, so that modules beside it are found."""
+    """Where the tools' YAML was when the run was made, so that modules beside it are found."""
     path = config.rollout.multi_turn.tool_config_path
     return Path(path) if path and Path(path).is_file() else run.path / "run.json"
