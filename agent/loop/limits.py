@@ -121,7 +121,7 @@ class Breaker:
         return probe
 
     def end(self, status: str, *, probe: bool) -> None:
-        """Notes how an attempt ended: any answer closes the breaker, a cancelled one says nothing."""
+        """Notes how an attempt ended: any answer closes the breaker, a cancellation does not."""
         if probe:
             self._probing = False
         if status in BACKEND_FAILURES:

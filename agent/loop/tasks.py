@@ -33,8 +33,8 @@ class Task:
 
     `tools_kwargs` is {tool: {create_kwargs, execute_kwargs, ...}}; its keys are the tools that the
     row chooses (`extra_info.tool_selection`, else the row's `tools_kwargs`). If it is empty, all
-    tools are offered. `interaction_kwargs` is for the interaction that it names; if it is empty, nobody
-    answers a turn without a call. `extra` holds everything else of the row, unchanged.
+    tools are offered. `interaction_kwargs` is for the interaction that it names; if it is empty,
+    nobody answers a turn without a call. `extra` holds everything else of the row, unchanged.
     """
 
     id: str

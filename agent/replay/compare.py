@@ -55,9 +55,9 @@ class Divergence:
     """Where two records first differ.
 
     `kind`: prompt, sampled, logprob, turn, call, answer, delta (what was appended after a turn),
-    end, or record (a field of the record alone). `token` is an index into `prompt_ids + response_ids`.
-    `recorded` and `replayed` are JSON: for tokens {ids, text, logprob} from the token on, with
-    `before`, the text they share; for answers the fields that differ.
+    end, or record (a field of the record alone). `token` is an index into
+    `prompt_ids + response_ids`. `recorded` and `replayed` are JSON: for tokens {ids, text, logprob}
+    from the token on, with `before`, the text they share; for answers the fields that differ.
     """
 
     kind: str

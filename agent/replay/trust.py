@@ -1,8 +1,8 @@
 """What a run folder, whose run.json says what to import and call, may decide on this machine.
 
 Invariant: a run folder may come from anybody. Nothing that it names is imported, and no address
-that it names is called, unless the user says so. Turntrace's own tools are allowed if they stay on this
-machine.
+that it names is called, unless the user says so. Turntrace's own tools are allowed if they stay on
+this machine.
 """
 
 from __future__ import annotations

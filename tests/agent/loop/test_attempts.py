@@ -1,4 +1,4 @@
-"""Attempts of a call: what is tried again and when, what each one's line in the ledger says, and that all of it ends at once."""
+"""Attempts of a call: what is retried and when, what the ledger says of each, and how all end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LostError(BackendError):
 
 
 class Flaky(BaseTool):
-    """The k-th attempt of all does the k-th of `script`, the last one for ever; `begun` is when they began."""
+    """The k-th attempt does the k-th of `script`, later ones the last; `begun` has their times."""
 
     def __init__(self, *script: str, **config: Any) -> None:
         super().__init__(config, SCHEMA)
@@ -164,7 +164,7 @@ def test_a_pause_holds_no_slot() -> None:
     assert tool.begun[:2] == [0.0, 0.0]
 
 
-# ---------------------------------------------------------------------- the breaker, seen from a call
+# -------------------------------------------------------------------- the breaker, seen from a call
 
 
 def test_a_refused_call_says_so_to_the_model_and_to_the_record() -> None:
@@ -253,8 +253,16 @@ def test_a_refusal_is_an_answer_with_a_size_and_a_class() -> None:
 
 async def test_every_way_to_end_has_its_class() -> None:
     toy = Toy(timeout_s=0.05)
-    does = {"say": None, "bug": "ZeroDivisionError", "tool_error": "ToolError", "backend": "BackendError", "hang": "CallTimeoutError",
-            "wrong_type": "TypeError", "exit": "RuntimeError", "timeout_error": "TimeoutError"}  # fmt: skip
+    does = {
+        "say": None,
+        "bug": "ZeroDivisionError",
+        "tool_error": "ToolError",
+        "backend": "BackendError",
+        "hang": "CallTimeoutError",
+        "wrong_type": "TypeError",
+        "exit": "RuntimeError",
+        "timeout_error": "TimeoutError",
+    }
     tools = ConversationTools(
         Dispatcher(ToolSet.from_tools([toy]), max_parallel_calls=64, shorten=cut), {}, None
     )

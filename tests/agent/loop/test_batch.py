@@ -1,4 +1,4 @@
-"""Many conversations at once: admission, groups, isolation, and what is kept when a run is cut off."""
+"""Many conversations at once: admission, groups, isolation, and what an interrupted run keeps."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ from tools.toolset import ToolSet
 
 
 class Actors:
-    """An engine that does in each conversation what its question says: `name: turn | turn | ...`; `!` words are its own.
+    """An engine that does in each conversation what its question says: `script: turn | turn | ...`.
 
-    The k-th generation of a conversation is its k-th turn, whatever other conversations do meanwhile.
+    A turn such as `!hang` is a command. The k-th generation of a conversation is its k-th turn,
+    whatever other conversations do meanwhile.
     """
 
     def __init__(self, template: ChatTemplate, delay_s: float = 0.0) -> None:
@@ -209,15 +210,21 @@ BAD: dict[str, tuple[str, ...]] = {
     "long_prompt": ("42 " * 3000,),
 }
 EXPECTED = {
-    "stubborn_model": "invalid_tool_calls", "engine_error": "engine_error", "engine_bug": "engine_error", "engine_nan": "engine_error",
-    "engine_hang": "deadline", "cut": "length", "endless": "max_turns", "long_prompt": "prompt_too_long",
-}  # fmt: skip
+    "stubborn_model": "invalid_tool_calls",
+    "engine_error": "engine_error",
+    "engine_bug": "engine_error",
+    "engine_nan": "engine_error",
+    "engine_hang": "deadline",
+    "cut": "length",
+    "endless": "max_turns",
+    "long_prompt": "prompt_too_long",
+}
 
 
 async def test_one_conversations_failure_never_touches_another(
     smollm2: ChatTemplate, tmp_path: Path
 ) -> None:
-    """50 conversations, each kind of failure in one: the good ones' records are those of a run without failures."""
+    """50 conversations, many with a failure: the good records are those of a run without any."""
     limits: dict[str, Any] = {"max_turns": 20, "deadline_s": 6.0}
     alone = await collect(
         [acts(name, *turns) for name, turns in GOOD.items()],
@@ -377,7 +384,7 @@ async def test_cancelling_while_tools_are_released_releases_them_all(
 async def test_an_error_of_the_store_ends_the_run_in_one_line(
     smollm2: ChatTemplate, tmp_path: Path
 ) -> None:
-    """The disk is full: the run stops, tools are released, and what was running can be run again."""
+    """If the disk is full, the run stops, tools are released, and what ran can be run again."""
     toy = Toy()
     store = RunFolder.create(tmp_path, {})
     (tmp_path / TRAJECTORIES).symlink_to("/dev/full")

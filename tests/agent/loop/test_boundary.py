@@ -1,4 +1,4 @@
-"""The boundary around foreign coroutines: it returns in time, and raises nothing but an Exception."""
+"""The boundary around foreign coroutines: it returns in time and raises only Exceptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One turn's calls: every call gets one line with the right status, whatever its tool does, and siblings never notice."""
+"""One turn's calls: each gets one line with the right status, and its siblings never notice."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ async def test_at_most_max_concurrency_calls_of_a_tool_over_all_conversations() 
     assert max(line.queue_s for lines in turns for line in lines) > 0
 
 
-# ---------------------------------------------------------------------- what tools can and cannot touch
+# ------------------------------------------------------------------ what tools can and cannot touch
 
 
 async def test_what_a_tool_does_to_its_arguments_stays_with_it() -> None:

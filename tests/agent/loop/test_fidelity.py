@@ -1,8 +1,9 @@
-"""The token contract, on thousands of random conversations with an engine whose ids survive no decode and encode.
+"""The token contract, on thousands of random conversations whose ids survive no decode and encode.
 
-Each conversation is a `World`, drawn from a seed: a task, tools, limits, and an engine that improvises: random ids of the
-whole vocabulary, halves of characters, calls spelled with other tokens than the tokenizer's, cut turns, errors, hangs.
-`Oracle` is an independent small model of what must come of it: it builds the tokens, their authors and the end by itself.
+Each conversation is a `World`, drawn from a seed: a task, tools, limits, and an engine that
+improvises: random ids of the whole vocabulary, halves of characters, calls spelled with other
+tokens than the tokenizer's, cut turns, errors, hangs. `Oracle` is an independent small model of the
+right result: it builds the tokens, their authors and the end by itself.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ _TAG = re.compile(r"tool_call|think")
 
 
 class Writer:
-    """Turns as ids: text in odd spellings, noise out of the whole vocabulary, halves of characters."""
+    """Turns as ids: text in odd spellings, noise of the whole vocabulary, halves of characters."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
@@ -141,7 +142,7 @@ class Writer:
         return ids if not _TAG.search(self.template.decode(ids)) else []
 
     def spelled(self, text: str, rng: random.Random) -> list[int]:
-        """An end token inside a text is spelled in ordinary tokens: a real engine would have stopped at the token itself."""
+        """Spells an end token inside a text in ordinary tokens: engines would stop at it."""
         half = [*self.template.encode("<|im_"), *self.template.encode("end|>")]
         first, *rest = (respelled(self.template, part, rng) for part in text.split("<|im_end|>"))
         return [*first, *(token for part in rest for token in half + part)]
@@ -181,7 +182,9 @@ class Asked:
 
 
 class Improvising:
-    """An engine of one conversation. It notes what would break the contract; raising it here would only be recorded."""
+    """An engine of one conversation. It notes breaches of the contract: raised, they would only be
+    recorded.
+    """
 
     def __init__(
         self, writer: Writer, rng: random.Random, *, most_turns: int, may_hang: bool
@@ -385,7 +388,7 @@ class World:
 
 
 class Oracle:
-    """The tokens, authors, ledger and end that a world must have, told by what the engine did. Follows DESIGN, section 3."""
+    """The tokens, authors, ledger and end that a world must have. Follows DESIGN, section 3."""
 
     def __init__(self, world: World, record: dict[str, Any]) -> None:
         self.world, self.record, self.template = world, record, world.template
@@ -618,7 +621,7 @@ def check_form(record: dict[str, Any], world: World) -> None:
 
 
 def check_messages(record: dict[str, Any], world: World) -> None:
-    """Messages equal tokens, and the ledger: one line a call, in order, answered by the message that was shown."""
+    """Messages equal tokens; the ledger has one line a call, answered by the message shown."""
     ids, tokenizer = record["prompt_ids"] + record["response_ids"], world.template.tokenizer
     spoken = [
         message

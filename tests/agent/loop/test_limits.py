@@ -1,4 +1,4 @@
-"""Slots, rate and breaker: exact on a virtual clock, in order, and nothing is lost to whoever is cancelled on the way in."""
+"""Slots, rate and breaker: exact on a virtual clock, in order, and cancelled ones take nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_so_many_begin_in_a_second(per_second: float, begun: list[float]) -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_second_sees_more_and_nobody_waits_in_vain(seed: int) -> None:
-    """Arrivals at random: whoever begins later than it came does so a second after the one that was `limit` before it."""
+    """Random arrivals: one that waits begins a second after the one `limit` places before it."""
     rng = random.Random(seed)
     limit = rng.randrange(1, 6)
     arrivals = sorted(rng.choice((0.0, rng.uniform(0, 8))) for _ in range(40))

@@ -1,4 +1,4 @@
-"""One conversation: every stop reason, every budget, and what stands in the record after each kind of end."""
+"""One conversation: every stop reason, every budget, and the record after each kind of end."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ async def test_an_engine_that_saw_other_tokens_than_were_sent_is_an_engine_error
 
 
 async def test_work_per_turn_does_not_grow_with_the_conversation(smollm2: ChatTemplate) -> None:
-    """Characters encoded and ids decoded between one call of the engine and the next: always the same."""
+    """Between two calls of the engine, always as many characters are encoded and ids decoded."""
 
     class Counted(ChatTemplate):
         work = 0
@@ -288,7 +288,7 @@ async def test_calls_of_a_cut_turn_are_never_run(smollm2: ChatTemplate) -> None:
 
 
 async def test_a_lacking_end_token_is_appended_by_the_template(smollm2: ChatTemplate) -> None:
-    """The engine stopped at another stop token: the turn is complete, its end token is nobody's sample."""
+    """The engine stopped at another stop token: the turn is complete, its end token not sampled."""
     other = smollm2.encode("<|endoftext|>")
     ids = [*smollm2.encode(call("toy", do="say", text="x")), *other]
     record = await run_one(runtime(smollm2, says(smollm2, ids, "42"), [Toy()]))
@@ -762,7 +762,7 @@ async def test_rewards_whose_sum_has_no_float32_are_a_failure(smollm2: ChatTempl
     assert "sum" in str(two.error)
 
 
-# ---------------------------------------------------------------------- samples share nothing, and recorded runs run again
+# ----------------------------------------------- samples share nothing, and recorded runs run again
 
 
 async def test_two_samples_of_a_task_share_nothing(smollm2: ChatTemplate) -> None:

@@ -1,4 +1,4 @@
-"""Task files: verl's schema from JSONL and Parquet, ids that stay, and mistakes named with file and line."""
+"""Task files: verl's schema from JSONL and Parquet, stable ids, mistakes with file and line."""
 
 from __future__ import annotations
 
@@ -139,10 +139,9 @@ def test_a_rows_own_id_is_kept(tmp_path: Path) -> None:
 
 def test_the_same_id_twice_names_both_places(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"id": 7, "prompt": "a"}, "\n", {"id": "7", "prompt": "b"})
-    assert (
-        error_of(path)
-        == f"{path}:3: the id '7' stands already at {path}:1; ids must differ (leave them out to have rows hashed)"
-    )
+    said = error_of(path)
+    assert said.startswith(f"{path}:3: the id '7'")
+    assert f"{path}:1" in said
 
 
 def test_reading_is_lazy(tmp_path: Path) -> None:

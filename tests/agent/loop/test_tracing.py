@@ -1,4 +1,4 @@
-"""Spans as an OTLP collector receives them: one tree a conversation, named as the GenAI conventions have it."""
+"""Spans as an OTLP collector receives them: one tree a conversation, by the GenAI conventions."""
 
 from __future__ import annotations
 

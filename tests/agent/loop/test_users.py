@@ -1,4 +1,4 @@
-"""Simulated users: verl's own class through the loop, what ends a conversation, what a broken one leaves behind."""
+"""Simulated users: verl's own class, what ends a conversation, what a broken one leaves."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ class Patient:
             await asyncio.Event().wait()
         if self.breaks == f"{step} of its own":
             raise TimeoutError("a server was slow")
+
+
+PATIENT = "tests.agent.loop.test_users.Patient"
 
 
 def patient(breaks: str | None = None, timeout_s: float = 5.0) -> tuple[Interactions, Patient]:
@@ -318,7 +321,8 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.slow
 async def test_verls_own_interaction(smollm2: ChatTemplate, tmp_path: Path) -> None:
     pytest.importorskip("verl.interactions.gsm8k_interaction")
-    yaml = "interaction:\n  - {name: gsm8k, class_name: verl.interactions.gsm8k_interaction.Gsm8kInteraction, config: {}}\n"
+    name = "verl.interactions.gsm8k_interaction.Gsm8kInteraction"
+    yaml = f"interaction:\n  - {{name: gsm8k, class_name: {name}, config: {{}}}}\n"
     interactions = load_interactions(write(tmp_path, yaml))
     the_task = task("t", interaction_kwargs={"ground_truth": "42", "query": "6 * 7"})
     record = await talk(smollm2, interactions, "#### 41", "#### 42", the_task=the_task)
@@ -331,7 +335,7 @@ async def test_verls_own_interaction(smollm2: ChatTemplate, tmp_path: Path) -> N
 
 
 def test_names_come_from_the_class_as_in_verl(tmp_path: Path) -> None:
-    entry = "interaction:\n  - class_name: tests.agent.loop.test_users.Patient\n    config: {timeout_s: 3}\n"
+    entry = f"interaction:\n  - class_name: {PATIENT}\n    config: {{timeout_s: 3}}\n"
     (loaded,) = load_interactions(write(tmp_path, entry)).values()
     assert (loaded.name, loaded.timeout_s) == ("patient", 3.0)
 
@@ -355,11 +359,11 @@ def test_names_come_from_the_class_as_in_verl(tmp_path: Path) -> None:
             "interaction.0: tests.helpers.Unprintable cannot be",
         ),
         (
-            "interaction:\n  - {class_name: tests.agent.loop.test_users.Patient, config: {timeout_s: 0}}",
+            f"interaction:\n  - {{class_name: {PATIENT}, config: {{timeout_s: 0}}}}",
             "interaction.0.config.timeout_s",
         ),
         (
-            "interaction:\n" + "  - {class_name: tests.agent.loop.test_users.Patient}\n" * 2,
+            "interaction:\n" + f"  - {{class_name: {PATIENT}}}\n" * 2,
             "its own name",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Conversations cut off at every kind of place and gone on with: no token lost, the record that of one conversation."""
+"""Conversations interrupted at every kind of place and resumed: no token is lost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCRIPT = (
 
 
 class Model:
-    """Says the turns of SCRIPT, told apart by what it is asked; `cut` stops it within a turn, after so many tokens.
+    """Says the turns of SCRIPT; `cut` is (turn, tokens) at which it waits to be interrupted.
 
     With the rest of a turn still to be said it goes on from the last token, as a model does.
     """
@@ -293,7 +293,7 @@ async def test_another_prompt_begins_anew(smollm2: ChatTemplate) -> None:
 
 
 async def test_a_batch_stopped_and_gone_on_with(smollm2: ChatTemplate, tmp_path: Path) -> None:
-    """By way of the run folder: 30 conversations, each cut off within its second turn, then all gone on with."""
+    """30 conversations, each interrupted within its second turn, resumed from the run folder."""
     tasks = [task(f"t{number}") for number in range(30)]
     model = Model(smollm2, "v1", (1, 4))
     with RunFolder.create(tmp_path, {}) as store:
@@ -324,7 +324,7 @@ async def test_a_batch_stopped_and_gone_on_with(smollm2: ChatTemplate, tmp_path:
     )
 
 
-# ---------------------------------------------------------------------- what may go wrong between the two halves
+# --------------------------------------------------------- what may go wrong between the two halves
 
 
 async def test_cut_off_again_while_tools_are_brought_back_nothing_is_lost(

@@ -1,4 +1,4 @@
-"""A run replayed: recorded and live, to the same record or to the first difference; forks; hostile parents; resumed."""
+"""A run replayed: recorded and live, forks, hostile parents, interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ tools:
       function:
         name: count
         description: Adds to a count.
-        parameters: {type: object, required: [by], properties: {by: {type: integer}, also: {type: integer}}}
+        parameters:
+          type: object
+          required: [by]
+          properties: {by: {type: integer}, also: {type: integer}}
 """
 DESK = '''
 """Tools that a test can change while they are there: by files in the folder that DESK names."""
@@ -91,7 +94,8 @@ class Count(BaseTool):
     async def execute(self, instance_id, parameters, **kwargs):
         self.counts[instance_id] += parameters["by"]
         count = self.counts[instance_id]
-        return ToolResponse(f"count is {count}, by {list(parameters)}"), 0.5, {"n": count, "run_time": time.perf_counter()}
+        metrics = {"n": count, "run_time": time.perf_counter()}
+        return ToolResponse(f"count is {count}, by {list(parameters)}"), 0.5, metrics
 
     async def calc_reward(self, instance_id, **kwargs):
         return float(self.counts[instance_id])
@@ -104,7 +108,7 @@ MALFORMED = '<tool_call>{"name": "count", "arguments": {"by": 1}</tool_call>'
 
 
 def script(question: str, turn: int, *, other: bool = False, wordy: bool = False) -> str:
-    """What the model says: t3 errs, t4 makes no call; the `other` model adds 4 where this one adds 3."""
+    """What the model says: t3 errs, t4 makes no call; the `other` model adds 4 instead of 3."""
     first = f"Let me look.{call('look', question=question)}{call('count', also=1, by=2)}"
     if question == "q3":
         first = f"{MALFORMED}{call('nobody', x=1)}{call('count', by='two')}{call('count', by=2)}"
@@ -178,7 +182,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def desk(tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a test tells the tools how to behave; the current folder is the project."""
+    """The folder of files that tell the tools how to behave; the current one is the project."""
     folder = tmp_path / "desk"
     folder.mkdir()
     monkeypatch.chdir(project)
@@ -415,7 +419,7 @@ def test_other_schemas_and_lost_tools_are_noted_and_the_prompt_stays(
     done = again(tools="live", tools_config=str(other))
     assert "note: there is no tool look now: its calls cannot be answered as they were" in done.said
     assert (
-        "note: the schema of count is not the recorded one, which is what the model saw"
+        "note: the schema of count is not the recorded one"
         in done.said
     )
     assert (done.first("t0-0")["kind"], done.first("t0-0")["replayed"]["status"]) == (
@@ -616,17 +620,14 @@ def test_a_record_that_was_cut_off_before_a_turn_can_be_gone_on_with(
     [
         (
             {"from_turn": 1},
-            "--from-turn goes on with fresh tokens, which the recorded model does not have; use --model live",
+            "--from-turn",
         ),
-        ({"n": 2}, "--n 2: with the recorded model all branches would be the same"),
-        (
-            {"trust_tools": True},
-            "--tools-config and --trust-tools are about tools that run; use --tools live",
-        ),
+        ({"n": 2}, "--n 2"),
+        ({"trust_tools": True}, "--tools live"),
         ({"ids": ["t9-0"]}, "has no trajectory 't9-0'"),
         (
             {"tools": "live"},
-            r"names a tool that is not turntrace's own \(desk:look\); give the tools with --tools-config FILE",
+            r"desk:look.*--tools-config FILE",
         ),
         ({"tools": "live", "tools_config": "none.yaml"}, "none.yaml: there is no such file"),
         (
@@ -794,7 +795,7 @@ def _mcp_tools(manifest: dict[str, Any]) -> None:
         (
             _server,
             {"model": "live"},
-            "names the servers http://evil.example: a run is not asked whom to call",
+            "http://evil.example",
         ),
         (
             _engine,
@@ -862,7 +863,7 @@ def test_turntraces_own_tools_are_taken_from_the_run(
 
 
 def test_a_new_shipped_tool_is_trusted_only_on_purpose() -> None:
-    """Whoever ships another one decides about it: what may a run folder of a stranger have it do?"""
+    """Whoever ships another tool decides here what a stranger's run folder may have it do."""
     assert set(SHIPPED) - OWN_TOOLS == {MCP_TOOL}
     assert set(SHIPPED) > OWN_TOOLS
 
@@ -872,7 +873,7 @@ def test_the_users_own_tools_take_the_place_of_the_runs(again: Again, project: P
     assert again(out="newer", tools="live", config=Path("config.yaml")).code == DONE
 
 
-# ---------------------------------------------------------------------- the command, interrupted and resumed
+# ------------------------------------------------------------- the command, interrupted and resumed
 
 
 def turntrace(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -914,10 +915,8 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert (
-        f"interrupted: 3 of {TASKS} trajectories are in {out}; go on with: turntrace {' '.join(words)} --resume"
-        in said
-    )
+    assert f"interrupted: 3 of {TASKS} trajectories are in {out}" in said
+    assert f"turntrace {' '.join(words)} --resume" in said
     (desk / "slow").unlink()
     resumed = turntrace(*words, "--resume", cwd=project, DESK=str(desk))
     assert resumed.returncode == DONE, resumed.stderr

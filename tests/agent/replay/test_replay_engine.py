@@ -1,4 +1,4 @@
-"""A real engine's conversations, with real tool calls, replayed: by the record alone, by changed tools, by the engine asked again."""
+"""A real engine's conversations replayed: by the record, by changed tools, by the engine."""
 
 from __future__ import annotations
 
@@ -180,7 +180,9 @@ async def test_a_changed_tool_is_shown_where_it_first_answered_otherwise(
 async def test_the_engine_asked_again_samples_the_same_or_the_first_other_token_is_named(
     records: list[Trajectory], sglang_rollout: Any
 ) -> None:
-    """Greedy, one at a time; the record was made four at a time, and SGLang on a CPU is not batch-invariant."""
+    """Greedy, one at a time. The record was made four at a time: SGLang on CPU is not
+    batch-invariant.
+    """
     runtime = real(sglang_rollout.engine())
     done = await run_again(
         records,

@@ -1,4 +1,4 @@
-"""Random conversations, recorded and replayed from their records alone: nothing is lost, and nothing changed goes unseen."""
+"""Random conversations replayed from their records alone: nothing is lost, no change unseen."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ async def test_a_conversation_that_was_cut_off_and_gone_on_with_is_replayed_like
 def changed(
     record: Trajectory, rng: random.Random
 ) -> tuple[Trajectory, str, dict[str, Any]] | None:
-    """The record with one thing changed, what kind of difference that is, and where; None where it has no such thing."""
+    """The record with one thing changed, the kind of that difference, and where; None if absent."""
     shift, ids = len(record.prompt_ids), record.prompt_ids + record.response_ids
     what = rng.choice(
         [
