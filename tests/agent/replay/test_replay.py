@@ -418,10 +418,7 @@ def test_other_schemas_and_lost_tools_are_noted_and_the_prompt_stays(
     )
     done = again(tools="live", tools_config=str(other))
     assert "note: there is no tool look now: its calls cannot be answered as they were" in done.said
-    assert (
-        "note: the schema of count is not the recorded one"
-        in done.said
-    )
+    assert "note: the schema of count is not the recorded one" in done.said
     assert (done.first("t0-0")["kind"], done.first("t0-0")["replayed"]["status"]) == (
         "answer",
         "unknown_tool",
