@@ -16,7 +16,6 @@ from typing_extensions import TypedDict
 from tools.base import BaseTool, ToolConfigError
 from tools.reading import STRICT, check_keys, read
 
-SIDES = ("left", "middle", "right")
 MAX_RETRIES = 10
 MAX_RATE = 1e6
 
@@ -24,6 +23,7 @@ M = TypeVar("M", bound=BaseModel)
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Side = Literal["left", "middle", "right"]
 
 
 class BreakerConfig(TypedDict, total=False):
@@ -51,7 +51,7 @@ class PolicyConfig(TypedDict, total=False):
     idempotent: bool
     retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)]
     max_response_tokens: Count | None
-    response_side: Literal["left", "middle", "right"] | None
+    response_side: Side | None
     circuit_breaker: BreakerConfig | None
 
 

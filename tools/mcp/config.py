@@ -20,8 +20,8 @@ import pydantic
 from tools.base import ToolConfigError
 from tools.reading import STRICT, nearest, read, unknown_key
 
-Number = Annotated[str, pydantic.BeforeValidator(lambda value: _number_as_text(value))]
-"""Text; YAML reads a port or a flag's value as a number, which is taken as it is written."""
+Text = Annotated[str, pydantic.BeforeValidator(lambda value: _number_as_text(value))]
+"""Text, or a number as text: YAML reads a port or a flag's value as a number."""
 
 
 class McpServerConfig(pydantic.BaseModel):
@@ -35,11 +35,11 @@ class McpServerConfig(pydantic.BaseModel):
     model_config = STRICT
 
     command: str | None = None
-    args: list[Number] = []
-    env: dict[str, Number] = {}
+    args: list[Text] = []
+    env: dict[str, Text] = {}
     cwd: str | None = None
     url: str | None = None
-    headers: dict[str, Number] = {}
+    headers: dict[str, Text] = {}
     tools: list[str] | None = pydantic.Field(None, min_length=1)
     per_trajectory: bool = False
     start_timeout_s: float = pydantic.Field(60.0, gt=0, allow_inf_nan=False)
