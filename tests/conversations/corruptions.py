@@ -1,16 +1,23 @@
-"""Ways to spoil a record, each with the place that `verify` must name. Used by test_verify_tampering.py.
+"""Ways to spoil a record, each with the place that `verify` must name. Used by
+test_verify_tampering.py.
 
-A corruption is a function of a record (the dict on the line, changed in place) and dice; it returns the place, or raises `Unsuited`
-where the record has nothing of the kind. `LINES` spoil the text of the line itself.
+A corruption is a function of a record (the dict on the line, changed in place) and dice; it
+returns the place, or raises `Unsuited` where the record has nothing of the kind. `LINES` spoil
+the text of the line itself.
 
-Under a forged hash a record reveals what contradicts itself, its run's tokenizer and config, or its group. By nature it does not reveal,
-and so `UNDER_HASH_ONLY` is tried with the hash left as it was:
+Under a forged hash a record reveals what contradicts itself, its run's tokenizer and config, or
+its group. By nature it does not reveal, and so `UNDER_HASH_ONLY` is tried with the hash left as
+it was:
 
-- a number that fits as well as the true one: another plausible log-prob, a time, `cached_tokens`, a step reward, metrics, `wall_s`;
-- free text that nothing else repeats: a ledger line's `error`, `warnings`, `engine`, sampling params but for the stop tokens;
-- what all samples of a task share (`ground_truth`, `data_source`, `extra`), changed in all of them, or where there is but one sample;
+- a number that fits as well as the true one: another plausible log-prob, a time, `cached_tokens`,
+  a step reward, metrics, `wall_s`;
+- free text that nothing else repeats: a ledger line's `error`, `warnings`, `engine`, sampling
+  params but for the stop tokens;
+- what all samples of a task share (`ground_truth`, `data_source`, `extra`), changed in all of
+  them, or where there is but one sample;
 - a stop reason that fits as well (`deadline` always does);
-- a consistent rewrite of a turn's tokens, `raw`, content, calls and ledger together; a whole record left out of a run that was stopped.
+- a consistent rewrite of a turn's tokens, `raw`, content, calls and ledger together; a whole
+  record left out of a run that was stopped.
 """
 
 from __future__ import annotations
@@ -428,7 +435,8 @@ def garbage(line: bytes, rng: random.Random) -> bytes:
 
 
 def doubled_key(line: bytes, rng: random.Random) -> bytes:
-    """Another reward for readers that take the first one; the hash, of what Python's reader takes, is right."""
+    """Another reward for readers that take the first one; the hash, of what Python's reader
+    takes, is right."""
     return b'{"reward":1000.0,' + line[1:]
 
 
@@ -450,11 +458,16 @@ LINES: list[Callable[[bytes, random.Random], bytes]] = [
 ]
 UNDER_HASH_ONLY: list[Corruption] = [other_logprob, step_reward, wall_time]
 REVEALED: list[Corruption] = [
-    prompt_token, sampled_token, rendered_token, token_out_of_vocabulary, dropped_token, mask_bit, missing_logprob, extra_logprob,
-    rounded_logprob, positive_logprob, infinite_logprob, segment_border, segment_kind, turn_border, prompt_tokens, swapped_turns,
-    dropped_turn, num_turns, finish_reason, user_text, raw_text, content, call_argument, tool_text, tool_call_id, dropped_message,
-    swapped_messages, tool_schema, ledger_argument, ledger_true_for_one, ledger_name, ledger_response, full_response, ledger_status,
-    ledger_order, dropped_line, attempt_time, attempt_bytes, task_id, sample_number, reward, reward_part, stop_reason, hidden_failure,
+    prompt_token, sampled_token, rendered_token, token_out_of_vocabulary, dropped_token, mask_bit,
+    missing_logprob, extra_logprob,
+    rounded_logprob, positive_logprob, infinite_logprob, segment_border, segment_kind, turn_border,
+    prompt_tokens, swapped_turns,
+    dropped_turn, num_turns, finish_reason, user_text, raw_text, content, call_argument, tool_text,
+    tool_call_id, dropped_message,
+    swapped_messages, tool_schema, ledger_argument, ledger_true_for_one, ledger_name,
+    ledger_response, full_response, ledger_status,
+    ledger_order, dropped_line, attempt_time, attempt_bytes, task_id, sample_number, reward,
+    reward_part, stop_reason, hidden_failure,
     claimed_failure, ground_truth, stop_tokens, missing_field, unknown_field, wrong_type,
 ]  # fmt: skip
 
@@ -483,7 +496,8 @@ def _at(record: Record, index: int) -> Place:
 
 
 def _other(token: int, rng: random.Random, template: ChatTemplate) -> int:
-    """A token whose text begins with another character, so that there is but one place where the text departs."""
+    """A token whose text begins with another character, so that there is but one place where the
+    text departs."""
     first = template.decode([token])[:1]
     while True:
         other = rng.randrange(1000, 20_000)
@@ -513,7 +527,8 @@ def _turn_before(record: Record, index: int) -> int:
 def _line(
     record: Record, rng: random.Random, suits: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """A ledger line; those of the last turn's calls have no messages that repeat them, so the others are taken first."""
+    """A ledger line; those of the last turn's calls have no messages that repeat them, so the
+    others are taken first."""
     found = [
         line
         for line in record["tool_calls"]

@@ -24,13 +24,15 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def small_run() -> Run:
-    """60 trajectories in groups of 4: calls that work and fail, malformed ones, thoughts, cuts, infrastructure failures."""
+    """60 trajectories in groups of 4: calls that work and fail, malformed ones, thoughts, cuts,
+    infrastructure failures."""
     return open_run(make_run(Path(_scratch().name) / "run", TRAJECTORIES, distinct=TRAJECTORIES))
 
 
 @functools.cache
 def qwen3_run() -> Run:
-    """24 trajectories with Qwen3's template, which drops thoughts of earlier turns and puts an empty one into the last."""
+    """24 trajectories with Qwen3's template, which drops thoughts of earlier turns and puts an
+    empty one into the last."""
     limits = ("rollout.prompt_length=2048", "rollout.max_model_len=4096")
     tokenizer = fresh_tokenizer(npm_models("qwen3"))
     return open_run(

@@ -1,9 +1,11 @@
-"""LLaMA-Factory's own reading of a ShareGPT export: its converter, its `qwen` template; token ids and loss mask of each row to stdout.
+"""LLaMA-Factory's own reading of a ShareGPT export: its converter, its `qwen` template; token
+ids and loss mask of each row to stdout.
 
     python llamafactory_reads.py FOLDER TOKENIZER
 
-A process of its own, as two things must be arranged first: the package's `data` is imported module by module, because all of it wants
-a user interface, and torchaudio, which is not installed and not used for text, is an empty module.
+A process of its own, as two things must be arranged first: the package's `data` is imported
+module by module, because all of it wants a user interface, and torchaudio, which is not
+installed and not used for text, is an empty module.
 """
 
 import importlib.machinery

@@ -1,4 +1,5 @@
-"""What the tests of the page share: runs out of changed records, and a page read back as a browser reads it."""
+"""What the tests of the page share: runs out of changed records, and a page read back as a
+browser reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Record = dict[str, Any]
 
 
 def write_run(path: Path, like: Path, records: Iterable[Record]) -> Path:
-    """A run folder of its own with these records, their hashes made right; manifest and tokenizer are those of `like`."""
+    """A run folder of its own with these records, their hashes made right; manifest and
+    tokenizer are those of `like`."""
     path.mkdir(parents=True)
     shutil.copy(like / RUN, path / RUN)
     shutil.copytree(like / "tokenizer", path / "tokenizer")

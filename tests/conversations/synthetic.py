@@ -2,9 +2,10 @@
 
     python -m tests.conversations.synthetic PATH N
 
-The first `distinct` trajectories come out of the real loop with a scripted model: several turns, calls that work, fail, are malformed
-or unknown, long responses that are cut, thoughts, odd unicode, infrastructure failures, rewards. The others are those again under new
-ids with right hashes; groups of 4 throughout. What is asked for twice is the same twice, but for clocks.
+The first `distinct` trajectories come out of the real loop with a scripted model: several turns,
+calls that work, fail, are malformed or unknown, long responses that are cut, thoughts, odd
+unicode, infrastructure failures, rewards. The others are those again under new ids with right
+hashes; groups of 4 throughout. What is asked for twice is the same twice, but for clocks.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ from tools.registry import load_tools
 GROUP = 4
 TOOLS = Path(__file__).parent / "synthetic_tools.yaml"
 CONFIG = (
-    "model_path=smollm2-base", "rollout.name=scripted", f"rollout.n={GROUP}", "rollout.multi_turn.max_assistant_turns=6",
-    "rollout.multi_turn.max_tool_response_length=64", f"rollout.multi_turn.tool_config_path={TOOLS}",
+    "model_path=smollm2-base", "rollout.name=scripted", f"rollout.n={GROUP}",
+    "rollout.multi_turn.max_assistant_turns=6",
+    "rollout.multi_turn.max_tool_response_length=64",
+    f"rollout.multi_turn.tool_config_path={TOOLS}",
 )  # fmt: skip
 
 
@@ -54,11 +57,13 @@ def make_run(
     seed: int = 0,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Writes a run of `n` trajectories into a new folder; returns it. `overrides` are config keys as --set takes them."""
+    """Writes a run of `n` trajectories into a new folder; returns it. `overrides` are config
+    keys as --set takes them."""
     path = Path(path)
     with tempfile.TemporaryDirectory() as scratch:
         tasks = _write_tasks(Path(scratch) / "tasks.jsonl", -(-n // GROUP))
-        recorded = f"rollout.turntrace.recorded={scratch}"  # a scripted engine needs one, and it is not read
+        # The config of a scripted engine needs a recorded run; it is not read.
+        recorded = f"rollout.turntrace.recorded={scratch}"
         config = load_config(None, [*CONFIG, recorded, *overrides])
         template = ChatTemplate(
             tokenizer or tokenizer_at(base_model_dir()),
@@ -113,7 +118,8 @@ def _runtime(config: Config, template: ChatTemplate, seed: int) -> Runtime:
 
 
 def _write_tasks(file: Path, count: int) -> Path:
-    """Word problems; some have a system message, some a tool that speaks first, one is too long for its budget."""
+    """Word problems; some have a system message, some a tool that speaks first, one is too long
+    for its budget."""
     with file.open("w", encoding="utf-8") as out:
         for index in range(count):
             out.write(json.dumps(_task(index)) + "\n")
@@ -146,7 +152,8 @@ def _task(index: int) -> dict[str, Any]:
 
 
 def _issue_again(file: Path, n: int, progress: Progress) -> None:
-    """Appends the trajectories that are there under the ids of tasks to come, until there are `n`; cuts the last group short."""
+    """Appends the trajectories that are there under the ids of tasks to come, until there are
+    `n`; cuts the last group short."""
     lines = sorted(file.read_text(encoding="ascii").splitlines(), key=_order)
     if len(lines) > n:
         file.write_text("".join(f"{line}\n" for line in lines[:n]), encoding="ascii")
@@ -176,7 +183,8 @@ def _order(line: str) -> tuple[str, int]:
 
 
 def _renamed(line: str, canonical: str, trajectory: Trajectory, task_id: str) -> str:
-    """The line under another task's id, with its hash: text for text, as parsing 100,000 of them takes minutes."""
+    """The line under another task's id, with its hash: text for text, as parsing 100,000 of them
+    takes minutes."""
     old = f'"id":"{trajectory.id}","infra_error"', f'"task_id":"{trajectory.task_id}","tool_calls"'
     new = (
         f'"id":"{task_id}-{trajectory.sample}","infra_error"',
@@ -237,7 +245,8 @@ _SAYS: dict[str, tuple[int, Any]] = {
     "multiply": (
         30,
         lambda rng: (
-            f"Let me work that out. {call('calculator', op='multiply', a=_number(rng), b=_number(rng))}"
+            "Let me work that out. "
+            + call("calculator", op="multiply", a=_number(rng), b=_number(rng))
         ),
     ),
     "add": (10, lambda rng: call("calculator", op="add", a=_number(rng), b=_number(rng))),

@@ -232,7 +232,8 @@ json_values = st.recursive(
 )
 @settings(deadline=None)
 def test_rows_of_any_shape_fit_one_schema(rows: list[dict[str, Any]]) -> None:
-    """What has one type everywhere comes back as it was, nulls for what was not there; the rest as JSON text."""
+    """What has one type everywhere comes back as it was, nulls for what was not there; the rest
+    as JSON text."""
     import pyarrow as pa
 
     shape: Any = None
@@ -344,7 +345,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
 
 
 def test_ctrl_c_leaves_nothing_half_made(tmp_path: Path) -> None:
-    """The run is a pipe's worth of the same records, so that the export is still at it when the signal comes."""
+    """The run is a pipe's worth of the same records, so that the export is still at it when the
+    signal comes."""
     long_run = tmp_path / "run"
     long_run.mkdir()
     for name in ("run.json", "tokenizer"):
@@ -358,7 +360,8 @@ def test_ctrl_c_leaves_nothing_half_made(tmp_path: Path) -> None:
         "from conversations.export import job\n"
         "run = conversations.open_run(sys.argv[1])\n"
         "run.records = lambda *, check=True: (run.record(name, check=False) for name in run.ids)\n"
-        "job.export(run, 'verl-sft', sys.argv[2], progress=lambda count: print(count, flush=True))\n"
+        "tell = lambda count: print(count, flush=True)\n"
+        "job.export(run, 'verl-sft', sys.argv[2], progress=tell)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, long_run, tmp_path / "out"],

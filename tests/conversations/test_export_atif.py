@@ -1,4 +1,5 @@
-"""ATIF there and back: the `atif` package's own models accept every document, and what comes back is the record, byte for byte."""
+"""ATIF there and back: the `atif` package's own models accept every document, and what comes
+back is the record, byte for byte."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def load(tmp_path: Path) -> Any:
 
 
 def strategy(**data: Any) -> Any:
-    """As much of OpenRLHF's strategy as its datasets ask: where its command line's data options lie, and who prints."""
+    """As much of OpenRLHF's strategy as its datasets ask: where its command line's data options
+    lie, and who prints."""
     return SimpleNamespace(
         args=SimpleNamespace(data=SimpleNamespace(**data)), is_rank_0=lambda: False, print=print
     )

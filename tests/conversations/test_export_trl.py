@@ -1,4 +1,5 @@
-"""What TRL's own trainers make of an export: the labels that SFTTrainer trains on, the pairs that DPOTrainer compares."""
+"""What TRL's own trainers make of an export: the labels that SFTTrainer trains on, the pairs
+that DPOTrainer compares."""
 
 from __future__ import annotations
 

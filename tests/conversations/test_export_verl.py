@@ -1,4 +1,5 @@
-"""What verl 0.6.1's own classes make of an export: its RL dataset, its multi-turn SFT dataset, its DataProto."""
+"""What verl 0.6.1's own classes make of an export: its RL dataset, its multi-turn SFT dataset,
+its DataProto."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def test_turntrace_runs_the_same_tasks_again() -> None:
 
 
 def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
-    """Its ids and loss mask are those that the export foresaw, and the record's but for what the verdicts name."""
+    """Its ids and loss mask are those that the export foresaw, and the record's but for what the
+    verdicts name."""
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
     folder, done = exported("verl-sft")
@@ -107,7 +109,8 @@ def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
 
 
 def test_a_template_that_rewrites_history_is_found_out() -> None:
-    """Qwen3: verl's dataset gets other tokens than the model sampled, which is what the export says of each trajectory."""
+    """Qwen3: verl's dataset gets other tokens than the model sampled, which is what the export
+    says of each trajectory."""
     from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
     run = qwen3_run()
@@ -162,7 +165,8 @@ def test_dataproto_is_the_batch_that_a_rollout_returns() -> None:
 def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(
     tmp_path: Path,
 ) -> None:
-    """`AgentRollout.generate_sequences` returns `batch_arrays`; failures of the infrastructure are rows that nothing is learnt from."""
+    """`AgentRollout.generate_sequences` returns `batch_arrays`; failures of the infrastructure
+    are rows that nothing is learnt from."""
     import torch
     from verl import DataProto
 
@@ -190,7 +194,8 @@ def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(
 
 
 def test_batches_are_laid_out_as_verls_own_loop_lays_them_out() -> None:
-    """verl's real rollout on a scripted engine; from what it returns the trajectories, and from those the batch again."""
+    """verl's real rollout on a scripted engine; from what it returns the trajectories, and from
+    those the batch again."""
     command = [sys.executable, "-m", "tests.conversations.verl_batches"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

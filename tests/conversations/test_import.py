@@ -1,4 +1,5 @@
-"""What comes in from elsewhere: as far as it carries tokens, named where it does not, refused line by line where it is wrong."""
+"""What comes in from elsewhere: as far as it carries tokens, named where it does not, refused
+line by line where it is wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ TOOL = {
 
 
 def foreign() -> dict[str, Any]:
-    """Another harness's document, with ids of the run's own tokenizer: two generations with a call in between."""
+    """Another harness's document, with ids of the run's own tokenizer: two generations with a
+    call in between."""
     template = small_run().template()
     asked = [{"role": "user", "content": "What is 6 times 7?"}]
     prompt = [token for _, ids in template.prompt(asked, [TOOL]) for token in ids]

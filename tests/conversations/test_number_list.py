@@ -1,4 +1,5 @@
-"""`number_list_json` writes what `json.dumps` writes, to the character, or raises what it raises."""
+"""`number_list_json` writes what `json.dumps` writes, to the character, or raises what it
+raises."""
 
 from __future__ import annotations
 

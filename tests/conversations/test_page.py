@@ -1,4 +1,5 @@
-"""The page's data, without a browser: nothing lost, nothing in the clear, and memory that does not grow."""
+"""The page's data, without a browser: nothing lost, nothing in the clear, and memory that does
+not grow."""
 
 from __future__ import annotations
 
@@ -185,8 +186,10 @@ def _peak(run: Run, limit: int) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "forged",
     [
-        {"messages": "none"}, {"messages": [1]}, {"tool_calls": [{}]}, {"tool_calls": [7]}, {"prompt_ids": "text"}, {"response_ids": None},
-        {"response_mask": 5}, {"num_turns": "3"}, {"sample": [0]}, {"reward": 10**400}, {"wall_s": [1]}, {"warnings": 3},
+        {"messages": "none"}, {"messages": [1]}, {"tool_calls": [{}]}, {"tool_calls": [7]},
+        {"prompt_ids": "text"}, {"response_ids": None},
+        {"response_mask": 5}, {"num_turns": "3"}, {"sample": [0]}, {"reward": 10**400}, {"wall_s":
+        [1]}, {"warnings": 3},
     ],
 )  # fmt: skip
 def test_a_forged_record_is_named(run: Path, tmp_path: Path, forged: Record) -> None:

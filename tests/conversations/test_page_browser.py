@@ -1,4 +1,5 @@
-"""The page in a real browser: what it shows is what the records say, by mouse, by keyboard and by address."""
+"""The page in a real browser: what it shows is what the records say, by mouse, by keyboard and
+by address."""
 
 from __future__ import annotations
 
@@ -55,7 +56,10 @@ async def count(opened: Tab) -> int:
 
 async def listed(opened: Tab) -> list[str]:
     """The ids in sight, from the top."""
-    drawn = "[...document.querySelectorAll('#space .row')].filter(r => !r.hidden).sort((a, b) => a.place - b.place)"
+    drawn = (
+        "[...document.querySelectorAll('#space .row')]"
+        ".filter(r => !r.hidden).sort((a, b) => a.place - b.place)"
+    )
     found: list[str] = await opened.page.evaluate(
         f"{drawn}.map(row => row.querySelector('.c-id').textContent)"
     )
@@ -75,7 +79,8 @@ async def test_the_list_has_every_trajectory_and_makes_only_the_rows_in_sight(
         assert await opened.page.evaluate(DRAWN) < 60
         await opened.page.evaluate("document.getElementById('grid').scrollTop = 1e9")
         await opened.until(
-            f"[...document.querySelectorAll('#space .c-id')].some(cell => cell.textContent === {json.dumps(ids[-1])})"
+            "[...document.querySelectorAll('#space .c-id')]"
+            f".some(cell => cell.textContent === {json.dumps(ids[-1])})"
         )
         assert await opened.page.evaluate(DRAWN) < 60
 
@@ -323,7 +328,8 @@ async def test_every_token_has_its_author_id_and_exact_log_prob(
             await opened.page.locator(".token").nth(position).hover()
             card = dict(
                 await opened.page.evaluate(
-                    "[...document.querySelectorAll('#tip dl > div')].map(e => [e.children[0].textContent, e.children[1].textContent])"
+                    "[...document.querySelectorAll('#tip dl > div')]"
+                    ".map(e => [e.children[0].textContent, e.children[1].textContent])"
                 )
             )
             assert int(card["id"]) == ids[position]
@@ -531,7 +537,8 @@ FAINT = """() => {
     canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
-  const linear = (part) => (part / 255 <= 0.03928 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+  const curve = (part) => (part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  const linear = (part) => curve(part / 255);
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
   const behind = (e) => {
     for (; e; e = e.parentElement) {
@@ -545,9 +552,11 @@ FAINT = """() => {
     const says = [...e.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
     if (!says || !e.checkVisibility() || e.closest('script, style, button:disabled')) continue;
     const style = getComputedStyle(e);
-    const [a, b] = [light(rgba(e.namespaceURI.endsWith('svg') ? style.fill : style.color)), light(behind(e))];
+    const own = e.namespaceURI.endsWith('svg') ? style.fill : style.color;
+    const [a, b] = [light(rgba(own)), light(behind(e))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) found.add(`${e.tagName}.${e.className.baseVal ?? e.className} ${e.dataset.bin ?? ''} ${ratio.toFixed(2)}`);
+    const name = `${e.tagName}.${e.className.baseVal ?? e.className} ${e.dataset.bin ?? ''}`;
+    if (ratio < 4.5) found.add(`${name} ${ratio.toFixed(2)}`);
   }
   return [...found];
 }"""
@@ -583,7 +592,10 @@ async def test_no_view_is_wider_than_the_window(
             parts = (
                 "[document.documentElement, ...document.querySelectorAll('main, main > section')]"
             )
-            wide = f"{parts}.filter(part => part.scrollWidth > part.clientWidth + 1).map(part => part.id || part.tagName)"
+            wide = (
+                f"{parts}.filter(part => part.scrollWidth > part.clientWidth + 1)"
+                ".map(part => part.id || part.tagName)"
+            )
             assert await opened.page.evaluate(wide) == []
 
 
@@ -592,8 +604,10 @@ async def test_everything_has_a_name_for_those_who_do_not_see_it(
 ) -> None:
     async with tab(browser, page, f"#/t/{records[5]['id']}") as opened:
         await opened.until("document.querySelector('#detail .message')")
-        nameless = """[...document.querySelectorAll('button, a, input, [role=grid], [role=img], progress, dialog, nav')]
-          .filter(e => e.checkVisibility() && !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length))
+        nameless = """[...document.querySelectorAll(
+            'button, a, input, [role=grid], [role=img], progress, dialog, nav')]
+          .filter(e => e.checkVisibility())
+          .filter(e => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length))
           .map(e => e.outerHTML)"""
         assert await opened.page.evaluate(nameless) == []
         assert await opened.page.get_attribute("#grid", "aria-rowcount") == str(N + 1)
@@ -612,6 +626,7 @@ async def test_a_conversation_prints_whole(browser: Any, page: Path, records: li
         )
         assert hidden == [False, False, False]
         assert await opened.page.evaluate(
-            "document.getElementById('detail').scrollHeight === document.getElementById('detail').clientHeight"
+            "(detail => detail.scrollHeight === detail.clientHeight)"
+            "(document.getElementById('detail'))"
         )
         assert len(await opened.page.pdf()) > 10_000

@@ -1,4 +1,5 @@
-"""Records that want to do harm: nothing of them runs, nothing breaks, all of them can be looked at."""
+"""Records that want to do harm: nothing of them runs, nothing breaks, all of them can be looked
+at."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ async def look_everywhere(opened: Tab, row: int) -> None:
             "document.querySelectorAll('#detail details').forEach(e => { e.open = true; })"
         )
         await opened.page.evaluate(
-            "document.querySelector('#detail .token')?.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+            "document.querySelector('#detail .token')"
+            "?.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
         )
     assert await opened.page.evaluate(RAN) is None
 
@@ -179,7 +181,8 @@ async def test_what_acts_in_a_text_is_shown_instead(
         ):
             await opened.page.evaluate(f"location.hash = '#/t/@{row}'")
             await opened.until(
-                f"document.querySelector('#detail .message .text')?.textContent === {json.dumps(expected)}"
+                "document.querySelector('#detail .message .text')"
+                f"?.textContent === {json.dumps(expected)}"
             )
 
 

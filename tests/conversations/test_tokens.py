@@ -24,7 +24,8 @@ def test_views_of_one_conversation() -> None:
     assert tokens.response_mask() == [1, 1, 0, 0, 0, 0, 1]
     assert tokens.response_logprobs() == [-0.5, -0.25, None, None, None, None, -1.0]
     assert tokens.segments() == [
-        ("prompt", 0, 2), ("sampled", 2, 4), ("template", 4, 5), ("tool", 5, 7), ("template", 7, 8), ("sampled", 8, 9),
+        ("prompt", 0, 2), ("sampled", 2, 4), ("template", 4, 5), ("tool", 5, 7), ("template", 7, 8),
+        ("sampled", 8, 9),
     ]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""The record: it reads back equal, its hash is the documented formula, and what is wrong with a line is named."""
+"""The record: it reads back equal, its hash is the documented formula, and what is wrong with a
+line is named."""
 
 from __future__ import annotations
 
@@ -46,10 +47,14 @@ def trajectory(**fields: Any) -> Trajectory:
         "id": "t-0", "task_id": "t", "sample": 0, "prompt_ids": [1, 2], "response_ids": [3, 4, 5],
         "response_mask": [1, 1, 0], "response_logprobs": [-0.1, -1e-30, None],
         "segments": [("prompt", 0, 2), ("sampled", 2, 4), ("template", 4, 5)],
-        "turns": [Turn(2, 4, "stop", 2, cached_tokens=1, queue_s=0.1, engine_s=0.2, weight_version="3")],
-        "messages": [{"role": "user", "content": "u"}, assistant_message(raw, parse(raw), ["call_0_0"])],
-        "tool_calls": [line], "tools": [], "stop_reason": "stop", "num_turns": 1, "infra_error": False, "error": None,
-        "warnings": [], "reward": 1.0, "reward_parts": {"f": 1.0}, "ground_truth": "42", "data_source": None, "extra": {"é": [1, None]},
+        "turns": [Turn(2, 4, "stop", 2, cached_tokens=1, queue_s=0.1, engine_s=0.2,
+        weight_version="3")],
+        "messages": [{"role": "user", "content": "u"}, assistant_message(raw, parse(raw),
+        ["call_0_0"])],
+        "tool_calls": [line], "tools": [], "stop_reason": "stop", "num_turns": 1, "infra_error":
+        False, "error": None,
+        "warnings": [], "reward": 1.0, "reward_parts": {"f": 1.0}, "ground_truth": "42",
+        "data_source": None, "extra": {"é": [1, None]},
         "engine": {"name": "scripted"}, "sampling": {"temperature": 1.0}, "parent": None,
         "started_at": "2026-11-23T00:00:00.000+00:00", "wall_s": 0.5,
     }  # fmt: skip
@@ -73,7 +78,8 @@ def test_a_record_reads_back_equal() -> None:
 
 
 def test_messages_and_tools_keep_the_order_of_their_keys() -> None:
-    """Templates write tools down as JSON, in their order: from sorted ones no prompt could be rendered again."""
+    """Templates write tools down as JSON, in their order: from sorted ones no prompt could be
+    rendered again."""
     tool = {
         "type": "function",
         "function": {
@@ -112,24 +118,31 @@ def test_the_hash_is_the_documented_formula() -> None:
 
 def test_the_fields_are_the_documented_ones() -> None:
     assert set(json.loads(trajectory().to_line())) == {
-        "schema", "id", "task_id", "sample", "prompt_ids", "response_ids", "response_mask", "response_logprobs", "segments", "turns",
-        "messages", "tool_calls", "tools", "stop_reason", "num_turns", "infra_error", "error", "warnings", "reward", "reward_parts",
-        "ground_truth", "data_source", "extra", "engine", "sampling", "parent", "started_at", "wall_s", "branches", "sha256",
+        "schema", "id", "task_id", "sample", "prompt_ids", "response_ids", "response_mask",
+        "response_logprobs", "segments", "turns",
+        "messages", "tool_calls", "tools", "stop_reason", "num_turns", "infra_error", "error",
+        "warnings", "reward", "reward_parts",
+        "ground_truth", "data_source", "extra", "engine", "sampling", "parent", "started_at",
+        "wall_s", "branches", "sha256",
     }  # fmt: skip
     record = json.loads(trajectory().to_line())
     assert record["schema"] == "turntrace/2"
     assert set(record["turns"][0]) == {
-        "start", "end", "finish_reason", "prompt_tokens", "cached_tokens", "queue_s", "engine_s", "weight_version", "resumed",
+        "start", "end", "finish_reason", "prompt_tokens", "cached_tokens", "queue_s", "engine_s",
+        "weight_version", "resumed",
     }  # fmt: skip
     assert set(record["tool_calls"][0]) == {
-        "call_id", "turn", "name", "arguments", "status", "response", "full_response", "reward", "metrics", "attempts",
+        "call_id", "turn", "name", "arguments", "status", "response", "full_response", "reward",
+        "metrics", "attempts",
         "queue_s", "run_s", "error",
     }  # fmt: skip
     assert STOP_REASONS == (
-        "stop", "tool_stop", "length", "max_turns", "invalid_tool_calls", "deadline", "cancelled", "engine_error", "prompt_too_long",
+        "stop", "tool_stop", "length", "max_turns", "invalid_tool_calls", "deadline", "cancelled",
+        "engine_error", "prompt_too_long",
     )  # fmt: skip
     assert CALL_STATUSES == (
-        "ok", "tool_error", "backend_error", "timeout", "unknown_tool", "invalid_arguments", "malformed", "rejected", "cancelled",
+        "ok", "tool_error", "backend_error", "timeout", "unknown_tool", "invalid_arguments",
+        "malformed", "rejected", "cancelled",
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Cutting by tokens: never more than the limit beside the marker, whole characters, work bounded by the limit."""
+"""Cutting by tokens: never more than the limit beside the marker, whole characters, work bounded
+by the limit."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def test_a_cut_is_known_without_its_limit(smollm2: ChatTemplate, side: str) -> N
 
 @pytest.mark.parametrize("side", SIDES)
 def test_what_is_cut_is_counted_in_tokens(template: ChatTemplate, side: str) -> None:
-    """To the token where little was cut; where much was, as if all of it were like its beginning."""
+    """To the token where little was cut; where much was, as if all of it were like its
+    beginning."""
     text = " ".join(f"row {number}: {number * 7919 % 10007}" for number in range(400))
     for limit in (8, 300):
         for length in (3000, len(text), 50_000):

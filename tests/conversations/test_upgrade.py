@@ -16,8 +16,12 @@ from conversations.warning import KINDS, RecordWarning, WarningKind
 from tests.conversations.test_trajectory import trajectory
 
 OLD_WARNINGS = {
-    "the response of call_0_0 holds control tokens as text: <|im_end|>, <|im_start|>": "control_tokens",
-    "the chat template drops earlier <think> blocks; the sampled tokens were kept": "history_rewritten",
+    "the response of call_0_0 holds control tokens as text: <|im_end|>, <|im_start|>": (
+        "control_tokens"
+    ),
+    "the chat template drops earlier <think> blocks; the sampled tokens were kept": (
+        "history_rewritten"
+    ),
     "the model sampled ids that the tokenizer does not have: does the engine run the model of "
     "model_path?": "unknown_ids",
     "tools_kwargs names 'a\nb', which is not a tool of this run": "unknown_tool_kwargs",

@@ -1,4 +1,5 @@
-"""No false alarm on what the loop writes of a misbehaving world, nor on what the real engine samples."""
+"""No false alarm on what the loop writes of a misbehaving world, nor on what the real engine
+samples."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def in_float32(trajectory: Trajectory) -> Trajectory:
 
 
 async def test_worlds_of_odd_conversations_verify(template: ChatTemplate) -> None:
-    """Engines that fail, hang, cut and spell oddly; tools that fail in every way; tight budgets: see test_fidelity.py."""
+    """Engines that fail, hang, cut and spell oddly; tools that fail in every way; tight budgets:
+    see test_fidelity.py."""
     worlds = [World(writer_for(template), f"verify{seed}") for seed in range(WORLDS)]
     trajectories = await asyncio.gather(*(asyncio.create_task(world.run()) for world in worlds))
     known = facts_of({}, template).ids

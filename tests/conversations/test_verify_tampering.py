@@ -1,4 +1,5 @@
-"""200 seeded corruptions of a run, half of them under a forged hash, and `verify` names each: the trajectory, the turn, the token.
+"""200 seeded corruptions of a run, half of them under a forged hash, and `verify` names each:
+the trajectory, the turn, the token.
 
 What can be revealed at all, and what by nature cannot, is said in corruptions.py.
 """
@@ -36,7 +37,8 @@ COUNT, SEED = 200, 20261123
 
 @dataclass(frozen=True)
 class Spoilt:
-    """One corruption: the line it stands on, whose it was, and the place to be named; `readable` says that the line still has an id."""
+    """One corruption: the line it stands on, whose it was, and the place to be named; `readable`
+    says that the line still has an id."""
 
     name: str
     line: int

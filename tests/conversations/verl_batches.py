@@ -1,8 +1,10 @@
-"""verl's own multi-turn loop beside `padded_batch`: prints which tensors are equal, fails where one is not.
+"""verl's own multi-turn loop beside `padded_batch`: prints which tensors are equal, fails where
+one is not.
 
     python -m tests.conversations.verl_batches
 
-A process of its own: verl's rollout wants a process group, import guards on a CPU, and environment variables.
+A process of its own: verl's rollout wants a process group, import guards on a CPU, and
+environment variables.
 """
 
 import asyncio

