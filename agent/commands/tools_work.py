@@ -17,6 +17,7 @@ from agent.errors import AgentError
 from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from agent.runs.parts import load_template, make_dispatcher, prepare
 from agent.terminal import one_line, visible
+from conversations.errors import TemplateError
 from conversations.messages import ToolCall
 from conversations.template import ChatTemplate
 from conversations.trajectory import ToolCallRecord
@@ -108,9 +109,14 @@ def _offered(tools: ToolSet, template: ChatTemplate | None) -> Iterator[str]:
             "makes of them)"
         )
         return
-    with_tools, without = (_prompt_ids(template, schemas) for schemas in (tools.schemas, []))
-    yield visible(template.decode(with_tools))
-    yield f"\n({len(with_tools)} tokens; {len(with_tools) - len(without)} of them are the tools')"
+    ids = _prompt_ids(template, tools.schemas)
+    yield visible(template.decode(ids))
+    try:
+        of_tools = len(ids) - len(_prompt_ids(template, []))
+    except TemplateError:  # a template that needs tools
+        yield f"\n({len(ids)} tokens)"
+    else:
+        yield f"\n({len(ids)} tokens; {of_tools} of them are the tools')"
 
 
 def _prompt_ids(template: ChatTemplate, schemas: list[dict[str, Any]]) -> list[int]:

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.helpers import hermes_template
+from agent.model.base import base_model_dir
+from tests.helpers import fresh_tokenizer, hermes_template
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -164,6 +165,16 @@ def test_check_with_a_model_shows_the_prompt_itself(folder: Path) -> None:
         f"({len(with_tools)} tokens; {len(with_tools) - len(without)} of them are the tools')"
         in ran.stdout
     )
+
+
+def test_check_with_a_template_that_needs_tools(folder: Path) -> None:
+    tokenizer = fresh_tokenizer(base_model_dir())
+    tokenizer.chat_template = "{{ tools | length }} tools\n" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
+    ran = turntrace(folder, "check", "tools.yaml", "--no-start", "--model", "model")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "1 tools\n" in ran.stdout
 
 
 def test_call_does_what_a_run_does(folder: Path) -> None:
