@@ -39,6 +39,7 @@ ROLLOUT_KEYS = (
     "over_sample_rate",
 )
 TURN_KEYS = (
+    "format",
     "max_assistant_turns",
     "max_user_turns",
     "tool_config_path",

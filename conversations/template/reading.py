@@ -76,7 +76,7 @@ class Reader:
             name = self._renderer.name
             which = f"no call format is proven for {name}"
             if chosen != AUTO:
-                which = f"the call format {chosen} is not proven for {name}"
+                which = f"rollout.multi_turn.format: {chosen} is not proven for {name}"
             raise CallFormatError(f"{which}: {report.problem}{self._advice(report)}")
         return format_named(report.name)
 

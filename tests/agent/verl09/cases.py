@@ -780,7 +780,7 @@ class Queue:
 
 
 async def test_calls_in_another_form_are_refused(peers: Peers) -> None:
-    with pytest.raises(Exception, match=r"multi_turn\.format: qwen3_coder: only hermes"):
+    with pytest.raises(Exception, match=r"multi_turn\.format: qwen3_coder is not proven"):
         await run(
             peers.worker(peers.server(echo), tools=True, multi_turn={"format": "qwen3_coder"}),
             "one",
