@@ -1,8 +1,10 @@
-"""Text to token ids, segment by segment: what stands between two added tokens is encoded once and remembered.
+"""Text to token ids, segment by segment: what stands between two added tokens is encoded once and
+remembered.
 
-A tokenizer cuts its added tokens (`<|im_start|>`, `<|im_end|>`, ...) out of a text before it encodes the rest, so the
-ids of a text are the ids of its segments in order. Chats repeat their segments: the tools in every prompt, the scaffold
-of every turn. Where a tokenizer's ids depend on more than the segment, which a probe finds out, texts are encoded whole.
+A tokenizer cuts its added tokens (`<|im_start|>`, `<|im_end|>`, ...) out of a text before it
+encodes the rest, so the ids of a text are the ids of its segments in order. Chats repeat their
+segments: the tools in every prompt, the scaffold of every turn. Where a tokenizer's ids depend on
+more than the segment, which a probe finds out, texts are encoded whole.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ _EDGES = (
 
 
 class SegmentEncoder:
-    """Encodes as `tokenizer` (a Hugging Face fast tokenizer) does, added tokens recognised, none put in."""
+    """Encodes as `tokenizer` (a Hugging Face fast tokenizer) does, added tokens recognised, none
+    put in.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer

@@ -1,7 +1,8 @@
 """Chat messages in the OpenAI schema, and the two things a model's tool call can be.
 
-A message is a plain dict, as it stands in task files and records. A sampled assistant message carries `raw`, the
-exact text of its sampled ids; a given one has `raw: None`. A call that could not be parsed keeps its text verbatim.
+A message is a plain dict, as it stands in task files and records. A sampled assistant message
+carries `raw`, the exact text of its sampled ids; a given one has `raw: None`. A call that could not
+be parsed keeps its text verbatim.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class MalformedToolCall:
-    """A call that did not parse. `raw` is the block as sampled, tags included; `error` says what is wrong with it."""
+    """A call that did not parse. `raw` is the block as sampled, tags included; `error` says what is
+    wrong with it.
+    """
 
     raw: str
     error: str
@@ -42,9 +45,11 @@ class MalformedToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ParsedTurn:
-    """What one assistant turn says: `content` is its text without the call blocks, `calls` are in order.
+    """What one assistant turn says: `content` is its text without the call blocks, `calls` are in
+    order.
 
-    `reasoning` is the text of its thoughts, None if it has none or they were not taken out of `content`.
+    `reasoning` is the text of its thoughts, None if it has none or they were not taken out of
+    `content`.
     """
 
     content: str
@@ -56,7 +61,8 @@ def assistant_message(raw: str, parsed: ParsedTurn, call_ids: Sequence[str]) -> 
     """The message of a sampled turn. `call_ids` [number of calls] name the calls in order.
 
     A malformed call stands among the `tool_calls` with `malformed: true` and its verbatim block as
-    `arguments`. A call with an id that the model wrote has it as `written_id`: ids of ours are unique.
+    `arguments`. A call with an id that the model wrote has it as `written_id`: ids of ours are
+    unique.
     """
     message: Message = {"role": "assistant", "content": parsed.content, "raw": raw}
     if parsed.reasoning is not None:
@@ -82,7 +88,9 @@ def _tool_call(call: ToolCall | MalformedToolCall, call_id: str) -> dict[str, An
 
 
 def tool_message(content: str, *, call_id: str | None, name: str | None) -> Message:
-    """The message that answers one call. `call_id` is None for what a tool said when it was created."""
+    """The message that answers one call. `call_id` is None for what a tool said when it was
+    created.
+    """
     message: Message = {"role": "tool", "content": content}
     if call_id is not None:
         message["tool_call_id"] = call_id
@@ -94,12 +102,14 @@ def tool_message(content: str, *, call_id: str | None, name: str | None) -> Mess
 def given_messages(messages: object) -> list[Message]:
     """Checks a task's messages and returns them as the record keeps them.
 
-    Text parts (`[{"type": "text", "text": ...}]`) become one string, an assistant's missing content the empty string, and
-    given assistant messages get `raw: None`. Raises MessageError on anything that is not in the OpenAI chat schema.
+    Text parts (`[{"type": "text", "text": ...}]`) become one string, an assistant's missing content
+    the empty string, and given assistant messages get `raw: None`. Raises MessageError on anything
+    that is not in the OpenAI chat schema.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise MessageError(
-            f"messages must be a non-empty list of {{role, content}} objects, got {_shape(messages)}"
+            "messages must be a non-empty list of {role, content} objects, "
+            f"got {_shape(messages)}"
         )
     return [_given(message, index) for index, message in enumerate(messages)]
 
@@ -116,7 +126,8 @@ def _given(message: object, index: int) -> Message:
         raise MessageError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
     if role != "assistant" and "content" not in kept:
         raise MessageError(
-            f"message {index} ({role}) has no content; its keys: {', '.join(sorted(map(str, kept)))}"
+            f"message {index} ({role}) has no content; "
+            f"its keys: {', '.join(sorted(map(str, kept)))}"
         )
     kept["content"] = _text(kept.get("content", ""), index)
     if "tool_calls" in kept:
@@ -138,14 +149,16 @@ def _text(content: object, index: int) -> str:
         if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
             return "".join(str(text) for text in texts)
     raise MessageError(
-        f"message {index} has content of {_shape(content)}; only text (a string or text parts) is supported"
+        f"message {index} has content of {_shape(content)}; "
+        "only text (a string or text parts) is supported"
     )
 
 
 def _given_calls(calls: object, index: int) -> list[dict[str, Any]]:
     if not isinstance(calls, (list, tuple)):
         raise MessageError(
-            f"message {index} has tool_calls of {_shape(calls)}; expected a list of {{id, type, function}} objects"
+            f"message {index} has tool_calls of {_shape(calls)}; "
+            "expected a list of {id, type, function} objects"
         )
     return [_given_call(call, index) for call in calls]
 
@@ -158,7 +171,8 @@ def _given_call(call: object, index: int) -> dict[str, Any]:
         or not isinstance(function.get("name"), str)
     ):
         raise MessageError(
-            f"message {index} has a tool call without function.name; expected {{id, type, function: {{name, arguments}}}}"
+            f"message {index} has a tool call without function.name; "
+            "expected {id, type, function: {name, arguments}}"
         )
     arguments = function.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

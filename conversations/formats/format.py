@@ -2,8 +2,9 @@
 
 Contract of every `parse`, whatever the format (hermes.py is the model of it):
 - It never raises on text, and takes linear time on any text.
-- Nothing vanishes: what opens a call and is not a well-formed call becomes a `MalformedToolCall` with its verbatim
-  block and a reason that the model can act on. A call that was not finished is malformed, never run.
+- Nothing vanishes: what opens a call and is not a well-formed call becomes a `MalformedToolCall`
+  with its verbatim block and a reason that the model can act on. A call that was not finished is
+  malformed, never run.
 - A good call stays good beside a bad one. Calls are in the order in which they were written.
 - `content` is the text with the call blocks cut out, nothing stripped.
 - Calls inside a thought are thoughts, not calls.
@@ -25,7 +26,9 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ParameterTypes:
-    """The declared schema of each parameter of each offered tool, for formats that write values as plain text."""
+    """The declared schema of each parameter of each offered tool, for formats that write values as
+    plain text.
+    """
 
     by_tool: Mapping[str, Mapping[str, Schema]] = field(default_factory=dict)
 
@@ -43,7 +46,7 @@ class ParameterTypes:
 
 
 class _Offered(Mapping[str, Mapping[str, Schema]]):
-    """The parameters of tools, looked up when they are asked for: most turns call one tool or none."""
+    """The parameters of tools, looked up on demand: most turns call one tool or none."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self._tools = tools
@@ -78,7 +81,7 @@ NO_TYPES = ParameterTypes()
 
 
 class Parse(Protocol):
-    """Reads one sampled turn. `in_think`: the generation prompt already opened a `<think>` block."""
+    """Reads one sampled turn. `in_think`: the generation prompt opened a `<think>` block."""
 
     def __call__(
         self, raw: str, types: ParameterTypes, *, in_think: bool = False

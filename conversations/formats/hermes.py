@@ -1,16 +1,23 @@
-"""Hermes tool calls in an assistant turn's text: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""Hermes tool calls in an assistant turn's text: `<tool_call>{"name": ..., "arguments":
+{...}}</tool_call>`.
 
 Nothing a model writes raises here, and nothing vanishes: what opens a call and is not one becomes a
-`MalformedToolCall` with its verbatim text and a reason the model can act on. Linear time on any input.
+`MalformedToolCall` with its verbatim text and a reason the model can act on. Linear time on any
+input.
 
 Choices, where parsers of the field disagree:
-- A `</tool_call>` inside a JSON string belongs to the string: the JSON decides where a call ends, not a text search.
+- A `</tool_call>` inside a JSON string belongs to the string: the JSON decides where a call ends,
+  not a text search.
 - A good call stays good beside a bad one; each block stands for itself, in order.
-- A block without its `</tool_call>` is malformed, even at the very end: what was not finished is never run.
-- `arguments` given as a string that holds a JSON object is that object (some models encode twice); no `arguments` at
-  all, and no other key in its place, is `{}`. Other keys beside `name` and `arguments` are ignored.
-- JSON is strict: no NaN or Infinity, no raw newline inside a string, no number or nesting that Python cannot hold.
-- Calls inside `<think> ... </think>` are thoughts, not calls; an unclosed `<think>` covers the rest of the turn.
+- A block without its `</tool_call>` is malformed, even at the very end: what was not finished is
+  never run.
+- `arguments` given as a string that holds a JSON object is that object (some models encode twice);
+  no `arguments` at all, and no other key in its place, is `{}`. Other keys beside `name` and
+  `arguments` are ignored.
+- JSON is strict: no NaN or Infinity, no raw newline inside a string, no number or nesting that
+  Python cannot hold.
+- Calls inside `<think> ... </think>` are thoughts, not calls; an unclosed `<think>` covers the rest
+  of the turn.
 - `content` is the text with the call blocks cut out, nothing stripped.
 """
 
@@ -48,7 +55,9 @@ def parse(raw: str, *, in_think: bool = False) -> ParsedTurn:
 
 
 class _Scan:
-    """One pass over the text; `_closing` remembers the next `</tool_call>` so that none is searched for twice."""
+    """One pass over the text; `_closing` remembers the next `</tool_call>` so that none is searched
+    for twice.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -88,7 +97,9 @@ class _Scan:
         return self._malformed(start, end, reason, name=_OBJECT.name_of(value))
 
     def _malformed(self, start: int, position: int, reason: str, name: str | None = None) -> int:
-        """Ends a bad block at the next closing tag, or before the next opening one, whichever comes first."""
+        """Ends a bad block at the next closing tag, or before the next opening one, whichever comes
+        first.
+        """
         closing, opening = self._next_close(position), self.text.find(OPEN, position)
         closed = closing >= 0 and not 0 <= opening < closing
         end = closing + len(CLOSE) if closed else (opening if opening >= 0 else len(self.text))

@@ -227,7 +227,7 @@ def _taught(formats: Sequence[CallFormat], written: Written) -> FormatReport:
 
 
 def _unread(formats: Sequence[CallFormat], written: Written) -> str:
-    """What the template wrote: of the format that reads most of it, the turn that it does not read."""
+    """What the template wrote that the format which reads most of it does not read."""
     nearest = max(formats, key=lambda form: _count_read(form, written))
     if _count_read(nearest, written):
         return failure(nearest, written)

@@ -100,7 +100,8 @@ class ChatTemplate:
     def delta(
         self, messages: Sequence[Message], kind: str = TOOL, *, turn: Message | None = None
     ) -> Delta:
-        """What stands between a complete assistant turn and the next: all of its `messages` together.
+        """What stands between a complete assistant turn and the next: all of its `messages`
+        together.
 
         `kind` is "tool" or "user"; `turn` is the assistant message that they answer: some templates
         print the names or ids of its calls. The cost depends on `messages` alone. Raises
@@ -144,11 +145,15 @@ class ChatTemplate:
     # ------------------------------------------------------------------ ids and text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of template text, control tokens recognized, none added. Lone surrogates become U+FFFD."""
+        """Token ids of template text, control tokens recognized, none added. Lone surrogates become
+        U+FFFD.
+        """
         return self._segments.encode(without_lone_surrogates(text))
 
     def encoding(self, text: str) -> Any:
-        """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end) characters."""
+        """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end)
+        characters.
+        """
         return self._backend.encode(without_lone_surrogates(text), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -175,7 +180,9 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def _encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids of `text` and, for each character position, the first token that starts at or after it."""
+        """Ids of `text` and, for each character position, the first token that starts at or after
+        it.
+        """
         encoding = self.encoding(text)
         starts = [start for start, _ in encoding.offsets]
         return list(encoding.ids), [
@@ -213,7 +220,9 @@ class ChatTemplate:
         return report if report.name == form.name else FormatReport(form.name, NOT_PROVEN)
 
     def format_entry(self) -> dict[str, Any]:
-        """`call_format` of a run.json: the format that turns are read with, and what is proven of it."""
+        """`call_format` of a run.json: the format that turns are read with, and what is proven of
+        it.
+        """
         report, reading = self._reader.report, self._reader.reading
         source = json.dumps(self.tokenizer.chat_template, sort_keys=True)
         return {

@@ -11,7 +11,8 @@ A delta is scaffold + block + generation prompt:
 The end token. Most templates end a turn with a token of its own. Three kinds do not:
 - The next role's token ends the turn and opens the next block (GLM: `<|observation|>`, Gemma-4's
   tool calls). The model samples it, so it is the turn's (mask 1), and the delta starts after it.
-- The last turn is left open, and closed when another message follows. The end token is what closes it.
+- The last turn is left open, and closed when another message follows. The end token is what closes
+  it.
 - The last turn ends with another token than it has in history (gpt-oss: `<|return|>`, then
   `<|end|>`). The engine stops at the first; it stays, as every sampled token does.
 """
@@ -155,7 +156,9 @@ class Deltas:
         return text[end + len(self.end.in_history) :]
 
     def _after_end(self, text: str) -> list[int]:
-        """Ids of text that follows an end token: some tokenizers treat the start of a text differently."""
+        """Ids of text that follows an end token: some tokenizers treat the start of a text
+        differently.
+        """
         ids = self._encode(self.end.text + text)
         if not ids or ids[0] != self.end.token:
             raise self._merges(self.end.text)
@@ -174,10 +177,13 @@ class Deltas:
         tail = sum(1 for start, _ in spans if start >= shift + len(text) - len(self.generation))
         return split(list(encoding.ids[1:]), [head, len(spans) - tail])
 
-    # ------------------------------------------------------------------ what stands around every block
+    # ------------------------------------------------------------------ what stands around every
+    # block
 
     def _prepare(self) -> None:
-        """Finds a stub that the template renders: with tools or without, with two calls or with one."""
+        """Finds a stub that the template renders: with tools or without, with two calls or with
+        one.
+        """
         render = self._renderer.whole
         two = self._probe(["1", "2"])
         if self.kind == USER:

@@ -65,7 +65,9 @@ def renders(renderer: Renderer, messages: Sequence[Message], tools: Sequence[Sch
 
 
 def find_dialect(renderer: Renderer) -> Dialect:
-    """How the template wants calls and thoughts: the first way that it takes, and prints if one does."""
+    """How the template wants calls and thoughts: the first way that it takes, and prints if one
+    does.
+    """
     ways = [
         Dialect(arguments_as_text=as_text, short_ids=short, no_content=no_content)
         for no_content in (False, True)

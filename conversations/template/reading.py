@@ -90,7 +90,7 @@ class Reader:
 
     @functools.cached_property
     def report(self) -> FormatReport:
-        """The proof, whatever comes of it. Raises CallFormatError if the format has no such name."""
+        """The proof, whatever comes of it. Raises CallFormatError for an unknown name."""
         if self.reading.format == AUTO:
             return proof.choose(FORMATS, self.written)
         return proof.check(format_named(self.reading.format), FORMATS, self.written)
@@ -108,7 +108,9 @@ class Reader:
         return Written([turn for turn in turns if turn is not None], prompt)
 
     def _turn_start(self, prompt: str, whole: str) -> int:
-        """Where the assistant's turn begins: behind the generation prompt, or what history has of it."""
+        """Where the assistant's turn begins: behind the generation prompt, or what history has of
+        it.
+        """
         if whole.startswith(prompt):
             return len(prompt)
         shared = whole[: self._renderer.common_length(prompt, whole)]

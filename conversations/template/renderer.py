@@ -19,7 +19,8 @@ Schema = dict[str, Any]
 
 
 class Renderer:
-    """One tokenizer's chat template. `dialect` is how it wants messages, plain until a probe says more.
+    """One tokenizer's chat template. `dialect` is how it wants messages, plain until a probe says
+    more.
 
     A tokenizer with named templates uses `tool_use` if tools are offered, else `default`, as
     transformers does.

@@ -36,7 +36,9 @@ class Dialect:
     reasoning_key: str | None = None
 
     def view(self, messages: Iterable[Message]) -> list[Message]:
-        """The messages for the template. A call's id is the one that the model wrote, if it wrote one."""
+        """The messages for the template. A call's id is the one that the model wrote, if it wrote
+        one.
+        """
         ids: dict[str, str] = {}
         return [self._message(message, ids) for message in messages]
 

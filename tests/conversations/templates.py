@@ -1,4 +1,8 @@
-"""Chat templates of other families, shortened but true to what matters here, and tokenizers to put them on."""
+"""Chat templates of other families, shortened but true to what matters here, and tokenizers to put
+them on.
+"""
+
+# ruff: noqa: E501 - texts that stand here as they are
 
 from __future__ import annotations
 
@@ -188,7 +192,9 @@ PLAIN_ROLES = """{{- bos_token }}{%- for m in messages %}
 
 
 def metaspace(prepend_scheme: str, chat_template: str) -> Any:
-    """A SentencePiece-like tokenizer: a space is part of the word, and one is put before the first word of a text."""
+    """A SentencePiece-like tokenizer: a space is part of the word, and one is put before the first
+    word of a text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,6 @@
-"""Deltas are what whole renderings have at that place: real templates, other families, odd contents, refusals by name."""
+"""Deltas are what whole renderings have at that place: real templates, other families, odd
+contents, refusals by name.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def named(name: str) -> ChatTemplate:
 def history(
     rng: random.Random, kind: str, *, system: bool, tool_rounds: bool
 ) -> list[dict[str, Any]]:
-    """A conversation that ends with an assistant turn, MARK in its last words, where a delta of `kind` goes on."""
+    """A conversation that ends with an assistant turn, MARK in its last words, where a delta of
+    `kind` goes on.
+    """
     messages: list[dict[str, Any]] = (
         [{"role": "system", "content": odd_text(rng)}] if system and rng.random() < 0.5 else []
     )
@@ -118,7 +122,9 @@ def rendered(
 
 
 def expected_delta(template: ChatTemplate, whole: str) -> list[int]:
-    """The ids that stand behind the end token of the marked turn, in the whole rendering and its own encoding."""
+    """The ids that stand behind the end token of the marked turn, in the whole rendering and its
+    own encoding.
+    """
     end_text = template.decode([template.end_id]).strip()
     end = whole.index(end_text, whole.rindex(MARK))
     encoding = template.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False)
@@ -173,7 +179,9 @@ def check_deltas(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("kind", [TOOL, USER])
 def test_authors_change_exactly_at_the_edges(name: str, kind: str) -> None:
-    """Scaffold and generation prompt are template, the block between is the tools' or the user's: ChatML families."""
+    """Scaffold and generation prompt are template, the block between is the tools' or the user's:
+    ChatML families.
+    """
     template = named(name)
     quick = "<think>\n\n</think>\n\n" if name == "qwen3_quick" else ""
     for _, new, _ in conversations(name, kind, 60):
@@ -191,7 +199,7 @@ def test_authors_change_exactly_at_the_edges(name: str, kind: str) -> None:
 
 
 def test_edges_where_no_control_token_keeps_them_apart() -> None:
-    """Tokens that span an edge go to the block; what is surely the template's stays the template's."""
+    """Tokens that span an edge go to the block; what is surely the template's stays so."""
     template = named("metaspace_plain")
     pieces = template.delta([{"role": "tool", "content": "the answer is 42"}], TOOL).pieces
     assert [kind for kind, _ in pieces] in ([TOOL, TEMPLATE], [TOOL])
@@ -265,7 +273,8 @@ def test_messages_that_a_template_refuses_are_the_templates_words(smollm2: ChatT
         )
 
 
-# ---------------------------------------------------------------------- what a template says about itself
+# ---------------------------------------------------------------------- what a template says about
+# itself
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""Hermes parsing: every choice of the module, what it never does (raise, lose text, take long), and upstream's cases."""
+"""Hermes parsing: every choice of the module, what it never does (raise, lose text, take long), and
+upstream's cases.
+"""
+
+# ruff: noqa: E501 - texts that stand here as they are
 
 from __future__ import annotations
 
@@ -101,7 +105,8 @@ def test_content_is_not_stripped() -> None:
     assert parse(GOOD).content == ""
 
 
-# ---------------------------------------------------------------------- malformed calls: named, kept, never run
+# ---------------------------------------------------------------------- malformed calls: named,
+# kept, never run
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,8 @@ def test_a_thought_inside_a_string_argument_is_an_argument() -> None:
     assert good(parse(call("f", x="<think>") + call("g"))) == [("f", {"x": "<think>"}), ("g", {})]
 
 
-# ---------------------------------------------------------------------- upstream's cases (verl, SGLang, vLLM)
+# ---------------------------------------------------------------------- upstream's cases (verl,
+# SGLang, vLLM)
 
 
 def test_verl_two_calls_with_text_before() -> None:
@@ -344,7 +350,8 @@ def test_every_written_call_reads_back(
     assert turn.content == "before  after"
 
 
-# ---------------------------------------------------------------------- linear time, by counting work
+# ---------------------------------------------------------------------- linear time, by counting
+# work
 
 
 class Counted(str):

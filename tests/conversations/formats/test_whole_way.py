@@ -1,4 +1,5 @@
-"""A conversation in each call format, all the way: loop, record, `verify`, replay, every export, the page.
+"""A conversation in each call format, all the way: loop, record, `verify`, replay, every export,
+the page.
 
 The turns are what a real chat template writes for calls, so nothing here knows how a format looks.
 """
@@ -127,7 +128,8 @@ def defects(folder: Path) -> list[str]:
 
 
 def exported_or_refused(folder: Path, to: str, out: Path) -> bool:
-    """Whether an export wrote the record, or needs pairs, or says that its consumer would refuse it.
+    """Whether an export wrote the record, or needs pairs, or says that its consumer would refuse
+    it.
 
     A consumer that hands no calls to its chat template is refused by templates that count roles.
     """
