@@ -174,7 +174,7 @@ def test_check_with_a_template_that_needs_tools(folder: Path) -> None:
     (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
     ran = turntrace(folder, "check", "tools.yaml", "--no-start", "--model", "model")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert "1 tools\n" in ran.stdout
+    assert "1 tools<|im_start|>" in ran.stdout
 
 
 def test_call_does_what_a_run_does(folder: Path) -> None:
