@@ -168,7 +168,7 @@ def _difference(form: CallFormat, turn: WrittenTurn, types: ParameterTypes) -> s
     calls = [call for call in parsed.calls if isinstance(call, ToolCall)]
     malformed = next((call.error for call in parsed.calls if not isinstance(call, ToolCall)), None)
     if malformed is not None:
-        return f"finds malformed: {malformed[:120]}"
+        return f"finds malformed: {' '.join(malformed.split())[:120]}"
     if not calls:
         return "reads as text"
     found = [(call.name, _canonical(call.arguments)) for call in calls]
