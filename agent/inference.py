@@ -19,6 +19,7 @@ from agent.runs.parts import config_interactions, prepare
 from agent.runs.session import Session
 from conversations.errors import MessageError
 from conversations.messages import given_messages
+from conversations.rounds import last_sampled
 from conversations.trajectory import Trajectory
 from tools.base import ToolConfigError
 from tools.registry import load_tools
@@ -213,15 +214,8 @@ def _tasks(prompts: Prompts) -> list[Task]:
 def _generations(trajectories: Iterable[Trajectory]) -> Generations:
     result = Generations([], [], [])
     for trajectory in trajectories:
-        last = next(
-            (
-                message
-                for message in reversed(trajectory.messages)
-                if message.get("raw") is not None
-            ),
-            None,
-        )
-        result.completions.append(last["raw"] if last else "")
+        place = last_sampled(trajectory.messages)
+        result.completions.append(trajectory.messages[place]["raw"] if place >= 0 else "")
         result.token_ids.append(trajectory.response_ids)
         result.metadata.append(_metadata(trajectory))
     return result

@@ -18,6 +18,7 @@ from agent.replay.restored import restore_last_turn, restored, sampled_messages
 from agent.replay.tools import LiveTools
 from agent.replay.user import AskedAgainUser
 from conversations.errors import TemplateError
+from conversations.rounds import is_sampled
 from conversations.trajectory import Trajectory
 from conversations.warning import RecordWarning
 
@@ -72,7 +73,7 @@ def _schemas(task: Task, runtime: Runtime) -> list[dict[str, object]]:
 def _resumed(record: Trajectory, runtime: Runtime) -> Conversation:
     """The conversation with all that it was. The time that it ran counts to its deadline."""
     task = recorded_task(record)
-    answered = len(record.turns) - (record.messages[-1].get("raw") is not None)
+    answered = len(record.turns) - is_sampled(record.messages[-1])
     tools = None
     if runtime.dispatcher:
         tools = LiveTools(

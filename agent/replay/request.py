@@ -14,6 +14,7 @@ from agent.runs.manifest import command_line
 from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import RecordError
+from conversations.rounds import sampled_places
 from conversations.run.open_run import Run
 from conversations.trajectory import Trajectory
 from tools.base import ToolsError
@@ -154,7 +155,7 @@ def checked(run: Run, trajectory_id: str) -> Trajectory:
 
 
 def _contradictions(record: Trajectory) -> chain[str]:
-    sampled = sum(message.get("raw") is not None for message in record.messages)
+    sampled = len(sampled_places(record.messages))
     counts = (
         [f"{len(record.turns)} turns, {sampled} sampled messages"]
         if sampled != len(record.turns)

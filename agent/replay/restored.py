@@ -14,6 +14,7 @@ from agent.loop.calls import PendingTurn
 from agent.loop.conversation import Conversation, Counterparts
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import recorded_task
+from conversations.rounds import sampled_places
 from conversations.tokens import SAMPLED, TokenSequence
 from conversations.trajectory import Trajectory
 
@@ -96,7 +97,7 @@ def restore_last_turn(conversation: Conversation, record: Trajectory) -> None:
 
 def sampled_messages(record: Trajectory) -> list[int]:
     """The indices of the messages that the model sampled, one for each turn."""
-    return [i for i, message in enumerate(record.messages) if message.get("raw") is not None]
+    return sampled_places(record.messages)
 
 
 def _restore_tokens(tokens: TokenSequence, record: Trajectory, turns: int) -> None:

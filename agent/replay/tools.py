@@ -23,6 +23,7 @@ from agent.loop.tasks import Task, given_length
 from agent.replay.compare import answer_difference, same_call
 from agent.replay.restored import sampled_messages
 from conversations.messages import Message, ToolCall
+from conversations.rounds import is_sampled
 from conversations.trajectory import ToolCallRecord, Trajectory
 from conversations.warning import RecordWarning
 from tools.base import BaseTool, ToolResponse
@@ -263,7 +264,7 @@ def _written_arguments(record: Trajectory) -> dict[str, dict[str, Any]]:
     calls = [
         call
         for message in record.messages
-        if message.get("raw") is not None
+        if is_sampled(message)
         for call in message.get("tool_calls", ())
     ]
     return {

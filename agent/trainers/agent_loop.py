@@ -49,6 +49,7 @@ from agent.trainers.options import (
     trainer_config,
 )
 from agent.trainers.step_folders import StepFolders
+from conversations.rounds import is_sampled
 from conversations.trajectory import Trajectory
 from tools.toolset import LoadedTool, ToolSet, loaded_tool
 
@@ -316,7 +317,7 @@ def _tools(config: Config, verls_tools: list[Any]) -> ToolSet | None:
 
 def _answered(one: Trajectory) -> int:
     """How many turns tools or a user answered: all but a last one that nobody answered."""
-    return one.num_turns - (one.num_turns > 0 and one.messages[-1].get("raw") is not None)
+    return one.num_turns - (one.num_turns > 0 and is_sampled(one.messages[-1]))
 
 
 def _tool_seconds(one: Trajectory) -> float:
