@@ -7,6 +7,7 @@ stderr and exit code 2; any other exception keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -69,6 +70,8 @@ def main() -> int:
 
     Returns 2 after a user's mistake; otherwise exits with the command's own code.
     """
+    # Without torch, transformers would advise to install it: no command of ours needs its models.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         try:
             app(prog_name="turntrace")
