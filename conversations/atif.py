@@ -23,7 +23,7 @@ from conversations.upgrade import SCHEMA, as_written
 VERSION = "ATIF-v1.8"
 OWN = "turntrace"
 
-Document = dict[str, Any]
+AtifDocument = dict[str, Any]
 Record = dict[str, Any]
 
 _CARRIED = frozenset(
@@ -43,7 +43,7 @@ _ATIF_KEYS = frozenset({"content", "tool_calls", "reasoning_content"})
 """Keys of a message that ATIF's own fields hold."""
 
 
-def document(record: Mapping[str, Any]) -> Document:
+def document(record: Mapping[str, Any]) -> AtifDocument:
     """The record as an ATIF document.
 
     Raises RecordError if its tokens do not line up or a log-prob is not a finite number.

@@ -17,8 +17,8 @@ from conversations.atif import OWN, record_of
 from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import ImportFileError, RecordError
-from conversations.imports.atif_steps import Conversation
-from conversations.imports.files import Document
+from conversations.imports.atif_steps import ForeignConversation
+from conversations.imports.files import SourceDocument
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json, line_hash
 from conversations.upgrade import READABLE, upgraded
@@ -41,7 +41,7 @@ class reader:  # noqa: N801 - a function that remembers
         self._template = template
         self._samples: Counter[str] = Counter()
 
-    def __call__(self, document: Document) -> Trajectory:
+    def __call__(self, document: SourceDocument) -> Trajectory:
         found = document.value
         _check_structure(found)
         _check_numbers(found)
@@ -62,7 +62,7 @@ class reader:  # noqa: N801 - a function that remembers
         self._samples[task_id] += 1
         if found.get("trajectory_id") and sample:
             raise ImportFileError(f"trajectory_id {task_id!r} is there already")
-        return Conversation(found, self._template).record(task_id, sample)
+        return ForeignConversation(found, self._template).record(task_id, sample)
 
 
 def _check_structure(found: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ LEDGER = (
 )
 
 
-class Conversation:
+class ForeignConversation:
     """One document on its way to a record."""
 
     def __init__(self, found: dict[str, Any], template: ChatTemplate | None) -> None:

@@ -19,7 +19,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class SourceDocument:
     """One JSON object and its place: `file:line`, `file[index]` in a list, or the file alone."""
 
     place: str
@@ -27,7 +27,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Defect:
+class SourceDefect:
     """A place that holds no document, and why."""
 
     place: str
@@ -53,29 +53,29 @@ def source_files(source: Path) -> list[Path]:
     return [source]
 
 
-def documents(files: list[Path]) -> Iterator[Document | Defect]:
+def documents(files: list[Path]) -> Iterator[SourceDocument | SourceDefect]:
     """Every document, one in memory at a time."""
     for file in files:
         try:
             yield from _whole(file) if file.suffix == ".json" else _lines(file)
         except OSError as error:
-            yield Defect(str(file), f"cannot be read: {error.strerror}")
+            yield SourceDefect(str(file), f"cannot be read: {error.strerror}")
 
 
-def _whole(file: Path) -> Iterator[Document | Defect]:
+def _whole(file: Path) -> Iterator[SourceDocument | SourceDefect]:
     if (size := file.stat().st_size) > MAX_BYTES:
-        yield Defect(str(file), f"is {size} bytes, more than {MAX_BYTES}")
+        yield SourceDefect(str(file), f"is {size} bytes, more than {MAX_BYTES}")
     else:
         yield from _documents(str(file), file.read_bytes())
 
 
-def _lines(file: Path) -> Iterator[Document | Defect]:
+def _lines(file: Path) -> Iterator[SourceDocument | SourceDefect]:
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(MAX_BYTES + 1):
             number += 1
             if len(line) > MAX_BYTES:
-                yield Defect(
+                yield SourceDefect(
                     f"{file}:{number}",
                     f"the line is longer than {MAX_BYTES} bytes; nothing behind it was read",
                 )
@@ -84,12 +84,12 @@ def _lines(file: Path) -> Iterator[Document | Defect]:
                 yield from _documents(f"{file}:{number}", line)
 
 
-def _documents(place: str, text: bytes) -> Iterator[Document | Defect]:
+def _documents(place: str, text: bytes) -> Iterator[SourceDocument | SourceDefect]:
     """The document in a text, or each one of a list."""
     try:
         value = json.loads(text.decode("utf-8-sig"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        yield Defect(place, f"is not a JSON document: {error}")
+        yield SourceDefect(place, f"is not a JSON document: {error}")
         return
     if isinstance(value, list) and value:
         for index, item in enumerate(value):
@@ -98,10 +98,12 @@ def _documents(place: str, text: bytes) -> Iterator[Document | Defect]:
         yield _document(place, value)
 
 
-def _document(place: str, value: Any) -> Document | Defect:
+def _document(place: str, value: Any) -> SourceDocument | SourceDefect:
     if isinstance(value, dict):
-        return Document(place, value)
-    return Defect(place, f"is a JSON {type(value).__name__}, expected an object or a list of them")
+        return SourceDocument(place, value)
+    return SourceDefect(
+        place, f"is a JSON {type(value).__name__}, expected an object or a list of them"
+    )
 
 
 def _refuse(name: str) -> None:

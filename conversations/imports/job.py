@@ -17,7 +17,7 @@ from typing import Any
 
 from conversations.checks.facts import RunFacts, facts_of
 from conversations.errors import ConversationsError, ImportFileError, RunFolderError
-from conversations.imports.files import Defect, Document, documents, source_files
+from conversations.imports.files import SourceDefect, SourceDocument, documents, source_files
 from conversations.imports.proof import proven
 from conversations.run.new_folder import new_folder
 from conversations.run.open_run import TOKENIZER
@@ -26,7 +26,7 @@ from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 
-Reader = Callable[[Document], Trajectory]
+Reader = Callable[[SourceDocument], Trajectory]
 """Reads a document as a trajectory. Raises ImportFileError with a line for each thing wrong."""
 
 
@@ -91,10 +91,14 @@ def _reader(kind: str, template: ChatTemplate | None) -> Reader:
 
 
 def _take(
-    document: Document | Defect, reader: Reader, facts: RunFacts, store: RunFolder, done: Imported
+    document: SourceDocument | SourceDefect,
+    reader: Reader,
+    facts: RunFacts,
+    store: RunFolder,
+    done: Imported,
 ) -> None:
     """Writes one document. Any error, of the document or of its reader, is a defect of that one."""
-    if isinstance(document, Defect):
+    if isinstance(document, SourceDefect):
         done.defects.append(str(document))
         return
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from conversations.errors import ImportFileError
 from conversations.imports.blank import blank, reward_fields
-from conversations.imports.files import Document
+from conversations.imports.files import SourceDocument
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 
@@ -37,7 +37,7 @@ class reader:  # noqa: N801 - a function that remembers
             )
         self._samples: Counter[str] = Counter()
 
-    def __call__(self, document: Document) -> Trajectory:
+    def __call__(self, document: SourceDocument) -> Trajectory:
         row = document.value
         texts = {name: _text(row, name) for name in ("input", "output")}
         step = row.get("step")

@@ -114,7 +114,7 @@ def _add(
         for one in filter(None, (record, other)):
             lines += [text_line(one), token_line(one)]
             _use(used, one["prompt_ids"] + one["response_ids"])
-        differs = None if other is None else first_difference(record, other)
+        differs = None if other is None else divergence(record, other)
         block, line = blocks.add(lines)
         summary.add(
             record, block=block, line=line, other=other and str(other["id"]), differs=differs
@@ -150,7 +150,7 @@ def _counterpart(record: Record, against: Run | None) -> Record | None:
     return None if found is None else against.record(found, check=False)
 
 
-def first_difference(record: Record, other: Record) -> dict[str, int | None] | None:
+def divergence(record: Record, other: Record) -> dict[str, int | None] | None:
     """The first token at which two records differ, None if they have the same tokens.
 
     `token` is its position, `turn` the record's generation that it lies in or after, None for the

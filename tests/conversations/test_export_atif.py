@@ -113,7 +113,7 @@ def test_a_whole_run_comes_back_byte_for_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        (lambda record: record["response_mask"].pop(), "other numbers of mask bits or log-probs"),
+        (lambda record: record["response_mask"].pop(), "not as many mask bits or log-probs"),
         (
             lambda record: record["response_logprobs"].__setitem__(0, float("nan")),
             "a log-prob is not a finite number",

@@ -18,7 +18,7 @@ from conversations.atif import document
 from conversations.errors import ImportFileError
 from conversations.imports import atif, atif_steps, job
 from conversations.imports.atif import CHANGED
-from conversations.imports.files import Document
+from conversations.imports.files import SourceDocument
 from conversations.imports.job import Imported, import_run
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
@@ -291,7 +291,7 @@ def test_an_error_of_the_reader_is_a_defect_of_one_document(
         def __init__(self, template: object) -> None:
             self._read = atif.reader(None)
 
-        def __call__(self, document: Document) -> Trajectory:
+        def __call__(self, document: SourceDocument) -> Trajectory:
             if document.value["session_id"] == "bad":
                 raise ZeroDivisionError("a bug")
             return self._read(document)

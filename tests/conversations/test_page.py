@@ -16,7 +16,7 @@ import pytest
 from conversations.errors import RecordError, RunFolderError
 from conversations.page import build, html, parent_of
 from conversations.page import record as page_record
-from conversations.page.build import first_difference
+from conversations.page.build import divergence
 from conversations.page.pieces import pieces
 from conversations.run.open_run import TOKENIZER, Run, open_run
 from conversations.run.store import RUN, TRAJECTORIES
@@ -273,7 +273,7 @@ def test_a_broken_tokenizer_leaves_the_ids(tmp_path: Path, content: str) -> None
 
 def test_the_first_difference_is_found_by_token_and_turn(run: Path) -> None:
     record = next(one for one in open_run(run).records() if len(one["turns"]) > 2)
-    assert first_difference(record, record) is None
+    assert divergence(record, record) is None
     start = record["turns"][1]["start"]
     for position, turn in ((0, None), (start - 1, 0), (start, 1), (start + 1, 1)):
         other = json.loads(json.dumps(record))
@@ -283,9 +283,9 @@ def test_the_first_difference_is_found_by_token_and_turn(run: Path) -> None:
             else (other["response_ids"], position - len(other["prompt_ids"]))
         )
         ids[place] += 1
-        assert first_difference(record, other) == {"token": position, "turn": turn}
+        assert divergence(record, other) == {"token": position, "turn": turn}
     shorter = {**record, "response_ids": record["response_ids"][:-2]}
-    assert first_difference(record, shorter) == {
+    assert divergence(record, shorter) == {
         "token": len(record["prompt_ids"] + record["response_ids"]) - 2,
         "turn": len(record["turns"]) - 1,
     }
