@@ -70,7 +70,7 @@ def main() -> int:
 
     Returns 2 after a user's mistake; otherwise exits with the command's own code.
     """
-    # Without torch, transformers would advise to install it: no command of ours needs its models.
+    # A light install has no torch: transformers would advise to install it in every command.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         try:
