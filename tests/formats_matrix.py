@@ -57,6 +57,7 @@ def _row(title: str, load: Callable[[str], ChatTemplate], name: str) -> str:
 
 def _without_name(reason: str) -> str:
     """The reason without the template's own name, which for npm is a path."""
+    reason = re.sub(r"\S*/models: ", "", reason)
     return re.sub(r"(the chat template of )?\S*(/models|trl:\w+):? ?", "it ", reason)
 
 

@@ -23,7 +23,7 @@ from conversations.run.new_folder import new_folder
 from conversations.run.open_run import TOKENIZER
 from conversations.run.saved_tokenizer import load_tokenizer, one_line
 from conversations.run.store import RunFolder
-from conversations.template import ChatTemplate
+from conversations.template import ChatTemplate, Reading
 from conversations.trajectory import Trajectory
 
 Reader = Callable[[SourceDocument], Trajectory]
@@ -56,7 +56,7 @@ def import_run(
     """
     source, out = Path(source), Path(out)
     files = source_files(source)
-    template = ChatTemplate(load_tokenizer(Path(tokenizer))) if tokenizer else None
+    template = _template(Path(tokenizer)) if tokenizer else None
     reader, done = _reader(kind, template), Imported()
     with new_folder(out, ImportFileError) as folder:
         if template is not None:
@@ -76,6 +76,15 @@ def import_run(
             first = f"; the first defect: {done.defects[0]}" if done.defects else ""
             raise ImportFileError(f"{source}: no trajectory could be imported{first}")
     return done
+
+
+def _template(folder: Path) -> ChatTemplate:
+    """The chat template of a tokenizer. Its turns are read as hermes if it proves no call format."""
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(tokenizer)
+    if template.format_report().is_proven:
+        return template
+    return ChatTemplate(tokenizer, reading=Reading("hermes", unproven=True))
 
 
 def _reader(kind: str, template: ChatTemplate | None) -> Reader:
