@@ -79,7 +79,7 @@ def import_run(
 
 
 def _template(folder: Path) -> ChatTemplate:
-    """The chat template of a tokenizer. Its turns are read as hermes if it proves no call format."""
+    """A tokenizer's chat template. Turns are read as hermes if it proves no call format."""
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate(tokenizer)
     if template.format_report().is_proven:
