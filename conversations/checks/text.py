@@ -94,7 +94,7 @@ def _rebuilt_findings(
 ) -> Iterator[Finding]:
     """The first token, or else the first segment, that the messages do not give."""
     ids = trajectory.prompt_ids + trajectory.response_ids
-    if not ids:  # the prompt could not be rendered, or nobody came to it
+    if not ids:  # the prompt could not be rendered, or was never reached
         return
     prompt = (
         _recorded_prompt(trajectory, ids)
