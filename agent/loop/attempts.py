@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent.loop.boundary import (
     CallTimeoutError,
@@ -36,8 +35,7 @@ _random = random.Random()  # its own: a seed set elsewhere does not decide when 
 Execution = Callable[[], Coroutine[Any, Any, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptOutcome:
+class AttemptOutcome(NamedTuple):
     """How an attempt ended. `text` is for the model, `error` for the record.
 
     `text` is None if the attempt was cancelled. `size` is the number of bytes that the tool
@@ -50,7 +48,7 @@ class AttemptOutcome:
     error_class: str | None = None
     size: int | None = None
     reward: float | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] | None = None
     is_retryable: bool = False
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from agent.loop.attempts import CANCELLED, AttemptOutcome, serve
 from agent.loop.boundary import CallTimeoutError, awaitable, bounded, describe, finite, text_of
-from agent.loop.ledger import Call, CallResult, call_id, ledger_line, not_run
+from agent.loop.ledger import Call, CallResult, call_id, ledger_line, not_run, unanswered
 from agent.loop.limits import Gate
 from agent.loop.observer import Observer, observed
 from conversations.encoding import without_lone_surrogates
@@ -90,14 +90,16 @@ class PendingTurn:
     def reject(self, error: str) -> None:
         """Ends every call that could be read as `rejected`: it is not run."""
         self.results = [
-            result if result.status == "malformed" else CallResult("rejected", error=error)
+            result if result.status == "malformed" else unanswered("rejected", error)
             for result in self.results
         ]
 
     def lines(self) -> list[ToolCallRecord]:
         """The lines of the calls in the ledger, as things stand."""
-        pairs = zip(self.calls, self.results, strict=True)
-        return [ledger_line(self.number, i, *pair) for i, pair in enumerate(pairs)]
+        return [
+            ledger_line(self.number, index, call, self.results[index])
+            for index, call in enumerate(self.calls)
+        ]
 
 
 class ConversationTools:
@@ -251,23 +253,18 @@ class ConversationTools:
 
     async def run(self, turn: PendingTurn) -> None:
         """Runs a turn's calls concurrently; `turn.results` says how each ended."""
-        limit = self._dispatcher.max_parallel_calls
-        answers = [
-            self._observed_answer(turn, index, within_limit=index < limit)
-            for index in range(len(turn.calls))
-        ]
-        await _together(answers)
+        answer, observer = self._answer, self._observer
+        if observer is not None:
+            answer = partial(self._observed_answer, observer)
+        await _together([answer(turn, index) for index in range(len(turn.calls))])
 
-    async def _observed_answer(self, turn: PendingTurn, index: int, *, within_limit: bool) -> None:
-        if self._observer is None:
-            await self._answer(turn, index, within_limit=within_limit)
-            return
+    async def _observed_answer(self, observer: Observer, turn: PendingTurn, index: int) -> None:
         named, name = call_id(turn.number, index), turn.calls[index].name or ""
-        with observed(partial(self._observer.tool_call, named, name)) as tell:
-            await self._answer(turn, index, within_limit=within_limit)
+        with observed(partial(observer.tool_call, named, name)) as tell:
+            await self._answer(turn, index)
             tell(turn.results[index])
 
-    async def _answer(self, turn: PendingTurn, index: int, *, within_limit: bool) -> None:
+    async def _answer(self, turn: PendingTurn, index: int) -> None:
         """Sets the result of one call. Always returns, unless it is cancelled."""
         call = turn.calls[index]
         if isinstance(call, MalformedToolCall):
@@ -280,8 +277,7 @@ class ConversationTools:
         elif problems := _problems(tool, call.arguments):
             text = f"Error: invalid arguments for {call.name}: {'; '.join(problems)}"
             result = self._refused(call, "invalid_arguments", text)
-        elif not within_limit:
-            allowed = self._dispatcher.max_parallel_calls
+        elif index >= (allowed := self._dispatcher.max_parallel_calls):
             text = f"Error: not run: at most {allowed} tool calls are allowed in one turn"
             result = self._refused(call, "rejected", text)
         elif (instance_id := self._instances.get(tool.name)) is None:
@@ -320,7 +316,7 @@ class ConversationTools:
             response,
             full_response,
             outcome.reward,
-            outcome.metrics,
+            outcome.metrics or {},
             attempts,
             queue_s,
             run_s,
@@ -330,7 +326,7 @@ class ConversationTools:
     def _refused(self, call: Call, status: str, text: str, error: str | None = None) -> CallResult:
         """The result of a call that is not run. `text` may quote the model: lone surrogates too."""
         shown, full, _ = self._shown(call.name or "", without_lone_surrogates(text))
-        return CallResult(status, shown, full, error=error)
+        return unanswered(status, error)._replace(response=shown, full_response=full)
 
     def _shown(self, name: str, text: str | None) -> tuple[str | None, str | None, int]:
         """What the model sees of a response; all of it and the number of tokens cut, if cut."""

@@ -6,9 +6,7 @@ nobody changes a line afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from conversations.messages import MalformedToolCall, ToolCall
 from conversations.trajectory import Attempt, ToolCallRecord
@@ -16,34 +14,35 @@ from conversations.trajectory import Attempt, ToolCallRecord
 Call = ToolCall | MalformedToolCall
 
 
-@dataclass(frozen=True, slots=True)
-class CallResult:
-    """How one call ended; the fields are those of `ToolCallRecord`.
+class CallResult(NamedTuple):
+    """How one call ended: the fields of `ToolCallRecord` that follow the call itself, in its order.
 
     `response` is what the model is shown, None if the call was never answered. `full_response` is
-    the whole text if `response` is a part of it.
+    the whole text if `response` is a part of it. A tuple, because each call makes one: a frozen
+    dataclass costs five times as much.
     """
 
     status: str
-    response: str | None = None
-    full_response: str | None = None
-    reward: float | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    attempts: Sequence[Attempt] = ()
-    queue_s: float = 0.0
-    run_s: float = 0.0
-    error: str | None = None
+    response: str | None
+    full_response: str | None
+    reward: float | None
+    metrics: dict[str, Any]
+    attempts: list[Attempt]
+    queue_s: float
+    run_s: float
+    error: str | None
 
 
-CANCELLED = CallResult("cancelled")
-"""The result of a call that has not ended, or never began."""
+def unanswered(status: str, error: str | None = None) -> CallResult:
+    """The result of a call that was never answered."""
+    return CallResult(status, None, None, None, {}, [], 0.0, 0.0, error)
 
 
 def not_run(call: Call) -> CallResult:
     """The result of a call as long as nothing was done about it."""
     if isinstance(call, MalformedToolCall):
-        return CallResult("malformed", error=call.error)
-    return CANCELLED
+        return unanswered("malformed", call.error)
+    return unanswered("cancelled")
 
 
 def call_id(turn: int, index: int) -> str:
@@ -53,33 +52,10 @@ def call_id(turn: int, index: int) -> str:
 
 def ledger_line(turn: int, index: int, call: Call, result: CallResult) -> ToolCallRecord:
     """The line of one call in the ledger."""
-    return ToolCallRecord(
-        call_id=call_id(turn, index),
-        turn=turn,
-        name=call.name or "",
-        arguments=call.arguments if isinstance(call, ToolCall) else call.raw,
-        status=result.status,
-        response=result.response,
-        full_response=result.full_response,
-        reward=result.reward,
-        metrics=result.metrics,
-        attempts=list(result.attempts),
-        queue_s=result.queue_s,
-        run_s=result.run_s,
-        error=result.error,
-    )
+    arguments = call.arguments if isinstance(call, ToolCall) else call.raw
+    return ToolCallRecord(call_id(turn, index), turn, call.name or "", arguments, *result)
 
 
 def result_of(line: ToolCallRecord) -> CallResult:
     """How a recorded call ended."""
-    return CallResult(
-        status=line.status,
-        response=line.response,
-        full_response=line.full_response,
-        reward=line.reward,
-        metrics=line.metrics,
-        attempts=line.attempts,
-        queue_s=line.queue_s,
-        run_s=line.run_s,
-        error=line.error,
-    )
+    return CallResult(*(getattr(line, name) for name in CallResult._fields))

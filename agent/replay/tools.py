@@ -17,7 +17,7 @@ from typing import Any
 
 from agent.errors import EndConversation, EngineError
 from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
-from agent.loop.ledger import CallResult, result_of
+from agent.loop.ledger import CallResult, result_of, unanswered
 from agent.loop.observer import Observer
 from agent.loop.tasks import Task, given_length
 from agent.replay.compare import answer_difference, same_call
@@ -33,8 +33,6 @@ LOOP_WARNINGS = frozenset({"control_tokens", "history_rewritten", "unknown_ids"}
 """The kinds that the loop finds again in a replay; the others of a record are copied."""
 
 REACHED = frozenset({"ok", "tool_error", "backend_error", "timeout", "cancelled"})
-
-NO_ANSWER = CallResult("cancelled", error="replay: no recorded answer")
 
 
 def reached_a_tool(line: ToolCallRecord) -> bool:
@@ -103,12 +101,12 @@ class RecordedTools(ConversationTools):
         if old is None or not same_call(line, old):
             if not result.attempts:
                 return True
-            turn.results[index] = NO_ANSWER
+            turn.results[index] = unanswered("cancelled", "replay: no recorded answer")
             return False
         if not result.attempts and not self._is_cut_off(old):  # no tool was asked
             if _whole(result) == _whole(old) and result.status == old.status:
-                turn.results[index] = dataclasses.replace(
-                    result, response=old.response, full_response=old.full_response
+                turn.results[index] = result._replace(
+                    response=old.response, full_response=old.full_response
                 )
             return True
         turn.results[index] = result_of(old)

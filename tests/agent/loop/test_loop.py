@@ -718,7 +718,7 @@ async def test_a_template_that_refuses_a_response_is_no_infrastructure_either(
     smollm2: ChatTemplate,
 ) -> None:
     class Refusing(ChatTemplate):
-        def delta(self, messages: Any, kind: str = "tool") -> Any:
+        def delta(self, *args: Any, **kwargs: Any) -> Any:
             raise TemplateError("the chat template refuses these messages")
 
     template = Refusing(smollm2.tokenizer)
