@@ -58,10 +58,12 @@ async def bounded(begin: Callable[[], Awaitable[T]], timeout_s: float) -> T:
         raise CallTimeoutError
     if task.cancelled():
         raise RuntimeError("the coroutine cancelled itself")
-    error = task.exception()
-    if error is not None and not isinstance(error, Exception):
+    try:
+        return task.result()
+    except Exception:
+        raise
+    except BaseException as error:
         raise _as_exception(error) from error
-    return task.result()
 
 
 def time_left(deadline: asyncio.Timeout) -> float:

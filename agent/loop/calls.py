@@ -127,6 +127,7 @@ class ConversationTools:
         self.offered: dict[str, LoadedTool] = {
             name: known[name] for name in known if name in tools_kwargs or not tools_kwargs
         }
+        self._schemas = [tool.schema for tool in self.offered.values()]
         self.warnings = [
             RecordWarning(
                 "unknown_tool_kwargs",
@@ -140,7 +141,7 @@ class ConversationTools:
     @property
     def schemas(self) -> list[dict[str, Any]]:
         """The OpenAI schemas offered, lossless, in order."""
-        return [tool.schema for tool in self.offered.values()]
+        return self._schemas
 
     # ------------------------------------------------------------------ beginning and end
 
