@@ -198,8 +198,13 @@ SAMPLE_TO = "TURNTRACE_TEST_SAMPLE_TO"
 """Variable that names a file for `greedy_sample`: `engines/test_other_sglangs.py` compares it."""
 
 
-async def greedy_sample(engine: SGLangEngine) -> dict[str, Any]:
-    """Ids and log-probs of two greedy turns, the second after the first, and SGLang's version."""
+async def greedy_sample(rollout: Any) -> dict[str, Any]:
+    """Ids and log-probs of two greedy turns, the second after the first, and SGLang's version.
+
+    The cache is emptied first: a prompt that is computed in two parts is rounded otherwise.
+    """
+    engine = rollout.engine()
+    assert (await rollout._engine.flush_cache()).success
     first = await sample(engine, prompt(), max_new_tokens=32, ignore_eos=True)
     second = await sample(
         engine, [*prompt(), *first.token_ids, *ODD_IDS], max_new_tokens=32, ignore_eos=True
@@ -212,8 +217,8 @@ async def greedy_sample(engine: SGLangEngine) -> dict[str, Any]:
 
 
 @on_session_loop
-async def test_a_greedy_sample_for_another_version(engine: SGLangEngine) -> None:
-    sampled = await greedy_sample(engine)
+async def test_a_greedy_sample_for_another_version(sglang_rollout: Any) -> None:
+    sampled = await greedy_sample(sglang_rollout)
     assert [len(ids) for ids in sampled["ids"]] == [32, 32]
     if path := os.environ.get(SAMPLE_TO):
         await asyncio.to_thread(Path(path).write_text, json.dumps(sampled))

@@ -49,7 +49,7 @@ SHORT_SET = (
 async def test_another_version_does_the_same(
     version: str, sglang_rollout: Any, tmp_path: Path
 ) -> None:
-    ours = await greedy_sample(sglang_rollout.engine())
+    ours = await greedy_sample(sglang_rollout)
     done = run_short_set(version, tmp_path / "sample.json")
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert f"{len(SHORT_SET)} passed" in done.stdout
