@@ -216,10 +216,10 @@ async def _ignore_cancellation() -> None:
 class RefusingTemplate(ChatTemplate):
     """Refuses the messages that follow the second turn."""
 
-    def delta(self, messages: Sequence[Message], kind: str = "tool") -> Delta:
+    def delta(self, messages: Sequence[Message], kind: str = "tool", **where: Any) -> Delta:
         if any("step 1" in message["content"] for message in messages):
             raise TemplateError("the chat template refuses these messages")
-        return super().delta(messages, kind)
+        return super().delta(messages, kind, **where)
 
 
 # ---------------------------------------------------------------------- a world with one fault
