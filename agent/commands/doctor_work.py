@@ -26,7 +26,6 @@ from agent.model.base import (
     GGUF_PACKAGE,
     GGUF_REQUIREMENT,
     TOOLS_NAME,
-    resolve_model,
     resolve_tokenizer,
 )
 from agent.packages import how_to_install, local_folders
@@ -46,7 +45,10 @@ NO_TRAINER = (
     "a verl 0.6.1 trainer does not start beside transformers 5: "
     "give it an environment with `pip install 'turntrace[cuda-verl061]'`"
 )
-_SET_UP = "`make demo` sets a CPU machine up, `pip install 'turntrace[cuda]'` a GPU one"
+_SET_UP = (
+    "`make demo` sets a CPU machine up, `pip install 'turntrace[cuda]'` a GPU one; "
+    "`rollout.name: sglang_server` needs neither"
+)
 GIB = 1 << 30
 MIN_DISK, MIN_MEMORY = 2 * GIB, 4 * GIB
 
@@ -128,8 +130,12 @@ def check_packages(config: Config) -> Iterator[Finding]:
                 f"{name} {version} is not tested; if something fails, install one of "
                 f"{', '.join(tested)}",
             )
-    if config.rollout.name == "sglang" and is_too_new_for_verl_trainers():
+    if _runs_in_process(config) and is_too_new_for_verl_trainers():
         yield Finding("ok", f"the engine runs; {NO_TRAINER}")
+
+
+def _runs_in_process(config: Config) -> bool:
+    return config.rollout.name == "sglang" and importlib.util.find_spec("sglang") is not None
 
 
 def is_too_new_for_verl_trainers() -> bool:
@@ -266,7 +272,7 @@ def check_sandbox(_: Config) -> Iterator[Finding]:
 def check_model(config: Config) -> Iterator[Finding]:
     """Checks that the model is here. An embedded model is not built."""
     if config.model_path not in (TOOLS_NAME, BASE_NAME):
-        yield Finding("ok", f"{config.model_path}: {resolve_model(config.model_path)}")
+        yield Finding("ok", f"{config.model_path}: {config.model_dir()}")
     elif importlib.util.find_spec(GGUF_PACKAGE) is None:
         yield Finding(
             "fail",

