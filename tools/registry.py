@@ -353,7 +353,7 @@ def import_attribute(module_name: str, name: str, path: Path) -> Any:
             raise ToolConfigError(f"importing {module_name} failed: {error}") from error
         hint = _shadowed(module_name, path) or _looked_for(f"{module_name}.{name}", path)
         raise ToolConfigError(f"there is no module {error.name!r}{hint}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may exit when it is imported
         raise ToolConfigError(
             f"importing {module_name} failed: {type(error).__name__}: {error}"
         ) from error

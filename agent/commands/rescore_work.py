@@ -244,7 +244,7 @@ def load_function(name: str) -> Callable[..., Any]:
         raise AgentError(f"--reward {name}: write it as module:function, or as file.py:function")
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise AgentError(
             f"--reward {name}: importing {place} failed: {_one_line(error)}"
         ) from error

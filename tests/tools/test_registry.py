@@ -545,6 +545,7 @@ def test_a_module_that_fails_to_import_is_told_apart_from_a_missing_one(
 ) -> None:
     (tmp_path / "needs_more.py").write_text("import not_installed_anywhere")
     (tmp_path / "breaks.py").write_text("1 / 0")
+    (tmp_path / "exits.py").write_text("raise SystemExit('bye')")
     with pytest.raises(
         ToolConfigError,
         match="importing needs_more failed: No module named 'not_installed_anywhere'",
@@ -552,6 +553,8 @@ def test_a_module_that_fails_to_import_is_told_apart_from_a_missing_one(
         load_tools(write([entry(cls="needs_more.Thing")]))
     with pytest.raises(ToolConfigError, match="importing breaks failed: ZeroDivisionError"):
         load_tools(write([entry(cls="breaks.Thing")]))
+    with pytest.raises(ToolConfigError, match=r"exits.*SystemExit"):
+        load_tools(write([entry(cls="exits.Thing")]))
 
 
 def test_loading_needs_no_loop_and_imports_nothing_heavy(write: Any) -> None:
