@@ -77,7 +77,8 @@ def _write(rows: Iterator[Row], folder: Path) -> int:
         from verl import DataProto
     except ImportError as error:
         raise ExportError(
-            f"dataproto needs verl and torch, and {error.name} is not installed"
+            f"dataproto needs verl and torch, and {error.name} is not installed: "
+            "pip install 'turntrace[cuda]', or `make demo` in a checkout on a CPU machine"
         ) from error
     number = -1
     for number, row in enumerate(rows):

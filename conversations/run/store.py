@@ -217,7 +217,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise RunFolderError(f"{file} is not a file")  # a named pipe would wait for its writer
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunFolderError(f"{path} holds no run: there is no {RUN}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from error
