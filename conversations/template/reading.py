@@ -132,16 +132,17 @@ class Reader:
         except TemplateError:
             return None
         start = self._turn_start(prompt, whole)
-        if not all(name in whole[start:] for name, _ in probe.calls):
-            return None
         opened, text = whole[:start], whole[start:]
         ends = [place for end in self._ends if (place := text.find(end)) >= 0]
+        text = text[: min(ends)] if ends else text
+        if not all(name in text for name, _ in probe.calls):  # it drops calls beside text, say
+            return None
         ids = tuple(
             str(call["id"]) for call in self._renderer.dialect.view([turn])[0]["tool_calls"]
         )
         return WrittenTurn(
             probe,
-            text[: min(ends)] if ends else text,
+            text,
             ids if all(call_id in text for call_id in ids) else (),
             opened.rfind("<think>") > opened.rfind("</think>"),
         )
