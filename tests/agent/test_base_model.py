@@ -246,6 +246,15 @@ def test_what_is_not_here_is_one_line_that_says_what_to_do(
         resolve_model(name or str(tmp_path))
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"^model_path: [^\n]+TURNTRACE_CACHE"):
+        resolve_tokenizer("smollm2-base")
+
+
 def test_a_missing_adapter_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="make train"):
         model_dir(tmp_path)

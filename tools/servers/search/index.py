@@ -108,7 +108,8 @@ def build_index(corpus: Corpus, folder: Path, progress: OnProgress = _silent) ->
         )
     except (OSError, ValueError) as error:  # tantivy only says that a worker failed
         raise SearchUnavailable(
-            f"{folder}: the index cannot be written; is the disk full? ({error})"
+            f"{folder}: the index cannot be written ({error}); free disk space, or set "
+            "TURNTRACE_CACHE to a folder that can be written"
         ) from error
 
 
