@@ -23,7 +23,11 @@ class NotReadyError(Exception):
 
 async def what_it_serves(client: httpx.AsyncClient) -> dict[str, Any]:
     """Those of INFO_KEYS that the server reports, once it is well. Raises NotReadyError."""
-    await _get(client, "/health")
+    if (await _get(client, "/health", 404)).status_code == 404:
+        raise NotReadyError(
+            "it has no /health, so it is not an SGLang server's address; a path such as /v1 does "
+            "not belong there"
+        )
     for path in INFO_PATHS:
         answer = await _get(client, path, *_NOT_THERE)
         if answer.is_success:

@@ -192,6 +192,7 @@ def test_interactions_are_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "fail",
             "no SGLang server is ready at {}: GET /health: status 503; check",
         ),
+        ({"/health": 404}, "fail", "no SGLang server is ready at {}: it has no /health"),
         (
             {"/get_server_info": 401},
             "fail",
