@@ -27,6 +27,7 @@ ENGINE_FILES = {
     "tests/agent/engines/test_other_sglangs.py",
     "tests/agent/engines/test_sglang_server.py",
     "tests/agent/engines/test_sglang_servers.py",
+    "tests/agent/scoring/test_scoring_engine.py",
     "tests/agent/trainers/test_trainer.py",
     "tests/conversations/test_verify_engine.py",
 }

@@ -155,7 +155,7 @@ ROOMS = (
     ("engines",),
     ("loop",),
     ("runs",),
-    ("replay",),
+    ("replay", "scoring"),
     ("trainers",),
     ("inference", "interactions", "rollout", "verl_agent_loop"),
     ("commands",),

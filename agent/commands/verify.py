@@ -12,6 +12,7 @@ import typer
 from agent.terminal import LiveLine
 
 if TYPE_CHECKING:
+    from agent.scoring.compare import Comparison
     from conversations.checks.finding import Defect
     from conversations.verify import Verdict
 
@@ -22,14 +23,30 @@ def verify(
         bool, typer.Option("--json", help="One JSON object a line: each defect, then the summary.")
     ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a CPU.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG|URL",
+            help="Also let this engine score every sampled token again: config.yaml, or an SGLang "
+            "server. Writes scores.jsonl into the run.",
+        ),
+    ] = None,
+    bound: Annotated[
+        float, typer.Option(min=0, help="With --engine: of the difference of log-probs, in nats.")
+    ] = 0.1,
 ) -> None:
     """Prove a run folder: hashes, tokens against messages, the ledger, groups, counts.
+
+    With --engine also the log-probs: at most 1% of the tokens may differ by more than --bound, none
+    by more than ten times as much.
 
     Exit code 1 if anything is wrong.
     """
     from rich.console import Console
 
     from conversations.verify import verify_run
+
+    console = Console(stderr=True)
 
     read = total = 0
 
@@ -46,16 +63,27 @@ def verify(
         print(json.dumps(defect.as_json()) if as_json else defect, flush=True)
 
     processes = jobs or len(os.sched_getaffinity(0))
-    with LiveLine(Console(stderr=True), line, plain_s=None) as progress:
+    with LiveLine(console, line, plain_s=None) as progress:
         verdict = verify_run(run, jobs=processes, on_defect=show_defect, on_progress=show_progress)
-    _sum_up(verdict, as_json=as_json)
-    raise typer.Exit(1 if verdict.defects else 0)
+    comparison = None
+    if engine is not None:
+        from agent.commands.verify_engine import verify_engine
+
+        comparison = verify_engine(run, engine, bound, console)
+    _sum_up(verdict, comparison, as_json=as_json)
+    is_proven = not verdict.defects and (comparison is None or comparison.is_met)
+    raise typer.Exit(0 if is_proven else 1)
 
 
-def _sum_up(verdict: Verdict, *, as_json: bool) -> None:
+def _sum_up(verdict: Verdict, comparison: Comparison | None, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(verdict.as_json()))
+        scores = {} if comparison is None else {"scores": comparison.as_json()}
+        print(json.dumps({**verdict.as_json(), **scores}))
         return
     for note in verdict.notes:
         print(f"note: {note}")
     print(verdict)
+    if comparison is not None:
+        from agent.commands.verify_engine import show
+
+        show(comparison)

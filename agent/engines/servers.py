@@ -1,11 +1,11 @@
 """Running SGLang servers as one engine: sticky routing, retries, fail-over.
 
-Invariants: `/generate` is called for a conversation's turns only. A conversation stays with one
-server while that is up, because its prefix is cached there. A turn is sent again only if its answer
-can no longer come (no connection, a broken one, a server that hangs, a 5xx, a full queue), each
-time under a new request id, and the one before is aborted. A conversation owns its tokens, so it
-continues from its last turn on any server. A cancelled turn is aborted on its server. Answers are
-checked like those of the in-process engine.
+Invariants: `/generate` is called for a conversation's turns, and to score recorded ones. A
+conversation stays with one server while that is up, because its prefix is cached there. A turn is
+sent again only if its answer can no longer come (no connection, a broken one, a server that hangs,
+a 5xx, a full queue), each time under a new request id, and the one before is aborted. A
+conversation owns its tokens, so it continues from its last turn on any server. A cancelled turn is
+aborted on its server. Answers are checked like those of the in-process engine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.health import NotReadyError
+from agent.engines.scoring import Scores, read_scores, score_request
 from agent.engines.server import (
     SILENCE_S,
     Server,
@@ -150,6 +151,15 @@ class SGLangServerEngine:
             return read_answer(await self._ask(body, request_id))
         finally:
             self._requests.pop(request_id, None)
+
+    async def score(self, ids: Sequence[int], first: int, *, likeliest: int) -> Scores:
+        """The log-probs of `ids[first:]`; see `agent.engines.scoring`."""
+        request_id = uuid.uuid4().hex
+        try:
+            answer = await self._ask(score_request(ids, first, likeliest), request_id)
+        finally:
+            self._requests.pop(request_id, None)
+        return read_scores(answer, ids, first)
 
     async def _ask(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         budget = RetryBudget(self._attempts, self._wait_s)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.processes import Children
+from agent.engines.scoring import Scores, read_scores, score_request
 from agent.errors import EngineError
 
 REFUSED_SAMPLING = {
@@ -60,38 +62,46 @@ class SGLangEngine:
 
         Raises EngineError as the protocol says, RuntimeError on a second event loop.
         """
+        check_sampling(sampling)
+        fields = {
+            "input_ids": list(prompt_ids),
+            "sampling_params": dict(sampling),
+            "return_logprob": True,
+            "stream": False,
+        }
+        answer = await self._answer(fields, request_id)
+        return Generation([], [], "abort") if answer is None else read_answer(answer)
+
+    async def score(self, ids: Sequence[int], first: int, *, likeliest: int) -> Scores:
+        """The log-probs of `ids[first:]`; see `agent.engines.scoring`."""
+        answer = await self._answer(score_request(ids, first, likeliest), uuid.uuid4().hex)
+        if answer is None:
+            raise EngineError("the request was aborted")
+        return read_scores(answer, ids, first)
+
+    async def _answer(self, fields: dict[str, Any], request_id: str) -> dict[str, Any] | None:
+        """SGLang's answer to one request; None if it was aborted before SGLang had it."""
         self._children.watch()
         if request_id in self._running:
             raise EngineError(
                 f"request id {request_id} is already in flight; each request needs its own"
             )
-        check_sampling(sampling)
-        check_prompt(prompt_ids, self._vocab_size)
-        task = asyncio.create_task(self._ask(list(prompt_ids), dict(sampling), request_id))
+        check_prompt(fields["input_ids"], self._vocab_size)
+        task = asyncio.create_task(self._ask(fields, request_id))
         self._running[request_id] = task
         task.add_done_callback(lambda _: self._forget(request_id))
         try:
-            return read_answer(await self._children.answer(task))
+            return await self._children.answer(task)
         except asyncio.CancelledError:
-            if (
-                task.cancelled() and not _is_cancelled()
-            ):  # by `abort`, before SGLang had the request
-                return Generation([], [], "abort")
+            if task.cancelled() and not _is_cancelled():  # by `abort`
+                return None
             self._stop(request_id)
             raise await interruption(task) from None
 
-    async def _ask(
-        self, prompt_ids: list[int], sampling: dict[str, Any], request_id: str
-    ) -> dict[str, Any]:
+    async def _ask(self, fields: dict[str, Any], request_id: str) -> dict[str, Any]:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        request = GenerateReqInput(
-            rid=request_id,
-            input_ids=prompt_ids,
-            sampling_params=sampling,
-            return_logprob=True,
-            stream=False,
-        )
+        request = GenerateReqInput(rid=request_id, **fields)
         try:
             answer: dict[str, Any] = await anext(self._manager.generate_request(request, None))
         except asyncio.CancelledError:

@@ -19,6 +19,7 @@ from conversations.page.html import shell
 from conversations.page.pieces import pieces
 from conversations.page.record import Record, Summary, text_line, token_line
 from conversations.run.open_run import TOKENIZER, Run
+from conversations.run.scores import SavedScores
 from conversations.run.whole_file import write_whole
 
 LIMIT, MAX_BYTES = 20_000, 256 << 20
@@ -81,11 +82,11 @@ def build(
     """
     blocks = Blocks()
     try:
-        summary, used = Summary(), set[int]()
+        summary, used, scores = Summary(), set[int](), SavedScores(run.path)
         for record in run.records(check=False):
             if len(summary) == limit or (max_bytes is not None and blocks.size >= max_bytes):
                 break
-            _add(record, _counterpart(record, against), summary, blocks, used)
+            _add(record, _counterpart(record, against), scores, summary, blocks, used)
         blocks.finish()
         return Page(
             run.path.resolve().name,
@@ -107,12 +108,18 @@ def build(
 
 
 def _add(
-    record: Record, other: Record | None, summary: Summary, blocks: Blocks, used: set[int]
+    record: Record,
+    other: Record | None,
+    scores: SavedScores,
+    summary: Summary,
+    blocks: Blocks,
+    used: set[int],
 ) -> None:
     lines = []
     try:
         for one in filter(None, (record, other)):
-            lines += [text_line(one), token_line(one)]
+            differences = scores.differences(one) if one is record else None
+            lines += [text_line(one), token_line(one, differences)]
             _use(used, one["prompt_ids"] + one["response_ids"])
         differs = None if other is None else divergence(record, other)
         block, line = blocks.add(lines)

@@ -142,12 +142,17 @@ def text_line(record: Record) -> str:
     return text
 
 
-def token_line(record: Record) -> str:
-    """Ids, mask, segments and log-probs, on one JSON line."""
+def token_line(record: Record, differences: list[float | None] | None = None) -> str:
+    """Ids, mask, segments and log-probs, on one JSON line.
+
+    `differences` are those of the log-probs to an engine's; see `conversations.run.scores`.
+    """
+    scored = {} if differences is None else {"differences": _packed(differences)}
     return _dumps(
         {
             **{key: record[key] for key in TOKEN_FIELDS},
             "logprobs": _packed(record["response_logprobs"]),
+            **scored,
         }
     )
 

@@ -5,6 +5,7 @@
     unfinished.jsonl     interrupted conversations, in the same form
     superseded.jsonl     what a later attempt replaced: retried failures, resumed conversations
     replay.jsonl         of a replay: its outcome and first difference for each trajectory
+    scores.jsonl         of `verify --engine`: differences of log-probs; see `scores.py`
     tokenizer/           the tokenizer and chat template, so that the run can be verified anywhere
 
 Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and

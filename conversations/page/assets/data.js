@@ -61,6 +61,7 @@ function readTokens(line) {
   const tokens = JSON.parse(line);
   tokens.ids = tokens.prompt_ids.concat(tokens.response_ids);
   tokens.logprobs = unpack(tokens.logprobs);
+  tokens.differences = tokens.differences ? unpack(tokens.differences) : null;
   return tokens;
 }
 

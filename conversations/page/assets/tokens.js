@@ -32,8 +32,38 @@ async function tokenView(record, tokens, start) {
   listen(view);
   const notes = table.texts.size ? null : h('p', { class: 'notice', text: 'This run has no tokenizer that could be read: the tokens are shown by their ids.' });
   if (Number.isInteger(start)) requestAnimationFrame(() => activate(view, start, 'center'));
-  return h('div', { class: 'token-view' }, tokenBar(view), notes, body);
+  return h('div', { class: 'token-view' }, tokenBar(view), notes, strip(view), body);
 }
+
+// ------------------------------------------------------------------ what an engine said when it scored the tokens again
+
+const STRIP_CELLS = 300; // at most
+const STRIP_EDGES = [0.001, 0.01, 0.1, 1]; // nats; over the last is the fifth step
+
+/** How far each sampled token's log-prob is from the engine's: cells over the response, each with its worst token. */
+function strip(view) {
+  const { differences } = view.tokens;
+  if (!differences?.length) return null;
+  const step = Math.ceil(differences.length / STRIP_CELLS);
+  const cells = [];
+  for (let first = 0; first < differences.length; first += step) cells.push(stripCell(view, first, Math.min(first + step, differences.length)));
+  return h('div', { class: 'strip', role: 'group', 'aria-label': 'Differences to the log-probs of the engine that scored the tokens again' }, cells);
+}
+
+function stripCell(view, first, end) {
+  const { differences, prompt_ids: prompt } = view.tokens;
+  let worst = -1;
+  for (let place = first; place < end; place++) {
+    if (Number.isFinite(differences[place]) && (worst < 0 || Math.abs(differences[place]) > Math.abs(differences[worst]))) worst = place;
+  }
+  if (worst < 0) return h('i', {});
+  const position = prompt.length + worst;
+  const level = STRIP_EDGES.filter((edge) => Math.abs(differences[worst]) > edge).length;
+  const label = `token ${count(position)}: ${signed(differences[worst])}`;
+  return h('button', { type: 'button', tabindex: '-1', title: label, 'aria-label': label, 'data-level': String(level), on: { click: () => activate(view, position, 'center') } });
+}
+
+const signed = (value) => `${value < 0 ? '−' : '+'}${Math.abs(value).toFixed(6)}`;
 
 function tokenBar(view) {
   const { body } = view;
@@ -165,6 +195,7 @@ function tokenCard(view, position) {
     ['author', `${visible(kind)}${turn < 0 ? '' : `, turn ${turn + 1}`}`],
     ['mask', place < 0 ? 'prompt' : short(tokens.response_mask[place])],
     ['log-prob', known ? `${logprob}` : '–'],
+    ...(tokens.differences && Number.isFinite(tokens.differences[place]) ? [['scored again', signed(tokens.differences[place])]] : []),
     ['probability', known ? `${+(100 * Math.exp(logprob)).toPrecision(6)}%` : '–'],
   ];
   return h('dl', {}, entries.map(([name, value]) => h('div', {}, h('dt', { text: name }), h('dd', { text: value }))));
