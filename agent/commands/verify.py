@@ -32,13 +32,18 @@ def verify(
         ),
     ] = None,
     bound: Annotated[
-        float, typer.Option(min=0, help="With --engine: of the difference of log-probs, in nats.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --engine: of the difference of log-probs, in nats. Default: 0.05, or 0.5 "
+            "for an engine on this machine's CPU.",
+        ),
+    ] = None,
 ) -> None:
     """Prove a run folder: hashes, tokens against messages, the ledger, groups, counts.
 
     With --engine also the log-probs: at most 1% of the tokens may differ by more than --bound, none
-    by more than ten times as much.
+    by more than 2 nats.
 
     Exit code 1 if anything is wrong.
     """

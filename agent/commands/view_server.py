@@ -31,6 +31,7 @@ from agent.errors import AgentError
 from conversations.errors import ConversationsError
 from conversations.page import Page, build, listing, parent_of, policy, waiting
 from conversations.run.open_run import open_run
+from conversations.run.scores import SCORES
 from conversations.run.store import RUN, TRAJECTORIES, read_manifest
 from tools.servers.process import end_quietly_on_signals
 
@@ -60,7 +61,7 @@ class CachedPage:
     """
 
     name: str
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
     version: str
     page: Page
 
@@ -125,12 +126,17 @@ class PageCache:
             one.page.blocks.close()
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        status = (path / TRAJECTORIES).stat()
-    except OSError:
-        return (0, 0)
-    return (status.st_mtime_ns, status.st_size)
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes if the run's records or scores do."""
+    stamp: list[int] = []
+    for name in (TRAJECTORIES, SCORES):
+        try:
+            status = (path / name).stat()
+        except OSError:
+            stamp += (0, 0)
+        else:
+            stamp += (status.st_mtime_ns, status.st_size)
+    return tuple(stamp)
 
 
 def make_app(cache: PageCache) -> Starlette:

@@ -35,6 +35,8 @@ def score_line(record_id: str, sha256: str, differences: Sequence[float | None])
 def write_scores(folder: Path, summary: Mapping[str, Any], lines: Iterable[bytes]) -> Path:
     """Writes the file, whole or not at all, and returns its path. Raises RunFolderError."""
     file = folder / SCORES
+    if file.with_name(f"{SCORES}.new").is_symlink():  # the folder may come from anybody
+        raise RunFolderError(f"{file}.new is a link; remove it")
     head = json.dumps(summary, allow_nan=False).encode() + b"\n"
     try:
         write_whole(file, (part for parts in ((head,), lines) for part in parts))

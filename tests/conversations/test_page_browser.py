@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from conversations.run.open_run import open_run
+from conversations.run.scores import score_line, write_scores
 from tests.browser import Tab, tab
 from tests.conversations.pages import Record, changed_run, write_page
 from tests.conversations.synthetic import make_run
@@ -630,3 +631,41 @@ async def test_a_conversation_prints_whole(browser: Any, page: Path, records: li
             "(document.getElementById('detail'))"
         )
         assert len(await opened.page.pdf()) > 10_000
+
+
+# ---------------------------------------------------------------------- scored again
+
+
+async def test_a_strip_shows_how_far_each_token_is_from_an_engine_that_scored_it_again(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
+    scored = changed_run(tmp_path / "run", run, lambda number, record: None)
+    record = next(one for one in open_run(scored).records() if one["num_turns"] > 1)
+    found = [0.0 if mask else None for mask in record["response_mask"]]
+    worst = [place for place, value in enumerate(found) if value is not None][3]
+    found[worst] = -2.5
+    write_scores(scored, {}, [score_line(record["id"], record["sha256"], found)])
+    place = f"#/t/{record['id']}/tokens"
+    async with tab(browser, write_page(scored, tmp_path / "page.html", limit=20), place) as opened:
+        await opened.until("document.querySelector('#detail .score-strip')")
+        levels = await opened.page.evaluate(
+            "[...document.querySelectorAll('.score-strip > [data-level]')].map(e => e.dataset.level)"
+        )
+        assert (levels.count("4"), set(levels)) == (1, {"0", "4"})
+        await opened.page.locator(".score-strip [data-level='4']").click()
+        assert "−2.500000" in await opened.text("#tip")
+        active = "[...document.querySelectorAll('.token')].findIndex(e => e.matches('.active'))"
+        assert await opened.page.evaluate(active) == len(record["prompt_ids"]) + worst
+
+
+async def test_without_scores_of_this_record_there_is_no_strip(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
+    scored = changed_run(tmp_path / "run", run, lambda number, record: None)
+    record = next(open_run(scored).records())
+    found: list[float | None] = [0.5] * len(record["response_ids"])
+    write_scores(scored, {}, [score_line(record["id"], "of another record", found)])
+    place = f"#/t/{record['id']}/tokens"
+    async with tab(browser, write_page(scored, tmp_path / "page.html", limit=20), place) as opened:
+        await opened.until("document.querySelector('#detail .token')")
+        assert await opened.page.evaluate("document.querySelector('.score-strip')") is None

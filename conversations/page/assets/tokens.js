@@ -32,7 +32,7 @@ async function tokenView(record, tokens, start) {
   listen(view);
   const notes = table.texts.size ? null : h('p', { class: 'notice', text: 'This run has no tokenizer that could be read: the tokens are shown by their ids.' });
   if (Number.isInteger(start)) requestAnimationFrame(() => activate(view, start, 'center'));
-  return h('div', { class: 'token-view' }, tokenBar(view), notes, strip(view), body);
+  return h('div', { class: 'token-view' }, tokenBar(view), notes, body);
 }
 
 // ------------------------------------------------------------------ what an engine said when it scored the tokens again
@@ -41,13 +41,13 @@ const STRIP_CELLS = 300; // at most
 const STRIP_EDGES = [0.001, 0.01, 0.1, 1]; // nats; over the last is the fifth step
 
 /** How far each sampled token's log-prob is from the engine's: cells over the response, each with its worst token. */
-function strip(view) {
+function scoreStrip(view) {
   const { differences } = view.tokens;
   if (!differences?.length) return null;
   const step = Math.ceil(differences.length / STRIP_CELLS);
   const cells = [];
   for (let first = 0; first < differences.length; first += step) cells.push(stripCell(view, first, Math.min(first + step, differences.length)));
-  return h('div', { class: 'strip', role: 'group', 'aria-label': 'Differences to the log-probs of the engine that scored the tokens again' }, cells);
+  return h('div', { class: 'score-strip', role: 'group', 'aria-label': 'Differences to the log-probs of the engine that scored the tokens again' }, cells);
 }
 
 function stripCell(view, first, end) {
@@ -78,7 +78,7 @@ function tokenBar(view) {
     draw();
   }
   draw();
-  return h('div', { class: 'token-bar' }, h('div', { class: 'segmented', role: 'group', 'aria-label': 'Colour by' }, buttons), keys, turnButtons(view));
+  return h('div', { class: 'token-bar' }, h('div', { class: 'segmented', role: 'group', 'aria-label': 'Colour by' }, buttons), keys, turnButtons(view), scoreStrip(view));
 }
 
 /** To each turn's first sampled token. */

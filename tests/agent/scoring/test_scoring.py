@@ -21,6 +21,7 @@ from agent.errors import EngineError
 from agent.scoring.compare import Comparison, Spread
 from agent.scoring.temperature import at_temperature
 from agent.scoring.work import score_run
+from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run
 from conversations.run.scores import SavedScores, write_scores
 from conversations.trajectory import Trajectory, Turn
@@ -117,12 +118,12 @@ def test_a_changed_log_prob_is_found(runs: dict[float, Path], tmp_path: Path) ->
     def change(number: int, record: Trajectory) -> Trajectory:
         values = list(record.response_logprobs)
         if number == 3 and values[0] is not None:
-            values[0] -= 1.5
+            values[0] -= 2.5
         return dataclasses.replace(record, response_logprobs=values)
 
     comparison = scored(changed(tmp_path / "run", runs[1.0], change), ToyModel())
     assert not comparison.is_met
-    assert comparison.worst[0].difference == pytest.approx(-1.5)
+    assert comparison.worst[0].difference == pytest.approx(-2.5)
 
 
 # ---------------------------------------------------------------------- what is left out
@@ -308,3 +309,11 @@ def test_a_line_that_is_no_such_line_counts_as_absent(tmp_path: Path, difference
     (tmp_path / "scores.jsonl").write_text(f"not JSON\n[]\n{line}")
     expected = [1] if differences == "[1]" else None
     assert SavedScores(tmp_path).differences(record) == expected
+
+
+def test_a_link_in_a_run_from_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "scores.jsonl.new").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunFolderError, match="link"):
+        write_scores(tmp_path, {}, [])
+    assert (tmp_path / "mine").read_text() == "kept"
