@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from agent.errors import AgentError
 from agent.terminal import LiveLine
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def verify(
 
     from conversations.verify import verify_run
 
+    if bound is not None and (engine is None or not math.isfinite(bound)):
+        raise AgentError("--bound needs --engine, and a number of nats")
     console = Console(stderr=True)
 
     read = total = 0

@@ -100,6 +100,13 @@ def test_an_engine_that_is_not_there_is_one_line(run: Path, engine: str) -> None
     assert not (run / SCORES).exists()
 
 
+@pytest.mark.parametrize("options", [("--bound", "1"), ("--engine", "x.yaml", "--bound", "inf")])
+def test_a_bound_that_cannot_work_is_one_line(run: Path, options: tuple[str, ...]) -> None:
+    done = verify(run, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --bound")
+
+
 def test_ctrl_c_aborts_the_requests_and_leaves_the_earlier_scores(run: Path) -> None:
     (run / SCORES).write_text("earlier\n")
     with in_a_thread(Server(waits)) as server:
