@@ -20,7 +20,6 @@ EXTRAS = {
     "mcp": "mcp",
     "opentelemetry": "otel",
     "packaging": "sandbox",
-    "pandas": "parquet",
     "psutil": "sandbox",
     "pyarrow": "parquet",
     "pylatexenc": "geo3k",

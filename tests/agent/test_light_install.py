@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,22 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert ran.stderr == ""
         yield user
+
+
+def test_the_base_brings_no_engine_and_every_extra_that_is_named_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    base = set(map(package, project["dependencies"]))
+    brought = {package(line) for name in EXTRAS.values() for line in extras[name]}
+    assert not base & (brought | set(ENGINE_PACKAGES))
+    named = {name.replace("_", "-") for name in EXTRAS} - {"opentelemetry"}
+    assert named <= brought
+    assert set(EXTRAS.values()) == set(re.findall(r"[a-z0-9]+", extras["all"][0])) - {"turntrace"}
+
+
+def package(requirement: str) -> str:
+    """The name of the package that a line of pyproject.toml asks for."""
+    return re.split(r"[\[<>=~ ]", requirement)[0]
 
 
 def test_nothing_that_an_extra_brings_can_be_imported_there(user: User) -> None:
