@@ -14,6 +14,8 @@ from agent.errors import AgentError
 from agent.terminal import LiveLine
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from agent.scoring.compare import Comparison
     from conversations.checks.finding import Defect
     from conversations.verify import Verdict
@@ -74,25 +76,31 @@ def verify(
     processes = jobs or len(os.sched_getaffinity(0))
     with LiveLine(console, line, plain_s=None) as progress:
         verdict = verify_run(run, jobs=processes, on_defect=show_defect, on_progress=show_progress)
-    comparison = None
-    if engine is not None:
-        from agent.commands.verify_engine import verify_engine
+    if not as_json:
+        _print(verdict)
+    comparison = _score(run, engine, bound, console)
+    if as_json:
+        scores = {} if comparison is None else {"scores": comparison.as_json()}
+        print(json.dumps({**verdict.as_json(), **scores}))
+    elif comparison is not None:
+        from agent.commands.verify_work import show
 
-        comparison = verify_engine(run, engine, bound, console)
-    _sum_up(verdict, comparison, as_json=as_json)
+        show(comparison)
     is_proven = not verdict.defects and (comparison is None or comparison.is_met)
     raise typer.Exit(0 if is_proven else 1)
 
 
-def _sum_up(verdict: Verdict, comparison: Comparison | None, *, as_json: bool) -> None:
-    if as_json:
-        scores = {} if comparison is None else {"scores": comparison.as_json()}
-        print(json.dumps({**verdict.as_json(), **scores}))
-        return
+def _print(verdict: Verdict) -> None:
     for note in verdict.notes:
         print(f"note: {note}")
-    print(verdict)
-    if comparison is not None:
-        from agent.commands.verify_engine import show
+    print(verdict, flush=True)
 
-        show(comparison)
+
+def _score(
+    run: Path, engine: str | None, bound: float | None, console: Console
+) -> Comparison | None:
+    if engine is None:
+        return None
+    from agent.commands.verify_work import verify_engine
+
+    return verify_engine(run, engine, bound, console)

@@ -63,13 +63,15 @@ def score_request(ids: Sequence[int], first: int, likeliest: int) -> dict[str, A
     }
 
 
-def read_scores(answer: Mapping[str, Any], ids: Sequence[int], first: int) -> Scores:
+def read_scores(
+    answer: Mapping[str, Any], ids: Sequence[int], first: int, likeliest: int
+) -> Scores:
     """SGLang's answer to `score_request`, checked. Raises EngineError if it is not data."""
     try:
         meta = answer["meta_info"]
         triples, tops = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
         logprobs = [float(triple[0]) for triple in triples]
-        likeliest = [sorted((float(top[0]) for top in place), reverse=True) for place in tops]
+        highest = [sorted((float(top[0]) for top in place), reverse=True) for place in tops]
         scored_ids = [triple[1] for triple in triples]
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise EngineError(
@@ -80,12 +82,21 @@ def read_scores(answer: Mapping[str, Any], ids: Sequence[int], first: int) -> Sc
     same = len(scored_ids) == len(asked) and all(
         scored in (token, 0) for scored, token in zip(scored_ids, asked, strict=True)
     )
-    if not same or len(likeliest) != len(logprobs) or not all(likeliest):
+    if not same or len(highest) != len(logprobs):
         raise EngineError(
             f"the engine scored {len(scored_ids)} tokens that are not the {len(asked)} "
             "it was asked for"
         )
+    if not all(_is_enough(place, likeliest) for place in highest):
+        raise EngineError(f"the engine did not return the {likeliest} likeliest tokens")
     if not all(map(math.isfinite, logprobs)):
         raise EngineError("the engine returned a log-prob that is not finite")
     version = meta.get("weight_version")
-    return Scores(logprobs, likeliest, None if version is None else str(version))
+    return Scores(logprobs, highest, None if version is None else str(version))
+
+
+def _is_enough(highest: Sequence[float], asked: int) -> bool:
+    """Whether these are log-probs, as many as asked for or the whole vocabulary's."""
+    if not highest or not all(value < math.inf for value in highest):
+        return False
+    return len(highest) >= asked or math.fsum(map(math.exp, highest)) > 0.999

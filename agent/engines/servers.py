@@ -159,7 +159,7 @@ class SGLangServerEngine:
             answer = await self._ask(score_request(ids, first, likeliest), request_id)
         finally:
             self._requests.pop(request_id, None)
-        return read_scores(answer, ids, first)
+        return read_scores(answer, ids, first, likeliest)
 
     async def _ask(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
         budget = RetryBudget(self._attempts, self._wait_s)

@@ -77,7 +77,7 @@ class SGLangEngine:
         answer = await self._answer(score_request(ids, first, likeliest), uuid.uuid4().hex)
         if answer is None:
             raise EngineError("the request was aborted")
-        return read_scores(answer, ids, first)
+        return read_scores(answer, ids, first, likeliest)
 
     async def _answer(self, fields: dict[str, Any], request_id: str) -> dict[str, Any] | None:
         """SGLang's answer to one request; None if it was aborted before SGLang had it."""

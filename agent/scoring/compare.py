@@ -38,19 +38,21 @@ class Compared:
 
     `differences` has a value for each response token: recorded log-prob minus the engine's, None if
     it was not scored. `gaps` has one for each token that was sampled greedily: how far its log-prob
-    is below that of the likeliest token, 0 if it is that one. `turns` are the numbers of the scored
-    ones, `left_out` counts the others by reason.
+    is below that of the likeliest token, 0 if it is that one. `widths` are those of the intervals
+    that are compared if the temperature is not 1; see `temperature`. `turns` are the numbers of the
+    scored ones, `left_out` counts the others by reason.
     """
 
     differences: list[float | None]
     gaps: list[float]
+    widths: list[float]
     turns: list[int]
     left_out: Counter[str]
 
 
 def compare(record: Trajectory, plan: Plan, scores: Scores | None, first: int) -> Compared:
     """The record beside `scores`, which begin at position `first`; None if nothing was scored."""
-    compared = Compared([None] * len(record.response_ids), [], [], Counter(plan.left_out))
+    compared = Compared([None] * len(record.response_ids), [], [], [], Counter(plan.left_out))
     if scores is None:
         return compared
     for number in plan.turns:
@@ -74,6 +76,8 @@ def _compare_token(
     logprob, likeliest = scores.logprobs[place], scores.likeliest[place]
     low, high = at_temperature(logprob, likeliest, plan.temperature)
     compared.differences[index] = recorded - min(max(recorded, low), high)
+    if plan.temperature != 1.0:
+        compared.widths.append(high - low)
     if plan.is_greedy:
         compared.gaps.append(max(0.0, likeliest[0] - logprob))
 
@@ -148,6 +152,7 @@ class Comparison:
         default = CPU_BOUND if engine.get("device") == "cpu" else GPU_BOUND
         self.engine, self.bound = dict(engine), default if bound is None else bound
         self.differences, self.gaps = Spread(self.bound), Spread(self.bound)
+        self.widths = Spread(self.bound)
         self.records = self.turns = 0
         self.left_out: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
@@ -160,6 +165,7 @@ class Comparison:
         self.left_out += compared.left_out
         self.differences.add(value for value in compared.differences if value is not None)
         self.gaps.add(compared.gaps)
+        self.widths.add(compared.widths)
         for number in compared.turns:
             heapq.heappush(self._worst, _worst_of(record, number, compared.differences))
             if len(self._worst) > WORST:
@@ -192,6 +198,7 @@ class Comparison:
             "turns": self.turns,
             "differences": self.differences.as_json(),
             "greedy_gaps": self.gaps.as_json() if self.gaps else None,
+            "loosely_judged": self.widths.over,
             "left_out": dict(self.left_out),
             "failed": self.failed,
             "worst": [

@@ -107,6 +107,8 @@ def summary_rows(comparison: Comparison) -> Iterator[tuple[str, str]]:
         for quantile, value in spread.quantiles().items():
             yield f"  {quantile}", f"{value:.6f}"
         yield f"  over {comparison.bound:g}", f"{spread.over} ({100 * spread.share:.3f}%)"
+    if comparison.widths.over:
+        yield "loosely judged (temperature over 1)", f"{comparison.widths.over} tokens"
     for reason, turns in comparison.left_out.most_common():
         yield f"left out: {reason}", f"{turns} turns"
     if comparison.failed:

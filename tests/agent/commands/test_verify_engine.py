@@ -107,7 +107,10 @@ def test_a_bound_that_cannot_work_is_one_line(run: Path, options: tuple[str, ...
     assert done.stderr.startswith("error: --bound")
 
 
-def test_ctrl_c_aborts_the_requests_and_leaves_the_earlier_scores(run: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_aborts_the_requests_and_leaves_the_earlier_scores(
+    run: Path, number: signal.Signals
+) -> None:
     (run / SCORES).write_text("earlier\n")
     with in_a_thread(Server(waits)) as server:
         server.model = "/models/toy"
@@ -121,7 +124,7 @@ def test_ctrl_c_aborts_the_requests_and_leaves_the_earlier_scores(run: Path) -> 
         deadline = time.monotonic() + 60
         while len(server.bodies) < 12 and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert {body["rid"] for body in server.bodies} == set(server.aborted)
     assert process.returncode not in (0, 1)

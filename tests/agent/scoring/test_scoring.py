@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from agent.engines.scoring import Scores
+from agent.engines.scoring import Scores, read_scores, score_request
 from agent.errors import EngineError
 from agent.scoring.compare import Comparison, Spread
 from agent.scoring.temperature import at_temperature
@@ -242,6 +242,37 @@ def test_a_record_that_the_engine_refuses_is_counted_and_is_no_success(
     comparison = scored(runs[1.0], Failing())
     assert list(comparison.failed.values()) == ["too long"]
     assert (comparison.records, comparison.is_met) == (11, False)
+
+
+ANSWER = {
+    "input_token_logprobs": [[None, 7, None], [-0.5, 8, None], [-2.0, 9, None]],
+    "input_top_logprobs": [None, [[-0.5, 8, None], [-1.0, 3, None]], [[-0.1, 4], [-2.0, 9]]],
+}
+NO_ANSWERS: dict[str, dict[str, Any]] = {
+    "nothing": {"input_token_logprobs": [], "input_top_logprobs": []},
+    "null": {"input_token_logprobs": None},
+    "no likeliest": {"input_top_logprobs": None},
+    "too few": {"input_token_logprobs": ANSWER["input_token_logprobs"][:2]},
+    "other ids": {
+        "input_token_logprobs": [[None, 7, None], [-0.5, 8, None], [-2.0, 5, None]],
+    },
+    "not a number": {"input_token_logprobs": [[None, 7, None], [None, 8, None], [-2.0, 9, None]]},
+    "NaN": {"input_token_logprobs": [[None, 7], [math.nan, 8], [-2.0, 9]]},
+    "NaN likeliest": {"input_top_logprobs": [None, [[math.nan, 8], [-1, 3]], [[-0.1, 4], [-2, 9]]]},
+    "fewer likeliest": {"input_top_logprobs": [None, [[-0.5, 8]], [[-0.1, 4], [-2.0, 9]]]},
+}
+
+
+def test_an_answer_is_read_from_the_first_token_on() -> None:
+    scores = read_scores({"meta_info": ANSWER}, [6, 7, 8, 9], 2, 2)
+    assert scores == Scores([-0.5, -2.0], [[-0.5, -1.0], [-0.1, -2.0]])
+    assert score_request([6, 7, 8, 9], 2, 2)["logprob_start_len"] == 1
+
+
+@pytest.mark.parametrize("name", NO_ANSWERS)
+def test_an_answer_that_is_not_data_is_refused(name: str) -> None:
+    with pytest.raises(EngineError):
+        read_scores({"meta_info": {**ANSWER, **NO_ANSWERS[name]}}, [6, 7, 8, 9], 2, 2)
 
 
 # ---------------------------------------------------------------------- numbers
