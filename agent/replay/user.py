@@ -13,7 +13,7 @@ from typing import Any
 from agent.errors import EndConversation
 from agent.loop.conversation import USER_REWARDS
 from agent.loop.runtime import Runtime
-from agent.loop.tasks import Task
+from agent.loop.tasks import Task, recorded_task
 from agent.loop.users import LoadedInteraction, SimulatedUser
 from agent.replay.restored import sampled_messages
 from conversations.messages import Message
@@ -101,12 +101,17 @@ def _user_answers(record: Trajectory, turns: int) -> Iterator[tuple[int, int]]:
 
 
 def has_user(record: Trajectory) -> bool:
-    """Whether a simulated user took part in a recorded conversation."""
+    """Whether a simulated user took part in a recorded conversation.
+
+    One that failed at its first answer left neither a message nor a reward: its row named it.
+    """
     sampled = sampled_messages(record)
     answered = bool(sampled) and any(
         message["role"] == "user" for message in record.messages[sampled[0] :]
     )
-    return answered or USER_REWARDS in record.reward_parts
+    ignored = any(warning.kind == "no_interactions" for warning in record.warnings)
+    named = bool(recorded_task(record).interaction_kwargs) and not ignored
+    return answered or named or USER_REWARDS in record.reward_parts
 
 
 def _same(messages: Sequence[Message], recorded: Sequence[Message]) -> bool:

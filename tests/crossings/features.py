@@ -26,7 +26,7 @@ from agent.trainers.client import VerlClientEngine
 from conversations.run.store import RunFolder
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
-from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Model, World
+from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Model, User, World
 from tests.helpers import logprobs
 
 
@@ -177,6 +177,8 @@ def failed_over(world: World) -> None:
             with open_store(world) as store:
                 await run_in(world, world.runtime(engine), store)
                 store.close({})
+        if world.with_user:
+            User.last.let_go.set()  # asyncio.run waits for every task
 
     asyncio.run(run())
 

@@ -7,6 +7,7 @@ and without one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
-from tests.crossings.features import FEATURES, IMPOSSIBLE
+from tests.crossings.features import FEATURES, IMPOSSIBLE, open_store
 from tests.crossings.world import FAULTS, USER_REWARDS, Fault, World
 
 CELLS = [
@@ -35,7 +36,12 @@ CELLS = [
 
 @pytest.mark.parametrize(("feature", "fault", "with_user"), CELLS)
 def test_a_fault_in_a_feature_ends_in_the_right_record(
-    feature: str, fault: str, with_user: bool, smollm2: ChatTemplate, tmp_path: Path
+    feature: str,
+    fault: str,
+    with_user: bool,
+    smollm2: ChatTemplate,
+    tmp_path: Path,
+    kept: list[Trajectory],
 ) -> None:
     world = World(FAULTS[fault], smollm2, tmp_path, with_user)
     world.write_files()
@@ -46,7 +52,32 @@ def test_a_fault_in_a_feature_ends_in_the_right_record(
         return
     (record,) = [one for one in finished(world.out) if one.task_id != "t1"]
     assert_ended(record, world.fault, with_user=with_user)
-    export_everywhere(world.out, tmp_path)
+    kept.append(record)
+
+
+@pytest.fixture(scope="module")
+def kept() -> list[Trajectory]:
+    """Every record that the cells left."""
+    return []
+
+
+def test_every_format_takes_the_records_of_all_cells(
+    kept: list[Trajectory], smollm2: ChatTemplate, tmp_path: Path
+) -> None:
+    """Runs last in this file: every record, under an id of its own, in one run folder."""
+    world = World(FAULTS["nothing"], smollm2, tmp_path, with_user=False)
+    world.write_files()
+    with open_store(world) as store:
+        for number, record in enumerate(kept):
+            store.append(replace(record, id=f"t{number}-0", task_id=f"t{number}"))
+        store.close({})
+    run = open_run(world.out)
+    for name in formats.names():
+        try:
+            job.export(run, name, tmp_path / f"as-{name}")
+        except ExportError as error:
+            if "nothing is left to export" not in str(error):
+                raise
 
 
 def finished(out: Path) -> list[Trajectory]:
@@ -70,14 +101,3 @@ def assert_ended(record: Trajectory, fault: Fault, *, with_user: bool) -> None:
         users = {"user_turn_rewards": USER_REWARDS} if with_user else {}
         assert record.reward_parts == {"desk": 1.0, **users}
         assert record.reward == 1.0 + sum(USER_REWARDS) * with_user
-
-
-def export_everywhere(out: Path, folder: Path) -> None:
-    """Every format takes the run, or says that nothing of it has a place there."""
-    run = open_run(out)
-    for name in formats.names():
-        try:
-            job.export(run, name, folder / f"as-{name}")
-        except ExportError as error:
-            if "nothing is left to export" not in str(error):
-                raise

@@ -9,6 +9,7 @@ to another server after its first turn still meets it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,9 +175,15 @@ class Desk(BaseTool):
 class User:
     """Asks once whether the answer is right, then is content; or does what its config's `behaviour`
     says.
+
+    `last` is the one that was made last. One that ignores cancellation ends at `let_go`.
     """
 
+    last: ClassVar[User]
+
     def __init__(self, config: dict[str, Any]) -> None:
+        User.last = self
+        self.let_go = asyncio.Event()
         self.behaviour = config.get("behaviour", "asks")
         self.asked: dict[str, int] = {}
 
@@ -194,7 +201,7 @@ class User:
         if self.behaviour == "hangs":
             await asyncio.Event().wait()
         if self.behaviour == "ignores":
-            await _ignore_cancellation()
+            await self._ignore_cancellation()
         asked = self.asked[instance_id]
         self.asked[instance_id] += 1
         reward = 1e39 if self.behaviour == "huge" else USER_REWARDS[asked]
@@ -203,14 +210,13 @@ class User:
     async def finalize_interaction(self, instance_id: str, **kwargs: Any) -> None:
         del self.asked[instance_id]
 
-
-async def _ignore_cancellation() -> None:
-    """Swallows a thousand cancellations: more than anybody who gives up waiting will send."""
-    for _ in range(1000):
-        try:
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            continue
+    async def _ignore_cancellation(self) -> None:
+        """Swallows a thousand cancellations: more than anybody who gives up waiting will send."""
+        for _ in range(1000):
+            with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+                async with asyncio.timeout(3600):
+                    await self.let_go.wait()
+                    return
 
 
 class RefusingTemplate(ChatTemplate):
