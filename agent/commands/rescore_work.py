@@ -176,7 +176,7 @@ def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
     return dataclasses.replace(record, reward=reward, reward_parts=parts, parent=parent)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(describe(error).split())
 
 

@@ -1,4 +1,7 @@
-"""Rules: a conversation that searches keeps what it read and how its calls ended; a search server that is away is infrastructure."""
+"""A conversation that searches keeps what it read and how its calls ended.
+
+A search server that is away counts as infrastructure.
+"""
 
 from __future__ import annotations
 

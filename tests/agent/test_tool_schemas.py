@@ -1,4 +1,4 @@
-"""What tools.yaml says of a tool's arguments is what the model reads, to the letter, and what its calls are held to, to the leaf."""
+"""The model reads tools.yaml's schemas to the letter, and its calls are checked against them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ tools:
                   required: [low]
                   additionalProperties: false
               default: null
-            matrix: {type: array, items: {type: array, items: {type: integer}, maxItems: 2}, default: [[1, 2], []]}
+            matrix:
+              type: array
+              items: {type: array, items: {type: integer}, maxItems: 2}
+              default: [[1, 2], []]
             leader: {$ref: "#/$defs/person"}
           required: [stops]
           additionalProperties: false
@@ -54,17 +57,27 @@ tools:
             stop:
               type: object
               properties:
-                place: {type: object, properties: {name: {type: string, minLength: 1}, geo: {$ref: "#/$defs/geo"}}, required: [name]}
+                place:
+                  type: object
+                  properties: {name: {type: string, minLength: 1}, geo: {$ref: "#/$defs/geo"}}
+                  required: [name]
                 nights: {type: integer, minimum: 0, default: 1}
               required: [place]
-            geo: {oneOf: [{type: array, prefixItems: [{type: number}, {type: number}], minItems: 2}, {type: string, pattern: "^geo:"}]}
+            geo:
+              oneOf:
+                - {type: array, prefixItems: [{type: number}, {type: number}], minItems: 2}
+                - {type: string, pattern: "^geo:"}
             person:
               type: object
-              properties: {name: {type: string}, knows: {type: array, items: {$ref: "#/$defs/person"}}}
+              properties:
+                name: {type: string}
+                knows: {type: array, items: {$ref: "#/$defs/person"}}
               required: [name]
   - class_name: tests.agent.test_tool_schemas.Anything
     config: {}
-    tool_schema: {type: function, function: {name: empty, description: "", parameters: {type: object, properties: {}}}}
+    tool_schema:
+      type: function
+      function: {name: empty, description: "", parameters: {type: object, properties: {}}}
 """
 
 
@@ -136,7 +149,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"stops": [{"place": {"name": "x", "geo": ["46", 7]}}]},
-        "stops.0.place.geo: [\"46\",7] is not valid under any of the schemas listed in the 'oneOf' keyword"
+        'stops.0.place.geo: ["46",7] is not valid under any of the schemas listed in the '
+        "'oneOf' keyword"
         ' (0: "46" is not of type "number"; ["46",7] is not of type "string")',
     ),
     (
@@ -145,7 +159,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"stops": [{"place": {"name": "x"}}], "budget": {"low": "1", "top": 2}},
-        'budget: {"low":"1","top":2} is not valid under any of the schemas listed in the \'anyOf\' keyword'
+        'budget: {"low":"1","top":2} is not valid under any of the schemas listed in the '
+        "'anyOf' keyword"
         ' ({"low":"1","top":2} is not of type "number"; low: "1" is not of type "number";'
         " Additional properties are not allowed ('top' was unexpected))",
     ),

@@ -649,7 +649,8 @@ async def test_a_strip_shows_how_far_each_token_is_from_an_engine_that_scored_it
     async with tab(browser, write_page(scored, tmp_path / "page.html", limit=20), place) as opened:
         await opened.until("document.querySelector('#detail .score-strip')")
         levels = await opened.page.evaluate(
-            "[...document.querySelectorAll('.score-strip > [data-level]')].map(e => e.dataset.level)"
+            "[...document.querySelectorAll('.score-strip > [data-level]')]"
+            ".map(e => e.dataset.level)"
         )
         assert (levels.count("4"), set(levels)) == (1, {"0", "4"})
         await opened.page.locator(".score-strip [data-level='4']").click()
