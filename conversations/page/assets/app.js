@@ -142,7 +142,7 @@ async function tabBody(tab, row, found, position) {
 }
 
 function recordView(record, tokens) {
-  const { ids, logprobs, ...rest } = tokens;
+  const { ids, logprobs, differences, ...rest } = tokens;
   const lines = { ...record, ...rest, response_logprobs: `${logprobs.length} values: the Tokens tab has each` };
   return [h('p', { class: 'meta', text: 'The record as it lies on disk, keys as they are documented in conversations/trajectory.py.' }), textBlock(pretty(lines), 'code')];
 }
