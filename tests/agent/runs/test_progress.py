@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,16 +17,16 @@ from agent.engines.engine import Generation
 from agent.engines.scripted import ScriptedEngine
 from agent.loop.batch import Progress
 from agent.loop.conversation import Conversation
-from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.runs.progress import Display, counts, say, shortfall, summary
 from conversations.trajectory import Turn
-from tests.helpers import ROOT
+from tests.helpers import ROOT, hermes_template, runtime, says
 
 
 def conversation(turns: int = 0) -> Conversation:
     """One that is being run, with turns of seven tokens."""
-    begun = Conversation(Task("t", []), 0, cast(Runtime, None))
+    template = hermes_template()
+    begun = Conversation(Task("t", []), 0, runtime(template, says(template)))
     begun.turns = [Turn(10 * index, 10 * index + 7, "stop", 10 * index) for index in range(turns)]
     return begun
 

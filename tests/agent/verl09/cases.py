@@ -125,7 +125,7 @@ def assert_equal_turns(peers: Peers, ours: Any, verls: Any) -> None:
 
 
 def test_the_environment_is_that_verls_own() -> None:
-    assert f"/{verl.__version__}-" in str(verl.__file__)
+    assert f"/verl-{verl.__version__}-" in str(verl.__file__)
     assert int(transformers.__version__.split(".")[0]) == (5 if VERSION >= (0, 9) else 4)
     assert {"sglang", "vllm"} & set(sys.modules) == set()
 
