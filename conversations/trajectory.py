@@ -6,9 +6,11 @@ checked with nothing but a JSON library. The class docstrings say what each fiel
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Annotated, Any, get_type_hints
@@ -329,7 +331,14 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_slots(item: Any) -> dict[str, Any]:
-    values = {name: getattr(item, name) for name in item.__slots__}
+    names, getter = _slots(type(item))  # type: ignore[arg-type]
+    values = dict(zip(names, getter(item), strict=True))
     if "attempts" in values:
         values["attempts"] = [_plain_slots(attempt) for attempt in values["attempts"]]
     return values
+
+
+@functools.cache
+def _slots(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """The names of a class's slots, and what reads them all at once."""
+    return kind.__slots__, operator.attrgetter(*kind.__slots__)
