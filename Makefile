@@ -60,7 +60,7 @@ $(BIN)/python:
 $(RUN): | $(BIN)/python
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
 		echo "set-up: a GPU is here: installing verl, SGLang and CUDA (several GB)"; \
-		$(PIP) --editable '.[all,cuda]'; \
+		$(PIP) --editable '.[all,cuda-verl061]'; \
 	else \
 		echo "set-up: no GPU is here: installing torch, verl and SGLang for CPU (about 3 GB, one to three minutes)"; \
 		$(PIP) --editable '.[all,cpu]' && $(PIP) --no-deps --requirement agent/setup/cpu-no-deps.txt; \
