@@ -25,6 +25,7 @@ ENGINE_FILES = {
     "tests/agent/replay/test_replay_engine.py",
     "tests/agent/test_rollout.py",
     "tests/agent/engines/test_other_sglangs.py",
+    "tests/agent/engines/test_another_family.py",
     "tests/agent/engines/test_sglang_server.py",
     "tests/agent/engines/test_sglang_servers.py",
     "tests/agent/scoring/test_scoring_engine.py",
