@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,25 @@ from rich.console import Console
 from agent.config.config import load_config
 from agent.engines.engine import Generation
 from agent.loop.batch import run_tasks
+from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import replay
 from conversations.errors import CallFormatError, ExportError
 from conversations.export import job
 from conversations.export.formats import names as export_names
-from conversations.formats.proof import PROBE_PARAMETERS
-from conversations.run.open_run import open_run
+from conversations.formats.proof import PROBE_PARAMETERS, PROBES
+from conversations.run.open_run import Run, open_run
 from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate, Reading
 from conversations.template.probing import tool_schema
 from conversations.tokens import TOOL, USER
 from conversations.verify import verify_run
 from tests.conversations import templates as families
+from tests.conversations.formats.written import WRITERS
 from tests.conversations.pages import parts_of, write_page
 from tests.conversations.shipped_templates import reading, trl_template
 from tests.conversations.templates import on_smollm2
-from tests.helpers import logprobs, runtime, says, task
+from tests.helpers import logprobs, runtime, says, task, tokenizer_at
 from tools.base import BaseTool, ToolResponse
 
 SHIPPED = {
@@ -104,11 +107,13 @@ def turns(template: ChatTemplate, answer: str) -> list[Generation]:
     return [Generation(each, logprobs(each), "stop") for each in ids]
 
 
-def written_run(folder: Path, template: ChatTemplate, answer: str = "It is 42.") -> Path:
-    """A run folder with one conversation in the template's own format."""
-    shared = runtime(template, says(template, *turns(template, answer)), tools())
+def written_run(
+    folder: Path, template: ChatTemplate, said: Sequence[Generation | str], *options: str
+) -> Path:
+    """A run folder with one conversation, whose turns are `said`."""
+    shared = runtime(template, says(template, *said), tools())
     folder.mkdir()
-    config = load_config(None, [*LIMITS, f"rollout.turntrace.recorded={folder}"])
+    config = load_config(None, [*LIMITS, f"rollout.turntrace.recorded={folder}", *options])
     manifest = {
         "n": 1,
         "config": config.resolved(),
@@ -127,14 +132,14 @@ def defects(folder: Path) -> list[str]:
     return [str(each) for each in found]
 
 
-def exported_or_refused(folder: Path, to: str, out: Path) -> bool:
+def exported_or_refused(run: Run, to: str, out: Path) -> bool:
     """Whether an export wrote the record, or needs pairs, or says that its consumer would refuse
     it.
 
     A consumer that hands no calls to its chat template is refused by templates that count roles.
     """
     try:
-        return job.export(open_run(folder), to, out).rows > 0
+        return job.export(run, to, out).rows > 0
     except ExportError as error:
         return any(why in str(error) for why in ("refused by the consumer", "group without two"))
 
@@ -143,7 +148,9 @@ def exported_or_refused(folder: Path, to: str, out: Path) -> bool:
 def test_a_conversation_goes_all_the_way(tmp_path: Path, name: str) -> None:
     template = trl_template(name) if name in SHIPPED else small_template(name)
     assert template.require_tools().name == SHIPPED.get(name, name)
-    folder = written_run(tmp_path / "run", template, ANSWERS.get(name, "It is 42."))
+    folder = written_run(
+        tmp_path / "run", template, turns(template, ANSWERS.get(name, "It is 42."))
+    )
     (record,) = open_run(folder)
     assert (record.stop_reason, record.error) == ("stop", None)
 
@@ -158,9 +165,33 @@ def test_a_conversation_goes_all_the_way(tmp_path: Path, name: str) -> None:
     assert all(json.loads(each["arguments"]) is not None for each in functions[: len(good)])
     assert "It is 42." in record.messages[-1]["content"]
 
+    goes_on_from_the_record(folder, tmp_path, export_names())
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_every_format_goes_all_the_way_on_a_template_of_another(tmp_path: Path, name: str) -> None:
+    """Named by hand, without a proof: two calls, one that is cut off, an answer."""
+    template = ChatTemplate(tokenizer_at(base_model_dir()), reading=Reading(name, unproven=True))
+    calls = [probe.calls[0] for probe in PROBES if len(probe.calls) == 1][:2]
+    written = [WRITERS[name]([call]) for call in calls]
+    broken = written[0][: len(written[0]) * 6 // 10]
+    answer = "<|channel|>final<|message|>It is 42." if name == "gpt_oss" else "It is 42."
+    options = (f"rollout.multi_turn.format={name}", "rollout.turntrace.format_unproven=true")
+    folder = written_run(tmp_path / "run", template, [*written, broken, answer], *options)
+    (record,) = open_run(folder)
+    assert (record.stop_reason, record.error) == ("stop", None)
+    assert [line.status for line in record.tool_calls] == ["ok", "ok", "malformed"]
+    assert [(line.name, line.arguments) for line in record.tool_calls[:2]] == calls
+    assert record.messages[-1]["content"] == "It is 42."
+    goes_on_from_the_record(folder, tmp_path, ("atif", "parquet", "trl-sft", "verl-rl"))
+
+
+def goes_on_from_the_record(folder: Path, tmp_path: Path, exports: Sequence[str]) -> None:
+    """What is done with a run: verified, exported, looked at, replayed."""
     assert defects(folder) == []
-    for to in export_names():
-        assert exported_or_refused(folder, to, tmp_path / to)
+    run = open_run(folder)
+    for to in exports:
+        assert exported_or_refused(run, to, tmp_path / to)
     page = write_page(folder, tmp_path / "page.html").read_text(encoding="utf-8")
     assert any("look_up" in line for block in parts_of(page)[2] for line in block)
 
