@@ -16,22 +16,29 @@ from rich.console import Console
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from agent.engines.servers import SGLangServerEngine
-from agent.loop.batch import run_tasks
+from agent.loop.batch import run_conversations, run_tasks
+from agent.loop.conversation import Counterparts
 from agent.loop.runtime import Runtime
+from agent.loop.tasks import recorded_task
 from agent.loop.tracing import Tracing
 from agent.replay.continuation import continuing
 from agent.replay.request import ReplayRequest
+from agent.replay.restored import replayed as fork_of
 from agent.replay.runner import replay
+from agent.replay.tools import LiveTools
+from agent.replay.user import AskedAgainUser
+from agent.runs.manifest import parent_entry
 from agent.trainers.client import VerlClientEngine
+from conversations.open_run import open_run
 from conversations.run.store import RunFolder
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
-from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Model, User, World
+from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
 from tests.helpers import logprobs
 
 
-def open_store(world: World) -> RunFolder:
-    store = RunFolder.create(world.out, world.manifest())
+def open_store(world: World, parent: dict[str, Any] | None = None) -> RunFolder:
+    store = RunFolder.create(world.out, {**world.manifest(), "parent": parent})
     world.template.tokenizer.save_pretrained(world.out / "tokenizer")
     return store
 
@@ -279,6 +286,36 @@ def replayed_live(world: World) -> None:
     replayed(world, tools="live", tools_config=str(world.tools_path), trust_tools=True)
 
 
+def forked(world: World) -> None:
+    """A clean run's conversation with its first turn kept, then sampled by a live model."""
+    parent = replace(world, fault=Fault("nothing"), folder=world.folder / "parent")
+    parent.folder.mkdir()
+    parent.write_files()
+    plain(parent)
+    [record] = open_run(parent.out)
+
+    async def run() -> None:
+        runtime, task = world.runtime(world.model()), recorded_task(record)
+        assert runtime.dispatcher
+        counterparts = Counterparts(
+            LiveTools(runtime.dispatcher, task, record, turns=1, recorded_prompt=True),
+            AskedAgainUser.of(task, record, 1, runtime),
+        )
+        origin = {"run": parent.out.name, "id": record.id, "turn": 1}
+        fork = fork_of(record, 0, runtime, counterparts, kept=1, parent=origin)
+        with open_store(world, parent_entry(parent.out)) as store:
+            running = asyncio.ensure_future(run_conversations([fork], store=store))
+            if world.fault.cancels:
+                await Desk.last.hanging.wait()
+                running.cancel()
+            await asyncio.wait((running,))
+            if not world.fault.cancels:
+                running.result()
+            store.close({})
+
+    virtual_time.run(run())
+
+
 FEATURES: dict[str, Callable[[World], None]] = {
     "plain": plain,
     "tracing": traced,
@@ -290,6 +327,7 @@ FEATURES: dict[str, Callable[[World], None]] = {
     "verl agent loop": verl_agent_loop,
     "recorded replay": replayed_recorded,
     "live replay": replayed_live,
+    "fork": forked,
 }
 
 IMPOSSIBLE = {
