@@ -9,6 +9,7 @@ from typing import Any
 
 from conversations.errors import CallFormatError, TemplateError
 from conversations.formats import proof
+from conversations.formats.blocks import THINK
 from conversations.formats.format import NO_TYPES, CallFormat, ParameterTypes
 from conversations.formats.proof import PROBE_PARAMETERS, FormatReport, Probe, Written, WrittenTurn
 from conversations.formats.registry import FORMATS, format_named
@@ -54,7 +55,10 @@ class Reader:
     ) -> ParsedTurn:
         """What a turn says. Without `split_thought` its thought stays in the content."""
         parsed = self._calls(raw, tools, in_think) if tools else ParsedTurn(raw)
-        return without_thought(parsed, in_think=in_think) if split_thought else parsed
+        if not split_thought:
+            return parsed
+        tags = self.form.thought if tools else THINK  # without tools no format has to be proven
+        return without_thought(parsed, tags, in_think=in_think)
 
     def _calls(self, raw: str, tools: Sequence[Mapping[str, Any]], in_think: bool) -> ParsedTurn:
         form = self.form

@@ -224,6 +224,28 @@ def test_calls_in_thoughts_are_thoughts_unless_a_run_wants_them() -> None:
     assert (len(eager.calls), eager.reasoning, eager.content) == (2, "ab", "cd")
 
 
+@pytest.mark.parametrize(
+    ("name", "opened", "closed"),
+    [
+        ("gemma4", "<|channel>", "<channel|>"),
+        ("seed_oss", "<seed:think>", "</seed:think>"),
+        ("mistral", "[THINK]", "[/THINK]"),
+        ("qwen3_coder", "<think>", "</think>"),
+    ],
+)
+def test_thoughts_stand_in_the_tags_of_their_format(name: str, opened: str, closed: str) -> None:
+    named, offered = Reading(name, unproven=True), [tool_schema("f", {})]
+    template = ChatTemplate(tokenizer_at(base_model_dir()), reading=named)
+    call = WRITERS[name]([("f", {})])
+    parsed = template.read(f"{opened}hm{closed}It is 42.{call}", offered)
+    assert (parsed.reasoning, parsed.content.strip(), len(parsed.calls)) == ("hm", "It is 42.", 1)
+    eager = Reading(name, unproven=True, calls_in_thoughts=True)
+    template = ChatTemplate(tokenizer_at(base_model_dir()), reading=eager)
+    parsed = template.read(f"{opened}hm{call}{closed}It is 42.", offered)
+    assert parsed.reasoning is not None
+    assert (parsed.reasoning.strip(), parsed.content, len(parsed.calls)) == ("hm", "It is 42.", 1)
+
+
 def test_a_format_given_by_hand_must_be_proven_or_marked_as_unproven() -> None:
     with pytest.raises(CallFormatError, match="qwen3_coder") as raised:
         reading("qwen3", Reading("qwen3_coder")).require_tools()
