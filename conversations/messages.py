@@ -19,7 +19,7 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-_arguments_text = json.JSONEncoder(ensure_ascii=False).encode
+arguments_text = json.JSONEncoder(ensure_ascii=False).encode
 """A call's arguments as OpenAI's schema has them: one JSON text."""
 
 
@@ -80,7 +80,7 @@ def assistant_message(raw: str, parsed: ParsedTurn, call_ids: Sequence[str]) -> 
 
 def _tool_call(call: ToolCall | MalformedToolCall, call_id: str) -> dict[str, Any]:
     if isinstance(call, ToolCall):
-        function = {"name": call.name, "arguments": _arguments_text(call.arguments)}
+        function = {"name": call.name, "arguments": arguments_text(call.arguments)}
         written = {"written_id": call.id} if call.id is not None else {}
         return {"id": call_id, **written, "type": "function", "function": function}
     return {
@@ -179,7 +179,7 @@ def _given_call(call: object, index: int) -> dict[str, Any]:
             "expected {id, type, function: {name, arguments}}"
         )
     arguments = function.get("arguments", {})
-    text = arguments if isinstance(arguments, str) else _arguments_text(arguments)
+    text = arguments if isinstance(arguments, str) else arguments_text(arguments)
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": text}}
 
 

@@ -34,6 +34,7 @@ STOP_REASONS = (
 )
 CALL_STATUSES = (
     "ok",
+    "external",
     "tool_error",
     "backend_error",
     "timeout",
@@ -43,6 +44,17 @@ CALL_STATUSES = (
     "rejected",
     "cancelled",
 )
+BRANCH_REASONS = (
+    "new",
+    "tools",
+    "system",
+    "edited",
+    "rewritten",
+    "dropped",
+    "resampled",
+    "template",
+)
+"""Why a branch does not continue its parent or its session; see `conversations.session.reasons`."""
 INVALID_STATUSES = frozenset({"unknown_tool", "invalid_arguments", "malformed"})
 """Statuses of calls that were the model's mistake."""
 
@@ -53,7 +65,8 @@ Segments = Annotated[list[tuple[str, int, int]], "[kind, start, end)"]
 StopReason = Annotated[str, "one of STOP_REASONS"]
 Tools = Annotated[list[dict[str, Any]], "OpenAI tool schemas"]
 Parent = Annotated[dict[str, Any] | None, "{run, id, turn}"]
-Branches = Annotated[list[dict[str, Any]], "empty in this version"]
+Reason = Annotated[str, "one of BRANCH_REASONS"]
+BranchParent = Annotated[dict[str, int] | None, "{branch, turn}"]
 
 
 @dataclass(slots=True)
@@ -108,6 +121,11 @@ class Turn:
     `resumed` lists where an interrupted turn was resumed: [token index, weight version from there
     on]. `weight_version` is that of the turn's first token, `finish_reason` that of its last part;
     "abort" means that the turn was interrupted and not resumed.
+
+    A turn that was served to a foreign agent has the id that it saw (`response_id`), what it asked
+    for and did not get (`asked`), and `notes`: "echo_differs", "reordered", "undelivered". Other
+    turns have none of these fields in the record. In a branch, `prompt_tokens` counts the path
+    before it too.
     """
 
     start: int
@@ -119,6 +137,34 @@ class Turn:
     engine_s: float | None = None
     weight_version: str | None = None
     resumed: list[list[Any]] | None = None
+    response_id: str | None = None
+    asked: dict[str, Any] | None = None
+    notes: list[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A further sequence of a session, with only what is its own; fields as in `Trajectory`.
+
+    Sequences are counted from 0, the trunk: `branches[k - 1]` is number k. `parent` is {branch,
+    turn}: the sequence that this one departs from, and the first turn of its own, counted along the
+    path from its root: everything before that turn is the parent's. None if it starts anew. Spans
+    of segments and turns start at 0; the turns of the ledger and of call ids are those of the path.
+    `reason` is why it is a branch, `client` the hints that the client sent with its first turn.
+    """
+
+    parent: BranchParent
+    reason: Reason
+    client: dict[str, Any]
+    prompt_ids: Ids
+    response_ids: Ids
+    response_mask: Mask
+    response_logprobs: LogProbs
+    segments: Segments
+    turns: list[Turn]
+    messages: list[Message]
+    tool_calls: list[ToolCallRecord]
+    tools: Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +203,7 @@ class Trajectory:
     parent: Parent
     started_at: str
     wall_s: float
-    branches: Branches = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
 
     def to_line(self) -> str:
         """The record as one JSON line without the newline, `sha256` last.
@@ -185,9 +231,10 @@ class Trajectory:
         """
         values = {name: record[name] for name in _FIELDS}
         try:
-            values["segments"] = [tuple(segment) for segment in record["segments"]]
-            values["turns"] = [Turn(**turn) for turn in record["turns"]]
-            values["tool_calls"] = [_read_call(call) for call in record["tool_calls"]]
+            values |= _sequence(record)
+            values["branches"] = [
+                Branch(**{**branch, **_sequence(branch)}) for branch in record["branches"]
+            ]
             values["warnings"] = [RecordWarning(**warning) for warning in record["warnings"]]
         except (TypeError, KeyError) as error:
             raise RecordError(f"trajectory {record['id']} is damaged: {error}") from error
@@ -202,7 +249,7 @@ types: the names are listed in `Trajectory` alone.
 """
 
 _FIELDS = tuple(item.name for item in fields(Trajectory))
-_RENDERED = frozenset({"messages", "tools"})
+_RENDERED = frozenset({"branches", "messages", "tools"})
 """Fields that a chat template sees. It may write a tool as JSON with the keys in their order, so
 the line keeps that order: otherwise the prompt could not be rendered from the record. The hash is
 of sorted keys, as for all fields.
@@ -313,6 +360,15 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
+def _sequence(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record or a branch that are dataclasses or tuples."""
+    return {
+        "segments": [tuple(segment) for segment in record["segments"]],
+        "turns": [Turn(**turn) for turn in record["turns"]],
+        "tool_calls": [_read_call(call) for call in record["tool_calls"]],
+    }
+
+
 def _read_call(call: dict[str, Any]) -> ToolCallRecord:
     return ToolCallRecord(
         **{**call, "attempts": [Attempt(**attempt) for attempt in call["attempts"]]}
@@ -321,11 +377,7 @@ def _read_call(call: dict[str, Any]) -> ToolCallRecord:
 
 def _plain(value: Any) -> Any:
     """The record's dataclasses as dicts; other values are JSON already."""
-    if (
-        isinstance(value, list)
-        and value
-        and isinstance(value[0], (Turn, ToolCallRecord, RecordWarning))
-    ):
+    if isinstance(value, list) and value and isinstance(value[0], _WRITTEN):
         return [_plain_slots(item) for item in value]
     return value
 
@@ -335,7 +387,17 @@ def _plain_slots(item: Any) -> dict[str, Any]:
     values = dict(zip(names, getter(item), strict=True))
     if "attempts" in values:
         values["attempts"] = [_plain_slots(attempt) for attempt in values["attempts"]]
+    elif type(item) is Turn and item.response_id is None and item.notes is None:
+        for name in _SERVED:
+            del values[name]
+    elif type(item) is Branch:
+        return {name: _plain(value) for name, value in values.items()}
     return values
+
+
+_WRITTEN = (Turn, ToolCallRecord, RecordWarning, Branch)
+_SERVED = ("response_id", "asked", "notes")
+"""Fields of turns that were served to a foreign agent."""
 
 
 @functools.cache

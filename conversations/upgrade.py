@@ -62,11 +62,8 @@ def check_schema(value: object) -> dict[str, Any]:
 
 
 def upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """A record line's object in the form of `SCHEMA`. Raises RecordError if it has branches."""
+    """A record line's object in the form of `SCHEMA`. Raises RecordError."""
     if record["schema"] == SCHEMA:
-        if record.get("branches"):
-            name = str(record.get("id"))[:200]
-            raise RecordError(f"trajectory {name} has branches: not read by this version")
         return record
     if "branches" in record:
         raise RecordError(f"the field branches is not known in a {OLD_SCHEMA} record")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,7 +17,13 @@ from conversations import messages, trajectory
 from conversations.checks.finding import Finding, show
 from conversations.messages import ROLES
 from conversations.tokens import KINDS
-from conversations.trajectory import CALL_STATUSES, FIELD_TYPES, STOP_REASONS
+from conversations.trajectory import (
+    BRANCH_REASONS,
+    CALL_STATUSES,
+    FIELD_TYPES,
+    STOP_REASONS,
+    Branch,
+)
 from conversations.upgrade import READABLE
 from conversations.warning import KINDS as WARNING_KINDS
 from conversations.warning import RecordWarning
@@ -60,6 +66,9 @@ class Turn(TypedDict):
     engine_s: Seconds | None
     weight_version: str | None
     resumed: NotRequired[list[Annotated[tuple[Place, str | None], Field(strict=False)]] | None]
+    response_id: NotRequired[str | None]
+    asked: NotRequired[dict[str, Any] | None]
+    notes: NotRequired[list[str] | None]
 
 
 class Attempt(TypedDict):
@@ -129,6 +138,12 @@ class Warning(TypedDict):
     text: str
 
 
+class BranchParent(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    branch: Place
+    turn: Place
+
+
 class Parent(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     run: str
@@ -144,7 +159,8 @@ _FORMS: dict[Any, Any] = {
     trajectory.StopReason: Annotated[str, AfterValidator(_among(*STOP_REASONS))],
     trajectory.Tools: list[Tool],
     trajectory.Parent: Parent | None,
-    trajectory.Branches: Annotated[list[Any], Field(max_length=0)],
+    trajectory.Reason: Annotated[str, AfterValidator(_among(*BRANCH_REASONS))],
+    trajectory.BranchParent: BranchParent | None,
     list[trajectory.Turn]: list[Turn],
     list[trajectory.ToolCallRecord]: list[LedgerLine],
     list[RecordWarning]: list[Warning],
@@ -155,13 +171,24 @@ _FORMS: dict[Any, Any] = {
 """The form of a record's field, by its type in `Trajectory`; other types are used as they are."""
 
 
+def _typed_dict(name: str, types: dict[str, Any], **more: Any) -> Any:
+    """The form of an object whose fields have these types, and `more` fields."""
+    forms = {field: _FORMS.get(kind, kind) for field, kind in types.items()}
+    found = TypedDict(name, {**forms, **more})  # type: ignore[misc]
+    setattr(found, "__pydantic_config__", _STRICT)  # noqa: B010 - no attribute that mypy knows
+    return found
+
+
 @functools.cache
 def _record() -> TypeAdapter[Any]:
-    forms = {name: _FORMS.get(kind, kind) for name, kind in FIELD_TYPES.items()}
-    forms["schema"] = Annotated[str, AfterValidator(_among(*READABLE))]
-    forms["sha256"] = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    record = TypedDict("Record", forms)  # type: ignore[misc]
-    setattr(record, "__pydantic_config__", _STRICT)  # noqa: B010 - no attribute that mypy knows
+    branch = _typed_dict("Branch", get_type_hints(Branch, include_extras=True))
+    record = _typed_dict(
+        "Record",
+        FIELD_TYPES,
+        schema=Annotated[str, AfterValidator(_among(*READABLE))],
+        sha256=Annotated[str, Field(pattern="^[0-9a-f]{64}$")],
+        branches=list[branch],  # type: ignore[valid-type]
+    )
     return TypeAdapter(record)
 
 

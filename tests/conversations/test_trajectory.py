@@ -141,7 +141,8 @@ def test_the_fields_are_the_documented_ones() -> None:
         "engine_error", "prompt_too_long",
     )  # fmt: skip
     assert CALL_STATUSES == (
-        "ok", "tool_error", "backend_error", "timeout", "unknown_tool", "invalid_arguments",
+        "ok", "external", "tool_error", "backend_error", "timeout", "unknown_tool",
+        "invalid_arguments",
         "malformed", "rejected", "cancelled",
     )  # fmt: skip
 
@@ -171,7 +172,7 @@ def test_endless_nesting_is_refused_when_written() -> None:
         ("[]", "schema is 'list'"),
         ("{}", "schema is None"),
         (rewritten(schema="turntrace/3"), "schema is 'turntrace/3'"),
-        (rewritten(branches=[{"parent": None}]), "t-0 has branches: not read by this version"),
+        (rewritten(branches=[{"parent": None}]), "t-0 is damaged"),
         (
             rewritten(reward=..., wall_s=...),
             r"fields missing: \['reward', 'wall_s'\], unknown: \[\]",

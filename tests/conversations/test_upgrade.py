@@ -94,13 +94,13 @@ def test_a_changed_old_line_does_not_match_its_hash() -> None:
         read_record(old_line().replace("something else", "something more"))
 
 
-def test_branches_are_refused_by_name() -> None:
+def test_damaged_branches_are_named() -> None:
     line = json.loads(trajectory().to_line()) | {"branches": [{"parent": None, "reason": "new"}]}
     text = json.dumps({**line, "sha256": line_hash(line)})
-    with pytest.raises(RecordError, match="branches: not read by this version"):
+    with pytest.raises(RecordError, match="t-0 is damaged"):
         Trajectory.from_line(text)
     findings = check_line(text.encode() + b"\n", RunFacts()).findings
-    assert any("not read by this version" in finding.what for finding in findings)
+    assert any("branches.0.turns" in finding.what for finding in findings)
 
 
 def test_a_kind_that_is_not_known_is_a_defect() -> None:

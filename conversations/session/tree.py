@@ -1,0 +1,348 @@
+"""The turns of one session as a tree: where a request continues, and what the engine has to see.
+
+For a gateway, a request is five steps:
+
+    tree = SessionTree(template)                        # one for each session
+    place = tree.match(messages, tools)                 # pure: nothing is added
+    place.prompt_ids                                    # what the engine has to see
+    turn = tree.add(place, generation, response_id=...) # what it sampled
+    turn.served, turn.call_ids                          # what the client gets
+
+- `messages` are in OpenAI's chat schema, as a dialect has read them: text in `content`, arguments
+  of calls as JSON text, tool results as messages with a `tool_call_id`. `tools` are OpenAI schemas;
+  tools that differ start a root of their own.
+- `match` raises MessageError for what is not in the schema, and TemplateError if the chat template
+  refuses the messages. A break of the history is never an error: `place.reason` names it.
+- `place.earlier` are turns that were sampled after exactly this prompt: a gateway answers a retry
+  with one of them if its answer was not delivered. `place.is_same_prompt(other)` compares with a
+  request that is still in flight.
+- `entry(turn)` is a turn as JSON, its own tokens alone; `restore(entry)` adds it again, in order,
+  to an empty tree: a journal's two ends. Notes added later are not in it.
+- `record_fields()` are the fields of the session's `Trajectory` that stand here: the trunk's
+  sequence and `branches`. See compiled.py.
+
+Invariants: the engine's input is always the path, token for token; each sampled token belongs to
+one turn; nothing here knows HTTP or an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from conversations.errors import TemplateError
+from conversations.messages import (
+    MalformedToolCall,
+    Message,
+    assistant_message,
+    given_messages,
+)
+from conversations.session.compiled import branches_of
+from conversations.session.ids import IdRun
+from conversations.session.matching import (
+    call_ids,
+    in_call_order,
+    is_echo,
+    is_verbatim,
+    same_given,
+)
+from conversations.session.reasons import (
+    RESAMPLED,
+    REWRITTEN,
+    reason_beside,
+    reason_for_root,
+)
+from conversations.session.reasons import (
+    TEMPLATE as NOT_PROVEN,
+)
+from conversations.session.turn import (
+    Place,
+    Sampled,
+    SessionTurn,
+    Tools,
+    record_messages,
+    served_message,
+)
+from conversations.template import ChatTemplate, Piece
+from conversations.tokens import TEMPLATE, TOOL, USER
+from conversations.trajectory import Branch
+
+ECHO_DIFFERS, REORDERED = "echo_differs", "reordered"
+"""Notes of a turn: the client sent it back in other words; tool results came in another order."""
+_BRANCH_ONLY = ("parent", "reason", "client")
+
+
+class SessionTree:
+    """The turns of one session. `turns` are all of them, in the order in which they were added."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self.turns: list[SessionTurn] = []
+        self._roots: list[SessionTurn] = []
+        self._by_response: dict[str, SessionTurn] = {}
+
+    @property
+    def sampled_length(self) -> int:
+        """Tokens that were sampled in the session."""
+        return sum(len(turn.sampled) for turn in self.turns)
+
+    def turn_of_response(self, response_id: str) -> SessionTurn | None:
+        """The turn that was served under this id, for `match(after=...)`."""
+        return self._by_response.get(response_id)
+
+    # ------------------------------------------------------------------ a request
+
+    def match(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        after: SessionTurn | None = None,
+    ) -> Place:
+        """Where a request stands. `after`: `messages` follow this turn (`previous_response_id`)."""
+        sent = given_messages(messages)
+        ordered = in_call_order(sent)
+        notes = (REORDERED,) if ordered != sent else ()
+        offered = self._known_tools(tools)
+        match = self._deepest(_Match(after), ordered, offered)
+        rest = ordered[match.length :]
+        return self._place(match, rest, ordered, offered, notes)
+
+    def _known_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tools:
+        """The tools, as the object that a root already has if they are the same."""
+        offered: Tools = [dict(tool) for tool in tools]
+        return next((root.tools for root in self._roots if root.tools == offered), offered)
+
+    def _children(self, turn: SessionTurn | None, tools: Tools) -> list[SessionTurn]:
+        if turn is None:
+            return [root for root in self._roots if root.tools == tools]
+        return turn.children
+
+    def _deepest(self, match: _Match, messages: Sequence[Message], tools: Tools) -> _Match:
+        """The longest path whose messages the request begins with, the latest of those."""
+        best = match
+        for child in self._children(match.turn, tools):
+            end = match.length + len(child.given)
+            if end >= len(messages) or not is_echo(messages[end], child.served, child.invalid):
+                continue
+            if not all(map(same_given, messages[match.length : end], child.given)):
+                continue
+            differs = not is_verbatim(messages[end], child.served)
+            echoes = (*match.echoes, child) if differs else match.echoes
+            same_ids = call_ids(messages[end]) == child.call_ids
+            found = _Match(child, end + 1, echoes, match.same_ids + same_ids)
+            best = max(best, self._deepest(found, messages, tools), key=_Match.rank)
+        return best
+
+    def _place(
+        self,
+        match: _Match,
+        rest: list[Message],
+        messages: list[Message],
+        tools: Tools,
+        notes: tuple[str, ...],
+    ) -> Place:
+        siblings = self._children(match.turn, tools)
+        earlier = tuple(turn for turn in siblings if _same_messages(turn.given, rest))
+        if match.turn is None:
+            reason = reason_for_root(rest, tools, self._roots) if self._roots else None
+            return Place(
+                None, tools, tuple(rest), self._prompt(rest, tools), reason, notes, earlier
+            )
+        try:
+            pieces = self._delta(match.turn, rest)
+        except TemplateError:
+            siblings = self._children(None, tools)
+            earlier = tuple(turn for turn in siblings if _same_messages(turn.given, messages))
+            reason = RESAMPLED if earlier else NOT_PROVEN
+            pieces = self._prompt(messages, tools)
+            return Place(None, tools, tuple(messages), pieces, reason, notes, earlier)
+        reason = self._reason(rest, siblings)
+        return Place(
+            match.turn, tools, tuple(rest), pieces, reason, notes, earlier, tuple(match.echoes)
+        )
+
+    def _reason(self, rest: Sequence[Message], siblings: Sequence[SessionTurn]) -> str | None:
+        if siblings:
+            return reason_beside(rest, siblings)
+        is_written = any(message["role"] == "assistant" for message in rest)
+        return REWRITTEN if is_written else None
+
+    # ------------------------------------------------------------------ its tokens
+
+    def _prompt(self, messages: Sequence[Message], tools: Tools) -> tuple[tuple[str, IdRun], ...]:
+        return _runs(self.template.prompt(messages, tools))
+
+    def _delta(self, turn: SessionTurn, rest: Sequence[Message]) -> tuple[tuple[str, IdRun], ...]:
+        """What stands between a turn and the next. Raises TemplateError if it is not proven."""
+        kinds = {message["role"] for message in rest}
+        if kinds not in ({TOOL}, {USER}):
+            raise TemplateError("messages of several roles cannot be continued yet")
+        kind = kinds.pop()
+        self.template.require(kind, with_tools=bool(turn.tools))
+        missing = self.template.missing_end(turn.sampled.ids[-1], kind)
+        delta = self.template.delta(record_messages(rest, turn), kind, turn=turn.message)
+        return _runs([(TEMPLATE, missing), *delta.pieces])
+
+    # ------------------------------------------------------------------ a turn
+
+    def add(
+        self,
+        place: Place,
+        sampled: Sampled,
+        *,
+        response_id: str | None = None,
+        asked: Mapping[str, Any] | None = None,
+        client: Mapping[str, Any] | None = None,
+        notes: Iterable[str] = (),
+    ) -> SessionTurn:
+        """Adds what was sampled at a place. `client` are the hints of the request's headers.
+
+        Raises TemplateError or OverflowError if the ids have no text.
+        """
+        turn = self._turn(place, sampled, place.reason or self._reason_now(place))
+        turn.response_id = response_id
+        turn.asked, turn.client = dict(asked or {}), dict(client or {})
+        turn.notes += [*place.notes, *notes]
+        for echo in place.echoes:
+            if ECHO_DIFFERS not in echo.notes:
+                echo.notes.append(ECHO_DIFFERS)
+        return self._append(turn)
+
+    def _reason_now(self, place: Place) -> str | None:
+        """Why a place that continued its session no longer does: another turn was added there."""
+        if place.parent is None:
+            if not self._roots:
+                return None
+            return reason_for_root(place.given, place.tools, self._roots)
+        return self._reason(place.given, place.parent.children)
+
+    def _turn(self, place: Place, sampled: Sampled, reason: str | None) -> SessionTurn:
+        template, number = self.template, len(self.turns)
+        ids = list(sampled.token_ids)
+        raw = template.raw(ids)
+        before = place.given[-1] if place.given else None
+        parsed = template.read(raw, place.tools, after=before)
+        index = place.parent.index + 1 if place.parent else 0
+        places = range(len(parsed.calls))
+        names = {tool["function"]["name"] for tool in place.tools}
+        served = served_message(parsed, [f"call_{number:08x}_{k}" for k in places])
+        return SessionTurn(
+            number=number,
+            parent=place.parent,
+            reason=reason,
+            tools=place.tools,
+            given=list(place.given),
+            pieces=place.pieces,
+            sampled=IdRun(ids),
+            logprobs=list(sampled.logprobs),
+            finish_reason=sampled.finish_reason,
+            message=assistant_message(raw, parsed, [f"call_{index}_{k}" for k in places]),
+            served=served,
+            parsed=parsed,
+            invalid=tuple(
+                isinstance(call, MalformedToolCall) or call.name not in names
+                for call in parsed.calls
+                if call.name
+            ),
+            is_complete=ids[-1] in template.end_ids or sampled.finish_reason == "stop",
+            cached_tokens=sampled.cached_tokens,
+            queue_s=sampled.queue_s,
+            engine_s=sampled.engine_s,
+            weight_version=sampled.weight_version,
+        )
+
+    def _append(self, turn: SessionTurn) -> SessionTurn:
+        (turn.parent.children if turn.parent else self._roots).append(turn)
+        self.turns.append(turn)
+        if turn.response_id is not None:
+            self._by_response[turn.response_id] = turn
+        return turn
+
+    # ------------------------------------------------------------------ the journal, the record
+
+    def entry(self, turn: SessionTurn) -> dict[str, Any]:
+        """A turn as JSON values: what `restore` needs beside the turns before it."""
+        return {
+            "number": turn.number,
+            "parent": turn.parent.number if turn.parent else None,
+            "reason": turn.reason,
+            "tools": None if turn.parent else turn.tools,
+            "given": turn.given,
+            "pieces": [[kind, ids.ids.tolist()] for kind, ids in turn.pieces],
+            "token_ids": turn.sampled.ids.tolist(),
+            "logprobs": turn.logprobs,
+            "finish_reason": turn.finish_reason,
+            "cached_tokens": turn.cached_tokens,
+            "queue_s": turn.queue_s,
+            "engine_s": turn.engine_s,
+            "weight_version": turn.weight_version,
+            "response_id": turn.response_id,
+            "asked": dict(turn.asked),
+            "client": dict(turn.client),
+            "notes": list(turn.notes),
+        }
+
+    def restore(self, entry: Mapping[str, Any]) -> SessionTurn:
+        """Adds the turn of an `entry`. Raises ValueError if a turn before it is missing."""
+        parent = entry["parent"]
+        if entry["number"] != len(self.turns) or (parent is not None and parent >= len(self.turns)):
+            raise ValueError(f"turn {entry['number']} does not follow {len(self.turns)} turns")
+        before = None if parent is None else self.turns[parent]
+        tools = before.tools if before else self._known_tools(entry["tools"])
+        place = Place(before, tools, tuple(entry["given"]), _runs(entry["pieces"]))
+        turn = self._turn(place, _Restored(entry), entry["reason"])
+        turn.response_id = entry["response_id"]
+        turn.asked, turn.client = entry["asked"], entry["client"]
+        turn.notes += entry["notes"]
+        return self._append(turn)
+
+    def branches(self) -> list[Branch]:
+        """The session's sequences for the record: the trunk, then the branches."""
+        return branches_of(self._roots)
+
+    def record_fields(self) -> dict[str, Any]:
+        """The fields of the session's `Trajectory` that stand here: the trunk's and `branches`.
+
+        A session without a turn has empty ones.
+        """
+        sequences = self.branches()
+        names = [item.name for item in fields(Branch) if item.name not in _BRANCH_ONLY]
+        found = {name: getattr(sequences[0], name) if sequences else [] for name in names}
+        return {**found, "num_turns": len(found["turns"]), "branches": sequences[1:]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """A path that a request begins with: its last turn, and how many messages it has."""
+
+    turn: SessionTurn | None
+    length: int = 0
+    echoes: tuple[SessionTurn, ...] = ()
+    same_ids: int = 0
+
+    def rank(self) -> tuple[int, int, int]:
+        """The longest path first; among equals the one with the client's call ids, the latest."""
+        return self.length, self.same_ids, self.turn.number if self.turn else -1
+
+
+class _Restored:
+    """A journal's entry as what an engine returned."""
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.token_ids: list[int] = entry["token_ids"]
+        self.logprobs: list[float] = entry["logprobs"]
+        self.finish_reason: str = entry["finish_reason"]
+        self.cached_tokens: int | None = entry["cached_tokens"]
+        self.queue_s: float | None = entry["queue_s"]
+        self.engine_s: float | None = entry["engine_s"]
+        self.weight_version: str | None = entry["weight_version"]
+
+
+def _runs(pieces: Iterable[Piece]) -> tuple[tuple[str, IdRun], ...]:
+    return tuple((kind, IdRun(ids)) for kind, ids in pieces if ids)
+
+
+def _same_messages(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    return len(one) == len(other) and all(map(same_given, one, other))

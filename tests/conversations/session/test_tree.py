@@ -1,0 +1,190 @@
+"""The matcher: what continues a session, what branches, and for which of the eight reasons."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from agent.engines.engine import Generation
+from conversations.errors import MessageError
+from conversations.messages import Message
+from conversations.session import Place, SessionTree, SessionTurn
+from conversations.template import ChatTemplate
+from conversations.trajectory import Trajectory
+from tests.helpers import call, hermes_template, logprobs
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "read", "description": "d", "parameters": {"type": "object"}},
+}
+ASK: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is in the file?"},
+]
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    return hermes_template()
+
+
+class Client:
+    """An agent program with a history of its own, and a model that says what it is told to."""
+
+    def __init__(self, template: ChatTemplate, tools: list[dict[str, Any]] | None = None) -> None:
+        self.tree = SessionTree(template)
+        self.tools = [TOOL] if tools is None else tools
+        self.history = copy.deepcopy(ASK)
+
+    def match(self) -> Place:
+        return self.tree.match(self.history, self.tools)
+
+    def turn(self, text: str, finish_reason: str = "stop") -> SessionTurn:
+        """Sends the history, and appends what comes back."""
+        template = self.tree.template
+        ids = [*template.encode(text), template.end_id]
+        turn = self.tree.add(self.match(), Generation(ids, logprobs(ids), finish_reason))
+        self.history.append(copy.deepcopy(turn.served))
+        return turn
+
+    def answer(self, turn: SessionTurn, *texts: str) -> None:
+        for call_id, text in zip(turn.call_ids, texts, strict=True):
+            self.history.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def record(self) -> Trajectory:
+        return Trajectory(
+            id="t-0", task_id="t", sample=0, stop_reason="stop", infra_error=False, error=None,
+            warnings=[], reward=None, reward_parts={}, ground_truth=None, data_source=None,
+            extra=None, engine={}, sampling={}, parent=None, started_at="", wall_s=0.0,
+            **self.tree.record_fields(),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def client(template: ChatTemplate) -> Client:
+    return Client(template)
+
+
+def begun(client: Client) -> SessionTurn:
+    """A session with one turn, which made a call that was answered."""
+    turn = client.turn(call("read", path="a", lines=[1, 2]))
+    client.answer(turn, "one\n")
+    return turn
+
+
+def test_an_unchanged_history_continues_token_for_token(client: Client) -> None:
+    first = begun(client)
+    place = client.match()
+    assert (place.parent, place.reason) == (first, None)
+    assert list(place.prompt_ids)[: first.end] == [*client.tree.turns[0].runs()[0].ids,
+                                                   *first.sampled.ids]  # fmt: skip
+    whole = client.tree.template.prompt(
+        [*ASK, first.message, {"role": "tool", "content": "one\n"}], [TOOL]
+    )
+    assert list(place.prompt_ids) == [token for _, ids in whole for token in ids]
+    assert place.prompt_length == len(place.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": None},
+        {"content": " \n"},
+        {"reasoning_content": "a thought of its own"},
+        {"refusal": None, "index": 3},
+        {"arguments": '{ "lines":[1,2.0],"path" : "a"}'},
+    ],
+    ids=["null", "blanks", "thought", "other keys", "arguments"],
+)
+def test_what_clients_do_to_an_echo_continues(client: Client, change: dict[str, Any]) -> None:
+    begun(client)
+    echo = client.history[2]
+    if "arguments" in change:
+        echo["tool_calls"][0]["function"]["arguments"] = change["arguments"]
+    else:
+        echo.update(change)
+    assert client.match().reason is None
+
+
+@pytest.mark.parametrize(
+    ("place", "message", "reason"),
+    [
+        (1, {"role": "user", "content": "Another question?"}, "new"),
+        (0, {"role": "system", "content": "Be loud."}, "system"),
+        (2, {"role": "assistant", "content": "Nothing."}, "rewritten"),
+        (3, {"role": "user", "content": "Go on."}, None),
+    ],
+)
+def test_a_changed_message(
+    client: Client, place: int, message: Message, reason: str | None
+) -> None:
+    begun(client)
+    client.history[place] = message
+    assert client.match().reason == reason
+
+
+def test_the_reasons_of_a_branch_after_a_turn(client: Client) -> None:
+    begun(client)
+    client.turn(call("read", path="b"))
+    known = client.history[:]
+    client.history = known[:4]
+    assert (client.match().reason, len(client.match().earlier)) == ("resampled", 1)
+    client.history = [*known[:3], {**known[3], "content": "two"}]
+    assert client.match().reason == "edited"
+    client.history, client.tools = known[:4], []
+    assert client.match().reason == "tools"
+
+
+def test_results_go_in_the_order_of_the_calls(client: Client) -> None:
+    turn = client.turn(call("read", path="a") + call("read", path="b"))
+    client.answer(turn, "A", "B")
+    in_order = client.match().prompt_ids
+    client.history[-2:] = client.history[:-3:-1]
+    place = client.match()
+    assert place.prompt_ids == in_order
+    assert place.notes == ("reordered",)
+
+
+def test_call_ids_decide_where_a_call_was_malformed_or_unknown(client: Client) -> None:
+    turn = client.turn('<tool_call>{"name": "read", "arguments": {oops</tool_call>'
+                       + call("nobody", x=1))  # fmt: skip
+    client.answer(turn, "no JSON", "no such tool")
+    for one in client.history[2]["tool_calls"]:
+        one["function"] = {"name": "invalid", "arguments": "{}"}
+    place = client.match()
+    assert (place.parent, place.reason, place.echoes) == (turn, None, (turn,))
+
+
+def test_a_session_with_branches_is_a_record(client: Client) -> None:
+    begun(client)
+    client.turn(call("read", path="b"))
+    client.history = [*client.history[:3], {**client.history[3], "content": "two"}]
+    client.turn("It is two.")
+    client.history.append({"role": "user", "content": "Sure?"})
+    client.turn("Yes.")
+    record = client.record()
+    assert Trajectory.from_line(record.to_line()) == record
+    assert record.num_turns == 3
+    (branch,) = record.branches
+    assert (branch.parent, branch.reason) == ({"branch": 0, "turn": 1}, "edited")
+    sampled = sum(record.response_mask) + sum(branch.response_mask)
+    assert sampled == client.tree.sampled_length
+    assert [line.call_id for line in branch.tool_calls] == ["call_1_0"]
+
+
+def test_a_journal_brings_a_session_back(client: Client) -> None:
+    begun(client)
+    client.turn("One.")
+    client.history = client.history[:2]
+    client.turn("None.")
+    again = SessionTree(client.tree.template)
+    for turn in client.tree.turns:
+        again.restore(client.tree.entry(turn))
+    assert again.record_fields() == client.tree.record_fields()
+
+
+def test_what_is_no_chat_message_is_refused(client: Client) -> None:
+    with pytest.raises(MessageError, match="role"):
+        client.tree.match([{"role": "narrator", "content": "x"}])
