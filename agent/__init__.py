@@ -1,5 +1,5 @@
 """Runs conversations: engines, the loop, tools' dispatch, batches and the command line."""
 
-from agent.packages import check
+from agent.packages import check_imports
 
-check()
+check_imports()

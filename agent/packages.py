@@ -46,7 +46,7 @@ def how_to_install(module: str) -> str:
     return "set this environment up again: `make demo` in a checkout, or pip install turntrace"
 
 
-def check() -> None:
+def check_imports() -> None:
     """Raises ImportError if one of our packages would be imported from elsewhere."""
     for name in NAMES:
         location = _location(_spec(name))

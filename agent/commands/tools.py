@@ -49,7 +49,7 @@ def check(
     """
     from agent.commands import tools_work
 
-    raise typer.Exit(tools_work.check(file, _config(config, model), start=not no_start))
+    raise typer.Exit(tools_work.check_file(file, _config(config, model), start=not no_start))
 
 
 @tools_app.command("call")
@@ -70,7 +70,9 @@ def call(
     """
     from agent.commands import tools_work
 
-    raise typer.Exit(tools_work.call(file, name, arguments, ground_truth, _config(config, model)))
+    raise typer.Exit(
+        tools_work.call_tool(file, name, arguments, ground_truth, _config(config, model))
+    )
 
 
 def _config(path: Path | None, model: str | None) -> Config | None:

@@ -34,7 +34,7 @@ QUESTION = "..."
 # ---------------------------------------------------------------------- turntrace tools check
 
 
-def check(file: str, config: Config | None, *, start: bool) -> int:
+def check_file(file: str, config: Config | None, *, start: bool) -> int:
     """Prints each tool of a config and what the model sees of them.
 
     Returns 1 if a tool does not start, else 0.
@@ -130,7 +130,7 @@ def _prompt_ids(template: ChatTemplate, schemas: list[dict[str, Any]]) -> list[i
 # ---------------------------------------------------------------------- turntrace tools call
 
 
-def call(
+def call_tool(
     file: str, name: str, arguments: str, ground_truth: str | None, config: Config | None
 ) -> int:
     """Prints the result of one call. Returns 0 if its status is ok, else 1."""

@@ -83,9 +83,9 @@ def verify(
         scores = {} if comparison is None else {"scores": comparison.as_json()}
         print(json.dumps({**verdict.as_json(), **scores}))
     elif comparison is not None:
-        from agent.commands.verify_work import show
+        from agent.commands.verify_work import show_comparison
 
-        show(comparison)
+        show_comparison(comparison)
     is_proven = not verdict.defects and (comparison is None or comparison.is_met)
     raise typer.Exit(0 if is_proven else 1)
 

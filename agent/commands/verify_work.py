@@ -23,7 +23,7 @@ from agent.engines.scoring import Scorer
 from agent.errors import AgentError
 from agent.runs.ending import sigterm_as_interrupt
 from agent.runs.parts import start_engine
-from agent.runs.progress import starting
+from agent.runs.progress import starting_line
 from agent.scoring.compare import LIMIT, SHARE, Comparison
 from agent.scoring.work import score_run, summary_rows
 from agent.terminal import LiveLine, one_line, say
@@ -45,7 +45,7 @@ def verify_engine(path: Path, engine: str, bound: float | None, console: Console
     for notice in config.notices():
         say(console, f"note: {notice}")
     log = _log_file() if config.rollout.name == "sglang" else None
-    say(console, starting(config, log) if log else f"scoring with {without_userinfo(engine)}")
+    say(console, starting_line(config, log) if log else f"scoring with {without_userinfo(engine)}")
     with tempfile.TemporaryFile() as lines, sigterm_as_interrupt():
         started = start_engine(config, log)
         comparison = asyncio.run(_score(run, started, bound, lines, console))
@@ -96,7 +96,7 @@ async def _score(
         await engine.close()
 
 
-def show(comparison: Comparison) -> None:
+def show_comparison(comparison: Comparison) -> None:
     """Prints the comparison as a table, its worst turns and the verdict."""
     rows = list(summary_rows(comparison))
     width = max(len(name) for name, _ in rows)
@@ -111,10 +111,10 @@ def show(comparison: Comparison) -> None:
         )
     for name, error in list(comparison.failed.items())[:FAILURES]:
         print(f"failed: trajectory {one_line(name[:200])}: {one_line(error[:400])}")
-    print(verdict(comparison))
+    print(_verdict(comparison))
 
 
-def verdict(comparison: Comparison) -> str:
+def _verdict(comparison: Comparison) -> str:
     """One line: whether the engine gives the recorded log-probs."""
     if not len(comparison.differences):
         return "the engine scored no token of this run"

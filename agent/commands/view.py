@@ -44,10 +44,10 @@ def view(
         raise AgentError(
             "--serve writes no page and has no limit: leave out --out and --limit, or --serve"
         )
-    from agent.commands.view_server import serve_until_ended
+    from agent.commands.view_server import serve_pages
 
     try:
-        serve_until_ended(run, against, port)
+        serve_pages(run, against, port)
     except OSError as error:
         raise AgentError(
             f"cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another --port"

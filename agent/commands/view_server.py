@@ -231,7 +231,7 @@ def _about(path: Path) -> dict[str, Any]:
     return {key: str(value or "") for key, value in about.items()} | done
 
 
-def serve_until_ended(folder: Path, against: Path | None, port: int) -> None:
+def serve_pages(folder: Path, against: Path | None, port: int) -> None:
     """Prints the address, serves until Ctrl-C or SIGTERM, then ends the process with code 0.
 
     Raises OSError for a port in use.

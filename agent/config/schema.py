@@ -193,7 +193,7 @@ class Trace(Section):
     token2text: bool = False
 
 
-class Server(Section):
+class ServerSection(Section):
     """The SGLang servers of `name: sglang_server`. Times are seconds.
 
     `urls` and `api_key` are ours.
@@ -412,11 +412,11 @@ class Rollout(Section):
         ),
     ] = MultiTurn()
     server: Annotated[
-        Server,
+        ServerSection,
         NoEffect(
             "servers are asked only with name: sglang_server", _engine_is_not("sglang_server")
         ),
-    ] = Server()
+    ] = ServerSection()
     prometheus: Annotated[Prometheus, NoEffect("this version exports no metrics")] = Prometheus()
     update_weights_bucket_megabytes: Annotated[int, TRAINER] = 512
     skip_rollout: Annotated[

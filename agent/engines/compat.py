@@ -119,13 +119,13 @@ NEEDED = {
 """What verl's rollout and `agent.engines` use of SGLang, by module or module:class."""
 
 
-def prepare() -> None:
+def prepare_sglang() -> None:
     """Makes verl 0.6.1's rollout importable. Call it before anything of verl is imported.
 
     Raises EngineStartError if the installed SGLang lacks something that is needed.
     """
     add_moved_names()
-    check()
+    check_names()
 
 
 def add_moved_names() -> None:
@@ -142,7 +142,7 @@ def add_moved_names() -> None:
         transformers.AutoModelForVision2Seq = transformers.AutoModelForImageTextToText
 
 
-def check() -> None:
+def check_names() -> None:
     """Raises EngineStartError, one line, if the installed SGLang lacks something of `NEEDED`."""
     lacking = [
         f"{place}.{name}" for place, names in NEEDED.items() for name in names if lacks(place, name)

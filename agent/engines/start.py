@@ -55,7 +55,7 @@ def starting() -> Iterator[None]:
         cpu_guards.install()
     with environment(start_variables(cuda=cuda)), _process_state_kept():
         try:
-            compat.prepare()
+            compat.prepare_sglang()
             yield
         except AgentError:
             raise

@@ -83,7 +83,7 @@ def recorded_task(trajectory: Trajectory) -> Task:
         )
     except TaskError as error:
         raise TaskError(f"trajectory {trajectory.id}: extra: {error}") from error
-    messages = trajectory.messages[: given_length(trajectory)]
+    messages = trajectory.messages[: task_message_count(trajectory)]
     return Task(
         trajectory.task_id,
         messages,
@@ -95,7 +95,7 @@ def recorded_task(trajectory: Trajectory) -> Task:
     )
 
 
-def given_length(trajectory: Trajectory) -> int:
+def task_message_count(trajectory: Trajectory) -> int:
     """How many of a trajectory's messages are the task's own."""
     return rounds.given_length(
         trajectory.messages, trajectory.tools, trajectory.segments, len(trajectory.prompt_ids)

@@ -19,7 +19,7 @@ from conversations.errors import ConversationsError
 from tools.base import ToolsError
 
 if TYPE_CHECKING:
-    from agent.recipe.train import Progress
+    from agent.recipe.train import TrainingProgress
 
 app = typer.Typer(
     add_completion=False,
@@ -59,10 +59,12 @@ def data(
     from agent.recipe import data as recipe
     from agent.recipe.setups import shipped_tools
 
-    renderer = recipe.Renderer(recipe.template_of(base_model_dir()), shipped_tools(tools))
+    renderer = recipe.ExampleRenderer(recipe.template_of(base_model_dir()), shipped_tools(tools))
     mix = recipe.FULL if preset is Preset.full else recipe.SMALL
     out.parent.mkdir(parents=True, exist_ok=True)
-    count = recipe.write(recipe.build(recipe.read_gsm8k(gsm8k), renderer, mix, seed), out)
+    count = recipe.write_examples(
+        recipe.build_examples(recipe.read_gsm8k(gsm8k), renderer, mix, seed), out
+    )
     typer.echo(f"{count} conversations in {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -92,7 +94,9 @@ def train(
     settings = replace(
         settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds
     )
-    result = recipe.train(base_model_dir(), recipe.Tokens.read(tokens), settings, out, _show)
+    result = recipe.train_adapter(
+        base_model_dir(), recipe.TokenFile.read(tokens), settings, out, _show
+    )
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     typer.echo(
         f"\nadapter in {out}; held-out loss "
@@ -121,15 +125,15 @@ def evaluate(
     from rich.console import Console
 
     from agent.recipe.evaluate import Examination
-    from agent.recipe.report import table
+    from agent.recipe.report import report_table
 
     out.mkdir(parents=True, exist_ok=True)
     rows = Examination(adapter, gsm8k, out, limit, Console()).run()
-    Console(width=200).print(table(rows))
+    Console(width=200).print(report_table(rows))
     typer.echo(f"report in {out / 'report.json'}")
 
 
-def _show(progress: Progress) -> None:
+def _show(progress: TrainingProgress) -> None:
     left = progress.elapsed_s * (1 / progress.share - 1) if progress.share > 0 else 0
     line = (
         f"step {progress.step}  {progress.share:4.0%}  loss {progress.loss:.3f}  lr "

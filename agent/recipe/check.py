@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from agent.recipe.faults import HERMES
-from agent.recipe.programs import number_text, run
-from agent.recipe.train import Tokens
+from agent.recipe.programs import number_text, run_arithmetic
+from agent.recipe.train import TokenFile
 from conversations.formats.format import NO_TYPES
 from conversations.messages import ToolCall
 
@@ -35,7 +35,7 @@ class FirstCalls:
 def first_calls(
     model: Any,
     tokenizer: Any,
-    tokens: Tokens,
+    tokens: TokenFile,
     source: str,
     limit: int,
     *,
@@ -59,7 +59,7 @@ def first_calls(
     return FirstCalls(len(rows), *shares)
 
 
-def _prompt(tokens: Tokens, row: int) -> list[int]:
+def _prompt(tokens: TokenFile, row: int) -> list[int]:
     start, end = tokens.starts[row], tokens.starts[row + 1]
     first = int(np.argmax(tokens.loss[start:end]))
     return [int(token) for token in tokens.ids[start : start + first]]
@@ -97,7 +97,7 @@ def _grade(text: str, answer: str) -> tuple[bool, bool, bool]:
     if not isinstance(call, ToolCall) or len(call.arguments) != 1:
         return False, False, False
     try:
-        done = run(str(next(iter(call.arguments.values()))))
+        done = run_arithmetic(str(next(iter(call.arguments.values()))))
     except ValueError:
         return True, False, False
     return True, done.error is None, done.error is None and number_text(done.stdout) == answer

@@ -20,7 +20,7 @@ from typing import Any
 from agent.errors import TaskError
 from agent.recipe import faults, symbolic
 from agent.recipe.gsm8k import from_gsm8k, with_other_numbers
-from agent.recipe.programs import SCRIPT_NAME, Problem, number_text, run
+from agent.recipe.programs import SCRIPT_NAME, Problem, number_text, run_arithmetic
 from agent.recipe.setups import Setup, draw, shipped_setup
 from conversations.messages import tool_message
 from conversations.template import ChatTemplate
@@ -142,7 +142,7 @@ def held_out_problems(rows: Sequence[dict[str, str]], count: int) -> Iterator[Pr
 # ------------------------------------------------------------------ conversations
 
 
-class Renderer:
+class ExampleRenderer:
     """Turns problems into examples with the runtime's own template."""
 
     def __init__(self, template: ChatTemplate, shipped: Sequence[dict[str, Any]]) -> None:
@@ -244,7 +244,7 @@ def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[s
 
     Each turn's text with the response it gets.
     """
-    stdout = run(problem.code).stdout
+    stdout = run_arithmetic(problem.code).stdout
     shown = stdout if setup.shipped or rng.random() < 0.5 else stdout.rstrip("\n")
     yield faults.call_text(setup.code_name, {setup.code_argument: problem.code}), shown
     answer = number_text(stdout) or stdout.strip()
@@ -303,8 +303,8 @@ _FRAMES = (
 # ------------------------------------------------------------------ the file
 
 
-def build(
-    rows: Sequence[dict[str, str]], renderer: Renderer, mix: Mix, seed: int = 1
+def build_examples(
+    rows: Sequence[dict[str, str]], renderer: ExampleRenderer, mix: Mix, seed: int = 1
 ) -> Iterator[Example]:
     """All examples, the held-out ones last. The same rows, mix and seed give the same examples."""
     rng = Random(seed)
@@ -316,7 +316,7 @@ def build(
             yield example
 
 
-def write(examples: Iterable[Example], path: Path) -> int:
+def write_examples(examples: Iterable[Example], path: Path) -> int:
     """Writes the examples as one compressed `.npz`; returns their number.
 
     Ids are 16 bit if the vocabulary allows.
@@ -350,12 +350,12 @@ __all__ = [
     "FULL",
     "SMALL",
     "Example",
+    "ExampleRenderer",
     "Mix",
-    "Renderer",
-    "build",
+    "build_examples",
     "held_out",
     "read_gsm8k",
     "shipped_setup",
     "template_of",
-    "write",
+    "write_examples",
 ]

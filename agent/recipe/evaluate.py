@@ -125,7 +125,7 @@ class Examination:
                 self.rows.append(
                     report.row(condition, len(tasks), found, self.seen, display.wall_s)
                 )
-                report.write(self.out / "report.json", self._about(session), self.rows)
+                report.write_report(self.out / "report.json", self._about(session), self.rows)
 
     def _about(self, session: Session) -> dict[str, Any]:
         return {

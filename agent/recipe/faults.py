@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from agent.recipe.programs import run
+from agent.recipe.programs import run_arithmetic
 from agent.recipe.setups import Setup
 from conversations.formats.format import NO_TYPES
 from conversations.formats.registry import format_named
@@ -48,7 +48,7 @@ def broken_code(code: str, rng: Random) -> tuple[str, str] | None:
         if broken is None or broken == code:
             continue
         try:
-            done = run(broken)
+            done = run_arithmetic(broken)
         except ValueError:
             continue
         if done.error is not None:

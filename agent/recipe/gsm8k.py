@@ -18,7 +18,7 @@ from agent.recipe.programs import (
     Problem,
     Step,
     check_arithmetic,
-    evaluate,
+    exact_value,
     number_text,
     prints,
 )
@@ -158,7 +158,7 @@ class _Tidy(ast.NodeTransformer):
 
     def _exact(self, node: ast.BinOp) -> bool:
         try:
-            left, right = (evaluate(side, self.values) for side in (node.left, node.right))
+            left, right = (exact_value(side, self.values) for side in (node.left, node.right))
             return (
                 right != 0
                 and left.denominator == right.denominator == (left / right).denominator == 1
@@ -266,7 +266,7 @@ def _values(steps: tuple[Step, ...]) -> list[Fraction]:
     try:
         for step in steps:
             tree = ast.parse(step.expression.replace("//", "/"), mode="eval").body
-            exact.append(evaluate(tree, values))
+            exact.append(exact_value(tree, values))
             values[step.name] = float(exact[-1])
     except (ValueError, OverflowError):
         return []

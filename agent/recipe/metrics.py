@@ -39,7 +39,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class OutcomeShares:
     """Shares of conversations, but `valid_calls`: of calls.
 
     `recovered` counts those that began with a failing call.
@@ -51,7 +51,7 @@ class Scores:
     recovered: Share
 
 
-def outcome(trajectory: Trajectory) -> Outcome:
+def outcome_of(trajectory: Trajectory) -> Outcome:
     """The outcome of one conversation.
 
     A conversation that the infrastructure failed is not the model's: leave it out.
@@ -104,11 +104,11 @@ def _recovers(ledger: Sequence[ToolCallRecord], given: str) -> bool:
     return next(iter(first.arguments.values()), None) != given
 
 
-def scores(trajectories: Sequence[Trajectory]) -> Scores:
+def scores(trajectories: Sequence[Trajectory]) -> OutcomeShares:
     """Counts over all conversations but those the infrastructure failed."""
-    outcomes = [outcome(trajectory) for trajectory in trajectories if not trajectory.infra_error]
+    outcomes = [outcome_of(trajectory) for trajectory in trajectories if not trajectory.infra_error]
     begun = [one.recovered for one in outcomes if one.recovered is not None]
-    return Scores(
+    return OutcomeShares(
         valid_calls=Share(
             sum(one.valid_calls for one in outcomes), sum(one.calls for one in outcomes)
         ),

@@ -40,7 +40,7 @@ class Execution:
     error: str | None
 
 
-def run(code: str) -> Execution:
+def run_arithmetic(code: str) -> Execution:
     """Executes an arithmetic program in this process.
 
     Raises ValueError if it is anything but arithmetic.
@@ -131,7 +131,7 @@ def number_text(text: str) -> str | None:
 def prints(code: str, answer: str) -> bool:
     """True if the program runs and its whole output is the number `answer`."""
     try:
-        done = run(code)
+        done = run_arithmetic(code)
     except ValueError:
         return False
     wanted = number_text(answer)
@@ -169,7 +169,7 @@ class Problem:
         )
 
 
-def evaluate(node: ast.AST, values: dict[str, float]) -> Fraction:
+def exact_value(node: ast.AST, values: dict[str, float]) -> Fraction:
     """The exact value of an expression tree of + - * / // and names."""
     match node:
         case ast.Constant(value=value) if isinstance(value, int | float):
@@ -177,9 +177,9 @@ def evaluate(node: ast.AST, values: dict[str, float]) -> Fraction:
         case ast.Name(id=name) if name in values:
             return Fraction(str(values[name]))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -evaluate(operand, values)
+            return -exact_value(operand, values)
         case ast.BinOp(left=left, op=op, right=right):
-            return _apply(op, evaluate(left, values), evaluate(right, values))
+            return _apply(op, exact_value(left, values), exact_value(right, values))
     raise ValueError("not an exact expression")
 
 

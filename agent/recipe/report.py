@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from agent.recipe.metrics import Scores, Share, scores
+from agent.recipe.metrics import OutcomeShares, Share, scores
 from conversations.trajectory import Trajectory
 
 ADAPTER, BASE = "adapter", "base"
@@ -49,7 +49,7 @@ class Row:
 
     condition: Condition
     asked: int
-    scores: Scores
+    scores: OutcomeShares
     new: Share
     stop_reasons: dict[str, int]
     infra_errors: int
@@ -106,7 +106,7 @@ _COLUMNS = {
 }
 
 
-def table(rows: Sequence[Row]) -> Table:
+def report_table(rows: Sequence[Row]) -> Table:
     """The rows as a table that is Markdown, too: each figure with its counts and, where there is
     one, its target.
     """
@@ -140,7 +140,7 @@ def cell(share: Share, wanted: float | None = None) -> str:
     return f"{text} (>= {wanted:.0%})" if share.value >= wanted else f"{text} (MISSED {wanted:.0%})"
 
 
-def write(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
+def write_report(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
     """The report as JSON: what was examined, then the rows with their targets."""
     listed = [{**asdict(one), "targets": targets(one.condition)} for one in rows]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ FULL = Settings(lr=6e-3, batch_tokens=32_768, epochs=0.82, max_seconds=3600)
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenFile:
     """The data file in memory. Conversation `i` is `ids[starts[i] : starts[i + 1]]`."""
 
     ids: np.ndarray[Any, Any]
@@ -72,8 +72,8 @@ class Tokens:
     held_out: np.ndarray[Any, Any]
 
     @classmethod
-    def read(cls, path: Path) -> Tokens:
-        """Reads what `data.write` wrote."""
+    def read(cls, path: Path) -> TokenFile:
+        """Reads what `data.write_examples` wrote."""
         with np.load(path) as file:
             names = [str(name) for name in file["kinds"]]
             kinds = [names[index] for index in file["kind"]]
@@ -139,7 +139,7 @@ def _to(array: np.ndarray[Any, Any], device: str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
 
 
-def batches(
+def batches_of_like_length(
     lengths: np.ndarray[Any, Any],
     rows: np.ndarray[Any, Any],
     batch_tokens: int,
@@ -208,14 +208,16 @@ def learning_rate(settings: Settings, progress: float) -> float:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def held_out_loss(
-    model: nn.Module, tokens: Tokens, batch_tokens: int, device: str
+    model: nn.Module, tokens: TokenFile, batch_tokens: int, device: str
 ) -> dict[str, float]:
     """Mean loss per trained token of the held-out conversations, by kind and over `all`."""
     rows = np.flatnonzero(tokens.held_out)
     sums: dict[str, list[float]] = {}
     for kind in sorted({tokens.kinds[row] for row in rows}):
         of_kind = np.array([row for row in rows if tokens.kinds[row] == kind])
-        for part in batches(tokens.lengths(), of_kind, batch_tokens, np.random.default_rng(0)):
+        for part in batches_of_like_length(
+            tokens.lengths(), of_kind, batch_tokens, np.random.default_rng(0)
+        ):
             batch = tokens.batch(part, device)
             total, count = loss_sum(model, batch).item(), batch.learned.numel()
             for name in (kind, "all"):
@@ -225,7 +227,7 @@ def held_out_loss(
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingProgress:
     """Where a run stands; given to `report` after every step."""
 
     step: int
@@ -238,10 +240,10 @@ class Progress:
 
 def fit(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: TokenFile,
     settings: Settings,
     device: str,
-    report: Callable[[Progress], None],
+    report: Callable[[TrainingProgress], None],
 ) -> None:
     """Trains the LoRA parameters of `model` in place.
 
@@ -272,18 +274,20 @@ def fit(
                 value = loss.item()
                 average = value if math.isnan(average) else 0.9 * average + 0.1 * value
                 elapsed = time.monotonic() - started
-                report(Progress(step, share, average, lr, seen / elapsed, elapsed))
+                report(TrainingProgress(step, share, average, lr, seen / elapsed, elapsed))
     except KeyboardInterrupt:
         return
 
 
 def _epochs(
-    tokens: Tokens, rows: np.ndarray[Any, Any], settings: Settings
+    tokens: TokenFile, rows: np.ndarray[Any, Any], settings: Settings
 ) -> Iterator[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(settings.seed)
     groups = tokens.groups() if settings.share_prompts else None
     while True:
-        yield from batches(tokens.lengths(), rows, settings.batch_tokens, rng, groups)
+        yield from batches_of_like_length(
+            tokens.lengths(), rows, settings.batch_tokens, rng, groups
+        )
 
 
 def _step(
@@ -316,8 +320,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train(
-    base: Path, tokens: Tokens, settings: Settings, target: Path, report: Callable[[Progress], None]
+def train_adapter(
+    base: Path,
+    tokens: TokenFile,
+    settings: Settings,
+    target: Path,
+    report: Callable[[TrainingProgress], None],
 ) -> dict[str, Any]:
     """Trains an adapter and writes it to `target`.
 
@@ -344,12 +352,12 @@ __all__ = [
     "BASE_NAME",
     "FULL",
     "SMALL",
-    "Progress",
     "Settings",
-    "Tokens",
+    "TokenFile",
+    "TrainingProgress",
     "fit",
     "held_out_loss",
     "load_adapter",
     "load_base",
-    "train",
+    "train_adapter",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from conversations.checks.finding import first_difference as first_index
+from conversations.checks.finding import first_difference
 from conversations.trajectory import ToolCallRecord, Trajectory, Turn, canonical_json
 
 NOT_COMPARED = {
@@ -103,12 +103,12 @@ class Answers:
         self.fields += [name for name in difference if name not in self.fields]
 
 
-def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
+def index_of_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
     """The first index at which two sequences differ, an end included; None if they are equal."""
-    return None if one == other else first_index(one, other)
+    return None if one == other else first_difference(one, other)
 
 
-def compare(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Divergence | None:
+def compare_records(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Divergence | None:
     """The first difference, None if the records are the same."""
     return next(_differences(recorded, replayed, scope), None)
 
@@ -124,12 +124,12 @@ def compared_answers(
 ) -> Iterator[tuple[ToolCallRecord, ToolCallRecord]]:
     """The pairs of answers to the same call, up to the first call that differs."""
     for old, new in zip(recorded.tool_calls, replayed.tool_calls, strict=False):
-        if not same_call(old, new) or "cancelled" in (old.status, new.status):
+        if not calls_match(old, new) or "cancelled" in (old.status, new.status):
             return
         yield old, new
 
 
-def same_call(one: ToolCallRecord, other: ToolCallRecord) -> bool:
+def calls_match(one: ToolCallRecord, other: ToolCallRecord) -> bool:
     """Whether these are the same call at the same place."""
     return (
         one.call_id == other.call_id
@@ -141,9 +141,9 @@ def same_call(one: ToolCallRecord, other: ToolCallRecord) -> bool:
 def logprob_difference(recorded: Trajectory, replayed: Trajectory) -> float | None:
     """The largest difference between log-probs of the same sampled tokens; None without any."""
     old, new = recorded.response_ids, replayed.response_ids
-    if first_difference(recorded.prompt_ids, replayed.prompt_ids) is not None:
+    if index_of_difference(recorded.prompt_ids, replayed.prompt_ids) is not None:
         return None
-    same = first_difference(old, new)
+    same = index_of_difference(old, new)
     pairs = list(zip(recorded.response_logprobs, replayed.response_logprobs, strict=False))[:same]
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=None)
 
@@ -211,7 +211,7 @@ def _tokens(
     other: tuple[int, int],
     scope: Scope,
 ) -> Iterator[Divergence]:
-    at = first_difference(old.ids[slice(*span)], new.ids[slice(*other)])
+    at = index_of_difference(old.ids[slice(*span)], new.ids[slice(*other)])
     if at is None:
         return
     token = span[0] + at
@@ -251,7 +251,7 @@ def _turn(
 def _calls(number: int, old: _Side, new: _Side, scope: Scope) -> Iterator[Divergence]:
     for one, other in zip_longest(old.calls.get(number, ()), new.calls.get(number, ())):
         found = one or other
-        if one is None or other is None or not same_call(one, other):
+        if one is None or other is None or not calls_match(one, other):
             yield Divergence(
                 "call",
                 number,
@@ -334,7 +334,7 @@ def _differ(one: Any, other: Any) -> bool:
 def _clipped_pair(one: Any, other: Any) -> list[Any]:
     """Both values; long ones as a piece of text around the difference."""
     texts = [value if isinstance(value, str) else canonical_json(value) for value in (one, other)]
-    start = max(0, (first_difference(*texts) or 0) - CLIP // 4)
+    start = max(0, (index_of_difference(*texts) or 0) - CLIP // 4)
     return [
         value
         if len(text) <= CLIP

@@ -13,7 +13,7 @@ from agent.errors import TaskError
 from agent.loop.calls import ConversationTools
 from agent.loop.conversation import Conversation, Counterparts
 from agent.loop.runtime import Runtime
-from agent.loop.tasks import Task, given_length, recorded_task
+from agent.loop.tasks import Task, recorded_task, task_message_count
 from agent.replay.restored import restore_last_turn, restored, sampled_messages
 from agent.replay.tools import LiveTools
 from agent.replay.user import AskedAgainUser
@@ -59,7 +59,7 @@ def _is_resumable(record: Trajectory, runtime: Runtime) -> bool:
     if len(sampled) != len(record.turns):
         return False
     task = recorded_task(record)
-    created = record.messages[given_length(record) : sampled[0]]
+    created = record.messages[task_message_count(record) : sampled[0]]
     pieces = runtime.template.prompt(task.messages, _schemas(task, runtime), created)
     return [token for _, ids in pieces for token in ids] == record.prompt_ids
 

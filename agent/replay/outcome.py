@@ -21,7 +21,7 @@ from agent.replay.compare import (
     Answers,
     Scope,
     answer_difference,
-    compare,
+    compare_records,
     compared_answers,
     logprob_difference,
 )
@@ -44,7 +44,7 @@ def outcome(
     recorded: Trajectory, replayed: Trajectory, scope: Scope, tools: LiveTools | None
 ) -> Line:
     """The line of a trajectory: its record beside its parent's, and the calls made beside both."""
-    first = compare(recorded, replayed, scope)
+    first = compare_records(recorded, replayed, scope)
     failed = replayed.infra_error and not recorded.infra_error
     return {
         "id": replayed.id,

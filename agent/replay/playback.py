@@ -11,7 +11,7 @@ from agent.engines.engine import EndedGeneration, Generation, SamplingParams
 from agent.errors import EndConversation, EngineError
 from agent.loop.runtime import Runtime
 from agent.loop.turns import generation_of
-from agent.replay.compare import first_difference
+from agent.replay.compare import index_of_difference
 from conversations.trajectory import Trajectory, Turn
 
 
@@ -49,7 +49,7 @@ class Playback:
         if self._next >= len(self._record.turns):
             raise self._end()
         number, turn = self._next, self._record.turns[self._next]
-        at = first_difference(prompt_ids, self._ids[: turn.start])
+        at = index_of_difference(prompt_ids, self._ids[: turn.start])
         if at is not None:
             text = f"replay: turn {number} was sampled after other tokens, from token {at} on"
             raise EndConversation("cancelled", text)

@@ -35,7 +35,7 @@ _WHERE = {
 }
 
 
-def show(tally: Tally, request: ReplayRequest, console: Console) -> None:
+def show_report(tally: Tally, request: ReplayRequest, console: Console) -> None:
     """Prints the divergences and the tables."""
     for line in tally.diverged[:SHOWN]:
         for text in _block(line):

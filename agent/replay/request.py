@@ -101,7 +101,7 @@ class Choice:
     notes: list[str]
 
 
-def choose(run: Run, request: ReplayRequest) -> Choice:
+def choose_trajectories(run: Run, request: ReplayRequest) -> Choice:
     """Reads every chosen trajectory once, so that a damaged one is known before anything runs.
 
     Raises RunFolderError if one does not match its hash, RecordError if its parts contradict each

@@ -35,8 +35,8 @@ from agent.replay.outcome import (
     outcome,
 )
 from agent.replay.playback import played_back
-from agent.replay.report import as_json, show
-from agent.replay.request import Choice, ReplayRequest, choose, kept_turns
+from agent.replay.report import as_json, show_report
+from agent.replay.request import Choice, ReplayRequest, choose_trajectories, kept_turns
 from agent.replay.restored import replayed
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_interactions, live_tools, replay_config
@@ -59,7 +59,7 @@ from agent.runs.manifest import (
     versions,
 )
 from agent.runs.parts import Parts, load_template, make_dispatcher, prepare
-from agent.runs.progress import Display, counts, say, starting
+from agent.runs.progress import Display, counts, say, starting_line
 from agent.runs.session import Session
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import RUN, UNFINISHED, RunFolder
@@ -72,7 +72,7 @@ DIVERGED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ReplayPlan:
     """A replay whose options, records and config were checked."""
 
     request: ReplayRequest
@@ -111,7 +111,7 @@ class Plan:
         return {(task, sample * n + branch) for task, sample in pairs for branch in range(n)}
 
 
-def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any]]:
+def replay_run(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any]]:
     """Replays a run into a new folder; returns the exit code and the report.
 
     Raises the packages' own errors for a user's mistake.
@@ -136,12 +136,12 @@ def replay(request: ReplayRequest, console: Console) -> tuple[int, dict[str, Any
             f"resume with: {request.resume_command}",
         )
     else:
-        show(tally, request, console)
+        show_report(tally, request, console)
         code = _verdict(plan, tally, console)
     return code, as_json(tally, request)
 
 
-def _count_earlier(plan: Plan, folder: RunFolder, tally: Tally, progress: Progress) -> None:
+def _count_earlier(plan: ReplayPlan, folder: RunFolder, tally: Tally, progress: Progress) -> None:
     """Counts what the new run already has."""
     run = open_run(plan.request.out)
     ids = [f"{task}-{sample}" for task, sample in sorted(folder.done & plan.keys())]
@@ -156,11 +156,11 @@ def _count_earlier(plan: Plan, folder: RunFolder, tally: Tally, progress: Progre
         progress.count(run[name])
 
 
-def make_plan(request: ReplayRequest) -> Plan:
+def make_plan(request: ReplayRequest) -> ReplayPlan:
     """Checks everything that needs no engine and no tool."""
     request.check()
     run = open_run(request.run)
-    choice = choose(run, request)
+    choice = choose_trajectories(run, request)
     config = replay_config(run, request)
     if request.resume and request.live_model:
         config = fresh_seed(config, request.out)
@@ -169,10 +169,10 @@ def make_plan(request: ReplayRequest) -> Plan:
     template = load_template(config) if request.live_model else run.template()
     if request.from_turn is not None:
         _check_same_tokenizer(run, template)
-    return Plan(request, run, choice, prepare(config, tools, interactions, template=template))
+    return ReplayPlan(request, run, choice, prepare(config, tools, interactions, template=template))
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def _notes(plan: ReplayPlan) -> Iterator[str]:
     """What the user should know before anything starts."""
     request, unfinished = plan.request, plan.run.path / UNFINISHED
     if unfinished.exists() and (count := _lines_in(unfinished)):
@@ -210,14 +210,14 @@ def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
 # ---------------------------------------------------------------------- the new run
 
 
-def _open_store(plan: Plan) -> RunFolder:
+def _open_store(plan: ReplayPlan) -> RunFolder:
     request = plan.request
     if request.resume:
         return RunFolder.resume(request.out, _manifest(plan), force=request.force)
     return RunFolder.create(request.out, _manifest(plan))
 
 
-def _manifest(plan: Plan) -> dict[str, Any]:
+def _manifest(plan: ReplayPlan) -> dict[str, Any]:
     request, config, earlier = plan.request, plan.config, plan.run.manifest
     samples = earlier.get("n")
     return {
@@ -244,7 +244,7 @@ def _manifest(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _call_format(plan: Plan) -> Any:
+def _call_format(plan: ReplayPlan) -> Any:
     """The parent's call format, or the one of the model that samples now."""
     if not plan.request.live_model:
         return plan.run.manifest.get("call_format")
@@ -252,7 +252,7 @@ def _call_format(plan: Plan) -> Any:
 
 
 def _run_missing(
-    plan: Plan, folder: RunFolder, tally: Tally, progress: Progress, console: Console
+    plan: ReplayPlan, folder: RunFolder, tally: Tally, progress: Progress, console: Console
 ) -> int:
     request = plan.request
     try:
@@ -273,19 +273,19 @@ def _run_missing(
     return DONE
 
 
-def _started(plan: Plan, console: Console) -> Session:
+def _started(plan: ReplayPlan, console: Console) -> Session:
     """The session: with the config's engine, or with none if the model is recorded."""
     request = plan.request
     save_tokenizer(request.out, plan.template.tokenizer)
     if not request.live_model:
         return Session(plan.parts, start=lambda: recorded([]))
     log, validate = request.out / "engine.log", bool(plan.run.manifest.get("validate"))
-    say(console, starting(plan.config, log))
+    say(console, starting_line(plan.config, log))
     return Session(plan.parts, validate=validate, log_path=log)
 
 
 async def _conversations(
-    plan: Plan, session: Session, folder: RunFolder, tally: Tally, progress: Progress
+    plan: ReplayPlan, session: Session, folder: RunFolder, tally: Tally, progress: Progress
 ) -> None:
     request = plan.request
     with (request.out / REPLAY).open("a" if request.resume else "w", encoding="utf-8") as lines:
@@ -299,7 +299,7 @@ async def _conversations(
 
 
 def _replays(
-    plan: Plan, session: Session, folder: RunFolder
+    plan: ReplayPlan, session: Session, folder: RunFolder
 ) -> Iterator[tuple[Trajectory, Conversation]]:
     """What is missing: each record with its replay, made when there is room for it."""
     n = plan.request.n
@@ -311,7 +311,9 @@ def _replays(
                 yield record, _conversation(plan, record, number, session.runtime)
 
 
-def _conversation(plan: Plan, record: Trajectory, sample: int, runtime: Runtime) -> Conversation:
+def _conversation(
+    plan: ReplayPlan, record: Trajectory, sample: int, runtime: Runtime
+) -> Conversation:
     """One replay of `record`, with the model and the tools that were asked for."""
     request = plan.request
     kept = kept_turns(record, request.from_turn)
@@ -325,7 +327,7 @@ def _conversation(plan: Plan, record: Trajectory, sample: int, runtime: Runtime)
 
 
 def _tools(
-    plan: Plan, record: Trajectory, kept: int | None, runtime: Runtime
+    plan: ReplayPlan, record: Trajectory, kept: int | None, runtime: Runtime
 ) -> ConversationTools | None:
     live_model = plan.request.live_model
     if not plan.request.live_tools:
@@ -344,7 +346,7 @@ def _tools(
 
 
 def _user(
-    plan: Plan, record: Trajectory, kept: int | None, runtime: Runtime
+    plan: ReplayPlan, record: Trajectory, kept: int | None, runtime: Runtime
 ) -> SimulatedUser | None:
     if runtime.interactions is None:
         if not has_user(record):
@@ -353,7 +355,7 @@ def _user(
     return AskedAgainUser.of(recorded_task(record), record, kept or 0, runtime)
 
 
-def _verdict(plan: Plan, tally: Tally, console: Console) -> int:
+def _verdict(plan: ReplayPlan, tally: Tally, console: Console) -> int:
     done = sum(tally.outcomes.values())
     if tally.outcomes[FAILED] or done < plan.total:
         problem = (

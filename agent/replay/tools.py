@@ -19,8 +19,8 @@ from agent.errors import EndConversation, EngineError
 from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from agent.loop.ledger import CallResult, result_of, unanswered
 from agent.loop.observer import Observer
-from agent.loop.tasks import Task, given_length
-from agent.replay.compare import answer_difference, same_call
+from agent.loop.tasks import Task, task_message_count
+from agent.replay.compare import answer_difference, calls_match
 from agent.replay.restored import sampled_messages
 from conversations.messages import Message, ToolCall
 from conversations.rounds import is_sampled
@@ -70,7 +70,7 @@ class RecordedTools(ConversationTools):
         if not record.prompt_ids and record.stop_reason in ("cancelled", "deadline"):
             raise EndConversation(record.stop_reason, record.error)
         sampled = sampled_messages(record)
-        return record.messages[given_length(record) : sampled[0] if sampled else None]
+        return record.messages[task_message_count(record) : sampled[0] if sampled else None]
 
     async def run(self, turn: PendingTurn) -> None:
         """Answers a turn's calls: by our own code if no tool is asked, else from the record."""
@@ -98,7 +98,7 @@ class RecordedTools(ConversationTools):
         """
         index = turn.call_ids().index(line.call_id)
         result, old = turn.results[index], recorded.get(line.call_id)
-        if old is None or not same_call(line, old):
+        if old is None or not calls_match(line, old):
             if not result.attempts:
                 return True
             turn.results[index] = unanswered("cancelled", "replay: no recorded answer")
@@ -203,7 +203,7 @@ class LiveTools(ConversationTools):
         )
 
     def _compare_created(self, created: Sequence[Message]) -> None:
-        recorded = self._record.messages[given_length(self._record) :]
+        recorded = self._record.messages[task_message_count(self._record) :]
         before = [
             message["content"]
             for message in recorded

@@ -16,10 +16,10 @@ from agent.terminal import LiveLine, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Display", "counts", "say", "shortfall", "starting", "summary"]
+__all__ = ["Display", "counts", "say", "shortfall", "starting_line", "summary"]
 
 
-def starting(config: Config, log: Path) -> str:
+def starting_line(config: Config, log: Path) -> str:
     """The line before the engine starts. Only an engine in this process has a log of its own."""
     name = config.rollout.name
     where = f" (log: {log})" if name == "sglang" else ""

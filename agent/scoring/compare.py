@@ -50,7 +50,7 @@ class Compared:
     left_out: Counter[str]
 
 
-def compare(record: Trajectory, plan: Plan, scores: Scores | None, first: int) -> Compared:
+def compare_scores(record: Trajectory, plan: Plan, scores: Scores | None, first: int) -> Compared:
     """The record beside `scores`, which begin at position `first`; None if nothing was scored."""
     compared = Compared([None] * len(record.response_ids), [], [], [], Counter(plan.left_out))
     if scores is None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from agent.engines.scoring import Scorer, Scores
 from agent.errors import EngineError
-from agent.scoring.compare import Compared, Comparison, compare
+from agent.scoring.compare import Compared, Comparison, compare_scores
 from agent.scoring.plan import Plan, plan_of
 from conversations.errors import ConversationsError
 from conversations.run.open_run import Run
@@ -72,7 +72,7 @@ async def _score(record: Trajectory, engine: Scorer, vocabulary: int | None) -> 
     if plan.turns:
         likeliest = 1 if plan.temperature == 1.0 else LIKELIEST
         scores = await engine.score(ids[:end], first, likeliest=likeliest)
-    return compare(record, plan, scores, first)
+    return compare_scores(record, plan, scores, first)
 
 
 def _span(record: Trajectory, plan: Plan) -> tuple[int, int]:

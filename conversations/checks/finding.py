@@ -59,10 +59,10 @@ class Defect:
 
 def differs(what: str, found: object, expected: object) -> str:
     """The end of every line that compares two values."""
-    return f"{what}, found {show(found)}, expected {show(expected)}"
+    return f"{what}, found {quoted(found)}, expected {quoted(expected)}"
 
 
-def show(value: object) -> str:
+def quoted(value: object) -> str:
     """A value as JSON, cut, on one line."""
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from conversations.checks.facts import RunFacts
-from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
+from conversations.checks.finding import Finding, differs, first_difference, quoted, show_difference
 from conversations.messages import Message, tool_message
 from conversations.rounds import Round, Rounds
 from conversations.template import ChatTemplate
@@ -173,11 +173,11 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
                 if found.get(key) != wanted.get(key)
             )
             one, two = (
-                value if isinstance(value, str) else show(value)
+                value if isinstance(value, str) else quoted(value)
                 for value in (found.get(key), wanted.get(key))
             )
             difference = show_difference(one, two)
-            what = f"the tool message's {show(key)[1:-1]} is not the ledger's, {difference}"
+            what = f"the tool message's {quoted(key)[1:-1]} is not the ledger's, {difference}"
             yield Finding(f"{line.call_id}: {what}", k)
         if line.response is None:
             yield Finding(f"{line.call_id}: it was answered, and the ledger has no response", k)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from conversations.checks.facts import RunFacts
-from conversations.checks.finding import Finding, differs, show
+from conversations.checks.finding import Finding, differs, quoted
 from conversations.checks.ledger import response_tokens
 from conversations.rounds import Rounds
 from conversations.template import ChatTemplate
@@ -42,7 +42,7 @@ def _identity(trajectory: Trajectory, facts: RunFacts) -> Iterator[Finding]:
             if facts.is_replay
             else "none: the run was not made from another"
         )
-        yield Finding(f"the parent, found {show(trajectory.parent)}, expected {expected}")
+        yield Finding(f"the parent, found {quoted(trajectory.parent)}, expected {expected}")
     try:
         datetime.fromisoformat(trajectory.started_at)
     except ValueError:
@@ -159,7 +159,7 @@ class _Ending:
             then = (
                 "the conversation went on"
                 if cut < self.turn
-                else f"the stop reason is {show(reason)}"
+                else f"the stop reason is {quoted(reason)}"
             )
             yield Finding(f"the engine cut the turn, and {then}", cut)
         elif cut is not None and any(
@@ -173,12 +173,12 @@ class _Ending:
             "max_turns",
             "invalid_tool_calls",
         ):
-            yield Finding(f"the stop reason {show(reason)} does not fit: there are no turns")
+            yield Finding(f"the stop reason {quoted(reason)} does not fit: there are no turns")
         elif self.last is not None and (needs := self._needs(reason, cut)):
-            yield Finding(f"the stop reason {show(reason)} does not fit: {needs}", self.turn)
+            yield Finding(f"the stop reason {quoted(reason)} does not fit: {needs}", self.turn)
         elif reason == "prompt_too_long" and self._prompt_fits():
             yield Finding(
-                f"the stop reason {show(reason)} does not fit: "
+                f"the stop reason {quoted(reason)} does not fit: "
                 f"{len(self.trajectory.prompt_ids)} tokens fit the prompt's budget"
             )
 

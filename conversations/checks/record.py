@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conversations.checks.facts import RunFacts
-from conversations.checks.finding import Finding, differs, show
+from conversations.checks.finding import Finding, differs, quoted
 from conversations.checks.ledger import ledger_findings
 from conversations.checks.outcome import outcome_findings
 from conversations.checks.shape import shape_findings
@@ -21,7 +21,7 @@ from conversations.checks.text import text_findings
 from conversations.checks.tokens import token_findings
 from conversations.checks.turns import round_findings
 from conversations.errors import RecordError
-from conversations.rounds import given_length, split
+from conversations.rounds import given_length, split_rounds
 from conversations.run.open_run import ID
 from conversations.trajectory import INVALID_STATUSES, Trajectory, canonical_json, line_hash
 from conversations.upgrade import check_schema, upgraded
@@ -123,7 +123,7 @@ def _trajectory_findings(
 ) -> Iterator[Finding]:
     tokens = list(token_findings(trajectory, facts.ids, needs_logprobs=facts.imported is None))
     yield from tokens
-    parts = split(trajectory.messages)
+    parts = split_rounds(trajectory.messages)
     if not partial and not _is_unproven(trajectory, facts):
         yield from round_findings(trajectory, parts.rounds)
         if facts.template is not None and _turns_lie_in_order(trajectory):
@@ -192,7 +192,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RecordError(f"the key {show(twice)} stands twice in one object")
+        raise RecordError(f"the key {quoted(twice)} stands twice in one object")
     return values
 
 

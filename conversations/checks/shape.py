@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
 from conversations import messages, trajectory
-from conversations.checks.finding import Finding, show
+from conversations.checks.finding import Finding, quoted
 from conversations.messages import ROLES
 from conversations.tokens import KINDS
 from conversations.trajectory import (
@@ -55,7 +55,7 @@ Segment = Annotated[
 """A list in JSON, read as a tuple; its values stay strict."""
 
 
-class Turn(TypedDict):
+class _Turn(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     start: Place
     end: Place
@@ -71,7 +71,7 @@ class Turn(TypedDict):
     notes: NotRequired[list[str] | None]
 
 
-class Attempt(TypedDict):
+class _Attempt(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     status: Status
     queue_s: Seconds
@@ -93,7 +93,7 @@ class LedgerLine(TypedDict):
     full_response: str | None
     reward: float | None
     metrics: dict[str, Any]
-    attempts: list[Attempt]
+    attempts: list[_Attempt]
     queue_s: Seconds
     run_s: Seconds
     error: str | None
@@ -105,19 +105,19 @@ class Function(TypedDict):
     arguments: str
 
 
-class Call(TypedDict):
+class _Call(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     type: Literal["function"]
     function: Function
 
 
-class Message(TypedDict):
+class _Message(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     role: Annotated[str, AfterValidator(_among(*ROLES))]
     content: str
     raw: NotRequired[str | None]
     reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[Call]]
+    tool_calls: NotRequired[list[_Call]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
 
@@ -127,7 +127,7 @@ class ToolName(TypedDict):
     name: str
 
 
-class Tool(TypedDict):
+class _Tool(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     function: ToolName
 
@@ -138,13 +138,13 @@ class Warning(TypedDict):
     text: str
 
 
-class BranchParent(TypedDict):
+class _BranchParent(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     branch: Place
     turn: Place
 
 
-class Parent(TypedDict):
+class _Parent(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     run: str
     id: str
@@ -157,14 +157,14 @@ _FORMS: dict[Any, Any] = {
     trajectory.LogProbs: Annotated[list[float | None], Field(fail_fast=True)],
     trajectory.Segments: list[Segment],
     trajectory.StopReason: Annotated[str, AfterValidator(_among(*STOP_REASONS))],
-    trajectory.Tools: list[Tool],
-    trajectory.Parent: Parent | None,
+    trajectory.Tools: list[_Tool],
+    trajectory.Parent: _Parent | None,
     trajectory.Reason: Annotated[str, AfterValidator(_among(*BRANCH_REASONS))],
-    trajectory.BranchParent: BranchParent | None,
-    list[trajectory.Turn]: list[Turn],
+    trajectory.BranchParent: _BranchParent | None,
+    list[trajectory.Turn]: list[_Turn],
     list[trajectory.ToolCallRecord]: list[LedgerLine],
     list[RecordWarning]: list[Warning],
-    list[messages.Message]: list[Message],
+    list[messages.Message]: list[_Message],
     int: Place,
     float: Seconds,
 }
@@ -208,7 +208,7 @@ def _finding(detail: ErrorDetails, record: dict[str, Any]) -> Finding:
     path = ".".join(map(str, place))
     if detail["type"] in ("missing", "extra_forbidden"):
         problem = "missing" if detail["type"] == "missing" else "not known"
-        return Finding(f"the field {show(path)[1:-1]} is {problem}")
+        return Finding(f"the field {quoted(path)[1:-1]} is {problem}")
     expected = (
         detail["msg"]
         .removeprefix("Input should be ")
@@ -216,7 +216,7 @@ def _finding(detail: ErrorDetails, record: dict[str, Any]) -> Finding:
         .replace("a valid ", "a ")
     )
     return Finding(
-        f"{path} is {show(detail['input'])}, expected {expected}",
+        f"{path} is {quoted(detail['input'])}, expected {expected}",
         _turn(place),
         _token(place, record),
     )

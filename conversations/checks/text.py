@@ -9,8 +9,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 
-from conversations.checks.finding import Finding, differs, first_difference, show, show_difference
-from conversations.checks.tokens import turn_of
+from conversations.checks.finding import Finding, differs, first_difference, quoted, show_difference
+from conversations.checks.tokens import turn_at
 from conversations.errors import TemplateError
 from conversations.messages import Message, assistant_message
 from conversations.rounds import Round, Rounds, given_length
@@ -74,7 +74,7 @@ def _turn_findings(
                 for value in (message.get(key), expected.get(key))
             )
             difference = show_difference(found, parsed_value)
-            yield Finding(f"{show(key)[1:-1]} is not what parsing raw gives, {difference}", k)
+            yield Finding(f"{quoted(key)[1:-1]} is not what parsing raw gives, {difference}", k)
 
 
 def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
@@ -111,9 +111,9 @@ def _rebuilt_findings(
         one, two = (side[token] if token < len(side) else None for side in (ids, rebuilt.ids))
         what = (
             "the token is not the one that the messages render to, "
-            f"found {show(one)} {show(found)}, expected {show(two)} {show(expected)}"
+            f"found {quoted(one)} {quoted(found)}, expected {quoted(two)} {quoted(expected)}"
         )
-        yield Finding(what, turn_of(trajectory, token), token)
+        yield Finding(what, turn_at(trajectory, token), token)
         return
     segments, expected_segments = trajectory.segments, rebuilt.segments()
     if segments != expected_segments:
@@ -126,7 +126,7 @@ def _rebuilt_findings(
         what = differs(
             "the segment is not the one that the messages render to", found_one, expected_one
         )
-        yield Finding(what, turn_of(trajectory, token), token)
+        yield Finding(what, turn_at(trajectory, token), token)
 
 
 def _rebuilt(

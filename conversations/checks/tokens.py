@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 
-from conversations.checks.finding import Finding, differs, first_of, show
+from conversations.checks.finding import Finding, differs, first_of, quoted
 from conversations.tokens import PROMPT, SAMPLED, TOOL
 from conversations.trajectory import Trajectory
 
@@ -49,7 +49,7 @@ def token_findings(
         yield from _unknown_ids(trajectory, known_ids)
 
 
-def turn_of(trajectory: Trajectory, token: int) -> int | None:
+def turn_at(trajectory: Trajectory, token: int) -> int | None:
     """The turn that a token belongs to, or comes after; None before the first."""
     return next(
         (k for k in range(len(trajectory.turns) - 1, -1, -1) if trajectory.turns[k].start <= token),
@@ -70,15 +70,15 @@ def _segments(trajectory: Trajectory) -> Iterator[Finding]:
     for kind, start, end in trajectory.segments:
         if start != position or end <= start or end > total:
             what = (
-                f"segments do not cover the tokens in order, found {show([kind, start, end])}, "
+                f"segments do not cover the tokens in order, found {quoted([kind, start, end])}, "
                 f"expected one from {position} within {total}"
             )
-            yield Finding(what, turn_of(trajectory, position), min(start, position))
+            yield Finding(what, turn_at(trajectory, position), min(start, position))
             return
         if kind == before:
             yield Finding(
                 f"two {kind} segments stand side by side, expected one",
-                turn_of(trajectory, start),
+                turn_at(trajectory, start),
                 start,
             )
         if (kind == PROMPT) != (start < prompt) and not (kind == TOOL and start < prompt):
@@ -93,7 +93,7 @@ def _segments(trajectory: Trajectory) -> Iterator[Finding]:
     if position != total:
         yield Finding(
             differs("segments do not cover the tokens", position, total),
-            turn_of(trajectory, position),
+            turn_at(trajectory, position),
             position,
         )
     elif trajectory.response_ids and not any(
@@ -115,7 +115,7 @@ def _mask(trajectory: Trajectory) -> Iterator[Finding]:
             what = differs(f"the response mask in a {kind} segment", 1 - expected, expected)
 
             def finding(token: int, what: str = what) -> Finding:
-                return Finding(what, turn_of(trajectory, token), token)
+                return Finding(what, turn_at(trajectory, token), token)
 
             yield from first_of(wrong, finding)
 
@@ -129,7 +129,7 @@ def _unknown_ids(trajectory: Trajectory, known: int) -> Iterator[Finding]:
         what = (
             f"the token id is far above the tokenizer's, found {ids[token]}, expected below {known}"
         )
-        return Finding(what, turn_of(trajectory, token), token)
+        return Finding(what, turn_at(trajectory, token), token)
 
     yield from first_of([token for token, found in enumerate(ids) if found >= known + PADDING], say)
 
@@ -185,7 +185,7 @@ def _logprobs(trajectory: Trajectory, needed: bool) -> Iterator[Finding]:
     def at(index: int, expected: str) -> Finding:
         return Finding(
             differs("the log-prob", logprobs[index], expected),
-            turn_of(trajectory, prompt + index),
+            turn_at(trajectory, prompt + index),
             prompt + index,
         )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ConversationsError, ExportError
-from conversations.export.text import Refused, TextView, Tokens, verdict
+from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError, verdict
 from conversations.run.open_run import Run, template_kwargs
 
 Record = dict[str, Any]
@@ -53,7 +53,7 @@ class Source:
         """Counts a selected record that has no place in the format."""
         self.left_out[reason] += 1
 
-    def fits(self, record: Record, retokenise: Callable[..., Tokens], *texts: Any) -> bool:
+    def fits(self, record: Record, retokenise: Callable[..., TokensAndMask], *texts: Any) -> bool:
         """Counts what the consumer makes of a record's texts. False, and left out, if it refuses
         them.
         """
@@ -70,14 +70,14 @@ class Source:
             self.differing.setdefault(name, record["id"])
 
     def _verdict(
-        self, record: Record, retokenise: Callable[..., Tokens], texts: tuple[Any, ...]
+        self, record: Record, retokenise: Callable[..., TokensAndMask], texts: tuple[Any, ...]
     ) -> str:
         template = self.view.template
         if template is None or not record["turns"]:
             return "not checked"
         try:
             tokens = retokenise(*texts, self.view)
-        except Refused:
+        except UnreadableMessagesError:
             return "refused"
         return verdict(record, tokens, template)
 
@@ -117,7 +117,7 @@ class Format:
     usage: str
 
 
-def names() -> tuple[str, ...]:
+def export_names() -> tuple[str, ...]:
     """The names of the formats, in the order to show them."""
     return tuple(_modules())
 
@@ -127,7 +127,9 @@ def get_format(name: str) -> Format:
     from importlib import import_module
 
     if name not in _modules():
-        raise ExportError(f"there is no format {name!r}; the formats are {', '.join(names())}")
+        raise ExportError(
+            f"there is no format {name!r}; the formats are {', '.join(export_names())}"
+        )
     found = getattr(
         import_module(f"conversations.export.{_modules()[name]}"), name.replace("-", "_").upper()
     )

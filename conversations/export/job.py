@@ -22,7 +22,7 @@ from conversations.run.store import RUN, TRAJECTORIES
 CARD = "README.md"
 
 
-def export(
+def export_run(
     run: Run,
     to: str,
     out: str | Path,

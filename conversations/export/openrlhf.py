@@ -13,11 +13,11 @@ from conversations.errors import ExportError
 from conversations.export.formats import Format, Row, Source
 from conversations.export.pairs import FIELDS, pairs
 from conversations.export.tasks import first_of_each_task
-from conversations.export.text import Refused, TextView, Tokens, after_common
+from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError, after_common
 from conversations.export.writers import json_text, write_json_lines
 
 
-def retokenised_messages(messages: list[dict[str, str]], view: TextView) -> Tokens:
+def retokenised_messages(messages: list[dict[str, str]], view: TextView) -> TokensAndMask:
     """The tokens of datasets/sft_dataset.py with `multiturn`. Raises Refused.
 
     It renders one text for all, and has a loss range for each assistant message.
@@ -34,7 +34,9 @@ def retokenised_messages(messages: list[dict[str, str]], view: TextView) -> Toke
     prompt = view.render(messages[:-1], generation=True)
     response = view.render(messages, generation=False)[len(prompt) :]
     if not prompt or not response:
-        raise Refused("its dataset drops a conversation without a prompt or a response")
+        raise UnreadableMessagesError(
+            "its dataset drops a conversation without a prompt or a response"
+        )
     ids = encode(_closed(prompt + response, view))
     ids[-1] = view.template.tokenizer.eos_token_id
     mask = [0] * len(ids)
@@ -43,7 +45,7 @@ def retokenised_messages(messages: list[dict[str, str]], view: TextView) -> Toke
     return ids, mask
 
 
-def retokenised_pair(prompt: str, completion: str, view: TextView) -> Tokens:
+def retokenised_pair(prompt: str, completion: str, view: TextView) -> TokensAndMask:
     """The tokens of datasets/reward_dataset.py without a chat template; all of the completion
     counts.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 from conversations.errors import ExportError
 from conversations.export.formats import Row, Source
-from conversations.export.text import TextView, Tokens
+from conversations.export.text import TextView, TokensAndMask
 
 FIELDS = {
     "prompt": "the text of the prompt's ids, with chat template and tools; "
@@ -40,7 +40,9 @@ class _Extremes:
             self.worst = (reward, trajectory_id)
 
 
-def pairs(source: Source, retokenise: Callable[[str, str, TextView], Tokens]) -> Iterator[Row]:
+def pairs(
+    source: Source, retokenise: Callable[[str, str, TextView], TokensAndMask]
+) -> Iterator[Row]:
     """One row for each group. `retokenise` tokenises prompt and completion as the consumer."""
     view = source.view
     if view.template is None:
@@ -77,7 +79,7 @@ def _pair(
     task_id: str,
     chosen: Any,
     rejected: Any,
-    retokenise: Callable[[str, str, TextView], Tokens],
+    retokenise: Callable[[str, str, TextView], TokensAndMask],
 ) -> Row:
     view = source.view
     prompt = view.prompt(chosen)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.export.formats import Format, Record, Row, Source
-from conversations.export.text import TextView, Tokens
+from conversations.export.text import TextView, TokensAndMask
 from conversations.export.writers import json_text, write_json_lines
 from conversations.rounds import last_sampled, text_said
 
@@ -66,9 +66,9 @@ def _arguments(text: str) -> Any:
         return text
 
 
-def retokenised(
+def retokenised_turns(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], view: TextView
-) -> Tokens:
+) -> TokensAndMask:
     """The tokens of a trainer that renders the same turns with the run's own chat template.
 
     It trains on gpt and function_call turns.
@@ -110,7 +110,7 @@ def _rows(source: Source) -> Iterator[Row]:
             source.leave_out("turns do not alternate as ShareGPT's must")
             continue
         messages = record["messages"][: last_sampled(record["messages"]) + 1]
-        if source.fits(record, retokenised, messages, record["tools"]):
+        if source.fits(record, retokenised_turns, messages, record["tools"]):
             yield row
 
 

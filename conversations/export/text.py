@@ -4,8 +4,8 @@ The text is as close to the tokens as messages can be: an assistant's content is
 calls, and if a consumer gives no tools to its chat template, the tools stand in the system message,
 word for word as they stood in the prompt's tokens.
 
-Each text format has a `retokenised` that does what its consumer's own code does (tests compare the
-two). `verdict` says whether the consumer trains on the sampled ids and on nothing else.
+Each text format has a `retokenised_...` function that does what its consumer's own code does (tests
+compare the two). `verdict` says whether the consumer trains on the sampled ids and on nothing else.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ REMEMBERED = 1024
 
 _MARK = "a4b1turntrace"
 
-Tokens = tuple[list[int], list[int]]
+TokensAndMask = tuple[list[int], list[int]]
 """A consumer's token ids and mask: 1 where it trains the model on the token."""
 
 
-class Refused(Exception):  # noqa: N818
+class UnreadableMessagesError(Exception):
     """A consumer could not read the messages. It never leaves this package."""
 
 
@@ -76,7 +76,7 @@ class TextView:
             marked = self.render(
                 [{"role": "system", "content": _MARK}, *asked], generation=False, tools=tools
             )
-        except Refused:
+        except UnreadableMessagesError:
             return ""
         head, _, tail = marked.partition(_MARK)
         default = plain[len(head) : len(plain) - len(tail)]
@@ -110,7 +110,7 @@ class TextView:
         except (
             Exception
         ) as error:  # templates raise through jinja2, and anything else through bad messages
-            raise Refused(str(error)) from error
+            raise UnreadableMessagesError(str(error)) from error
 
     def _decode(self, ids: Sequence[int]) -> str:
         assert self.template is not None
@@ -155,7 +155,7 @@ class TextView:
             ).partition(_MARK)
             content = prompt[len(head) : len(prompt) - len(tail)]
             found = self.render([{"role": "system", "content": content}, *asked], generation=True)
-        except Refused:
+        except UnreadableMessagesError:
             return None
         return content if found == prompt else None
 
@@ -172,7 +172,7 @@ def whole_mask(record: Mapping[str, Any]) -> list[int]:
     return mask
 
 
-def after_common(prompt: list[int], whole: list[int]) -> Tokens:
+def after_common(prompt: list[int], whole: list[int]) -> TokensAndMask:
     """The tokens of a prompt with its completion. The mask is 1 after the prompt's own tokens."""
     common = next(
         (
@@ -192,7 +192,7 @@ def _plain(message: Mapping[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------------- what that means
 
 
-def verdict(record: Mapping[str, Any], tokens: Tokens, template: ChatTemplate) -> str:
+def verdict(record: Mapping[str, Any], tokens: TokensAndMask, template: ChatTemplate) -> str:
     """One of `VERDICTS`: the consumer's tokens against the record's, to the last sampled one."""
     ids, mask = tokens
     end = record["turns"][-1]["end"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from conversations.export.formats import Format, Row, Source
 from conversations.export.pairs import FIELDS, pairs
-from conversations.export.text import TextView, Tokens, after_common, whole_ids, whole_mask
+from conversations.export.text import TextView, TokensAndMask, after_common, whole_ids, whole_mask
 from conversations.export.writers import write_json_lines, write_parquet
 from conversations.extras import pyarrow
 
@@ -37,7 +37,7 @@ def _sft_schema() -> Any:
     )
 
 
-def retokenised(prompt: str, completion: str, view: TextView) -> Tokens:
+def retokenised_texts(prompt: str, completion: str, view: TextView) -> TokensAndMask:
     """The tokens of TRL 1.16, trainer/dpo_trainer.py, for two texts; all of the completion counts.
 
     It adds the end-of-text token if that is missing.
@@ -49,7 +49,7 @@ def retokenised(prompt: str, completion: str, view: TextView) -> Tokens:
 
 
 def _pair_rows(source: Source) -> Iterator[Row]:
-    return pairs(source, retokenised)
+    return pairs(source, retokenised_texts)
 
 
 TRL_SFT = Format(

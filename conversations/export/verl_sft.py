@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conversations.export.formats import Format, Row, Source
-from conversations.export.text import Refused, TextView, Tokens
+from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError
 from conversations.export.writers import json_text, write_parquet
 from conversations.extras import pyarrow
 from conversations.rounds import is_sampled, last_sampled
 from conversations.run.open_run import template_kwargs
 
 
-def retokenised(messages: Sequence[Mapping[str, Any]], view: TextView) -> Tokens:
+def retokenised_blocks(messages: Sequence[Mapping[str, Any]], view: TextView) -> TokensAndMask:
     """The tokens of that dataset: each message adds those of the text that it adds to the
     rendering.
 
@@ -50,7 +50,9 @@ def retokenised(messages: Sequence[Mapping[str, Any]], view: TextView) -> Tokens
 def _check_order(roles: Sequence[str]) -> None:
     start = roles[1:] if roles[0] == "system" else roles
     if start[:2] != ["user", "assistant"] or {"system", "developer"}.intersection(roles[1:]):
-        raise Refused("it wants a system message only first, then user, then assistant")
+        raise UnreadableMessagesError(
+            "it wants a system message only first, then user, then assistant"
+        )
 
 
 def _block_end(roles: Sequence[str], index: int) -> int:
@@ -74,7 +76,7 @@ def _rows(source: Source) -> Iterator[Row]:
         ]
         if not messages:
             source.leave_out("no sampled message")
-        elif source.fits(record, retokenised, messages):
+        elif source.fits(record, retokenised_blocks, messages):
             more = {
                 "tool_schemas": json_text(record["tools"]),
                 "id": record["id"],

@@ -44,7 +44,7 @@ _KEY = re.compile(r"""[^\s:,{}\[\]<>"'][^:,{}\[\]<>\n]*""")
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class BraceTokens:
     """The tokens of one format."""
 
     open: str
@@ -57,7 +57,7 @@ class Tokens:
         return f"{self.open}call:NAME{{key:{self.quote}text{self.quote},other:1}}{self.close}"
 
 
-def braces_format(name: str, tokens: Tokens, aliases: tuple[str, ...] = ()) -> CallFormat:
+def braces_format(name: str, tokens: BraceTokens, aliases: tuple[str, ...] = ()) -> CallFormat:
     """The call format of these tokens."""
     opens = opening(tokens.thought, re.escape(tokens.open))
     patterns = _Patterns(tokens)
@@ -69,7 +69,7 @@ def braces_format(name: str, tokens: Tokens, aliases: tuple[str, ...] = ()) -> C
 
 
 class _Patterns:
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: BraceTokens) -> None:
         open_, close = re.escape(tokens.open), re.escape(tokens.close)
         self.call = re.compile(r"call:([^\s{}<>]+)(?={)")
         self.resume = re.compile(one_of(open_, close=close))
@@ -78,7 +78,7 @@ class _Patterns:
 class _Turn:
     """Reads the calls of one turn."""
 
-    def __init__(self, tokens: Tokens, patterns: _Patterns, text: str) -> None:
+    def __init__(self, tokens: BraceTokens, patterns: _Patterns, text: str) -> None:
         self.tokens, self.patterns, self.text = tokens, patterns, text
         self._values = Literals(self._string, _KEY)
         self._quotes: list[tuple[int, bool]] | None = None

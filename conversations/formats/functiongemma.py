@@ -6,9 +6,9 @@ Source: the model's chat template. Rules and what is malformed: `call_braces.py`
 from __future__ import annotations
 
 from conversations.formats.blocks import THINK
-from conversations.formats.call_braces import Tokens, braces_format
+from conversations.formats.call_braces import BraceTokens, braces_format
 
-TOKENS = Tokens(
+TOKENS = BraceTokens(
     open="<start_function_call>", close="<end_function_call>", quote="<escape>", thought=THINK
 )
 

@@ -48,7 +48,7 @@ _STOP = re.compile(r"<\|(?:start|channel|(?P<end>end|call|return))\|>")
 _HINT = "write <|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{...}<|call|>"
 
 
-def parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
+def _parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
     """The calls, the content and the reasoning of one assistant turn."""
     return _Scan(raw).run()
 
@@ -121,4 +121,4 @@ class _Scan:
         return end
 
 
-FORMAT = CallFormat("gpt_oss", parse, aliases=("gpt-oss", "openai", "harmony"), is_typed=False)
+FORMAT = CallFormat("gpt_oss", _parse, aliases=("gpt-oss", "openai", "harmony"), is_typed=False)

@@ -43,7 +43,7 @@ _HEAD = re.compile(
 _NAMED_HINT = f"write {OPEN}NAME[ARGS]{{...}}"
 
 
-def parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
+def _parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
     """The calls and the remaining content of one assistant turn."""
     if not in_think and OPEN not in raw:
         return ParsedTurn(raw)
@@ -78,5 +78,5 @@ def _named(text: str, position: int, reader: JsonReader, run: BlockRun) -> int:
 
 
 FORMAT = CallFormat(
-    "mistral", parse, aliases=("devstral", "ministral"), is_typed=False, thought=THINK
+    "mistral", _parse, aliases=("devstral", "ministral"), is_typed=False, thought=THINK
 )

@@ -119,7 +119,7 @@ class Written:
         return any("look_up" in turn.text for turn in self.turns)
 
 
-def choose(formats: Sequence[CallFormat], written: Written) -> FormatReport:
+def choose_format(formats: Sequence[CallFormat], written: Written) -> FormatReport:
     """The one format of `formats` that the template writes."""
     if not written.prints_calls:
         return _taught(formats, written)
@@ -136,7 +136,7 @@ def choose(formats: Sequence[CallFormat], written: Written) -> FormatReport:
     return FormatReport(proven[0].name, BY_CALLS)
 
 
-def check(form: CallFormat, formats: Sequence[CallFormat], written: Written) -> FormatReport:
+def prove_named(form: CallFormat, formats: Sequence[CallFormat], written: Written) -> FormatReport:
     """The proof of a format that was named by the user."""
     if not written.prints_calls:
         taught = _taught(formats, written)
@@ -146,7 +146,7 @@ def check(form: CallFormat, formats: Sequence[CallFormat], written: Written) -> 
     problem = failure(form, written)
     if not problem:
         return FormatReport(form.name, BY_CALLS)
-    others = choose(formats, written).name
+    others = choose_format(formats, written).name
     hint = f"; its format is {others}" if others else ""
     return FormatReport(form.name, NOT_PROVEN, problem + hint)
 

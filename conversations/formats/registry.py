@@ -55,7 +55,7 @@ FORMATS: tuple[CallFormat, ...] = (
 _BY_NAME = {name: each for each in FORMATS for name in (each.name, *each.aliases)}
 
 
-def names() -> list[str]:
+def format_names() -> list[str]:
     """The names of all formats, without their aliases, in order."""
     return [each.name for each in FORMATS]
 
@@ -64,6 +64,6 @@ def format_named(name: str) -> CallFormat:
     """The format with this name or alias. Raises CallFormatError, naming the nearest right one."""
     if (named := _BY_NAME.get(name)) is None:
         close = difflib.get_close_matches(name, _BY_NAME, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(names())}"
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(format_names())}"
         raise CallFormatError(f"there is no call format {name!r}; {hint}")
     return named

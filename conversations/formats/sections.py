@@ -32,7 +32,7 @@ from conversations.messages import ParsedTurn
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class SectionTokens:
     """The tokens around a section and around each call in it."""
 
     section: str
@@ -44,7 +44,7 @@ class Tokens:
 class Sections:
     """Reads calls in sections. `head` names a call before its JSON, `tail` stands behind it."""
 
-    def __init__(self, tokens: Tokens, head: str, tail: str, shape: str) -> None:
+    def __init__(self, tokens: SectionTokens, head: str, tail: str, shape: str) -> None:
         self._tokens, self._shape = tokens, shape
         self._hint = f"write {tokens.section}{tokens.call}{shape}{tokens.call_end}"
         self._hint += tokens.section_end
@@ -115,14 +115,14 @@ class Sections:
 
 
 _WORD = r"[^\s<]{1,200}"
-_KIMI = Tokens(
+_KIMI = SectionTokens(
     "<|tool_calls_section_begin|>",
     "<|tool_calls_section_end|>",
     "<|tool_call_begin|>",
     "<|tool_call_end|>",
 )
 _KIMI_ARGUMENTS = "<|tool_call_argument_begin|>"
-_DEEPSEEK = Tokens(
+_DEEPSEEK = SectionTokens(
     "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 )
 _SEPARATOR = "<｜tool▁sep｜>"

@@ -32,7 +32,7 @@ CHANGED = (
 )
 
 
-class reader:  # noqa: N801 - a function that remembers
+class AtifReader:
     """Reads documents. Those with the same `session_id` and no `trajectory_id` are one group, in
     order.
     """

@@ -21,7 +21,7 @@ from conversations.imports.files import SourceDefect, SourceDocument, documents,
 from conversations.imports.proof import proven
 from conversations.run.new_folder import new_folder
 from conversations.run.open_run import TOKENIZER
-from conversations.run.saved_tokenizer import load_tokenizer, one_line
+from conversations.run.saved_tokenizer import class_and_message, load_tokenizer
 from conversations.run.store import RunFolder
 from conversations.template import ChatTemplate, Reading
 from conversations.trajectory import Trajectory
@@ -91,8 +91,8 @@ def _reader(kind: str, template: ChatTemplate | None) -> Reader:
     from conversations.imports import atif, verl
 
     readers: dict[str, Callable[[ChatTemplate | None], Reader]] = {
-        "atif": atif.reader,
-        "verl": verl.reader,
+        "atif": atif.AtifReader,
+        "verl": verl.VerlReader,
     }
     if kind not in readers:
         raise ImportFileError(f"--from {kind}: allowed are {', '.join(readers)}")
@@ -121,7 +121,7 @@ def _take(
         done.defects += [f"{document.place}: {line}" for line in str(error).splitlines()]
         return
     except Exception as error:
-        what = f"could not be read, which is an error of turntrace: {one_line(error)}"
+        what = f"could not be read, which is an error of turntrace: {class_and_message(error)}"
         done.defects.append(f"{document.place}: {what}")
         return
     done.trajectories += 1

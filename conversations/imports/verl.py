@@ -26,7 +26,7 @@ WARNING = (
 _KEYS = ("input", "output", "gts", "score", "step")
 
 
-class reader:  # noqa: N801 - a function that remembers
+class VerlReader:
     """Reads lines. The samples of one prompt in one step are a group, in order."""
 
     def __init__(self, template: ChatTemplate | None) -> None:

@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
         if not is_failure(error):
             raise
         raise RunFolderError(
-            f"{folder} holds no tokenizer that can be read: {one_line(error)}"
+            f"{folder} holds no tokenizer that can be read: {class_and_message(error)}"
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -47,6 +47,6 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def one_line(error: BaseException) -> str:
+def class_and_message(error: BaseException) -> str:
     """An exception's class and message, cut, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -17,7 +17,7 @@ from conversations.encoding import SegmentEncoder, without_lone_surrogates
 from conversations.errors import TemplateError
 from conversations.formats.proof import NOT_PROVEN, FormatReport
 from conversations.messages import Message, ParsedTurn
-from conversations.template.deltas import Delta, Deltas, End, Piece, split
+from conversations.template.deltas import Delta, Deltas, End, Piece, split_at
 from conversations.template.probing import find_dialect, user
 from conversations.template.reading import Reader, Reading
 from conversations.template.renderer import Renderer
@@ -93,7 +93,7 @@ class ChatTemplate:
         ids, cuts = self._encode_cut(whole, [start, max(start, common(quiet, whole))])
         return [
             (kind, part)
-            for kind, part in zip((PROMPT, TOOL, PROMPT), split(ids, cuts), strict=True)
+            for kind, part in zip((PROMPT, TOOL, PROMPT), split_at(ids, cuts), strict=True)
             if part
         ]
 

@@ -32,7 +32,7 @@ from conversations.template.probing import (
     OTHER_TOOL,
     PROBE_TOOL,
     answers,
-    call,
+    probe_call,
     renders,
     user,
 )
@@ -175,7 +175,7 @@ class Deltas:
         spans = encoding.offsets[1:]
         head = sum(1 for _, end in spans if end <= shift + len(self._scaffold))
         tail = sum(1 for start, _ in spans if start >= shift + len(text) - len(self.generation))
-        return split(list(encoding.ids[1:]), [head, len(spans) - tail])
+        return split_at(list(encoding.ids[1:]), [head, len(spans) - tail])
 
     # ------------------------------------------------------------------ what stands around every
     # block
@@ -208,7 +208,7 @@ class Deltas:
         if self.kind == USER:
             return [user(content) for content in contents]
         calls = [
-            call(f"f{number}{index}", f"call_{number}_{index}", {})
+            probe_call(f"f{number}{index}", f"call_{number}_{index}", {})
             for index in range(1 if self._one_call else len(contents))
         ]
         return answers(calls, contents)
@@ -339,7 +339,7 @@ class Deltas:
         """
         ask = user("Question?")
         answer: Message = {"role": "assistant", "content": "Answer."}
-        earlier = call("other", "call_0_0", {"y": 1})
+        earlier = probe_call("other", "call_0_0", {"y": 1})
         round_trip: list[Message] = [
             {"role": "assistant", "content": "Let me see.", "tool_calls": [earlier]},
             *answers([earlier], ["1"]),
@@ -433,14 +433,14 @@ def _calls_for(messages: Sequence[Message]) -> list[dict[str, Any]]:
         message.get("tool_call_id") or f"call_0_{index}": message.get("name") or "f"
         for index, message in enumerate(messages)
     }
-    return [call(name, call_id, {}) for call_id, name in names.items()]
+    return [probe_call(name, call_id, {}) for call_id, name in names.items()]
 
 
 def _with_arguments(one: dict[str, Any], arguments: str) -> dict[str, Any]:
     return {**one, "function": {"name": one["function"]["name"], "arguments": arguments}}
 
 
-def split(ids: list[int], cuts: Sequence[int]) -> list[list[int]]:
+def split_at(ids: list[int], cuts: Sequence[int]) -> list[list[int]]:
     """The ids cut at these places."""
     bounds = [0, *cuts, len(ids)]
     return [ids[start:end] for start, end in pairwise(bounds)]

@@ -32,7 +32,7 @@ PROBE_TOOL = tool_schema("f", {"x": {"type": "string"}})
 OTHER_TOOL = tool_schema("other", {"y": {"type": "integer"}})
 
 
-def call(name: str, call_id: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def probe_call(name: str, call_id: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """A call as a record keeps it."""
     text = json.dumps(arguments, ensure_ascii=False)
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
@@ -83,7 +83,7 @@ def find_dialect(renderer: Renderer) -> Dialect:
 
 def _shown_call(renderer: Renderer, way: Dialect) -> bool | None:
     """Whether the template prints a call that it is given in this way; None if it refuses it."""
-    one = call("f", "call_0_0", {"x": "argument9"})
+    one = probe_call("f", "call_0_0", {"x": "argument9"})
     turn: Message = {"role": "assistant", "content": "", "tool_calls": [one]}
     renderer.dialect = way
     try:
@@ -98,7 +98,7 @@ def _reasoning_key(renderer: Renderer, found: Dialect) -> str | None:
     """The key whose thought the template prints in the turn that it ends with."""
     thought = "thoughtful9"
     turn: Message = {"role": "assistant", "content": "", "reasoning_content": thought}
-    with_call = {**turn, "tool_calls": [call("f", "call_0_0", {"x": "1"})]}
+    with_call = {**turn, "tool_calls": [probe_call("f", "call_0_0", {"x": "1"})]}
     for key in ("reasoning_content", "thinking", "reasoning"):
         renderer.dialect = dataclasses.replace(found, reasoning_key=key)
         for last in (with_call, {**turn, "content": "a"}):

@@ -15,7 +15,7 @@ from conversations.formats.proof import PROBE_PARAMETERS, FormatReport, Probe, W
 from conversations.formats.registry import FORMATS, format_named
 from conversations.formats.thinking import with_calls_of_thought, without_thought
 from conversations.messages import Message, ParsedTurn
-from conversations.template.probing import call, tool_schema, user
+from conversations.template.probing import probe_call, tool_schema, user
 from conversations.template.renderer import Renderer
 
 AUTO = "auto"
@@ -96,8 +96,8 @@ class Reader:
     def report(self) -> FormatReport:
         """The proof, whatever comes of it. Raises CallFormatError for an unknown name."""
         if self.reading.format == AUTO:
-            return proof.choose(FORMATS, self.written)
-        return proof.check(format_named(self.reading.format), FORMATS, self.written)
+            return proof.choose_format(FORMATS, self.written)
+        return proof.prove_named(format_named(self.reading.format), FORMATS, self.written)
 
     @functools.cached_property
     def written(self) -> Written:
@@ -125,7 +125,7 @@ class Reader:
         self, probe: Probe, asked: list[Message], prompt: str, tools: list[dict[str, Any]]
     ) -> WrittenTurn | None:
         calls = [
-            call(name, f"functions.{name}:{index}", arguments)
+            probe_call(name, f"functions.{name}:{index}", arguments)
             for index, (name, arguments) in enumerate(probe.calls)
         ]
         turn: Message = {"role": "assistant", "content": probe.content, "tool_calls": calls}

@@ -19,7 +19,7 @@ import pytest
 
 from agent.model.base import base_model_dir
 from agent.packages import ENGINE_PACKAGES, EXTRAS
-from conversations.export.formats import names
+from conversations.export.formats import export_names
 from tests.agent.native_api import Server, in_a_thread
 from tests.agent.native_server import behaviour
 from tests.helpers import ROOT, hermes_template
@@ -198,7 +198,7 @@ OTEL = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
         ("serve sandbox", "sandbox"),
         *(
             (f"export run --to {name} --out data", "cuda" if name == "dataproto" else "parquet")
-            for name in names()
+            for name in export_names()
             if name not in WITHOUT_AN_EXTRA
         ),
     ],

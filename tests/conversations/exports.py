@@ -46,7 +46,7 @@ def qwen3_run() -> Run:
 def exported(to: str, run: Run | None = None) -> tuple[Path, Export]:
     """The folder that an export of a run, else of `small_run`, wrote, and what it said."""
     out = Path(tempfile.mkdtemp(dir=_scratch().name)) / to
-    return out, job.export(run or small_run(), to, out)
+    return out, job.export_run(run or small_run(), to, out)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from conversations import atif
 from conversations.errors import ExportError
 from conversations.export import job
 from conversations.export.filters import Filters, Seen, Selection
-from conversations.export.formats import get_format, names
+from conversations.export.formats import export_names, get_format
 from conversations.export.groups import Statistics, pass_at_k
 from conversations.export.text import TextView
 from conversations.export.writers import arrow_schema, fitted, merged, shape_of
@@ -253,12 +253,12 @@ def test_rows_of_any_shape_fit_one_schema(rows: list[dict[str, Any]]) -> None:
 
 
 def test_every_format_is_there_and_says_what_it_is() -> None:
-    for name in names():
+    for name in export_names():
         found = get_format(name)
         assert found.name == name
         assert found.fields
         assert found.usage
-    assert ", ".join(names()) == FORMATS, "what --help says"
+    assert ", ".join(export_names()) == FORMATS, "what --help says"
     with pytest.raises(
         ExportError, match="there is no format 'openrlhf'; the formats are verl-rl, "
     ):
@@ -267,7 +267,7 @@ def test_every_format_is_there_and_says_what_it_is() -> None:
 
 def test_the_card_names_counts_filters_hashes_and_the_command(tmp_path: Path) -> None:
     filters = Filters(min_reward=0.5, stop_reasons=frozenset({"stop"}))
-    done = job.export(
+    done = job.export_run(
         small_run(),
         "trl-sft",
         tmp_path / "out",
@@ -295,7 +295,7 @@ def test_the_card_names_counts_filters_hashes_and_the_command(tmp_path: Path) ->
 def test_the_same_export_twice_is_the_same_bytes(tmp_path: Path) -> None:
     for name in ("parquet", "trl-sft", "verl-rl", "atif"):
         folder, _ = exported(name)
-        job.export(small_run(), name, tmp_path / name)
+        job.export_run(small_run(), name, tmp_path / name)
         for file in folder.iterdir():
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), name
 
@@ -336,11 +336,11 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
     out.mkdir()
     (out / "mine").write_text("x")
     with pytest.raises(ExportError, match="is there already"):
-        job.export(small_run(), "parquet", out)
+        job.export_run(small_run(), "parquet", out)
     with pytest.raises(
         ExportError, match=r"nothing is left to export of 60 trajectories: .* reward"
     ):
-        job.export(small_run(), "parquet", tmp_path / "other", Filters(min_reward=99.0))
+        job.export_run(small_run(), "parquet", tmp_path / "other", Filters(min_reward=99.0))
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
 
 
@@ -389,11 +389,11 @@ def test_a_run_without_a_tokenizer_is_exported_and_the_card_says_what_was_not_ch
     bare.mkdir()
     for name in ("run.json", "trajectories.jsonl"):
         (bare / name).write_bytes((small_run().path / name).read_bytes())
-    done = job.export(conversations.open_run(bare), "openrlhf-sft", tmp_path / "out")
+    done = job.export_run(conversations.open_run(bare), "openrlhf-sft", tmp_path / "out")
     assert done.verdicts == {"not checked": done.rows}
     assert "nothing was checked" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ExportError, match=r"holds no tokenizer\.json"):
-        job.export(conversations.open_run(bare), "trl-preference", tmp_path / "pairs")
+        job.export_run(conversations.open_run(bare), "trl-preference", tmp_path / "pairs")
 
 
 def test_memory_does_not_grow_with_the_rows_of_a_batch_writer(tmp_path: Path) -> None:
@@ -483,9 +483,9 @@ def half_a_pair(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(changed_run(path, small_run().path, change))
 
 
-@pytest.mark.parametrize("to", names())
+@pytest.mark.parametrize("to", export_names())
 def test_half_a_surrogate_pair_ends_no_export(half_a_pair: Run, tmp_path: Path, to: str) -> None:
-    whole, done = exported(to)[1], job.export(half_a_pair, to, tmp_path / "out")
+    whole, done = exported(to)[1], job.export_run(half_a_pair, to, tmp_path / "out")
     assert done.rows == whole.rows
     for file in (tmp_path / "out").glob("*.jsonl"):
         for row in map(json.loads, file.read_text(encoding="ascii").splitlines()):
@@ -498,7 +498,7 @@ def test_half_a_surrogate_pair_ends_no_export(half_a_pair: Run, tmp_path: Path, 
 
 
 def test_atif_keeps_half_a_surrogate_pair(half_a_pair: Run, tmp_path: Path) -> None:
-    job.export(half_a_pair, "atif", tmp_path / "out")
+    job.export_run(half_a_pair, "atif", tmp_path / "out")
     lines = (tmp_path / "out" / "trajectories.jsonl").read_text().splitlines()
     first = atif.record_of(json.loads(lines[0]))
     assert first == half_a_pair.record(first["id"])

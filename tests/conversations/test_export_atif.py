@@ -92,7 +92,7 @@ def test_a_whole_run_comes_back_byte_for_byte(tmp_path: Path) -> None:
     from conversations.export.filters import Filters
 
     run = small_run()
-    job.export(run, "atif", tmp_path / "atif", Filters(include_infra_errors=True))
+    job.export_run(run, "atif", tmp_path / "atif", Filters(include_infra_errors=True))
     done = import_run(
         tmp_path / "atif" / "trajectories.jsonl",
         "atif",

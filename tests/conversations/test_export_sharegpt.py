@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conversations.export.sharegpt import JOINT, retokenised, turns
+from conversations.export.sharegpt import JOINT, retokenised_turns, turns
 from conversations.export.text import TextView, last_sampled, whole_ids
 from tests.conversations.exports import exported, rows, small_run
 
@@ -32,7 +32,7 @@ def test_llamafactory_trains_on_what_the_export_foresaw() -> None:
         end = record["turns"][-1]["end"]
         messages = record["messages"][: last_sampled(record["messages"]) + 1]
         assert row["ids"][:end] == whole_ids(record)[:end]
-        assert (row["ids"], row["mask"]) == retokenised(messages, record["tools"], view)
+        assert (row["ids"], row["mask"]) == retokenised_turns(messages, record["tools"], view)
         kinds |= set(row["roles"])
     assert kinds == {"user", "assistant", "function", "observation"}
 

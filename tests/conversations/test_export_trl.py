@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conversations.export.text import whole_ids, whole_mask
-from conversations.export.trl import retokenised
+from conversations.export.trl import retokenised_texts
 from tests.conversations.exports import exported, rows, small_run
 
 
@@ -108,7 +108,7 @@ def test_the_dpo_trainer_compares_the_best_with_the_worst_of_each_group(
             assert (
                 ids,
                 [0] * len(row["prompt_ids"]) + [1] * len(row[f"{name}_ids"]),
-            ) == retokenised(written["prompt"], written[name], _view())
+            ) == retokenised_texts(written["prompt"], written[name], _view())
             sampled = whole_mask(record)[:end]
             same_ids = ids[:end] == whole_ids(record)[:end]
             same_mask = (

@@ -12,7 +12,7 @@ import pytest
 
 from conversations.export.text import TextView, whole_ids, whole_mask
 from conversations.export.verl_rl import given
-from conversations.export.verl_sft import retokenised
+from conversations.export.verl_sft import retokenised_blocks
 from conversations.padding import padded_batch
 from tests.conversations.exports import exported, qwen3_run, small_run
 from tests.helpers import ROOT
@@ -98,7 +98,7 @@ def test_the_sft_dataset_trains_on_what_the_card_says() -> None:
         item = dataset[index]
         record = run.record(dataset.dataframe["id"][index])
         ids, mask = item["input_ids"].tolist(), item["loss_mask"].tolist()
-        assert (ids, mask) == retokenised(dataset.messages[index], view)
+        assert (ids, mask) == retokenised_blocks(dataset.messages[index], view)
         end = record["turns"][-1]["end"]
         assert ids[:end] == whole_ids(record)[:end]
         assert ids[end:] in ([], newline, [run.template().end_id, *newline])
@@ -125,7 +125,8 @@ def test_a_template_that_rewrites_history_is_found_out() -> None:
     for index in range(len(dataset)):
         item = dataset[index]
         ids = item["input_ids"].tolist()
-        assert (ids, item["loss_mask"].tolist()) == retokenised(dataset.messages[index], view)
+        tokens = retokenised_blocks(dataset.messages[index], view)
+        assert (ids, item["loss_mask"].tolist()) == tokens
         record = run.record(dataset.dataframe["id"][index])
         assert ids[: len(record["prompt_ids"])] == record["prompt_ids"], (
             "the tools stand in the prompt as they did"
@@ -175,7 +176,7 @@ def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(
     from conversations.export.filters import Filters
 
     run = small_run()
-    job.export(
+    job.export_run(
         run, "dataproto", tmp_path / "out", Filters(include_infra_errors=True), batch_size=16
     )
     trajectories = [one for one in run if one.turns]

@@ -19,7 +19,7 @@ def test_an_export_without_pyarrow_names_the_extra(
     for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"turntrace\[parquet\]") as raised:
-        job.export(small_run(), to, tmp_path / "out")
+        job.export_run(small_run(), to, tmp_path / "out")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
 

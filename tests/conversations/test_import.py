@@ -289,7 +289,7 @@ def test_an_error_of_the_reader_is_a_defect_of_one_document(
 ) -> None:
     class Reader:
         def __init__(self, template: object) -> None:
-            self._read = atif.reader(None)
+            self._read = atif.AtifReader(None)
 
         def __call__(self, document: SourceDocument) -> Trajectory:
             if document.value["session_id"] == "bad":

@@ -25,11 +25,11 @@ from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks
 from agent.replay.continuation import continuing
 from agent.replay.request import ReplayRequest
-from agent.replay.runner import DIVERGED, replay
+from agent.replay.runner import DIVERGED, replay_run
 from conversations import atif
 from conversations.errors import ExportError
 from conversations.export import job
-from conversations.export.formats import names
+from conversations.export.formats import export_names
 from conversations.export.groups import Statistics
 from conversations.imports.job import import_run
 from conversations.page import build
@@ -96,7 +96,7 @@ def test_it_reads_with_warnings_of_a_kind(run: Run) -> None:
 
 def test_it_replays_to_the_same(folder: Path, tmp_path: Path) -> None:
     request = ReplayRequest(folder, tmp_path / "again", argv=["replay", "old"])
-    code, report = replay(request, Console(file=io.StringIO()))
+    code, report = replay_run(request, Console(file=io.StringIO()))
     assert [line["id"] for line in report["diverged"]] == ["unjson-0"], "it has no JSON form"
     assert report["outcomes"] == {"identical": FINISHED - 1, "diverged": 1, "failed": 0}
     assert code == DIVERGED
@@ -122,20 +122,20 @@ ROWS = {
 """What that version exported; there are no groups for pairs."""
 
 
-@pytest.mark.parametrize("to", names())
+@pytest.mark.parametrize("to", export_names())
 def test_it_exports(run: Run, tmp_path: Path, to: str) -> None:
     if not ROWS[to]:
         with pytest.raises(ExportError, match="nothing is left"):
-            job.export(run, to, tmp_path / "out")
+            job.export_run(run, to, tmp_path / "out")
     else:
-        assert job.export(run, to, tmp_path / "out").rows == ROWS[to]
+        assert job.export_run(run, to, tmp_path / "out").rows == ROWS[to]
 
 
 def test_it_comes_back_from_atif_as_it_was_written(run: Run, tmp_path: Path) -> None:
     for record in run.records():
         again = atif.record_of(atif.document(record))
         assert again["sha256"] == record["sha256"] == line_hash(again) == record_hash(record)
-    job.export(run, "atif", tmp_path / "atif")
+    job.export_run(run, "atif", tmp_path / "atif")
     done = import_run(tmp_path / "atif" / "trajectories.jsonl", "atif", tmp_path / "back")
     assert done.defects == []
     back = open_run(tmp_path / "back")

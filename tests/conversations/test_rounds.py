@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conversations.export.verl_rl import given
-from conversations.rounds import first_sampled, given_length, is_sampled, last_sampled, split
+from conversations.rounds import first_sampled, given_length, is_sampled, last_sampled, split_rounds
 
 USER = {"role": "user", "content": "q"}
 GIVEN = {"role": "assistant", "content": "", "raw": None}
@@ -28,7 +28,7 @@ def test_a_sampled_message_has_raw_text() -> None:
     messages = [USER, SAMPLED, RESULT, SAMPLED, RESULT]
     assert (first_sampled(messages), last_sampled(messages)) == (1, 3)
     assert (first_sampled([USER]), last_sampled([USER])) == (1, -1)
-    assert [len(one.replies) for one in split(messages).rounds] == [1, 1]
+    assert [len(one.replies) for one in split_rounds(messages).rounds] == [1, 1]
 
 
 @pytest.mark.parametrize(

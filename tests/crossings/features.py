@@ -24,7 +24,7 @@ from agent.loop.tracing import Tracing
 from agent.replay.continuation import continuing
 from agent.replay.request import ReplayRequest
 from agent.replay.restored import replayed as fork_of
-from agent.replay.runner import replay
+from agent.replay.runner import replay_run
 from agent.replay.tools import LiveTools
 from agent.replay.user import AskedAgainUser
 from agent.runs.manifest import parent_entry
@@ -274,7 +274,7 @@ def replayed(world: World, **request: Any) -> None:
     parent.write_files()
     plain(parent)
     asked = ReplayRequest(parent.out, world.out, **request)
-    code, report = replay(asked, Console(file=io.StringIO()))
+    code, report = replay_run(asked, Console(file=io.StringIO()))
     assert (code, report["outcomes"]["identical"]) == (0, 1), report
 
 

@@ -39,7 +39,7 @@ def serve_until_ended(
     `says` follows the port in the announcement. Raises OSError (a port in use) before it serves.
     """
     end_quietly_on_signals()
-    asyncio.run(serve(app, host, port, says, with_parent=with_parent))
+    asyncio.run(serve_app(app, host, port, says, with_parent=with_parent))
 
 
 def end_quietly_on_signals() -> None:
@@ -54,7 +54,7 @@ def announce(**says: Any) -> None:
     print(json.dumps(says), flush=True)
 
 
-async def serve(
+async def serve_app(
     app: ASGIApp,
     host: str,
     port: int,

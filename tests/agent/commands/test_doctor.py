@@ -11,7 +11,7 @@ from starlette.responses import Response
 from agent.commands.doctor_work import (
     CHECKS,
     GIB,
-    Finding,
+    Diagnosis,
     check_folders,
     check_interactions,
     check_model,
@@ -58,8 +58,8 @@ def test_notices_are_warnings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_check_that_breaks_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    def check_broken(_: Config) -> Iterator[Finding]:
-        yield Finding("ok", "so far")
+    def check_broken(_: Config) -> Iterator[Diagnosis]:
+        yield Diagnosis("ok", "so far")
         raise OSError("no such device")
 
     assert examine(None, checks=[check_broken, check_python]) == 1

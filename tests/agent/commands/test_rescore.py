@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.commands.rescore_work import rescore
+from agent.commands.rescore_work import rescore_run
 from agent.errors import AgentError
 from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run
@@ -108,7 +108,7 @@ def score(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
     monkeypatch.chdir(run.parent)
 
     def scored(function: str, **options: Any) -> list[Trajectory]:
-        rescore(run, function, tmp_path / "new", **options)
+        rescore_run(run, function, tmp_path / "new", **options)
         return list(open_run(tmp_path / "new"))
 
     return scored
@@ -153,9 +153,9 @@ def test_parts_are_summed_and_none_is_no_reward(score: Score, tmp_path: Path, ru
         3.5,
         {"long": 0.5, "turns": 1.0, "sample": 2.0},
     )
-    done = rescore(run, "scores:by_sample", tmp_path / "other")
+    done = rescore_run(run, "scores:by_sample", tmp_path / "other")
     assert (done.unscored, done.changed, done.progress.mean_reward) == (21, 38, 1.0)
-    assert rescore(run, "scores:nothing", tmp_path / "none").progress.mean_reward is None
+    assert rescore_run(run, "scores:nothing", tmp_path / "none").progress.mean_reward is None
 
 
 def test_verls_own_signature_is_called_as_verl_calls_it(
@@ -163,7 +163,7 @@ def test_verls_own_signature_is_called_as_verl_calls_it(
 ) -> None:
     assert {each.reward for each in score("scores:compute_score") if not each.infra_error} == {4.0}
     assert (
-        rescore(
+        rescore_run(
             run, str(run.parent / "scores.py") + ":bare_score", tmp_path / "bare"
         ).progress.mean_reward
         == 0.25
@@ -175,12 +175,12 @@ def test_several_processes_give_the_same_in_the_same_order(
     score: Score, run: Path, tmp_path: Path
 ) -> None:
     one = [each.to_line() for each in score("scores:parts")]
-    rescore(run, "scores:parts", tmp_path / "many", jobs=2)
+    rescore_run(run, "scores:parts", tmp_path / "many", jobs=2)
     assert [each.to_line() for each in open_run(tmp_path / "many")] == one
     with pytest.raises(
         AgentError, match=r"^trajectory t-7: the reward function failed: ValueError[^\n]*$"
     ):
-        rescore(run, "scores:raises", tmp_path / "failed", jobs=2)
+        rescore_run(run, "scores:raises", tmp_path / "failed", jobs=2)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ def test_a_damaged_parent_is_refused(score: Score, run: Path, tmp_path: Path) ->
         (copy / TRAJECTORIES).read_text().replace('"reward":0.5', '"reward":0.75', 1)
     )
     with pytest.raises(RunFolderError, match="does not match its hash"):
-        rescore(copy, "scores:length", tmp_path / "new")
+        rescore_run(copy, "scores:length", tmp_path / "new")
     with pytest.raises(AgentError, match="is the run itself"):
-        rescore(run, "scores:length", run)
+        rescore_run(run, "scores:length", run)
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ import pytest
 
 from agent.errors import ConfigError, TaskError
 from agent.model.base import base_model_dir
-from agent.recipe.data import SMALL, Mix, Renderer, build, held_out, read_gsm8k, template_of
+from agent.recipe.data import (
+    SMALL,
+    ExampleRenderer,
+    Mix,
+    build_examples,
+    held_out,
+    read_gsm8k,
+    template_of,
+)
 from agent.recipe.programs import Problem, Step
 from agent.recipe.setups import draw, shipped_setup, shipped_tools
 from conversations.formats.hermes import parse
@@ -34,7 +42,9 @@ def template() -> ChatTemplate:
 
 def render(template: ChatTemplate, mix: Mix, seed: int) -> tuple[str, list[str]]:
     """The whole text of an example, and the texts of the turns with loss."""
-    example = Renderer(template, shipped_tools(TOOLS)).example(PROBLEM, Random(seed), mix=mix)
+    example = ExampleRenderer(template, shipped_tools(TOOLS)).example(
+        PROBLEM, Random(seed), mix=mix
+    )
     assert example is not None
     turns: list[list[int]] = []
     for at, (token, flag) in enumerate(zip(example.ids, example.loss, strict=True)):
@@ -126,9 +136,9 @@ def test_held_out_rows_are_never_trained_on_and_the_same_seed_gives_the_same_ids
     ]
     kept_back = {row["question"] for row in rows if held_out(row["question"])}
     assert 0 < len(kept_back) < 20
-    renderer, mix = Renderer(template, shipped_tools(TOOLS)), Mix(1, 0, 1)
-    first = list(build(rows, renderer, mix))
-    assert [example.ids for example in build(rows, renderer, mix)] == [
+    renderer, mix = ExampleRenderer(template, shipped_tools(TOOLS)), Mix(1, 0, 1)
+    first = list(build_examples(rows, renderer, mix))
+    assert [example.ids for example in build_examples(rows, renderer, mix)] == [
         example.ids for example in first
     ]
     trained = [template.decode(example.ids) for example in first if not example.held_out]

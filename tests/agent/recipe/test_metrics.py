@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent.recipe.metrics import Share, complete, outcome, scores
+from agent.recipe.metrics import Share, complete, outcome_of, scores
 from conversations.trajectory import ToolCallRecord, Trajectory
 
 CODE = ToolCallRecord("call_0_0", 0, "code_interpreter", {"code": "print(1)"}, status="ok")
@@ -75,17 +75,17 @@ def test_anything_else_is_not(trajectory: Trajectory) -> None:
 
 def test_calls_of_the_wrong_shape_are_not_valid_failing_programs_are() -> None:
     statuses = ["ok", "tool_error", "malformed", "unknown_tool", "invalid_arguments", "timeout"]
-    one = outcome(record([dataclasses.replace(CODE, status=status) for status in statuses]))
+    one = outcome_of(record([dataclasses.replace(CODE, status=status) for status in statuses]))
     assert (one.calls, one.valid_calls) == (6, 3)
 
 
 def test_recovery_asks_for_other_code_that_runs_and_the_whole_protocol() -> None:
-    assert outcome(record([CODE, ANSWER])).recovered is None
-    assert outcome(record([CODE, ANSWER], given=failing("print(x)"))).recovered is True
-    assert outcome(record([CODE, ANSWER], given=failing("print(1)"))).recovered is False
-    assert outcome(record([CODE], given=failing("print(x)"))).recovered is False
+    assert outcome_of(record([CODE, ANSWER])).recovered is None
+    assert outcome_of(record([CODE, ANSWER], given=failing("print(x)"))).recovered is True
+    assert outcome_of(record([CODE, ANSWER], given=failing("print(1)"))).recovered is False
+    assert outcome_of(record([CODE], given=failing("print(x)"))).recovered is False
     failed = dataclasses.replace(CODE, arguments={"code": "print(y)"}, status="tool_error")
-    assert outcome(record([failed, CODE, ANSWER], given=failing("print(x)"))).recovered is False
+    assert outcome_of(record([failed, CODE, ANSWER], given=failing("print(x)"))).recovered is False
 
 
 def test_scores_count_conversations_and_leave_out_what_the_infrastructure_failed() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from agent.recipe import symbolic
 from agent.recipe.faults import broken_code
-from agent.recipe.programs import number_text, prints, run
+from agent.recipe.programs import number_text, prints, run_arithmetic
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from agent.recipe.programs import number_text, prints, run
 )
 def test_only_arithmetic_is_run(code: str) -> None:
     with pytest.raises(ValueError, match="not arithmetic"):
-        run(code)
+        run_arithmetic(code)
 
 
 @pytest.mark.parametrize(

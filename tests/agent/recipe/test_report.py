@@ -22,10 +22,10 @@ from agent.recipe.report import (
     Condition,
     Row,
     cell,
+    report_table,
     row,
-    table,
     targets,
-    write,
+    write_report,
 )
 from conversations.trajectory import Turn
 from tests.agent.recipe.test_metrics import ANSWER, CODE, record
@@ -92,7 +92,7 @@ def test_every_condition_of_the_adapter_is_asked_for_something_and_the_base_mode
 
 def test_the_table_is_markdown() -> None:
     console = Console(file=io.StringIO(), width=200)
-    console.print(table([found(), found()]))
+    console.print(report_table([found(), found()]))
     lines = [line.strip() for line in str(console.file.getvalue()).splitlines() if line.strip()]  # type: ignore[attr-defined]
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {10}
@@ -106,7 +106,7 @@ def test_the_table_is_markdown() -> None:
 
 
 def test_the_json_holds_counts_and_targets(tmp_path: Path) -> None:
-    write(tmp_path / "new" / "report.json", {"adapter": "x"}, [found()])
+    write_report(tmp_path / "new" / "report.json", {"adapter": "x"}, [found()])
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     assert report["adapter"] == "x"
     assert report["rows"][0]["condition"] == {

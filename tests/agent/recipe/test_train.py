@@ -14,12 +14,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from agent.model.base import merge_lora  # noqa: E402
-from agent.recipe.data import Example, write  # noqa: E402
+from agent.recipe.data import Example, write_examples  # noqa: E402
 from agent.recipe.lora import adapter_state, add_lora, save_adapter, unwrap  # noqa: E402
 from agent.recipe.train import (  # noqa: E402
     Settings,
-    Tokens,
-    batches,
+    TokenFile,
+    batches_of_like_length,
     fit,
     held_out_loss,
     learning_rate,
@@ -44,7 +44,7 @@ def tiny_model() -> torch.nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **shape))
 
 
-def tokens(path: Path, count: int = 24) -> Tokens:
+def tokens(path: Path, count: int = 24) -> TokenFile:
     rng = np.random.default_rng(0)
     examples = []
     for index in range(count):
@@ -58,8 +58,8 @@ def tokens(path: Path, count: int = 24) -> Tokens:
                 held_out=index % 6 == 0,
             )
         )
-    write(examples, path / "tokens.npz")
-    return Tokens.read(path / "tokens.npz")
+    write_examples(examples, path / "tokens.npz")
+    return TokenFile.read(path / "tokens.npz")
 
 
 def test_the_loss_is_transformers_own_over_the_masked_tokens(tmp_path: Path) -> None:
@@ -73,12 +73,12 @@ def test_the_loss_is_transformers_own_over_the_masked_tokens(tmp_path: Path) -> 
 
 def test_batches_hold_every_row_once_and_keep_to_the_limit(tmp_path: Path) -> None:
     lengths = tokens(tmp_path, 100).lengths()
-    parts = list(batches(lengths, np.arange(100), 64, np.random.default_rng(1)))
+    parts = list(batches_of_like_length(lengths, np.arange(100), 64, np.random.default_rng(1)))
     assert sorted(np.concatenate(parts).tolist()) == list(range(100))
     assert all(len(part) * lengths[part].max() <= 64 for part in parts)
 
 
-def alike(path: Path, rows: int = 20) -> Tokens:
+def alike(path: Path, rows: int = 20) -> TokenFile:
     """Conversations whose first 130 tokens are the same, as with the same tools in the prompt, and
     a few others.
     """
@@ -99,8 +99,8 @@ def alike(path: Path, rows: int = 20) -> Tokens:
                 held_out=False,
             )
         )
-    write(examples, path / "alike.npz")
-    return Tokens.read(path / "alike.npz")
+    write_examples(examples, path / "alike.npz")
+    return TokenFile.read(path / "alike.npz")
 
 
 def test_a_shared_beginning_changes_neither_loss_nor_gradient(tmp_path: Path) -> None:
@@ -145,7 +145,9 @@ def test_batches_of_conversations_that_begin_alike_hold_no_others(tmp_path: Path
     assert len(set(groups[:20])) == 1
     assert groups[0] > 0
     assert groups[20:].tolist() == [0, 0, 0]
-    parts = list(batches(data.lengths(), np.arange(23), 700, np.random.default_rng(1), groups))
+    parts = list(
+        batches_of_like_length(data.lengths(), np.arange(23), 700, np.random.default_rng(1), groups)
+    )
     assert sorted(np.concatenate(parts).tolist()) == list(range(23))
     assert all(len(set(groups[part])) == 1 for part in parts)
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agent.commands.run_work import RunRequest, run
+from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
@@ -29,7 +29,7 @@ from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks
 from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
-from agent.replay.runner import DIVERGED, replay
+from agent.replay.runner import DIVERGED, replay_run
 from agent.replay.trust import OWN_TOOLS
 from agent.runs.ending import DONE, INCOMPLETE
 from conversations.errors import ConversationsError, RunFolderError
@@ -176,7 +176,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             False,
             ["run", "..."],
         )
-        assert run(request, Console(file=io.StringIO())) == DONE
+        assert run_request(request, Console(file=io.StringIO())) == DONE
     return folder
 
 
@@ -225,7 +225,7 @@ def again(tmp_path: Path, desk: Path) -> Again:
     def replayed(run: Path = Path("parent"), out: str = "new", **options: Any) -> Replayed:
         said = io.StringIO()
         request = ReplayRequest(run, tmp_path / out, argv=["replay", str(run)], **options)
-        code, report = replay(request, Console(file=said, width=200))
+        code, report = replay_run(request, Console(file=said, width=200))
         return Replayed(tmp_path / out, code, report, said.getvalue())
 
     return replayed

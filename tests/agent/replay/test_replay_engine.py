@@ -15,7 +15,7 @@ from agent.loop.conversation import Conversation, Counterparts
 from agent.loop.record import trajectory_of
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task, recorded_task
-from agent.replay.compare import Scope, compare
+from agent.replay.compare import Scope, compare_records
 from agent.replay.playback import played_back
 from agent.replay.restored import replayed
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
@@ -148,7 +148,7 @@ async def test_both_recorded_is_identical(records: list[Trajectory], sglang_roll
         ),
     )
     scope = Scope(live_model=False, live_tools=False, decode=runtime.template.decode)
-    assert [compare(*pair, scope) for pair in done] == [None] * len(WORDS)
+    assert [compare_records(*pair, scope) for pair in done] == [None] * len(WORDS)
 
 
 @on_session_loop
@@ -163,7 +163,7 @@ async def test_a_changed_tool_is_shown_where_it_first_answered_otherwise(
     scope = Scope(live_model=False, live_tools=True, decode=runtime.template.decode)
     for record, other in done:
         first = next((line for line in record.tool_calls if "apple" in str(line.response)), None)
-        found = compare(record, other, scope)
+        found = compare_records(record, other, scope)
         if first is None:
             assert found is None
         else:
@@ -190,7 +190,7 @@ async def test_the_engine_asked_again_samples_the_same_or_the_first_other_token_
     )
     scope = Scope(live_model=True, live_tools=False, decode=runtime.template.decode)
     for record, other in done:
-        found = compare(record, other, scope)
+        found = compare_records(record, other, scope)
         old, new = record.prompt_ids + record.response_ids, other.prompt_ids + other.response_ids
         if found is None:
             assert (old, record.stop_reason) == (new, other.stop_reason)

@@ -16,7 +16,7 @@ from agent.loop.conversation import Conversation, Counterparts
 from agent.loop.loop import converse
 from agent.loop.record import trajectory_of
 from agent.loop.runtime import Runtime
-from agent.replay.compare import NOT_COMPARED, Divergence, Scope, compare
+from agent.replay.compare import NOT_COMPARED, Divergence, Scope, compare_records
 from agent.replay.playback import played_back
 from agent.replay.restored import replayed
 from agent.replay.tools import RecordedTools, stand_ins
@@ -66,7 +66,7 @@ async def again(world: World, record: Trajectory) -> Trajectory:
 
 
 def plain(record: Trajectory) -> dict[str, Any]:
-    """All of a record that may not differ: what `compare` looks at, by another way."""
+    """All of a record that may not differ: what `compare_records` looks at, by another way."""
     fields = json.loads(record.to_line())
     for name in (*NOT_COMPARED["trajectory"], "sha256"):
         del fields[name]
@@ -87,7 +87,7 @@ async def test_random_conversations_are_replayed_from_their_records_alone(
     for start in range(0, WORLDS, 100):
         for world, record in await worlds(smollm2, 100, start):
             other = await again(world, record)
-            assert compare(record, other, scope) is None
+            assert compare_records(record, other, scope) is None
             assert plain(record) == plain(other)
             assert other.parent == {"run": "r", "id": record.id, "turn": None}
             stops[record.stop_reason] += 1
@@ -124,7 +124,7 @@ async def test_simulated_users_say_again_what_they_said(
     )
     await converse(made)
     assert (
-        compare(
+        compare_records(
             record,
             trajectory_of(made),
             Scope(live_model=False, live_tools=False, decode=smollm2.decode),
@@ -193,7 +193,7 @@ async def test_a_conversation_that_was_cut_off_and_gone_on_with_is_replayed_like
     made.user = None
     await converse(made)
     assert (
-        compare(
+        compare_records(
             record,
             trajectory_of(made),
             Scope(live_model=False, live_tools=False, decode=smollm2.decode),
@@ -304,7 +304,7 @@ async def test_whatever_is_changed_is_named_with_its_place(smollm2: ChatTemplate
         if (change := changed(record, rng)) is None:
             continue
         other, kind, place = change
-        found = compare(record, other, scope)
+        found = compare_records(record, other, scope)
         assert isinstance(found, Divergence)
         assert (found.kind, {name: getattr(found, name) for name in place}) == (kind, place)
         kinds[kind] += 1

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from starlette.responses import Response
 
-from agent.commands.run_work import RunRequest, run
+from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
 from agent.errors import EngineStartError
 from agent.runs.ending import DONE, INCOMPLETE
@@ -74,7 +74,7 @@ def go(server: Server, tmp_path: Path) -> Go:
             ["run"],
             stop_after_s,
         )
-        return Ran(run(request, console), console.file.getvalue())  # type: ignore[attr-defined]
+        return Ran(run_request(request, console), console.file.getvalue())  # type: ignore[attr-defined]
 
     return go
 

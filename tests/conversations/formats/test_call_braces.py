@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conversations.formats import functiongemma, gemma4
-from conversations.formats.call_braces import Tokens
+from conversations.formats.call_braces import BraceTokens
 from conversations.formats.format import NO_TYPES
 from conversations.formats.registry import format_named
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
@@ -104,7 +104,7 @@ def test_a_string_that_was_not_closed_does_not_take_the_next_call(name: str) -> 
     assert len(read(name, unclosed * 3 + after).calls) == 4
 
 
-def hostile_units(tokens: Tokens) -> list[str]:
+def hostile_units(tokens: BraceTokens) -> list[str]:
     open_, close, quote, _ = (tokens.open, tokens.close, tokens.quote, tokens.thought)
     return [
         *(open_, close, quote, f"{open_}call:f{{", f"{open_}call:f{{a:{quote}", f"{quote} ", ": "),

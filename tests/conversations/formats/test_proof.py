@@ -14,9 +14,9 @@ from conversations.formats.proof import (
     PROBES,
     Written,
     WrittenTurn,
-    check,
-    choose,
+    choose_format,
     failure,
+    prove_named,
 )
 from conversations.formats.registry import FORMATS, format_named
 from conversations.messages import ParsedTurn, ToolCall
@@ -47,13 +47,13 @@ def renamed(form: CallFormat, name: str, **fields: object) -> CallFormat:
 
 
 def test_the_format_that_gives_the_calls_back_is_taken() -> None:
-    report = choose(FORMATS, written())
+    report = choose_format(FORMATS, written())
     assert (report.name, report.how, report.problem) == ("hermes", BY_CALLS, "")
-    assert check(HERMES, FORMATS, written()).is_proven
+    assert prove_named(HERMES, FORMATS, written()).is_proven
 
 
 def test_a_format_that_the_template_does_not_write_fails_and_the_right_one_is_named() -> None:
-    report = check(format_named("glm45"), FORMATS, written())
+    report = prove_named(format_named("glm45"), FORMATS, written())
     assert not report.is_proven
     assert "hermes" in report.problem
 
@@ -75,7 +75,7 @@ def test_what_comes_back_otherwise_is_no_proof(lost: str) -> None:
         return ParsedTurn(parsed.content, tuple(changed))
 
     assert failure(CallFormat("lossy", parse), written())
-    assert choose([CallFormat("lossy", parse)], written()).how == NOT_PROVEN
+    assert choose_format([CallFormat("lossy", parse)], written()).how == NOT_PROVEN
 
 
 def test_an_id_that_the_template_prints_must_come_back() -> None:
@@ -93,7 +93,7 @@ def test_an_id_that_the_template_prints_must_come_back() -> None:
 
 
 def test_two_formats_that_agree_about_all_are_one_to_the_model() -> None:
-    report = choose([HERMES, renamed(HERMES, "again")], written())
+    report = choose_format([HERMES, renamed(HERMES, "again")], written())
     assert report.name == "hermes"
 
 
@@ -102,14 +102,16 @@ def test_two_formats_that_disagree_are_both_named() -> None:
         parsed = HERMES.parse(raw, types, in_think=in_think)
         return ParsedTurn(raw, tuple(c for c in parsed.calls if isinstance(c, ToolCall)))
 
-    report = choose([HERMES, CallFormat("lenient", parse)], written())
+    report = choose_format([HERMES, CallFormat("lenient", parse)], written())
     assert report.name is None
     assert "hermes" in report.problem
     assert "lenient" in report.problem
 
 
 def test_what_no_format_reads_is_shown() -> None:
-    report = choose(FORMATS, written(lambda name, arguments: f"<act>{name} {arguments}</act>"))
+    report = choose_format(
+        FORMATS, written(lambda name, arguments: f"<act>{name} {arguments}</act>")
+    )
     assert report.name is None
     assert "<act>list_all" in report.problem
 
@@ -130,6 +132,6 @@ def test_a_template_that_prints_no_calls_is_taken_at_its_word_if_it_is_one_word(
         renamed(HERMES, "two", taught_by=("<b>",)),
         renamed(HERMES, "silent"),
     ]
-    report = choose(forms, Written([], prompt))
+    report = choose_format(forms, Written([], prompt))
     assert (report.name, report.how) == (name, how)
     assert ("format_unproven" in report.problem) == (name is None)

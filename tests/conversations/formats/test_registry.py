@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from conversations.errors import CallFormatError
-from conversations.formats.registry import FORMATS, format_named, names
+from conversations.formats.registry import FORMATS, format_named, format_names
 
 
 def test_no_two_formats_share_a_name() -> None:
     every = [name for each in FORMATS for name in (each.name, *each.aliases)]
     assert len(every) == len(set(every))
-    assert len(names()) == len(FORMATS)
+    assert len(format_names()) == len(FORMATS)
 
 
 def test_a_format_is_found_by_its_name_and_by_each_alias() -> None:

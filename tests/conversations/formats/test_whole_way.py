@@ -21,10 +21,10 @@ from agent.engines.engine import Generation
 from agent.loop.batch import run_tasks
 from agent.model.base import base_model_dir
 from agent.replay.request import ReplayRequest
-from agent.replay.runner import replay
+from agent.replay.runner import replay_run
 from conversations.errors import CallFormatError, ExportError
 from conversations.export import job
-from conversations.export.formats import names as export_names
+from conversations.export.formats import export_names as export_names
 from conversations.formats.proof import PROBE_PARAMETERS, PROBES
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import RunFolder
@@ -139,7 +139,7 @@ def exported_or_refused(run: Run, to: str, out: Path) -> bool:
     A consumer that hands no calls to its chat template is refused by templates that count roles.
     """
     try:
-        return job.export(run, to, out).rows > 0
+        return job.export_run(run, to, out).rows > 0
     except ExportError as error:
         return any(why in str(error) for why in ("refused by the consumer", "group without two"))
 
@@ -195,7 +195,7 @@ def goes_on_from_the_record(folder: Path, tmp_path: Path, exports: Sequence[str]
     page = write_page(folder, tmp_path / "page.html").read_text(encoding="utf-8")
     assert any("look_up" in line for block in parts_of(page)[2] for line in block)
 
-    code, report = replay(
+    code, report = replay_run(
         ReplayRequest(folder, tmp_path / "again", argv=["replay", str(folder)]),
         Console(file=StringIO()),
     )

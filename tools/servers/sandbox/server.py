@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from tools.servers.process import end_quietly_on_signals, serve
+from tools.servers.process import end_quietly_on_signals, serve_app
 from tools.servers.sandbox.app import sandbox_app
 from tools.servers.sandbox.probe import working_sandbox
 from tools.servers.sandbox.sessions import Sessions
@@ -56,7 +56,7 @@ async def serve_sandbox(options: Options) -> None:
         sessions = Sessions(working.sandbox, options.sessions, options.session_idle_s)
         stack.push_async_callback(sessions.close)
         app = sandbox_app(working, sessions, options.workers or os.cpu_count() or 1, stopping)
-        await serve(
+        await serve_app(
             app, options.host, options.port, {}, with_parent=options.with_parent, stopping=stopping
         )
 
