@@ -156,7 +156,7 @@ ROOMS = (
     ("loop",),
     ("runs",),
     ("replay", "scoring"),
-    ("trainers",),
+    ("trainers", "gateway"),
     ("inference", "interactions", "rollout", "verl_agent_loop"),
     ("commands",),
     ("cli",),

@@ -78,9 +78,14 @@ class Clock:
     wall_s: float = 0.0
     _begun: float = field(default_factory=perf_counter)
 
+    @property
+    def so_far_s(self) -> float:
+        """Seconds until now."""
+        return self.earlier_s + perf_counter() - self._begun
+
     def stop(self) -> None:
         """Sets `wall_s`."""
-        self.wall_s = self.earlier_s + perf_counter() - self._begun
+        self.wall_s = self.so_far_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ TOKENIZER_FILES = (
 
 def run_manifest(
     config: Config,
-    tasks: Path,
+    tasks: Path | None,
     tools: ToolSet | None = None,
     interactions: Interactions | None = None,
     *,
@@ -55,7 +55,10 @@ def run_manifest(
     validate: bool,
     argv: Sequence[str],
 ) -> dict[str, Any]:
-    """The fields of run.json without schema and counts. All values are JSON."""
+    """The fields of run.json without schema and counts. All values are JSON.
+
+    `tasks` is None if conversations come from elsewhere, as a gateway's do.
+    """
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(argv),
@@ -63,7 +66,7 @@ def run_manifest(
         "tools": source(tools),
         "interactions": source(interactions),
         "model": model_entry(config),
-        "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)},
+        "tasks": {"file": tasks.name, "sha256": task_file_hash(tasks)} if tasks else None,
         "limit": limit,
         "n": config.n(validate),
         "validate": validate,

@@ -3,6 +3,7 @@
     run.json             what was run: config, tools, model, tasks, versions, counts
     trajectories.jsonl   one record a line, appended as each conversation ends
     unfinished.jsonl     interrupted conversations, in the same form
+    turns.jsonl          of a gateway: a journal of its sessions, one turn a line
     superseded.jsonl     what a later attempt replaced: retried failures, resumed conversations
     replay.jsonl         of a replay: its outcome and first difference for each trajectory
     scores.jsonl         of `verify --engine`: differences of log-probs; see `scores.py`
@@ -41,6 +42,7 @@ RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = (
     "unfinished.jsonl",
     "superseded.jsonl",
 )
+JOURNAL = "turns.jsonl"
 
 IDENTITY = (
     "config",
@@ -139,6 +141,7 @@ class RunFolder:
                 )
             _cut_torn_line(path / UNFINISHED)
             _cut_torn_line(path / TRAJECTORIES)
+            _cut_torn_line(path / JOURNAL)
             done, digest = _retire_failed(path)
             unfinished = _retire_unfinished(path, done)
             for name in ("counts", "digest"):  # they are what a run says when it closes
@@ -179,6 +182,14 @@ class RunFolder:
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of an interrupted conversation."""
         self._files.append(UNFINISHED, trajectory.to_line())
+
+    def append_journal(self, line: str) -> None:
+        """Writes a line of a gateway's journal, in ASCII. Raises RunFolderError."""
+        self._files.append(JOURNAL, line)
+
+    def keep_journal(self, lines: Iterable[bytes]) -> None:
+        """Replaces the journal by those of its lines that are still needed."""
+        _replace(self.path / JOURNAL, lines)
 
     def close(self, counts: Mapping[str, Any] | None = None) -> None:
         """Syncs and unlocks. Safe to call twice.

@@ -1,0 +1,248 @@
+"""The sessions of a gateway: who may use which, and how each one begins and ends.
+
+Invariants: each (task, sample) is one session at a time and ends on one line of the run. Keys are
+kept as hashes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from conversations.session import SessionTurn
+
+from agent.errors import AgentError
+from agent.gateway.journal import JournaledSession, line_of, read_journal
+from agent.gateway.record import trajectory_of_session
+from agent.gateway.request import Refusal
+from agent.gateway.session import RETRY_AFTER_S, GatewaySession
+from agent.loop.batch import Progress
+from agent.loop.runtime import Runtime
+from agent.loop.tasks import Task
+from conversations.errors import RecordError, RunFolderError
+from conversations.run.store import RunFolder
+from conversations.trajectory import Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program says that its session ended. `stop_reason` counts if nothing ended it before.
+
+    `reward_parts` are numbers; the reward is their sum. `error` belongs to an `infra_error`.
+    """
+
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    stop_reason: str = "stop"
+    infra_error: bool = False
+    error: str | None = None
+    extra: Any = None
+
+
+class Sessions:
+    """The sessions of one run. `open_to_all`: an unknown key makes a session of its own."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        folder: RunFolder,
+        progress: Progress | None = None,
+        *,
+        open_to_all: bool = False,
+    ) -> None:
+        self.runtime = runtime
+        self.folder = folder
+        self.progress = progress or Progress()
+        self.open_to_all = open_to_all
+        self.reasons: Counter[str] = Counter()
+        self._by_name: dict[str, GatewaySession] = {}
+        self._by_key: dict[str, GatewaySession] = {}
+        self._ended_keys: set[str] = set()
+        self._ended_names: set[str] = set()
+
+    @property
+    def live(self) -> list[GatewaySession]:
+        """The sessions that did not end."""
+        return list(self._by_name.values())
+
+    # ------------------------------------------------------------------ beginning
+
+    def open(
+        self, task: Task, sample: int = 0, *, key: str | None = None
+    ) -> tuple[GatewaySession, str]:
+        """A new session and its API key. Raises Refusal if its (task, sample) was begun before."""
+        if (task.id, sample) in self.folder.done or any(
+            (one.task.id, one.sample) == (task.id, sample) for one in self._by_name.values()
+        ):
+            raise Refusal(
+                f"task_id: {task.id!r} with sample {sample} has a session already",
+                status=409,
+                code="session_exists",
+                field="task_id",
+            )
+        key = key or f"tt-{secrets.token_hex(16)}"
+        session = self._new(secrets.token_hex(8), task, sample)
+        digest = _digest(key)
+        fields = {
+            "key": digest,
+            "task_id": task.id,
+            "sample": sample,
+            "messages": task.messages,
+            "ground_truth": task.ground_truth,
+            "data_source": task.data_source,
+            "extra": task.extra,
+            "started_at": session.clock.started_at,
+        }
+        try:
+            self.folder.append_journal(line_of("session", session.name, **fields))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Refusal(f"the task has no JSON form: {error}", code="invalid_task") from error
+        self._register(session, digest)
+        return session, key
+
+    def _new(self, name: str, task: Task, sample: int) -> GatewaySession:
+        return GatewaySession(name, task, sample, self.runtime, self._write_turn)
+
+    def _register(self, session: GatewaySession, digest: str) -> None:
+        self._by_name[session.name] = session
+        self._by_key[digest] = session
+        self.progress.live.add(session)  # type: ignore[arg-type]
+
+    def _write_turn(self, session: GatewaySession, turn: SessionTurn) -> None:
+        entry = session.tree.entry(turn)
+        at_s = round(session.clock.so_far_s, 3)
+        self.folder.append_journal(line_of("turn", session.name, at_s=at_s, entry=entry))
+        if turn.reason:
+            self.reasons[turn.reason] += 1
+
+    # ------------------------------------------------------------------ who asks
+
+    def of_key(self, key: str | None) -> GatewaySession | None:
+        """The session of an API key; None if the key is not known.
+
+        Raises Refusal if its session has ended.
+        """
+        if not key:
+            return None
+        digest = _digest(key)
+        if digest in self._ended_keys:
+            raise _ended()
+        session = self._by_key.get(digest)
+        if session is None and self.open_to_all:
+            return self._own_session(key, digest)
+        return session
+
+    def _own_session(self, key: str, digest: str) -> GatewaySession:
+        return self.open(Task(f"key-{digest[:16]}", []), key=key)[0]
+
+    def named(self, name: str) -> GatewaySession:
+        """The session of this name. Raises Refusal."""
+        if name in self._ended_names:
+            raise _ended()
+        if name not in self._by_name:
+            raise Refusal(f"there is no session {name!r}", status=404, code="not_found")
+        return self._by_name[name]
+
+    # ------------------------------------------------------------------ ending
+
+    async def finish(self, session: GatewaySession, outcome: Outcome) -> Trajectory:
+        """Ends a session and writes its record, which is returned. Raises Refusal.
+
+        Where the engine had failed last, the reward is unknown, never 0.
+        """
+        await self._close(session)
+        if self._by_name.get(session.name) is not session:  # somebody was faster
+            raise _ended()
+        if session.engine_trouble:
+            session.ending.fail(session.engine_trouble, "engine_error")
+        session.ending.stop(outcome.stop_reason)
+        if outcome.infra_error:
+            session.ending.fail(outcome.error or "the program reported a failure")
+        session.reward_parts = dict(outcome.reward_parts)
+        session.said_at_end = outcome.extra
+        trajectory = trajectory_of_session(session)
+        try:
+            self.folder.append(trajectory)
+        except RecordError as error:
+            raise Refusal(f"the record has no JSON form: {error}", code="invalid_record") from error
+        except RunFolderError as error:
+            raise Refusal(str(error), status=503, code="not_written") from error
+        self._forget(session)
+        self.progress.count(trajectory)
+        return trajectory
+
+    async def abort(self, session: GatewaySession) -> None:
+        """Gives a session up: what there is of it goes to unfinished.jsonl."""
+        await self._close(session)
+        self.folder.append_unfinished(trajectory_of_session(session))
+        self._forget(session)
+
+    async def _close(self, session: GatewaySession, why: Refusal | None = None) -> None:
+        await session.close(why or _ended())
+        self.progress.live.discard(session)  # type: ignore[arg-type]
+
+    def _forget(self, session: GatewaySession) -> None:
+        self._by_name.pop(session.name, None)
+        for digest in [key for key, one in self._by_key.items() if one is session]:
+            del self._by_key[digest]
+            self._ended_keys.add(digest)
+        self._ended_names.add(session.name)
+        self.folder.append_journal(line_of("end", session.name))
+
+    async def close(self) -> None:
+        """Keeps the sessions that did not end as unfinished; a resume goes on with them."""
+        why = Refusal(
+            "the gateway is stopping", status=503, code="stopping", retry_after_s=RETRY_AFTER_S
+        )
+        for session in self.live:
+            await self._close(session, why)
+            self.folder.append_unfinished(trajectory_of_session(session))
+
+    # ------------------------------------------------------------------ after a kill
+
+    def restore(self) -> int:
+        """Brings back the sessions of the journal that did not end; returns how many.
+
+        Raises AgentError if a turn of it does not fit: another template, or a damaged line.
+        """
+        journaled = [
+            one
+            for one in read_journal(self.folder.path)
+            if (one.opened["task_id"], one.opened["sample"]) not in self.folder.done
+        ]
+        for one in journaled:
+            self._restore(one)
+        self.folder.keep_journal(line for one in journaled for line in one.lines)
+        return len(journaled)
+
+    def _restore(self, journaled: JournaledSession) -> None:
+        opened = journaled.opened
+        task = Task(
+            opened["task_id"],
+            opened["messages"],
+            ground_truth=opened["ground_truth"],
+            data_source=opened["data_source"],
+            extra=opened["extra"],
+        )
+        session = self._new(opened["name"], task, opened["sample"])
+        session.clock.started_at = opened["started_at"]
+        try:
+            for event in journaled.turns:
+                session.restore(event["entry"])
+                session.clock.earlier_s = event["at_s"]
+        except Exception as error:
+            raise AgentError(
+                f"session {session.name} ({task.id}) cannot be brought back: {error}"
+            ) from error
+        self._register(session, opened["key"])
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+
+
+def _ended() -> Refusal:
+    return Refusal("this session is finished", code="session_finished")
