@@ -16,6 +16,7 @@ import typer
 from agent.commands.about import model, version
 from agent.commands.doctor import doctor
 from agent.commands.export import export, stats
+from agent.commands.gateway import gateway
 from agent.commands.import_ import import_
 from agent.commands.index import index
 from agent.commands.replay import replay
@@ -48,6 +49,7 @@ app.add_typer(serve_app, name="serve")
 app.add_typer(tools_app, name="tools")
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
+    "gateway": gateway,
     "replay": replay,
     "rescore": rescore,
     "verify": verify,

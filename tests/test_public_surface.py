@@ -14,6 +14,7 @@ from tests.helpers import ROOT
 
 NAMES = {
     "agent.config": {"Config", "load_config"},
+    "agent.gateway": {"Gateway", "ProgramSession"},
     "agent.inference": {"Generations", "InferenceEngine"},
     "agent.interactions": {"Interactions", "SimulatedUser", "load_interactions"},
     "conversations": {"Run", "open_run"},
@@ -36,8 +37,8 @@ INSIDE_A_TRAINER = {
 MODULES_TO_RUN = ("agent", "tools.servers.sandbox", "tools.servers.search", "agent.recipe")
 
 COMMANDS = (
-    "doctor export import index model replay rescore run serve show stats tasks tools verify "
-    "version view"
+    "doctor export gateway import index model replay rescore run serve show stats tasks tools "
+    "verify version view"
 )
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.config.config import Config
 from agent.engines.engine import Engine
@@ -38,7 +38,10 @@ from agent.runs.parts import prepare
 from agent.runs.progress import counts
 from agent.runs.session import Session
 from conversations.run.store import RUN, RunFolder
+from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
+
+T = TypeVar("T")
 
 
 def gateway_config(config: Config) -> Config:
@@ -59,7 +62,7 @@ class Gateway:
     unless `host` says otherwise; elsewhere `admin_key` is needed. `open_to_all`: an unknown API key
     makes a session of its own. `resume` goes on with a run whose gateway was stopped or killed.
     `tasks` is the file whose rows the sessions are for. `engine` makes another engine than the
-    config's.
+    config's, `template` takes the place of the model's.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Gateway:
         argv: Sequence[str] = (),
         progress: Progress | None = None,
         engine: Callable[[], Engine] | None = None,
+        template: ChatTemplate | None = None,
     ) -> None:
         if host not in LOOPBACK and not admin_key:
             raise AgentError(
@@ -93,7 +97,7 @@ class Gateway:
         self._open_to_all = open_to_all
         self._resume, self._force = resume, force
         self._tasks, self._limit, self._argv = tasks, limit, argv
-        self._engine = engine
+        self._engine, self._template = engine, template
         self._stack = ExitStack()
 
     @property
@@ -112,7 +116,7 @@ class Gateway:
             self.folder = self._open_folder()
             stack.callback(self._close_folder)
             try:
-                parts = prepare(self.config)
+                parts = prepare(self.config, template=self._template)
                 save_tokenizer(self.out, parts.template.tokenizer)
                 self.folder.note("call_format", parts.template.format_entry())
                 log = self.out / "engine.log"
@@ -287,7 +291,7 @@ def _reward_parts(reward: Any, parts: Mapping[str, Any] | None) -> dict[str, flo
         raise AgentError(refusal.message) from refusal
 
 
-async def _told(work: Any) -> Any:
+async def _told(work: Awaitable[T]) -> T:
     """The result; a refusal is an AgentError to callers in Python."""
     try:
         return await work

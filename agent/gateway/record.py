@@ -12,7 +12,8 @@ from conversations.warning import RecordWarning
 def trajectory_of_session(session: GatewaySession) -> Trajectory:
     """The trunk and its branches, under the session's (task, sample)."""
     task, ending, runtime = session.task, session.ending, session.runtime
-    trunk, *branches = session.tree.branches() or [None]
+    sequences = session.tree.branches()
+    trunk, branches = (sequences[0], sequences[1:]) if sequences else (None, [])
     parts = {} if ending.is_failure else session.reward_parts
     settings, template = runtime.settings, runtime.template
     return Trajectory(

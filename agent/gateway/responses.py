@@ -333,7 +333,7 @@ def _call_item(call: AnsweredCall, request: TurnRequest, name: str) -> dict[str,
 
 def _empty(item: dict[str, Any]) -> dict[str, Any]:
     """The item as it starts."""
-    grows = {
+    grows: dict[str, dict[str, Any]] = {
         "reasoning": {"summary": []},
         "message": {"content": [], "status": "in_progress"},
         "function_call": {"arguments": "", "status": "in_progress"},

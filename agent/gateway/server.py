@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import orjson
 from aiohttp import web
-from conversations.session import SessionTurn
 
 from agent.gateway.anthropic import ANTHROPIC
 from agent.gateway.chat import CHAT
@@ -29,6 +28,7 @@ from agent.gateway.responses import RESPONSES
 from agent.gateway.session import GatewaySession
 from agent.gateway.sessions import Sessions
 from agent.gateway.sessions_api import finish_request, open_request, opened
+from conversations.session import SessionTurn
 
 HELD_S = 50.0
 KEEP_ALIVE_S = 10.0
@@ -312,7 +312,7 @@ class _Reply:
             self.request.transport.abort()
 
 
-class _Server(web.Server[web.BaseRequest]):
+class _Server(web.Server):
     """aiohttp's server, which also tells the last answer of a connection that it broke."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from conversations.session import Place, SessionTree, SessionTurn
-
 from agent.engines.engine import EndedGeneration, Generation, Interrupted
 from agent.errors import EngineError
 from agent.gateway.answer import Answer, AnsweredCall, Finish
@@ -29,6 +27,7 @@ from agent.loop.tasks import Task
 from agent.loop.turns import check_generation
 from conversations.errors import ConversationsError, MessageError, RunFolderError, TemplateError
 from conversations.messages import ToolCall
+from conversations.session import Place, SessionTree, SessionTurn
 
 MAX_BRANCHES = 1024
 """A client with more of them does not replay its history: each request would be a branch."""

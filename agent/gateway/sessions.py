@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.session import SessionTurn
-
 from agent.errors import AgentError
 from agent.gateway.journal import JournaledSession, line_of, read_journal
 from agent.gateway.record import trajectory_of_session
@@ -25,6 +23,7 @@ from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.errors import RecordError, RunFolderError
 from conversations.run.store import RunFolder
+from conversations.session import SessionTurn
 from conversations.trajectory import Trajectory
 
 
@@ -182,7 +181,7 @@ class Sessions:
 
     async def _close(self, session: GatewaySession, why: Refusal | None = None) -> None:
         await session.close(why or _ended())
-        self.progress.live.discard(session)  # type: ignore[arg-type]
+        self.progress.live.discard(session)  # type: ignore[arg-type,unused-ignore]
 
     def _forget(self, session: GatewaySession) -> None:
         self._by_name.pop(session.name, None)
