@@ -69,6 +69,11 @@ def _creator(message: Mapping[str, Any]) -> str | None:
     return None if is_answer else message.get("name")
 
 
+def kind_of(replies: Sequence[Mapping[str, Any]]) -> str:
+    """Who answers first: "tool", also if nobody answers, or "user"."""
+    return USER if replies and replies[0]["role"] != TOOL else TOOL
+
+
 @dataclass(slots=True)
 class Round:
     """A turn's message and the messages that follow it, up to the next turn."""
@@ -79,7 +84,7 @@ class Round:
     @property
     def kind(self) -> str:
         """Who answered: the tools, or a user."""
-        return USER if self.replies and self.replies[0]["role"] == USER else TOOL
+        return kind_of(self.replies)
 
 
 @dataclass(frozen=True, slots=True)

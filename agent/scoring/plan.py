@@ -58,7 +58,7 @@ def plan_of(record: Trajectory, engine: Mapping[str, Any]) -> Plan:
         elif turn.end > turn.start:
             plan.turns.append(number)
     if record.branches:
-        plan.left_out["in a branch"] += sum(len(one.get("turns", ())) for one in record.branches)
+        plan.left_out["in a branch"] += sum(len(branch.turns) for branch in record.branches)
     return plan
 
 

@@ -38,6 +38,7 @@ from conversations.messages import (
     assistant_message,
     given_messages,
 )
+from conversations.rounds import kind_of
 from conversations.session.compiled import branches_of
 from conversations.session.ids import IdRun
 from conversations.session.matching import (
@@ -65,7 +66,7 @@ from conversations.session.turn import (
     served_message,
 )
 from conversations.template import ChatTemplate, Piece
-from conversations.tokens import TEMPLATE, TOOL, USER
+from conversations.tokens import TEMPLATE
 from conversations.trajectory import Branch
 
 ECHO_DIFFERS, REORDERED = "echo_differs", "reordered"
@@ -176,13 +177,11 @@ class SessionTree:
 
     def _delta(self, turn: SessionTurn, rest: Sequence[Message]) -> tuple[tuple[str, IdRun], ...]:
         """What stands between a turn and the next. Raises TemplateError if it is not proven."""
-        kinds = {message["role"] for message in rest}
-        if kinds not in ({TOOL}, {USER}):
-            raise TemplateError("messages of several roles cannot be continued yet")
-        kind = kinds.pop()
-        self.template.require(kind, with_tools=bool(turn.tools))
-        missing = self.template.missing_end(turn.sampled.ids[-1], kind)
-        delta = self.template.delta(record_messages(rest, turn), kind, turn=turn.message)
+        if not rest:
+            raise TemplateError("no message follows the turn")
+        messages = record_messages(rest, turn)
+        delta = self.template.follow(messages, turn.message, with_tools=bool(turn.tools))
+        missing = self.template.missing_end(turn.sampled.ids[-1], kind_of(messages))
         return _runs([(TEMPLATE, missing), *delta.pieces])
 
     # ------------------------------------------------------------------ a turn

@@ -17,7 +17,9 @@ from conversations.encoding import SegmentEncoder, without_lone_surrogates
 from conversations.errors import TemplateError
 from conversations.formats.proof import NOT_PROVEN, FormatReport
 from conversations.messages import Message, ParsedTurn
+from conversations.rounds import kind_of
 from conversations.template.deltas import Delta, Deltas, End, Piece, split_at
+from conversations.template.mixed import MixedDeltas
 from conversations.template.probing import find_dialect, user
 from conversations.template.reading import Reader, Reading
 from conversations.template.renderer import Renderer
@@ -111,6 +113,37 @@ class ChatTemplate:
         if isinstance(deltas, str):
             raise TemplateError(deltas)
         return deltas.delta(messages, turn)
+
+    def follow(
+        self, messages: Sequence[Message], turn: Message, *, with_tools: bool = False
+    ) -> Delta:
+        """`delta` for messages of any roles, in order: what may stand after a turn of a session.
+
+        `with_tools`: tools are offered. Raises TemplateError if the template refuses the messages,
+        or if deltas of this kind are not proven.
+        """
+        found = {message["role"] for message in messages}
+        if found in ({TOOL}, {USER}) and (found == {TOOL} or len(messages) == 1):
+            kind = found.pop()
+            self.require(kind, with_tools=with_tools)
+            return self.delta(messages, kind, turn=turn)
+        kind = kind_of(messages)
+        self.require(kind, with_tools=with_tools)
+        return self._mixed[kind].delta(messages, turn, with_tools=with_tools)
+
+    def prove_follow(self) -> None:
+        """Runs the probes of `follow` now; else its first use does, which takes 0.2 s."""
+        for kind, mixed in self._mixed.items():
+            for with_tools in (True, False)[: 1 if kind == TOOL else 2]:
+                mixed.proven(with_tools)
+
+    @functools.cached_property
+    def _mixed(self) -> dict[str, MixedDeltas]:
+        return {
+            kind: MixedDeltas(each, self._renderer, self.encode, self.encoding)
+            for kind, each in self._deltas.items()
+            if isinstance(each, Deltas)
+        }
 
     def missing_end(self, last_id: int | None, kind: str) -> list[int]:
         """The end token that a turn lacks before a delta of `kind`, given its last id.

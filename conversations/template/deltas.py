@@ -52,6 +52,10 @@ class Delta:
     def __len__(self) -> int:
         return sum(len(ids) for _, ids in self.pieces)
 
+    def ids(self) -> list[int]:
+        """All of its tokens, in order."""
+        return [token for _, ids in self.pieces for token in ids]
+
 
 @dataclass(frozen=True, slots=True)
 class End:
@@ -96,16 +100,16 @@ class Deltas:
         self.end = self._find_end(likely_end)
         self._scaffold, self.generation = self._find_edges()
         self.opens_think = self.generation.rfind("<think>") > self.generation.rfind("</think>")
-        self._scaffold_ids = self._after_end(self._scaffold) if self._scaffold else []
-        self._generation_ids = self._encode(self.generation) if self.generation else []
+        self.scaffold_ids = self.after_end(self._scaffold) if self._scaffold else []
+        self.generation_ids = self._encode(self.generation) if self.generation else []
 
     # ------------------------------------------------------------------ a delta
 
     def delta(self, messages: Sequence[Message], turn: Message | None) -> Delta:
         """All of a turn's `messages` together. `turn` is the assistant message that they answer."""
         text = self._text(messages, turn)
-        ids = self._after_end(text)
-        head, tail = self._scaffold_ids, self._generation_ids
+        ids = self.after_end(text)
+        head, tail = self.scaffold_ids, self.generation_ids
         stop = len(ids) - len(tail)
         if ids[: len(head)] == head and ids[stop:] == tail and len(head) <= stop:
             parts = [ids[: len(head)], ids[len(head) : stop], ids[stop:]]
@@ -117,10 +121,14 @@ class Deltas:
     def _text(self, messages: Sequence[Message], turn: Message | None = None) -> str:
         if self._frame:
             return self._frame.around([message["content"] for message in messages])
-        return self._rendered(messages, turn)
+        return self.rendered(messages, turn)
 
-    def _rendered(self, messages: Sequence[Message], turn: Message | None = None) -> str:
-        text = self._renderer.stub([*self._stub(messages, turn), *messages], self._tools)
+    def rendered(
+        self, messages: Sequence[Message], turn: Message | None = None, *, generation: bool = True
+    ) -> str:
+        """The text of a delta, rendered after the stub. `turn` is what the messages answer."""
+        stub = self._stub(_answers(messages), turn)
+        text = self._renderer.stub([*stub, *messages], self._tools, generation=generation)
         return self._behind_end(text)
 
     def _stub(self, messages: Sequence[Message], turn: Message | None = None) -> list[Message]:
@@ -155,7 +163,7 @@ class Deltas:
             )
         return text[end + len(self.end.in_history) :]
 
-    def _after_end(self, text: str) -> list[int]:
+    def after_end(self, text: str) -> list[int]:
         """Ids of text that follows an end token: some tokenizers treat the start of a text
         differently.
         """
@@ -324,7 +332,7 @@ class Deltas:
         for tools in offers:
             for contents in (["42"], ["  two\n\n", "", "{'x': [1]}\n"]):
                 messages = self._probe(contents if self.kind == TOOL else contents[:1], number=7)
-                for history in self._histories(messages):
+                for history in self.histories(messages):
                     if not renders(self._renderer, history, tools):
                         continue
                     proven += 1
@@ -332,7 +340,7 @@ class Deltas:
                         return difference
         return "" if proven else "it refuses every conversation that was tried"
 
-    def _histories(self, messages: Sequence[Message]) -> list[list[Message]]:
+    def histories(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Conversations that a delta continues: short, long, with tool rounds, with thoughts.
 
         Their calls differ from the stub's in arguments, and in all of earlier rounds.
@@ -377,14 +385,28 @@ class Deltas:
     def _difference(
         self, history: list[Message], messages: list[Message], tools: list[Schema]
     ) -> str:
-        whole = self._renderer.whole([*history, *messages], tools, generation=True)
         text = self._text(messages, history[-1])
+        delta = self.delta(messages, history[-1])
+        return self.difference(history, messages, tools, text, delta)
+
+    def difference(
+        self,
+        history: Sequence[Message],
+        messages: Sequence[Message],
+        tools: Sequence[Schema],
+        text: str,
+        delta: Delta,
+    ) -> str:
+        """How a delta and its text differ from what a whole conversation has; empty if they are it.
+
+        Raises TemplateError if the template refuses the conversation.
+        """
+        whole = self._renderer.whole([*history, *messages], tools, generation=True)
         if not whole.endswith(self.end.in_history + text):
             offered = " with tools" if tools else ""
             return f"after {len(history)} messages{offered} it renders other text than after two"
-        delta = [token for _, ids in self.delta(messages, history[-1]).pieces for token in ids]
         before = whole[: len(whole) - len(text)]
-        if list(self._encoding(whole).ids) != list(self._encoding(before).ids) + delta:
+        if list(self._encoding(whole).ids) != list(self._encoding(before).ids) + delta.ids():
             return "its tokens merge across the end of a turn"
         return ""
 
@@ -392,14 +414,14 @@ class Deltas:
         """Looks for the constant text around contents: if there is one, rendering is joining."""
         first, second = "frame1", "frame2"
         try:
-            head, _, tail = self._rendered(self._probe([first])).partition(first)
-            two = self._rendered(self._probe([first, second]))
+            head, _, tail = self.rendered(self._probe([first])).partition(first)
+            two = self.rendered(self._probe([first, second]))
             between = two.partition(first)[2].partition(second)[0]
             frame = _Frame(head, between, tail)
             for content in _ODD_CONTENTS:
                 for count in (1, 2, 3):
                     contents = [content] * count
-                    if self._rendered(self._probe(contents, count)) != frame.around(contents):
+                    if self.rendered(self._probe(contents, count)) != frame.around(contents):
                         return
         except TemplateError:  # rendering what it refuses will say so
             return
@@ -425,6 +447,12 @@ _ODD_CONTENTS = (
     "<tool_response>x</tool_response>", "<|im_end|>", "{{ x }}", "a" * 3000,
 )  # fmt: skip
 """What a template may treat specially: blanks, markup, JSON, thoughts, control tokens, length."""
+
+
+def _answers(messages: Sequence[Message]) -> Sequence[Message]:
+    """The tool messages at the beginning: they answer the turn."""
+    end = next((k for k, message in enumerate(messages) if message["role"] != TOOL), len(messages))
+    return messages[:end]
 
 
 def _calls_for(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -57,8 +57,10 @@ class Renderer:
             ) from error
         return str(text)
 
-    def stub(self, messages: Sequence[Message], tools: Sequence[Schema]) -> str:
-        """`whole` with a generation prompt, without the set-up that each call of it costs."""
+    def stub(
+        self, messages: Sequence[Message], tools: Sequence[Schema], *, generation: bool = True
+    ) -> str:
+        """`whole`, without the set-up that each call of it costs."""
         render = self._template(bool(tools))
         try:
             return str(
@@ -66,7 +68,7 @@ class Renderer:
                     messages=self.dialect.view(messages),
                     tools=list(tools) or None,
                     documents=None,
-                    add_generation_prompt=True,
+                    add_generation_prompt=generation,
                     **{**self.tokenizer.special_tokens_map, **self.kwargs},
                 )
             )

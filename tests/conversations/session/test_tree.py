@@ -133,6 +133,13 @@ def test_the_reasons_of_a_branch_after_a_turn(client: Client) -> None:
     assert (client.match().reason, len(client.match().earlier)) == ("resampled", 1)
     client.history = [*known[:3], {**known[3], "content": "two"}]
     assert client.match().reason == "edited"
+    client.history = [*known[:4], {"role": "user", "content": "Tool call error."}]
+    assert client.match().reason == "dropped"
+    client.history = [*known[:4], {"role": "assistant", "content": "x"}, ASK[1]]
+    assert client.match().reason == "rewritten"
+    client.history = copy.deepcopy([*known, {"role": "tool", "tool_call_id": "?", "content": "y"}])
+    client.history[4]["tool_calls"][0]["function"]["arguments"] = '{"path": "c"}'
+    assert client.match().reason == "edited"
     client.history, client.tools = known[:4], []
     assert client.match().reason == "tools"
 
