@@ -45,7 +45,7 @@ def gateway(
         print(f"note: {notice}", file=sys.stderr)
     from rich.console import Console
 
-    from agent.commands.gateway_work import GatewayRequest, serve
+    from agent.commands.gateway_work import GatewayRequest, serve_gateway
 
     request = GatewayRequest(loaded, out, host, port, admin_key, open_, resume, force, sys.argv[1:])
-    raise typer.Exit(serve(request, Console()))
+    raise typer.Exit(serve_gateway(request, Console()))

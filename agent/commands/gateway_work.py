@@ -17,7 +17,7 @@ from agent.config.config import Config
 from agent.gateway import Gateway
 from agent.runs.ending import DONE, INCOMPLETE, sigterm_as_interrupt
 from agent.runs.manifest import command_line
-from agent.runs.progress import starting
+from agent.runs.progress import starting_line
 from agent.terminal import LiveLine, say
 
 POLL_S = 0.2
@@ -38,9 +38,9 @@ class GatewayRequest:
     argv: Sequence[str]
 
 
-def serve(request: GatewayRequest, console: Console) -> int:
+def serve_gateway(request: GatewayRequest, console: Console) -> int:
     """Serves until Ctrl-C or SIGTERM. Returns the exit code; raises the packages' own errors."""
-    say(console, starting(request.config, request.out / "engine.log"))
+    say(console, starting_line(request.config, request.out / "engine.log"))
     gateway = Gateway(
         request.config,
         request.out,

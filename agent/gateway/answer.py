@@ -50,6 +50,12 @@ class Answer:
         return base64.b64encode(self.name.encode()).decode()
 
 
+def input_of(call: AnsweredCall) -> str:
+    """The text that is the argument of a `text_tool`; whatever else the model wrote as it is."""
+    given = None if call.malformed else call.object().get("input")
+    return given if isinstance(given, str) else call.arguments
+
+
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """The value as JSON."""
     return orjson.dumps(value)

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agent.gateway.answer import Answer, json_bytes
-from agent.gateway.chat import refuse_schema
-from agent.gateway.dialect import Dialect
+from agent.gateway.dialect import ApiDialect
 from agent.gateway.request import (
     Body,
     Lenient,
@@ -23,6 +22,7 @@ from agent.gateway.request import (
     given_assistant,
     positive,
     read_body,
+    refuse_schema,
     unsupported,
 )
 from conversations.messages import Message
@@ -65,7 +65,7 @@ class _Body(Body):
     output_format: dict[str, Any] | None = None
 
 
-def read(raw: bytes) -> TurnRequest:
+def _read(raw: bytes) -> TurnRequest:
     """The request in a body. Raises Refusal."""
     body = read_body(_Body, raw)
     refuse_schema((body.output_format or {}).get("type"), "output_format")
@@ -160,7 +160,7 @@ def _json(arguments: object) -> str:
 # ---------------------------------------------------------------------- answers
 
 
-def whole(answer: Answer, request: TurnRequest) -> bytes:
+def _whole(answer: Answer, request: TurnRequest) -> bytes:
     """The body of a message."""
     return json_bytes(
         {
@@ -172,7 +172,7 @@ def whole(answer: Answer, request: TurnRequest) -> bytes:
     )
 
 
-def stream(answer: Answer, request: TurnRequest) -> bytes:
+def _stream(answer: Answer, request: TurnRequest) -> bytes:
     """All events of a message."""
     begun = {**_head(answer, request), "content": [], "stop_reason": None, "usage": _usage(answer)}
     events = [_event("message_start", message=begun)]
@@ -203,7 +203,7 @@ def _pieces(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 def _head(answer: Answer, request: TurnRequest) -> dict[str, Any]:
     return {
-        "id": response_id(answer.name),
+        "id": _response_id(answer.name),
         "type": "message",
         "role": "assistant",
         "model": request.model,
@@ -260,21 +260,23 @@ def _error_object(refusal: Refusal) -> dict[str, Any]:
     return {"type": _TYPES.get(refusal.status, "invalid_request_error"), "message": message}
 
 
-def error(refusal: Refusal) -> bytes:
+def _error(refusal: Refusal) -> bytes:
     """The body of a refusal."""
     return json_bytes({"type": "error", "error": _error_object(refusal)})
 
 
-def error_event(refusal: Refusal) -> bytes:
+def _error_event(refusal: Refusal) -> bytes:
     """The refusal in a stream that has begun."""
     return _event("error", error=_error_object(refusal))
 
 
-def response_id(name: str) -> str:
+def _response_id(name: str) -> str:
     """The id of a message."""
     return f"msg_{name}"
 
 
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
-ANTHROPIC = Dialect("anthropic", read, whole, stream, error, error_event, PING, response_id)
+ANTHROPIC = ApiDialect(
+    "anthropic", _read, _whole, _stream, _error, _error_event, PING, _response_id
+)

@@ -9,14 +9,15 @@ from typing import Any
 
 from pydantic import Field
 
-from agent.gateway.answer import Answer, AnsweredCall, json_bytes
-from agent.gateway.dialect import Dialect
+from agent.gateway.answer import Answer, AnsweredCall, input_of, json_bytes
+from agent.gateway.dialect import ApiDialect
+from agent.gateway.openai_error import openai_error, openai_error_object
 from agent.gateway.request import (
     Body,
     Lenient,
-    Part,
     Refusal,
     Schema,
+    TextPart,
     TurnRequest,
     call_entry,
     conversation,
@@ -24,8 +25,9 @@ from agent.gateway.request import (
     given_assistant,
     positive,
     read_body,
+    refuse_schema,
     text_call,
-    text_of,
+    text_content,
     text_tool,
     unsupported,
 )
@@ -60,7 +62,7 @@ class _Call(Lenient):
 
 class _Message(Lenient):
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[TextPart] | None = None
     tool_calls: list[_Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
@@ -84,7 +86,7 @@ class _Body(Body):
     response_format: dict[str, Any] | None = Field(default=None)
 
 
-def read(raw: bytes) -> TurnRequest:
+def _read(raw: bytes) -> TurnRequest:
     """The request in a body. Raises Refusal."""
     body = read_body(_Body, raw)
     _refuse_what_is_not_done(body)
@@ -117,12 +119,6 @@ def _refuse_what_is_not_done(body: _Body) -> None:
     refuse_schema((body.response_format or {}).get("type"), "response_format")
 
 
-def refuse_schema(kind: object, field: str) -> None:
-    """Raises Refusal if an output format would constrain what is sampled."""
-    if kind not in (None, "text"):
-        raise unsupported(f"{kind!r} would constrain the sampling; only text is sampled", field)
-
-
 def _tools(given: list[dict[str, Any]]) -> tuple[list[Schema], frozenset[str], list[str]]:
     tools, custom, left_out = [], set(), []
     for place, tool in enumerate(given):
@@ -147,7 +143,7 @@ def _tools(given: list[dict[str, Any]]) -> tuple[list[Schema], frozenset[str], l
 
 def _message(given: _Message, place: int) -> Message:
     where = f"messages.{place}"
-    text = text_of(given.content, f"{where}.content")
+    text = text_content(given.content, f"{where}.content")
     if given.role in ("system", "developer"):
         return {"role": "system", "content": text}
     if given.role == "user":
@@ -179,7 +175,7 @@ def _call(given: _Call, where: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- answers
 
 
-def whole(answer: Answer, request: TurnRequest) -> bytes:
+def _whole(answer: Answer, request: TurnRequest) -> bytes:
     """The body of a `chat.completion`."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.content or None}
     if answer.reasoning is not None:
@@ -196,7 +192,7 @@ def whole(answer: Answer, request: TurnRequest) -> bytes:
     return json_bytes({**head, "choices": [choice], "usage": _usage(answer)})
 
 
-def stream(answer: Answer, request: TurnRequest) -> bytes:
+def _stream(answer: Answer, request: TurnRequest) -> bytes:
     """All chunks, and [DONE]."""
     head = _head(answer, request, "chat.completion.chunk")
 
@@ -219,7 +215,7 @@ def stream(answer: Answer, request: TurnRequest) -> bytes:
 
 def _head(answer: Answer, request: TurnRequest, kind: str) -> dict[str, Any]:
     return {
-        "id": response_id(answer.name),
+        "id": _response_id(answer.name),
         "object": kind,
         "created": answer.created,
         "model": request.model,
@@ -234,12 +230,6 @@ def _written_call(call: AnsweredCall, request: TurnRequest) -> dict[str, Any]:
             "custom": {"name": call.name, "input": input_of(call)},
         }
     return call_entry(call.id, call.name, call.arguments)
-
-
-def input_of(call: AnsweredCall) -> str:
-    """The text that is the argument of a `text_tool`; whatever else the model wrote as it is."""
-    given = None if call.malformed else call.object().get("input")
-    return given if isinstance(given, str) else call.arguments
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
@@ -258,32 +248,16 @@ def _event(data: dict[str, Any]) -> bytes:
 # ---------------------------------------------------------------------- errors
 
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 503: "server_error"}
-
-
-def error_object(refusal: Refusal) -> dict[str, Any]:
-    """A refusal as OpenAI's APIs tell it."""
-    return {
-        "message": refusal.message,
-        "type": _TYPES.get(refusal.status, "invalid_request_error"),
-        "param": refusal.field,
-        "code": refusal.code,
-    }
-
-
-def error(refusal: Refusal) -> bytes:
-    """The body of a refusal."""
-    return json_bytes({"error": error_object(refusal)})
-
-
-def error_event(refusal: Refusal) -> bytes:
+def _error_event(refusal: Refusal) -> bytes:
     """The refusal in a stream that has begun."""
-    return _event({"error": error_object(refusal)})
+    return _event({"error": openai_error_object(refusal)})
 
 
-def response_id(name: str) -> str:
+def _response_id(name: str) -> str:
     """The id of a completion."""
     return f"chatcmpl-{name}"
 
 
-CHAT = Dialect("chat", read, whole, stream, error, error_event, b": keep-alive\n\n", response_id)
+CHAT = ApiDialect(
+    "chat", _read, _whole, _stream, openai_error, _error_event, b": keep-alive\n\n", _response_id
+)

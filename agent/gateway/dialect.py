@@ -10,7 +10,7 @@ from agent.gateway.request import Refusal, TurnRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ApiDialect:
     """One API's wire format.
 
     `read` raises Refusal. `whole` is the body of an answer without a stream, `stream` all server

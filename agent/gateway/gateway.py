@@ -28,7 +28,7 @@ from agent.errors import AgentError
 from agent.gateway.request import Refusal
 from agent.gateway.server import LOOPBACK, Access, GatewayServer
 from agent.gateway.session import GatewaySession
-from agent.gateway.sessions import Outcome, Sessions
+from agent.gateway.sessions import GatewaySessions, SessionOutcome
 from agent.gateway.sessions_api import reward_parts
 from agent.loop.batch import Progress
 from agent.loop.boundary import describe
@@ -124,7 +124,7 @@ class Gateway:
                     Session(parts, log_path=log, start=self._engine)
                 )
                 runtime = self.session_loop.runtime
-                self.sessions = Sessions(
+                self.sessions = GatewaySessions(
                     runtime, self.folder, self.progress, open_to_all=self._open_to_all
                 )
                 self.restored = self.sessions.restore() if self._resume else 0
@@ -272,7 +272,7 @@ class ProgramSession:
         """
         if self.record is None:
             parts = _reward_parts(reward, reward_parts)
-            outcome = Outcome(parts, stop_reason, infra_error, error, extra)
+            outcome = SessionOutcome(parts, stop_reason, infra_error, error, extra)
             finished = self._gateway.sessions.finish(self._session, outcome)
             self.record = await _told(self._gateway.session_loop.arun(finished))
         return self.record

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from agent.gateway.sessions import Sessions
+from agent.gateway.sessions import GatewaySessions
 
 EVERY_S = 0.05
 KEPT = 1200
@@ -45,7 +45,7 @@ class LoopLag:
         return round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 2)
 
 
-def health(sessions: Sessions, lag: LoopLag) -> dict[str, Any]:
+def health(sessions: GatewaySessions, lag: LoopLag) -> dict[str, Any]:
     """The state of the gateway as JSON."""
     live, progress = sessions.live, sessions.progress
     return {

@@ -63,6 +63,12 @@ def unsupported(what: str, field: str) -> Refusal:
     return Refusal(f"{field}: {what}", code="unsupported", field=field)
 
 
+def refuse_schema(kind: object, field: str) -> None:
+    """Raises Refusal if an output format would constrain what is sampled."""
+    if kind not in (None, "text"):
+        raise unsupported(f"{kind!r} would constrain the sampling; only text is sampled", field)
+
+
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
     """What a client asks: the next turn after `messages`, with `tools` offered.
@@ -147,7 +153,7 @@ def positive(value: int | None, field: str) -> int | None:
 # ---------------------------------------------------------------------- texts, tools, messages
 
 
-class Part(Lenient):
+class TextPart(Lenient):
     """A part of a message's content."""
 
     type: str
@@ -158,7 +164,7 @@ class Part(Lenient):
 _TEXTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
 
-def text_of(content: str | Sequence[Part] | None, place: str) -> str:
+def text_content(content: str | Sequence[TextPart] | None, place: str) -> str:
     """The text of a content. Raises Refusal, by name, for an image, a file or anything else."""
     if content is None or isinstance(content, str):
         return content or ""

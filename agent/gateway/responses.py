@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.gateway.answer import Answer, AnsweredCall, json_bytes
-from agent.gateway.chat import error, error_object, input_of, refuse_schema
-from agent.gateway.dialect import Dialect
+from agent.gateway.answer import Answer, AnsweredCall, input_of, json_bytes
+from agent.gateway.dialect import ApiDialect
+from agent.gateway.openai_error import openai_error, openai_error_object
 from agent.gateway.request import (
     Body,
     Lenient,
-    Part,
     Refusal,
     Schema,
+    TextPart,
     TurnRequest,
     call_entry,
     conversation,
@@ -26,8 +26,9 @@ from agent.gateway.request import (
     given_assistant,
     positive,
     read_body,
+    refuse_schema,
     text_call,
-    text_of,
+    text_content,
     text_tool,
     unsupported,
 )
@@ -46,14 +47,14 @@ NOT_A_MESSAGE = frozenset({"additional_tools", "web_search_call", "file_search_c
 class _Item(Lenient):
     type: str = "message"
     role: str = ""
-    content: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    content: str | list[TextPart] | None = None
+    summary: list[TextPart] | None = None
     name: str = ""
     namespace: str | None = None
     arguments: str = ""
     input: str = ""
     call_id: str = ""
-    output: str | list[Part] | None = None
+    output: str | list[TextPart] | None = None
 
 
 class _Body(Body):
@@ -69,7 +70,7 @@ class _Body(Body):
     prompt: Any = None
 
 
-def read(raw: bytes) -> TurnRequest:
+def _read(raw: bytes) -> TurnRequest:
     """The request in a body. Raises Refusal."""
     body = read_body(_Body, raw)
     for name in ("background", "conversation", "prompt"):
@@ -202,16 +203,16 @@ def _add_to(turn: _Turn, item: _Item, tools: _Tools, where: str) -> None:
     elif item.type == "custom_tool_call":
         turn.calls.append(text_call(item.call_id, item.name, item.input))
     else:
-        turn.texts.append(text_of(item.content, f"{where}.content"))
+        turn.texts.append(text_content(item.content, f"{where}.content"))
 
 
 def _others(item: _Item, where: str) -> Iterator[Message]:
     if item.type in ("function_call_output", "custom_tool_call_output"):
-        text = text_of(item.output, f"{where}.output")
+        text = text_content(item.output, f"{where}.output")
         yield {"role": "tool", "content": text, "tool_call_id": item.call_id}
     elif item.type == "message" and item.role in ("user", "system", "developer"):
         role = "user" if item.role == "user" else "system"
-        yield {"role": role, "content": text_of(item.content, f"{where}.content")}
+        yield {"role": role, "content": text_content(item.content, f"{where}.content")}
     elif item.type == "message":
         raise Refusal(
             f"{where}.role: {item.role!r} is unknown; allowed are system, developer, user, "
@@ -225,12 +226,12 @@ def _others(item: _Item, where: str) -> Iterator[Message]:
 # ---------------------------------------------------------------------- answers
 
 
-def whole(answer: Answer, request: TurnRequest) -> bytes:
+def _whole(answer: Answer, request: TurnRequest) -> bytes:
     """The body of a response."""
     return json_bytes(_response(answer, request))
 
 
-def stream(answer: Answer, request: TurnRequest) -> bytes:
+def _stream(answer: Answer, request: TurnRequest) -> bytes:
     """All events of a response, numbered."""
     ended = _response(answer, request)
     begun = {
@@ -261,7 +262,7 @@ def _event(kind: str, number: int, data: dict[str, Any]) -> bytes:
 def _response(answer: Answer, request: TurnRequest) -> dict[str, Any]:
     is_cut = answer.finish == "length"
     return {
-        "id": response_id(answer.name),
+        "id": _response_id(answer.name),
         "object": "response",
         "created_at": answer.created,
         "status": "incomplete" if is_cut else "completed",
@@ -372,7 +373,7 @@ def _growth(item: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 # ---------------------------------------------------------------------- errors
 
 
-def error_event(refusal: Refusal) -> bytes:
+def _error_event(refusal: Refusal) -> bytes:
     """The refusal in a stream that has begun."""
     kind = "response.failed"
     about = {"code": "server_error", "message": refusal.message}
@@ -381,16 +382,23 @@ def error_event(refusal: Refusal) -> bytes:
         "object": "response",
         "status": "failed",
         "output": [],
-        "error": {**error_object(refusal), **about},
+        "error": {**openai_error_object(refusal), **about},
     }
     return _event(kind, 0, {"response": failed})
 
 
-def response_id(name: str) -> str:
+def _response_id(name: str) -> str:
     """The id of a response."""
     return f"resp_{name}"
 
 
-RESPONSES = Dialect(
-    "responses", read, whole, stream, error, error_event, b": keep-alive\n\n", response_id
+RESPONSES = ApiDialect(
+    "responses",
+    _read,
+    _whole,
+    _stream,
+    openai_error,
+    _error_event,
+    b": keep-alive\n\n",
+    _response_id,
 )

@@ -21,12 +21,12 @@ from aiohttp import web
 
 from agent.gateway.anthropic import ANTHROPIC
 from agent.gateway.chat import CHAT
-from agent.gateway.dialect import Dialect
+from agent.gateway.dialect import ApiDialect
 from agent.gateway.health import LoopLag, health
 from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest
 from agent.gateway.responses import RESPONSES
 from agent.gateway.session import GatewaySession
-from agent.gateway.sessions import Sessions
+from agent.gateway.sessions import GatewaySessions
 from agent.gateway.sessions_api import finish_request, open_request, opened
 from conversations.session import SessionTurn
 
@@ -35,7 +35,7 @@ KEEP_ALIVE_S = 10.0
 JSON, EVENTS = "application/json", "text/event-stream"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
-TURNS: Mapping[str, Dialect] = {
+TURNS: Mapping[str, ApiDialect] = {
     "/chat/completions": CHAT,
     "/messages": ANTHROPIC,
     "/responses": RESPONSES,
@@ -66,7 +66,7 @@ class Access:
 class GatewayServer:
     """Serves `sessions` on `host`:`port`; `url` says where. Use `start` and `stop`."""
 
-    sessions: Sessions
+    sessions: GatewaySessions
     model: str
     access: Access = field(default_factory=Access)
     url: str = ""
@@ -197,7 +197,7 @@ class GatewayServer:
     # ------------------------------------------------------------------ a turn
 
     async def _turn(
-        self, request: web.BaseRequest, dialect: Dialect, session: GatewaySession
+        self, request: web.BaseRequest, dialect: ApiDialect, session: GatewaySession
     ) -> web.StreamResponse:
         asked = dialect.read(await _body(request))
         client = {name: request.headers[name] for name in HINTS if name in request.headers}
@@ -253,7 +253,7 @@ class _Reply:
     """The answer to one request for a turn."""
 
     request: web.BaseRequest
-    dialect: Dialect
+    dialect: ApiDialect
     asked: TurnRequest
     delivery: _Delivery
     held_s: ClassVar[float] = HELD_S
@@ -370,7 +370,7 @@ def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(value), status=status, content_type=JSON)
 
 
-def _refused(refusal: Refusal, dialect: Dialect) -> web.Response:
+def _refused(refusal: Refusal, dialect: ApiDialect) -> web.Response:
     response = web.Response(body=dialect.error(refusal), status=refusal.status, content_type=JSON)
     if refusal.retry_after_s is not None:
         response.headers["retry-after"] = str(refusal.retry_after_s)

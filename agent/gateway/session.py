@@ -18,7 +18,7 @@ from typing import Any
 from agent.engines.engine import EndedGeneration, Generation, Interrupted
 from agent.errors import EngineError
 from agent.gateway.answer import Answer, AnsweredCall, Finish
-from agent.gateway.dialect import Dialect
+from agent.gateway.dialect import ApiDialect
 from agent.gateway.request import Refusal, TurnRequest, too_long
 from agent.loop.conversation import Clock, Ending
 from agent.loop.observer import observed
@@ -131,7 +131,7 @@ class GatewaySession:
     def begin(
         self,
         request: TurnRequest,
-        dialect: Dialect,
+        dialect: ApiDialect,
         client: Mapping[str, Any],
         *,
         is_retry: bool = False,
@@ -232,7 +232,7 @@ class GatewaySession:
         place: Place,
         room: int,
         request: TurnRequest,
-        dialect: Dialect,
+        dialect: ApiDialect,
         client: Mapping[str, Any],
     ) -> SessionTurn:
         generation = await self._generation(place, room)

@@ -28,7 +28,7 @@ from conversations.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SessionOutcome:
     """How a program says that its session ended. `stop_reason` counts if nothing ended it before.
 
     `reward_parts` are numbers; the reward is their sum. `error` belongs to an `infra_error`.
@@ -41,7 +41,7 @@ class Outcome:
     extra: Any = None
 
 
-class Sessions:
+class GatewaySessions:
     """The sessions of one run. `open_to_all`: an unknown key makes a session of its own."""
 
     def __init__(
@@ -147,7 +147,7 @@ class Sessions:
 
     # ------------------------------------------------------------------ ending
 
-    async def finish(self, session: GatewaySession, outcome: Outcome) -> Trajectory:
+    async def finish(self, session: GatewaySession, outcome: SessionOutcome) -> Trajectory:
         """Ends a session and writes its record, which is returned. Raises Refusal.
 
         Where the engine had failed last, the reward is unknown, never 0.

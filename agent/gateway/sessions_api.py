@@ -10,7 +10,7 @@ from pydantic import Field
 
 from agent.gateway.request import Body, Refusal, read_body
 from agent.gateway.session import GatewaySession, checked_reward
-from agent.gateway.sessions import Outcome
+from agent.gateway.sessions import SessionOutcome
 from agent.loop.tasks import Task
 from conversations.trajectory import STOP_REASONS
 
@@ -60,7 +60,7 @@ def opened(session: GatewaySession, key: str, url: str) -> dict[str, Any]:
     }
 
 
-def finish_request(raw: bytes) -> Outcome:
+def finish_request(raw: bytes) -> SessionOutcome:
     """The body of `POST /sessions/{id}/finish`. Raises Refusal."""
     given = read_body(_Finish, raw or b"{}")
     if given.stop_reason not in STOP_REASONS:
@@ -69,7 +69,7 @@ def finish_request(raw: bytes) -> Outcome:
             field="stop_reason",
         )
     parts = reward_parts(given.reward, given.reward_parts)
-    return Outcome(parts, given.stop_reason, given.infra_error, given.error, given.extra)
+    return SessionOutcome(parts, given.stop_reason, given.infra_error, given.error, given.extra)
 
 
 def reward_parts(reward: Any, parts: Mapping[str, Any] | None) -> dict[str, float]:
