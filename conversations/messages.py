@@ -19,7 +19,7 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-arguments_text = json.JSONEncoder(ensure_ascii=False).encode
+arguments_text = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 """A call's arguments as OpenAI's schema has them: one JSON text."""
 
 

@@ -383,14 +383,13 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_slots(item: Any) -> dict[str, Any]:
-    names, getter = _slots(type(item))  # type: ignore[arg-type]
+    kind: Any = type(item)
+    is_own = kind is Turn and item.response_id is None and item.notes is None
+    names, getter = _own_turn_slots() if is_own else _slots(kind)
     values = dict(zip(names, getter(item), strict=True))
-    if "attempts" in values:
+    if kind is ToolCallRecord:
         values["attempts"] = [_plain_slots(attempt) for attempt in values["attempts"]]
-    elif type(item) is Turn and item.response_id is None and item.notes is None:
-        for name in _SERVED:
-            del values[name]
-    elif type(item) is Branch:
+    elif kind is Branch:
         return {name: _plain(value) for name, value in values.items()}
     return values
 
@@ -404,3 +403,10 @@ _SERVED = ("response_id", "asked", "notes")
 def _slots(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
     """The names of a class's slots, and what reads them all at once."""
     return kind.__slots__, operator.attrgetter(*kind.__slots__)
+
+
+@functools.cache
+def _own_turn_slots() -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """Those of a turn that was not served to a foreign agent."""
+    names = tuple(name for name in Turn.__slots__ if name not in _SERVED)
+    return names, operator.attrgetter(*names)

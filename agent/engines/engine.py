@@ -80,7 +80,7 @@ class Engine(Protocol):
         """Samples one turn after `prompt_ids`.
 
         `prompt_ids` is the conversation's own live sequence: read it before the first await, never
-        keep it. `request_id` is a fixed-length uuid4 hex, used once. If cancelled, aborts the
+        keep it. `request_id` is 32 hex digits, used once. If cancelled, aborts the
         request in the engine and raises `CancelledError`: `Interrupted`, with the tokens sampled so
         far, if the engine reports them in time. Raises `EngineError` if the engine failed.
         """

@@ -120,6 +120,8 @@ class Conversation:
     """
 
     __slots__ = (
+        "_id",
+        "_requests",
         "before",
         "clock",
         "ending",
@@ -143,6 +145,8 @@ class Conversation:
     def __init__(
         self, task: Task, sample: int, runtime: Runtime, counterparts: Counterparts | None = None
     ) -> None:
+        self._id = uuid.uuid4().hex[:24]
+        self._requests = 0
         self.task = task
         self.sample = sample
         self.runtime = runtime
@@ -303,7 +307,7 @@ class Conversation:
         return generation
 
     async def _sampled(self, room: int) -> Generation:
-        runtime, ids, request_id = self.runtime, self.tokens.ids, uuid.uuid4().hex
+        runtime, ids, request_id = self.runtime, self.tokens.ids, self._request_id()
         sampling = {
             **runtime.settings.sampling,
             "max_new_tokens": room,
@@ -317,6 +321,11 @@ class Conversation:
             generation = await engine.generate(ids, sampling, request_id=request_id)
             tell(generation)
             return generation
+
+    def _request_id(self) -> str:
+        """32 hex digits: the conversation's, and a count. A uuid a turn costs ten times as much."""
+        self._requests += 1
+        return f"{self._id}{self._requests:08x}"
 
     def _append_interrupted(self, generation: Generation | None, room: int) -> None:
         """Keeps what was sampled of an interrupted turn; the calls in it stay `cancelled`."""
@@ -372,8 +381,9 @@ class Conversation:
         """What ends the conversation after a turn's calls, before their responses are appended."""
         settings = self.runtime.settings
         offered = self.tools.offered if self.tools else {}
-        if any(line.status == "ok" and offered[line.name].ends_conversation for line in lines):
-            return "tool_stop"
+        for line in lines:
+            if line.status == "ok" and offered[line.name].ends_conversation:
+                return "tool_stop"
         for line in lines:
             self.count_invalid(line)
             if _reached(self.invalid_in_a_row, settings.max_consecutive_invalid_calls):

@@ -203,7 +203,7 @@ class ChatTemplate:
 
         The tokenizer will take them for control tokens.
         """
-        return sorted({match.group() for match in self._control.finditer(text)})
+        return sorted(set(self._control.findall(text)))
 
     @functools.cached_property
     def _control(self) -> Any:
