@@ -176,11 +176,8 @@ def _stream(answer: Answer, request: TurnRequest) -> bytes:
     """All events of a message."""
     begun = {**_head(answer, request), "content": [], "stop_reason": None, "usage": _usage(answer)}
     events = [_event("message_start", message=begun)]
-    calls = iter(answer.calls)
     for index, block in enumerate(_blocks(answer)):
         empty, deltas = _pieces(block)
-        if block["type"] == "tool_use":
-            deltas = [{"type": "input_json_delta", "partial_json": next(calls).arguments}]
         events.append(_event("content_block_start", index=index, content_block=empty))
         events += [_event("content_block_delta", index=index, delta=delta) for delta in deltas]
         events.append(_event("content_block_stop", index=index))
@@ -198,7 +195,8 @@ def _pieces(block: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]
         ]
     if block["type"] == "text":
         return {"type": "text", "text": ""}, [{"type": "text_delta", "text": block["text"]}]
-    return {**block, "input": {}}, []
+    text = json_bytes(block["input"]).decode()
+    return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": text}]
 
 
 def _head(answer: Answer, request: TurnRequest) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class Gateway:
                 self.server = GatewayServer(self.sessions, name, self._access)
                 self._listen()
             except BaseException:
+                self.folder.close()
                 if not self._resume:  # a new folder holds no run
                     (self.out / RUN).unlink(missing_ok=True)
                 raise
@@ -143,6 +144,8 @@ class Gateway:
             self.config, self._tasks, limit=self._limit, validate=False, argv=self._argv
         )
         manifest["gateway"] = True
+        if self._tasks is None:  # programs open as many samples as they like
+            manifest["n"] = None
         if self._resume:
             return RunFolder.resume(self.out, manifest, force=self._force)
         return RunFolder.create(self.out, manifest)
@@ -157,6 +160,8 @@ class Gateway:
             ) from error
 
     async def _stop(self) -> None:
+        if self.progress.total is None:
+            self.progress.total = self.progress.done + len(self.sessions.live)
         await self.sessions.close()
         await self.server.stop()
 

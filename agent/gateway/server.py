@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -25,10 +26,13 @@ from agent.gateway.dialect import ApiDialect
 from agent.gateway.health import LoopLag, health
 from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest
 from agent.gateway.responses import RESPONSES
-from agent.gateway.session import GatewaySession
+from agent.gateway.session import GatewaySession, not_written
 from agent.gateway.sessions import GatewaySessions
 from agent.gateway.sessions_api import finish_request, open_request, opened
+from conversations.errors import RunFolderError
 from conversations.session import SessionTurn
+
+logger = logging.getLogger(__name__)
 
 HELD_S = 50.0
 KEEP_ALIVE_S = 10.0
@@ -69,6 +73,8 @@ class GatewayServer:
     sessions: GatewaySessions
     model: str
     access: Access = field(default_factory=Access)
+    held_s: float = HELD_S
+    keep_alive_s: float = KEEP_ALIVE_S
     url: str = ""
     lag: LoopLag = field(default_factory=LoopLag)
     _runner: web.ServerRunner | None = None
@@ -119,6 +125,13 @@ class GatewayServer:
             return await self._other(request, route, name)
         except Refusal as refusal:
             return _refused(refusal, dialect)
+        except RunFolderError as error:  # a full disk
+            return _refused(not_written(error), dialect)
+        except OSError:  # the connection
+            raise
+        except Exception:
+            logger.exception("the gateway failed to answer %s %s", request.method, request.path)
+            return _refused(_FAILED, dialect)
 
     async def _other(
         self, request: web.BaseRequest, route: str, name: str | None
@@ -206,7 +219,7 @@ class GatewayServer:
         answering.join()
         delivery = _Delivery(session, answering.task)
         try:
-            reply = await _Reply(request, dialect, asked, delivery).send()
+            reply = await self._reply(request, dialect, asked, delivery).send()
             self._watch(request, delivery)
             return reply
         except BaseException:
@@ -214,6 +227,15 @@ class GatewayServer:
             raise
         finally:
             answering.leave()
+
+    def _reply(
+        self,
+        request: web.BaseRequest,
+        dialect: ApiDialect,
+        asked: TurnRequest,
+        delivery: _Delivery,
+    ) -> _Reply:
+        return _Reply(request, dialect, asked, delivery, self.held_s, self.keep_alive_s)
 
     def _watch(self, request: web.BaseRequest, delivery: _Delivery) -> None:
         """All bytes are written. From now on the connection tells whether they were read."""
@@ -256,8 +278,8 @@ class _Reply:
     dialect: ApiDialect
     asked: TurnRequest
     delivery: _Delivery
-    held_s: ClassVar[float] = HELD_S
-    keep_alive_s: ClassVar[float] = KEEP_ALIVE_S
+    held_s: float
+    keep_alive_s: float
 
     async def send(self) -> web.StreamResponse:
         """Sends the turn, or raises Refusal if nothing was sent yet."""
@@ -328,6 +350,9 @@ class _Server(web.Server):
 
 
 # ---------------------------------------------------------------------- small things
+
+
+_FAILED = Refusal("the gateway failed; its log says why", status=500, code="internal_error")
 
 
 def _route(path: str) -> tuple[str, str | None]:

@@ -246,7 +246,9 @@ class GatewaySession:
         self.engine_trouble = None
         self.count(turn)
         self._unwritten.append(turn)
+        self.not_delivered(turn)  # if it cannot be written now, the next request gets it
         self._write_missing()
+        self.delivery.arrived(turn)
         return turn
 
     def count(self, turn: SessionTurn) -> None:
@@ -269,9 +271,7 @@ class GatewaySession:
                 self._write(self, self._unwritten[0])
                 self._unwritten.pop(0)
         except RunFolderError as error:
-            raise Refusal(
-                str(error), status=503, code="not_written", retry_after_s=RETRY_AFTER_S
-            ) from error
+            raise not_written(error) from error
 
     async def _generation(self, place: Place, room: int) -> Generation:
         """What the engine samples. Raises Refusal.
@@ -370,6 +370,11 @@ class GatewaySession:
             if UNDELIVERED not in turn.notes:
                 turn.notes.append(UNDELIVERED)
         self.clock.stop()
+
+
+def not_written(error: RunFolderError) -> Refusal:
+    """The refusal of what could not be written: a full disk, which may have room again."""
+    return Refusal(str(error), status=503, code="not_written", retry_after_s=RETRY_AFTER_S)
 
 
 def checked_reward(name: str, value: object) -> float:

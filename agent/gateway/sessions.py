@@ -6,6 +6,7 @@ kept as hashes alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 from collections import Counter
@@ -167,9 +168,8 @@ class GatewaySessions:
             self.folder.append(trajectory)
         except RecordError as error:
             raise Refusal(f"the record has no JSON form: {error}", code="invalid_record") from error
-        except RunFolderError as error:
-            raise Refusal(str(error), status=503, code="not_written") from error
-        self._forget(session)
+        with contextlib.suppress(RunFolderError):  # a resume sees the record itself
+            self._forget(session)
         self.progress.count(trajectory)
         return trajectory
 

@@ -26,7 +26,8 @@ class RunFacts:
     (tokens, side) that a tool's answer may be cut to, the run's own first; `cuts_in_code` means
     that functions are among the tools, whose decorators may set others. `users` means that
     simulated users take turns. `imported` is the format that the run was imported from: its records
-    may lack something. `is_replay` means that its records have parents. `earlier` are the facts of
+    may lack something. `is_replay` means that its records have parents. `is_gateway`:
+    agent programs decided when their sessions ended, and why. `earlier` are the facts of
     the run's earlier starts, if a resume was forced with another config. The others are the loop's
     limits, in tokens unless the name says otherwise.
     """
@@ -45,6 +46,7 @@ class RunFacts:
     users: bool = False
     imported: str | None = None
     is_replay: bool | None = None
+    is_gateway: bool = False
     earlier: tuple[RunFacts, ...] = ()
 
     @property
@@ -105,6 +107,7 @@ def _facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFac
         ),  # @tool(max_response_tokens=...)
         imported=str(_at(manifest, "imported").get("from")) if _at(manifest, "imported") else None,
         users=multi_turn.get("interaction_config_path") is not None,
+        is_gateway=manifest.get("gateway") is True,
         is_replay=manifest["parent"] is not None
         if "parent" in manifest and "imported" not in manifest
         else None,

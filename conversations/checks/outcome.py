@@ -146,6 +146,8 @@ class _Ending:
         reason = self.trajectory.stop_reason
         if finished and reason == "cancelled" and self.trajectory.parent is None:
             yield Finding("an interrupted conversation stands among the finished ones")
+        if self.facts.is_gateway:  # the program goes on after a cut turn, and ends when it likes
+            return
         for turn, each in enumerate(self.trajectory.turns):
             if each.finish_reason == "abort" and (
                 turn < self.turn or reason not in ("cancelled", "deadline", "engine_error")

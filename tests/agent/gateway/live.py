@@ -6,7 +6,10 @@ the model answers. So a plan decides by what stands in the conversation, never b
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +19,9 @@ from typing import Any
 from agent.config.config import Config, load_config
 from agent.engines.engine import Engine, Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
+from agent.errors import EngineError
 from agent.gateway import Gateway
+from conversations.checks.finding import Defect
 from conversations.open_run import open_run
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -37,6 +42,49 @@ def speaks(plan: Plan, template: ChatTemplate | None = None, *, delay_s: float =
         return Generation(ids, logprobs(ids), "stop", prompt_tokens=len(prompt_ids))
 
     return ScriptedEngine(respond, delay_s=delay_s)
+
+
+class Obedient(ScriptedEngine):
+    """Does what the last user's message says: `say TEXT`, `wait TEXT`, `nan`, `down`, `cut TEXT`.
+
+    `wait` answers once `gate` is set. `asked` counts the generations that were begun, `aborted`
+    those that were cancelled.
+    """
+
+    def __init__(self) -> None:
+        self.template = hermes_template()
+        self.gate = threading.Event()
+        self.asked = 0
+        self.aborted = 0
+        super().__init__(self._obey)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
+        self.asked += 1
+        try:
+            while "wait" in self._order(prompt_ids) and not self.gate.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+        return await super().generate(prompt_ids, sampling, request_id=request_id)
+
+    def _order(self, prompt_ids: Sequence[int]) -> str:
+        text = self.template.decode(list(prompt_ids))
+        return text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+
+    def _obey(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        word, _, text = self._order(prompt_ids).partition(" ")
+        if word == "down":
+            raise EngineError("the scheduler is gone")
+        ids = [*self.template.encode(text or word), self.template.end_id]
+        values = logprobs(ids, self.asked)
+        if word == "nan":
+            values[0] = math.nan
+        if word == "cut":
+            return Generation(ids[:-1], values[:-1], "length")
+        return Generation(ids, values, "stop", prompt_tokens=len(prompt_ids))
 
 
 def then(*turns: str) -> Plan:
@@ -95,8 +143,9 @@ class Record:
 
 def checked(out: Path) -> Record:
     """The records of a run that `verify` finds no defect in, all of their tokens in rows."""
-    report = verify_run(out)
-    assert not report.defects, report.defects
+    defects: list[Defect] = []
+    verify_run(out, on_defect=defects.append)
+    assert defects == []
     run = open_run(out)
     found = {name: run[name] for name in run.ids}
     for trajectory in found.values():

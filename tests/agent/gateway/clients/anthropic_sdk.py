@@ -1,0 +1,60 @@
+"""The anthropic SDK as a plain agent loop uses it, streamed and not."""
+
+import json
+import sys
+
+from anthropic import Anthropic
+
+TOOL = {
+    "name": "look",
+    "input_schema": {
+        "type": "object",
+        "properties": {"question": {"type": "string"}},
+        "required": ["question"],
+    },
+}
+
+
+def messages_loop(client: Anthropic, stream: bool) -> str:
+    messages = [{"role": "user", "content": "What?"}]
+    counted = client.messages.count_tokens(
+        model="m", messages=messages, tools=[TOOL], system="Be brief."
+    )
+    for turn in range(6):
+        asked = {
+            "model": "m",
+            "max_tokens": 500,
+            "messages": messages,
+            "tools": [TOOL],
+            "system": "Be brief.",
+        }
+        if stream:
+            with client.messages.stream(**asked) as events:
+                for _ in events:
+                    pass
+                done = events.get_final_message()
+        else:
+            done = client.messages.create(**asked)
+        if turn == 0:
+            assert done.usage.input_tokens == counted.input_tokens
+        content = [block.model_dump(exclude_none=True) for block in done.content]
+        messages.append({"role": "assistant", "content": content})
+        uses = [block for block in done.content if block.type == "tool_use"]
+        if not uses:
+            return done.content[-1].text
+        results = [
+            {"type": "tool_result", "tool_use_id": use.id, "content": f"seen by {use.name}"}
+            for use in reversed(uses)
+        ]
+        messages.append({"role": "user", "content": results})
+    raise AssertionError("no end")
+
+
+given = json.load(sys.stdin)
+ended = {
+    name: messages_loop(
+        Anthropic(base_url=given["url"], api_key=key), stream=name.endswith("stream")
+    )
+    for name, key in given["keys"].items()
+}
+print(json.dumps(ended))
