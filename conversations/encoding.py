@@ -5,14 +5,18 @@ A tokenizer cuts its added tokens (`<|im_start|>`, `<|im_end|>`, ...) out of a t
 encodes the rest, so the ids of a text are the ids of its segments in order. Chats repeat their
 segments: the tools in every prompt, the scaffold of every turn. Where a tokenizer's ids depend on
 more than the segment, which a probe finds out, texts are encoded whole.
+
+Whole texts may be encoded by `fastokens`; see fast_encoding.py.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from conversations.fast_encoding import Encode, proven_fast_encode
 
 REMEMBERED_SEGMENTS = 256
 """The least recently used are forgotten first."""
@@ -47,6 +51,7 @@ class SegmentEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
+        self._fast: Encode | None = None
         self._remember = functools.lru_cache(REMEMBERED_SEGMENTS)(self.whole)
         added = list(tokenizer.added_tokens_decoder.values())
         names = sorted(
@@ -68,8 +73,23 @@ class SegmentEncoder:
 
     def whole(self, text: str) -> Sequence[int]:
         """The same, in one go."""
+        if self._fast is not None:
+            return self._fast(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def use_fast(self, texts: Iterable[str]) -> bool:
+        """Encodes with `fastokens` from now on, if it gives the same ids for `texts` and others.
+
+        Returns whether it is used.
+        """
+        self._fast = proven_fast_encode(self._backend, texts)
+        return self.is_fast
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether whole texts are encoded by `fastokens`."""
+        return self._fast is not None
 
     @property
     def remembered(self) -> int:

@@ -38,6 +38,8 @@ def cut_to_tokens(text: str, limit: int, side: str, template: ChatTemplate) -> S
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
     if len(text) <= limit and len(text.encode(errors="replace")) <= limit:
         return None  # a token holds at least one byte
+    if len(text) <= _window(limit) and len(template.encode(text)) <= limit:
+        return None  # the common case: without offsets, which take longer
     head_limit = {"right": limit, "middle": limit - limit // 2, "left": 0}[side]
     if len(_head(text, limit, template)) == len(text):
         return None

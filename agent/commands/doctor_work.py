@@ -316,6 +316,10 @@ def check_template(config: Config) -> Iterator[Diagnosis]:
     answers = [what for what, given in (("tools", tools), ("users", interactions)) if given]
     yield Diagnosis("ok", f"{config.model_path}: proven for {' and '.join(answers) or 'prompts'}")
     yield _call_format(template.format_report(), bool(tools))
+    if template.encoder == "tokenizers":
+        yield Diagnosis("ok", "texts are encoded by tokenizers: fastokens gives other ids, or none")
+    else:
+        yield Diagnosis("ok", f"texts are encoded by {template.encoder}, proven equal here")
 
 
 def _call_format(report: FormatReport, is_needed: bool) -> Diagnosis:

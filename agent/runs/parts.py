@@ -111,7 +111,9 @@ def make_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatTem
     reading = Reading(
         config.rollout.multi_turn.format, ours.format_unproven, ours.calls_in_thoughts
     )
-    return ChatTemplate(tokenizer, kwargs=ours.apply_chat_template_kwargs, reading=reading)
+    template = ChatTemplate(tokenizer, kwargs=ours.apply_chat_template_kwargs, reading=reading)
+    template.use_fast_encoder()
+    return template
 
 
 def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> Dispatcher:

@@ -7,10 +7,11 @@ believed; see ../formats/proof.py. Where a template rewrites *earlier* turns (Qw
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conversations.encoding import SegmentEncoder, without_lone_surrogates
@@ -20,10 +21,18 @@ from conversations.messages import Message, ParsedTurn
 from conversations.rounds import kind_of
 from conversations.template.deltas import Delta, Deltas, End, Piece, split_at
 from conversations.template.mixed import MixedDeltas
-from conversations.template.probing import find_dialect, user
+from conversations.template.probing import (
+    PROBE_TOOL,
+    answers,
+    find_dialect,
+    probe_call,
+    user,
+)
 from conversations.template.reading import Reader, Reading
 from conversations.template.renderer import Renderer
 from conversations.tokens import PROMPT, TOOL, USER
+
+_CALL = probe_call("f", "call_0_0", {"x": "1"})
 
 
 class ChatTemplate:
@@ -182,6 +191,26 @@ class ChatTemplate:
         U+FFFD.
         """
         return self._segments.encode(without_lone_surrogates(text))
+
+    def use_fast_encoder(self) -> bool:
+        """Encodes with `fastokens` if it gives the tokenizer's ids for this template's renderings.
+
+        For what runs conversations; what checks records does not. Returns whether it is used.
+        """
+        return self._segments.use_fast(self._renderings())
+
+    @property
+    def encoder(self) -> str:
+        """The package that encodes whole texts."""
+        return "fastokens" if self._segments.is_fast else "tokenizers"
+
+    def _renderings(self) -> Iterator[str]:
+        """Conversations as the template renders them, with tools and without."""
+        turn = {"role": "assistant", "content": "Let me see.", "tool_calls": [_CALL]}
+        for tools in ([PROBE_TOOL], []):
+            for messages in ([user("u")], [user("é\u2028漢"), turn, *answers([_CALL], ["42\n"])]):
+                with contextlib.suppress(TemplateError):
+                    yield self._renderer.whole(messages, tools, generation=True)
 
     def encoding(self, text: str) -> Any:
         """The tokenizer's own encoding of `text`: `.ids` [T] and `.offsets` [T] of (start, end)

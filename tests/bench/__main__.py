@@ -19,7 +19,18 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import chaos, http_call, loop_cpu, memory, record, sandbox, search, tool_turn, view
+from tests.bench import (
+    chaos,
+    encoder,
+    http_call,
+    loop_cpu,
+    memory,
+    record,
+    sandbox,
+    search,
+    tool_turn,
+    view,
+)
 from tests.bench.row import Row, document
 from tests.bench.workload import workload
 from tools.base import SandboxUnavailable
@@ -50,6 +61,7 @@ def main() -> None:
         *http_call.rows(quick=quick),
         *record.rows(quick=quick),
         *_view(console, quick=quick),
+        *encoder.rows(work, quick=quick),
         *loop_cpu.rows(work, quick=quick),
     ]
     console.print(_table(rows, work.tokenizer_name))

@@ -87,14 +87,14 @@ def _row(figures: Figures, floor: float, check: str, turns: int) -> Row:
 def _measure(workload: Workload, peer: VerlPeer, repeats: int) -> tuple[Figures, list[float]]:
     figures: Figures = defaultdict(list)
     floors: list[float] = []
-    _ours(workload, TURNS[0])  # the first run of anything also pays for what it loads
+    ours_ms(workload, TURNS[0])  # the first run of anything also pays for what it loads
     peer.cpu_ms(TURNS[0], 1, "disable")
     gc.collect()
     gc.freeze()
     for repeat in range(repeats):
         for turns in TURNS:
             floors.append(workload.floor_ms(TURNS_OF_A_REPEAT))
-            figures["ours", turns].append(_ours(workload, turns))
+            figures["ours", turns].append(ours_ms(workload, turns))
             for check in CHECKS:
                 if repeat < (3 if check == "disable" else 1):
                     figures[check, turns].append(
@@ -104,7 +104,7 @@ def _measure(workload: Workload, peer: VerlPeer, repeats: int) -> tuple[Figures,
     return figures, floors
 
 
-def _ours(workload: Workload, turns: int) -> float:
+def ours_ms(workload: Workload, turns: int) -> float:
     """CPU ms per turn of ours."""
     gc.collect()
     conversations = TURNS_OF_A_REPEAT // turns

@@ -115,3 +115,25 @@ def test_long_segments_are_not_remembered() -> None:
     assert subject.remembered == before
     subject.encode("abcabc")
     assert subject.remembered == before + 1
+
+
+def test_the_fast_encoder_gives_the_tokenizers_ids(template: ChatTemplate) -> None:
+    subject, exact = SegmentEncoder(template.tokenizer), SegmentEncoder(template.tokenizer)
+    assert subject.use_fast(["x"])
+    rng = random.Random(7)
+    for _ in range(1500):
+        text = "".join(odd_text(rng) for _ in range(3))
+        assert subject.encode(text) == exact.encode(text), repr(text)
+        assert list(subject.whole(text)) == list(exact.whole(text)), repr(text)
+
+
+def test_a_tokenizer_that_it_cuts_otherwise_keeps_its_own_encoder() -> None:
+    tokenizer = small_tokenizer(pre_tokenizers.Metaspace())
+    subject = encoder(tokenizer, [AddedToken("<|a|>", normalized=True, lstrip=True)])
+    before = subject.encode("ab <|a|> a")
+    subject.use_fast(["ab"])
+    assert subject.encode("ab <|a|> a") == before
+
+
+def test_what_checks_a_record_does_not_use_the_fast_encoder(template: ChatTemplate) -> None:
+    assert ChatTemplate(template.tokenizer).encoder == "tokenizers"
