@@ -363,11 +363,6 @@ class Rollout(Section):
         PositiveInt,
         SERVER,
         SCRIPTED,
-        Refused(
-            "verl's SGLangRollout has no pipeline parallelism; use tensor_model_parallel_size, "
-            "or a server with name: sglang_server",
-            lambda rollout: rollout.name == "sglang" and rollout.pipeline_model_parallel_size > 1,
-        ),
     ] = 1
     max_num_batched_tokens: Annotated[PositiveInt, SERVER, SCRIPTED] = 8192
     val_kwargs: Annotated[Sampling, SCRIPTED] = Sampling()

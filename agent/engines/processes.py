@@ -71,6 +71,7 @@ class Children:
         self._log_start = log_path.stat().st_size if log_path and log_path.exists() else 0
         self.sockets: list[Any] = []
         self._processes: list[_Child] = []
+        self._descendants: list[int] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end_reason: str | None = None
         self._waiting: set[asyncio.Future[None]] = set()
@@ -104,6 +105,17 @@ class Children:
         """A file descriptor for each child, readable once it has ended."""
         return [process.sentinel for process in self._started()]
 
+    def watch_descendants(self) -> None:
+        """Watches the processes that children have started: data parallelism's ranks are such.
+
+        Call it once they are all up. Nobody else would notice the death of one.
+        """
+        import psutil
+
+        for process in self._started():
+            for descendant in psutil.Process(process.pid).children(recursive=True):
+                self._descendants.append(os.pidfd_open(descendant.pid))
+
     def _started(self) -> list[_Child]:
         return [process for process in self._processes if process.pid is not None]
 
@@ -119,7 +131,8 @@ class Children:
             process.join(timeout=1 if has_ended else 0)
         codes = [process.exitcode for process in self._started() if process.exitcode is not None]
         text = self._printed()
-        return explain(text, codes[0] if codes else None) + (
+        # A descendant's own code is known to the child alone, which has not ended.
+        return explain(text, codes[0] if codes else -signal.SIGKILL) + (
             f" (log: {self.log_path})" if text else ""
         )
 
@@ -137,7 +150,7 @@ class Children:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            for sentinel in self.sentinels():
+            for sentinel in (*self.sentinels(), *self._descendants):
                 loop.add_reader(sentinel, lambda: self.end(self.why_ended()))
         if self._loop is not loop:
             raise RuntimeError(
@@ -173,7 +186,7 @@ class Children:
             return
         self._end_reason = reason
         if self._loop is not None:
-            for sentinel in self.sentinels():
+            for sentinel in (*self.sentinels(), *self._descendants):
                 self._loop.remove_reader(sentinel)
         for waiter in self._waiting:
             _wake(waiter)
@@ -194,6 +207,8 @@ class Children:
             process.kill()
         for process in self._started():
             process.join()
+        while self._descendants:
+            os.close(self._descendants.pop())
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

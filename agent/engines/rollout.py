@@ -108,20 +108,28 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 
         Several processes, one for each tensor-parallel rank, are verl's own case.
         """
+        config = self.config
         if dist.get_world_size() > 1:
+            _check_one_engine_a_group(config)
             super()._init_distributed_env(device_mesh_cpu, **kwargs)
             return
         self._device_mesh_cpu = init_device_mesh(
             "cpu", (1, 1, 1), mesh_dim_names=("dp", "tp", "pp")
         )
         self._rank = self._tp_rank = 0
-        self._tp_size = self.tensor_parallel_size = self.config.tensor_model_parallel_size
+        self._tp_size = self.tensor_parallel_size = config.tensor_model_parallel_size
         self.train_tp = None
-        self.visible_devices_set = set(_visible_devices(self._tp_size))
-        if self._tp_size > len(self.visible_devices_set):
+        if config.pipeline_model_parallel_size > 1 and not torch.cuda.is_available():
             raise ConfigError(
-                f"rollout.tensor_model_parallel_size: {self._tp_size} GPUs wanted, "
-                f"{len(self.visible_devices_set)} visible"
+                "rollout.pipeline_model_parallel_size: SGLang has no pipeline on a CPU; "
+                "use 1, or GPUs"
+            )
+        wanted = self._tp_size * config.pipeline_model_parallel_size * config.data_parallel_size
+        self.visible_devices_set = set(_visible_devices(wanted))
+        if wanted > len(self.visible_devices_set):
+            raise ConfigError(
+                f"rollout.tensor_model_parallel_size, with those for pipeline and data: {wanted} "
+                f"GPUs wanted, {len(self.visible_devices_set)} visible"
             )
 
     def _verify_config(self, model_hf_config: Any) -> None:
@@ -156,6 +164,7 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
             replaced(sglang_manager, get_zmq_socket=get_socket),
         ):
             super()._init_inference_engine(trust_remote_code, actor_module, port)
+        self._children.watch_descendants()
 
     # ------------------------------------------------------------------ the engine
 
@@ -165,7 +174,12 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
 
     @functools.cached_property
     def _turntrace_engine(self) -> SGLangEngine:
-        return SGLangEngine(self._engine.tokenizer_manager, self._children, self._describe())
+        return SGLangEngine(
+            self._engine.tokenizer_manager,
+            self._children,
+            self._describe(),
+            data_parallel_size=self.config.data_parallel_size,
+        )
 
     def _describe(self) -> dict[str, Any]:
         args = self._engine.server_args
@@ -196,6 +210,11 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         Tokens sampled afterwards have the number of this sync, from 1, as `weight_version`. A turn
         that begins during the sync may be sampled by both: weights go in buckets.
         """
+        if self.config.data_parallel_size > 1:
+            raise EngineError(
+                "rollout.data_parallel_size: SGLang takes new weights for one rank only; "
+                "use a rollout for each GPU"
+            )
         async with self._weight_sync():
             await self._send(weights, **kwargs)
 
@@ -339,6 +358,19 @@ def _keep_logging(*_args: object, **_kwargs: object) -> None:
 
 def _keep_sharing() -> None:
     """See `update_weights`."""
+
+
+def _check_one_engine_a_group(config: Any) -> None:
+    """A trainer has a rollout for each group of tensor-parallel ranks: its data parallelism.
+
+    Raises ConfigError.
+    """
+    for name in ("data_parallel_size", "pipeline_model_parallel_size"):
+        if config[name] > 1:
+            raise ConfigError(
+                f"rollout.{name}: must be 1 in a trainer with several ranks, which has an engine "
+                "for each tensor_model_parallel_size of them"
+            )
 
 
 def _ports() -> dict[str, Any]:

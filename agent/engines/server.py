@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import email.utils
 import time
-import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +21,7 @@ import orjson
 from agent.config.secrets import without_userinfo
 from agent.engines.address import CONNECT_TIMEOUT_S, authorization, client, proxied, server_url
 from agent.engines.health import NotReadyError, reason, refusal, what_it_serves
+from agent.engines.sticky import Conversations
 from agent.errors import EngineError
 
 HEALTH_EVERY_S = 1.0
@@ -93,7 +93,7 @@ class Server:
         self.is_up = True
         self.outages = 0
         self.trouble = ""
-        self.conversations: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self.conversations = Conversations()
 
     async def ready(self) -> dict[str, Any]:
         """The server's report of itself; empty for a router without one. Raises NotReadyError."""

@@ -28,6 +28,7 @@ from agent.engines.server import (
     ServerLostError,
 )
 from agent.engines.sglang import check_sampling, interruption, read_answer
+from agent.engines.sticky import place_of
 from agent.errors import ConfigError, EngineError, EngineStartError
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
@@ -213,14 +214,10 @@ class SGLangServerEngine:
             ) from error
         conversation = asyncio.current_task()
         up = [server for server in self._servers if server.is_up]
-        for server in up:
-            if conversation in server.conversations:
-                return server
-        chosen = min(up, key=lambda server: len(server.conversations))
-        if conversation:
-            for server in self._servers:
-                server.conversations.discard(conversation)
-            chosen.conversations.add(conversation)
+        chosen = up[place_of(conversation, [server.conversations for server in up])]
+        for server in self._servers:
+            if server is not chosen:  # it has moved
+                server.conversations.discard(conversation)  # type: ignore[arg-type]
         return chosen
 
     def _note_change(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.processes import Children
 from agent.engines.scoring import Scores, read_scores, score_request
+from agent.engines.sticky import Conversations, place_of
 from agent.errors import EngineError
 
 REFUSED_SAMPLING = {
@@ -36,8 +37,16 @@ class SGLangEngine:
     `describe` returns.
     """
 
-    def __init__(self, manager: Any, children: Children, description: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        manager: Any,
+        children: Children,
+        description: dict[str, Any],
+        *,
+        data_parallel_size: int = 1,
+    ) -> None:
         self._manager = manager
+        self._ranks = [Conversations() for _ in range(data_parallel_size)]
         self._children = children
         self._description = description
         self._vocab_size: int = manager.model_config.vocab_size
@@ -68,9 +77,19 @@ class SGLangEngine:
             "sampling_params": dict(sampling),
             "return_logprob": True,
             "stream": False,
+            **self._rank(),
         }
         answer = await self._answer(fields, request_id)
         return Generation([], [], "abort") if answer is None else read_answer(answer)
+
+    def _rank(self) -> dict[str, int]:
+        """Which of several data-parallel ranks has the running conversation's prefix in its cache.
+
+        `data_parallel_rank` is the name that every version of SGLang takes.
+        """
+        if len(self._ranks) == 1:
+            return {}
+        return {"data_parallel_rank": place_of(asyncio.current_task(), self._ranks)}
 
     async def score(self, ids: Sequence[int], first: int, *, likeliest: int) -> Scores:
         """The log-probs of `ids[first:]`; see `agent.engines.scoring`."""

@@ -29,6 +29,7 @@ from agent.engines.arguments import (
 from agent.engines.cpu_guards import guard_paths
 from agent.engines.processes import Children, explain
 from agent.engines.sglang import check_prompt, check_sampling, read_answer
+from agent.engines.sticky import Conversations, place_of
 from agent.errors import EngineError, EngineStartError
 from tests.helpers import ROOT
 
@@ -151,6 +152,7 @@ def arguments(*overrides: str, cuda: bool = True) -> dict[str, Any]:
     [
         ("max_model_len=4000", "context_length", 4000 + CONTEXT_SLACK),
         ("data_parallel_size=2", "dp_size", 2),
+        ("pipeline_model_parallel_size=2", "pp_size", 2),
         ("enforce_eager=true", "disable_cuda_graph", True),
         ("enforce_eager=false", "disable_cuda_graph", False),
         ("enable_prefix_caching=false", "disable_radix_cache", True),
@@ -338,18 +340,51 @@ async def test_cancelling_the_wait_leaves_the_request_alone_and_closing_ends_it(
         await patient
 
 
-def test_stop_ends_children_and_theirs(children: Children) -> None:
-    process = children.Process(target=os.system, args=("sleep 600",))
+async def test_the_death_of_a_childs_child_is_noticed(children: Children) -> None:
+    """A data-parallel rank is one: its controller goes on without it."""
+    process = children.Process(target=os.system, args=("sleep 600; sleep 600",))
     process.start()
-    parent = psutil.Process(process.pid)
-    while not (grandchildren := parent.children(recursive=True)):
+    rank = await asyncio.to_thread(grandchild, process.pid)
+    children.watch_descendants()
+    waiting = asyncio.create_task(children.answer(asyncio.create_task(asyncio.sleep(60))))
+    await asyncio.sleep(0)
+    rank.kill()
+    with pytest.raises(EngineError, match="killed from outside"):
+        await waiting
+
+
+def test_a_conversation_stays_with_its_place_and_new_ones_go_to_the_emptiest() -> None:
+    async def served(places: list[Conversations]) -> tuple[list[int], list[int]]:
+        async def two_turns() -> tuple[int, int]:
+            first = place_of(asyncio.current_task(), places)
+            await asyncio.sleep(0)
+            return first, place_of(asyncio.current_task(), places)
+
+        turns = await asyncio.gather(*(two_turns() for _ in range(5)))
+        return [one for one, _ in turns], [two for _, two in turns]
+
+    first, second = asyncio.run(served([Conversations() for _ in range(3)]))
+    assert first == second == [0, 1, 2, 0, 1]
+    assert place_of(None, [Conversations()]) == 0
+
+
+def grandchild(pid: int | None) -> psutil.Process:
+    """The process that the shell in the child has started."""
+    while True:
+        for process in psutil.Process(pid).children(recursive=True):
+            if process.name() == "sleep":
+                return process
         time.sleep(0.05)
+
+
+def test_stop_ends_children_and_theirs(children: Children) -> None:
+    process = children.Process(target=os.system, args=("sleep 600; true",))
+    process.start()
+    theirs = grandchild(process.pid)
     children.stop()
     children.stop()
-    psutil.wait_procs(grandchildren, timeout=10)
-    assert not any(
-        child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in grandchildren
-    )
+    psutil.wait_procs([theirs], timeout=10)
+    assert not theirs.is_running() or theirs.status() == psutil.STATUS_ZOMBIE
     assert not process.is_alive()
 
 
