@@ -12,6 +12,7 @@ or a consistent change of tokens and messages.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import signal
 from collections import Counter, deque
@@ -127,7 +128,9 @@ class _Verification:
 
     def run(self) -> None:
         manifest = self._manifest()
-        facts = facts_of(manifest, self._template(manifest))
+        facts = dataclasses.replace(
+            facts_of(manifest, self._template(manifest)), folder=self.folder
+        )
         chunks = [
             chunk for name in (TRAJECTORIES, UNFINISHED, SUPERSEDED) for chunk in self._chunks(name)
         ]

@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from agent.config.fates import notices, refusals
-from agent.config.hints import hint, sglang_arguments
+from agent.config.hints import hint
+from agent.config.installed import sglang_arguments
 from agent.config.schema import FATES, ConfigFile, Rollout
 from agent.config.secrets import without_secrets
 from agent.config.values import (
@@ -148,6 +149,8 @@ class Config:
         }
         values["multi_turn"]["max_assistant_turns"] = self.max_assistant_turns
         values["engine_kwargs"]["sglang"]["random_seed"] = self.seed
+        if self.rollout.turntrace.evidence.routed_experts:
+            values["engine_kwargs"]["sglang"]["enable_return_routed_experts"] = True
         if sizes := self.rollout.cudagraph_capture_sizes:  # SGLangRollout drops it
             values["engine_kwargs"]["sglang"].setdefault("cuda_graph_bs", sizes)
         return values

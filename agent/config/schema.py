@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic_core import PydanticCustomError
 
 from agent.config.fates import Inside, NoEffect, Refused, Switch, Warned, When, fates_of
+from agent.config.installed import sglang_arguments
 
 
 def _not_zero(top_k: int) -> int:
@@ -277,6 +278,52 @@ class EngineKwargs(Section):
     vllm: Annotated[dict[str, Any], NoEffect("the engine is SGLang")] = Field(default_factory=dict)
 
 
+class EvidenceKeys(Section):
+    """What to ask of the engine for each token; it goes to `evidence/` in the run folder."""
+
+    top_logprobs: Annotated[int, Field(ge=0)] = 0
+    """So many of the likeliest tokens at each sampled place, with their log-probs."""
+    sampling_mask: Annotated[
+        bool,
+        Refused(
+            "the installed SGLang gives no sampling masks; 0.5.16 and later do",
+            lambda rollout: (
+                rollout.turntrace.evidence.sampling_mask
+                and rollout.name == "sglang"
+                and not _sglang_takes("sampling_mask_max_tokens")
+            ),
+        ),
+        Refused(
+            "SGLang gives sampling masks with a finite rollout.top_k only; set one",
+            lambda rollout: (
+                rollout.turntrace.evidence.sampling_mask
+                and rollout.do_sample
+                and rollout.temperature > 0
+                and rollout.top_k == -1
+            ),
+        ),
+    ] = False
+    """The tokens that top-k and top-p left to sample from."""
+    routed_experts: Annotated[
+        bool,
+        Refused(
+            "the installed SGLang gives no routed experts; 0.5.12 and later do",
+            lambda rollout: (
+                rollout.turntrace.evidence.routed_experts
+                and rollout.name == "sglang"
+                and not _sglang_takes("enable_return_routed_experts")
+            ),
+        ),
+    ] = False
+    """The experts that each layer chose. A server needs `--enable-return-routed-experts`."""
+
+
+def _sglang_takes(argument: str) -> bool:
+    """Whether the installed SGLang has that argument; true if none is installed, as on a server."""
+    known = sglang_arguments()
+    return known is None or argument in known
+
+
 class Turntrace(Section):
     """Keys of this runtime. verl does not see them."""
 
@@ -292,6 +339,8 @@ class Turntrace(Section):
     """Take `multi_turn.format` although the chat template does not prove it."""
     calls_in_thoughts: bool = False
     """Run the calls that stand inside a thought; else they are part of the thought."""
+    evidence: Annotated[EvidenceKeys, SCRIPTED] = EvidenceKeys()
+    """Per-token evidence; see agent/engines/README.md."""
     recorded: Annotated[
         str | None,
         Refused(

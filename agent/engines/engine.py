@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agent.engines.evidence import Evidence
 from agent.errors import EndConversation
 
 SamplingParams = Mapping[str, Any]
@@ -27,7 +28,8 @@ class Generation:
     log-probs are those of the temperature-scaled distribution, as returned.
     `finish_reason` is the engine's: "stop", "length" or "abort".
     `prompt_tokens` and `cached_tokens` count tokens, times are seconds; None if the engine does not
-    report them. `resumed` is the record's (see `Turn`), of a turn played back.
+    report them. `resumed` is the record's (see `Turn`), of a turn played back. `evidence` is what
+    was asked for beside that.
     """
 
     token_ids: list[int]
@@ -39,6 +41,7 @@ class Generation:
     engine_s: float | None = None
     weight_version: str | None = None
     resumed: list[list[Any]] | None = None
+    evidence: Evidence | None = None
 
 
 class Interrupted(asyncio.CancelledError):
@@ -67,7 +70,8 @@ class Engine(Protocol):
     """All that a conversation asks of an engine.
 
     An engine may also have `tokens_in_flight() -> int`: the tokens sampled so far by turns that are
-    not complete, for a line of progress. Any thread may call it.
+    not complete, for a line of progress. Any thread may call it. One that gives evidence also takes
+    `evidence: EvidenceRequest | None = None` in `generate`.
     """
 
     def describe(self) -> dict[str, Any]:

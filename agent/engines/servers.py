@@ -11,6 +11,7 @@ aborted on its server. Answers are checked like those of the in-process engine.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 import uuid
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agent.engines.engine import Generation, SamplingParams
+from agent.engines.evidence import EvidenceRequest
 from agent.engines.health import NotReadyError
 from agent.engines.scoring import Scores, read_scores, score_request
 from agent.engines.server import (
@@ -27,7 +29,7 @@ from agent.engines.server import (
     ServerFailedError,
     ServerLostError,
 )
-from agent.engines.sglang import check_sampling, interruption, read_answer
+from agent.engines.sglang import Read, check_sampling, interruption, read_answer
 from agent.engines.sticky import place_of
 from agent.errors import ConfigError, EngineError, EngineStartError
 
@@ -131,7 +133,12 @@ class SGLangServerEngine:
         return next((server.info for server in self._servers if server.info), {})
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        evidence: EvidenceRequest | None = None,
     ) -> Generation:
         """Samples one turn.
 
@@ -147,9 +154,11 @@ class SGLangServerEngine:
             "sampling_params": dict(sampling),
             "return_logprob": True,
             "stream": False,
+            **(evidence.fields() if evidence else {}),
         }
+        read = functools.partial(read_answer, asked=evidence)
         try:
-            return read_answer(await self._ask(body, request_id))
+            return read(await self._ask(body, request_id, read))
         finally:
             self._requests.pop(request_id, None)
 
@@ -162,14 +171,16 @@ class SGLangServerEngine:
             self._requests.pop(request_id, None)
         return read_scores(answer, ids, first, likeliest)
 
-    async def _ask(self, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+    async def _ask(
+        self, body: dict[str, Any], request_id: str, read: Read = read_answer
+    ) -> dict[str, Any]:
         budget = RetryBudget(self._attempts, self._wait_s)
         rid = request_id
         while True:
             server = await self._server()
             self._requests[request_id] = server, rid
             try:
-                return await self._answer(server, {"rid": rid, **body})
+                return await self._answer(server, {"rid": rid, **body}, read)
             except ServerBusyError as error:
                 server.doubt()
                 pause_s = budget.after_busy_s(server.url, error)
@@ -181,7 +192,7 @@ class SGLangServerEngine:
             await asyncio.sleep(pause_s)
             rid = uuid.uuid4().hex
 
-    async def _answer(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, server: Server, body: dict[str, Any], read: Read) -> dict[str, Any]:
         """The server's answer. Raises ServerLostError if the server is found to hang."""
         outages = server.outages
         answer = asyncio.ensure_future(server.generate(body))
@@ -194,7 +205,7 @@ class SGLangServerEngine:
             return answer.result()
         except asyncio.CancelledError:
             self._abort_in_background(server, body["rid"])
-            cut_off = await interruption(answer)
+            cut_off = await interruption(answer, read)
             answer.cancel()
             raise cut_off from None
 

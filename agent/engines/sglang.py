@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agent.engines.engine import Generation, Interrupted, SamplingParams
+from agent.engines.evidence import EvidenceRequest, read_evidence
 from agent.engines.processes import Children
 from agent.engines.scoring import Scores, read_scores, score_request
 from agent.engines.sticky import Conversations, place_of
@@ -27,6 +29,8 @@ REFUSED_SAMPLING = {
     "min_new_tokens": "min_new_tokens needs a tokenizer in the engine",
 }
 """Each of these kills SGLang's scheduler if it runs without a tokenizer."""
+
+Read = Callable[[Mapping[str, Any]], Generation]
 
 ABORT_S = 2.0
 """Time limit for the tokens of an aborted request: a step of the model and the way back."""
@@ -65,7 +69,12 @@ class SGLangEngine:
         return sum(len(state.output_ids) for state in states if state is not None)
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        evidence: EvidenceRequest | None = None,
     ) -> Generation:
         """Samples one turn.
 
@@ -78,9 +87,11 @@ class SGLangEngine:
             "return_logprob": True,
             "stream": False,
             **self._rank(),
+            **(evidence.fields() if evidence else {}),
         }
-        answer = await self._answer(fields, request_id)
-        return Generation([], [], "abort") if answer is None else read_answer(answer)
+        read = functools.partial(read_answer, asked=evidence)
+        answer = await self._answer(fields, request_id, read)
+        return Generation([], [], "abort") if answer is None else read(answer)
 
     def _rank(self) -> dict[str, int]:
         """Which of several data-parallel ranks has the running conversation's prefix in its cache.
@@ -98,8 +109,13 @@ class SGLangEngine:
             raise EngineError("the request was aborted")
         return read_scores(answer, ids, first, likeliest)
 
-    async def _answer(self, fields: dict[str, Any], request_id: str) -> dict[str, Any] | None:
-        """SGLang's answer to one request; None if it was aborted before SGLang had it."""
+    async def _answer(
+        self, fields: dict[str, Any], request_id: str, read: Read | None = None
+    ) -> dict[str, Any] | None:
+        """SGLang's answer to one request; None if it was aborted before SGLang had it.
+
+        `read` makes a generation of what was sampled before an interruption.
+        """
         self._children.watch()
         if request_id in self._running:
             raise EngineError(
@@ -115,7 +131,7 @@ class SGLangEngine:
             if task.cancelled() and not _is_cancelled():  # by `abort`
                 return None
             self._stop(request_id)
-            raise await interruption(task) from None
+            raise await interruption(task, read or read_answer) from None
 
     async def _ask(self, fields: dict[str, Any], request_id: str) -> dict[str, Any]:
         from sglang.srt.managers.io_struct import GenerateReqInput
@@ -165,7 +181,9 @@ class SGLangEngine:
         self._children.stop()
 
 
-async def interruption(answer: asyncio.Future[dict[str, Any]]) -> asyncio.CancelledError:
+async def interruption(
+    answer: asyncio.Future[dict[str, Any]], read: Read
+) -> asyncio.CancelledError:
     """The error for a request that was aborted: `Interrupted` with the sampled tokens, once
     SGLang's answer has come.
 
@@ -175,7 +193,7 @@ async def interruption(answer: asyncio.Future[dict[str, Any]]) -> asyncio.Cancel
     if not answer.done() or answer.cancelled() or answer.exception():
         return asyncio.CancelledError()
     try:
-        generation = read_answer(answer.result())
+        generation = read(answer.result())
     except EngineError:
         return asyncio.CancelledError()
     return (
@@ -211,7 +229,7 @@ def check_prompt(prompt_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def read_answer(answer: Mapping[str, Any]) -> Generation:
+def read_answer(answer: Mapping[str, Any], asked: EvidenceRequest | None = None) -> Generation:
     """SGLang's answer to one `/generate` with `return_logprob`, checked.
 
     Raises EngineError if it is not data.
@@ -246,6 +264,7 @@ def read_answer(answer: Mapping[str, Any]) -> Generation:
         queue_s=_number(meta.get("queue_time")),
         engine_s=_number(meta.get("e2e_latency")),
         weight_version=None if (version := meta.get("weight_version")) is None else str(version),
+        evidence=read_evidence(meta, asked, len(ids)) if asked else None,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from agent.loop.conversation import Conversation
 from agent.loop.loop import converse
 from agent.loop.observer import observed
-from agent.loop.record import trajectory_of
+from agent.loop.record import evidence_file, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.errors import RecordError
@@ -46,6 +46,8 @@ class Store(Protocol):
     """Where conversations are kept: a `RunFolder`, or something in front of one."""
 
     done: set[tuple[str, int]]
+
+    def keep_evidence(self, data: bytes) -> None: ...
 
     def append(self, trajectory: Trajectory) -> None: ...
 
@@ -213,6 +215,7 @@ class _Batch:
                 text = f"cut off when {self.target} conversations were done (over_sample_rate)"
                 conversation.warnings.append(RecordWarning("over_sampled", text))
             if self.store:
+                self._keep_evidence(self.store, conversation)
                 self._keep(self.store.append_unfinished, trajectory_of(conversation))
             raise
         finally:
@@ -222,6 +225,7 @@ class _Batch:
         is_cut_off = trajectory.stop_reason == "cancelled" and trajectory.parent is None
         kept: Trajectory | None = trajectory
         if self.store:
+            self._keep_evidence(self.store, conversation)
             append = self.store.append_unfinished if is_cut_off else self.store.append
             kept = self._keep(append, trajectory)
         if kept is None:
@@ -233,6 +237,10 @@ class _Batch:
         if self.has_enough:
             for other in self.running - {asyncio.current_task()}:
                 other.cancel()
+
+    def _keep_evidence(self, store: Store, conversation: Conversation) -> None:
+        if (file := evidence_file(conversation)) is not None:
+            store.keep_evidence(file)
 
     def _keep(
         self, append: Callable[[Trajectory], None], trajectory: Trajectory

@@ -22,6 +22,7 @@ from agent.engines.engine import EndedGeneration, Generation, Interrupted
 from agent.errors import EngineError
 from agent.loop.boundary import finite
 from agent.loop.calls import ConversationTools, PendingTurn
+from agent.loop.evidence import EvidenceLog
 from agent.loop.observer import observed
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
@@ -125,6 +126,7 @@ class Conversation:
         "before",
         "clock",
         "ending",
+        "evidence",
         "invalid_in_a_row",
         "messages",
         "parent",
@@ -163,6 +165,8 @@ class Conversation:
         self.clock = Clock()
         self.parent: dict[str, Any] | None = None
         self.before: Trajectory | None = None
+        asked = runtime.settings.evidence
+        self.evidence = EvidenceLog(asked) if asked else None
         if counterparts is None:
             counterparts = Counterparts.of(task, runtime)
             self._warn_of_lost_user()
@@ -314,11 +318,12 @@ class Conversation:
             "stop_token_ids": runtime.template.stop_token_ids,
         }
         engine, observer = runtime.engine, runtime.observer
+        more: dict[str, Any] = {"evidence": self.evidence.request} if self.evidence else {}
         if observer is None:
-            return await engine.generate(ids, sampling, request_id=request_id)
+            return await engine.generate(ids, sampling, request_id=request_id, **more)
         begin = partial(observer.generation, engine.describe(), request_id, len(ids), sampling)
         with observed(begin) as tell:
-            generation = await engine.generate(ids, sampling, request_id=request_id)
+            generation = await engine.generate(ids, sampling, request_id=request_id, **more)
             tell(generation)
             return generation
 
@@ -345,6 +350,8 @@ class Conversation:
             self._take_back_partial_turn()
         self.turns.append(turn)
         self.tokens.append_sampled(generation.token_ids, generation.logprobs)
+        if self.evidence:
+            self.evidence.append(len(generation.token_ids), generation.evidence)
         parsed = template.read(raw, self.schemas, after=self.messages[-1])
         is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
         self.pending = PendingTurn(len(self.turns) - 1, parsed.calls, is_complete)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from agent.loop.conversation import Conversation
 from conversations.trajectory import Trajectory, total_reward
@@ -42,12 +43,28 @@ def trajectory_of(conversation: Conversation) -> Trajectory:
         ground_truth=task.ground_truth,
         data_source=task.data_source,
         extra=task.extra,
-        engine=runtime.engine.describe(),
+        engine=_engine(conversation),
         sampling={**runtime.settings.sampling, "stop_token_ids": stop_token_ids},
         parent=conversation.parent,
         started_at=clock.started_at,
         wall_s=clock.wall_s,
     )
+
+
+def _engine(conversation: Conversation) -> dict[str, Any]:
+    """What the engine says of itself, and what evidence it was asked for and gave."""
+    described = conversation.runtime.engine.describe()
+    if conversation.evidence is None:
+        return described
+    sampled = sum(conversation.tokens.response_mask())
+    return {**described, "evidence": conversation.evidence.note(sampled)}
+
+
+def evidence_file(conversation: Conversation) -> bytes | None:
+    """The content of the file that the record names; None if it names none."""
+    if conversation.evidence is None or conversation.before is not None:
+        return None
+    return conversation.evidence.file(sum(conversation.tokens.response_mask()))
 
 
 def _not_resumed(conversation: Conversation, before: Trajectory) -> Trajectory:

@@ -93,6 +93,10 @@ class ComparingStore:
             self._running[f"{conversation.task.id}-{conversation.sample}"] = record, conversation
             yield conversation
 
+    def keep_evidence(self, data: bytes) -> None:
+        """Writes the evidence file of a conversation whose rest was sampled anew."""
+        self._folder.keep_evidence(data)
+
     def append(self, trajectory: Trajectory) -> None:
         """Compares, notes, and writes a finished conversation."""
         trajectory.to_line()  # what has no JSON form is refused before anything is noted

@@ -21,7 +21,7 @@ def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime
     It has the record's sampling params and no deadline.
     """
     sampling = {key: value for key, value in record.sampling.items() if key != "stop_token_ids"}
-    settings = replace(runtime.settings, deadline_s=None, sampling=sampling)
+    settings = replace(runtime.settings, deadline_s=None, sampling=sampling, evidence=None)
     return replace(runtime, engine=Playback(record, first), settings=settings)
 
 
@@ -38,8 +38,8 @@ class Playback:
         self._next = first
 
     def describe(self) -> dict[str, Any]:
-        """The engine that sampled the tokens: nothing new is sampled here."""
-        return self._record.engine
+        """The engine that sampled the tokens: nothing new is sampled, and no evidence given."""
+        return {key: value for key, value in self._record.engine.items() if key != "evidence"}
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.config.config import Config
 from agent.engines.engine import Engine
+from agent.engines.evidence import EvidenceRequest
 from agent.engines.scripted import recorded
 from agent.errors import ConfigError
 from agent.loop.calls import Dispatcher
@@ -142,7 +143,14 @@ def loop_settings(
         max_consecutive_invalid_calls=ours.max_consecutive_invalid_calls,
         deadline_s=ours.conversation_deadline_s,
         sampling=dict(sampling),
+        evidence=evidence_request(config),
     )
+
+
+def evidence_request(config: Config) -> EvidenceRequest | None:
+    """What the config asks for of each token; None if it is nothing, or nothing is sampled."""
+    asked = EvidenceRequest(**config.rollout.turntrace.evidence.model_dump())
+    return asked if asked.flags() and config.rollout.name != "scripted" else None
 
 
 def start_engine(config: Config, log_path: Path | None) -> Engine:

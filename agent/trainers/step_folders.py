@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import ConfigError
+from conversations.errors import RunFolderError
 from conversations.run.store import RunFolder
 from conversations.trajectory import Trajectory
 
@@ -96,6 +97,10 @@ class StepFolders:
         self._worker = f"{socket.gethostname()}-{os.getpid()}"
         self._open: dict[str, _Open] = {}
         self._step = "none"
+
+    def keep_evidence(self, data: bytes) -> None:
+        """Never called: a trainer's client gives no evidence."""
+        raise RunFolderError("a trainer's run has no place for evidence")
 
     def append(self, trajectory: Trajectory) -> None:
         """Writes a conversation that has ended as the next sample of its task."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,7 +29,8 @@ class RunFacts:
     simulated users take turns. `imported` is the format that the run was imported from: its records
     may lack something. `is_replay` means that its records have parents. `is_gateway`:
     agent programs decided when their sessions ended, and why. `earlier` are the facts of
-    the run's earlier starts, if a resume was forced with another config. The others are the loop's
+    the run's earlier starts, if a resume was forced with another config. `folder` is the run's:
+    records name files in it. The others are the loop's
     limits, in tokens unless the name says otherwise.
     """
 
@@ -48,6 +50,7 @@ class RunFacts:
     is_replay: bool | None = None
     is_gateway: bool = False
     earlier: tuple[RunFacts, ...] = ()
+    folder: Path | None = None
 
     @property
     def reads_clock(self) -> bool:

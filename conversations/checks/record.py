@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from conversations.checks.evidence import evidence_findings
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, quoted
 from conversations.checks.ledger import ledger_findings
@@ -75,6 +76,8 @@ def check_line(line: bytes, facts: RunFacts, *, finished: bool = True) -> LineRe
     result.partial = _is_partial(trajectory)
     result.unproven = _is_unproven(trajectory, facts)
     result.findings += _under_its_start(trajectory, facts, finished, result.partial)
+    if facts.folder is not None:
+        result.findings += evidence_findings(trajectory, facts.folder)
     result.common = b"" if result.partial else _common(trajectory)
     _count(trajectory, result.tally)
     return result

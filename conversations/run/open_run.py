@@ -145,6 +145,16 @@ class Run:
             else "it has none yet"
         )
 
+    def evidence(self, trajectory_id: str) -> dict[str, Any]:
+        """A trajectory's per-token evidence: numpy arrays by name, empty if it has none.
+
+        `conversations.evidence` documents them. Raises RunFolderError or RecordError if the file is
+        missing, changed or no evidence.
+        """
+        from conversations.evidence import evidence_of
+
+        return evidence_of(self.path, self[trajectory_id])
+
     # ------------------------------------------------------------------ the tokenizer
 
     def tokenizer(self) -> Any:

@@ -7,6 +7,7 @@
     superseded.jsonl     what a later attempt replaced: retried failures, resumed conversations
     replay.jsonl         of a replay: its outcome and first difference for each trajectory
     scores.jsonl         of `verify --engine`: differences of log-probs; see `scores.py`
+    evidence/            files that records name; see `conversations.evidence`
     tokenizer/           the tokenizer and chat template, so that the run can be verified anywhere
 
 Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and
@@ -32,6 +33,7 @@ from typing import IO, Any
 import yaml
 
 from conversations.errors import RecordError, RunFolderError
+from conversations.evidence import evidence_store
 from conversations.run.whole_file import sync_folder, write_whole
 from conversations.trajectory import Trajectory, read_record
 from conversations.upgrade import OLD_SCHEMA, READABLE, SCHEMA
@@ -162,6 +164,10 @@ class RunFolder:
     def note(self, name: str, value: Any) -> None:
         """Adds a field to run.json that is only known after the start."""
         self.manifest = _write_manifest(self.path, {**self.manifest, name: value})
+
+    def keep_evidence(self, data: bytes) -> None:
+        """Writes the evidence file that a record names. Call it before the record is written."""
+        evidence_store(self.path).put(data)
 
     def append(self, trajectory: Trajectory) -> None:
         """Writes a finished conversation.

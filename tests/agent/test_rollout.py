@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from agent.engines.engine import Generation, Interrupted
+from agent.engines.evidence import EvidenceRequest
 from agent.engines.sglang import SGLangEngine
 from agent.engines.start import start
 from agent.errors import ConfigError, EngineError, EngineStartError
@@ -116,6 +117,20 @@ async def test_ids_go_in_as_they_are_and_the_callers_list_stays_its_own(
     await asyncio.sleep(0)
     ids.append(7)  # a conversation's sequence is live
     assert (await running).prompt_tokens == len(before)
+
+
+@on_session_loop
+async def test_the_likeliest_tokens_come_back_with_the_sampled_one(engine: SGLangEngine) -> None:
+    asked = EvidenceRequest(top_logprobs=3)
+    sampling = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+    generation = await engine.generate(
+        prompt(), sampling, request_id=uuid.uuid4().hex, evidence=asked
+    )
+    evidence = generation.evidence
+    assert evidence is not None
+    assert evidence.top_ids[:, 0].tolist() == generation.token_ids
+    assert evidence.top_logprobs[:, 0].tolist() == generation.logprobs
+    assert evidence.top_ids.shape == (8, 3)
 
 
 @pytest.mark.parametrize(("temperature", "another"), [(1.0, 0.5), (0.5, 1.0)])

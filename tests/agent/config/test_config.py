@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config.config import Config, load_config
-from agent.config.hints import FOREIGN, sglang_arguments
+from agent.config.hints import FOREIGN
+from agent.config.installed import sglang_arguments
 from agent.config.schema import (
     OUR_DEFAULTS,
     OURS,
@@ -90,6 +91,9 @@ WORKS_IN_PROCESS = {
     "turntrace.format_unproven",
     "turntrace.calls_in_thoughts",
     "turntrace.max_tokens",
+    "turntrace.evidence.top_logprobs",
+    "turntrace.evidence.sampling_mask",
+    "turntrace.evidence.routed_experts",
 }
 """The keys that work (or are refused) with `name: sglang`; all others are reported."""
 

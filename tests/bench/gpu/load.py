@@ -139,6 +139,7 @@ class _TimedStore:
         self.folder = RunFolder.create(folder, {})
         self.done = self.folder.done
         self.append_unfinished = self.folder.append_unfinished
+        self.keep_evidence = self.folder.keep_evidence
         self.took_s = 0.0
 
     def append(self, trajectory: Trajectory) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from agent.config.hints import sglang_arguments
+from agent.config.installed import sglang_arguments
 from agent.engines.arguments import (
     CONTEXT_SLACK,
     server_args,

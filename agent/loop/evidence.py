@@ -1,0 +1,94 @@
+"""A conversation's evidence, turn by turn, and what its record says of it.
+
+Invariant: each sampled token has one place in it, whether the engine gave evidence or not. Turns
+that a resume or a fork brought back come first, with empty places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from agent.engines.evidence import Evidence, EvidenceRequest
+from conversations.evidence import KINDS, honoured, packed
+from conversations.run.hash_store import content_hash
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+_Turn = tuple[int, Evidence | None]
+"""How many tokens were sampled, and their evidence."""
+
+
+class EvidenceLog:
+    """What was asked for, and what came. `request` is that of the next turn."""
+
+    def __init__(self, asked: EvidenceRequest) -> None:
+        self.request = asked
+        self._turns: list[_Turn] = []
+
+    def append(self, tokens: int, evidence: Evidence | None) -> None:
+        """Adds the places of `tokens` that were sampled, with their evidence."""
+        self._turns.append((tokens, evidence))
+        if evidence is not None and evidence.experts is not None:
+            known = self.request.routed_from + len(evidence.experts)
+            self.request = dataclasses.replace(self.request, routed_from=known)
+
+    def file(self, sampled: int) -> bytes | None:
+        """The content of the evidence file of `sampled` tokens; None if nothing came."""
+        arrays = self._arrays(sampled)
+        return packed(arrays) if arrays else None
+
+    def note(self, sampled: int) -> dict[str, Any]:
+        """What the record says; `conversations.evidence` explains it."""
+        asked = {kind: value for kind in KINDS if (value := getattr(self.request, kind))}
+        arrays = self._arrays(sampled)
+        return {
+            "sha256": content_hash(packed(arrays)) if arrays else None,
+            "asked": asked,
+            "sent": self.request.flags(),
+            "honoured": {**dict.fromkeys(asked, 0), **honoured(arrays)},
+        }
+
+    def _arrays(self, sampled: int) -> dict[str, NDArray[Any]]:
+        brought_back = sampled - sum(tokens for tokens, _ in self._turns)
+        turns = [(brought_back, None), *self._turns]
+        found: dict[str, NDArray[Any]] = {}
+        given = [evidence for _, evidence in turns if evidence is not None]
+        if any(evidence.top_ids is not None for evidence in given):
+            found |= self._top(turns)
+        if any(evidence.masks is not None for evidence in given):
+            found |= _masks(turns)
+        experts = [evidence.experts for evidence in given if evidence.experts is not None]
+        if experts and len({rows.shape[1] for rows in experts}) == 1:
+            import numpy as np
+
+            found["routed_experts"] = np.concatenate(experts)
+        return found
+
+    def _top(self, turns: Sequence[_Turn]) -> dict[str, NDArray[Any]]:
+        import numpy as np
+
+        ids, logprobs = [], []
+        for tokens, evidence in turns:
+            if evidence is not None and evidence.top_ids is not None:
+                ids.append(evidence.top_ids)
+                logprobs.append(evidence.top_logprobs)
+            else:
+                ids.append(np.full((tokens, self.request.top_logprobs), -1, np.int32))
+                logprobs.append(np.full((tokens, self.request.top_logprobs), np.nan, np.float32))
+        return {"top_ids": np.concatenate(ids), "top_logprobs": np.concatenate(logprobs)}
+
+
+def _masks(turns: Sequence[_Turn]) -> dict[str, NDArray[Any]]:
+    import numpy as np
+
+    lengths: list[int] = []
+    ids: list[int] = []
+    for tokens, evidence in turns:
+        masks = evidence.masks if evidence is not None else None
+        lengths += [-1] * tokens if masks is None else [len(mask) for mask in masks]
+        ids += [token for mask in masks or () for token in mask]
+    return {"mask_lengths": np.array(lengths, np.int32), "mask_ids": np.array(ids, np.int32)}
