@@ -50,21 +50,23 @@ def authorization(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def client(
-    url: httpx.URL,
-    headers: dict[str, str],
-    timeout: httpx.Timeout,
-    context: ssl.SSLContext,
-    size: int,
-) -> httpx.AsyncClient:
-    """A client of at most `size` connections, through the environment's proxy if it names one.
+def basic_auth(url: httpx.URL) -> dict[str, str]:
+    """The header with the name and password that stand in the address, as httpx sends it."""
+    if not url.userinfo:
+        return {}
+    request = httpx.Request("GET", url)
+    signed = next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
+    return {"Authorization": signed.headers["authorization"]}
+
+
+def connections(url: httpx.URL, context: ssl.SSLContext, size: int) -> AiohttpTransport:
+    """At most `size` connections, through the environment's proxy if it names one.
 
     Raises ConfigError if that proxy cannot be used.
     """
-    transport = AiohttpTransport(
+    return AiohttpTransport(
         connections=size, keepalive_s=KEEPALIVE_S, context=context, proxy=_proxy(url)
     )
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
 
 
 def proxied(url: httpx.URL) -> str:

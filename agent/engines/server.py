@@ -17,9 +17,17 @@ from typing import Any
 
 import httpx
 import orjson
+from yarl import URL
 
 from agent.config.secrets import without_userinfo
-from agent.engines.address import CONNECT_TIMEOUT_S, authorization, client, proxied, server_url
+from agent.engines.address import (
+    CONNECT_TIMEOUT_S,
+    authorization,
+    basic_auth,
+    connections,
+    proxied,
+    server_url,
+)
 from agent.engines.health import NotReadyError, reason, refusal, what_it_serves
 from agent.engines.sticky import Conversations
 from agent.errors import EngineError
@@ -78,13 +86,17 @@ class Server:
         )
         self.url = without_userinfo(str(address))
         # Parsed once, not for each request.
-        self._generate_url = httpx.URL(f"{address}/generate")
-        # No limit on the wait for a connection: the turn would wait in the server's queue instead.
-        timeout = httpx.Timeout(read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
-        self._client = client(address, headers, timeout, context, max_connections)
+        self._generate_url = URL(f"{address.copy_with(userinfo=b'')}/generate", encoded=True)
+        self._headers = {**JSON, **headers, **basic_auth(address)}
+        self._read_timeout_s = read_timeout_s
+        self._turns = connections(address, context, max_connections)
         # Aborts and health checks must not queue behind the generations that fill the pool.
-        timeout = httpx.Timeout(HEALTH_S, connect=CONNECT_TIMEOUT_S)
-        self._control = client(address, headers, timeout, context, CONTROL_CONNECTIONS)
+        self._control = httpx.AsyncClient(
+            base_url=address,
+            headers=headers,
+            timeout=httpx.Timeout(HEALTH_S, connect=CONNECT_TIMEOUT_S),
+            transport=connections(address, context, CONTROL_CONNECTIONS),
+        )
         self._proxied = proxied(address)
         self._changed = changed
         self._watcher: asyncio.Task[None] | None = None
@@ -105,8 +117,12 @@ class Server:
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """`POST /generate`, once. Raises the errors above, and EngineError if a retry is no use."""
         try:
-            response = await self._client.post(
-                self._generate_url, content=orjson.dumps(body), headers=JSON
+            response = await self._turns.post(
+                self._generate_url,
+                orjson.dumps(body),
+                self._headers,
+                connect_s=CONNECT_TIMEOUT_S,
+                read_s=self._read_timeout_s,
             )
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             await self.abort(body["rid"])  # it may still be sampling
@@ -170,7 +186,7 @@ class Server:
         """Closes the connections; the server keeps running. Safe to call twice."""
         if self._watcher:
             self._watcher.cancel()
-        await self._client.aclose()
+        await self._turns.aclose()
         await self._control.aclose()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversations.checks.finding import Finding, differs, show
+from conversations.checks.finding import Finding, differs, quoted
 from conversations.errors import RecordError, RunFolderError
 from conversations.evidence import KINDS, evidence_hash, evidence_of, honoured, mismatches
 from conversations.trajectory import Trajectory
@@ -47,12 +47,12 @@ def _note_problem(note: Any) -> str:
     """What is wrong with the form of a record's `engine.evidence`; empty if nothing is."""
     names = ("sha256", "asked", "sent", "honoured")
     if not isinstance(note, dict) or set(note) != set(names):
-        return f"must have {', '.join(names)}, is {show(note)}"
+        return f"must have {', '.join(names)}, is {quoted(note)}"
     for name in names[1:]:
         if not isinstance(note[name], dict):
-            return f"has {name} {show(note[name])}, which is no object"
+            return f"has {name} {quoted(note[name])}, which is no object"
     if unknown := (set(note["asked"]) | set(note["honoured"])) - set(KINDS):
         return f"names {', '.join(sorted(map(str, unknown)))}, which is none of {', '.join(KINDS)}"
     if note["sha256"] is not None and not isinstance(note["sha256"], str):
-        return f"has sha256 {show(note['sha256'])}"
+        return f"has sha256 {quoted(note['sha256'])}"
     return ""

@@ -120,7 +120,7 @@ async def test_a_server_that_is_gone_loses_its_conversations_to_the_other() -> N
         await one.got_one.wait()
         one.up = False
         engine._servers[0].lost("gone")
-        await engine._servers[0]._client.aclose()  # every connection breaks
+        await engine._servers[0]._turns.aclose()  # every connection breaks
         await running
     assert served(one) == [7]
     assert served(two) == [7, 7, 7]

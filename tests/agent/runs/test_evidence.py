@@ -17,7 +17,7 @@ from rich.console import Console
 from starlette.responses import JSONResponse, Response
 
 import conversations
-from agent.commands.run_work import RunRequest, run
+from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
 from agent.engines.evidence import Evidence, EvidenceRequest, read_evidence
 from agent.loop.evidence import EvidenceLog
@@ -96,7 +96,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 tmp_path / "tasks.jsonl", out, config, None, False, False, False, []
             )
             console = Console(file=io.StringIO())
-            assert run(request, console) == DONE, console.file.getvalue()
+            assert run_request(request, console) == DONE, console.file.getvalue()
         return out
 
     return go
