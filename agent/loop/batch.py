@@ -22,8 +22,9 @@ from agent.loop.observer import observed
 from agent.loop.record import evidence_file, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
+from conversations.branches import Totals
 from conversations.errors import RecordError
-from conversations.trajectory import INVALID_STATUSES, Trajectory
+from conversations.trajectory import Trajectory
 from conversations.warning import RecordWarning
 
 FAILURES = frozenset({"engine_error", "prompt_too_long"})
@@ -105,14 +106,14 @@ class Progress:
 
     def count(self, trajectory: Trajectory) -> None:
         """Counts a finished conversation."""
-        statuses = Counter(call.status for call in trajectory.tool_calls)
+        totals = Totals.of(trajectory)
         self.done += 1
         self.stop_reasons[trajectory.stop_reason] += 1
-        self.turns += trajectory.num_turns
-        self.sampled_tokens += sum(turn.end - turn.start for turn in trajectory.turns)
-        self.tool_calls += statuses.total()
-        self.tool_errors += statuses.total() - statuses["ok"]
-        self.invalid_calls += sum(statuses[status] for status in INVALID_STATUSES)
+        self.turns += totals.turns
+        self.sampled_tokens += totals.sampled_tokens
+        self.tool_calls += totals.tool_calls
+        self.tool_errors += totals.tool_errors
+        self.invalid_calls += totals.invalid_calls
         self.infra_errors += trajectory.infra_error
         self.failed += trajectory.infra_error or trajectory.stop_reason in FAILURES
         if trajectory.reward is not None:

@@ -11,7 +11,7 @@ from conversations.checks.finding import Finding, differs, first_difference, quo
 from conversations.messages import Message, tool_message
 from conversations.rounds import Round, Rounds
 from conversations.template import ChatTemplate
-from conversations.tokens import USER
+from conversations.tokens import TOOL, USER
 from conversations.trajectory import ToolCallRecord, Trajectory, canonical_json
 from conversations.truncate import cut_to_tokens, is_cut_of
 
@@ -19,8 +19,13 @@ _NEVER_RUN = frozenset({"malformed", "unknown_tool", "invalid_arguments", "rejec
 """Statuses of calls that no tool saw."""
 
 
-def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: RunFacts) -> Iterator[Finding]:
-    """Calls without a line, lines without a call, and differences of line, call and answer."""
+def ledger_findings(
+    trajectory: Trajectory, parts: Rounds, facts: RunFacts, *, trusted: int = 0
+) -> Iterator[Finding]:
+    """Calls without a line, lines without a call, and differences of line, call and answer.
+
+    How the first `trusted` turns were answered is not checked: that is another sequence's.
+    """
     calls = [
         (k, call)
         for k, each in enumerate(parts.rounds)
@@ -41,14 +46,18 @@ def ledger_findings(trajectory: Trajectory, parts: Rounds, facts: RunFacts) -> I
         return
     offered = {tool["function"]["name"] for tool in trajectory.tools}
     says_offered = bool(offered) or facts.imported is None  # a source may not say what was offered
-    for line, (_, call) in zip(trajectory.tool_calls, calls, strict=True):
+    for line, (k, call) in zip(trajectory.tool_calls, calls, strict=True):
+        if k < trusted:
+            continue
         yield from _at(line, _call_findings(line, call))
         if says_offered:
             yield from _at(line, _offer_findings(line, offered))
         yield from _at(line, _attempt_findings(line, replayed=trajectory.parent is not None))
-        yield from _at(line, _cut_findings(line, facts))
-    for k, each in enumerate(parts.rounds):
-        yield from _reply_findings(
+        if not facts.is_gateway:
+            yield from _at(line, _cut_findings(line, facts))
+    reply_findings = _client_findings if facts.is_gateway else _reply_findings
+    for k, each in list(enumerate(parts.rounds))[trusted:]:
+        yield from reply_findings(
             k, each, [line for line in trajectory.tool_calls if line.turn == k]
         )
 
@@ -181,6 +190,17 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
             yield Finding(f"{line.call_id}: {what}", k)
         if line.response is None:
             yield Finding(f"{line.call_id}: it was answered, and the ledger has no response", k)
+
+
+def _client_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterator[Finding]:
+    """A line's response is what the client's tool message for it says; it may answer otherwise."""
+    replies = {reply.get("tool_call_id"): reply for reply in each.replies if reply["role"] == TOOL}
+    for line in lines:
+        reply = replies.get(line.call_id)
+        found = None if reply is None else reply["content"]
+        if line.response != found:
+            what = differs("the response is not the client's", line.response, found)
+            yield Finding(f"{line.call_id}: {what}", k)
 
 
 def response_tokens(

@@ -12,19 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from conversations.branches import Totals
+from conversations.checks.branches import branch_findings
 from conversations.checks.evidence import evidence_findings
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, quoted
-from conversations.checks.ledger import ledger_findings
 from conversations.checks.outcome import outcome_findings
+from conversations.checks.sequence import sequence_findings
 from conversations.checks.shape import shape_findings
-from conversations.checks.text import text_findings
-from conversations.checks.tokens import token_findings
-from conversations.checks.turns import round_findings
 from conversations.errors import RecordError
 from conversations.rounds import given_length, split_rounds
 from conversations.run.open_run import ID
-from conversations.trajectory import INVALID_STATUSES, Trajectory, canonical_json, line_hash
+from conversations.trajectory import Trajectory, canonical_json, line_hash
 from conversations.upgrade import check_schema, upgraded
 
 GROUP_FIELDS = ("prompt", "tools", "ground_truth", "data_source", "extra")
@@ -78,7 +77,7 @@ def check_line(line: bytes, facts: RunFacts, *, finished: bool = True) -> LineRe
     result.findings += _under_its_start(trajectory, facts, finished, result.partial)
     if facts.folder is not None:
         result.findings += evidence_findings(trajectory, facts.folder)
-    result.common = b"" if result.partial else _common(trajectory)
+    result.common = b"" if result.partial or facts.is_gateway else _common(trajectory)
     _count(trajectory, result.tally)
     return result
 
@@ -124,34 +123,16 @@ def hash_findings(record: dict[str, Any]) -> Iterator[Finding]:
 def _trajectory_findings(
     trajectory: Trajectory, facts: RunFacts, *, finished: bool, partial: bool
 ) -> Iterator[Finding]:
-    tokens = list(token_findings(trajectory, facts.ids, needs_logprobs=facts.imported is None))
-    yield from tokens
     parts = split_rounds(trajectory.messages)
-    if not partial and not _is_unproven(trajectory, facts):
-        yield from round_findings(trajectory, parts.rounds)
-        if facts.template is not None and _turns_lie_in_order(trajectory):
-            yield from text_findings(
-                trajectory, parts, facts.template, trust_prompt=facts.reads_clock
-            )
-        yield from ledger_findings(trajectory, parts, facts)
+    is_text_checked = not partial and not _is_unproven(trajectory, facts)
+    yield from sequence_findings(trajectory, parts, facts, with_text=is_text_checked)
     if facts.template is not None and facts.imported is None:
         found, expected = trajectory.sampling.get("stop_token_ids"), facts.template.stop_token_ids
         if found != expected and not partial:
             yield Finding(differs("sampling.stop_token_ids", found, expected))
     yield from outcome_findings(trajectory, parts, facts, finished=finished)
-
-
-def _turns_lie_in_order(trajectory: Trajectory) -> bool:
-    """Whether the turns lie within the tokens, in order. If not, `token_findings` has said so."""
-    position, total = (
-        len(trajectory.prompt_ids),
-        len(trajectory.prompt_ids) + len(trajectory.response_ids),
-    )
-    for turn in trajectory.turns:
-        if not position <= turn.start < turn.end <= total:
-            return False
-        position = turn.end
-    return True
+    if trajectory.branches and not partial:
+        yield from branch_findings(trajectory, facts)
 
 
 def _is_partial(trajectory: Trajectory) -> bool:
@@ -234,13 +215,10 @@ def differing_fields(one: bytes, two: bytes) -> list[str]:
 
 
 def _count(trajectory: Trajectory, tally: Counter[str]) -> None:
-    statuses = Counter(line.status for line in trajectory.tool_calls)
+    totals = Totals.of(trajectory)
     tally["done"] += 1
     tally[f"stop_reasons.{trajectory.stop_reason}"] += 1
-    tally["turns"] += trajectory.num_turns
-    tally["tokens"] += len(trajectory.prompt_ids) + len(trajectory.response_ids)
-    tally["sampled_tokens"] += sum(turn.end - turn.start for turn in trajectory.turns)
-    tally["tool_calls"] += statuses.total()
-    tally["tool_errors"] += statuses.total() - statuses["ok"]
-    tally["invalid_calls"] += sum(statuses[status] for status in INVALID_STATUSES)
+    for name in ("turns", "tokens", "sampled_tokens", "tool_calls", "tool_errors", "invalid_calls"):
+        tally[name] += getattr(totals, name)
+    tally["branches"] += len(trajectory.branches)
     tally["infra_errors"] += trajectory.infra_error

@@ -14,24 +14,31 @@ from conversations.checks.tokens import turn_at
 from conversations.errors import TemplateError
 from conversations.messages import Message, assistant_message
 from conversations.rounds import Round, Rounds, given_length
-from conversations.template import ChatTemplate, Piece
+from conversations.template import ChatTemplate, Delta, Piece
 from conversations.tokens import TEMPLATE, TokenSequence
 from conversations.trajectory import Trajectory, canonical_json
 
 
 def text_findings(
-    trajectory: Trajectory, parts: Rounds, template: ChatTemplate, *, trust_prompt: bool = False
+    trajectory: Trajectory,
+    parts: Rounds,
+    template: ChatTemplate,
+    *,
+    trust_prompt: bool = False,
+    trusted: int = 0,
 ) -> Iterator[Finding]:
     """Differences between tokens and messages. The turns must lie within the tokens, in order.
 
     `trust_prompt` takes the prompt as recorded: one with a date in it cannot be rendered again.
+    `trusted` turns and all before their ends are taken so too: they are another sequence's.
     """
     before = parts.opening[-1] if parts.opening else None
     for k, each in enumerate(parts.rounds[: len(trajectory.turns)]):
-        yield from _turn_findings(trajectory, k, each.message, before, template)
+        if k >= trusted:
+            yield from _turn_findings(trajectory, k, each.message, before, template)
         before = each.replies[-1] if each.replies else each.message
     try:
-        yield from _rebuilt_findings(trajectory, parts, template, trust_prompt)
+        yield from _rebuilt_findings(trajectory, parts, template, trust_prompt, trusted)
     except TemplateError as error:
         yield Finding(f"cannot be rendered again: {error}")
 
@@ -90,7 +97,11 @@ def _departure(ids: list[int], raw: str, template: ChatTemplate) -> int:
 
 
 def _rebuilt_findings(
-    trajectory: Trajectory, parts: Rounds, template: ChatTemplate, trust_prompt: bool
+    trajectory: Trajectory,
+    parts: Rounds,
+    template: ChatTemplate,
+    trust_prompt: bool,
+    trusted: int,
 ) -> Iterator[Finding]:
     """The first token, or else the first segment, that the messages do not give."""
     ids = trajectory.prompt_ids + trajectory.response_ids
@@ -98,10 +109,10 @@ def _rebuilt_findings(
         return
     prompt = (
         _recorded_prompt(trajectory, ids)
-        if trust_prompt
+        if trust_prompt or trusted
         else _prompt(trajectory, parts.opening, template)
     )
-    rebuilt = _rebuilt(trajectory, parts, template, ids, prompt)
+    rebuilt = _rebuilt(trajectory, parts, template, ids, prompt, trusted)
     if rebuilt.ids != ids:
         token = first_difference(ids, rebuilt.ids)
         found, expected = (
@@ -135,15 +146,20 @@ def _rebuilt(
     template: ChatTemplate,
     ids: list[int],
     prompt: list[Piece],
+    trusted: int,
 ) -> TokenSequence:
     """What the loop would have appended: the prompt, then sampled turns and rendered replies."""
     sequence = TokenSequence()
     for kind, piece in prompt:
         sequence.append(kind, piece)
-    for turn, each in zip(trajectory.turns, parts.rounds, strict=False):
+    for k, (turn, each) in enumerate(zip(trajectory.turns, parts.rounds, strict=False)):
         sampled = ids[turn.start : turn.end]
         sequence.append_sampled(sampled, [0.0] * len(sampled))
-        for kind, piece in _answered(each, sampled, template):
+        if k + 1 < trusted:
+            pieces = _recorded(trajectory, ids, turn.end, trajectory.turns[k + 1].start)
+        else:
+            pieces = _answered(each, sampled, template, with_tools=bool(trajectory.tools))
+        for kind, piece in pieces:
             sequence.append(kind, piece)
     return sequence
 
@@ -155,19 +171,32 @@ def _prompt(trajectory: Trajectory, opening: list[Message], template: ChatTempla
 
 
 def _recorded_prompt(trajectory: Trajectory, ids: list[int]) -> list[Piece]:
+    return _recorded(trajectory, ids, 0, len(trajectory.prompt_ids))
+
+
+def _recorded(trajectory: Trajectory, ids: list[int], begin: int, stop: int) -> list[Piece]:
+    """The segments between two tokens, as they stand in the record."""
     return [
         (kind, ids[start:end])
         for kind, start, end in trajectory.segments
-        if end <= len(trajectory.prompt_ids)
+        if start >= begin and end <= stop
     ]
 
 
-def _answered(each: Round, sampled: list[int], template: ChatTemplate) -> list[Piece]:
+def _answered(
+    each: Round, sampled: list[int], template: ChatTemplate, *, with_tools: bool
+) -> list[Piece]:
     """The end token that the turn may lack, and its replies."""
     if not each.replies:
         return []
     missing = template.missing_end(sampled[-1] if sampled else None, each.kind)
     return [
         *([(TEMPLATE, missing)] if missing else []),
-        *template.delta(each.replies, each.kind, turn=each.message).pieces,
+        *_delta(each, template, with_tools).pieces,
     ]
+
+
+def _delta(each: Round, template: ChatTemplate, with_tools: bool) -> Delta:
+    if len({reply["role"] for reply in each.replies}) == 1:
+        return template.delta(each.replies, each.kind, turn=each.message)
+    return template.follow(each.replies, each.message, with_tools=with_tools)

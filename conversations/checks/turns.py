@@ -10,8 +10,13 @@ from conversations.tokens import TOOL, USER
 from conversations.trajectory import Trajectory
 
 
-def round_findings(trajectory: Trajectory, rounds: list[Round]) -> Iterator[Finding]:
-    """One message a turn, answered by tools or a user alone; only the last may be unanswered."""
+def round_findings(
+    trajectory: Trajectory, rounds: list[Round], *, is_gateway: bool = False
+) -> Iterator[Finding]:
+    """One message a turn, answered by tools or a user alone; only the last may be unanswered.
+
+    The client of a gateway answers with messages of any roles.
+    """
     if len(rounds) != len(trajectory.turns):
         what = differs(
             "the number of messages that carry `raw`", len(rounds), len(trajectory.turns)
@@ -19,7 +24,7 @@ def round_findings(trajectory: Trajectory, rounds: list[Round]) -> Iterator[Find
         yield Finding(f"{what}, one a turn", min(len(rounds), len(trajectory.turns)))
     for k, each in enumerate(rounds):
         roles = sorted({reply["role"] for reply in each.replies})
-        if each.replies and roles not in ([TOOL], [USER]):
+        if each.replies and not is_gateway and roles not in ([TOOL], [USER]):
             yield Finding(
                 differs("the messages after the turn are by", roles, "tools or a user alone"), k
             )

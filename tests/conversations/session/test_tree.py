@@ -7,22 +7,13 @@ from typing import Any
 
 import pytest
 
-from agent.engines.engine import Generation
 from conversations.errors import MessageError
 from conversations.messages import Message
-from conversations.session import Place, SessionTree, SessionTurn
+from conversations.session import SessionTree
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
-from tests.helpers import call, hermes_template, logprobs
-
-TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {"name": "read", "description": "d", "parameters": {"type": "object"}},
-}
-ASK: list[Message] = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is in the file?"},
-]
+from tests.conversations.session.sessions import ASK, TOOL, Client, begun
+from tests.helpers import call, hermes_template
 
 
 @pytest.fixture(scope="module")
@@ -30,48 +21,9 @@ def template() -> ChatTemplate:
     return hermes_template()
 
 
-class Client:
-    """An agent program with a history of its own, and a model that says what it is told to."""
-
-    def __init__(self, template: ChatTemplate, tools: list[dict[str, Any]] | None = None) -> None:
-        self.tree = SessionTree(template)
-        self.tools = [TOOL] if tools is None else tools
-        self.history = copy.deepcopy(ASK)
-
-    def match(self) -> Place:
-        return self.tree.match(self.history, self.tools)
-
-    def turn(self, text: str, finish_reason: str = "stop") -> SessionTurn:
-        """Sends the history, and appends what comes back."""
-        template = self.tree.template
-        ids = [*template.encode(text), template.end_id]
-        turn = self.tree.add(self.match(), Generation(ids, logprobs(ids), finish_reason))
-        self.history.append(copy.deepcopy(turn.served))
-        return turn
-
-    def answer(self, turn: SessionTurn, *texts: str) -> None:
-        for call_id, text in zip(turn.call_ids, texts, strict=True):
-            self.history.append({"role": "tool", "tool_call_id": call_id, "content": text})
-
-    def record(self) -> Trajectory:
-        return Trajectory(
-            id="t-0", task_id="t", sample=0, stop_reason="stop", infra_error=False, error=None,
-            warnings=[], reward=None, reward_parts={}, ground_truth=None, data_source=None,
-            extra=None, engine={}, sampling={}, parent=None, started_at="", wall_s=0.0,
-            **self.tree.record_fields(),
-        )  # fmt: skip
-
-
 @pytest.fixture
 def client(template: ChatTemplate) -> Client:
     return Client(template)
-
-
-def begun(client: Client) -> SessionTurn:
-    """A session with one turn, which made a call that was answered."""
-    turn = client.turn(call("read", path="a", lines=[1, 2]))
-    client.answer(turn, "one\n")
-    return turn
 
 
 def test_an_unchanged_history_continues_token_for_token(client: Client) -> None:
