@@ -25,7 +25,14 @@ from tests.conversations.formats.written import CLOSING_TAGS, WRITERS, random_sa
 from tests.conversations.formats.written_json import JSON_TAGS
 
 _TOKEN = re.compile(r"<[^<>]*>|\w+|\s+|.", re.DOTALL)
-_HARMONY = re.compile(r"<\|(?:start|channel|constrain)\|>[\w ]{0,80}|<\|\w{1,9}\|>")
+FRAMES = {
+    "gpt_oss": r"<\|(?:start|channel|constrain)\|>[\w ]{0,80}|<\|\w{1,9}\|>",
+    "kimi_k3": r"<\|(?:open|close)\|>(?:think|response|message)<\|sep\|>",
+    "muse_glimmer": r"<\|start\|>assistant| to=[^\s<]{1,200}<\|message\|>|<\|eom\|>",
+    "functionary_v32": r"(?:\A|>>>)all\n",
+}
+"""What belongs to no message in formats whose turn is a row of messages, by format."""
+
 _AROUND = ("", "", "Text. ", "<think>\nhm\n</think>\n\n", "<think>", "</think>", "\n", "é漢🙂")
 _TAGS = (
     *CLOSING_TAGS,
@@ -96,23 +103,34 @@ def _places(text: str, content: str, start: int, taken: int, block: str) -> Iter
         place = text.find(block, place + 1)
 
 
-def covers_harmony(text: str, turn: ParsedTurn) -> bool:
-    """Whether blocks, content and reasoning hold all characters but blanks, headers and tokens."""
+def covers_messages(text: str, turn: ParsedTurn, frame: str) -> bool:
+    """Whether blocks, content and reasoning hold all characters but blanks and what frames them."""
+    text_of_turn = f"{turn.content}\n{turn.reasoning or ''}"
+    # What stood around a block or a frame may look like a frame now.
+    said = [_characters(text_of_turn, each) for each in (frame, r"(?!)")]
+    left = [_without_blocks(text, turn, joint) for joint in ("\n", "")]
+    return any(each is not None and _characters(each, frame) in said for each in left)
+
+
+def _characters(text: str, frame: str) -> Counter[str]:
+    return Counter("".join(re.sub(frame, "\n", text).split()))
+
+
+def _without_blocks(text: str, turn: ParsedTurn, joint: str) -> str | None:
     for call in turn.calls:
         if call.raw not in text:
-            return False
-        text = text.replace(call.raw, "\n", 1)
-    said = f"{turn.content}\n{turn.reasoning or ''}"
-    left, kept = (Counter(_HARMONY.sub("\n", each).split()) for each in (text, said))
-    return Counter("".join(left.elements())) == Counter("".join(kept.elements()))
+            return None
+        text = text.replace(call.raw, joint, 1)
+    return text
 
 
 def check(form: CallFormat, text: str, types: ParameterTypes, in_think: bool) -> ParsedTurn:
     """Parses a text; raises AssertionError with it if the contract of `parse` is broken."""
     try:
         turn = form.parse(text, types, in_think=in_think)
-        is_covered = covers_harmony if form.name == "gpt_oss" else covers
-        assert is_covered(text, turn), "content and blocks do not cover the text"
+        frame = FRAMES.get(form.name)
+        is_covered = covers_messages(text, turn, frame) if frame else covers(text, turn)
+        assert is_covered, "content and blocks do not cover the text"
         for call in turn.calls:
             assert call.name or not isinstance(call, ToolCall), "a call without a name"
             if isinstance(call, ToolCall):

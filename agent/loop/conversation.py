@@ -456,8 +456,8 @@ class Conversation:
             if tokens := template.control_tokens(line.response or ""):
                 text = f"the response of {line.call_id} holds control tokens: {', '.join(tokens)}"
                 self.warnings.append(RecordWarning("control_tokens", text))
-        if template.rewrites_history and "</think>" in turn["raw"]:
-            text = "the chat template drops earlier <think> blocks; the sampled tokens were kept"
+        if "reasoning_content" in turn and template.rewrites_history:
+            text = "the chat template drops earlier thoughts; the sampled tokens were kept"
             warning = RecordWarning("history_rewritten", text)
             if warning not in self.warnings:
                 self.warnings.append(warning)

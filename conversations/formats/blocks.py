@@ -26,6 +26,10 @@ class Thought:
     open: str = "<think>"
     close: str = "</think>"
 
+    def is_open(self, text: str) -> bool:
+        """Whether a text, such as a generation prompt, leaves a thought open at its end."""
+        return text.rfind(self.open) > text.rfind(self.close)
+
     def after(self, text: str, position: int) -> int:
         """Where the thought ends that is open at `position`."""
         close = text.find(self.close, position)

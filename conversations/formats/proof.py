@@ -76,12 +76,15 @@ PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class WrittenTurn:
-    """What the template wrote for a probe: its text without the end token, and its calls' ids."""
+    """What the template wrote for a probe: its text without the end token, its calls' ids, and the
+    prompt before it. `is_cut`: an end token stands before its calls.
+    """
 
     probe: Probe
     text: str
     ids: tuple[str, ...] = ()
-    in_think: bool = False
+    prompt: str = ""
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,11 @@ BY_CALLS, BY_TEXT, NOT_PROVEN = "by its calls", "by its text", "not proven"
 
 _TYPES = ParameterTypes(PROBE_PARAMETERS)
 
+_LOSSY = {
+    "]<]minimax[>[<invoke": "MiniMax-M3 writes nested values without their types, and no null",
+}
+"""What calls that lose values look like, and what they lose."""
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -123,6 +131,9 @@ def choose_format(formats: Sequence[CallFormat], written: Written) -> FormatRepo
     """The one format of `formats` that the template writes."""
     if not written.prints_calls:
         return _taught(formats, written)
+    if (cut := next((turn for turn in written.turns if turn.is_cut), None)) is not None:
+        problem = f"the chat template ends {_shown(cut.text)} with an end token before the call"
+        return FormatReport(None, NOT_PROVEN, f"{problem}: an engine stops there")
     proven = [form for form in formats if not failure(form, written)]
     if not proven:
         return FormatReport(None, NOT_PROVEN, _unread(formats, written))
@@ -164,7 +175,7 @@ def failure(form: CallFormat, written: Written) -> str:
 
 
 def _difference(form: CallFormat, turn: WrittenTurn, types: ParameterTypes) -> str | None:
-    parsed = form.parse(turn.text, types, in_think=turn.in_think)
+    parsed = form.parse(turn.text, types, in_think=form.thought.is_open(turn.prompt))
     calls = [call for call in parsed.calls if isinstance(call, ToolCall)]
     malformed = next((call.error for call in parsed.calls if not isinstance(call, ToolCall)), None)
     if malformed is not None:
@@ -228,6 +239,9 @@ def _taught(formats: Sequence[CallFormat], written: Written) -> FormatReport:
 
 def _unread(formats: Sequence[CallFormat], written: Written) -> str:
     """What the template wrote that the format which reads most of it does not read."""
+    for mark, why in _LOSSY.items():
+        if any(mark in turn.text for turn in written.turns):
+            return f"the chat template's calls cannot be read back: {why}"
     nearest = max(formats, key=lambda form: _count_read(form, written))
     if _count_read(nearest, written):
         return failure(nearest, written)

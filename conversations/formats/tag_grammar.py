@@ -17,9 +17,12 @@ class Tags:
     """The tags of one format, as literal text but for the two that hold a name.
 
     `call` and `parameter` are the text before the name, and a regular expression for what stands
-    behind it. A group in the latter says `true` or `false` to "this value is a string", if the
-    format says so itself. `call_close` is empty if the block's end ends the call. `newlines`: the
-    template writes a newline at each end of a value.
+    behind it. A group in the latter is `string_mark` if the value is a string and another word if
+    not, if the format says so itself. `call_close` is empty if the block's end ends the call.
+    `newlines`: the template writes a newline at each end of a value. `cdata`: a value with tags in
+    it stands in `<![CDATA[...]]>`. `strict`: other strings hold no `parameter_close`.
+    `frame` is a regular expression for tokens around content that belong to no
+    message, `header` one for what announces a block.
     """
 
     block: tuple[str, str]
@@ -30,6 +33,11 @@ class Tags:
     example: str
     several: bool = False
     newlines: bool = False
+    cdata: bool = False
+    strict: bool = False
+    string_mark: str = "true"
+    frame: str = ""
+    header: str = ""
     thought: Thought = THINK
 
 
@@ -61,19 +69,23 @@ class Grammar:
         value_end = f"{parameter_close}(?=\\s*(?:{key_start}|{after_value}))"
         stray = name if start else key_start
 
-        any_open = parameter_close.replace("</", "<", 1).replace(">", "\\b[^<>]*>")
+        any_open = key_start
+        if "</" in parameter_close:
+            any_open = parameter_close.replace("</", "<", 1).replace(">", "\\b[^<>]*>")
         stray_close = f"{call_close}(?:\\s*{block_close})?" if call_close else block_close
         others = (block_open, stray) if start else (block_open,)
+        headers = (f"{tags.header}(?!\\s*{block_open})",) if tags.header else ()
 
         behind_key = tags.parameter[1]
         lost_start = (f"\\s*+{_KEY}+{behind_key}",) if behind_key.startswith("</") else ()
 
         self.tags = tags
-        self.opens = opening(tags.thought, block_open, stray)
+        self.opens = opening(tags.thought, block_open, stray, *headers)
+        self.frame = re.compile(tags.frame or r"(?!)")
         self.call = re.compile(f"{start}({_NAME}){behind}")
         self.parameter = re.compile(f"{key_start}({_KEY}){behind_key}")
         self.parameters = re.compile(one_of(close=parameter_close, open=any_open))
-        self.goes_on = re.compile("|".join((_NEXT_LINE, *lost_start)))
+        self.goes_on = re.compile("" if tags.strict else "|".join((_NEXT_LINE, *lost_start)))
         self.in_value = re.compile(one_of(value_end=value_end, call=call, end=end))
         self.balance = re.compile(one_of(call=call, end=end))
         self.resume = re.compile(one_of(done=block_close, call=call, block=block_open))
@@ -81,6 +93,8 @@ class Grammar:
 
     def flaw(self, value: str) -> str | None:
         """What the parameter tags inside a value say is wrong with it, None if it can be one."""
+        if self.tags.strict and value.startswith(("[", "{")):
+            return None  # a literal tells by itself where it ends
         if self.tags.parameter_close in value and self._lost_tag(value):
             return f"{self.tags.parameter[0]} is missing before {self.tags.parameter_close}"
         if self.tags.parameter[0] in value:

@@ -42,15 +42,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from conversations.formats.blocks import Call, excerpt, read_turn, skip_space
 from conversations.formats.format import CallFormat, ParameterTypes, Schema
 from conversations.formats.tag_grammar import Grammar, Tags
+from conversations.formats.thinking import without_thought
 from conversations.formats.values import read_value
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 
+_CDATA = "<![CDATA["
 _NOT_A_STRING: Schema = {"type": ["integer", "number", "boolean", "null", "array", "object"]}
 
 
@@ -60,9 +62,16 @@ def tagged_format(name: str, tags: Tags, aliases: tuple[str, ...] = ()) -> CallF
 
     def parse(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
         turn = _Turn(grammar, raw, types)
-        return read_turn(raw, grammar.opens, tags.thought, in_think, turn.block)
+        parsed = read_turn(raw, grammar.opens, tags.thought, in_think, turn.block)
+        return _unframed(parsed, grammar, in_think) if tags.frame else parsed
 
     return CallFormat(name, parse, aliases, thought=tags.thought)
+
+
+def _unframed(parsed: ParsedTurn, grammar: Grammar, in_think: bool) -> ParsedTurn:
+    """The turn without the tokens around its messages; its thought is taken out before them."""
+    parsed = without_thought(parsed, grammar.tags.thought, in_think=in_think)
+    return replace(parsed, content=grammar.frame.sub("", parsed.content))
 
 
 class _TagError(Exception):
@@ -89,6 +98,7 @@ class _Turn:
     def __init__(self, grammar: Grammar, text: str, types: ParameterTypes) -> None:
         self.grammar, self.tags, self.text, self.types = grammar, grammar.tags, text, types
         self._ends: dict[int, int] | None = None
+        self._quoted_to = -1
 
     def block(self, start: int, calls: list[Call]) -> int:
         """Reads a block, appends its calls, returns where it ends. The text of a call begins at
@@ -132,9 +142,14 @@ class _Turn:
     def _parameter(self, parameter: re.Match[str], read: _Read) -> int:
         """Reads a parameter into the call, returns where it ends."""
         key, start = parameter.group(1), parameter.end()
-        end = self._value_end(start)
+        quoted = self.tags.cdata and self.text.startswith(_CDATA, start)
+        end = self._value_end(self._quote_end(start) if quoted else start)
         value = self.text[start : end.start()] if end else ""
-        flaw = self.grammar.flaw(value) if end else self.grammar.not_closed
+        flaw = self.grammar.not_closed if end is None else None
+        if quoted and value.endswith("]]>"):
+            value = value[len(_CDATA) : -len("]]>")]
+        else:
+            flaw = flaw or self.grammar.flaw(value)
         if end is None or flaw:
             raise _TagError(f"parameter {key!r}: {flaw}", start, read.name)
         if key in read.arguments:
@@ -151,9 +166,16 @@ class _Turn:
         return end.end()
 
     def _value(self, value: str, name: str, key: str, is_string: str | None) -> Any:
-        if is_string == "true":
+        if is_string == self.tags.string_mark:
             return value
         return read_value(value, _NOT_A_STRING if is_string else self.types.schema(name, key))
+
+    def _quote_end(self, start: int) -> int:
+        """The last character of a value in CDATA; the end of the text if nothing closes it."""
+        if self._quoted_to < start:
+            place = self.text.find("]]>", start)
+            self._quoted_to = len(self.text) if place < 0 else place
+        return self._quoted_to
 
     def _value_end(self, position: int) -> re.Match[str] | None:
         """The tag that ends the value at a position: see the module's rules."""

@@ -40,8 +40,8 @@ class ChatTemplate:
 
     `end_ids` are the ids with which the template ends an assistant turn, `end_id` the one that it
     puts after an answer; `stop_token_ids` is what an engine must be told to stop at. Ids from
-    `vocabulary_size` on have no text. `opens_think`: the generation prompt leaves a `<think>` block
-    open. Raises TemplateError if the tokenizer or its template cannot be used.
+    `vocabulary_size` on have no text. Raises TemplateError if the tokenizer or its template cannot
+    be used.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class ChatTemplate:
         self.end_id = working.get(USER, working.get(TOOL)).end.token  # type: ignore[union-attr]
         self.end_ids = frozenset(each.end.token for each in working.values())
         self.stop_token_ids = sorted(self.end_ids | ({tokenizer.eos_token_id} - {None}))
-        self.opens_think = any(each.opens_think for each in working.values())
         self._unproven = {
             (kind, with_tools): self._try_proof(kind, with_tools)
             for kind, with_tools in ((TOOL, True), (USER, True), (USER, False))
@@ -78,7 +77,6 @@ class ChatTemplate:
         for kind, each in working.items():
             if not self._unproven[kind, True]:
                 each.find_frame()
-        self.rewrites_history = self._rewrites_history()
         ends = {each.end.text for each in working.values()}
         self._reader = Reader(self._renderer, ends, reading)
 
@@ -268,8 +266,10 @@ class ChatTemplate:
         `turntrace/1` have thoughts in their content: without `split_thought` they stay there.
         Raises CallFormatError if the model's call format is not proven (see `require_tools`).
         """
-        in_think = self.opens_think and self._opens_think(after)
-        return self._reader.read(raw, tools, in_think=in_think, split_thought=split_thought)
+        kind = TOOL if after and after["role"] == TOOL else USER
+        return self._reader.read(
+            raw, tools, generation=self._generation(kind), split_thought=split_thought
+        )
 
     def require_tools(self) -> FormatReport:
         """The call format of a run with tools, which is proven or taken by `Reading.unproven`.
@@ -299,9 +299,34 @@ class ChatTemplate:
         """What is proven of the model's call format; the problem in words if nothing is."""
         return self._reader.report
 
-    def _opens_think(self, after: Message | None) -> bool:
-        deltas = self._deltas[TOOL if after and after["role"] == TOOL else USER]
-        return self.opens_think if isinstance(deltas, str) else deltas.opens_think
+    def _generation(self, kind: str) -> str:
+        """The generation prompt behind messages of a kind; the other kind's if it has no deltas."""
+        texts = {k: each.generation for k, each in self._deltas.items() if isinstance(each, Deltas)}
+        return texts.get(kind, next(iter(texts.values())))
+
+    @functools.cached_property
+    def opens_thought(self) -> bool:
+        """Whether a generation prompt leaves a thought open."""
+        return any(self._reader.thought.is_open(self._generation(kind)) for kind in (TOOL, USER))
+
+    @functools.cached_property
+    def rewrites_history(self) -> bool:
+        """Whether a later message changes how a turn with a thought is rendered."""
+        tags, mark = self._reader.thought, "thoughtful9"
+        inside = f"{tags.open}\n{mark}\n{tags.close}\n\nanswer"
+        earlier = self._rendered({"content": inside}, user("v"))
+        if earlier and inside not in earlier:
+            return True
+        beside = {"content": "answer", "reasoning_content": mark}
+        return mark in self._rendered(beside) and mark not in self._rendered(beside, user("v"))
+
+    def _rendered(self, turn: Message, *behind: Message) -> str:
+        """A short conversation with an assistant's turn; empty if the template refuses it."""
+        messages = [user("u"), {"role": "assistant", **turn}, *behind]
+        try:
+            return self._renderer.whole(messages, [], generation=False)
+        except TemplateError:
+            return ""
 
     # ------------------------------------------------------------------ the probe at load
 
@@ -319,15 +344,6 @@ class ChatTemplate:
             return deltas.prove(with_tools)
         except TemplateError as error:
             return str(error)
-
-    def _rewrites_history(self) -> bool:
-        """True if a later message changes how an earlier assistant turn is rendered."""
-        turn = "<think>\nt\n</think>\n\nanswer"
-        messages = [user("u"), {"role": "assistant", "content": turn}, user("v")]
-        try:
-            return turn not in self._renderer.whole(messages, [], generation=True)
-        except TemplateError:
-            return False
 
 
 def _check(name: str, tokenizer: Any) -> None:

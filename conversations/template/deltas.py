@@ -99,7 +99,6 @@ class Deltas:
         self._prepare()
         self.end = self._find_end(likely_end)
         self._scaffold, self.generation = self._find_edges()
-        self.opens_think = self.generation.rfind("<think>") > self.generation.rfind("</think>")
         self.scaffold_ids = self.after_end(self._scaffold) if self._scaffold else []
         self.generation_ids = self._encode(self.generation) if self.generation else []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from conversations.errors import CallFormatError, TemplateError
 from conversations.formats import proof
-from conversations.formats.blocks import THINK
+from conversations.formats.blocks import THINK, Thought
 from conversations.formats.format import NO_TYPES, CallFormat, ParameterTypes
 from conversations.formats.proof import PROBE_PARAMETERS, FormatReport, Probe, Written, WrittenTurn
 from conversations.formats.registry import FORMATS, format_named
@@ -50,15 +50,17 @@ class Reader:
         raw: str,
         tools: Sequence[Mapping[str, Any]],
         *,
-        in_think: bool,
+        generation: str,
         split_thought: bool = True,
     ) -> ParsedTurn:
-        """What a turn says. Without `split_thought` its thought stays in the content."""
+        """What a turn says behind its generation prompt. Without `split_thought` its thought stays
+        in the content.
+        """
+        in_think = self.thought.is_open(generation)
         parsed = self._calls(raw, tools, in_think) if tools else ParsedTurn(raw)
         if not split_thought:
             return parsed
-        tags = self.form.thought if tools else THINK  # without tools no format has to be proven
-        return without_thought(parsed, tags, in_think=in_think)
+        return without_thought(parsed, self.thought, in_think=in_think)
 
     def _calls(self, raw: str, tools: Sequence[Mapping[str, Any]], in_think: bool) -> ParsedTurn:
         form = self.form
@@ -68,6 +70,14 @@ class Reader:
         return form.parse(raw, types, in_think=in_think)
 
     # ------------------------------------------------------------------ the format
+
+    @functools.cached_property
+    def thought(self) -> Thought:
+        """The tags of the model's thoughts: those of its call format, if it has one."""
+        try:
+            return self.form.thought
+        except CallFormatError:
+            return THINK
 
     @functools.cached_property
     def form(self) -> CallFormat:
@@ -108,7 +118,7 @@ class Reader:
             prompt = self._renderer.whole(asked, tools, generation=True)
         except TemplateError:
             return Written()
-        turns = [self._written(probe, asked, prompt, tools) for probe in proof.PROBES]
+        turns = [self.written_turn(probe, asked, prompt, tools) for probe in proof.PROBES]
         return Written([turn for turn in turns if turn is not None], prompt)
 
     def _turn_start(self, prompt: str, whole: str) -> int:
@@ -121,9 +131,12 @@ class Reader:
         ends = [token.end() for token in self._renderer.specials(shared)]
         return max([shared.rfind("\n") + 1, *ends])
 
-    def _written(
+    def written_turn(
         self, probe: Probe, asked: list[Message], prompt: str, tools: list[dict[str, Any]]
     ) -> WrittenTurn | None:
+        """What the template writes for a turn behind `prompt`; None if it refuses it, or leaves out
+        a call.
+        """
         calls = [
             probe_call(name, f"functions.{name}:{index}", arguments)
             for index, (name, arguments) in enumerate(probe.calls)
@@ -138,9 +151,11 @@ class Reader:
         start = self._turn_start(prompt, whole)
         opened, text = whole[:start], whole[start:]
         ends = [place for end in self._ends if (place := text.find(end)) >= 0]
-        text = text[: min(ends)] if ends else text
         if not all(name in text for name, _ in probe.calls):  # it drops calls beside text, say
             return None
+        text = text[: min(ends)] if ends else text
+        if not all(name in text for name, _ in probe.calls):
+            return WrittenTurn(probe, text, prompt=opened, is_cut=True)
         ids = tuple(
             str(call["id"]) for call in self._renderer.dialect.view([turn])[0]["tool_calls"]
         )
@@ -148,5 +163,5 @@ class Reader:
             probe,
             text,
             ids if all(call_id in text for call_id in ids) else (),
-            opened.rfind("<think>") > opened.rfind("</think>"),
+            opened,
         )

@@ -20,8 +20,16 @@ from tests.helpers import npm_models, tokenizer_at
 _CONTROL = re.compile(
     r"<\|[^|<>\n'\" ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|<\|[a-z_]{1,20}>|<[a-z_]{1,20}\|>|<\|\"\|>"
     r"|\[/?[A-Z_]{3,20}\]|</?s>|<(?:bos|eos|start_of_turn|end_of_turn|image_soft_token)>"
+    r"|\[e~\[|\]~!?b\[|\]~b\]|</?(?:TOOL[A-Z]*|SPECIAL_\d+|extra_id_\d+)>|<SEP>|<sep>|</?(?:role|assistant|user|system)>"
 )
 _ROLES = ("<|user|>", "<|assistant|>", "<|observation|>", "<|system|>", "<|end|>")
+
+
+def control_tokens(source: str) -> list[str]:
+    """What stands in a template, or in what it renders, for control tokens of its family."""
+    roles = _ROLES if "'<|'" in source or "<|user|>" in source else ()
+    return list(dict.fromkeys([*_CONTROL.findall(source), *roles]))
+
 
 _EOS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
@@ -60,10 +68,7 @@ def trl_tokenizer(name: str) -> Any:
     source = (_folder() / f"{name}.jinja").read_text(encoding="utf-8")
     prefix = max((key for key in _EOS if name.startswith(key)), key=len, default="")
     eos = _EOS.get(prefix, "<|im_end|>")
-    tokens = dict.fromkeys([*_CONTROL.findall(source), eos])
-    if "'<|'" in source or "<|user|>" in source:
-        tokens |= dict.fromkeys(_ROLES)
-    tokenizer = on_smollm2(source, tuple(tokens), eos_token=eos)
+    tokenizer = on_smollm2(source, (*control_tokens(source), eos), eos_token=eos)
     tokenizer.name_or_path = f"trl:{name}"
     return tokenizer
 

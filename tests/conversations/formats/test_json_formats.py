@@ -11,7 +11,7 @@ from conversations.formats.format import NO_TYPES, ParameterTypes
 from conversations.formats.registry import format_named
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
 from tests.conversations.formats.written_json import JSON_WRITERS
-from tests.formats_fuzz import covers_harmony
+from tests.formats_fuzz import FRAMES, covers_messages
 
 TYPES = ParameterTypes({"look": {}})
 KIMI = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
@@ -81,6 +81,10 @@ WELL_FORMED = [
         "<|END_ACTION|>",
         "",
     ),
+    ("functionary_v31", 'A<function=f> {"x": 1}\n</function>B', "AB"),
+    ("functionary_v32", 'f\n{"x": 1}', ""),
+    ("functionary", 'all\nA\n>>>f\n{"x": 1}\n', "A\n"),
+    ("functionary", 'f\n{"x": 1}>>>all\nB', "B"),
 ]  # fmt: skip
 
 
@@ -252,6 +256,18 @@ MALFORMED: list[tuple[str, str, list[str], str, str | None]] = [
         [], "tool_name", None,
     ),
     ("granite_20b_fc", "<function_call> f()", [], "JSON", None),
+    ("functionary_v31", "<function=>{}</function>", [], "name", None),
+    (
+        "functionary_v31",
+        "<function=f>{oops</function><function=g>{}</function>",
+        ["g"], "JSON", "f",
+    ),
+    ("functionary_v31", "<function=g>{}</function><function=f>{}", ["g"], "</function>", "f"),
+    ("functionary_v31", "<function=f>[1]</function>", [], "object", "f"),
+    ("functionary_v32", "f\n{oops", [], "JSON", "f"),
+    ("functionary_v32", "f\n{oops>>>g\n{}", ["g"], "JSON", "f"),
+    ("functionary_v32", "g\n{}>>>f\n{} and", ["g"], ">>>", "f"),
+    ("functionary_v32", "look\n[1]", [], "object", "look"),
 ]  # fmt: skip
 
 
@@ -312,6 +328,9 @@ TEXT = [
     ("phi4_mini", "functools.partial, functools"),
     ("lfm2", "[look(x=1)]"),
     ("mistral", "[ARGS]{}"),
+    ("functionary_v31", "</function> <functional>"),
+    ("functionary_v32", "Yes\nand no."),
+    ("functionary_v32", "In Python:\n>>> f\n{}\n>>>f(1)\n{1}"),
 ]
 
 
@@ -322,7 +341,7 @@ def test_what_opens_no_call_is_text(form: str, text: str) -> None:
     assert read(form, text) == ParsedTurn(text)
 
 
-@pytest.mark.parametrize("form", sorted(set(JSON_WRITERS) - {"gpt_oss"}))
+@pytest.mark.parametrize("form", sorted(set(JSON_WRITERS) - {"gpt_oss", "functionary_v32"}))
 def test_a_call_in_a_thought_is_a_thought(form: str) -> None:
     call = JSON_WRITERS[form]([("look", {"x": 1})])
     thought = format_named(form).thought
@@ -361,11 +380,11 @@ def test_what_a_parser_of_gpt_oss_would_lose_is_seen() -> None:
     final = "<|start|>assistant<|channel|>final<|message|>So."
     text = thought + OSS_CALL.format("f", "{}") + final
     turn = read("gpt_oss", text)
-    assert covers_harmony(text, turn)
+    assert covers_messages(text, turn, FRAMES["gpt_oss"])
     losses: list[dict[str, Any]]
     losses = [{"content": ""}, {"reasoning": None}, {"calls": ()}, {"content": "So. So."}]
     for lost in losses:
-        assert not covers_harmony(text, dataclasses.replace(turn, **lost))
+        assert not covers_messages(text, dataclasses.replace(turn, **lost), FRAMES["gpt_oss"])
 
 
 def test_a_recipient_without_functions_keeps_its_whole_name() -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from conversations.formats import deepseek_v4, glm45, hy3, minimax_m2, qwen3_coder, seed_oss
+from conversations.formats import (
+    deepseek_v4,
+    glm45,
+    hy3,
+    minicpm5,
+    minimax_m2,
+    muse_glimmer,
+    qwen3_coder,
+    seed_oss,
+)
 from conversations.formats.blocks import read_turn
 from conversations.formats.format import NO_TYPES, ParameterTypes
 from conversations.formats.registry import format_named
@@ -34,6 +43,8 @@ TAGS = {
     "glm45": glm45.TAGS,
     "hy3": hy3.TAGS,
     "deepseek_v4": deepseek_v4.TAGS,
+    "minicpm5": minicpm5.TAGS,
+    "muse_glimmer": muse_glimmer.TAGS,
 }
 NAMES = sorted(TAGS)
 
@@ -289,3 +300,65 @@ def test_a_long_hostile_text_parses(name: str) -> None:
     for unit in hostile_units(TAGS[name]):
         text = unit * (200_000 // len(unit))  # a square would take many minutes
         assert len(read(name, text).content) <= len(text)
+
+
+# ---------------------------------------------------------------------- rows of messages
+
+
+K3_CALL = (
+    '<|open|>call tool="look" index="1"<|sep|><|open|>argument key="{}" type="{}"<|sep|>{}'
+    "<|close|>argument<|sep|><|close|>call<|sep|>"
+)
+K3 = "<|open|>tools<|sep|>{}<|close|>tools<|sep|>"
+
+
+def test_kimi_k3_says_the_types_of_its_values_itself() -> None:
+    for kind, text, value in (("string", "42", "42"), ("number", "42", 42), ("null", "null", None)):
+        turn = read("kimi_k3", K3.format(K3_CALL.format("undeclared", kind, text)))
+        assert good(turn) == [("look", {"undeclared": value})]
+    assert "JSON" in only_bad("kimi_k3", K3.format(K3_CALL.format("x", "object", "{a"))).error
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (K3.format(""), "expected"),
+        (K3_CALL.format("days", "number", "1"), "missing before the call"),
+        (K3.format(K3_CALL.format("days", "number", "1"))[:-21], "expected"),
+        (K3.format(K3_CALL.format("days", "number", "1").replace("<|close|>call<|sep|>", "")), ""),
+        (
+            K3.format(K3_CALL.format("city", "string", "a<|close|>argument<|sep|>b")),
+            "missing before",
+        ),
+    ],
+)
+def test_what_is_malformed_of_kimi_k3(text: str, word: str) -> None:
+    assert word in only_bad("kimi_k3", text).error
+
+
+def test_what_stands_around_the_messages_of_a_turn_is_not_content() -> None:
+    call = K3.format(K3_CALL.format("days", "number", "1"))
+    said = "<|open|>response<|sep|>So.<|close|>response<|sep|>"
+    kimi = format_named("kimi_k3").parse(
+        f"hm<|close|>think<|sep|>{said}{call}<|close|>message<|sep|>", TYPES, in_think=True
+    )
+    assert (kimi.reasoning, kimi.content, good(kimi)) == ("hm", "So.", [("look", {"days": 1})])
+    call = WRITERS["muse_glimmer"]([("look", {"days": 1})])
+    thought = " to=self<|message|>hm<|eom|><|start|>assistant"
+    muse = read("muse_glimmer", f"{thought}{call}<|eom|><|start|>assistant to=user<|message|>So.")
+    assert (muse.reasoning, muse.content, good(muse)) == ("hm", "So.", [("look", {"days": 1})])
+
+
+def test_a_message_of_muse_glimmer_to_a_tool_without_a_call_is_malformed() -> None:
+    assert "missing" in only_bad("muse_glimmer", " to=look<|message|>city=Rome").error
+    assert read("muse_glimmer", " to=user<|message|>Rome") == ParsedTurn("Rome")
+
+
+def test_a_string_of_minicpm5_in_cdata_holds_any_tag() -> None:
+    for city in ("a</param>b", "x</param></function>y", '<param name="days">', "]] >", ""):
+        text = '<function name="look"><param name="city"><![CDATA[{}]]></param></function>'
+        assert good(read("minicpm5", text.format(city))) == [("look", {"city": city})]
+    cut = '<function name="look"><param name="city"><![CDATA[a</param></function>'
+    assert "not closed" in only_bad("minicpm5", cut).error
+    bare = '<function name="look"><param name="city">a</param>3</param></function>'
+    assert "missing" in only_bad("minicpm5", bare).error

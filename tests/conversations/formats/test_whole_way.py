@@ -101,7 +101,7 @@ def turns(template: ChatTemplate, answer: str) -> list[Generation]:
     plain = next(turn.text for turn in written if len(turn.probe.calls) == 1)
     texts = [turn.text for turn in written] + [plain[: len(plain) * 6 // 10]]
     ends = [template.missing_end(None, TOOL)] * len(texts) + [[template.end_id]]
-    if template.opens_think:
+    if template.opens_thought:
         answer = f"Simple.</think>{answer}"
     ids = [[*template.encode(text), *end] for text, end in zip([*texts, answer], ends, strict=True)]
     return [Generation(each, logprobs(each), "stop") for each in ids]
@@ -224,7 +224,7 @@ def test_calls_in_thoughts_are_thoughts_unless_a_run_wants_them() -> None:
     assert (len(eager.calls), eager.reasoning, eager.content) == (2, "ab", "cd")
 
 
-@pytest.mark.parametrize(
+TAGS = pytest.mark.parametrize(
     ("name", "opened", "closed"),
     [
         ("gemma4", "<|channel>", "<channel|>"),
@@ -233,6 +233,9 @@ def test_calls_in_thoughts_are_thoughts_unless_a_run_wants_them() -> None:
         ("qwen3_coder", "<think>", "</think>"),
     ],
 )
+
+
+@TAGS
 def test_thoughts_stand_in_the_tags_of_their_format(name: str, opened: str, closed: str) -> None:
     named, offered = Reading(name, unproven=True), [tool_schema("f", {})]
     template = ChatTemplate(tokenizer_at(base_model_dir()), reading=named)
@@ -244,6 +247,38 @@ def test_thoughts_stand_in_the_tags_of_their_format(name: str, opened: str, clos
     parsed = template.read(f"{opened}hm{call}{closed}It is 42.", offered)
     assert parsed.reasoning is not None
     assert (parsed.reasoning.strip(), parsed.content, len(parsed.calls)) == ("hm", "It is 42.", 1)
+
+
+@TAGS
+def test_a_prompt_opens_a_thought_in_the_tags_of_the_format(
+    name: str, opened: str, closed: str
+) -> None:
+    plain, named = families.CHATML_TOOLS, Reading(name, unproven=True)
+    source = plain.replace("assistant\\n' }}{%- endif", f"assistant\\n{opened}' }}}}{{%- endif")
+    template = ChatTemplate(on_smollm2(source), reading=named)
+    assert template.opens_thought
+    assert not ChatTemplate(on_smollm2(plain), reading=named).opens_thought
+    call, offered = WRITERS[name]([("f", {})]), [tool_schema("f", {})]
+    parsed = template.read(f"hm{call}{closed}It is 42.{call}", offered)
+    assert (parsed.reasoning, parsed.content.strip()) == (f"hm{call}", "It is 42.")
+    assert len(parsed.calls) == 1
+    without_tools = template.read(f"hm{closed}It is 42.", [])
+    assert (without_tools.reasoning, without_tools.content) == ("hm", "It is 42.")
+    assert template.read("hm", []).reasoning == "hm"
+
+
+@TAGS
+def test_a_run_is_warned_if_the_template_drops_such_thoughts(
+    tmp_path: Path, name: str, opened: str, closed: str
+) -> None:
+    kept = "(m.content if loop.last else m.content.split('" + closed + "')[-1]) }}"
+    source = families.CHATML_TOOLS.replace("m.content }}", kept)
+    template = ChatTemplate(on_smollm2(source), reading=Reading(name, unproven=True))
+    call = WRITERS[name]([("list_all", {})])
+    for number, thought in enumerate(("", f"{opened}hm{closed}")):
+        folder = tmp_path / str(number)
+        (record,) = open_run(written_run(folder, template, [thought + call, "It is 42."]))
+        assert [warning.kind for warning in record.warnings] == ["history_rewritten"] * number
 
 
 def test_a_format_given_by_hand_must_be_proven_or_marked_as_unproven() -> None:

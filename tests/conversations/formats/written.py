@@ -110,6 +110,53 @@ def hy3(calls: Calls) -> str:
     return f"<tool_calls:opensource>\n{written}</tool_calls:opensource>"
 
 
+def minicpm5(calls: Calls) -> str:
+    def value(value: object) -> str:
+        if isinstance(value, str) and any(mark in value for mark in "<&\n"):
+            return f"<![CDATA[{value}]]>"
+        return str(value)
+
+    def one(name: str, arguments: Arguments) -> str:
+        parameters = "".join(
+            f'<param name="{key}">{value(each)}</param>' for key, each in arguments.items()
+        )
+        return f'<function name="{name}">{parameters}</function>'
+
+    return "\n".join(one(*call) for call in calls)
+
+
+def kimi_k3(calls: Calls) -> str:
+    names = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
+
+    def one(index: int, name: str, arguments: Arguments) -> str:
+        parameters = "".join(
+            f'<|open|>argument key="{key}" type="{names.get(type(value), "number")}"<|sep|>'
+            f"{_text(value)}<|close|>argument<|sep|>"
+            for key, value in arguments.items()
+        )
+        opened = f'<|open|>call tool="{name}" index="{index}"<|sep|>'
+        return f"{opened}{parameters}<|close|>call<|sep|>"
+
+    written = "".join(one(index, *call) for index, call in enumerate(calls, 1))
+    return f"<|open|>tools<|sep|>{written}<|close|>tools<|sep|>"
+
+
+def muse_glimmer(calls: Calls) -> str:
+    def value(value: object) -> str:
+        is_written = isinstance(value, (list, dict, bool, type(None)))
+        return _json(value) if is_written else str(value)
+
+    def one(name: str, arguments: Arguments) -> str:
+        parameters = "".join(
+            f'<atem:parameter name="{key}">{value(each)}</atem:parameter>\n'
+            for key, each in arguments.items()
+        )
+        call = f'<atem:invoke name="{name}">\n{parameters}</atem:invoke>\n'
+        return f" to={name}<|message|><atem:function_calls>\n{call}</atem:function_calls>"
+
+    return "<|eom|><|start|>assistant".join(one(*call) for call in calls)
+
+
 def _dsml(block: str) -> Callable[[Calls], str]:
     def parameter(key: str, value: object) -> str:
         is_string = "true" if isinstance(value, str) else "false"
@@ -151,6 +198,9 @@ TAGGED: dict[str, Callable[[Calls], str]] = {
     "minimax_m2": minimax_m2,
     "glm45": glm45,
     "hy3": hy3,
+    "minicpm5": minicpm5,
+    "kimi_k3": kimi_k3,
+    "muse_glimmer": muse_glimmer,
     "deepseek_v4": _dsml("tool_calls"),
     "deepseek_v32": _dsml("function_calls"),
     "gemma4": _braces("<|tool_call>", "<tool_call|>", '<|"|>'),
@@ -164,7 +214,8 @@ CLOSING_TAGS = (
     *("</tool_call>", "</function>", "</parameter>", "</arg_value>", "</invoke>", "</think>"),
     *("</minimax:tool_call>", "</seed:tool_call>", "</｜DSML｜parameter>", "</｜DSML｜invoke>"),
     *("<tool_call|>", '<|"|>', "<escape>", "<end_function_call>", "<|tool_call_end|>"),
-    *("</arg_value:opensource>", "</tool_call:opensource>"),
+    *("</arg_value:opensource>", "</tool_call:opensource>", "</param>", "</atem:parameter>"),
+    *("</atem:invoke>"),
 )
 _PIECES = (
     *("", " ", "\n", "\n\n", "\t", "\r\n", "word", "42", "-0.5e3", "true", "None", "null"),
@@ -213,7 +264,7 @@ def random_sample(rng: random.Random, form: str, *, most: int = 3) -> Sample:
     A parameter holds closing tags or whole calls, not both: `</tool_call> <tool_call>...` reads as
     a parameter that was not closed, before the next call.
     """
-    arguments: Arguments = {} if form in ("gemma4", "functiongemma") else {"k": "v"}
+    arguments: Arguments = {} if form in ("gemma4", "functiongemma", "kimi_k3") else {"k": "v"}
     example = WRITERS[form]([("g", arguments)]).strip()
     tags = JSON_TAGS if form in JSON_WRITERS else CLOSING_TAGS
     tools, calls = [], []

@@ -129,7 +129,12 @@ def granite(calls: Calls) -> str:
     return f"<|tool_call|>{json.dumps(objects, ensure_ascii=False, indent=4)}"
 
 
+def hermes(calls: Calls) -> str:
+    return "".join(f"<tool_call>\n{_object(*call)}\n</tool_call>" for call in calls)
+
+
 JSON_WRITERS: dict[str, Writer] = {
+    "hermes": hermes,
     "kimi_k2": kimi_k2,
     "deepseek_v3": deepseek_v3,
     "deepseek_v31": deepseek_v31,
@@ -150,6 +155,12 @@ JSON_WRITERS: dict[str, Writer] = {
     "gigachat3": lambda calls: "".join(f"<|function_call|>{_object(*c)}" for c in calls),
     "minimax_m1": minimax_m1,
     "internlm2": internlm2,
+    "functionary_v31": lambda calls: "".join(
+        f"<function={name}>{_json(arguments)}</function>" for name, arguments in calls
+    ),
+    "functionary_v32": lambda calls: ">>>".join(
+        f"{name}\n{_json(arguments)}" for name, arguments in calls
+    ),
 }
 
 JSON_TAGS = (
