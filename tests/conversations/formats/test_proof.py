@@ -140,13 +140,13 @@ def test_a_template_that_prints_no_calls_is_taken_at_its_word_if_it_is_one_word(
 def test_a_thought_that_ends_with_an_end_token_is_refused() -> None:
     whole = written()
     cut = WrittenTurn(PROBES[-1], "<think>I look it up.", is_cut=True)
-    report = choose(FORMATS, Written([*whole.turns[:-1], cut]))
+    report = choose_format(FORMATS, Written([*whole.turns[:-1], cut]))
     assert (report.name, report.is_proven) == (None, False)
     assert "stops there" in report.problem
 
 
 def test_calls_that_lose_values_are_refused_by_name() -> None:
     turn = ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="{}">]<]minimax[>[</invoke>'
-    report = choose(FORMATS, written(lambda name, arguments: turn.format(name)))
+    report = choose_format(FORMATS, written(lambda name, arguments: turn.format(name)))
     assert (report.name, report.is_proven) == (None, False)
     assert "MiniMax-M3" in report.problem
