@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.branches import Totals
 from conversations.errors import RecordError
-from conversations.trajectory import Trajectory
+from conversations.trajectory import Trajectory, Turn
 from conversations.warning import RecordWarning
 
 FAILURES = frozenset({"engine_error", "prompt_too_long"})
@@ -60,13 +60,16 @@ class Progress:
     """Counters of the finished conversations of a run; `live` are those that are being run.
 
     `total` is None if the number of tasks is not known. `live` changes on the loop's thread and is
-    read on others: copy it before iterating. `failed` counts what has no reward because something
-    failed. `lost` says why a conversation could not be written, one line each.
+    read on others: copy it before iterating. `turns_elsewhere` and `tokens_elsewhere` are those of
+    live conversations that other processes run. `failed` counts what has no reward because
+    something failed. `lost` says why a conversation could not be written, one line each.
     """
 
     total: int | None = None
     done: int = 0
     live: set[Conversation] = field(default_factory=set)
+    turns_elsewhere: int = 0
+    tokens_elsewhere: int = 0
     skipped: int = 0
     turns: int = 0
     sampled_tokens: int = 0
@@ -88,16 +91,14 @@ class Progress:
     @property
     def turns_so_far(self) -> int:
         """`turns` and those of the live conversations."""
-        return self.turns + sum(len(conversation.turns) for conversation in tuple(self.live))
+        here = sum(len(conversation.turns) for conversation in tuple(self.live))
+        return self.turns + here + self.turns_elsewhere
 
     @property
     def sampled_tokens_so_far(self) -> int:
         """`sampled_tokens` and those of the live conversations."""
-        return self.sampled_tokens + sum(
-            turn.end - turn.start
-            for conversation in tuple(self.live)
-            for turn in conversation.turns
-        )
+        here = sum(sampled_tokens(conversation.turns) for conversation in tuple(self.live))
+        return self.sampled_tokens + here + self.tokens_elsewhere
 
     @property
     def mean_reward(self) -> float | None:
@@ -121,8 +122,33 @@ class Progress:
             self.reward_sum += trajectory.reward
 
 
+def sampled_tokens(turns: Iterable[Turn]) -> int:
+    """How many tokens these turns sampled."""
+    return sum(turn.end - turn.start for turn in turns)
+
+
 Make = Callable[[Task, int], Conversation]
 """Makes the conversation of a (task, sample)."""
+
+Converse = Callable[[Conversation], Awaitable[None]]
+"""Runs a conversation to its end; `trajectory_of` is its record then, also if it is cancelled.
+
+Raises RecordError if there is no record of it.
+"""
+
+
+async def converse_observed(conversation: Conversation) -> None:
+    """Runs a conversation in this process, watched by the run's observer if there is one."""
+    observer = conversation.runtime.observer
+    if observer is None:
+        await converse(conversation)
+        return
+    begin = partial(observer.conversation, conversation.task.id, conversation.sample)
+    with observed(begin) as tell:
+        try:
+            await converse(conversation)
+        finally:
+            tell(trajectory_of(conversation))
 
 
 async def run_tasks(
@@ -133,14 +159,16 @@ async def run_tasks(
     max_concurrent: int = 64,
     target: int | None = None,
     make: Make | None = None,
+    converse: Converse = converse_observed,
     store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
     """Runs `n` samples of every task. What `store` already holds is skipped.
 
-    `make` makes each conversation; by default it is a new one. Once `target` conversations are done
-    that did not fail, the others are cut off: aborted in the engine, and kept as unfinished.
+    `make` makes each conversation, by default a new one, and `converse` runs it. Once `target`
+    conversations are done that did not fail, the others are cut off: aborted in the engine, and
+    kept as unfinished.
     `on_done` sees each trajectory once, as it ends. If this is cancelled, so are the running
     conversations: their records are written as unfinished, and CancelledError is raised. An error
     of the store ends the run, as does a TaskError of `make`.
@@ -150,6 +178,7 @@ async def run_tasks(
         (make(task, sample) for task in tasks for sample in range(n)),
         max_concurrent=max_concurrent,
         target=target,
+        converse=converse,
         store=store,
         progress=progress,
         on_done=on_done,
@@ -161,12 +190,13 @@ async def run_conversations(
     *,
     max_concurrent: int = 64,
     target: int | None = None,
+    converse: Converse = converse_observed,
     store: Store | None = None,
     progress: Progress | None = None,
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> Progress:
     """`run_tasks` for conversations of any kind; each is made when there is room to run it."""
-    batch = _Batch(store, progress or Progress(), on_done, target)
+    batch = _Batch(store, progress or Progress(), on_done, target, converse)
     missing = filter(batch.is_missing, conversations)
     slots = asyncio.Semaphore(max_concurrent)
     try:
@@ -191,6 +221,7 @@ class _Batch:
     progress: Progress
     on_done: Callable[[Trajectory], None] | None
     target: int | None
+    converse: Converse
     running: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -210,15 +241,19 @@ class _Batch:
     async def run(self, conversation: Conversation) -> None:
         self.progress.live.add(conversation)
         try:
-            await _converse(conversation)
+            await self.converse(conversation)
         except asyncio.CancelledError:
+            cut_off = trajectory_of(conversation)
             if self.has_enough:
                 text = f"cut off when {self.target} conversations were done (over_sample_rate)"
-                conversation.warnings.append(RecordWarning("over_sampled", text))
+                cut_off.warnings.append(RecordWarning("over_sampled", text))
             if self.store:
                 self._keep_evidence(self.store, conversation)
-                self._keep(self.store.append_unfinished, trajectory_of(conversation))
+                self._keep(self.store.append_unfinished, cut_off)
             raise
+        except RecordError as error:
+            self.progress.lost.append(str(error))
+            return
         finally:
             self.progress.live.discard(conversation)
         trajectory = trajectory_of(conversation)
@@ -254,7 +289,7 @@ class _Batch:
             append(trajectory)
             return trajectory
         except RecordError as error:
-            bare = _bare(trajectory, str(error))
+            bare = bare_record(trajectory, str(error))
         try:
             append(bare)
             return bare
@@ -263,21 +298,7 @@ class _Batch:
             return None
 
 
-async def _converse(conversation: Conversation) -> None:
-    """Runs a conversation, watched by the run's observer if there is one."""
-    observer = conversation.runtime.observer
-    if observer is None:
-        await converse(conversation)
-        return
-    begin = partial(observer.conversation, conversation.task.id, conversation.sample)
-    with observed(begin) as tell:
-        try:
-            await converse(conversation)
-        finally:
-            tell(trajectory_of(conversation))
-
-
-def _bare(trajectory: Trajectory, error: str) -> Trajectory:
+def bare_record(trajectory: Trajectory, error: str) -> Trajectory:
     """A record of a failure, with those open parts of the trajectory that have a JSON form."""
     failed: dict[str, Any] = {
         "stop_reason": "engine_error",
