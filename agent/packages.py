@@ -23,13 +23,14 @@ EXTRAS = {
     "psutil": "sandbox",
     "pyarrow": "parquet",
     "pylatexenc": "geo3k",
+    "ray": "ray",
     "reasoning_gym": "tasks",
     "sympy": "geo3k",
     "tantivy": "search",
 }
 """Which of the project's extras brings a package, by import name."""
 
-ENGINE_PACKAGES = ("ray", "safetensors", "sglang", "tensordict", "torch", "verl")
+ENGINE_PACKAGES = ("safetensors", "sglang", "tensordict", "torch", "verl")
 """What the engine in process needs: the extra `cuda`, or `make demo` on a CPU machine."""
 
 

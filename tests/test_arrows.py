@@ -156,7 +156,7 @@ ROOMS = (
     ("loop",),
     ("runs",),
     ("replay", "scoring"),
-    ("trainers", "gateway"),
+    ("trainers", "gateway", "workers"),
     ("inference", "interactions", "rollout", "verl_agent_loop"),
     ("commands",),
     ("cli",),

@@ -41,9 +41,30 @@ def run(
             min=0, help="Stop after N seconds. --resume continues the unfinished conversations."
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Run the conversations in N processes on Ray, each with its own event loop, tools "
+            "and engine, or its connections to the servers. Needs the extra ray.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="With --workers: host:port of a Ray cluster's head, or auto. Without it a Ray is "
+            "started on this machine.",
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Run every task to its end. Each trajectory is written as it finishes."""
+    if ray is not None and workers is None:
+        raise AgentError(
+            f"--ray {ray}: give --workers N too, the number of processes to start there"
+        )
     from agent.config.config import load_config
 
     overrides = [*(set_ or []), *_tools_override(tools), *_n_override(n, validate)]
@@ -55,7 +76,17 @@ def run(
     from agent.commands.run_work import RunRequest, run_request
 
     request = RunRequest(
-        tasks, out, loaded, limit, resume, force, validate, sys.argv[1:], stop_after
+        tasks,
+        out,
+        loaded,
+        limit,
+        resume,
+        force,
+        validate,
+        sys.argv[1:],
+        stop_after_s=stop_after,
+        workers=workers,
+        ray=ray,
     )
     raise typer.Exit(run_request(request, Console()))
 

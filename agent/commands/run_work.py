@@ -7,30 +7,35 @@ infrastructure.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from agent.config.config import Config
 from agent.engines.servers import SGLangServerEngine
 from agent.errors import TaskError
-from agent.loop.batch import Progress, run_tasks
+from agent.loop.batch import Converse, Make, Progress, converse_observed, run_tasks
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task, read_tasks
 from agent.loop.users import Interactions
 from agent.replay.continuation import continuing
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
 from agent.runs.manifest import command_line, fresh_seed, run_manifest, save_tokenizer
-from agent.runs.parts import config_interactions, config_tools, prepare
+from agent.runs.parts import Parts, config_interactions, config_tools, prepare
 from agent.runs.progress import Display, counts, shortfall, starting_line, summary
 from agent.runs.session import Session
 from agent.terminal import say
 from conversations.errors import RunFolderError
 from conversations.run.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
 from conversations.template import ChatTemplate
+from conversations.trajectory import Trajectory
 from tools.toolset import ToolSet
 
 
@@ -40,7 +45,9 @@ class RunRequest:
 
     `argv` are its words, for run.json and for the advice how to resume.
 
-    After `stop_after_s` seconds of conversations the run stops, as after Ctrl-C.
+    After `stop_after_s` seconds of conversations the run stops, as after Ctrl-C. With `workers`
+    the conversations run in so many processes, on the Ray cluster at the address `ray`, by default
+    on a Ray of their own.
     """
 
     tasks: Path
@@ -52,6 +59,8 @@ class RunRequest:
     validate: bool
     argv: Sequence[str]
     stop_after_s: float | None = None
+    workers: int | None = None
+    ray: str | None = None
 
     @property
     def resume_command(self) -> str:
@@ -196,6 +205,7 @@ def open_folder(plan: RunPlan) -> RunFolder:
         validate=request.validate,
         argv=request.argv,
     )
+    manifest["workers"] = request.workers
     if request.resume:
         return RunFolder.resume(request.out, manifest, force=request.force)
     return RunFolder.create(request.out, manifest)
@@ -223,12 +233,17 @@ def run_missing(plan: RunPlan, folder: RunFolder, progress: Progress, console: C
     try:
         with (
             sigterm_as_interrupt(),
-            _started(plan, folder, progress, console) as session,
-            Display(progress, console, session.engine) as display,
+            _started(plan, folder, progress, console) as place,
+            Display(progress, console, place.engine) as display,
         ):
             gc.collect()
             gc.freeze()  # the garbage collector skips what is loaded by now
-            session.run(_conversations(plan, session, folder, progress), poll=display.refresh)
+
+            def poll() -> None:
+                progress.turns_elsewhere, progress.tokens_elsewhere = place.so_far()
+                display.refresh()
+
+            place.run(_conversations(plan, place, folder, progress), poll=poll)
             wall_s = display.wall_s
     except KeyboardInterrupt as interrupt:
         folder.close(counts(progress))
@@ -242,30 +257,93 @@ def run_missing(plan: RunPlan, folder: RunFolder, progress: Progress, console: C
     return _sum_up(request, progress, wall_s, console)
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the conversations run: in this process, or in workers.
+
+    `making` gives what makes conversations, from the unfinished ones; `engine` may know
+    `tokens_in_flight`; `so_far` are turns and tokens of live conversations in other processes.
+    """
+
+    run: Callable[..., None]
+    runtime: Runtime
+    making: Callable[[Mapping[tuple[str, int], Trajectory]], Make]
+    converse: Converse
+    max_concurrent: int
+    engine: object
+    served: Mapping[str, Any] | None
+    so_far: Callable[[], tuple[int, int]]
+
+
 @contextmanager
 def _started(
     plan: RunPlan, folder: RunFolder, progress: Progress, console: Console
-) -> Iterator[Session]:
-    """The session. If it does not start, a new folder holds no run, a resumed one what it held."""
+) -> Iterator[_Place]:
+    """The place. If it does not start, a new folder holds no run, a resumed one what it held."""
     request = plan.request
-    try:
-        parts = prepare(request.config, plan.tools, plan.interactions)
-        save_tokenizer(request.out, parts.template.tokenizer)
-        if plan.tools:
-            _note_call_format(request, parts.template, folder)
-        log = request.out / "engine.log"
-        say(console, starting_line(request.config, log))
-        session = Session(parts, validate=request.validate, log_path=log)
-    except BaseException:
-        _forget(request, folder, progress)
-        raise
-    with session:
+    with contextlib.ExitStack() as stack:
         try:
-            _note_served(request, session, folder, console)
+            parts = prepare(request.config, plan.tools, plan.interactions)
+            save_tokenizer(request.out, parts.template.tokenizer)
+            if plan.tools:
+                _note_call_format(request, parts.template, folder)
+            if request.workers is None:
+                place = _here(request, parts, stack, console)
+            else:
+                place = _in_workers(request, request.workers, parts, stack, console)
+            if place.served is not None:
+                _note_served(request, place.served, folder, console)
         except BaseException:
             _forget(request, folder, progress)
             raise
-        yield session
+        yield place
+
+
+def _here(
+    request: RunRequest, parts: Parts, stack: contextlib.ExitStack, console: Console
+) -> _Place:
+    log = request.out / "engine.log"
+    say(console, starting_line(request.config, log))
+    session = stack.enter_context(Session(parts, validate=request.validate, log_path=log))
+    engine = session.engine
+    return _Place(
+        run=session.run,
+        runtime=session.runtime,
+        making=partial(continuing, session.runtime),
+        converse=converse_observed,
+        max_concurrent=request.config.rollout.max_num_seqs,
+        engine=engine,
+        served=engine.served() if isinstance(engine, SGLangServerEngine) else None,
+        so_far=lambda: (0, 0),
+    )
+
+
+def _in_workers(
+    request: RunRequest, number: int, parts: Parts, stack: contextlib.ExitStack, console: Console
+) -> _Place:
+    from agent.workers.pool import WorkerPool
+
+    say(console, starting_line(request.config, request.out / "engine-*.log", workers=number))
+    pool = stack.enter_context(
+        WorkerPool(
+            parts,
+            number,
+            request.ray,
+            validate=request.validate,
+            log_folder=request.out,
+            say=partial(say, console),
+        )
+    )
+    return _Place(
+        run=pool.run,
+        runtime=pool.runtime,
+        making=pool.making,
+        converse=pool.converse,
+        max_concurrent=pool.max_concurrent,
+        engine=pool,
+        served=pool.served,
+        so_far=pool.so_far,
+    )
 
 
 def _note_call_format(request: RunRequest, template: ChatTemplate, folder: RunFolder) -> None:
@@ -287,15 +365,13 @@ def _forget(request: RunRequest, folder: RunFolder, progress: Progress) -> None:
 
 
 def _note_served(
-    request: RunRequest, session: Session, folder: RunFolder, console: Console
+    request: RunRequest, served: Mapping[str, Any], folder: RunFolder, console: Console
 ) -> None:
     """Writes into run.json what the servers serve.
 
     Raises RunFolderError if a resumed run was made with another model, or with other weights.
     """
-    if not isinstance(session.engine, SGLangServerEngine):
-        return
-    served, earlier = session.engine.served(), folder.manifest.get("served") or {}
+    earlier = folder.manifest.get("served") or {}
     if "model_path" not in served:
         say(
             console,
@@ -315,7 +391,7 @@ def _note_served(
 
 
 async def _conversations(
-    plan: RunPlan, session: Session, folder: RunFolder, progress: Progress
+    plan: RunPlan, place: _Place, folder: RunFolder, progress: Progress
 ) -> None:
     request = plan.request
     deadline = asyncio.timeout(request.stop_after_s)
@@ -323,11 +399,12 @@ async def _conversations(
         async with deadline:
             await run_tasks(
                 read_tasks(request.tasks, request.limit),
-                session.runtime,
+                place.runtime,
                 n=request.config.n(request.validate),
-                max_concurrent=request.config.rollout.max_num_seqs,
+                max_concurrent=place.max_concurrent,
                 target=plan.target,
-                make=continuing(session.runtime, folder.unfinished),
+                make=place.making(folder.unfinished),
+                converse=place.converse,
                 store=folder,
                 progress=progress,
             )

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from agent.config.config import Config
-from agent.engines.engine import Engine
 from agent.loop.batch import Progress
 from agent.terminal import LiveLine, say
 
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Display", "counts", "say", "shortfall", "starting_line", "summary"]
 
 
-def starting_line(config: Config, log: Path) -> str:
+def starting_line(config: Config, log: Path, workers: int | None = None) -> str:
     """The line before the engine starts. Only an engine in this process has a log of its own."""
     name = config.rollout.name
     where = f" (log: {log})" if name == "sglang" else ""
-    return f"starting {name} with {config.model_path}{where}"
+    how_many = f"{workers} workers, each with " if workers else ""
+    return f"starting {how_many}{name} with {config.model_path}{where}"
 
 
 class Display:
@@ -36,7 +36,7 @@ class Display:
         self,
         progress: Progress,
         console: Console,
-        engine: Engine | None = None,
+        engine: object = None,
     ) -> None:
         self._progress = progress
         self._in_flight: Callable[[], int] | None = getattr(engine, "tokens_in_flight", None)

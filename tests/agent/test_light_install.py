@@ -194,6 +194,7 @@ OTEL = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
         ("tasks gsm_symbolic --size 1 --out made.jsonl", "tasks"),
         (RUN, "otel"),
         ("run tasks.jsonl --out in_process", "cuda"),
+        (f"{RUN} --workers 2", "ray"),
         ("serve search", "search"),
         ("serve sandbox", "sandbox"),
         *(

@@ -13,6 +13,8 @@ dp        5   a server for each of two or more GPUs behind one pool: scaling, sp
               one server killed
 tp        5   a trainer's batch over tensor-parallel ranks, one for each of two or more GPUs, and
               their weight sync
+workers   8   `--workers`: two servers behind 1, 2 and 4 workers against one without; an engine for
+              each of two or more GPUs against one
 real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
 
 Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are
@@ -37,7 +39,14 @@ import psutil
 from tests.bench.gpu.place import Figures, Place
 from tests.bench.gpu.report import errors, table
 
-PARTS = {"engine": "engine", "server": "server", "dp": "servers", "tp": "ranks", "real": "real"}
+PARTS = {
+    "engine": "engine",
+    "server": "server",
+    "dp": "servers",
+    "tp": "ranks",
+    "workers": "workers",
+    "real": "real",
+}
 """Each part's module, which has a function of its own name."""
 FILE = Path("benchmarks-gpu.json")
 DRY_FILE = Path(tempfile.gettempdir(), f"benchmarks-gpu-dry-{os.getuid()}.json")

@@ -1,0 +1,136 @@
+"""Ray itself: a local one for one run, or a cluster by address; kept quiet.
+
+Invariant: what a run started is gone when the block is left. Ray sends no usage statistics, serves
+no dashboard and prints nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from agent.config.config import Config
+from agent.errors import AgentError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise a warning about its future default
+}
+OBJECT_STORE_BYTES = 256 << 20
+"""Shared memory of a local Ray: records pass through it, they do not stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one worker takes of the cluster."""
+
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPU" + (f" and {self.gpus} GPU" if self.gpus else "")
+
+
+@contextlib.contextmanager
+def cluster(config: Config, workers: int, address: str | None) -> Iterator[Share]:
+    """Connects to Ray at `address`, or starts one on this machine; gives each worker's share.
+
+    A Ray that this process is connected to already is used, and left as it is. Raises AgentError if
+    there is none at the address, or if it has no room for so many workers.
+    """
+    import ray
+
+    if address is not None and "://" in address:
+        raise AgentError(
+            f"--ray {address}: give the address of the cluster's head as host:port (or auto), on a "
+            "machine that is a node of the cluster; Ray's client (ray://) is not supported"
+        )
+    if ray.is_initialized():
+        yield _share(config, workers)
+        return
+    with _sigterm_kept(), _environment():
+        _connect(config, workers, address)
+    try:
+        yield _share(config, workers)
+    finally:
+        ray.shutdown()
+
+
+def _connect(config: Config, workers: int, address: str | None) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Its messages about dead workers would stand in the line of progress; Ray's debugger does so.
+    ray._private.worker._worker_logs_enabled = False
+    if address is None:
+        cores = os.cpu_count() or 1
+        ray.init(
+            "local",
+            num_cpus=cores if config.rollout.name == "sglang" else max(cores, workers),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AgentError(
+            f"--ray {address}: no Ray cluster can be reached there: {reason}; start one with "
+            "`ray start --head`, or leave --ray out to start a local one"
+        ) from error
+
+
+def _share(config: Config, workers: int) -> Share:
+    """What one worker takes. Raises AgentError if Ray has not so much for all of them."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    each, what = Share(1, 0), "takes"
+    if config.rollout.name == "sglang":
+        what = "starts an engine of its own, which takes"
+        rollout = config.rollout
+        if gpus:
+            each = Share(1, rollout.tensor_model_parallel_size * rollout.data_parallel_size)
+        else:  # an engine computes with all the cores of its share
+            each = Share(max(1, min(cpus // workers, os.cpu_count() or 1)), 0)
+    fit = min(cpus // each.cpus, gpus // each.gpus if each.gpus else workers)
+    if fit < workers:
+        raise AgentError(
+            f"--workers {workers}: each worker {what} {each}; Ray has {cpus} CPU and {gpus} GPU, "
+            + (f"so use --workers {fit}" if fit else "so there is no room for one")
+        )
+    return each
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Sets `QUIET` where the user has said nothing; Ray's processes inherit it."""
+    fresh = {name: value for name, value in QUIET.items() if name not in os.environ}
+    os.environ.update(fresh)
+    try:
+        yield
+    finally:
+        for name in fresh:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray's `init` sets a handler of its own, with which the process would exit at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

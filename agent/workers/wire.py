@@ -1,0 +1,101 @@
+"""What goes between a run and its workers: tasks there, records back, as JSON bytes.
+
+Invariant: no object of ours is in a task or in a record: what tools and models wrote is never
+pickled as anything but bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from agent.config.config import Config
+from agent.engines.engine import Engine
+from agent.loop.tasks import Task
+from agent.runs.parts import start_engine
+from conversations.trajectory import Trajectory
+
+StartEngine = Callable[[Config, Path | None], Engine]
+"""Starts a worker's engine from its config; the path is where its processes write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker makes its session from.
+
+    Tools and interactions are read from the config's paths. `folders` are the run's `sys.path`,
+    `variables` go into the worker's environment. `log_folder` is the run folder: the engine's
+    processes write there, if the worker's machine has it.
+    """
+
+    config: Config
+    index: int
+    validate: bool
+    working_folder: Path
+    folders: tuple[str, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    log_folder: Path | None = None
+    start: StartEngine = start_engine
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A conversation for a worker. `before` is the record that it continues."""
+
+    task: Task
+    sample: int
+    before: Trajectory | None = None
+
+
+def encode_work(work: Work) -> bytes:
+    """The work as JSON bytes."""
+    task = {item.name: getattr(work.task, item.name) for item in fields(Task)}
+    before = work.before.to_line() if work.before else None
+    return json.dumps([task, work.sample, before]).encode()
+
+
+def decode_work(data: bytes) -> Work:
+    """The work that `encode_work` wrote."""
+    task, sample, before = json.loads(data)
+    return Work(Task(**task), sample, Trajectory.from_line(before) if before else None)
+
+
+class Kind(StrEnum):
+    """What an answer holds: a record's line, or one line about what went wrong."""
+
+    RECORD = "record"
+    CUT = "cut"
+    """The record of a conversation that was cut off."""
+    LOST = "lost"
+    """There is no record: not even the bare one has a JSON form."""
+    REFUSED = "refused"
+    """The task cannot be run: a user's mistake that ends the run."""
+    BROKEN = "broken"
+    """The worker's own code failed, which ends the run."""
+
+
+Answer = tuple[int, str, bytes]
+"""(number of the work, Kind, UTF-8). Builtin types only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a worker has finished since it was asked last, and how far its live conversations are.
+
+    `turns` and `tokens` are those of live conversations, `tokens_in_flight` of turns that are not
+    complete.
+    """
+
+    answers: list[Answer]
+    turns: int
+    tokens: int
+    tokens_in_flight: int
+
+
+def started(**facts: Any) -> bytes:
+    """A worker's answer to `start`."""
+    return json.dumps(facts).encode()
