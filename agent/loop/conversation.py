@@ -90,6 +90,14 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
+class RanElsewhere:
+    """What another process made of a conversation: its record, and the content of its evidence."""
+
+    record: Trajectory
+    evidence: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Counterparts:
     """Who answers a conversation's turns: tools, not yet created, and a user, not yet started."""
 
@@ -116,7 +124,8 @@ class Conversation:
 
     `pending` is the last turn while it waits for an answer; `partial_turn` is the last turn if it
     was interrupted and its rest is still to be sampled. `before` is the record that a resumed
-    conversation continues, until its tools and user are in the state that they were in.
+    conversation continues, until its tools and user are in the state that they were in. `elsewhere`
+    is what another process made of it: then nothing else here is its record.
     Raises TaskError if the row chooses a user that the run does not have.
     """
 
@@ -125,6 +134,7 @@ class Conversation:
         "_requests",
         "before",
         "clock",
+        "elsewhere",
         "ending",
         "evidence",
         "invalid_in_a_row",
@@ -165,6 +175,7 @@ class Conversation:
         self.clock = Clock()
         self.parent: dict[str, Any] | None = None
         self.before: Trajectory | None = None
+        self.elsewhere: RanElsewhere | None = None
         asked = runtime.settings.evidence
         self.evidence = EvidenceLog(asked) if asked else None
         if counterparts is None:

@@ -14,6 +14,8 @@ def trajectory_of(conversation: Conversation) -> Trajectory:
 
     That of a resumed conversation whose tools and user were not brought back is the earlier one.
     """
+    if conversation.elsewhere is not None:
+        return conversation.elsewhere.record
     if conversation.before is not None:
         return _not_resumed(conversation, conversation.before)
     task, tokens, ending = conversation.task, conversation.tokens, conversation.ending
@@ -62,6 +64,8 @@ def _engine(conversation: Conversation) -> dict[str, Any]:
 
 def evidence_file(conversation: Conversation) -> bytes | None:
     """The content of the file that the record names; None if it names none."""
+    if conversation.elsewhere is not None:
+        return conversation.elsewhere.evidence
     if conversation.evidence is None or conversation.before is not None:
         return None
     return conversation.evidence.file(sum(conversation.tokens.response_mask()))

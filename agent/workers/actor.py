@@ -21,7 +21,7 @@ from agent.errors import AgentError, TaskError
 from agent.loop.batch import bare_record, converse_observed, sampled_tokens
 from agent.loop.boundary import describe
 from agent.loop.conversation import Conversation
-from agent.loop.record import trajectory_of
+from agent.loop.record import evidence_file, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.replay.continuation import continued
 from agent.runs.parts import config_interactions, config_tools, prepare
@@ -134,7 +134,7 @@ class Desk:
                 pass
         answers, size = 0, 0
         while answers < len(self._answers) and size < TAKE_BYTES:
-            size += len(self._answers[answers][2])
+            size += len(self._answers[answers][2]) + len(self._answers[answers][3] or b"")
             answers += 1
         taken, self._answers = self._answers[:answers], self._answers[answers:]
         if not self._answers:
@@ -153,9 +153,9 @@ class Desk:
         )
 
     async def _run(self, number: int, data: bytes) -> None:
-        kind, text = Kind.BROKEN, ""
+        kind, text, evidence = Kind.BROKEN, "", None
         try:
-            kind, text = await self._converse(number, decode_work(data))
+            kind, text, evidence = await self._converse(number, decode_work(data))
         except RecordError as error:
             kind, text = Kind.LOST, str(error)
         except TaskError as error:
@@ -164,11 +164,11 @@ class Desk:
             text = describe(error)
         finally:
             del self._running[number]
-            self._answers.append((number, str(kind), text.encode(errors="replace")))
+            self._answers.append((number, str(kind), text.encode(errors="replace"), evidence))
             self._answered.set()
 
-    async def _converse(self, number: int, work: Work) -> tuple[Kind, str]:
-        """Runs the conversation; what came of it, and the line of its record."""
+    async def _converse(self, number: int, work: Work) -> tuple[Kind, str, bytes | None]:
+        """Runs the conversation; what came of it, the line of its record, and its evidence."""
         assert self.runtime is not None
         conversation = continued(work.task, work.sample, work.before, self.runtime)
         self._live[number] = conversation
@@ -179,7 +179,7 @@ class Desk:
             kind = Kind.CUT
         finally:
             del self._live[number]
-        return kind, _line(trajectory_of(conversation))
+        return kind, _line(trajectory_of(conversation)), evidence_file(conversation)
 
 
 def _line(record: Trajectory) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.config.config import Config
+from agent.config.schema import Rollout
 from agent.errors import AgentError
 
 QUIET = {
@@ -97,9 +98,8 @@ def _share(config: Config, workers: int) -> Share:
     each, what = Share(1, 0), "takes"
     if config.rollout.name == "sglang":
         what = "starts an engine of its own, which takes"
-        rollout = config.rollout
         if gpus:
-            each = Share(1, rollout.tensor_model_parallel_size * rollout.data_parallel_size)
+            each = Share(1, _gpus_of_an_engine(config.rollout))
         else:  # an engine computes with all the cores of its share
             each = Share(max(1, min(cpus // workers, os.cpu_count() or 1)), 0)
     fit = min(cpus // each.cpus, gpus // each.gpus if each.gpus else workers)
@@ -109,6 +109,11 @@ def _share(config: Config, workers: int) -> Share:
             + (f"so use --workers {fit}" if fit else "so there is no room for one")
         )
     return each
+
+
+def _gpus_of_an_engine(rollout: Rollout) -> int:
+    tensor, pipeline = rollout.tensor_model_parallel_size, rollout.pipeline_model_parallel_size
+    return tensor * pipeline * rollout.data_parallel_size
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from agent.engines.engine import Generation, SamplingParams
 from agent.errors import AgentError, EngineError, TaskError
-from agent.loop.conversation import Conversation, Counterparts
+from agent.loop.conversation import Conversation, Counterparts, RanElsewhere
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.runs.loop_thread import LoopThread
@@ -194,13 +194,16 @@ class WorkerPool:
         is_over = job.done.done() and not job.done.cancelled()
         return is_over and job.done.exception() is None and job.done.result()
 
-    def _settle(self, seat: _Seat, number: int, kind: str, data: bytes) -> None:
+    def _settle(
+        self, seat: _Seat, number: int, kind: str, data: bytes, evidence: bytes | None
+    ) -> None:
         """A worker's answer about one of its jobs."""
         job = seat.leave(number)
         text = data.decode()
         try:
             if kind in (Kind.RECORD, Kind.CUT):
-                job.conversation.before = Trajectory.from_line(text)
+                record = Trajectory.from_line(text)
+                job.conversation.elsewhere = RanElsewhere(record, evidence)
                 job.end(is_whole=kind == Kind.RECORD)
                 seat.deaths = 0
             else:

@@ -78,8 +78,8 @@ class Kind(StrEnum):
     """The worker's own code failed, which ends the run."""
 
 
-Answer = tuple[int, str, bytes]
-"""(number of the work, Kind, UTF-8). Builtin types only."""
+Answer = tuple[int, str, bytes, bytes | None]
+"""(number of the work, Kind, UTF-8, content of the evidence file). Builtin types only."""
 
 
 @dataclass(frozen=True, slots=True)
