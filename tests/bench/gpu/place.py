@@ -194,6 +194,8 @@ class Place:
         end in the time that is left is left out, and said so.
         """
         options, longest_s = self.options, dict[int, float]()
+        chosen = options.contenders or contenders
+        contenders = {name: one for name, one in contenders.items() if name in chosen}
 
         def run(name: str, size: int, nap_ms: int, round_: int) -> None:
             case, started = (

@@ -15,6 +15,7 @@ from tests.bench.gpu.place import Contender, Place
 def place(folder: Path, minutes: float = 1.0) -> Place:
     options = {
         "dry": False,
+        "contenders": None,
         "json": folder / "figures.json",
         "minutes": minutes,
         "until": time.time() + 60 * minutes,
