@@ -90,8 +90,13 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         self._worker = _Worker.of(self, options, tools.tools if tools else [])
 
     @rollout_trace_op  # type: ignore[untyped-decorator]
-    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+    async def run(
+        self, sampling_params: dict[str, Any], **kwargs: Any
+    ) -> AgentLoopOutput | list[AgentLoopOutput]:
         """Runs the conversation. `kwargs` are the row's columns.
+
+        Under verl 0.9's own trainer a conversation that cannot be trained on is an empty list: its
+        group then has a row less, and no reward of 0 enters the group's mean.
 
         Raises TaskError for a row that is not a task: one with images, say, or one that chooses an
         interaction which does not exist.
@@ -110,6 +115,8 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
             logger.warning("conversation %s is not trained on: %s", record.task_id, reason)
         for lost in progress.lost:
             logger.warning("a record is lost: %s", lost)
+        if worker.takes_lists and _is_untrainable(record):
+            return []
         return worker.output(record, engine, conversation.user.rewards if conversation.user else [])
 
     def _request_id(self, columns: Mapping[str, Any]) -> str | None:
@@ -175,6 +182,9 @@ class _Worker:
             else None
         )
         self._starting: asyncio.Future[None] | None = None
+        self.takes_lists = bool(OmegaConf.select(loop.config, "transfer_queue.enable"))
+        """verl 0.9's own trainer keeps samples in a queue and takes any number of rows from a
+        conversation; its older one takes exactly one."""
 
     async def start_tools(self) -> None:
         """Starts the tools once; other conversations wait for that.
@@ -211,7 +221,7 @@ class _Worker:
         """
         ids, mask = one.response_ids, one.response_mask
         logprobs = [value or 0.0 for value in one.response_logprobs]
-        if has_failed(one) or one.stop_reason == "cancelled":
+        if _is_untrainable(one):
             mask = [0] * len(ids)
         # verl's worker can neither pad an empty list nor score it
         nothing = [self.parts.template.end_id]
@@ -313,6 +323,11 @@ def _tools(config: Config, verls_tools: list[Any]) -> ToolSet | None:
         return loaded
     others, text = (loaded.values(), loaded.source_text) if loaded else ((), "")
     return ToolSet([*others, *functions], text)
+
+
+def _is_untrainable(one: Trajectory) -> bool:
+    """Whether infrastructure failed the conversation, or the trainer aborted it."""
+    return has_failed(one) or one.stop_reason == "cancelled"
 
 
 def _answered(one: Trajectory) -> int:

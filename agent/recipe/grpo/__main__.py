@@ -1,0 +1,128 @@
+"""`python -m agent.recipe.grpo`: train, report. Heavy modules are imported where they are used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from agent.errors import AgentError
+from agent.recipe.grpo.settings import (
+    GrpoSettings,
+    Layout,
+    Loop,
+    Reward,
+    engine_overrides,
+    gpu_arguments,
+)
+from conversations.errors import ConversationsError
+from tools.base import ToolsError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train with verl 0.9.1's own GRPO trainer, through turntrace's agent loop, on one GPU.",
+)
+_DEFAULT = GrpoSettings()
+
+
+@app.command("train")
+def start_training(
+    gsm8k: Annotated[Path, typer.Argument(help="JSONL in GSM8K's format: question, answer.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; give it again to go on.")],
+    model: Annotated[str, typer.Option(help="A model's name or folder.")] = "smollm2-tools",
+    steps: Annotated[int, typer.Option(min=1)] = _DEFAULT.steps,
+    prompts: Annotated[int, typer.Option(min=1, help="Problems a step.")] = _DEFAULT.prompts,
+    samples: Annotated[int, typer.Option(min=2, help="Samples a problem.")] = _DEFAULT.samples,
+    lr: Annotated[float, typer.Option(help="The learning rate.")] = _DEFAULT.lr,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Problems asked before and after.")
+    ] = _DEFAULT.held_out,
+    loop: Annotated[Loop, typer.Option(help="Who runs the conversations.")] = _DEFAULT.loop,
+    reward: Annotated[Reward, typer.Option(help="Where rewards come from.")] = _DEFAULT.reward,
+    failure_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Programs that the sandbox fails, on purpose.")
+    ] = 0.0,
+    save_every: Annotated[int, typer.Option(min=1)] = _DEFAULT.save_every,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of SGLang's. May be repeated."),
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="An override of verl's config. May be repeated.")
+    ] = None,
+) -> None:
+    """Start the trainer, or go on with the run in --out; then write report.md and curve.svg."""
+    from agent.model.base import resolve_model
+    from agent.recipe.grpo import trainer
+
+    settings = GrpoSettings(
+        steps=steps,
+        prompts=prompts,
+        samples=samples,
+        lr=lr,
+        held_out=held_out,
+        loop=loop,
+        reward=reward,
+        failure_share=failure_share,
+        save_every=save_every,
+    )
+    layout = Layout(out.resolve())
+    layout.root.mkdir(parents=True, exist_ok=True)
+    trainer.lay_out(settings, layout, gsm8k)
+    arguments = {**gpu_arguments(settings), **dict(map(_argument, engine or ()))}
+    extra = [*engine_overrides(arguments), *(override or ())]
+    code = trainer.run_trainer(settings, layout, resolve_model(model), extra)
+    if code:
+        raise AgentError(
+            f"the trainer ended with {code}; its output is {layout.root / 'trainer.log'}; "
+            "the same command goes on from the last checkpoint"
+        )
+    _report(layout)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A run's folder.")],
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another run, for the curve. May be repeated.")
+    ] = None,
+) -> None:
+    """Write report.md and curve.svg from what a run has left so far."""
+    _report(Layout(out.resolve()), [Layout(other.resolve()) for other in against or ()])
+
+
+def _report(layout: Layout, others: list[Layout] | None = None) -> None:
+    from agent.recipe.grpo import report as reporting
+
+    read = {one.root.name: reporting.read_report(one) for one in (layout, *(others or ()))}
+    text = reporting.steps_table(read[layout.root.name])
+    defects = reporting.verified(layout)
+    text += f"\nverify: {len(defects)} defects in the folders of steps\n"
+    text += "".join(f"- {defect}\n" for defect in defects[:20])
+    (layout.root / "report.md").write_text(text, encoding="utf-8")
+    (layout.root / "curve.svg").write_text(reporting.curve(read), encoding="utf-8")
+    typer.echo(text)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, yaml.safe_load(value)
+
+
+def main() -> int:
+    """Runs the command of `sys.argv`; returns 2 after a user's mistake, which is one line."""
+    try:
+        app(prog_name="python -m agent.recipe.grpo")
+    except (AgentError, ConversationsError, ToolsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

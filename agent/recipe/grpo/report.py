@@ -1,0 +1,203 @@
+"""The table and the curve of a run: turntrace's step folders beside verl's own metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.recipe.grpo.rows import HELD_OUT_SOURCE, TRAIN_SOURCE
+from agent.recipe.grpo.settings import Layout
+from conversations.errors import RunFolderError
+from conversations.steps import StepFigures, steps
+from conversations.verify import verify_run
+
+Z = 1.96
+"""Of a 95% interval."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run's folder says. `train` and `held_out` are by the step of the weights.
+
+    `metrics` is verl's own dictionary by training step: the step k samples with weights k - 1.
+    """
+
+    train: dict[int, StepFigures] = field(default_factory=dict)
+    held_out: dict[int, StepFigures] = field(default_factory=dict)
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
+    dumps: dict[int, Counter[str]] = field(default_factory=dict)
+
+
+def read_report(layout: Layout) -> Report:
+    """Reads a run that has ended, or that is in progress."""
+    report = Report(metrics=_metrics(layout))
+    try:
+        report.train = _by_source(layout, TRAIN_SOURCE)
+        report.held_out = _by_source(layout, HELD_OUT_SOURCE)
+    except RunFolderError:  # verl's own loop leaves no run folders
+        report.dumps = _dumps(layout)
+    return report
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    if not count:
+        return 0.0, 1.0
+    share, square = right / count, Z * Z
+    middle = share + square / (2 * count)
+    width = Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    scale = 1 + square / count
+    return max(0.0, (middle - width) / scale), min(1.0, (middle + width) / scale)
+
+
+def steps_table(report: Report) -> str:
+    """The steps as a Markdown table, then the held-out shares and where the time went."""
+    lines = ["| step | " + " | ".join(_COLUMNS) + " |", "|" + "---|" * (len(_COLUMNS) + 1)]
+    for number, metrics in sorted(report.metrics.items()):
+        if "timing_s/step" not in metrics:
+            continue
+        cells = _cells(report, number, metrics)
+        lines.append(f"| {number} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_held_out(report), "", *_time(report)]) + "\n"
+
+
+_COLUMNS = (
+    "reward", "valid calls", "calls", "turns", "response tokens", "entropy",
+    "infra failures", "log-prob difference, mean", "s a step", "s generation", "s update",
+)  # fmt: skip
+
+
+def _cells(report: Report, number: int, metrics: Mapping[str, Any]) -> Iterator[str]:
+    step = report.train.get(number - 1)
+    if step is None:
+        yield _number(metrics.get("critic/score/mean"))
+        yield from ["-"] * 3
+        yield _number(metrics.get("response_length/mean"), 0)
+        yield _number(metrics.get("actor/entropy"))
+        yield "-"
+    else:
+        valid = None if step.malformed is None else 1 - step.malformed
+        yield _number(metrics.get("critic/score/mean"))
+        yield f"{_number(valid)} of {step.calls.total()}"
+        yield _number(step.calls_each, 2)
+        yield _number(step.turns.mean, 2)
+        yield _number(step.response_tokens.mean, 0)
+        yield _number(metrics.get("actor/entropy"))
+        yield f"{step.infra_errors} of {step.trajectories}"
+    yield _number(metrics.get("training/rollout_probs_diff_mean"), 5)
+    for name in ("timing_s/step", "timing_s/gen", "timing_s/update_actor"):
+        yield _number(metrics.get(name), 1)
+
+
+def _held_out(report: Report) -> Iterator[str]:
+    yield "| weights of step | held-out, right at temperature 0 [95%] | asked |"
+    yield "|---|---|---|"
+    for number, step in sorted(report.held_out.items()):
+        right = sum(total.total for total in step.tasks.values())
+        low, high = interval(round(right), step.reward.count)
+        share = right / max(1, step.reward.count)
+        yield f"| {number} | {share:.3f} [{low:.3f}, {high:.3f}] | {step.reward.count} |"
+    for number, metrics in sorted(report.metrics.items()):
+        for name, value in metrics.items():
+            if name.startswith("val-core/"):
+                yield f"| {number} (verl's {name}) | {_number(value)} | |"
+
+
+def _time(report: Report) -> Iterator[str]:
+    of = {
+        name: sum(metrics.get(f"timing_s/{name}", 0.0) for metrics in report.metrics.values())
+        for name in ("step", "gen", "old_log_prob", "update_actor", "update_weights")
+    }
+    whole = of["step"] or 1.0
+    yield f"time: {whole:.0f} s of steps; " + ", ".join(
+        f"{name} {of[name] / whole:.0%}" for name in of if name != "step"
+    )
+    wall = sum(step.wall_s for step in report.train.values())
+    tools = sum(step.tools_s for step in report.train.values())
+    if wall:
+        yield f"of the conversations' own time, {tools / wall:.1%} is tool calls, waiting included"
+
+
+def verified(layout: Layout) -> list[str]:
+    """The defects of every step's folder, one line each; [] if all pass `verify`."""
+    found: list[str] = []
+    for folder in sorted(layout.steps.glob("step-*")):
+        verify_run(folder, on_defect=lambda defect: found.append(str(defect)))
+    return found
+
+
+def _by_source(layout: Layout, source: str) -> dict[int, StepFigures]:
+    kept = steps(layout.steps, lambda record: record["data_source"] == source)
+    return {step.number: step for step in kept}
+
+
+def _metrics(layout: Layout) -> dict[int, dict[str, Any]]:
+    """verl's metrics by step; of a step that was done again, the last."""
+    found: dict[int, dict[str, Any]] = {}
+    for file in layout.metrics():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line of a trainer that was killed
+                continue
+            found.setdefault(entry["step"], {}).update(entry["data"])
+    return found
+
+
+def _dumps(layout: Layout) -> dict[int, Counter[str]]:
+    """Of verl's own dumps: rewards and errors by training step."""
+    found = {}
+    for file in sorted(layout.dumps.glob("*.jsonl")):
+        counts: Counter[str] = Counter()
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            failed = "Error executing tool 'code_interpreter': the sandbox is not" in row["output"]
+            counts.update({"rows": 1, "right": int(row["score"] > 0), "failed": int(failed)})
+            counts["failed and right"] += int(failed and row["score"] > 0)
+        found[int(file.stem)] = counts
+    return found
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return "-" if value is None else f"{float(value):.{digits}f}"
+
+
+def curve(reports: Mapping[str, Report]) -> str:
+    """The mean reward by step of several runs as one SVG."""
+    lines = {
+        name: [
+            (number, metrics["critic/score/mean"])
+            for number, metrics in sorted(report.metrics.items())
+            if "critic/score/mean" in metrics
+        ]
+        for name, report in reports.items()
+    }
+    return _svg(lines)
+
+
+_COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df")
+
+
+def _svg(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    points = [point for line in lines.values() for point in line]
+    right = max((x for x, _ in points), default=1)
+    top = max((y for _, y in points), default=1.0) * 1.1 or 1.0
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 320" font-family="sans-serif" '
+        'font-size="12">',
+        '<path d="M40 280H620M40 280V20" stroke="#888" fill="none"/>',
+        f'<text x="4" y="24">{top:.2f}</text><text x="20" y="284">0</text>',
+        f'<text x="600" y="300">{right}</text><text x="300" y="310">step</text>',
+    ]
+    for place, (name, line) in enumerate(lines.items()):
+        colour = _COLOURS[place % len(_COLOURS)]
+        path = " ".join(
+            f"{40 + 580 * x / max(1, right):.1f},{280 - 260 * y / top:.1f}" for x, y in line
+        )
+        parts.append(f'<polyline points="{path}" stroke="{colour}" fill="none"/>')
+        parts.append(f'<text x="60" y="{36 + 16 * place}" fill="{colour}">{name}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,162 @@
+"""A training's run folders, step by step: what changed while the model learned.
+
+A folder of steps holds run folders whose run.json names a `step`: those of a trainer (several
+workers write one each for a step) and of training rounds. Invariant: a record counts in exactly one
+step, and memory holds no more than one record at a time and a few numbers a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import RunFolderError
+from conversations.run.open_run import Run, open_run
+from conversations.run.store import RUN, read_manifest
+from conversations.trajectory import INVALID_STATUSES
+
+Record = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Sum:
+    """A mean in the making."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def mean(self) -> float | None:
+        """None if nothing was added."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass(slots=True)
+class StepFigures:
+    """What the records of one step say. Means are over the records without an infra error.
+
+    `surprisal` is the mean of minus the log-prob over sampled tokens, in nats: an estimate of the
+    policy's entropy at the sampling temperature. `tasks` is the mean reward by task. `wall_s` and
+    `tools_s` are sums over conversations: their own time, and what calls waited and ran of it.
+    """
+
+    number: int
+    trajectories: int = 0
+    infra_errors: int = 0
+    reward: Sum = field(default_factory=Sum)
+    response_tokens: Sum = field(default_factory=Sum)
+    sampled_tokens: Sum = field(default_factory=Sum)
+    turns: Sum = field(default_factory=Sum)
+    calls: Counter[str] = field(default_factory=Counter)
+    surprisal: Sum = field(default_factory=Sum)
+    wall_s: float = 0.0
+    tools_s: float = 0.0
+    stop_reasons: Counter[str] = field(default_factory=Counter)
+    tasks: dict[str, Sum] = field(default_factory=dict)
+
+    def add(self, record: Record) -> None:
+        """Counts one record."""
+        self.trajectories += 1
+        self.stop_reasons[record["stop_reason"]] += 1
+        self.calls.update(call["status"] for call in record["tool_calls"])
+        self.wall_s += record["wall_s"]
+        self.tools_s += sum(call["queue_s"] + call["run_s"] for call in record["tool_calls"])
+        if record["infra_error"]:
+            self.infra_errors += 1
+            return
+        self.response_tokens.add(len(record["response_ids"]))
+        self.sampled_tokens.add(sum(record["response_mask"]))
+        self.turns.add(record["num_turns"])
+        for value in record["response_logprobs"]:
+            if value is not None and math.isfinite(value):
+                self.surprisal.add(-value)
+        if record["reward"] is not None:
+            self.reward.add(record["reward"])
+            self.tasks.setdefault(record["task_id"], Sum()).add(record["reward"])
+
+    @property
+    def calls_each(self) -> float | None:
+        """Tool calls a trajectory."""
+        return self.calls.total() / self.trajectories if self.trajectories else None
+
+    @property
+    def malformed(self) -> float | None:
+        """Share of the calls that were the model's mistake: malformed, unknown or invalid."""
+        invalid = sum(self.calls[status] for status in INVALID_STATUSES)
+        return invalid / self.calls.total() if self.calls else None
+
+    @property
+    def infra_share(self) -> float | None:
+        """Share of the trajectories that infrastructure failed."""
+        return self.infra_errors / self.trajectories if self.trajectories else None
+
+
+FIGURES: Mapping[str, Callable[[StepFigures], float | None]] = {
+    "reward": lambda step: step.reward.mean,
+    "response tokens": lambda step: step.response_tokens.mean,
+    "turns": lambda step: step.turns.mean,
+    "calls": lambda step: step.calls_each,
+    "invalid calls": lambda step: step.malformed,
+    "infra failures": lambda step: step.infra_share,
+    "entropy, nats": lambda step: step.surprisal.mean,
+}
+"""The figures of a step by name, in the order to show them."""
+
+
+def step_folders(root: str | Path) -> dict[int, list[Path]]:
+    """The run folders in `root` by step, in order. Raises RunFolderError if there are none."""
+    root, found = Path(root), dict[int, list[Path]]()
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if (folder / RUN).is_file() and (number := _step(folder)) is not None:
+            found.setdefault(number, []).append(folder)
+    if not found:
+        raise RunFolderError(
+            f"{root} holds no steps: no run folder in it whose run.json names a step"
+        )
+    return dict(sorted(found.items()))
+
+
+def is_steps(root: str | Path) -> bool:
+    """Whether `root` is a folder of steps and no run folder itself."""
+    root = Path(root)
+    if (root / RUN).is_file():
+        return False
+    try:
+        return bool(step_folders(root))
+    except RunFolderError:
+        return False
+
+
+def records(root: str | Path) -> Iterator[tuple[int, Run, dict[str, Any]]]:
+    """(step, its run, record) of all steps, in order."""
+    for number, folders in step_folders(root).items():
+        for folder in folders:
+            run = open_run(folder)
+            for record in run.records(check=False):
+                yield number, run, record
+
+
+def steps(
+    root: str | Path, keep: Callable[[Record], bool] = lambda record: True
+) -> list[StepFigures]:
+    """The figures of each step, over the records that `keep` takes. Steps without any are left
+    out.
+    """
+    found: dict[int, StepFigures] = {}
+    for number, _, record in records(root):
+        if keep(record):
+            found.setdefault(number, StepFigures(number)).add(record)
+    return list(found.values())
+
+
+def _step(folder: Path) -> int | None:
+    step = read_manifest(folder).get("step")
+    return int(step) if isinstance(step, (int, str)) and str(step).isdigit() else None
