@@ -113,6 +113,7 @@ class GatewaySession:
         self.reward_parts: dict[str, float] = {}
         self.said_at_end: Any = None
         self.closed: Refusal | None = None
+        self.max_branches = MAX_BRANCHES
         self.refused = 0
         self.answering: list[Answering] = []
         self.delivery = Delivery()
@@ -208,9 +209,9 @@ class GatewaySession:
     def _room(self, place: Place, request: TurnRequest) -> int:
         """How many tokens the turn may sample. Raises Refusal if it may not."""
         settings = self.runtime.settings
-        if place.reason and self._branches >= MAX_BRANCHES:
+        if place.reason and self._branches >= self.max_branches:
             raise Refusal(
-                f"this session has {MAX_BRANCHES} branches: the client does not replay history",
+                f"this session has {self.max_branches} branches: the client does not replay history",
                 code="too_many_branches",
             )
         free = settings.max_model_len - place.prompt_length

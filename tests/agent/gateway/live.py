@@ -51,12 +51,12 @@ class Obedient(ScriptedEngine):
     those that were cancelled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, delay_s: float = 0.0) -> None:
         self.template = hermes_template()
         self.gate = threading.Event()
         self.asked = 0
         self.aborted = 0
-        super().__init__(self._obey)
+        super().__init__(self._obey, delay_s=delay_s)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
@@ -110,6 +110,7 @@ def gateway_config_of(**rollout: Any) -> Config:
         "server.urls": ["http://127.0.0.1:9"],
         "prompt_length": 4096,
         "response_length": 28672,
+        "multi_turn.max_assistant_turns": 4096,
         **rollout,
     }
     assignments = [f"rollout.{key}={json.dumps(value)}" for key, value in settings.items()]

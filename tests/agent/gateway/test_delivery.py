@@ -18,7 +18,7 @@ from agent.gateway import Gateway, session
 from agent.gateway.chat import CHAT
 from agent.gateway.request import Refusal
 from agent.loop.tasks import Task
-from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
+from tests.agent.gateway.live import Obedient, checked, live
 from tests.agent.gateway.program import DIALECTS, PATHS, Program, body_of, told
 
 
@@ -189,7 +189,8 @@ def test_two_programs_on_one_key_never_mix(
 def test_a_client_that_never_replays_its_history_is_told_so(tmp_path: Path) -> None:
     async def ask_all() -> str:
         running = gateway.sessions.open(Task("rewrites", []))[0]
-        for number in range(session.MAX_BRANCHES + 2):
+        running.max_branches = 3
+        for number in range(9):
             request = CHAT.read(json.dumps(body_of("chat", f"say {number}")).encode())
             try:
                 answering = running.begin(request, CHAT, {})
@@ -198,8 +199,7 @@ def test_a_client_that_never_replays_its_history_is_told_so(tmp_path: Path) -> N
             await answering.task
         return "never"
 
-    config = gateway_config_of(**{"multi_turn.max_assistant_turns": 2000})
-    with live(tmp_path, engine=Obedient(), config=config) as gateway:
+    with live(tmp_path, engine=Obedient()) as gateway:
         message = gateway.session_loop.run(ask_all())
     assert message == ("1025 this session has 1024 branches: the client does not replay history")
 
