@@ -153,7 +153,7 @@ def _score_ids(
 def _scorer(path: str, reward: str, search: tuple[str, ...]) -> tuple[Run, Score]:
     sys.path += [folder for folder in search if folder not in sys.path]
     run = open_run(path)
-    return run, as_score(load_function(reward), run)
+    return run, as_score(load_function(reward), run.path)
 
 
 def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
@@ -176,6 +176,15 @@ def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
     return dataclasses.replace(record, reward=reward, reward_parts=parts, parent=parent)
 
 
+def load_score(reward: str, run: Path) -> Callable[[Trajectory], dict[str, float]]:
+    """The function that `reward` names, as one from a record of `run` to the reward's parts.
+
+    Raises AgentError if there is no such function.
+    """
+    score = as_score(load_function(reward), run)
+    return lambda record: _parts(score(record))
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(describe(error).split())
 
@@ -194,14 +203,14 @@ def _number(value: Any) -> float:
     raise TypeError(f"expected a finite number, a dict of them, or None; got {value!r:.100}")
 
 
-def as_score(function: Callable[..., Any], run: Run) -> Score:
+def as_score(function: Callable[..., Any], run: Path) -> Score:
     """The user's function as one that takes a trajectory.
 
     Parameter names tell which signature it has.
     """
     if not _parameters(function).keys() >= VERL_PARAMETERS:
         return function
-    tokenizer = load_tokenizer(run.path / "tokenizer")
+    tokenizer = load_tokenizer(run / "tokenizer")
 
     def compute_score(record: Trajectory) -> Any:
         """Calls it as verl's reward managers do: with the response's text, no special tokens."""

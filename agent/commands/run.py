@@ -58,6 +58,25 @@ def run(
             "started on this machine.",
         ),
     ] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Run a program for each sample, on a gateway: 'mini -m openai/m -t {prompt}'",
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="With --agent: module:function or file.py:function, as for rescore."),
+    ] = None,
+    agent_sandbox: Annotated[
+        bool,
+        typer.Option("--agent-sandbox", help="With --agent: isolated; only the gateway answers."),
+    ] = False,
+    agent_mount: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="With --agent-sandbox: shown read-only. Repeatable."),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Run every task to its end. Each trajectory is written as it finishes."""
@@ -88,7 +107,22 @@ def run(
         workers=workers,
         ray=ray,
     )
-    raise typer.Exit(run_request(request, Console()))
+    if agent is None:
+        _refuse_without_agent(reward, agent_sandbox, agent_mount)
+        raise typer.Exit(run_request(request, Console()))
+    if workers is not None or ray is not None or stop_after is not None:
+        raise AgentError("--workers, --ray and --stop-after cannot be used with --agent")
+    from agent.commands.agent_work import AgentOptions, run_agents
+
+    options = AgentOptions(agent, reward, agent_sandbox, tuple(agent_mount or ()))
+    raise typer.Exit(run_agents(request, options, Console()))
+
+
+def _refuse_without_agent(reward: str | None, sandbox: bool, mounts: list[Path] | None) -> None:
+    given = {"--reward": reward, "--agent-sandbox": sandbox, "--agent-mount": mounts}
+    if wrong := [name for name, value in given.items() if value]:
+        advice = "; `turntrace rescore` gives a finished run new rewards" if reward else ""
+        raise AgentError(f"{', '.join(wrong)}: needs --agent{advice}")
 
 
 def _tools_override(tools: str | None) -> list[str]:

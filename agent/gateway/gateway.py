@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from agent.errors import AgentError
 from agent.gateway.request import Refusal
 from agent.gateway.server import LOOPBACK, Access, GatewayServer
 from agent.gateway.session import GatewaySession
-from agent.gateway.sessions import GatewaySessions, SessionOutcome
+from agent.gateway.sessions import GatewaySessions, Score, SessionOutcome
 from agent.gateway.sessions_api import reward_parts
 from agent.loop.batch import Progress
 from agent.loop.boundary import describe
@@ -37,7 +38,7 @@ from agent.runs.manifest import run_manifest, save_tokenizer
 from agent.runs.parts import prepare
 from agent.runs.progress import counts
 from agent.runs.session import Session
-from conversations.run.store import RUN, RunFolder
+from conversations.run.store import RUN, TRAJECTORIES, RunFolder, read_trajectories
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 
@@ -61,8 +62,9 @@ class Gateway:
     Start it with `start` or `async with`; `url` says where it listens. It listens on loopback
     unless `host` says otherwise; elsewhere `admin_key` is needed. `open_to_all`: an unknown API key
     makes a session of its own. `resume` goes on with a run whose gateway was stopped or killed.
-    `tasks` is the file whose rows the sessions are for. `engine` makes another engine than the
-    config's, `template` takes the place of the model's.
+    `tasks` is the file whose rows the sessions are for: then sessions that did not end begin anew.
+    `validate` samples with val_kwargs, `more` are further fields of run.json. `engine` makes
+    another engine than the config's, `template` takes the place of the model's.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Gateway:
         force: bool = False,
         tasks: Path | None = None,
         limit: int | None = None,
+        validate: bool = False,
+        more: Mapping[str, Any] | None = None,
         argv: Sequence[str] = (),
         progress: Progress | None = None,
         engine: Callable[[], Engine] | None = None,
@@ -92,11 +96,13 @@ class Gateway:
         self.out = Path(out)
         self.progress = progress or Progress()
         self.restored = 0
+        self.socket: Path | None = None
         self._host, self._port = host, port
         self._access = Access(admin_key, needs_key=host not in LOOPBACK)
         self._open_to_all = open_to_all
         self._resume, self._force = resume, force
         self._tasks, self._limit, self._argv = tasks, limit, argv
+        self._validate, self._more = validate, dict(more or {})
         self._engine, self._template = engine, template
         self._stack = ExitStack()
 
@@ -121,13 +127,15 @@ class Gateway:
                 self.folder.note("call_format", parts.template.format_entry())
                 log = self.out / "engine.log"
                 self.session_loop = stack.enter_context(
-                    Session(parts, log_path=log, start=self._engine)
+                    Session(parts, validate=self._validate, log_path=log, start=self._engine)
                 )
                 runtime = self.session_loop.runtime
                 self.sessions = GatewaySessions(
                     runtime, self.folder, self.progress, open_to_all=self._open_to_all
                 )
-                self.restored = self.sessions.restore() if self._resume else 0
+                if self._resume:
+                    self._count_earlier()
+                    self.restored = self.sessions.restore(anew=self._tasks is not None)
                 name = Path(self.config.model_path).name
                 self.server = GatewayServer(self.sessions, name, self._access)
                 self._listen()
@@ -139,16 +147,36 @@ class Gateway:
             stack.callback(lambda: self.session_loop.run(self._stop()))
             self._stack = stack.pop_all()
 
+    def listen_on_socket(self) -> Path:
+        """A unix socket on which the gateway listens too, for programs without a network."""
+        if self.socket is None:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="turntrace-"))
+            os.chmod(folder, 0o711)  # isolated programs are another user
+            self.socket = Path(folder) / "gateway.sock"
+            self.session_loop.run(self.server.listen_on(str(self.socket)))
+            os.chmod(self.socket, 0o666)  # who may ask is told by keys
+        return self.socket
+
     def _open_folder(self) -> RunFolder:
         manifest = run_manifest(
-            self.config, self._tasks, limit=self._limit, validate=False, argv=self._argv
+            self.config,
+            self._tasks,
+            limit=self._limit,
+            validate=self._validate,
+            argv=self._argv,
         )
-        manifest["gateway"] = True
+        manifest |= {"gateway": True, **self._more}
         if self._tasks is None:  # programs open as many samples as they like
             manifest["n"] = None
         if self._resume:
             return RunFolder.resume(self.out, manifest, force=self._force)
         return RunFolder.create(self.out, manifest)
+
+    def _count_earlier(self) -> None:
+        """Counts the records that the run has already."""
+        if (self.out / TRAJECTORIES).exists():
+            for trajectory in read_trajectories(self.out):
+                self.progress.count(trajectory)
 
     def _listen(self) -> None:
         try:
@@ -242,6 +270,11 @@ class ProgramSession:
         self.record: Trajectory | None = None
 
     @property
+    def has_turns(self) -> bool:
+        """Whether the program got a turn."""
+        return bool(self._session.turns)
+
+    @property
     def openai_base_url(self) -> str:
         """For clients of chat completions and of responses."""
         return f"{self._gateway.url}/v1"
@@ -270,14 +303,16 @@ class ProgramSession:
         infra_error: bool = False,
         error: str | None = None,
         extra: Any = None,
+        score: Score | None = None,
     ) -> Trajectory:
         """Ends the session and returns its record; a second call returns the first one's.
 
-        Raises AgentError if a reward is no finite number or the record cannot be written.
+        `score` gives the parts of the reward, called with the record without one. Raises AgentError
+        if a reward is no finite number or the record cannot be written.
         """
         if self.record is None:
             parts = _reward_parts(reward, reward_parts)
-            outcome = SessionOutcome(parts, stop_reason, infra_error, error, extra)
+            outcome = SessionOutcome(parts, stop_reason, infra_error, error, extra, score)
             finished = self._gateway.sessions.finish(self._session, outcome)
             self.record = await _told(self._gateway.session_loop.arun(finished))
         return self.record

@@ -211,7 +211,8 @@ class GatewaySession:
         settings = self.runtime.settings
         if place.reason and self._branches >= self.max_branches:
             raise Refusal(
-                f"this session has {self.max_branches} branches: the client does not replay history",
+                f"this session has {self.max_branches} branches: "
+                "the client does not replay history",
                 code="too_many_branches",
             )
         free = settings.max_model_len - place.prompt_length

@@ -6,11 +6,12 @@ kept as hashes alone.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from agent.gateway.record import trajectory_of_session
 from agent.gateway.request import Refusal
 from agent.gateway.session import RETRY_AFTER_S, GatewaySession
 from agent.loop.batch import Progress
+from agent.loop.boundary import describe
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.errors import RecordError, RunFolderError
@@ -27,12 +29,16 @@ from conversations.run.store import RunFolder
 from conversations.session import SessionTurn
 from conversations.trajectory import Trajectory
 
+Score = Callable[[Trajectory], Mapping[str, float]]
+"""The parts of a reward, from a record without one."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionOutcome:
     """How a program says that its session ended. `stop_reason` counts if nothing ended it before.
 
-    `reward_parts` are numbers; the reward is their sum. `error` belongs to an `infra_error`.
+    `reward_parts` are numbers; the reward is their sum. `score` gives them instead, called in a
+    thread. `error` belongs to an `infra_error`.
     """
 
     reward_parts: Mapping[str, float] = field(default_factory=dict)
@@ -40,6 +46,7 @@ class SessionOutcome:
     infra_error: bool = False
     error: str | None = None
     extra: Any = None
+    score: Score | None = None
 
 
 class GatewaySessions:
@@ -163,6 +170,8 @@ class GatewaySessions:
             session.ending.fail(outcome.error or "the program reported a failure")
         session.reward_parts = dict(outcome.reward_parts)
         session.said_at_end = outcome.extra
+        if outcome.score and not session.ending.is_failure:
+            await self._score(session, outcome.score)
         trajectory = trajectory_of_session(session)
         try:
             self.folder.append(trajectory)
@@ -172,6 +181,14 @@ class GatewaySessions:
             self._forget(session)
         self.progress.count(trajectory)
         return trajectory
+
+    async def _score(self, session: GatewaySession, score: Score) -> None:
+        """Sets the reward. One that cannot be had is unknown, never 0."""
+        record = trajectory_of_session(session)
+        try:
+            session.reward_parts = dict(await asyncio.to_thread(score, record))
+        except Exception as error:
+            session.ending.fail(f"the reward function failed: {describe(error)}")
 
     async def abort(self, session: GatewaySession) -> None:
         """Gives a session up: what there is of it goes to unfinished.jsonl."""
@@ -202,15 +219,16 @@ class GatewaySessions:
 
     # ------------------------------------------------------------------ after a kill
 
-    def restore(self) -> int:
+    def restore(self, *, anew: bool = False) -> int:
         """Brings back the sessions of the journal that did not end; returns how many.
 
-        Raises AgentError if a turn of it does not fit: another template, or a damaged line.
+        None with `anew`: their programs are gone, and begin again. Raises AgentError if a turn of
+        it does not fit: another template, or a damaged line.
         """
         journaled = [
             one
             for one in read_journal(self.folder.path)
-            if (one.opened["task_id"], one.opened["sample"]) not in self.folder.done
+            if not anew and (one.opened["task_id"], one.opened["sample"]) not in self.folder.done
         ]
         for one in journaled:
             self._restore(one)

@@ -146,7 +146,7 @@ def checked(out: Path) -> Record:
     """The records of a run that `verify` finds no defect in, all of their tokens in rows."""
     defects: list[Defect] = []
     verify_run(out, on_defect=defects.append)
-    assert defects == []
+    assert not defects, "\n".join(map(repr, defects))
     run = open_run(out)
     found = {name: run[name] for name in run.ids}
     for trajectory in found.values():

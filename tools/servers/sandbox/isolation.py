@@ -98,10 +98,11 @@ def standing_files() -> dict[str, bytes]:
     return {**_ETC, SESSION: session, FONTS: _FONTS_CONFIG}
 
 
-def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
+def isolations(packages: Sequence[str] = (), paths: Sequence[str] = ()) -> Iterator[Isolation]:
     """Every bubblewrap on this machine, made ready; only a run can tell which of them works.
 
     packages: those that programs may import, with what they require
+    paths: further files and folders that programs see, read-only
 
     Raises ToolConfigError if a package is not installed.
     """
@@ -112,10 +113,13 @@ def isolations(packages: Sequence[str] = ()) -> Iterator[Isolation]:
         shown(packages),
     )
     roots = sorted({entry.root for entry in entries})
-    staged = dict(zip([home, *bundle, *roots], _stage([home, *bundle, *roots]), strict=True))
+    needed = list(dict.fromkeys([home, *bundle, *roots, *paths]))
+    staged = dict(zip(needed, _stage(needed), strict=True))
     mounts = [*_mounts(interpreter, home, staged[home])]
     for entry in entries:
         mounts += ("--ro-bind", f"{staged[entry.root]}/{entry.path}", f"{INSIDE}/{entry.path}")
+    for path in paths:
+        mounts += ("--ro-bind", staged[path], path)
     environment = {**_ENVIRONMENT, "PYTHONPATH": INSIDE} if entries else _ENVIRONMENT
     for binary in filter(
         None,

@@ -1,0 +1,189 @@
+"""`run --agent`: a program for each (task, sample), what it gets, how it ends, what is kept."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.commands.agent_work import run_all
+from agent.errors import AgentError
+from agent.gateway.boxed import boxed_command, installation
+from agent.gateway.programs import (
+    MAX_OUTPUT_BYTES,
+    AgentCommand,
+    ProgramRunner,
+    folder_name,
+    prompt_of,
+)
+from agent.loop.tasks import read_tasks
+from conversations.run.store import read_trajectories
+from conversations.trajectory import Trajectory
+from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
+
+AGENT = Path(__file__).parent / "clients" / "small_agent.py"
+COMMAND = f"{shlex.quote(sys.executable)} {shlex.quote(str(AGENT))} {{prompt}}"
+
+
+def run_rows(
+    out: Path,
+    prompts: list[str],
+    *,
+    n: int = 1,
+    box: tuple[Path, ...] | None = None,
+    **options: Any,
+) -> dict[str, Trajectory]:
+    """Runs the small agent for each prompt, and checks the run."""
+    tasks = out.parent / "tasks.jsonl"
+    tasks.write_text(
+        "".join(json.dumps({"id": str(i), "prompt": p}) + "\n" for i, p in enumerate(prompts))
+    )
+    config = gateway_config_of(n=n)
+    with live(
+        out, engine=Obedient(), config=config, tasks=tasks, resume=options.pop("resume", False)
+    ) as gateway:
+        wrap = None
+        if box is not None:
+            gateway.listen_on_socket()
+            wrap = functools.partial(boxed_command, gateway, box)
+        runner = ProgramRunner(gateway, AgentCommand.of(COMMAND), wrap=wrap, **options)
+        missing = (
+            (task, sample)
+            for task in read_tasks(tasks)
+            for sample in range(n)
+            if (task.id, sample) not in gateway.folder.done
+        )
+        gateway.session_loop.run(run_all(runner, missing, config))
+    checked(out)
+    return {record.id: record for record in read_trajectories(out)}
+
+
+def kept(record: Trajectory) -> Path:
+    return Path(record.extra["session"]["folder"])
+
+
+def test_each_sample_is_a_program_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    def score(record: Trajectory) -> Mapping[str, float]:
+        return {"exit": float(record.extra["session"]["exit_code"] == 0)}
+
+    odd = 'files:it\'s $(touch /tmp/x) `id` "q" \n{prompt} \0 é'
+    records = run_rows(tmp_path / "run", [odd, "noisy:y"], n=2, score=score)
+    assert sorted(records) == ["0-0", "0-1", "1-0", "1-1"]
+    for record in (records["0-0"], records["0-1"]):
+        assert (record.reward, record.num_turns, record.stop_reason) == (1.0, 1, "stop")
+        said = odd.partition(":")[2].replace("\0", "\ufffd")
+        assert (kept(record) / "files/deep/er/note.txt").read_text() == said
+        assert "left []" in (kept(record) / "stdout.txt").read_text()
+        about = json.loads((kept(record) / "program.json").read_text())
+        assert (about["exit_code"], about["left_out"]) == (0, ["big"])
+        assert not (kept(record) / "files/link").exists()
+    noisy = records["1-0"]
+    assert (noisy.reward, noisy.extra["session"]["exit_code"]) == (0.0, 7)
+    assert (kept(noisy) / "stdout.txt").stat().st_size == MAX_OUTPUT_BYTES
+
+
+def test_a_program_that_never_asks_or_never_ends(tmp_path: Path) -> None:
+    records = run_rows(
+        tmp_path / "run", ["silent:", "hang:x"], deadline_s=3.0, score=lambda record: {"r": 1.0}
+    )
+    silent, hangs = records["0-0"], records["1-0"]
+    assert (silent.infra_error, silent.reward) == (True, None)
+    assert "exit code 3" in str(silent.error)
+    assert (hangs.stop_reason, hangs.infra_error, hangs.reward) == ("deadline", False, 1.0)
+    assert hangs.extra["session"]["exit_code"] == -signal.SIGTERM
+
+
+def test_a_reward_function_that_fails_is_no_reward(tmp_path: Path) -> None:
+    def score(record: Trajectory) -> Mapping[str, float]:
+        raise ZeroDivisionError("no tests ran")
+
+    record = run_rows(tmp_path / "run", ["x:y"], score=score)["0-0"]
+    assert (record.reward, record.infra_error) == (None, True)
+    assert "no tests ran" in str(record.error)
+
+
+def test_a_resume_runs_what_is_missing(tmp_path: Path) -> None:
+    first = run_rows(tmp_path / "run", ["x:one", "silent:"])
+    again = run_rows(tmp_path / "run", ["x:one", "silent:"], resume=True)
+    assert first["0-0"].to_line() == again["0-0"].to_line()
+    assert first["1-0"].started_at != again["1-0"].started_at
+
+
+def test_ctrl_c_kills_the_program_and_keeps_its_session(tmp_path: Path) -> None:
+    with live(tmp_path, engine=Obedient()) as gateway:
+        runner = ProgramRunner(gateway, AgentCommand.of(COMMAND))
+        task = next(read_tasks(_file(tmp_path / "t.jsonl", {"id": "t", "prompt": "hang:x"})))
+
+        def poll() -> None:
+            if gateway.progress.turns_so_far:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            gateway.session_loop.run(runner.run(task, 0), poll=poll)
+    assert (tmp_path / "unfinished.jsonl").read_text().count("\n") == 1
+    left = subprocess.run(["pgrep", "-f", f"{AGENT} hang:x"], capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+def _file(file: Path, row: Any) -> Path:
+    file.write_text(json.dumps(row) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [("mini -t hello", "no {prompt}"), ("nothing-there {prompt}", "no program"), ("'x", "quot")],
+)
+def test_a_command_that_cannot_be_run_is_one_line(command: str, problem: str) -> None:
+    with pytest.raises(AgentError, match=problem):
+        AgentCommand.of(command)
+
+
+def test_names_of_folders_are_safe() -> None:
+    assert folder_name("../../etc/passwd-0") == "%2F..%2Fetc%2Fpasswd-0"
+    assert "/" not in folder_name("a/b")
+    assert len(folder_name("é" * 500)) < 255
+    assert prompt_of([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]) == (
+        "a\n\nb"
+    )
+
+
+def test_an_isolated_program_reaches_the_gateway_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET", "s")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        record = run_rows(tmp_path / "run", [f"look:{port}"], box=(AGENT,))["0-0"]
+    assert record.extra["session"]["exit_code"] == 0, (kept(record) / "stderr.txt").read_text()
+    assert json.loads((kept(record) / "files/found.json").read_text()) == {
+        "gateway": True,
+        "other port": False,
+        "home": False,
+        "secret": None,
+        "work": "/tmp/work",
+    }
+    assert record.num_turns == 1
+
+
+def test_an_installation_is_what_a_program_needs(tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "pyvenv.cfg").touch()
+    (environment / "bin" / "mini").touch()
+    assert installation(environment / "bin" / "mini") == environment
+    script = tmp_path / "lib/node_modules/codex/node_modules/x/bin.js"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    (tmp_path / "codex").symlink_to(script)
+    assert installation(tmp_path / "codex") == tmp_path / "lib/node_modules"
+    assert installation(tmp_path / "tasks.jsonl") == tmp_path / "tasks.jsonl"
