@@ -8,8 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import orjson
+
 PROMPT, SAMPLED, TOOL, USER, TEMPLATE = "prompt", "sampled", "tool", "user", "template"
 KINDS = (PROMPT, SAMPLED, TOOL, USER, TEMPLATE)
+
+
+class TokenIds(list[int]):
+    """Ids that only grow, as a list, and as JSON text that is kept: only new ids are written."""
+
+    __slots__ = ("_texts", "_written")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._texts: list[bytes] = []
+        self._written = 0
+
+    def json(self) -> bytes:
+        """The ids as a JSON list without spaces."""
+        if self._written < len(self):
+            self._texts.append(orjson.dumps(self[self._written :])[1:-1])
+            self._written = len(self)
+        return b"[%b]" % b",".join(self._texts)
 
 
 class TokenSequence:
@@ -21,7 +41,7 @@ class TokenSequence:
     __slots__ = ("_kinds", "_logprobs", "_starts", "ids", "prompt_length")
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
+        self.ids = TokenIds()
         self.prompt_length: int | None = None
         self._kinds: list[str] = []
         self._starts: list[int] = []

@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.evidence import EvidenceRequest
 from agent.engines.health import NotReadyError
@@ -32,6 +34,8 @@ from agent.engines.server import (
 from agent.engines.sglang import Read, check_sampling, interruption, read_answer
 from agent.engines.sticky import place_of
 from agent.errors import ConfigError, EngineError, EngineStartError
+from conversations.session.ids import PathIds
+from conversations.tokens import TokenIds
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 8.0
 
@@ -150,7 +154,7 @@ class SGLangServerEngine:
             )
         check_sampling(sampling)
         body = {
-            "input_ids": list(prompt_ids),
+            "input_ids": _as_json(prompt_ids),
             "sampling_params": dict(sampling),
             "return_logprob": True,
             "stream": False,
@@ -262,6 +266,13 @@ class SGLangServerEngine:
         await asyncio.gather(*(server.abort(rid) for server, rid in aborts.values()))
         for server in self._servers:
             await server.close()
+
+
+def _as_json(prompt_ids: Sequence[int]) -> Any:
+    """Ids for a request's body. Those of a conversation keep their JSON text from turn to turn."""
+    if isinstance(prompt_ids, TokenIds | PathIds):
+        return orjson.Fragment(prompt_ids.json())
+    return list(prompt_ids)
 
 
 class RetryBudget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -82,6 +83,8 @@ def test_any_order_of_appends(seed: int) -> None:
             tokens.append(kind, ids)
             expected += [None] * len(ids)
         assert tokens.ids == before + ids
+        if rng.random() < 0.3:
+            assert json.loads(tokens.ids.json()) == tokens.ids
         authors += [kind] * len(ids)
     segments = tokens.segments()
     assert [kind for kind, start, end in segments for _ in range(start, end)] == authors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ def test_an_unchanged_history_continues_token_for_token(client: Client) -> None:
     )
     assert list(place.prompt_ids) == [token for _, ids in whole for token in ids]
     assert place.prompt_length == len(place.prompt_ids)
+    assert json.loads(place.prompt_ids.json()) == list(place.prompt_ids)
 
 
 @pytest.mark.parametrize(
