@@ -50,7 +50,8 @@ def _turn(pa: Any) -> Any:
     resumed = pa.list_(pa.struct([("token", place), ("weight_version", text)]))
     fields = [("start", place), ("end", place), ("finish_reason", text), ("prompt_tokens", place)]
     fields += [("cached_tokens", place), ("queue_s", seconds), ("engine_s", seconds)]
-    return pa.struct([*fields, ("weight_version", text), ("resumed", resumed)])
+    fields += [("weight_version", text), ("resumed", resumed)]
+    return pa.struct([*fields, ("response_id", text), ("asked", text), ("notes", pa.list_(text))])
 
 
 def _warning(pa: Any) -> Any:
@@ -143,6 +144,7 @@ def _value(record: dict[str, Any], name: str) -> Any:
                     {"token": at, "weight_version": version}
                     for at, version in turn.get("resumed") or ()
                 ],
+                "asked": json.dumps(turn["asked"]) if turn.get("asked") is not None else None,
             }
             for turn in value
         ]

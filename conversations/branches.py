@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from conversations.errors import RecordError
 from conversations.messages import Message
@@ -186,6 +187,18 @@ def own_part(record: Trajectory, number: int) -> Trajectory:
 def _given(message: Message) -> Message:
     """A message of the path: what was sampled there is given here."""
     return {**message, "raw": None} if message["role"] == "assistant" else message
+
+
+def sequence_records(record: dict[str, Any], *, with_branches: bool) -> Iterator[dict[str, Any]]:
+    """A record's dict for each of its sequences, with `branch` and `reason` beside the fields.
+
+    Raises RecordError if the branches do not fit. Without `with_branches` the trunk alone.
+    """
+    if not record["branches"] or not with_branches:
+        yield {**record, "branches": [], "branch": 0, "reason": None}
+        return
+    for row in rows(Trajectory.from_record(record)):
+        yield {**record, **row.trajectory.fields(), "branch": row.branch, "reason": row.reason}
 
 
 @dataclass(frozen=True, slots=True)

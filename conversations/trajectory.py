@@ -211,12 +211,16 @@ class Trajectory:
         Messages and tools keep the order of their keys. Raises RecordError if a value has no JSON
         form (NaN, an object).
         """
-        record = {"schema": SCHEMA, **{name: _plain(getattr(self, name)) for name in _FIELDS}}
+        record = {"schema": SCHEMA, **self.fields()}
         try:
             body, line = _texts(record)
         except (TypeError, ValueError, RecursionError) as error:
             raise RecordError(f"trajectory {self.id} cannot be written as JSON: {error}") from error
         return f'{line[:-1]},"sha256":"{_sha256(body)}"}}'
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of the record as JSON values, without `schema` and `sha256`."""
+        return {name: _plain(getattr(self, name)) for name in _FIELDS}
 
     @classmethod
     def from_line(cls, line: str) -> Trajectory:

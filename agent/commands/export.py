@@ -64,6 +64,10 @@ def export(
             help="Keep trajectories that failed because of infrastructure.",
         ),
     ] = False,
+    branches: Annotated[
+        str,
+        typer.Option(metavar="trunk|all", help="Sequences of a session: its trunk alone, or all."),
+    ] = "all",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Trajectories in each file of dataproto.")
     ] = 256,
@@ -104,6 +108,7 @@ def export(
                 out,
                 filters,
                 batch_size=batch_size,
+                branches=branches,
                 command=command_line(sys.argv[1:]),
                 progress=show_progress,
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conversations.errors import ExportError
-from conversations.export.formats import Format, Record, Row, Source
+from conversations.export.formats import ORIGIN, Format, Record, Row, Source
 from conversations.padding import padded_batch
 from conversations.trajectory import Trajectory
 
@@ -21,8 +21,9 @@ def _rows(source: Source) -> Iterator[Row]:
     """One row a batch: its arrays, and the non-tensors."""
     prompt_length, response_length = _lengths(source.run.manifest)
     pad_id = _pad_id(source.run.tokenizer())
-    trajectories = map(_trainable, source.with_ids())
-    while batch := list(islice(trajectories, source.batch_size)):
+    trajectories = ((_trainable(record), record) for record in source.with_ids())
+    while pairs := list(islice(trajectories, source.batch_size)):
+        batch = [one for one, _ in pairs]
         arrays = padded_batch(
             batch, prompt_length=prompt_length, response_length=response_length, pad_id=pad_id
         )
@@ -30,13 +31,16 @@ def _rows(source: Source) -> Iterator[Row]:
             "arrays": arrays,
             "messages": [{"messages": one.messages} for one in batch],
             **_columns(batch),
+            "branch": [record["branch"] for _, record in pairs],
+            "reason": [record["reason"] for _, record in pairs],
         }
 
 
 def _trainable(record: Record) -> Trajectory:
     """The trajectory; the mask of an infrastructure failure is 0 throughout, as in a trainer."""
     mask = [0] * len(record["response_ids"]) if record["infra_error"] else record["response_mask"]
-    return Trajectory.from_record({**record, "response_mask": mask})
+    known = {name: value for name, value in record.items() if name not in ("branch", "reason")}
+    return Trajectory.from_record({**known, "response_mask": mask})
 
 
 def _columns(batch: Sequence[Trajectory]) -> dict[str, list[Any]]:
@@ -112,6 +116,7 @@ DATAPROTO = Format(
         "reward parts, the trajectory's id",
         "uid, reward, ground_truth, data_source, __num_turns__": "the group's id, "
         "and more of the record",
+        "branch, reason": ORIGIN["branch, reason"],
     },
     usage='DataProto.load_from_disk("batch-00000.pkl"), a pickle: load none from elsewhere',
 )

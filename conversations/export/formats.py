@@ -14,23 +14,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conversations.branches import sequence_records
 from conversations.errors import ConversationsError, ExportError
 from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError, verdict
 from conversations.run.open_run import Run, template_kwargs
 
+TRUNK, ALL = "trunk", "all"
+"""What `--branches` may be."""
 Record = dict[str, Any]
 Row = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Source:
-    """The selected records of a run. Iterate once. `batch_size` is for `dataproto`: rows in one
-    file.
+    """The selected records of a run. Iterate once.
+
+    `batch_size` is for `dataproto`: rows in one file. `branches` is for formats with a row for each
+    sequence: "all", or "trunk" for the session's main one alone.
     """
 
     run: Run
     selected: Iterable[Record]
     batch_size: int = 256
+    branches: str = ALL
     left_out: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
     differing: dict[str, str] = field(default_factory=dict)
@@ -41,9 +47,17 @@ class Source:
     def __iter__(self) -> Iterator[Record]:
         return iter(self.selected)
 
-    def with_ids(self) -> Iterator[Record]:
-        """The records with sampled tokens; the others are left out."""
+    def sequences(self) -> Iterator[Record]:
+        """A record for each sequence, with its number as `branch` and the branch's `reason`.
+
+        In the record of a branch, its parents' turns are given: each token is trained once.
+        """
         for record in self:
+            yield from sequence_records(record, with_branches=self.branches == ALL)
+
+    def with_ids(self) -> Iterator[Record]:
+        """The sequences with sampled tokens; the others are left out."""
+        for record in self.sequences():
             if record["turns"]:
                 yield record
             else:
@@ -97,6 +111,19 @@ class Source:
                 f"because the run's chat template cannot be used: {error}"
             )
             return None
+
+
+ORIGIN = {
+    "id": "the trajectory in the run",
+    "branch, reason": "the sequence of the session: 0 and null for its trunk; else the branch's "
+    "number and why it is one. Its parents' turns are not trained in it",
+}
+"""What the fields of `origin` say, for a card."""
+
+
+def origin(record: Mapping[str, Any]) -> Row:
+    """Where a row of `Source.sequences` comes from."""
+    return {"id": record["id"], "branch": record["branch"], "reason": record["reason"]}
 
 
 Writer = Callable[[Iterator[Row], Path], int]

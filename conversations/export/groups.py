@@ -38,21 +38,24 @@ class Statistics:
     sampled_tokens: int = 0
     other_tokens: int = 0
     calls: Counter[str] = field(default_factory=Counter)
+    branches: Counter[str] = field(default_factory=Counter)
     stop_reasons: Counter[str] = field(default_factory=Counter)
     data_sources: Counter[str] = field(default_factory=Counter)
     rewards: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Counts one record."""
-        sampled = sum(record["response_mask"])
         self.trajectories += 1
-        self.turns += record["num_turns"]
-        self.prompt_tokens += len(record["prompt_ids"])
-        self.sampled_tokens += sampled
-        self.other_tokens += len(record["response_ids"]) - sampled
+        for part in (record, *record["branches"]):
+            sampled = sum(part["response_mask"])
+            self.turns += len(part["turns"])
+            self.prompt_tokens += len(part["prompt_ids"])
+            self.sampled_tokens += sampled
+            self.other_tokens += len(part["response_ids"]) - sampled
+            self.calls.update(call["status"] for call in part["tool_calls"])
+        self.branches.update(branch["reason"] for branch in record["branches"])
         self.stop_reasons[record["stop_reason"]] += 1
         self.data_sources[str(record["data_source"])] += 1
-        self.calls.update(call["status"] for call in record["tool_calls"])
         self.add_reward(record)
 
     def add_reward(self, record: Mapping[str, Any]) -> None:
@@ -128,6 +131,7 @@ class Statistics:
             "tool and template tokens, mean": _number(self._per_trajectory(self.other_tokens)),
             "tool calls": str(calls),
             **{f"  {status} call": str(count) for status, count in self.calls.most_common()},
+            **{f"branch, {reason}": str(n) for reason, n in self.branches.most_common()},
             **{
                 f"stop reason {reason}": str(count)
                 for reason, count in self.stop_reasons.most_common()

@@ -14,7 +14,7 @@ from conversations.errors import ExportError
 from conversations.export.card import card
 from conversations.export.export import Export
 from conversations.export.filters import Filters, Selection
-from conversations.export.formats import Source, get_format
+from conversations.export.formats import ALL, TRUNK, Source, get_format
 from conversations.run.new_folder import new_folder
 from conversations.run.open_run import Run
 from conversations.run.store import RUN, TRAJECTORIES
@@ -29,18 +29,22 @@ def export_run(
     filters: Filters | None = None,
     *,
     batch_size: int = 256,
+    branches: str = ALL,
     command: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Export:
     """Writes the run's selected trajectories in the format `to` into the new folder `out`.
 
     `progress` is called with the number of trajectories read so far; `command` goes into the card.
+    `branches` is "all", or "trunk" for a session's main sequence alone.
     Raises ExportError if `out` exists, the format does not, nothing is left to write, or a value
     has no place in the format.
     """
     chosen, filters, out = get_format(to), filters or Filters(), Path(out)
     selection = Selection(run, filters, progress)
-    source = Source(run, selection, batch_size)
+    if branches not in (TRUNK, ALL):
+        raise ExportError(f"branches is {branches!r}, expected {TRUNK} or {ALL}")
+    source = Source(run, selection, batch_size, branches)
     with new_folder(out, ExportError) as folder:
         rows = chosen.write(chosen.rows(source), folder)
         if rows == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from conversations.errors import ExportError
-from conversations.export.formats import Format, Row, Source
+from conversations.export.formats import ORIGIN, Format, Row, Source, origin
 from conversations.export.pairs import FIELDS, pairs
 from conversations.export.tasks import first_of_each_task
 from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError, after_common
@@ -64,13 +64,13 @@ def _closed(text: str, view: TextView) -> str:
 
 def _sft_rows(source: Source) -> Iterator[Row]:
     view = source.view
-    for record in source:
+    for record in source.sequences():
         messages = view.messages(record)
         if not messages:
             source.leave_out("no sampled message")
             continue
         if source.fits(record, retokenised_messages, messages):
-            yield {"input": messages, "id": record["id"], "reward": record["reward"]}
+            yield {"input": messages, **origin(record), "reward": record["reward"]}
 
 
 def _prompt_rows(source: Source) -> Iterator[Row]:
@@ -105,7 +105,8 @@ OPENRLHF_SFT = Format(
     fields={
         "input": "the messages up to the last sampled one; tools stand in the system message, "
         "an assistant's content is as sampled",
-        "id, reward": "the trajectory in the run, and its reward",
+        **ORIGIN,
+        "reward": "the trajectory's",
     },
     usage="--data.input_key input --data.apply_chat_template --data.multiturn",
 )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversations.export.formats import Format, Record, Row, Source
+from conversations.export.formats import ORIGIN, Format, Record, Row, Source, origin
 from conversations.export.text import TextView, TokensAndMask
 from conversations.export.writers import json_text, write_json_lines
 from conversations.rounds import last_sampled, text_said
@@ -104,7 +104,7 @@ def _as_rendered(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(source: Source) -> Iterator[Row]:
-    for record in source:
+    for record in source.sequences():
         row = _row(record, source.view)
         if row is None:
             source.leave_out("turns do not alternate as ShareGPT's must")
@@ -126,7 +126,7 @@ def _row(record: Record, view: TextView) -> Row | None:
         "conversations": conversation,
         "system": system,
         "tools": json_text(tools) if tools else "",
-        "id": record["id"],
+        **origin(record),
         "reward": record["reward"],
     }
 
@@ -149,7 +149,8 @@ SHAREGPT = Format(
         "function_call (JSON of name and arguments), observation",
         "system": "the system message, or what the run's chat template says where none was given",
         "tools": "the OpenAI tool schemas offered, as JSON text",
-        "id, reward": "the trajectory in the run, and its reward",
+        **ORIGIN,
+        "reward": "the trajectory's",
     },
     usage="dataset: turntrace, dataset_dir: this folder (dataset_info.json is here)",
 )

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from conversations.export.formats import Format, Row, Source
+from conversations.export.formats import ORIGIN, Format, Row, Source, origin
 from conversations.export.pairs import FIELDS, pairs
 from conversations.export.text import TextView, TokensAndMask, after_common, whole_ids, whole_mask
-from conversations.export.writers import write_json_lines, write_parquet
+from conversations.export.writers import origin_columns, write_json_lines, write_parquet
 from conversations.extras import pyarrow
 
 
 def _sft_rows(source: Source) -> Iterator[Row]:
     for record in source.with_ids():
         yield {
-            "id": record["id"],
+            **origin(record),
             "input_ids": whole_ids(record),
             "assistant_masks": whole_mask(record),
         }
@@ -30,7 +30,7 @@ def _sft_schema() -> Any:
     pa = pyarrow()
     return pa.schema(
         [
-            ("id", pa.string()),
+            *origin_columns(pa),
             ("input_ids", pa.list_(pa.int32())),
             ("assistant_masks", pa.list_(pa.int8())),
         ]
@@ -62,7 +62,7 @@ TRL_SFT = Format(
         "input_ids": "prompt and response, the ids that the engine saw and sampled",
         "assistant_masks": "1 exactly where the engine sampled the token; "
         "SFTTrainer trains on these",
-        "id": "the trajectory in the run",
+        **ORIGIN,
     },
     usage='SFTTrainer(train_dataset=datasets.load_dataset("parquet", '
     'data_files="train.parquet", split="train"), ...)',

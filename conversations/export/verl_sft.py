@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from conversations.export.formats import Format, Row, Source
+from conversations.export.formats import ORIGIN, Format, Row, Source, origin
 from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError
-from conversations.export.writers import json_text, write_parquet
+from conversations.export.writers import json_text, origin_columns, write_parquet
 from conversations.extras import pyarrow
 from conversations.rounds import is_sampled, last_sampled
 from conversations.run.open_run import template_kwargs
@@ -66,7 +66,7 @@ def _block_end(roles: Sequence[str], index: int) -> int:
 def _rows(source: Source) -> Iterator[Row]:
     view = source.view
     enable_thinking = template_kwargs(source.run.manifest).get("enable_thinking")
-    for record in source:
+    for record in source.sequences():
         messages = [
             {
                 **shown,
@@ -79,7 +79,7 @@ def _rows(source: Source) -> Iterator[Row]:
         elif source.fits(record, retokenised_blocks, messages):
             more = {
                 "tool_schemas": json_text(record["tools"]),
-                "id": record["id"],
+                **origin(record),
                 "reward": record["reward"],
             }
             yield {"messages": messages, "enable_thinking": enable_thinking, **more}
@@ -103,7 +103,12 @@ def _schema() -> Any:
     )
     columns = [("messages", pa.list_(message)), ("enable_thinking", pa.bool_())]
     return pa.schema(
-        [*columns, ("tool_schemas", pa.string()), ("id", pa.string()), ("reward", pa.float64())]
+        [
+            *columns,
+            ("tool_schemas", pa.string()),
+            *origin_columns(pa),
+            ("reward", pa.float64()),
+        ]
     )
 
 
@@ -119,7 +124,8 @@ VERL_SFT = Format(
         "messages, else null",
         "enable_thinking": "as the run's config had it for its chat template, else null",
         "tool_schemas": "the tools offered, as JSON text; verl does not read it",
-        "id, reward": "the trajectory in the run, and its reward",
+        **ORIGIN,
+        "reward": "the trajectory's",
     },
     usage="data.train_files=train.parquet data.multiturn.enable=true "
     "data.multiturn.messages_key=messages",

@@ -58,6 +58,11 @@ def write_parquet(name: str, schema: Callable[[], Any]) -> Callable[[Iterator[Ro
     return write
 
 
+def origin_columns(pa: Any) -> list[tuple[str, Any]]:
+    """The columns of `formats.origin`, in its order."""
+    return [("id", pa.string()), ("branch", pa.int32()), ("reason", pa.string())]
+
+
 def write_shaped_parquet(name: str) -> Callable[[Iterator[Row], Path], int]:
     """A writer of the Parquet file `name` whose schema has the keys of all rows.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from agent.engines.engine import Generation
 from conversations.messages import Message
+from conversations.run.store import RunFolder
 from conversations.session import Place, SessionTree, SessionTurn
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
@@ -104,3 +106,12 @@ def branched(template: ChatTemplate) -> Client:
     client.history, client.tools = known[:2], []
     client.turn("No tools.")
     return client
+
+
+def session_run(path: Path, template: ChatTemplate) -> Path:
+    """A run folder with one session: `branched`."""
+    manifest = {"gateway": True, "config": {}, "counts": {"asked": 1, "done": 1}}
+    with RunFolder.create(path, manifest) as folder:
+        template.tokenizer.save_pretrained(path / "tokenizer")
+        folder.append(branched(template).record())
+    return path
