@@ -27,11 +27,12 @@ REASONS = {
 def reason_beside(rest: Sequence[Message], siblings: Sequence[SessionTurn]) -> str | None:
     """Why `rest` departs from the turns that continue the same turn; None if it shares nothing.
 
-    Decided by the turn whose messages it shares longest, the latest of those.
+    Decided by the turn whose messages it shares longest: one whose messages it shares all, the
+    latest of those.
     """
     shared, turn = max(
         ((common_length(rest, turn.given), turn) for turn in siblings),
-        key=lambda pair: (pair[0], pair[1].number),
+        key=lambda pair: (pair[0], pair[0] == len(pair[1].given), pair[1].number),
         default=(0, None),
     )
     if turn is None:

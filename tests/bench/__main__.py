@@ -28,6 +28,7 @@ from tests.bench import (
     record,
     sandbox,
     search,
+    session_turn,
     tool_turn,
     view,
 )
@@ -62,6 +63,7 @@ def main() -> None:
         *record.rows(quick=quick),
         *_view(console, quick=quick),
         *encoder.rows(work, quick=quick),
+        *session_turn.rows(work, quick=quick),
         *loop_cpu.rows(work, quick=quick),
     ]
     console.print(_table(rows, work.tokenizer_name))

@@ -21,7 +21,7 @@ from tests.bench.workload import Workload, workload
 METRIC = "encoder_cpu_ms"
 TURNS = 16
 NEW_CHARACTERS = 12_000
-"""Some 3,000 tokens: what a coding agent adds in a turn."""
+"""Some 5,000 tokens."""
 PEER = "tokenizers"
 
 

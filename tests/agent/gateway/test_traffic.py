@@ -14,7 +14,8 @@ import pytest
 from conversations.branches import Totals, rows
 from conversations.checks.facts import RunFacts
 from conversations.checks.record import check_line
-from tests.agent.gateway.traffic import play, record_of_session, unpacked_sessions
+from tests.agent.gateway.traffic import play, unpacked_sessions
+from tests.conversations.session.sessions import record_of_tree
 from tests.helpers import hermes_template
 
 FIXTURE = json.loads(Path(__file__).with_name("traffic.json").read_text(encoding="ascii"))
@@ -34,7 +35,7 @@ def test_a_recorded_session(name: str) -> None:
     template = hermes_template()
     played = play(SESSIONS[name], template)
     assert played.summary() == FIXTURE["table"][name]
-    record = record_of_session(played)
+    record = record_of_tree(played.tree)
     facts = RunFacts(template=template, is_gateway=True)
     line = f"{record.to_line()}\n".encode()
     assert [finding.what for finding in check_line(line, facts).findings] == []

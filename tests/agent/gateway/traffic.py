@@ -29,7 +29,6 @@ from agent.gateway.responses import RESPONSES
 from conversations.messages import Message
 from conversations.session import SessionTree, SessionTurn
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory
 
 DIALECTS = {"/messages": ANTHROPIC, "/responses": RESPONSES, "/chat/completions": CHAT}
 Session = list[dict[str, Any]]
@@ -170,17 +169,6 @@ def _is_object(text: str) -> bool:
 def _remember(ids: dict[str, str], answer: Message, turn: SessionTurn) -> None:
     recorded = [call["id"] for call in answer.get("tool_calls", ())]
     ids |= dict(zip(recorded, turn.call_ids, strict=len(turn.call_ids) == len(recorded)))
-
-
-def record_of_session(played: Played) -> Trajectory:
-    """The session as a record that `verify` takes."""
-    stop = played.tree.template.stop_token_ids
-    return Trajectory(
-        id="t-0", task_id="t", sample=0, stop_reason="stop", infra_error=False, error=None,
-        warnings=[], reward=None, reward_parts={}, ground_truth=None, data_source=None,
-        extra=None, engine={}, sampling={"stop_token_ids": stop}, parent=None,
-        started_at="2026-11-28T12:00:00+00:00", wall_s=0.0, **played.tree.record_fields(),
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- the structure alone

@@ -57,14 +57,18 @@ class Client:
         self.history.append({"role": "user", "content": text})
 
     def record(self) -> Trajectory:
-        stop = self.tree.template.stop_token_ids
-        return Trajectory(
-            id="t-0", task_id="t", sample=0, stop_reason="stop", infra_error=False, error=None,
-            warnings=[], reward=1.0, reward_parts={"agent": 1.0}, ground_truth=None,
-            data_source=None, extra=None, engine={}, sampling={"stop_token_ids": stop},
-            parent=None, started_at="2026-11-28T12:00:00+00:00", wall_s=0.0,
-            **self.tree.record_fields(),
-        )  # fmt: skip
+        return record_of_tree(self.tree)
+
+
+def record_of_tree(tree: SessionTree) -> Trajectory:
+    """The session as a gateway records it."""
+    stop = tree.template.stop_token_ids
+    return Trajectory(
+        id="t-0", task_id="t", sample=0, stop_reason="stop", infra_error=False, error=None,
+        warnings=[], reward=1.0, reward_parts={"agent": 1.0}, ground_truth=None,
+        data_source=None, extra=None, engine={}, sampling={"stop_token_ids": stop},
+        parent=None, started_at="2026-11-28T12:00:00+00:00", wall_s=0.0, **tree.record_fields(),
+    )  # fmt: skip
 
 
 def begun(client: Client) -> SessionTurn:
