@@ -8,13 +8,13 @@ sampled token has mask 1 in exactly one row.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from conversations.errors import RecordError
 from conversations.messages import Message
-from conversations.rounds import sampled_places
+from conversations.rounds import first_sampled, sampled_places
 from conversations.tokens import PROMPT
 from conversations.trajectory import INVALID_STATUSES, Branch, ToolCallRecord, Trajectory, Turn
 
@@ -199,6 +199,76 @@ def sequence_records(record: dict[str, Any], *, with_branches: bool) -> Iterator
         return
     for row in rows(Trajectory.from_record(record)):
         yield {**record, **row.trajectory.fields(), "branch": row.branch, "reason": row.reason}
+
+
+def path_record(record: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The dict of `path_of`, for what reads records as dicts. Raises RecordError."""
+    return {**record, **path_of(Trajectory.from_record(record), number).fields()}
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLine:
+    """One sequence in the tree of a record: the trunk has depth 0, what starts anew has 1.
+
+    `turn` is the turn of the parent after which it departs, counted along the path from 1; None if
+    it starts anew.
+    """
+
+    number: int
+    depth: int
+    parent: int | None
+    turn: int | None
+    reason: str | None
+    turns: int
+    sampled: int
+    preview: str
+
+    @property
+    def summary(self) -> str:
+        """What the line says after number and reason."""
+        place = f"after turn {self.turn} of {self.parent}, " if self.turn is not None else ""
+        turns = f"{self.turns} turn{'s' if self.turns != 1 else ''}"
+        said = f": {self.preview}" if self.preview else ""
+        return f"{place}{turns}, {self.sampled} sampled tokens{said}"
+
+
+def branch_tree(record: Mapping[str, Any]) -> list[TreeLine]:
+    """The sequences of a record's dict as a tree: each below its parent, roots below the trunk."""
+    lines: list[TreeLine] = []
+    branches = [dict(branch) for branch in record["branches"]]
+    children: dict[int | None, list[int]] = {}
+    for number, branch in enumerate(branches, 1):
+        parent = branch["parent"]
+        above = parent["branch"] if parent and 0 <= parent["branch"] < number else None
+        children.setdefault(above, []).append(number)
+
+    pending = [(0, 0)]
+    while pending:
+        number, depth = pending.pop()
+        one: Mapping[str, Any] = branches[number - 1] if number else record
+        parent = branches[number - 1]["parent"] if number else None
+        below = sorted(children.get(number, []) + (children.get(None, []) if not number else []))
+        pending += [(child, depth + 1) for child in reversed(below)]
+        lines.append(
+            TreeLine(
+                number=number,
+                depth=depth,
+                parent=parent["branch"] if parent else None,
+                turn=parent["turn"] if parent else None,
+                reason=one["reason"] if number else None,
+                turns=len(one["turns"]),
+                sampled=sum(one["response_mask"]),
+                preview=_preview(one["messages"]),
+            )
+        )
+    return lines
+
+
+def _preview(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The beginning of what was asked last before the first own turn."""
+    before = messages[: first_sampled(messages)]
+    said = next((str(one["content"]) for one in reversed(before) if one["content"]), "")
+    return " ".join(said[:400].split())[:80]
 
 
 @dataclass(frozen=True, slots=True)

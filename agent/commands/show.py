@@ -17,6 +17,8 @@ import typer
 
 from agent.errors import AgentError
 from agent.terminal import one_line, visible
+from conversations.branches import branch_tree, path_record
+from conversations.errors import RecordError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +37,13 @@ AUTHORS = {
     "template": "magenta",
 }
 ROLES = {"assistant": "bold blue", "tool": "green", "user": "yellow"}
-STATUS = {"ok": "green", "backend_error": "magenta", "timeout": "magenta", "cancelled": "magenta"}
+STATUS = {
+    "ok": "green",
+    "external": "green",
+    "backend_error": "magenta",
+    "timeout": "magenta",
+    "cancelled": "magenta",
+}
 
 
 def show(
@@ -46,6 +54,10 @@ def show(
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Show the tokens as well, by author.")
     ] = False,
+    branch: Annotated[
+        int | None,
+        typer.Option(min=0, help="Show this branch of a session, from its root; 0 is the trunk."),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help=f"Show whole texts, not only {CUT} characters of each.")
     ] = False,
@@ -57,14 +69,22 @@ def show(
 
     opened = open_run(run)
     record = opened.record(trajectory, check=False)
+    if branch is not None and branch > len(record["branches"]):
+        raise AgentError(
+            f"trajectory {trajectory} has no branch {branch}: it has {len(record['branches'])}"
+        )
     screen = Screen(Console(highlight=False, soft_wrap=True), full=full)
     try:
         screen.head(record)
+        if record["branches"]:
+            screen.branches(record, branch or 0)
+        if branch:
+            record = path_record(record, branch)
         screen.messages(record)
         screen.authors(record)
         if tokens:
             screen.tokens(opened, record)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecordError) as error:
         raise AgentError(
             f"trajectory {trajectory} is damaged: {type(error).__name__}: {error}; "
             "turntrace verify says where"
@@ -115,7 +135,8 @@ class Screen:
         calls = {call["call_id"]: call for call in record["tool_calls"]}
         turn = 0
         for message in record["messages"]:
-            if message["role"] == "tool" and message.get("tool_call_id") in calls:
+            answered = calls.get(message.get("tool_call_id", ""))
+            if answered and answered["response"] == message.get("content"):
                 continue  # it is shown with its call
             sampled = is_sampled(message)
             self._title(
@@ -132,6 +153,16 @@ class Screen:
                 if call["turn"] == turn:
                     self._call(call)
             turn += sampled
+
+    def branches(self, record: Record, shown: int) -> None:
+        """The tree of a session's sequences; `shown` is the number of the one that follows."""
+        self._title("sequences", "")
+        for one in branch_tree(record):
+            mark = ">" if one.number == shown else " "
+            self._line(
+                (f"{mark} {'  ' * one.depth}{one.number:<3} ", one.reason or "trunk", "yellow"),
+                (" ", one_line(one.summary), ""),
+            )
 
     def authors(self, record: Record) -> None:
         """How many tokens each author wrote."""
@@ -241,7 +272,8 @@ def _weights(version: str | None) -> str:
 def _took(call: Record) -> str:
     """Times, attempts, how much of the answer was cut, and the step reward."""
     attempts = call["attempts"]
-    parts = [f"ran {call['run_s']:.3f} s" if attempts else "not run"]
+    not_run = "run by the agent program" if call["status"] == "external" else "not run"
+    parts = [f"ran {call['run_s']:.3f} s" if attempts else not_run]
     if call["queue_s"] >= 0.0005:
         parts.insert(0, f"queued {call['queue_s']:.3f} s")
     if len(attempts) > 1:

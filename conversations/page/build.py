@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from conversations.branches import path_record
 from conversations.errors import RecordError, RunFolderError
 from conversations.page.blocks import Blocks, packed
 from conversations.page.html import shell
 from conversations.page.pieces import pieces
-from conversations.page.record import Record, Summary, text_line, token_line
+from conversations.page.record import Record, Summary, shown_record, text_line, token_line
 from conversations.run.open_run import TOKENIZER, Run
 from conversations.run.scores import SavedScores
 from conversations.run.whole_file import write_whole
@@ -119,8 +120,12 @@ def _add(
     try:
         for one in filter(None, (record, other)):
             differences = scores.differences(one) if one is record else None
-            lines += [text_line(one), token_line(one, differences)]
+            lines += [text_line(shown_record(one)), token_line(one, differences)]
             _use(used, one["prompt_ids"] + one["response_ids"])
+        for number in range(1, len(record["branches"]) + 1):
+            path = path_record(record, number)
+            lines += [text_line(path), token_line(path)]
+            _use(used, path["prompt_ids"] + path["response_ids"])
         differs = None if other is None else divergence(record, other)
         block, line = blocks.add(lines)
         summary.add(
@@ -133,6 +138,7 @@ def _add(
         ValueError,
         ArithmeticError,
         RecursionError,
+        RecordError,
     ) as error:
         raise RecordError(
             f"trajectory {str(record['id'])[:80]} is damaged: {type(error).__name__}: {error}"

@@ -11,10 +11,11 @@ import json
 import math
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from operator import index
 from typing import Any
 
+from conversations.branches import branch_tree
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS
 
 TOKEN_FIELDS = ("prompt_ids", "response_ids", "response_mask", "segments")
@@ -104,6 +105,7 @@ def _row(record: Record) -> dict[str, Any]:
         "response": len(record["response_ids"]),
         "sampled": record["response_mask"].count(1),
         "calls": len(record["tool_calls"]),
+        "branches": len(record["branches"]),
         "infra": int(bool(record["infra_error"])),
         "warnings": len(record["warnings"]),
         "wall": _number(record["wall_s"]),
@@ -126,6 +128,13 @@ def _number(value: Any) -> float | None:
 def _preview(messages: list[Record]) -> str:
     asked = next((message for message in messages if message.get("role") == "user"), {})
     return " ".join(str(asked.get("content", ""))[: 4 * PREVIEW].split())[:PREVIEW]
+
+
+def shown_record(record: Record) -> Record:
+    """The record with its branches as a tree: each has lines of its own after the record's."""
+    if not record["branches"]:
+        return record
+    return {**record, "branches": [asdict(line) for line in branch_tree(record)]}
 
 
 def text_line(record: Record) -> str:

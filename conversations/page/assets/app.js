@@ -1,4 +1,4 @@
-// What the address says is what is shown: `#/list`, `#/plots`, `#/run`, `#/t/ID[/tokens[/POSITION]|/group|/diff|/record]`, then the filters.
+// What the address says is what is shown: `#/list`, `#/plots`, `#/run`, `#/t/ID[/bBRANCH][/tokens[/POSITION]|/group|/diff|/record]`, then the filters.
 
 const TABS = { conversation: 'Conversation', tokens: 'Tokens', group: 'Group', diff: 'Difference', record: 'Record' };
 const KEYS = [
@@ -7,7 +7,7 @@ const KEYS = [
   ['← →', 'from token to token'], ['?', 'this'],
 ];
 const LONG_ID = 200; // longer ids stand in addresses by their place in the file
-const place = { view: 'list', row: null, tab: 'conversation', position: null };
+const place = { view: 'list', row: null, branch: 0, tab: 'conversation', position: null };
 let shown = '';
 let drawing = 0;
 let complaint = ''; // about the address, said when it is shown
@@ -19,23 +19,25 @@ function address() {
   return `#/${pathOf(place)}${params ? `?${params}` : ''}`;
 }
 
-function pathOf({ view, row, tab, position }) {
+function pathOf({ view, row, branch, tab, position }) {
   if (view !== 't') return view;
   const id = column('id', row);
   const name = id.length > LONG_ID || id.startsWith('@') || !id.isWellFormed?.() ? `@${row}` : encodeURIComponent(id);
-  return `t/${name}${tab === 'conversation' ? '' : `/${tab}`}${tab === 'tokens' && position !== null ? `/${position}` : ''}`;
+  return `t/${name}${branch ? `/b${branch}` : ''}${tab === 'conversation' ? '' : `/${tab}`}${tab === 'tokens' && position !== null ? `/${position}` : ''}`;
 }
 
 function addressOf(row) {
   const params = filterParams().toString();
-  return `#/${pathOf({ view: 't', row, tab: 'conversation', position: null })}${params ? `?${params}` : ''}`;
+  return `#/${pathOf({ view: 't', row, branch: 0, tab: 'conversation', position: null })}${params ? `?${params}` : ''}`;
 }
 
 function readAddress() {
   const [path, query] = location.hash.replace(/^#\/?/, '').split('?');
   readFilters(new URLSearchParams(query || ''));
-  const [view, name, tab, position] = path.split('/');
-  Object.assign(place, { view: ['list', 'plots', 'run', 't'].includes(view) ? view : 'list', row: null, tab: 'conversation', position: null });
+  const [view, name, ...parts] = path.split('/');
+  const branch = /^b\d{1,6}$/.test(parts[0] || '') ? Number(parts.shift().slice(1)) : 0;
+  const [tab, position] = parts;
+  Object.assign(place, { view: ['list', 'plots', 'run', 't'].includes(view) ? view : 'list', row: null, branch: 0, tab: 'conversation', position: null });
   if (place.view !== 't') return;
   place.row = rowNamed(name || '');
   if (place.row === null) {
@@ -43,6 +45,7 @@ function readAddress() {
     place.view = 'list';
     return;
   }
+  place.branch = branch <= (column('branches', place.row) || 0) ? branch : 0;
   place.tab = Object.hasOwn(TABS, tab) ? tab : 'conversation';
   place.position = /^\d+$/.test(position || '') ? Number(position) : null;
 }
@@ -73,8 +76,8 @@ function replaceAddress(change) {
   history.replaceState(null, '', shown);
 }
 
-const openPlace = (view) => go({ view, row: null });
-const openRow = (row, tab) => go({ view: 't', row, tab: tab || (place.view === 't' ? place.tab : 'conversation') });
+const openPlace = (view) => go({ view, row: null, branch: 0 });
+const openRow = (row, tab) => go({ view: 't', row, branch: row === place.row ? place.branch : 0, tab: tab || (place.view === 't' ? place.tab : 'conversation') });
 
 /** New filters or order. */
 function changed(change) {
@@ -116,14 +119,15 @@ function drawNav() {
 
 async function drawDetail() {
   const mine = ++drawing;
-  const { row, tab, position } = place;
+  const { row, branch, tab, position } = place;
   const detail = $('detail');
   let body;
   let found = null;
   try {
     found = await trajectory(row);
     if (mine !== drawing) return;
-    body = await tabBody(tab, row, found, position);
+    const sequence = branch ? { ...found.branch(branch), other: null } : found;
+    body = await tabBody(tab, row, sequence, position, found.record.branches || []);
   } catch (error) {
     body = h('p', { class: 'notice', text: `This trajectory cannot be shown: ${error.message}` });
   }
@@ -132,14 +136,18 @@ async function drawDetail() {
   detail.scrollTop = 0;
 }
 
-async function tabBody(tab, row, found, position) {
+async function tabBody(tab, row, found, position, tree) {
   const { record, tokens, other } = found;
   if (tab === 'tokens') return tokenView(record, tokens(), position);
   if (tab === 'group') return groupView(row);
   if (tab === 'diff') return other ? differenceView(row) : h('p', { class: 'none', text: 'The other run has no such trajectory.' });
   if (tab === 'record') return recordView(record, tokens());
-  return [...remarks(record), facts(record, row), timeline(record), offered(record.tools), conversation(record)].filter(Boolean);
+  const own = tree.find((one) => one.number === place.branch) || null;
+  const parts = [...remarks(record), facts(record, row, own), timeline(record), offered(record.tools), conversation(record, { own, tree })].filter(Boolean);
+  return tree.length ? h('div', { class: 'session' }, branchTree(tree, place.branch), h('div', {}, parts)) : parts;
 }
+
+const openBranch = (number) => go({ view: 't', row: place.row, branch: number });
 
 function recordView(record, tokens) {
   const { ids, logprobs, differences, ...rest } = tokens;

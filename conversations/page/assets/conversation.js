@@ -21,7 +21,44 @@ function conversation(record, options = {}) {
     return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, shown, answers);
   });
   const left = record.tool_calls.filter((call) => !placed.has(call.call_id));
-  return h('div', { class: 'conversation' }, parts, left.map((call) => callCard(call, null)));
+  return h('div', { class: 'conversation' }, folded(record, parts, options), left.map((call) => callCard(call, null)));
+}
+
+/** The messages, with those that a branch has from its parents folded, and the places where branches depart. */
+function folded(record, parts, { own, tree = [] }) {
+  const sampled = record.messages.flatMap((message, place) => (message.role === 'assistant' && typeof message.raw === 'string' ? [place] : []));
+  const number = own ? own.number : 0;
+  for (const one of tree) {
+    const article = one.number && one.parent === number ? parts[sampled[one.turn - 1]] : null;
+    if (article) article.append(h('p', { class: 'departs' }, branchLink(one, `Branch ${one.number} departs here: ${one.reason}`)));
+  }
+  if (!own || own.turn === null) return parts;
+  const end = sampled[own.turn - 1] + 1;
+  const before = parts.slice(0, end).filter(Boolean);
+  return [h('details', { class: 'parents' }, h('summary', { text: `${plural(before.length, 'message')} before it, of sequence ${own.parent}` }), before), ...parts.slice(end)];
+}
+
+// ------------------------------------------------------------------ branches of a session
+
+function branchLink(one, label) {
+  return h('a', { href: `#/${pathOf({ ...place, branch: one.number, tab: 'conversation', position: null })}`, text: label, on: { click: (event) => { event.preventDefault(); event.stopPropagation(); openBranch(one.number); } } });
+}
+
+/** The sequences of a session, each below its parent; folded but for the way to the one that is shown. */
+function branchTree(tree, shown) {
+  const below = (number) => tree.filter((one) => one.number && (one.parent ?? 0) === number);
+  const holds = (number) => number === shown || below(number).some((one) => holds(one.number));
+  const node = (one) => {
+    const name = one.number ? `${one.number} ${one.reason}` : 'trunk';
+    const children = below(one.number);
+    const more = children.length ? ` · ${count(children.length)} ${children.length === 1 ? 'branch' : 'branches'}` : '';
+    const label = h('span', { class: 'branch', 'aria-current': one.number === shown ? 'true' : null }, branchLink(one, name),
+      h('span', { class: 'meta', text: `${one.turn === null ? '' : `after turn ${one.turn} · `}${plural(one.turns, 'turn')} · ${count(one.sampled)} sampled${more}` }),
+      h('span', { class: 'meta', text: brief(one.preview, 60) }));
+    if (!children.length) return h('li', {}, label);
+    return h('li', {}, h('details', { open: shown > 0 && holds(one.number) }, h('summary', {}, label), h('ul', {}, children.map(node))));
+  };
+  return h('nav', { class: 'branches', 'aria-label': 'Sequences of the session' }, h('ul', {}, node(tree[0])));
 }
 
 function content(message) {
@@ -71,7 +108,8 @@ function callCard(call, answer) {
 }
 
 /** What a call took: its times, its tries, what came back and how much of that the model does not see. */
-function tookOf({ attempts: tries, queue_s: queued, run_s: ran }) {
+function tookOf({ attempts: tries, queue_s: queued, run_s: ran, status }) {
+  if (status === 'external') return 'run by the agent program';
   if (!tries.length) return 'not run';
   const last = tries[tries.length - 1];
   const parts = [queued > 0.0005 ? `queued ${seconds(queued)}` : '', `ran ${seconds(ran)}`, tries.length > 1 ? `${tries.length} attempts` : ''];
@@ -161,12 +199,12 @@ function jumpTo(id) {
 
 // ------------------------------------------------------------------ the rest of the record
 
-function facts(record, row) {
+function facts(record, row, own) {
   const parts = Object.entries(record.reward_parts || {});
   const entries = [
     ['Reward', short(record.reward) + (parts.length > 1 ? ` = ${parts.map(([name, value]) => `${brief(name, 40)} ${short(value)}`).join(' + ')}` : '')],
     ['Turns', record.num_turns],
-    ['Tokens', `${count(column('prompt', row))} prompt, ${count(column('response', row))} after it, ${count(column('sampled', row))} of them sampled`],
+    ['Tokens', own && own.number ? `${count(own.sampled)} sampled in this branch` : `${count(column('prompt', row))} prompt, ${count(column('response', row))} after it, ${count(column('sampled', row))} of them sampled`],
     ['Time', seconds(record.wall_s)],
     ['Ground truth', record.ground_truth === null ? '–' : brief(typeof record.ground_truth === 'string' ? record.ground_truth : JSON.stringify(record.ground_truth), 80)],
   ];

@@ -49,12 +49,19 @@ function block(number) {
   return lines;
 }
 
-/** A row's record, and its counterpart's where the run is compared: `{record, tokens(), other}`. */
+/** A row's record, its counterpart's where the run is compared, and its branches' paths: `{record, tokens(), other, branch(n)}`. */
 async function trajectory(row) {
   const lines = await block(column('block', row));
   const at = column('line', row);
   const one = (line) => ({ record: JSON.parse(lines[line]), tokens: () => readTokens(lines[line + 1]) });
-  return { ...one(at), other: column('other', row) === null ? null : one(at + 2) };
+  const other = column('other', row) === null ? null : one(at + 2);
+  return { ...one(at), other, branch: (number) => one(branchLine(row, number)) };
+}
+
+/** The line of a sequence's text: the trunk's, or a branch's after those of the record and its counterpart. */
+function branchLine(row, number) {
+  const at = column('line', row);
+  return number ? at + (column('other', row) === null ? 2 : 4) + 2 * (number - 1) : at;
 }
 
 function readTokens(line) {
@@ -106,12 +113,14 @@ async function search(words, candidates, progress) {
   let done = 0;
   for (const [number, members] of byBlock(candidates)) {
     const lines = (await blockText(number)).split('\n');
-    for (const row of members) if (holds(row, lines[column('line', row)], wanted, plain)) hits.add(row);
+    for (const row of members) if (sequencesOf(row).some((one) => holds(row, lines[branchLine(row, one)], wanted, plain))) hits.add(row);
     done += members.length;
     if (progress(done, hits) === false) return null;
   }
   return hits;
 }
+
+const sequencesOf = (row) => Array.from({ length: 1 + (column('branches', row) || 0) }, (_, number) => number);
 
 function byBlock(candidates) {
   const found = new Map();

@@ -88,7 +88,7 @@ function short(value) {
 // ------------------------------------------------------------------ statuses and stop reasons have a tone
 
 const TONES = {
-  ok: 'ok', tool_error: 'bad', unknown_tool: 'warn', invalid_arguments: 'warn', malformed: 'warn', rejected: 'warn',
+  ok: 'ok', external: 'ok', tool_error: 'bad', unknown_tool: 'warn', invalid_arguments: 'warn', malformed: 'warn', rejected: 'warn',
   backend_error: 'infra', timeout: 'infra', cancelled: 'infra',
   stop: 'ok', tool_stop: 'ok', length: 'warn', max_turns: 'warn', prompt_too_long: 'warn', invalid_tool_calls: 'warn',
   deadline: 'infra', engine_error: 'infra',

@@ -324,7 +324,7 @@ function drawReward(cell, row) {
 const dot = (kind) => h('i', { class: 'dot', 'data-tone': kind, 'aria-hidden': 'true' });
 
 function callMarks(row) {
-  const marks = statusesOf(row).filter((name) => name !== 'ok').map((name) => h('i', { class: 'dot', 'data-tone': tone(name), role: 'img', 'aria-label': visible(name), title: visible(name) }));
+  const marks = statusesOf(row).filter((name) => !['ok', 'external'].includes(name)).map((name) => h('i', { class: 'dot', 'data-tone': tone(name), role: 'img', 'aria-label': visible(name), title: visible(name) }));
   if (column('differs', row)) marks.unshift(h('span', { class: 'flag', text: `≠ ${turnOf(column('differs', row))}` }));
   return marks;
 }
