@@ -21,6 +21,7 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 # ------------------------------------------------------------ two files at a time (make test)
 
 ENGINE_FILES = {
+    "tests/agent/gateway/test_gateway_engine.py",
     "tests/agent/model/test_adapter.py",
     "tests/agent/replay/test_replay_engine.py",
     "tests/agent/test_rollout.py",

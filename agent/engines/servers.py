@@ -32,7 +32,7 @@ from agent.engines.server import (
     ServerLostError,
 )
 from agent.engines.sglang import Read, check_sampling, interruption, read_answer
-from agent.engines.sticky import place_of
+from agent.engines.sticky import asking_conversation, place_of
 from agent.errors import ConfigError, EngineError, EngineStartError
 from conversations.session.ids import PathIds
 from conversations.tokens import TokenIds
@@ -214,7 +214,7 @@ class SGLangServerEngine:
             raise cut_off from None
 
     async def _server(self) -> Server:
-        """The server of the conversation that asks, which is the running task.
+        """The server of the conversation that asks.
 
         If that server is down, the least loaded one of the others.
         """
@@ -227,12 +227,12 @@ class SGLangServerEngine:
             raise EngineError(
                 f"no server came back within {self._wait_s:g} s: {trouble}"
             ) from error
-        conversation = asyncio.current_task()
+        conversation = asking_conversation()
         up = [server for server in self._servers if server.is_up]
         chosen = up[place_of(conversation, [server.conversations for server in up])]
         for server in self._servers:
             if server is not chosen:  # it has moved
-                server.conversations.discard(conversation)  # type: ignore[arg-type]
+                server.conversations.discard(conversation)
         return chosen
 
     def _note_change(self) -> None:

@@ -20,7 +20,7 @@ from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.evidence import EvidenceRequest, read_evidence
 from agent.engines.processes import Children
 from agent.engines.scoring import Scores, read_scores, score_request
-from agent.engines.sticky import Conversations, place_of
+from agent.engines.sticky import Conversations, asking_conversation, place_of
 from agent.errors import EngineError
 
 REFUSED_SAMPLING = {
@@ -100,7 +100,7 @@ class SGLangEngine:
         """
         if len(self._ranks) == 1:
             return {}
-        return {"data_parallel_rank": place_of(asyncio.current_task(), self._ranks)}
+        return {"data_parallel_rank": place_of(asking_conversation(), self._ranks)}
 
     async def score(self, ids: Sequence[int], first: int, *, likeliest: int) -> Scores:
         """The log-probs of `ids[first:]`; see `agent.engines.scoring`."""

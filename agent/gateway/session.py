@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from agent.engines.engine import EndedGeneration, Generation, Interrupted
+from agent.engines.sticky import asks_for
 from agent.errors import EngineError
 from agent.gateway.answer import Answer, AnsweredCall, Finish
 from agent.gateway.dialect import ApiDialect
@@ -237,6 +238,7 @@ class GatewaySession:
         dialect: ApiDialect,
         client: Mapping[str, Any],
     ) -> SessionTurn:
+        asks_for(self)  # one server for all turns of a session, where its prefix is cached
         generation = await self._generation(place, room)
         response_id = dialect.response_id(f"{self.name}-{len(self.turns)}")
         try:
