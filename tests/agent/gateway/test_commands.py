@@ -1,0 +1,124 @@
+"""`turntrace gateway` and `turntrace run --agent` from the command line, over a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from agent.cli import main
+from conversations.run.store import read_manifest
+from tests.agent.gateway.live import checked
+from tests.agent.gateway.test_programs import COMMAND
+from tests.agent.native_api import Server, answers, free_port, in_a_thread
+
+
+def turntrace(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Runs a command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["turntrace", *words])
+    try:
+        return main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+def config_words(server: Server) -> list[str]:
+    settings = {"name": "sglang_server", "server.urls": f"[{server.url}]", "response_length": 4096}
+    return [word for key, value in settings.items() for word in ("--set", f"rollout.{key}={value}")]
+
+
+def in_background(url: str, end: bool) -> threading.Thread:
+    """A program that opens a session, has a turn, perhaps ends it, and then Ctrl-C."""
+
+    def use() -> None:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=0), timeout=30) as client:
+            for _ in range(600):
+                try:
+                    opened = client.post(f"{url}/sessions", json={"task_id": "t"}).json()
+                    break
+                except httpx.TransportError:
+                    threading.Event().wait(0.1)
+            key = {"authorization": f"Bearer {opened['api_key']}"}
+            body = {"messages": [{"role": "user", "content": "hello"}]}
+            client.post(f"{url}/v1/chat/completions", json=body, headers=key).raise_for_status()
+            if end:
+                client.post(f"{url}/sessions/{opened['id']}/finish", json={}).raise_for_status()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_the_gateway_serves_until_ctrl_c(
+    end: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, port = tmp_path / "run", free_port()
+    with in_a_thread(Server(answers)) as server:
+        thread = in_background(f"http://127.0.0.1:{port}", end)
+        code = turntrace(
+            monkeypatch, "gateway", "--out", str(out), "--port", str(port), *config_words(server)
+        )
+        thread.join()
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"listening on http://127.0.0.1:{port}" in said
+    assert code == (0 if end else 1)
+    assert ("--resume" in said) != end
+    assert read_manifest(out)["gateway"] is True
+    if end:
+        assert checked(out).only.num_turns == 1
+    else:
+        assert (out / "unfinished.jsonl").read_text().count("\n") == 1
+
+
+def test_run_agent_ends_in_a_run_like_every_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks, out = tmp_path / "tasks.jsonl", tmp_path / "run"
+    rows: list[Any] = [{"id": "a", "prompt": "x:one"}, {"id": "b", "prompt": "x:two"}]
+    tasks.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    score = tmp_path / "score.py"
+    score.write_text(
+        "def score(record):\n    return len(record.turns) + record.extra['session']['exit_code']\n"
+    )
+    with in_a_thread(Server(answers)) as server:
+        words = ["run", str(tasks), "--out", str(out), "--n", "2", "--agent", COMMAND]
+        words += ["--reward", f"{score}:score", *config_words(server)]
+        assert turntrace(monkeypatch, *words) == 0
+        assert turntrace(monkeypatch, *words, "--resume") == 0
+    records = checked(out).trajectories
+    assert {name: record.reward for name, record in records.items()} == dict.fromkeys(
+        ("a-0", "a-1", "b-0", "b-1"), 1.0
+    )
+    assert "conversations 4 of 4" in " ".join(capfd.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "TASKS", "--out", "OUT", "--reward", "x:y"],
+        ["run", "TASKS", "--out", "OUT", "--agent", "no-such-program {prompt}"],
+        ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--workers", "2"],
+        ["gateway", "--out", "OUT", "--host", "0.0.0.0"],
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "x"}\n')
+    names = {"TASKS": str(tasks), "OUT": str(tmp_path / "run")}
+    assert turntrace(monkeypatch, *(names.get(word, word) for word in words)) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "run" / "run.json").exists()
