@@ -38,7 +38,7 @@ async def test_the_openai_sdk_on_the_real_engine(sglang_rollout: Any, tmp_path: 
         sessions = GatewaySessions(runtime, folder)
         server = GatewayServer(sessions, "m")
         await server.start("127.0.0.1", 0)
-        opened = {name: sessions.open(Task(name, [])) for name in ("chat", "chat_stream")}
+        opened = {name: sessions.open(Task(name, [])) for name in ("chat", "responses")}
         keys = {name: key for name, (_, key) in opened.items()}
         client = await asyncio.create_subprocess_exec(
             sys.executable,
