@@ -412,6 +412,12 @@ class Rollout(Section):
         PositiveInt,
         SERVER,
         SCRIPTED,
+        Refused(
+            "no pipeline in process: verl's SGLangRollout has none, and SGLang's own under it "
+            "hangs on a CPU and is unproven on GPUs; use tensor_model_parallel_size, "
+            "data_parallel_size, or a server with name: sglang_server",
+            lambda rollout: rollout.name == "sglang" and rollout.pipeline_model_parallel_size > 1,
+        ),
     ] = 1
     max_num_batched_tokens: Annotated[PositiveInt, SERVER, SCRIPTED] = 8192
     val_kwargs: Annotated[Sampling, SCRIPTED] = Sampling()

@@ -27,7 +27,6 @@ def server_args(rollout: Mapping[str, Any], *, cuda: bool) -> dict[str, Any]:
     args = {
         "context_length": rollout["max_model_len"] + CONTEXT_SLACK,
         "dp_size": rollout["data_parallel_size"],
-        "pp_size": rollout["pipeline_model_parallel_size"],
         "ep_size": rollout["expert_parallel_size"],
         "disable_cuda_graph": rollout["enforce_eager"],
         "disable_radix_cache": not rollout["enable_prefix_caching"],

@@ -119,17 +119,12 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
         self._rank = self._tp_rank = 0
         self._tp_size = self.tensor_parallel_size = config.tensor_model_parallel_size
         self.train_tp = None
-        if config.pipeline_model_parallel_size > 1 and not torch.cuda.is_available():
-            raise ConfigError(
-                "rollout.pipeline_model_parallel_size: SGLang has no pipeline on a CPU; "
-                "use 1, or GPUs"
-            )
-        wanted = self._tp_size * config.pipeline_model_parallel_size * config.data_parallel_size
+        wanted = self._tp_size * config.data_parallel_size
         self.visible_devices_set = set(_visible_devices(wanted))
         if wanted > len(self.visible_devices_set):
             raise ConfigError(
-                f"rollout.tensor_model_parallel_size, with those for pipeline and data: {wanted} "
-                f"GPUs wanted, {len(self.visible_devices_set)} visible"
+                "rollout.tensor_model_parallel_size * data_parallel_size: "
+                f"{wanted} GPUs wanted, {len(self.visible_devices_set)} visible"
             )
 
     def _verify_config(self, model_hf_config: Any) -> None:
@@ -365,12 +360,11 @@ def _check_one_engine_a_group(config: Any) -> None:
 
     Raises ConfigError.
     """
-    for name in ("data_parallel_size", "pipeline_model_parallel_size"):
-        if config[name] > 1:
-            raise ConfigError(
-                f"rollout.{name}: must be 1 in a trainer with several ranks, which has an engine "
-                "for each tensor_model_parallel_size of them"
-            )
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            "rollout.data_parallel_size: must be 1 in a trainer with several ranks, which has an "
+            "engine for each tensor_model_parallel_size of them"
+        )
 
 
 def _ports() -> dict[str, Any]:

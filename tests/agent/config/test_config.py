@@ -365,6 +365,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (["rollout.multi_turn.use_inference_chat_template=true"], "never a history rendered again"),
         (["rollout.multi_turn.interaction_config_path=i.yaml"], "there is no i.yaml"),
         (["rollout.skip_rollout=true"], "never served"),
+        (["rollout.pipeline_model_parallel_size=2"], "no pipeline in process"),
         (["rollout.expert_parallel_size=2"], "tensor_model_parallel_size * data_parallel_size"),
         (["rollout.max_model_len=2047"], "smaller than prompt_length + response_length"),
         (["rollout.load_format=hf"], "no such loader"),

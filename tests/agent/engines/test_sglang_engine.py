@@ -152,7 +152,6 @@ def arguments(*overrides: str, cuda: bool = True) -> dict[str, Any]:
     [
         ("max_model_len=4000", "context_length", 4000 + CONTEXT_SLACK),
         ("data_parallel_size=2", "dp_size", 2),
-        ("pipeline_model_parallel_size=2", "pp_size", 2),
         ("enforce_eager=true", "disable_cuda_graph", True),
         ("enforce_eager=false", "disable_cuda_graph", False),
         ("enable_prefix_caching=false", "disable_radix_cache", True),

@@ -15,8 +15,8 @@ tp        5   a trainer's batch over tensor-parallel ranks, one for each of two 
               their weight sync
 workers   8   `--workers`: two servers behind 1, 2 and 4 workers against one without; an engine for
               each of two or more GPUs against one
-parallel  4   one in-process engine over two or more GPUs: `data_parallel_size`, one rank killed
-              under load, `pipeline_model_parallel_size`
+parallel  2   one in-process engine over two or more GPUs: `data_parallel_size`, one rank killed
+              under load
 evidence  2   what per-token evidence costs: top-k log-probs, experts of a mixture of experts
 real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
 

@@ -1,4 +1,4 @@
-"""Part `parallel`: one in-process engine over all GPUs, by data and by pipeline parallelism."""
+"""Part `parallel`: one in-process engine over all GPUs, each with a copy of the model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ def parallel(place: Place) -> None:
     with place.noting("parallel", "data, ended") as figures:
         _data(place, each * place.devices)
         figures["with"] = "all measured"
-    if place.cuda:  # SGLang has no pipeline on a CPU
-        with place.noting("parallel", "pipeline, ended") as figures:
-            _pipeline(place, each)
-            figures["with"] = "all measured"
 
 
 def _data(place: Place, size: int) -> None:
@@ -42,18 +38,6 @@ def _data(place: Place, size: int) -> None:
         )
         with place.noting("parallel", "a data-parallel rank killed under load") as figures:
             figures |= load.loop.run_until_complete(_killed(load, size))
-
-
-def _pipeline(place: Place, size: int) -> None:
-    """The model's layers over the GPUs."""
-    wanted = f"rollout.pipeline_model_parallel_size={place.devices}"
-    with in_process(place, size, wanted) as (rollout, load):
-        place.measure(
-            f"parallel, pipeline: {place.devices}",
-            stored_contenders(load),
-            [size],
-            reset=functools.partial(empty_cache, rollout, load),
-        )
 
 
 async def _killed(load: Load, size: int) -> dict[str, Any]:
