@@ -34,7 +34,7 @@ demo: $(RUN) ## Run generated math problems through the embedded model with real
 	@echo "look at it: $(BIN)/turntrace view runs/demo    prove it: $(BIN)/turntrace verify runs/demo"
 
 test: $(DEV) ## Run all tests, real engine and real sandbox included, two files at a time (ARGS="-k loop" passes arguments to pytest)
-	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+	@$(if $(ARGS),,$(BIN)/python -m tests.agent.overlay &) $(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 bench: $(DEV) ## Print the budgets, ours beside verl's own loop, and write benchmarks.json
 	@$(BIN)/python -m tests.bench $(ARGS)

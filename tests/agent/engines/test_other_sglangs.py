@@ -38,7 +38,7 @@ SHORT_SET = (
     "test_weights_are_synced",
     "test_release_and_resume",
     "test_a_greedy_sample_for_another_version",
-    "test_a_script_without_a_main_guard",
+    "test_who_waits_for_a_dead_engine",
 )
 
 
@@ -60,7 +60,8 @@ async def test_another_version_does_the_same(
 
 def run_short_set(version: str, sample: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    chosen = ["tests/agent/test_rollout.py", "-k", " or ".join(SHORT_SET)]
+    files = ["tests/agent/test_rollout.py", "tests/agent/engines/death_case.py"]
+    chosen = [*files, "-k", " or ".join(SHORT_SET)]
     environment = overlay.variables(FOLDER / f"sglang-{version}.txt")
     return subprocess.run(
         [*command, *chosen],
