@@ -27,10 +27,11 @@ EXTRAS = {
     "reasoning_gym": "tasks",
     "sympy": "geo3k",
     "tantivy": "search",
+    "transformers": "transformers",
 }
 """Which of the project's extras brings a package, by import name."""
 
-ENGINE_PACKAGES = ("safetensors", "sglang", "tensordict", "torch", "verl")
+ENGINE_PACKAGES = ("sglang", "tensordict", "torch", "verl")
 """What the engine in process needs: the extra `cuda`, or `make demo` on a CPU machine."""
 
 

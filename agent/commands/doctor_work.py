@@ -38,6 +38,7 @@ from tools.cache import cache_dir
 PROVEN = {
     "sglang": compat.PROVEN,
     "verl": ("0.6.1",),
+    "tokenizers": ("0.22.2", "0.23.2", "0.23.3"),
     "transformers": ("4.57.1", "5.6.0", "5.19.0"),
 }
 """The versions that are tested; of transformers those that each SGLang asks for."""
@@ -114,7 +115,7 @@ def check_python(_: Config) -> Iterator[Diagnosis]:
 
 def check_packages(config: Config) -> Iterator[Diagnosis]:
     """Compares the packages that the configured engine imports with the tested versions."""
-    needed = PROVEN if config.rollout.name == "sglang" else ("transformers",)
+    needed = PROVEN if config.rollout.name == "sglang" else ("tokenizers",)
     for name in needed:
         try:
             version = importlib.metadata.version(name)

@@ -76,7 +76,7 @@ def rescore_run(
     manifest = _manifest(parent, reward, function, argv)
     with new_folder(out, RunFolderError) as path, RunFolder.create(path, manifest) as folder:
         if (run / TOKENIZER).is_dir():
-            save_tokenizer(path, parent.tokenizer())
+            save_tokenizer(path, load_tokenizer(parent.path / TOKENIZER))
         for old, new in _scored(parent, reward, jobs):
             folder.append(new)
             progress.count(new)
@@ -210,7 +210,7 @@ def as_score(function: Callable[..., Any], run: Path) -> Score:
     """
     if not _parameters(function).keys() >= VERL_PARAMETERS:
         return function
-    tokenizer = load_tokenizer(run / "tokenizer")
+    tokenizer = load_tokenizer(run / TOKENIZER)
 
     def compute_score(record: Trajectory) -> Any:
         """Calls it as verl's reward managers do: with the response's text, no special tokens."""

@@ -61,7 +61,8 @@ from agent.runs.manifest import (
 from agent.runs.parts import Parts, load_template, make_dispatcher, prepare
 from agent.runs.progress import Display, counts, say, starting_line
 from agent.runs.session import Session
-from conversations.run.open_run import Run, open_run
+from conversations.run.open_run import TOKENIZER, Run, open_run
+from conversations.run.saved_tokenizer import load_tokenizer
 from conversations.run.store import RUN, UNFINISHED, RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json
@@ -197,7 +198,7 @@ def _lines_in(file: Path) -> int:
 
 
 def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
-    own = run.tokenizer()
+    own = load_tokenizer(run.path / TOKENIZER)
     if own.backend_tokenizer.get_vocab(
         with_added_tokens=True
     ) != template.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True):

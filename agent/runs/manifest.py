@@ -25,8 +25,6 @@ from conversations.run.open_run import TOKENIZER
 from conversations.run.store import RUN, TRAJECTORIES, read_manifest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from agent.loop.users import Interactions
     from tools.toolset import ToolSet
 
@@ -85,7 +83,7 @@ def fresh_seed(config: Config, folder: Path) -> Config:
     return replace(config, seed=seed + 1) if isinstance(seed, int) else config
 
 
-def save_tokenizer(run: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_tokenizer(run: Path, tokenizer: Any) -> None:
     """Writes the tokenizer into the run folder. Raises RunFolderError if it cannot be written.
 
     Call it before the engine starts: then a full disk is reported in a second, not after a minute.

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agent.config.config import Config
 from agent.engines.engine import Engine
@@ -22,15 +22,15 @@ from agent.errors import ConfigError
 from agent.loop.calls import Dispatcher
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
+from agent.packages import how_to_install
+from conversations.run.saved_tokenizer import is_failure
 from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate, Reading
+from conversations.tokenizer import TOKENIZER_FILE, FileTokenizer
 from conversations.tokens import USER
 from conversations.truncate import cut_to_tokens
 from tools.registry import load_tools
 from tools.toolset import ToolSet
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +93,30 @@ def load_template(config: Config, folder: Path | None = None) -> ChatTemplate:
 
     Raises TemplateError, and ConfigError if there is no tokenizer.
     """
-    from transformers import AutoTokenizer
+    return make_template(config, _tokenizer(folder or config.model_dir()))
 
-    folder = folder or config.model_dir()
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`. Only transformers can convert one without a tokenizer.json."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds of errors for a folder without one
-        reason = " ".join(str(error).split())[:300]
+        if (folder / TOKENIZER_FILE).is_file():
+            return FileTokenizer(folder)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+            reason = f"without a tokenizer.json it needs transformers: {how_to_install(error.name)}"
+        else:
+            reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"model_path: no tokenizer could be loaded from {folder}: {reason}"
         ) from error
-    return make_template(config, tokenizer)
 
 
-def make_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+def make_template(config: Config, tokenizer: Any) -> ChatTemplate:
     """The tokenizer's chat template with the config's arguments. Raises TemplateError."""
     ours = config.rollout.turntrace
     reading = Reading(

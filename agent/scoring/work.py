@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO
 
 from agent.engines.scoring import Scorer, Scores
 from agent.errors import EngineError
 from agent.scoring.compare import Compared, Comparison, compare_scores
 from agent.scoring.plan import Plan, plan_of
 from conversations.errors import ConversationsError
-from conversations.run.open_run import Run
+from conversations.run.open_run import TOKENIZER, Run
+from conversations.run.saved_tokenizer import load_tokenizer
 from conversations.run.scores import score_line
 from conversations.trajectory import Trajectory
 
@@ -89,8 +90,7 @@ def _vocabulary(run: Run) -> int | None:
     An id outside the model's vocabulary ends an SGLang server.
     """
     try:
-        tokenizer: Any = run.tokenizer()
-        return len(tokenizer)
+        return len(load_tokenizer(run.path / TOKENIZER))
     except ConversationsError:
         return None
 

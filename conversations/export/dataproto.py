@@ -14,13 +14,15 @@ from typing import Any
 from conversations.errors import ExportError
 from conversations.export.formats import ORIGIN, Format, Record, Row, Source
 from conversations.padding import padded_batch
+from conversations.run.open_run import TOKENIZER
+from conversations.run.saved_tokenizer import load_tokenizer
 from conversations.trajectory import Trajectory
 
 
 def _rows(source: Source) -> Iterator[Row]:
     """One row a batch: its arrays, and the non-tensors."""
     prompt_length, response_length = _lengths(source.run.manifest)
-    pad_id = _pad_id(source.run.tokenizer())
+    pad_id = _pad_id(load_tokenizer(source.run.path / TOKENIZER))
     trajectories = ((_trainable(record), record) for record in source.with_ids())
     while pairs := list(islice(trajectories, source.batch_size)):
         batch = [one for one, _ in pairs]

@@ -158,20 +158,25 @@ class Run:
     # ------------------------------------------------------------------ the tokenizer
 
     def tokenizer(self) -> Any:
-        """The run's own tokenizer, from its `tokenizer/`. No code in it is run."""
-        from conversations.run.saved_tokenizer import load_tokenizer
+        """The run's own tokenizer as transformers has it, from its `tokenizer/`.
 
-        return load_tokenizer(self.path / TOKENIZER)
+        No code in it is run. Raises ModuleNotFoundError without transformers.
+        """
+        from conversations.run.saved_tokenizer import load_transformers_tokenizer
+
+        return load_transformers_tokenizer(self.path / TOKENIZER)
 
     def template(self) -> ChatTemplate:
         """The run's chat template with its config's arguments. Raises TemplateError if it is
         unusable.
         """
+        from conversations.run.saved_tokenizer import load_tokenizer
         from conversations.template import ChatTemplate
 
         manifest = self.manifest
         kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
-        return ChatTemplate(self.tokenizer(), kwargs=kwargs, reading=reading)
+        tokenizer = load_tokenizer(self.path / TOKENIZER)
+        return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading)
 
     # ------------------------------------------------------------------ tables
 

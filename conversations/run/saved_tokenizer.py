@@ -1,42 +1,62 @@
 """Loads the tokenizer of a run's `tokenizer/` as data: a run folder may come from anyone.
 
-Invariant: nothing in the folder is run as code. One class of transformers reads `tokenizer.json`,
-whatever class the folder names, so neither remote code nor a slow tokenizer's pickles are read; the
-chat template runs in jinja2's sandbox.
+Invariant: nothing in the folder is run as code. `tokenizer.json` is read, whatever class the folder
+names, so neither remote code nor a slow tokenizer's pickles are; the chat template runs in jinja2's
+sandbox.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conversations.errors import RunFolderError
+from conversations.tokenizer import TOKENIZER_FILE, FileTokenizer
+
+T = TypeVar("T")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The `PreTrainedTokenizerFast` of a folder. Raises RunFolderError if it cannot be read."""
+def load_tokenizer(folder: Path) -> FileTokenizer:
+    """The tokenizer of a folder. Raises RunFolderError if it cannot be read."""
+    return _read(folder, FileTokenizer)
+
+
+def load_transformers_tokenizer(folder: Path) -> Any:
+    """The same as transformers' `PreTrainedTokenizerFast`, as trainers want it.
+
+    Raises RunFolderError if it cannot be read, ModuleNotFoundError without transformers.
+    """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    if not (folder / "tokenizer.json").is_file():
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the class that the folder names
+    try:
+        return _read(
+            folder,
+            lambda folder: PreTrainedTokenizerFast.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ),
+        )
+    finally:
+        logging.set_verbosity(before)
+
+
+def _read(folder: Path, read: Callable[[Path], T]) -> T:
+    if not (folder / TOKENIZER_FILE).is_file():
         raise RunFolderError(
             f"{folder} holds no tokenizer.json; "
             "the run was copied without its tokenizer, or it was never written"
         )
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of the class that the folder names
     try:
-        return PreTrainedTokenizerFast.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        return read(folder)
     except BaseException as error:
         if not is_failure(error):
             raise
         raise RunFolderError(
             f"{folder} holds no tokenizer that can be read: {class_and_message(error)}"
         ) from error
-    finally:
-        logging.set_verbosity(before)
 
 
 def is_failure(error: BaseException) -> bool:

@@ -347,7 +347,7 @@ class ChatTemplate:
 
 
 def _check(name: str, tokenizer: Any) -> None:
-    if not getattr(tokenizer, "is_fast", False):
+    if not hasattr(tokenizer, "backend_tokenizer"):
         raise TemplateError(
             f"{name}: turntrace needs a fast tokenizer (tokenizer.json); this one is slow"
         )

