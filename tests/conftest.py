@@ -22,7 +22,6 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 ENGINE_FILES = {
     "tests/agent/gateway/test_gateway_engine.py",
-    "tests/agent/model/test_adapter.py",
     "tests/agent/replay/test_replay_engine.py",
     "tests/agent/test_rollout.py",
     "tests/agent/engines/test_other_sglangs.py",
@@ -30,12 +29,23 @@ ENGINE_FILES = {
     "tests/agent/engines/test_sglang_server.py",
     "tests/agent/engines/test_sglang_servers.py",
     "tests/agent/scoring/test_scoring_engine.py",
-    "tests/agent/trainers/test_trainer.py",
     "tests/conversations/test_verify_engine.py",
 }
-"""One worker runs these, one after the other: no two engines at once, and the tests that share one
-are in one process.
+"""One worker runs these, one after the other: the tests that share an engine are in one process,
+and few engines run at once.
 """
+
+SLOW_FILES = (
+    "tests/agent/trainers/test_trainer.py",
+    "tests/agent/trainers/test_verl_agent_loop.py",
+    "tests/agent/model/test_adapter.py",
+    "tests/crossings/test_crossings.py",
+    "tests/conversations/formats/test_whole_way.py",
+    "tests/agent/loop/test_fidelity.py",
+    "tests/agent/runs/test_chaos.py",
+    "tests/tools/mcp/test_tool.py",
+)
+"""What takes a minute and more where the other worker does the same, the slowest first."""
 
 
 class Lanes(LoadFileScheduling):
@@ -50,7 +60,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no worker is left with it alone."""
-    items.sort(key=lambda item: item.nodeid.split("::")[0] not in ENGINE_FILES)
+    items.sort(key=lambda item: _place(item.nodeid.split("::")[0]))
+
+
+def _place(file: str) -> int:
+    if file in ENGINE_FILES:
+        return 0
+    return 1 + SLOW_FILES.index(file) if file in SLOW_FILES else 1 + len(SLOW_FILES)
 
 
 # ---------------------------------------------------------------------- fixtures

@@ -462,33 +462,10 @@ def test_ports_are_free_and_those_that_sglang_derives_exist(sglang_rollout: Any)
 
 
 @pytest.mark.slow
-def test_a_script_without_a_main_guard_is_told_when_its_engine_dies(tmp_path: Path) -> None:
-    """Also: weights before the first generation, no signal handler taken, a clean exit with nothing
-    left behind.
+def test_two_ranks_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """One process updates all of an engine's ranks, also before the first generation, and is told
+    when one of them dies; no signal handler is taken, and a clean exit leaves nothing behind.
     """
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DYING).replace("LOG", repr(str(tmp_path / "engine.log"))))
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["uniform"] == pytest.approx(-10.8027, abs=1e-3)
-    assert told["signals"] == [0, 0]
-    assert "killed from outside" in told["running"]
-    assert "killed from outside" in told["next"]
-    assert "killed from outside" in told["weights"]
-    assert told["processes"] == []
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_one_process_updates_all_of_an_engines_ranks(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(f"LOG = {str(tmp_path / 'log')!r}\n{textwrap.dedent(RANKS)}")
     cores = sorted(os.sched_getaffinity(0))
@@ -502,62 +479,48 @@ def test_one_process_updates_all_of_an_engines_ranks(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    (before, changed, restored), versions = zip(*json.loads(done.stdout), strict=True)
-    assert versions == ("default", "1", "2")
+    told = json.loads(done.stdout)
+    assert told["uniform"] == pytest.approx(-10.8027, abs=1e-3)
+    (before, changed, restored), versions = zip(*told["turns"], strict=True)
+    assert versions == ("2", "3", "4")
     assert changed != before
     assert restored == before
+    assert told["signals"] == [0, 0]
+    assert "killed from outside" in told["running"]
+    assert "killed from outside" in told["next"]
+    assert "killed from outside" in told["weights"]
+    assert told["processes"] == []
+    assert "Traceback" not in done.stderr
 
 
 RANKS = """
-    import asyncio, json, pathlib, uuid
-    import torch
-    from safetensors.torch import load_file
-    from agent.engines.start import start
-    from agent.model.base import base_model_dir
-
-    config = {"prompt_length": 64, "response_length": 64, "tensor_model_parallel_size": 2}
-    rollout = start(config, base_model_dir(), log_path=pathlib.Path(LOG))
-    weights = load_file(base_model_dir() / "model.safetensors")
-    weights = {name: tensor for name, tensor in weights.items() if ".3." in name}
-
-    async def sampled():
-        greedy = {"temperature": 0.0, "max_new_tokens": 12}
-        generation = await rollout.engine().generate(
-            [1, 9690, 198, 504], greedy, request_id=uuid.uuid4().hex
-        )
-        return generation.token_ids, generation.weight_version
-
-    async def main():
-        turns = [await sampled()]
-        await rollout.update_weights((name, torch.zeros_like(it)) for name, it in weights.items())
-        turns.append(await sampled())
-        await rollout.update_weights(iter(weights.items()))
-        turns.append(await sampled())
-        await rollout.engine().close()
-        print(json.dumps(turns))
-
-    asyncio.run(main())
-"""
-
-
-DYING = """
     import asyncio, json, os, pathlib, signal, uuid
     import psutil, torch
+    from safetensors.torch import load_file
     from agent.engines.start import start
     from agent.errors import EngineError
     from agent.model.base import base_model_dir
 
-    config = {"prompt_length": 64, "response_length": 448}
+    config = {"prompt_length": 64, "response_length": 448, "tensor_model_parallel_size": 2}
     rollout = start(config, base_model_dir(), log_path=pathlib.Path(LOG))
     engine = rollout.engine()
+    weights = load_file(base_model_dir() / "model.safetensors")
+    norm = {"model.norm.weight": weights["model.norm.weight"]}
+    layer = {name: tensor for name, tensor in weights.items() if ".3." in name}
 
-    async def generate(count):
-        sampling = {"max_new_tokens": count, "ignore_eos": True}
-        return await engine.generate([1, 2, 3], sampling, request_id=uuid.uuid4().hex)
+    def update(tensors, factor):
+        return rollout.update_weights((name, it * factor) for name, it in tensors.items())
 
-    def no_weights():
-        zeros = torch.zeros(576, dtype=torch.bfloat16)
-        return rollout.update_weights(iter([("model.norm.weight", zeros)]))
+    async def generate(count, **sampling):
+        return await engine.generate(
+            [1, 9690, 198, 504],
+            {"max_new_tokens": count, **sampling},
+            request_id=uuid.uuid4().hex,
+        )
+
+    async def sampled():
+        generation = await generate(12, temperature=0.0)
+        return generation.token_ids, generation.weight_version
 
     def children():
         found = psutil.Process().children()
@@ -570,19 +533,25 @@ DYING = """
             return str(error)
 
     async def main():
-        await no_weights()
-        outcome = {"uniform": (await generate(1)).logprobs[0]}
-        outcome["signals"] = [int(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGQUIT)]
-        running = asyncio.create_task(failure(generate(400)))
+        await update(norm, 0)
+        told = {"uniform": (await generate(1)).logprobs[0]}
+        await update(norm, 1)
+        told["turns"] = [await sampled()]
+        await update(layer, 0)
+        told["turns"].append(await sampled())
+        await update(layer, 1)
+        told["turns"].append(await sampled())
+        told["signals"] = [int(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGQUIT)]
+        running = asyncio.create_task(failure(generate(400, ignore_eos=True)))
         await asyncio.sleep(0.5)
         os.kill(children()[0].pid, signal.SIGKILL)
-        outcome["running"] = await running
-        outcome["next"] = await failure(generate(1))
-        outcome["weights"] = await failure(no_weights())
+        told["running"] = await running
+        told["next"] = await failure(generate(1))
+        told["weights"] = await failure(update(norm, 1))
         await engine.close()
         await engine.close()
-        outcome["processes"] = [child.name() for child in children()]
-        print(json.dumps(outcome))
+        told["processes"] = [child.name() for child in children()]
+        print(json.dumps(told))
 
     asyncio.run(main())
 """

@@ -19,7 +19,7 @@ from agent.commands.tasks_work import write_gsm_symbolic
 from agent.engines.start import starting
 from agent.model.base import TOOLS_NAME, resolve_model
 
-PROBLEMS, SAMPLES = 2, 2
+PROBLEMS, SAMPLES = 1, 2
 TOOLS = str(Path(__file__).resolve().parents[2] / "tool_configs" / "gsm8k.yaml")
 
 
@@ -62,7 +62,7 @@ def main(folder: Path) -> dict[str, Any]:
         "prompt_length": 768,
         "response_length": 384,
         "max_model_len": 8192,  # all of the model's positions
-        "temperature": 0.7,
+        "temperature": 0.3,
         "max_num_seqs": 8,
         "calculate_log_probs": True,
         "multi_turn": {

@@ -26,7 +26,7 @@ def test_it_is_small_enough_to_ship() -> None:
 def test_it_completes_the_protocol_on_problems_it_never_saw(tmp_path: Path) -> None:
     """Through the command, in a process of its own: one engine start, and none of it is left."""
     tasks, out = tmp_path / "tasks.jsonl", tmp_path / "run"
-    write_gsm_symbolic(tasks, 3, seed=0)
+    write_gsm_symbolic(tasks, 2, seed=0)
     command = [
         sys.executable,
         "-m",
@@ -46,5 +46,5 @@ def test_it_completes_the_protocol_on_problems_it_never_saw(tmp_path: Path) -> N
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = scores(list(read_trajectories(out)))
     assert found.valid_calls.value == 1.0
-    assert (found.complete.part, found.complete.whole) == (3, 3)
-    assert found.right.part >= 2
+    assert (found.complete.part, found.complete.whole) == (2, 2)
+    assert found.right.part >= 1

@@ -669,7 +669,7 @@ def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
     told = [line for line in done.stdout.splitlines() if line.startswith("SMOKE ")]
     assert told, done.stderr[-2000:]
     steps = json.loads(told[0].removeprefix("SMOKE "))["steps"]
-    assert [step["rows"] for step in steps] == [4, 4]
+    assert [step["rows"] for step in steps] == [2, 2]
     for step in steps:
         assert step["sampled_tokens"] > 100
         assert step["advantages_off_mask"] == step["logprobs_off_mask"] == 0

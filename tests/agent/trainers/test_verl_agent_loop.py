@@ -17,12 +17,19 @@ pytestmark = pytest.mark.slow
 
 FOLDER = ROOT / "tests" / "agent" / "verl09"
 CASES = "tests/agent/verl09/cases.py"
+TEMPLATES = "tests/conversations/test_template.py"
+WHERE_THE_TOKENIZER_COUNTS = (
+    "not test_template.py or deltas_are_what or prompt_is_what or raw_is_the_tokenizers or end_and"
+    " or named_templates or next_roles or blanks_between"
+)
+"""Of the templates' tests, those that the class of a tokenizer may change."""
 
 
 @pytest.mark.parametrize(
     ("version", "files"),
     [
-        ("0.9.1", [CASES, "tests/conversations/test_template.py"]),  # with transformers 5
+        # With transformers 5.
+        ("0.9.1", [CASES, TEMPLATES, "-k", WHERE_THE_TOKENIZER_COUNTS]),
         ("0.8.0", [CASES]),
     ],
 )
