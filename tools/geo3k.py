@@ -40,19 +40,19 @@ class Geo3kTool(AnswerTool):
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
         super().__init__(config, tool_schema)
         require("mathruler", "sympy", "pylatexenc", extra="geo3k")
-        self._idle: list[Worker] = []
+        self._idle: list[GradingProcess] = []
 
     async def start(self) -> None:
         """Starts the first process. Raises ToolConfigError if it does not start."""
         try:
-            self._idle.append(await Worker.start())
+            self._idle.append(await GradingProcess.start())
         except BackendError as error:
             raise ToolConfigError(str(error)) from error
 
     async def grade(self, answer: str, ground_truth: str) -> tuple[float, dict[str, Any]]:
         killed: WorkerEndedError | None = None
         for _ in range(ATTEMPTS):
-            worker = self._idle.pop() if self._idle else await Worker.start()
+            worker = self._idle.pop() if self._idle else await GradingProcess.start()
             try:
                 right = await worker.ask(answer, ground_truth)
             except WorkerEndedError as ended:
@@ -96,7 +96,7 @@ class WorkerEndedError(Exception):
         )
 
 
-class Worker:
+class GradingProcess:
     """One grading process; it serves one question at a time."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -106,7 +106,7 @@ class Worker:
         self._stdin, self._line = process.stdin, process.stdout.readline
 
     @classmethod
-    async def start(cls) -> Worker:
+    async def start(cls) -> GradingProcess:
         """Starts a process and waits until it is ready, about a second. Raises BackendError."""
         # -P: a `tools` folder in the user's working folder is not ours. A session of its own:
         # Ctrl-C is for this process to handle.

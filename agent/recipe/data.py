@@ -21,7 +21,7 @@ from agent.errors import TaskError
 from agent.recipe import faults, symbolic
 from agent.recipe.gsm8k import from_gsm8k, with_other_numbers
 from agent.recipe.programs import SCRIPT_NAME, Problem, number_text, run_arithmetic
-from agent.recipe.setups import Setup, draw, shipped_setup
+from agent.recipe.setups import ToolSetup, draw, shipped_setup
 from conversations.messages import tool_message
 from conversations.template import ChatTemplate
 
@@ -164,7 +164,7 @@ class ExampleRenderer:
     def _render(
         self,
         problem: Problem,
-        setup: Setup,
+        setup: ToolSetup,
         failing: Sequence[faults.Fault],
         rng: Random,
         held_out: bool,
@@ -182,7 +182,7 @@ class ExampleRenderer:
         ]
         return Example(ids, loss, "/".join(parts), problem.answer, held_out)
 
-    def _prompt(self, problem: Problem, setup: Setup, rng: Random) -> list[int]:
+    def _prompt(self, problem: Problem, setup: ToolSetup, rng: Random) -> list[int]:
         messages = [{"role": "user", "content": _asked(problem, setup, rng)}]
         if setup.system is not None:
             messages.insert(0, {"role": "system", "content": setup.system})
@@ -206,7 +206,7 @@ class ExampleRenderer:
             loss += [0] * len(block)
 
 
-def _faults(problem: Problem, setup: Setup, rng: Random, share: float) -> list[faults.Fault]:
+def _faults(problem: Problem, setup: ToolSetup, rng: Random, share: float) -> list[faults.Fault]:
     if rng.random() >= share:
         return []
     count = 2 if rng.random() < 0.1 else 1
@@ -239,7 +239,9 @@ _OTHER_PATHS = (
 )
 
 
-def _good_turns(problem: Problem, setup: Setup, rng: Random) -> Iterator[tuple[str, str | None]]:
+def _good_turns(
+    problem: Problem, setup: ToolSetup, rng: Random
+) -> Iterator[tuple[str, str | None]]:
     """The protocol: run code, submit what it printed, say it.
 
     Each turn's text with the response it gets.
@@ -277,7 +279,7 @@ _RECEIPTS = (
 _FINISH = " Give the result as your final answer. Do not include units."
 
 
-def _asked(problem: Problem, setup: Setup, rng: Random) -> str:
+def _asked(problem: Problem, setup: ToolSetup, rng: Random) -> str:
     question = problem.question
     if problem.source == "gsm_symbolic" and rng.random() < 0.1:
         question = question.removesuffix(_FINISH)

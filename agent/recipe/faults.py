@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 
 from agent.recipe.programs import run_arithmetic
-from agent.recipe.setups import Setup
+from agent.recipe.setups import ToolSetup
 from conversations.formats.format import NO_TYPES
 from conversations.formats.registry import format_named
 from conversations.messages import MalformedToolCall
@@ -56,7 +56,7 @@ def broken_code(code: str, rng: Random) -> tuple[str, str] | None:
     return None
 
 
-def failing_turn(setup: Setup, code: str, rng: Random) -> Fault | None:
+def failing_turn(setup: ToolSetup, code: str, rng: Random) -> Fault | None:
     """A turn that fails: mostly broken code, now and then a call that is no call, or not one of
     these tools.
     """
@@ -181,12 +181,12 @@ _BREAKS: tuple[_Break, ...] = (
 # ------------------------------------------------------------------ ways to break a call
 
 
-def _message(setup: Setup, rng: Random, shipped: str, *others: str) -> str:
+def _message(setup: ToolSetup, rng: Random, shipped: str, *others: str) -> str:
     """A message to the model: the runtime's own for the shipped tools, any of them for others."""
     return shipped if setup.shipped else rng.choice((shipped, *others))
 
 
-def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
+def _malformed(setup: ToolSetup, code: str, rng: Random) -> Fault | None:
     good = call_text(setup.code_name, {setup.code_argument: code})
     breaks: tuple[Callable[[str], str], ...] = (
         lambda text: text.replace('"}}\n', '"}\n'),
@@ -208,7 +208,7 @@ def _malformed(setup: Setup, code: str, rng: Random) -> Fault | None:
     )
 
 
-def _wrong_argument(setup: Setup, code: str, rng: Random) -> Fault | None:
+def _wrong_argument(setup: ToolSetup, code: str, rng: Random) -> Fault | None:
     name, argument = setup.code_name, setup.code_argument
     wrong = rng.choice(
         [
@@ -225,7 +225,7 @@ def _wrong_argument(setup: Setup, code: str, rng: Random) -> Fault | None:
     return Fault(call_text(name, {wrong: code}), response)
 
 
-def _unknown_tool(setup: Setup, code: str, rng: Random) -> Fault | None:
+def _unknown_tool(setup: ToolSetup, code: str, rng: Random) -> Fault | None:
     names = [str(tool["function"]["name"]) for tool in setup.tools]
     wrong = rng.choice(
         [
@@ -240,7 +240,7 @@ def _unknown_tool(setup: Setup, code: str, rng: Random) -> Fault | None:
     return Fault(call_text(wrong, {setup.code_argument: code}), response)
 
 
-def _silent(setup: Setup, code: str, rng: Random) -> Fault | None:
+def _silent(setup: ToolSetup, code: str, rng: Random) -> Fault | None:
     """A program that prints nothing."""
     quiet = code[: code.rindex("\nprint(")]
     response = _message(setup, rng, "The code ran and printed nothing.", "(no output)", "")

@@ -26,7 +26,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Ratio:
     """`part` of `whole`."""
 
     part: int
@@ -45,10 +45,10 @@ class OutcomeShares:
     `recovered` counts those that began with a failing call.
     """
 
-    valid_calls: Share
-    complete: Share
-    right: Share
-    recovered: Share
+    valid_calls: Ratio
+    complete: Ratio
+    right: Ratio
+    recovered: Ratio
 
 
 def outcome_of(trajectory: Trajectory) -> Outcome:
@@ -109,10 +109,10 @@ def scores(trajectories: Sequence[Trajectory]) -> OutcomeShares:
     outcomes = [outcome_of(trajectory) for trajectory in trajectories if not trajectory.infra_error]
     begun = [one.recovered for one in outcomes if one.recovered is not None]
     return OutcomeShares(
-        valid_calls=Share(
+        valid_calls=Ratio(
             sum(one.valid_calls for one in outcomes), sum(one.calls for one in outcomes)
         ),
-        complete=Share(sum(one.complete for one in outcomes), len(outcomes)),
-        right=Share(sum(one.right for one in outcomes), len(outcomes)),
-        recovered=Share(sum(begun), len(begun)),
+        complete=Ratio(sum(one.complete for one in outcomes), len(outcomes)),
+        right=Ratio(sum(one.right for one in outcomes), len(outcomes)),
+        recovered=Ratio(sum(begun), len(begun)),
     )

@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from agent.recipe.metrics import OutcomeShares, Share, scores
+from agent.recipe.metrics import OutcomeShares, Ratio, scores
 from conversations.trajectory import Trajectory
 
 ADAPTER, BASE = "adapter", "base"
@@ -50,7 +50,7 @@ class Row:
     condition: Condition
     asked: int
     scores: OutcomeShares
-    new: Share
+    new: Ratio
     stop_reasons: dict[str, int]
     infra_errors: int
     sampled_tokens: int
@@ -130,7 +130,7 @@ def report_table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def cell(share: Share, wanted: float | None = None) -> str:
+def cell(share: Ratio, wanted: float | None = None) -> str:
     """`96.9% 62/64 (>= 90%)`; a figure that misses its target says so."""
     if share.value is None:
         return "" if wanted is None else f"none (>= {wanted:.0%})"

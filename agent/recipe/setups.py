@@ -20,7 +20,7 @@ CODE_TOOL, ANSWER_TOOL = "code_interpreter", "calculate_answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class ToolSetup:
     """The tools offered, in order, and which of them runs code and which takes the answer, by name
     and argument.
     """
@@ -53,17 +53,17 @@ def shipped_tools(config: Path) -> list[dict[str, Any]]:
     return schemas
 
 
-def draw(shipped: Sequence[dict[str, Any]], rng: Random, shipped_share: float = 0.5) -> Setup:
+def draw(shipped: Sequence[dict[str, Any]], rng: Random, shipped_share: float = 0.5) -> ToolSetup:
     """A random set-up: the shipped tools in a random order, or other ones."""
     if rng.random() < shipped_share:
         return shipped_setup(shipped, reverse=rng.random() < 0.5)
     return _other(shipped, rng)
 
 
-def shipped_setup(shipped: Sequence[dict[str, Any]], *, reverse: bool) -> Setup:
+def shipped_setup(shipped: Sequence[dict[str, Any]], *, reverse: bool) -> ToolSetup:
     """The shipped tools, in the file's order or reversed, without a system prompt."""
     tools = tuple(reversed(shipped)) if reverse else tuple(shipped)
-    return Setup(
+    return ToolSetup(
         None,
         tools,
         CODE_TOOL,
@@ -80,7 +80,7 @@ def _argument(shipped: Sequence[dict[str, Any]], name: str) -> str:
     return str(next(iter(function["parameters"]["properties"])))
 
 
-def _other(shipped: Sequence[dict[str, Any]], rng: Random) -> Setup:
+def _other(shipped: Sequence[dict[str, Any]], rng: Random) -> ToolSetup:
     by_name = {schema["function"]["name"]: schema for schema in shipped}
     code_name = _draw_name(rng, _CODE_NAMES, _CODE_VERBS, _CODE_NOUNS)
     answer_name = _draw_name(rng, _ANSWER_NAMES, _ANSWER_VERBS, _ANSWER_NOUNS)
@@ -103,7 +103,7 @@ def _other(shipped: Sequence[dict[str, Any]], rng: Random) -> Setup:
     tools = [code, answer, *rng.sample(_DISTRACTORS, extra)]
     rng.shuffle(tools)
     system = rng.choice(_SYSTEMS) if rng.random() < 0.5 else None
-    return Setup(
+    return ToolSetup(
         system,
         tuple(tools),
         code_name,

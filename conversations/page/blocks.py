@@ -21,7 +21,7 @@ THREADS = 2
 LEVEL = 5
 
 
-def packed(text: str) -> bytes:
+def deflated(text: str) -> bytes:
     """A text as base64 of its deflated UTF-8."""
     return base64.b64encode(zlib.compress(text.encode(), LEVEL))
 
@@ -85,7 +85,7 @@ class Blocks:
         self._file.close()
 
     def _close_block(self) -> None:
-        self._pending.append(self._threads.submit(packed, "\n".join(self._open)))
+        self._pending.append(self._threads.submit(deflated, "\n".join(self._open)))
         self._open, self._held, self._closed_blocks = [], 0, self._closed_blocks + 1
         if len(self._pending) > 2 * THREADS:
             self._write_one()

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from conversations.branches import path_record
 from conversations.errors import RecordError, RunFolderError
-from conversations.page.blocks import Blocks, packed
+from conversations.page.blocks import Blocks, deflated
 from conversations.page.html import shell
 from conversations.page.pieces import pieces
 from conversations.page.record import Record, Summary, shown_record, text_line, token_line
@@ -187,13 +187,13 @@ def _summary(run: Run, against: Run | None, summary: Summary) -> bytes:
         "total": len(run),
         "manifest": run.manifest,
     }
-    return packed(
+    return deflated(
         json.dumps({**summary.document(), "run": about}, separators=(",", ":"), default=str)
     )
 
 
 def _pieces(run: Run, used: set[int]) -> bytes:
-    return packed(
+    return deflated(
         json.dumps(
             pieces(run.path / TOKENIZER / "tokenizer.json", used),
             ensure_ascii=False,

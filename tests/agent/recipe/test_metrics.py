@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent.recipe.metrics import Share, complete, outcome_of, scores
+from agent.recipe.metrics import Ratio, complete, outcome_of, scores
 from conversations.trajectory import ToolCallRecord, Trajectory
 
 CODE = ToolCallRecord("call_0_0", 0, "code_interpreter", {"code": "print(1)"}, status="ok")
@@ -92,12 +92,12 @@ def test_scores_count_conversations_and_leave_out_what_the_infrastructure_failed
     broken = record([], infra_error=True, reward=None)
     found = scores([record([CODE, ANSWER]), record([CODE], reward=0.0), broken])
     assert (found.complete, found.right, found.valid_calls) == (
-        Share(1, 2),
-        Share(1, 2),
-        Share(3, 3),
+        Ratio(1, 2),
+        Ratio(1, 2),
+        Ratio(3, 3),
     )
-    assert scores([broken]).right == Share(0, 0)
-    assert Share(0, 0).value is None
+    assert scores([broken]).right == Ratio(0, 0)
+    assert Ratio(0, 0).value is None
     assert scores(
         [record([CODE, ANSWER], given=failing("print(x)")), record([CODE, ANSWER])]
-    ).recovered == Share(1, 1)
+    ).recovered == Ratio(1, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from agent.recipe.metrics import Share
+from agent.recipe.metrics import Ratio
 from agent.recipe.report import (
     ADAPTER,
     BASE,
@@ -48,9 +48,9 @@ def test_a_row_counts_what_is_done_and_what_is_new() -> None:
     one = found()
     assert (one.asked, one.scores.complete, one.scores.right, one.new) == (
         3,
-        Share(1, 2),
-        Share(1, 2),
-        Share(0, 1),
+        Ratio(1, 2),
+        Ratio(1, 2),
+        Ratio(0, 1),
     )
     assert (one.stop_reasons, one.sampled_tokens, one.infra_errors) == (
         {"stop": 1, "length": 1},
@@ -62,15 +62,15 @@ def test_a_row_counts_what_is_done_and_what_is_new() -> None:
 @pytest.mark.parametrize(
     ("share", "wanted", "text"),
     [
-        (Share(62, 64), 0.9, "96.9% 62/64 (>= 90%)"),
-        (Share(9, 10), 0.9, "90.0% 9/10 (>= 90%)"),
-        (Share(1, 2), 0.6, "50.0% 1/2 (MISSED 60%)"),
-        (Share(1, 2), None, "50.0% 1/2"),
-        (Share(0, 0), None, ""),
-        (Share(0, 0), 0.95, "none (>= 95%)"),
+        (Ratio(62, 64), 0.9, "96.9% 62/64 (>= 90%)"),
+        (Ratio(9, 10), 0.9, "90.0% 9/10 (>= 90%)"),
+        (Ratio(1, 2), 0.6, "50.0% 1/2 (MISSED 60%)"),
+        (Ratio(1, 2), None, "50.0% 1/2"),
+        (Ratio(0, 0), None, ""),
+        (Ratio(0, 0), 0.95, "none (>= 95%)"),
     ],
 )
-def test_a_figure_says_whether_it_is_enough(share: Share, wanted: float | None, text: str) -> None:
+def test_a_figure_says_whether_it_is_enough(share: Ratio, wanted: float | None, text: str) -> None:
     assert cell(share, wanted) == text
 
 
