@@ -34,7 +34,7 @@ from agent.runs.parts import Parts, start_engine
 from agent.terminal import visible
 from agent.workers.actor import Worker
 from agent.workers.cluster import Share, cluster
-from agent.workers.wire import Kind, Setup, StartEngine, Taken, Work, encode_work
+from agent.workers.wire import Kind, Setup, StartEngine, Taken, Work, encode_work, sent_record
 from conversations.errors import RecordError
 from conversations.trajectory import Trajectory
 
@@ -46,11 +46,11 @@ CUT_S = 30.0
 """How long a worker may take to cut off a conversation before it is given up."""
 CLOSE_S = 30.0
 """How long workers may take to end their tools and engines before they are killed."""
-SHRINK = 8
-"""From its second death on, a conversation's company is this many times smaller each time."""
 TRIES = 3
-"""A conversation whose worker dies with it alone, after this many deaths, has failed."""
-MOST_DEATHS = 8
+"""So many times a conversation's worker may die. Then what kills it is looked for."""
+SHRINK = 4
+"""From then on, a conversation's company is so many times smaller after each death."""
+MOST_DEATHS = 10
 """A worker that dies so often without finishing a conversation is not started again."""
 LONGEST_PAUSE_S = 10.0
 
@@ -150,6 +150,10 @@ class WorkerPool:
             if not await self._cut(job):
                 raise
 
+    def processes(self) -> list[tuple[str, int]]:
+        """Host name and process id of each worker that is up."""
+        return [(seat.host, seat.pid) for seat in self._seats if seat.is_up]
+
     def so_far(self) -> tuple[int, int]:
         """Turns and sampled tokens of the conversations that workers are running."""
         taken = [seat.taken for seat in self._seats if seat.taken]
@@ -173,8 +177,8 @@ class WorkerPool:
             self._waiting.setdefault(job.company, deque()).append(job)
 
     def _admit_waiting(self) -> None:
-        """Hands out what waits and has room now."""
-        for company in sorted(self._waiting):
+        """Hands out what waits and has room now; what needs little company comes last."""
+        for company in sorted(self._waiting, reverse=True):
             queue = self._waiting[company]
             while queue and any(seat.has_room(queue[0]) for seat in self._seats):
                 self._hand_out(queue.popleft())
@@ -202,7 +206,8 @@ class WorkerPool:
         text = data.decode()
         try:
             if kind in (Kind.RECORD, Kind.CUT):
-                record = Trajectory.from_line(text)
+                read = sent_record if kind == Kind.RECORD else Trajectory.from_line
+                record = read(text)
                 job.conversation.elsewhere = RanElsewhere(record, evidence)
                 job.end(is_whole=kind == Kind.RECORD)
                 seat.deaths = 0
@@ -241,7 +246,7 @@ class WorkerPool:
             "scheduling_strategy": "SPREAD",
         }
         seat.actor = ray.remote(Worker).options(**options).remote()
-        seat.where = await self._placed(seat)
+        seat.host, seat.pid = await self._placed(seat)
         setup = _setup_of(self._setup, seat.index, next(self._starts))
         facts: dict[str, Any] = json.loads(await seat.actor.start.remote(setup))
         if "error" in facts:
@@ -250,7 +255,8 @@ class WorkerPool:
         self._admit_waiting()
         return facts
 
-    async def _placed(self, seat: _Seat) -> str:
+    async def _placed(self, seat: _Seat) -> tuple[str, int]:
+        """Host name and process id, as soon as Ray has a place for the worker."""
         placed = asyncio.ensure_future(_answer(seat.actor.place.remote()))
         while not (await asyncio.wait((placed,), timeout=PLACE_S))[0]:
             if not any(other.is_up for other in self._seats):
@@ -259,8 +265,8 @@ class WorkerPool:
                     f"worker {seat.index} found no place within {PLACE_S:g} s: it needs "
                     f"{self._share} that Ray has free"
                 )
-        host, pid = placed.result()
-        return f"{host}, pid {pid}"
+        found: tuple[str, int] = placed.result()
+        return found
 
     async def _serve(self, seat: _Seat) -> None:
         """Takes what the seat's worker finishes, and starts another whenever it dies."""
@@ -393,7 +399,7 @@ class _Job:
         self.deaths += 1
         if crowd == 1 and self.deaths >= TRIES:
             return True
-        if self.deaths > 1:
+        if self.deaths >= TRIES:
             self.company = max(1, crowd // SHRINK)
         return False
 
@@ -417,7 +423,8 @@ class _Seat:
     index: int
     most: float
     actor: Any = None
-    where: str = "not placed"
+    host: str = ""
+    pid: int = 0
     is_up: bool = False
     deaths: int = 0
     taken: Taken | None = None
@@ -427,7 +434,8 @@ class _Seat:
     _cuts: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"worker {self.index} ({self.where})"
+        where = f" (pid {self.pid} on {self.host})" if self.pid else ""
+        return f"worker {self.index}{where}"
 
     def has_room(self, job: _Job) -> bool:
         """Whether it may have the job: neither it nor any that it has wants less company."""
@@ -473,7 +481,7 @@ class _Seat:
         jobs = [self.leave(number) for number in list(self.jobs)]
         if self.actor is not None:
             _kill(self.actor)
-        self.actor, self.taken, self.is_up, self.where = None, None, False, "not placed"
+        self.actor, self.taken, self.is_up, self.pid = None, None, False, 0
         self._outbox, self._cuts = [], []
         return jobs, was
 

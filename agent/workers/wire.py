@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from agent.config.config import Config
 from agent.engines.engine import Engine
 from agent.loop.tasks import Task
@@ -80,6 +82,27 @@ class Kind(StrEnum):
 
 Answer = tuple[int, str, bytes, bytes | None]
 """(number of the work, Kind, UTF-8, content of the evidence file). Builtin types only."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentRecord(Trajectory):
+    """A record as a worker wrote it. `line` is what stands on disk; the fields are for counting."""
+
+    line: str = ""
+
+    def to_line(self) -> str:
+        """The line as it came: to make it again would cost the run's process most of its time."""
+        return self.line
+
+
+def sent_record(line: str) -> Trajectory:
+    """The record of a worker's line. Its hash is the worker's own and is not checked here."""
+    try:
+        record = orjson.loads(line)
+    except ValueError:  # it refuses lone surrogates
+        record = json.loads(line)
+    read = Trajectory.from_record(record)
+    return SentRecord(**{item.name: getattr(read, item.name) for item in fields(read)}, line=line)
 
 
 @dataclass(frozen=True, slots=True)

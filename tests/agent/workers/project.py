@@ -44,7 +44,8 @@ async def look(question: str) -> str:
         await asyncio.sleep(0.01)
         os._exit(7)
     nap = HERE / "nap_s"
-    await asyncio.sleep(float(nap.read_text()) if nap.exists() else 0)
+    if nap.exists() and question[-2:] not in (" 0", " 1", " 2", " 3"):
+        await asyncio.sleep(float(nap.read_text()))
     return "found"
 '''
 

@@ -30,7 +30,7 @@ from agent.runs.parts import Parts, config_tools, prepare
 from agent.runs.session import Session
 from agent.workers import cluster as ray_cluster
 from agent.workers.pool import WorkerPool
-from agent.workers.wire import Work, decode_work, encode_work
+from agent.workers.wire import Work, decode_work, encode_work, sent_record
 from conversations.run.store import (
     SUPERSEDED,
     TRAJECTORIES,
@@ -105,7 +105,7 @@ def alone(parts: Parts, project: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def nap(project: Path) -> Iterator[Any]:
-    """Makes the tool take so many seconds."""
+    """Makes the tool take so many seconds, but for the first four questions."""
     file = project / "nap_s"
     yield lambda seconds: file.write_text(str(seconds))
     file.unlink(missing_ok=True)
@@ -235,13 +235,13 @@ def test_what_is_cut_off_is_kept_and_continued(
 def test_over_sampling_cuts_off_the_slow_rest(
     pool: WorkerPool, project: Path, tmp_path: Path, nap: Any
 ) -> None:
-    nap(0.2)
+    nap(30)  # but the first four
     with RunFolder.create(tmp_path / "run", {}) as store:
         pool.run(in_workers(pool, harmless(project), store, target=4, max_concurrent=8))
     cut = list(read_trajectories(tmp_path / "run" / UNFINISHED))
     done = list(read_trajectories(tmp_path / "run"))
-    assert len(done) >= 4
-    assert len({record.id for record in [*cut, *done]}) == len(cut) + len(done)
+    assert {record.id for record in done} == {f"t{index}-0" for index in range(4)}
+    assert len({record.id for record in cut}) == len(cut) >= 4
     assert {warning.kind for record in cut for warning in record.warnings} == {"over_sampled"}
 
 
@@ -326,6 +326,19 @@ def test_a_worker_that_cannot_start_is_one_line(address: str, parts: Parts, tmp_
 
 
 # ---------------------------------------------------------------------- what goes over
+
+
+def test_a_workers_line_is_written_as_it_came(alone: Path) -> None:
+    record: Trajectory = next(read_trajectories(alone))
+    for truth in (2**70, "\ud800", 0.1 + 0.2, {"b": 1, "a": "é"}):
+        line = dataclasses.replace(record, ground_truth=truth).to_line()
+        sent = sent_record(line)
+        assert sent.to_line() == line
+        assert (sent.id, sent.turns, sent.tool_calls) == (
+            record.id,
+            record.turns,
+            record.tool_calls,
+        )
 
 
 def test_a_task_and_a_record_come_back_as_they_went(alone: Path) -> None:
