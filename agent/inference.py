@@ -18,7 +18,7 @@ from agent.loop.tasks import Task
 from agent.runs.parts import config_interactions, prepare
 from agent.runs.session import Session
 from conversations.errors import MessageError
-from conversations.messages import given_messages
+from conversations.messages import GivenImages, given_messages
 from conversations.rounds import last_sampled
 from conversations.trajectory import Trajectory
 from tools.base import ToolConfigError
@@ -205,7 +205,9 @@ def _tasks(prompts: Prompts) -> list[Task]:
             raise TaskError(f"prompt {index} is empty")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            tasks.append(Task(str(index), given_messages(messages)))
+            images = GivenImages()
+            given = given_messages(messages, images)
+            tasks.append(Task(str(index), given, images=tuple(images.sources)))
         except MessageError as error:
             raise TaskError(f"prompt {index}: {error}") from error
     return tasks

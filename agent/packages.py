@@ -15,6 +15,7 @@ NAMES = ("agent", "conversations", "tools")
 ROOT = Path(__file__).resolve().parents[1]
 
 EXTRAS = {
+    "PIL": "images",
     "httptools": "sandbox",
     "mathruler": "geo3k",
     "mcp": "mcp",

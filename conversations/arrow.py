@@ -13,7 +13,7 @@
     warnings                    list<struct<kind: string, text: string>>
     schema, id, task_id, stop_reason, error, started_at, sha256    string
     messages, tool_calls, tools, reward_parts, ground_truth, data_source, extra, engine,
-    sampling, parent, branches                                     JSON text
+    sampling, parent, branches, images                             JSON text
 
 JSON text reads back with `json.loads`; it is null if the field is null. Log-probs lose nothing:
 they were float32 when they were sampled.

@@ -4,6 +4,7 @@ ConversationsError
 ├── TemplateError      a chat template that cannot be used, and why
 ├── CallFormatError    a call format that does not exist, or that a model's template does not write
 ├── MessageError       a message that is not in the OpenAI chat schema
+├── ImageError         an image that is none, is too large, or cannot be shown to the model
 ├── RecordError        a trajectory that is not a valid record of a schema that is read
 ├── RunFolderError     a run folder that cannot be opened, locked or resumed
 ├── ExportError        an export that was asked for and cannot be made
@@ -26,6 +27,10 @@ class CallFormatError(ConversationsError):
 
 class MessageError(ConversationsError):
     """A message is not in the OpenAI chat schema."""
+
+
+class ImageError(ConversationsError):
+    """An image cannot be had, is not one, is over a limit, or cannot be shown to the model."""
 
 
 class RecordError(ConversationsError):

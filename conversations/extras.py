@@ -23,6 +23,11 @@ def pandas() -> Any:
     return _module("pandas", "data frames", "turntrace[parquet]", "pandas")
 
 
+def pillow() -> Any:
+    """Pillow's module `Image`."""
+    return _module("PIL.Image", "images", "turntrace[images]")
+
+
 def _module(name: str, purpose: str, *install: str) -> Any:
     try:
         return importlib.import_module(name)

@@ -3,16 +3,23 @@
 A message is a plain dict, as it stands in task files and records. A sampled assistant message
 carries `raw`, the exact text of its sampled ids; a given one has `raw: None`. A call that could not
 be parsed keeps its text verbatim.
+
+`content` is a text, or a list of parts if there are images among them: `{"type": "text", "text":
+...}` and `{"type": "image", "image": ...}`. The image is the reference `sha256:HEX` of a file in
+the run's `images/`; in a task whose images were not read yet, the number of its source.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from conversations.errors import MessageError
+from conversations.errors import ImageError, MessageError
+from conversations.images.sources import ImageSource, image_source
 
 Message = dict[str, Any]
 
@@ -91,11 +98,15 @@ def _tool_call(call: ToolCall | MalformedToolCall, call_id: str) -> dict[str, An
     }
 
 
-def tool_message(content: str, *, call_id: str | None, name: str | None) -> Message:
+def tool_message(
+    text: str, *, call_id: str | None, name: str | None, images: Sequence[str] = ()
+) -> Message:
     """The message that answers one call. `call_id` is None for what a tool said when it was
     created.
+
+    `images` are references; they stand before the text, as in verl 0.6.1.
     """
-    message: Message = {"role": "tool", "content": content}
+    message: Message = {"role": "tool", "content": content_of(text, images)}
     if call_id is not None:
         message["tool_call_id"] = call_id
     if name:
@@ -103,22 +114,103 @@ def tool_message(content: str, *, call_id: str | None, name: str | None) -> Mess
     return message
 
 
-def given_messages(messages: object) -> list[Message]:
+def content_of(text: str, images: Sequence[str] = ()) -> Any:
+    """A message's content of images, by reference, and a text after them."""
+    if not images:
+        return text
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [*parts, {"type": "text", "text": text}] if text else parts
+
+
+def content_text(content: Any, mark: str = "<image>") -> str:
+    """The text of a content; `mark` stands for each image. Empty for None."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] if part.get("type") == "text" else mark for part in content)
+
+
+def image_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The image parts of messages, in order."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            yield from (part for part in content if part.get("type") == "image")
+
+
+def with_images(messages: Sequence[Message], references: Sequence[str]) -> list[Message]:
+    """The messages with the k-th reference in the k-th image part; the given ones stay as they
+    are.
+    """
+    rest = iter(references)
+
+    def part(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one, "image": next(rest)} if one["type"] == "image" else one
+
+    return [
+        {**message, "content": [part(one) for one in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+@dataclass(slots=True)
+class GivenImages:
+    """The images of a task while its messages are read: `sources` in the order of their parts.
+
+    `column` is the row's `images` as verl has it: the text `<image>` and parts without an image of
+    their own take the next of it. None: there is no such column, and `<image>` is text. Relative
+    paths are in `folder`.
+    """
+
+    column: Sequence[Any] | None = None
+    folder: Path | None = None
+    sources: list[ImageSource] = field(default_factory=list)
+    _taken: int = 0
+
+    def take(self, given: object = None) -> dict[str, Any]:
+        """The part of an image, of the column's next if none is given. Raises ImageError."""
+        if given is None:
+            column = self.column or ()
+            if self._taken >= len(column):
+                raise ImageError(f"there are more <image> placeholders than images ({len(column)})")
+            given = column[self._taken]
+            self._taken += 1
+        self.sources.append(image_source(given, self.folder))
+        return {"type": "image", "image": len(self.sources) - 1}
+
+    def check_used(self) -> None:
+        """Raises ImageError if images of the column stand nowhere."""
+        if self.column is not None and self._taken < len(self.column):
+            raise ImageError(
+                f"the row has {len(self.column)} images, but its messages hold {self._taken} "
+                "<image> placeholders"
+            )
+
+
+def given_messages(messages: object, images: GivenImages | None = None) -> list[Message]:
     """Checks a task's messages and returns them as the record keeps them.
 
     Text parts (`[{"type": "text", "text": ...}]`) become one string, an assistant's missing content
-    the empty string, and given assistant messages get `raw: None`. Raises MessageError on anything
-    that is not in the OpenAI chat schema.
+    the empty string, and given assistant messages get `raw: None`. Image parts are `image` and
+    OpenAI's `image_url`; their sources go to `images`, without which they are refused. Raises
+    MessageError on anything that is not in the OpenAI chat schema.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise MessageError(
             "messages must be a non-empty list of {role, content} objects, "
             f"got {_shape(messages)}"
         )
-    return [_given(message, index) for index, message in enumerate(messages)]
+    given = [_given(message, index, images) for index, message in enumerate(messages)]
+    if images:
+        try:
+            images.check_used()
+        except ImageError as error:
+            raise MessageError(str(error)) from error
+    return given
 
 
-def _given(message: object, index: int) -> Message:
+def _given(message: object, index: int, images: GivenImages | None) -> Message:
     if not isinstance(message, Mapping):
         raise MessageError(
             f"message {index} must be an object with role and content, got {_shape(message)}"
@@ -133,7 +225,9 @@ def _given(message: object, index: int) -> Message:
             f"message {index} ({role}) has no content; "
             f"its keys: {', '.join(sorted(map(str, kept)))}"
         )
-    kept["content"] = _text(kept.get("content", ""), index)
+    kept["content"] = _content(kept.get("content", ""), index, images)
+    if role == "assistant" and isinstance(kept["content"], list):
+        raise MessageError(f"message {index} (assistant) holds an image; models write text")
     if "tool_calls" in kept:
         kept["tool_calls"] = _given_calls(kept["tool_calls"], index)
     if role == "assistant":
@@ -141,21 +235,56 @@ def _given(message: object, index: int) -> Message:
     return kept
 
 
-def _text(content: object, index: int) -> str:
-    if isinstance(content, str):
+_PLACEHOLDER = re.compile(r"(<image>)")
+
+
+def _content(content: object, index: int, images: GivenImages | None) -> Any:
+    """A text if there are only texts, else a list of parts, no two texts beside each other."""
+    has_column = images is not None and images.column is not None
+    if isinstance(content, str) and not (has_column and "<image>" in content):
         return content
-    if isinstance(content, Sequence) and not isinstance(content, bytes):
-        texts = [
-            part.get("text")
-            for part in content
-            if isinstance(part, Mapping) and part.get("type") == "text"
-        ]
-        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
-    raise MessageError(
-        f"message {index} has content of {_shape(content)}; "
-        "only text (a string or text parts) is supported"
-    )
+    parts: list[dict[str, Any]] = []
+    try:
+        for part in _parts(content, images):
+            if part["type"] == "text" and parts and parts[-1]["type"] == "text":
+                part = {"type": "text", "text": parts.pop()["text"] + part["text"]}
+            parts.append(part)
+    except (ImageError, TypeError) as error:
+        raise MessageError(f"message {index} has content of {_shape(content)}; {error}") from error
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _parts(content: object, images: GivenImages | None) -> Iterator[dict[str, Any]]:
+    """The parts of a content. Raises ImageError, and TypeError for what is neither text nor
+    image.
+    """
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise TypeError("only text (a string or parts) and images are supported")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield from _text_parts(part["text"], images)
+        elif kind in ("image", "image_url", "input_image"):
+            if images is None:
+                raise ImageError("images are not taken here; only text")
+            yield images.take(part.get("image") or part.get("image_url"))
+        else:
+            raise TypeError("only text (a string or text parts) and images are supported")
+
+
+def _text_parts(text: str, images: GivenImages | None) -> Iterator[dict[str, Any]]:
+    if images is None or images.column is None:
+        yield {"type": "text", "text": text}
+        return
+    for piece in _PLACEHOLDER.split(text):
+        if piece == "<image>":
+            yield images.take()
+        elif piece:
+            yield {"type": "text", "text": piece}
 
 
 def _given_calls(calls: object, index: int) -> list[dict[str, Any]]:

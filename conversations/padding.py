@@ -8,6 +8,8 @@ The layout is that of `SGLangRollout.generate_sequences` in verl 0.6.1:
     input_ids          [B, P + R]     prompts and responses side by side
     attention_mask     [B, P + R]     0 where padded
     position_ids       [B, P + R]     counted from 0 at the first real token, 0 where padded
+                       [B, 4, P + R]  of models that see: text, time, height, width, 1 where padded,
+                                      as verl's dataset and agent loop have them
     rollout_log_probs  [B, R] float32 the engine's log-probs, 0 where nothing was sampled
 
 P and R grow to the longest sequence. Padding exists only here and only for verl: everywhere else a
@@ -19,7 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from conversations.images.positions import four_rows, image_positions
 from conversations.trajectory import Trajectory
+
+
+def placed_grids(one: Trajectory) -> list[tuple[int, list[int]]]:
+    """(first token, grid) of a trajectory's images, in order."""
+    return [(image["start"], image["grid"]) for image in one.images]
 
 
 def padded_batch(
@@ -29,8 +37,12 @@ def padded_batch(
     response_length: int,
     pad_id: int,
     logprobs: bool = True,
+    merge_size: int | None = None,
 ) -> dict[str, Any]:
-    """The numpy arrays above, by name; `rollout_log_probs` only with `logprobs`."""
+    """The numpy arrays above, by name; `rollout_log_probs` only with `logprobs`.
+
+    `merge_size` is that of the model's image processor, None for a model that sees no images.
+    """
     import numpy as np
 
     prompt_length = max([prompt_length, *(len(one.prompt_ids) for one in trajectories)])
@@ -40,11 +52,15 @@ def padded_batch(
     attention_mask, position_ids = np.zeros((2, count, total), dtype=np.int64)
     mask = np.zeros((count, response_length), dtype=np.int64)
     values = np.zeros((count, response_length), dtype=np.float32)
+    seen: list[Any] = []
     for row, one in enumerate(trajectories):
         start, end = prompt_length - len(one.prompt_ids), prompt_length + len(one.response_ids)
         input_ids[row, start:end] = [*one.prompt_ids, *one.response_ids]
         attention_mask[row, start:end] = 1
         position_ids[row, start:end] = np.arange(end - start)
+        if merge_size is not None:
+            rows = image_positions(end - start, placed_grids(one), merge_size)
+            seen.append(four_rows(attention_mask[row], rows))
         mask[row, : len(one.response_mask)] = one.response_mask
         values[row, : len(one.response_logprobs)] = [
             value or 0.0 for value in one.response_logprobs
@@ -55,6 +71,6 @@ def padded_batch(
         "response_mask": mask,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "position_ids": position_ids,
+        "position_ids": position_ids if merge_size is None else np.stack(seen),
         **({"rollout_log_probs": values} if logprobs else {}),
     }

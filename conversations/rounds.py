@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.messages import Message
+from conversations.messages import Message, content_text
 from conversations.tokens import TOOL, USER
 
 
@@ -19,8 +19,11 @@ def is_sampled(message: Mapping[str, Any]) -> bool:
 
 
 def text_said(message: Mapping[str, Any]) -> str:
-    """What stands in the message: its `raw` text if it was sampled, else its content."""
-    return str(message["raw"] if is_sampled(message) else message["content"])
+    """What stands in the message: its `raw` text if it was sampled, else its content.
+
+    An image is `<image>`, as in verl's data.
+    """
+    return str(message["raw"]) if is_sampled(message) else content_text(message["content"])
 
 
 def sampled_places(messages: Sequence[Mapping[str, Any]]) -> list[int]:

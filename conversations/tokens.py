@@ -14,6 +14,10 @@ PROMPT, SAMPLED, TOOL, USER, TEMPLATE = "prompt", "sampled", "tool", "user", "te
 KINDS = (PROMPT, SAMPLED, TOOL, USER, TEMPLATE)
 
 
+Piece = tuple[str, list[int]]
+"""(kind, token ids): a run of tokens by one author."""
+
+
 class TokenIds(list[int]):
     """Ids that only grow, as a list, and as JSON text that is kept: only new ids are written."""
 

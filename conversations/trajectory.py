@@ -67,6 +67,7 @@ Tools = Annotated[list[dict[str, Any]], "OpenAI tool schemas"]
 Parent = Annotated[dict[str, Any] | None, "{run, id, turn}"]
 Reason = Annotated[str, "one of BRANCH_REASONS"]
 BranchParent = Annotated[dict[str, int] | None, "{branch, turn}"]
+Images = Annotated[list[dict[str, Any]], "{sha256, width, height, grid, start, end}"]
 
 
 @dataclass(slots=True)
@@ -96,7 +97,9 @@ class ToolCallRecord:
     `arguments` is the parsed object, or the verbatim block of a malformed call. `response` is the
     text that the model was shown, `full_response` the whole text if it was cut, else None. `reward`
     is the step reward that `execute` returned. `attempts` is in order; `queue_s` and `run_s` are
-    its sums. `error` is for readers of the record and is never shown to the model.
+    its sums. `error` is for readers of the record and is never shown to the model. `images` are the
+    hashes of the images that the model was shown before the text; a line without any has no such
+    key.
     """
 
     call_id: str
@@ -112,6 +115,7 @@ class ToolCallRecord:
     queue_s: float = 0.0
     run_s: float = 0.0
     error: str | None = None
+    images: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,10 @@ class Trajectory:
 
     `parent` is {run, id, turn} of the trajectory that a replay, a fork or a rescoring was made
     from, else None. In a fork, `turn` is the first turn of its own: everything before
-    `turns[turn].start` is the parent's, with the sampled tokens and log-probs.
+    `turns[turn].start` is the parent's, with the sampled tokens and log-probs. `images` are the
+    images of prompt and answers in order: `sha256` names a file of the run's `images/`, `width` and
+    `height` are its pixels, `grid` its patches (time, height, width), and [`start`, `end`) its
+    tokens over `prompt_ids + response_ids`. A line without images has no such key.
     """
 
     id: str
@@ -204,6 +211,7 @@ class Trajectory:
     started_at: str
     wall_s: float
     branches: list[Branch] = field(default_factory=list)
+    images: Images = field(default_factory=list)
 
     def to_line(self) -> str:
         """The record as one JSON line without the newline, `sha256` last.
@@ -211,7 +219,7 @@ class Trajectory:
         Messages and tools keep the order of their keys. Raises RecordError if a value has no JSON
         form (NaN, an object).
         """
-        record = {"schema": SCHEMA, **self.fields()}
+        record = as_written({"schema": SCHEMA, **self.fields()})
         try:
             body, line = _texts(record)
         except (TypeError, ValueError, RecursionError) as error:
@@ -317,8 +325,12 @@ def record_hash(record: Mapping[str, Any]) -> str:
 
 
 def line_hash(line: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of all of a line's fields but `sha256`, as they stand there."""
-    parts = _canonical_parts({key: value for key, value in line.items() if key != "sha256"})
+    """SHA-256 of the canonical JSON of all of a line's fields but `sha256`, as they stand there.
+
+    `images` that are empty count as absent: turntrace does not write them.
+    """
+    absent = ("sha256", "images") if line.get("images") == [] else ("sha256",)
+    parts = _canonical_parts({key: value for key, value in line.items() if key not in absent})
     return _sha256(f"{{{','.join(text for _, text in parts)}}}")
 
 
@@ -391,6 +403,8 @@ def _plain_slots(item: Any) -> dict[str, Any]:
     is_own = kind is Turn and item.response_id is None and item.notes is None
     names, getter = _own_turn_slots() if is_own else _slots(kind)
     values = dict(zip(names, getter(item), strict=True))
+    if "images" in values and not values["images"]:
+        del values["images"]
     if kind is ToolCallRecord:
         values["attempts"] = [_plain_slots(attempt) for attempt in values["attempts"]]
     elif kind is Branch:

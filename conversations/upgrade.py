@@ -1,6 +1,7 @@
 """Records of the schema before this one, `turntrace/1`, read in today's form.
 
-A `turntrace/1` line has no `branches`, and its `warnings` are texts. Only this file knows that.
+A `turntrace/1` line has no `branches`, and its `warnings` are texts; a line of either schema has
+`images` only if there are any. Only this file knows that.
 Invariant: `as_written(upgraded(record)) == record`, so the hash of an old line can be checked in
 either form. `schema` and `sha256` stay those of the line.
 """
@@ -64,14 +65,16 @@ def check_schema(value: object) -> dict[str, Any]:
 def upgraded(record: dict[str, Any]) -> dict[str, Any]:
     """A record line's object in the form of `SCHEMA`. Raises RecordError."""
     if record["schema"] == SCHEMA:
-        return record
-    if "branches" in record:
-        raise RecordError(f"the field branches is not known in a {OLD_SCHEMA} record")
-    return {**record, "branches": [], "warnings": _warnings(record)}
+        return record if "images" in record else {**record, "images": []}
+    if "branches" in record or "images" in record:
+        raise RecordError(f"the fields branches, images are not known in a {OLD_SCHEMA} record")
+    return {**record, "branches": [], "images": [], "warnings": _warnings(record)}
 
 
 def as_written(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """The record as its own schema writes it: what `upgraded` was given."""
+    if not record.get("images"):
+        record = {key: value for key, value in record.items() if key != "images"}
     if record.get("schema") != OLD_SCHEMA:
         return record
     kept = [warning for warning in record["warnings"] if warning["kind"] != "partial"]

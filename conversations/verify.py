@@ -31,7 +31,12 @@ from conversations.checks.finding import Defect, Finding, differs, printable
 from conversations.checks.group import RunChecks
 from conversations.checks.record import LineResult, check_line
 from conversations.errors import ConversationsError, RunFolderError
-from conversations.run.open_run import TOKENIZER, recorded_reading, template_kwargs
+from conversations.run.open_run import (
+    TOKENIZER,
+    recorded_processor,
+    recorded_reading,
+    template_kwargs,
+)
 from conversations.run.saved_tokenizer import class_and_message, is_failure, load_tokenizer
 from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
@@ -129,7 +134,7 @@ class _Verification:
     def run(self) -> None:
         manifest = self._manifest()
         facts = dataclasses.replace(
-            facts_of(manifest, self._template(manifest)), folder=self.folder
+            facts_of(manifest, self._template(manifest), self.folder), folder=self.folder
         )
         chunks = [
             chunk for name in (TRAJECTORIES, UNFINISHED, SUPERSEDED) for chunk in self._chunks(name)
@@ -304,7 +309,9 @@ def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     """The run's chat template. Raises ConversationsError, whatever is wrong with the folder."""
     try:
         kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
-        return ChatTemplate(load_tokenizer(folder), kwargs=kwargs, reading=reading)
+        tokenizer = load_tokenizer(folder)
+        images = recorded_processor(manifest, tokenizer)
+        return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading, images=images)
     except BaseException as error:  # a tokenizer that is not one may fail in any way
         if isinstance(error, ConversationsError) or not is_failure(error):
             raise

@@ -55,7 +55,10 @@ class BackendError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ToolResponse:
-    """What a tool answers. Only `text` reaches the model; the rest is carried for verl's tools."""
+    """What a tool answers: a text, and images, which a model that sees reads before the text.
+
+    An image is a PIL image, a file's bytes or a data URL. `video` is carried for verl's tools.
+    """
 
     text: str | None = None
     image: list[Any] | None = None
@@ -74,6 +77,9 @@ class BaseTool:
     # How long one call may take, and how many run at a time, if the config does not say.
     timeout_s: float = 60.0
     max_concurrency: int | None = None
+    # Whether `create` is given `image`, a PIL image: the row's own (create_kwargs), else the first
+    # of the conversation; without either it is not given.
+    takes_image: bool = False
     # Whether a call may be sent again although the first one may have had an effect.
     idempotent: bool = False
 

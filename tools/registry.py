@@ -53,7 +53,7 @@ NOT_FROM_VERL = {
         "same config and tool_schema"
     ),
     "verl.tools.image_zoom_in_tool.ImageZoomInTool": (
-        "runs only inside Ray, and answers with images, which are not shown to models here"
+        "works only inside Ray; tools.image_zoom.ImageZoomInTool takes the same config"
     ),
     **dict.fromkeys(VERL_MCP, "needs an mcp: with command, url or mcp_servers_config_path"),
 }

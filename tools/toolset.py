@@ -52,6 +52,11 @@ class LoadedTool:
         """What models will stumble over in its schema, one line each."""
         return self._checked.warnings
 
+    @property
+    def takes_image(self) -> bool:
+        """Whether its `create` is given a PIL image, `image`."""
+        return bool(getattr(self.tool, "takes_image", False))
+
     def validate(self, arguments: object) -> list[str]:
         """What is wrong with a call's arguments, one line for each field; empty if nothing is."""
         return self._checked.errors(arguments)

@@ -26,6 +26,7 @@ from agent.model.base import (
     GGUF_PACKAGE,
     GGUF_REQUIREMENT,
     TOOLS_NAME,
+    VISION_NAME,
     resolve_tokenizer,
 )
 from agent.packages import how_to_install, local_folders
@@ -272,7 +273,7 @@ def check_sandbox(_: Config) -> Iterator[Diagnosis]:
 
 def check_model(config: Config) -> Iterator[Diagnosis]:
     """Checks that the model is here. An embedded model is not built."""
-    if config.model_path not in (TOOLS_NAME, BASE_NAME):
+    if config.model_path not in (TOOLS_NAME, BASE_NAME, VISION_NAME):
         yield Diagnosis("ok", f"{config.model_path}: {config.model_dir()}")
     elif importlib.util.find_spec(GGUF_PACKAGE) is None:
         yield Diagnosis(

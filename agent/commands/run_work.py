@@ -20,14 +20,20 @@ from rich.console import Console
 
 from agent.config.config import Config
 from agent.engines.servers import SGLangServerEngine
-from agent.errors import TaskError
+from agent.errors import ConfigError, TaskError
 from agent.loop.batch import Converse, Make, Progress, converse_observed, run_tasks
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task, read_tasks
 from agent.loop.users import Interactions
 from agent.replay.continuation import continuing
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
-from agent.runs.manifest import command_line, fresh_seed, run_manifest, save_tokenizer
+from agent.runs.manifest import (
+    command_line,
+    fresh_seed,
+    processor_entry,
+    run_manifest,
+    save_tokenizer,
+)
 from agent.runs.parts import Parts, config_interactions, config_tools, prepare
 from agent.runs.progress import Display, counts, shortfall, starting_line, summary
 from agent.runs.session import Session
@@ -287,6 +293,14 @@ def _started(
             save_tokenizer(request.out, parts.template.tokenizer)
             if plan.tools:
                 _note_call_format(request, parts.template, folder)
+            if parts.images:
+                folder.note("image_processor", processor_entry(parts.template))
+                parts.images.look_in(folder.image_store())
+            if parts.images and request.workers is not None:
+                raise ConfigError(
+                    f"--workers: {request.config.model_path} sees images, which workers do not "
+                    "send with their records; leave --workers out"
+                )
             if request.workers is None:
                 place = _here(request, parts, stack, console)
             else:

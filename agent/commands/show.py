@@ -23,7 +23,8 @@ from conversations.errors import RecordError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from conversations.run.open_run import Run
+    from conversations.messages import content_text
+from conversations.run.open_run import Run
 
 Record = dict[str, Any]
 
@@ -148,7 +149,7 @@ class Screen:
                 else "",
             )
             self._thinking(str(message.get("reasoning_content") or ""))
-            self._text(str(message.get("content") or ""))
+            self._text(content_text(message.get("content")))
             for call in record["tool_calls"] if sampled else ():
                 if call["turn"] == turn:
                     self._call(call)

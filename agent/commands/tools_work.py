@@ -18,7 +18,7 @@ from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from agent.runs.parts import load_template, make_dispatcher, prepare
 from agent.terminal import one_line, visible
 from conversations.errors import TemplateError
-from conversations.messages import ToolCall
+from conversations.messages import ToolCall, content_text
 from conversations.template import ChatTemplate
 from conversations.trajectory import ToolCallRecord
 from tools.base import BaseTool, ToolsError
@@ -186,7 +186,7 @@ async def _called(
     ):
         print(one_line(text))
     for title, content in (
-        *(("created", str(message["content"])) for message in said),
+        *(("created", content_text(message["content"])) for message in said),
         ("response", line.response or ""),
     ):
         print(f"\n--- {title}\n{visible(content)}")

@@ -324,6 +324,17 @@ def _sglang_takes(argument: str) -> bool:
     return known is None or argument in known
 
 
+class Images(Section):
+    """Limits of images, checked before one is decoded."""
+
+    count: PositiveInt = 64
+    """Images of one conversation, the task's and its tools' together."""
+    pixels: PositiveInt = 4096 * 4096
+    """Width times height of one image as given; the processor makes it smaller."""
+    bytes: PositiveInt = 20 << 20
+    """Size of one image as given: of the file, or of what the data URL holds."""
+
+
 class Turntrace(Section):
     """Keys of this runtime. verl does not see them."""
 
@@ -337,6 +348,8 @@ class Turntrace(Section):
     """Tokens one turn may sample; None: what the other budgets leave."""
     format_unproven: bool = False
     """Take `multi_turn.format` although the chat template does not prove it."""
+    images: Images = Field(default_factory=Images)
+    """Limits of images, for models that see."""
     calls_in_thoughts: bool = False
     """Run the calls that stand inside a thought; else they are part of the thought."""
     evidence: Annotated[EvidenceKeys, SCRIPTED] = EvidenceKeys()

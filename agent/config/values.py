@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from agent.errors import ConfigError
-from agent.model.base import BASE_NAME, TOOLS_NAME
+from agent.model.base import BASE_NAME, TOOLS_NAME, VISION_NAME
 
 PATH_KEYS = (
     "model_path",
@@ -197,7 +197,7 @@ def _section(values: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _is_a_name(text: str, key: str) -> bool:
     """An embedded model, or a shipped tool config such as `gsm8k`."""
-    if text in (BASE_NAME, TOOLS_NAME):
+    if text in (BASE_NAME, TOOLS_NAME, VISION_NAME):
         return True
     is_bare = Path(text).name == text and not Path(text).suffix
     return key == "tool_config_path" and is_bare

@@ -81,6 +81,8 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def start_variables(*, cuda: bool) -> dict[str, str]:
     """Environment variables for the engine's processes; a value that the user has set stays."""
     wanted = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    # SGLang keeps embeddings of images, and a weight sync does not empty that cache (PR 36468).
+    wanted["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
     if not cuda:
         # torch.compile would spend half a minute on the first call. Threads that spin while they
         # wait for each other make a busy machine ten times slower.

@@ -71,6 +71,11 @@ DIFFERENCES = (
         "nothing: the loop looks at the last token",
     ),
     Difference(
+        "ids beside images stay exact; 0.5.5 decodes and encodes them again",
+        "0.5.14",
+        "pictures: 0.5.5's image processor is replaced, versions between are refused images",
+    ),
+    Difference(
         "get_open_port and get_local_ip_auto left sglang.srt.utils, where verl 0.6.1 looks",
         "0.5.12",
         "`add_moved_names` puts them back",

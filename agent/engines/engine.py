@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from agent.engines.evidence import Evidence
 from agent.errors import EndConversation
+from conversations.images.placing import PlacedImage
 
 SamplingParams = Mapping[str, Any]
 """SGLang's own names: temperature, top_p, top_k, min_p, max_new_tokens, stop_token_ids, ignore_eos,
@@ -70,8 +71,9 @@ class Engine(Protocol):
     """All that a conversation asks of an engine.
 
     An engine may also have `tokens_in_flight() -> int`: the tokens sampled so far by turns that are
-    not complete, for a line of progress. Any thread may call it. One that gives evidence also takes
-    `evidence: EvidenceRequest | None = None` in `generate`.
+    not complete, for a line of progress. Any thread may call it. It may have `image_problem() ->
+    str`, why it cannot be given images, empty if it can; without it, it takes them.
+    One that gives evidence also takes `evidence: EvidenceRequest | None = None` in `generate`.
     """
 
     def describe(self) -> dict[str, Any]:
@@ -79,9 +81,17 @@ class Engine(Protocol):
         ...
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        images: Sequence[PlacedImage] = (),
     ) -> Generation:
         """Samples one turn after `prompt_ids`.
+
+        `images` are those whose tokens lie in `prompt_ids`, in order; the keyword is given only if
+        there are any.
 
         `prompt_ids` is the conversation's own live sequence: read it before the first await, never
         keep it. `request_id` is 32 hex digits, used once. If cancelled, aborts the

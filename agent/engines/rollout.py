@@ -39,7 +39,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.sglang_rollout import sglang_rollout
 from verl.workers.rollout.sglang_rollout.utils import get_named_tensor_buckets
 
-from agent.engines import compat
+from agent.engines import compat, pictures
 from agent.engines.arguments import environment, longer_context, server_args, with_default_dtype
 from agent.engines.processes import Children
 from agent.engines.sglang import SGLangEngine
@@ -156,7 +156,11 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
                 get_zmq_socket=get_socket,
                 **compat.watchdogs(sglang_engine),
             ),
-            replaced(sglang_manager, get_zmq_socket=get_socket),
+            replaced(
+                sglang_manager,
+                get_zmq_socket=get_socket,
+                **pictures.replacements(Path(self.model_config.local_path)),
+            ),
         ):
             super()._init_inference_engine(trust_remote_code, actor_module, port)
         self._children.watch_descendants()

@@ -9,6 +9,7 @@ from typing import Any
 
 from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
+from conversations.images.placing import PlacedImage
 from conversations.trajectory import Trajectory
 
 Respond = Callable[[Sequence[int], SamplingParams], Generation]
@@ -27,9 +28,19 @@ class ScriptedEngine:
         return {"name": "scripted"}
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        images: Sequence[PlacedImage] = (),
     ) -> Generation:
-        """The scripted answer, cut to `max_new_tokens` as a real engine cuts it."""
+        """The scripted answer, cut to `max_new_tokens` as a real engine cuts it.
+
+        It has no eyes: of `images` it only checks that each lies in the prompt.
+        """
+        if any(not 0 <= image.start < image.end <= len(prompt_ids) for image in images):
+            raise EngineError("an image lies outside of the prompt")
         await asyncio.sleep(self._delay_s)
         generation = self._respond(prompt_ids, sampling)
         limit = sampling.get("max_new_tokens", len(generation.token_ids))

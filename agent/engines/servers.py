@@ -23,6 +23,7 @@ import orjson
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.evidence import EvidenceRequest
 from agent.engines.health import NotReadyError
+from agent.engines.pictures import native_fields, version_problem
 from agent.engines.scoring import Scores, read_scores, score_request
 from agent.engines.server import (
     SILENCE_S,
@@ -34,6 +35,7 @@ from agent.engines.server import (
 from agent.engines.sglang import Read, check_sampling, interruption, read_answer
 from agent.engines.sticky import asking_conversation, place_of
 from agent.errors import ConfigError, EngineError, EngineStartError
+from conversations.images.placing import PlacedImage
 from conversations.session.ids import PathIds
 from conversations.tokens import TokenIds
 
@@ -143,6 +145,7 @@ class SGLangServerEngine:
         *,
         request_id: str,
         evidence: EvidenceRequest | None = None,
+        images: Sequence[PlacedImage] = (),
     ) -> Generation:
         """Samples one turn.
 
@@ -153,8 +156,11 @@ class SGLangServerEngine:
                 f"request id {request_id} is already in flight; each request needs its own"
             )
         check_sampling(sampling)
+        prompt: dict[str, Any] = {"input_ids": _as_json(prompt_ids)}
+        if images:
+            prompt = await native_fields(list(prompt_ids), images)
         body = {
-            "input_ids": _as_json(prompt_ids),
+            **prompt,
             "sampling_params": dict(sampling),
             "return_logprob": True,
             "stream": False,
@@ -165,6 +171,11 @@ class SGLangServerEngine:
             return read(await self._ask(body, request_id, read))
         finally:
             self._requests.pop(request_id, None)
+
+    def image_problem(self) -> str:
+        """Why these servers cannot be given images; empty if they can."""
+        problems = [version_problem(server.info.get("version")) for server in self._servers]
+        return next(filter(None, problems), "")
 
     async def score(self, ids: Sequence[int], first: int, *, likeliest: int) -> Scores:
         """The log-probs of `ids[first:]`; see `agent.engines.scoring`."""

@@ -18,10 +18,12 @@ from typing import Any
 
 from agent.engines.engine import Generation, Interrupted, SamplingParams
 from agent.engines.evidence import EvidenceRequest, read_evidence
+from agent.engines.pictures import OwnProcessor, is_native, native_fields
 from agent.engines.processes import Children
 from agent.engines.scoring import Scores, read_scores, score_request
 from agent.engines.sticky import Conversations, asking_conversation, place_of
 from agent.errors import EngineError
+from conversations.images.placing import PlacedImage
 
 REFUSED_SAMPLING = {
     "stop": "stop strings need a tokenizer in the engine; use stop_token_ids",
@@ -75,14 +77,19 @@ class SGLangEngine:
         *,
         request_id: str,
         evidence: EvidenceRequest | None = None,
+        images: Sequence[PlacedImage] = (),
     ) -> Generation:
         """Samples one turn.
 
         Raises EngineError as the protocol says, RuntimeError on a second event loop.
         """
         check_sampling(sampling)
+        prompt = {"input_ids": list(prompt_ids)}
+        if images:
+            check_prompt(prompt["input_ids"], self._vocab_size)
+            prompt = await self._with_images(prompt["input_ids"], images)
         fields = {
-            "input_ids": list(prompt_ids),
+            **prompt,
             "sampling_params": dict(sampling),
             "return_logprob": True,
             "stream": False,
@@ -101,6 +108,29 @@ class SGLangEngine:
         if len(self._ranks) == 1:
             return {}
         return {"data_parallel_rank": place_of(asking_conversation(), self._ranks)}
+
+    def image_problem(self) -> str:
+        """Why this engine cannot be given images; empty if it can."""
+        if isinstance(self._own_processor, OwnProcessor) or is_native():
+            return ""
+        version = self._description.get("sglang")
+        return (
+            f"images need SGLang 0.5.5, or 0.5.14 and newer, which keep ids exact; it is {version}"
+        )
+
+    @property
+    def _own_processor(self) -> Any:
+        return getattr(self._manager, "mm_processor", None)
+
+    async def _with_images(
+        self, ids: Sequence[int], images: Sequence[PlacedImage]
+    ) -> dict[str, Any]:
+        if problem := self.image_problem():
+            raise EngineError(problem)
+        own = self._own_processor
+        if isinstance(own, OwnProcessor):
+            return await own.fields(ids, images)
+        return await native_fields(ids, images)
 
     async def score(self, ids: Sequence[int], first: int, *, likeliest: int) -> Scores:
         """The log-probs of `ids[first:]`; see `agent.engines.scoring`."""

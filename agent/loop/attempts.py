@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from agent.loop.boundary import (
 )
 from agent.loop.limits import CircuitOpenError, Gate
 from conversations.encoding import without_lone_surrogates
+from conversations.errors import ImageError
+from conversations.images.reading import Picture
 from conversations.trajectory import Attempt
 from tools.base import BackendError, ToolError
 from tools.toolset import LoadedTool
@@ -33,6 +36,18 @@ MAX_PAUSE_S = 8.0
 _random = random.Random()  # its own: a seed set elsewhere does not decide when calls are retried
 
 Execution = Callable[[], Coroutine[Any, Any, Any]]
+ReadImages = Callable[[Any], Awaitable[tuple[Sequence[Picture], str]]]
+"""The pictures of a tool's response, and a note about those that the model cannot be shown.
+
+Raises ImageError if one is no image or is over a limit.
+"""
+
+
+async def no_images(response: Any) -> tuple[Sequence[Picture], str]:
+    """For models that see none."""
+    images = getattr(response, "image", None)
+    count = len(images) if isinstance(images, (list, tuple)) else int(images is not None)
+    return (), f"[{count} image{'s' * (count > 1)}, not shown]" if count else ""
 
 
 class AttemptOutcome(NamedTuple):
@@ -50,24 +65,30 @@ class AttemptOutcome(NamedTuple):
     reward: float | None = None
     metrics: dict[str, Any] | None = None
     is_retryable: bool = False
+    pictures: Sequence[Picture] = ()
 
 
 CANCELLED = AttemptOutcome("cancelled")
 
 
 async def serve(
-    tool: LoadedTool, execute: Execution, gate: Gate | None, attempts: list[Attempt]
+    tool: LoadedTool,
+    execute: Execution,
+    gate: Gate | None,
+    attempts: list[Attempt],
+    read_images: ReadImages = no_images,
 ) -> AttemptOutcome:
     """Runs a call until an attempt is final; returns how that one ended.
 
     Each attempt is appended to `attempts`, also if this is cancelled. Between attempts nothing is
     held: other calls use the slot during a pause.
     """
-    outcome = await _attempt(tool, execute, gate, attempts)
+    attempt = partial(_attempt, tool, execute, gate, attempts, read_images)
+    outcome = await attempt()
     for retry in range(tool.policy.retries):
         if not outcome.is_retryable:
             break
-        outcome = await _attempt(tool, execute, gate, attempts, pause_s(retry))
+        outcome = await attempt(pause_s(retry))
     return outcome
 
 
@@ -81,6 +102,7 @@ async def _attempt(
     execute: Execution,
     gate: Gate | None,
     attempts: list[Attempt],
+    read_images: ReadImages,
     pause_s: float = 0.0,
 ) -> AttemptOutcome:
     outcome, probe, queued, begun = CANCELLED, False, perf_counter(), 0.0
@@ -90,7 +112,7 @@ async def _attempt(
         if gate:
             probe = await gate.enter()
         begun = perf_counter()
-        outcome = await _outcome(tool, execute)
+        outcome = await _outcome(tool, execute, read_images)
     except CircuitOpenError as error:
         reason = "its backend keeps failing, so the call was not sent"
         text = f"Error: {tool.name} is not available: {reason}"
@@ -113,19 +135,24 @@ async def _attempt(
     return outcome
 
 
-async def _outcome(tool: LoadedTool, execute: Execution) -> AttemptOutcome:
+async def _outcome(tool: LoadedTool, execute: Execution, read_images: ReadImages) -> AttemptOutcome:
     """One run of the tool. `tools.base` says what each kind of exception means."""
     name = tool.name
     try:
         response, reward, metrics = _triple(await bounded(execute, tool.policy.timeout_s))
-        text = text_of(response)
+        pictures, note = await read_images(response)
+        text = "\n".join(filter(None, (text_of(response), note)))
         return AttemptOutcome(
             "ok",
             text,
             size=utf8_size(text),
             reward=None if reward is None else finite(reward),
             metrics=json_metrics(metrics),
+            pictures=pictures,
         )
+    except ImageError as error:
+        text = f"Error: {name} answered with an image that cannot be shown: {error}"
+        return AttemptOutcome("tool_error", text, str(error), type(error).__name__)
     except CallTimeoutError as error:
         text = f"Error: {name} did not answer within {tool.policy.timeout_s:g} s"
         return AttemptOutcome("timeout", text, error_class=type(error).__name__, is_retryable=True)

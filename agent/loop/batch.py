@@ -24,6 +24,7 @@ from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.branches import Totals
 from conversations.errors import RecordError
+from conversations.run.hash_store import HashStore
 from conversations.trajectory import Trajectory, Turn
 from conversations.warning import RecordWarning
 
@@ -44,7 +45,10 @@ _OPEN_PARTS: dict[str, Any] = {
 
 
 class Store(Protocol):
-    """Where conversations are kept: a `RunFolder`, or something in front of one."""
+    """Where conversations are kept: a `RunFolder`, or something in front of one.
+
+    `image_store` is asked for conversations with images alone, before they are appended.
+    """
 
     done: set[tuple[str, int]]
 
@@ -53,6 +57,8 @@ class Store(Protocol):
     def append(self, trajectory: Trajectory) -> None: ...
 
     def append_unfinished(self, trajectory: Trajectory) -> None: ...
+
+    def image_store(self, trajectory: Trajectory) -> HashStore: ...
 
 
 @dataclass(slots=True)
@@ -242,6 +248,8 @@ class _Batch:
         self.progress.live.add(conversation)
         try:
             await self.converse(conversation)
+            if self.store and conversation.pictures:
+                await asyncio.to_thread(_put_images, conversation, self._images(conversation))
         except asyncio.CancelledError:
             cut_off = trajectory_of(conversation)
             if self.has_enough:
@@ -249,6 +257,8 @@ class _Batch:
                 cut_off.warnings.append(RecordWarning("over_sampled", text))
             if self.store:
                 self._keep_evidence(self.store, conversation)
+                if conversation.pictures:
+                    _put_images(conversation, self._images(conversation))
                 self._keep(self.store.append_unfinished, cut_off)
             raise
         except RecordError as error:
@@ -278,6 +288,11 @@ class _Batch:
         if (file := evidence_file(conversation)) is not None:
             store.keep_evidence(file)
 
+    def _images(self, conversation: Conversation) -> HashStore:
+        if self.store is None:
+            raise ValueError("there is no store")
+        return self.store.image_store(trajectory_of(conversation))
+
     def _keep(
         self, append: Callable[[Trajectory], None], trajectory: Trajectory
     ) -> Trajectory | None:
@@ -296,6 +311,12 @@ class _Batch:
         except RecordError as error:
             self.progress.lost.append(str(error))
             return None
+
+
+def _put_images(conversation: Conversation, store: HashStore) -> None:
+    """Writes the conversation's images, those that no token stands for, too."""
+    for picture in conversation.pictures.values():
+        store.put(picture.png)
 
 
 def bare_record(trajectory: Trajectory, error: str) -> Trajectory:

@@ -17,12 +17,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from agent.loop.attempts import CANCELLED, AttemptOutcome, serve
+from agent.loop.attempts import CANCELLED, AttemptOutcome, no_images, serve
 from agent.loop.boundary import CallTimeoutError, awaitable, bounded, describe, finite, text_of
+from agent.loop.images import ImageReader, given_image, tool_images
 from agent.loop.ledger import Call, CallResult, call_id, ledger_line, not_run, unanswered
 from agent.loop.limits import Gate
 from agent.loop.observer import Observer, observed
 from conversations.encoding import without_lone_surrogates
+from conversations.errors import ImageError
+from conversations.images.reading import Picture
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
 from conversations.trajectory import Attempt, ToolCallRecord
 from conversations.truncate import Shortened
@@ -40,10 +43,25 @@ The keywords are a tool's own `max_response_tokens` and `response_side`; without
 
 
 class Dispatcher:
-    """The tools of a run and their limits, shared by all of its conversations."""
+    """The tools of a run and their limits, shared by all of its conversations.
 
-    def __init__(self, tools: ToolSet, *, max_parallel_calls: int, shorten: Shorten) -> None:
+    `images` reads the images that tools answer with; None if the model sees none, or its template
+    cannot show them in tool messages. `placeholder` is the token that stands in a text for an
+    image, as far as it holds one: a response may not.
+    """
+
+    def __init__(
+        self,
+        tools: ToolSet,
+        *,
+        max_parallel_calls: int,
+        shorten: Shorten,
+        images: ImageReader | None = None,
+        placeholder: Callable[[str], str] = lambda text: "",
+    ) -> None:
         self.tools = tools
+        self.images = images
+        self.placeholder = placeholder
         self.max_parallel_calls = max_parallel_calls
         self._shorten = shorten
         self._own_shorten = {
@@ -106,7 +124,8 @@ class ConversationTools:
     """One conversation's tool instances: created before its first turn, released after its last.
 
     `tools_kwargs` is the row's: its keys choose the tools offered; without any, all are offered.
-    `failure` says what went wrong outside of a call; `warnings` are for the record.
+    `failure` says what went wrong outside of a call; `warnings` are for the record. `pictures` are
+    the conversation's by hash: those of its task first, then what tools answered with.
     """
 
     def __init__(
@@ -137,6 +156,7 @@ class ConversationTools:
             if name not in known
         ]
         self.failure: str | None = None
+        self.pictures: dict[str, Picture] = {}
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -151,24 +171,53 @@ class ConversationTools:
         Returns what the tools say to that, as messages that follow the prompt. The calls of a tool
         that fails here end with `backend_error`, and `failure` says why.
         """
-        texts = await _together([self._create(tool) for tool in self.offered.values()])
+        said = await _together([self._create(tool) for tool in self.offered.values()])
         return [
-            tool_message(text, call_id=None, name=name)
-            for name, text in zip(self.offered, texts, strict=True)
-            if text
+            tool_message(text, call_id=None, name=name, images=images)
+            for name, (text, images) in zip(self.offered, said, strict=True)
+            if text or images
         ]
 
-    async def _create(self, tool: LoadedTool) -> str:
+    async def _create(self, tool: LoadedTool) -> tuple[str, list[str]]:
         try:
-            kwargs = tool.create_kwargs(
-                self._given(tool, "create_kwargs"), copy.deepcopy(self._ground_truth)
-            )
+            given = self._given(tool, "create_kwargs")
+            if tool.takes_image:
+                given = await self._with_image(tool, given)
+            kwargs = tool.create_kwargs(given, copy.deepcopy(self._ground_truth))
             begin = partial(self._created, tool, kwargs)
             response = await bounded(begin, tool.policy.timeout_s)
-            return "" if response is None else text_of(response)
+            text = "" if response is None else text_of(response)
+            if token := self._dispatcher.placeholder(text):
+                raise ImageError(f"it said {token}, which only an image may stand for")
+            pictures, note = await self._read_images(response)
+            text = "\n".join(filter(None, (text, note)))
+            return text, [picture.reference for picture in pictures]
         except Exception as error:
             self._fail(tool, "create", error, tool.policy.timeout_s)
-            return ""
+            return "", []
+
+    async def _with_image(self, tool: LoadedTool, given: dict[str, Any]) -> dict[str, Any]:
+        """The keywords with the image that the tool works on, a PIL image.
+
+        It is the row's own, else the first of the conversation. Raises ImageError.
+        """
+        picture = next(iter(self.pictures.values()), None)
+        if (source := given_image(given, tool.name)) is not None:
+            if (reader := self._dispatcher.images) is None:
+                raise ImageError("this model sees no images")
+            [picture] = await reader.read([source])
+        if picture is None:
+            return given
+        return {**given, "image": await asyncio.to_thread(picture.image)}
+
+    async def _read_images(self, response: Any) -> tuple[Sequence[Picture], str]:
+        """The pictures of a response, kept in `pictures`, and a note. Raises ImageError."""
+        sources = tool_images(response)
+        if not sources or (reader := self._dispatcher.images) is None:
+            return await no_images(response)
+        pictures = await reader.read(sources, before=len(self.pictures))
+        self.pictures |= {picture.sha256: picture for picture in pictures}
+        return pictures, ""
 
     async def _created(self, tool: LoadedTool, kwargs: dict[str, Any]) -> object:
         """Creates an instance and notes it, with no await in between: no cancellation loses it.
@@ -299,12 +348,16 @@ class ConversationTools:
         attempts: list[Attempt] = []
         outcome = CANCELLED
         try:
-            outcome = await serve(tool, execute, self._dispatcher.gate(tool), attempts)
+            gate = self._dispatcher.gate(tool)
+            outcome = await serve(tool, execute, gate, attempts, self._read_images)
         finally:
             turn.results[index] = self._served(call.name, outcome, attempts)
 
     def _served(self, name: str, outcome: AttemptOutcome, attempts: list[Attempt]) -> CallResult:
         """The result of a call that was given to its tool."""
+        if token := self._dispatcher.placeholder(outcome.text or ""):
+            text = f"Error: {name} answered with {token}, which only an image may stand for"
+            outcome = outcome._replace(status="tool_error", text=text, error=text, pictures=())
         response, full_response, tokens_cut = self._shown(name, outcome.text)
         if tokens_cut:
             attempts[-1] = replace(attempts[-1], tokens_cut=tokens_cut)
@@ -322,10 +375,13 @@ class ConversationTools:
             queue_s,
             run_s,
             outcome.error,
+            [picture.sha256 for picture in outcome.pictures],
         )
 
     def _refused(self, call: Call, status: str, text: str, error: str | None = None) -> CallResult:
         """The result of a call that is not run. `text` may quote the model: lone surrogates too."""
+        if token := self._dispatcher.placeholder(text):  # the model wrote it
+            text = text.replace(token, "<image>")
         shown, full, _ = self._shown(call.name or "", without_lone_surrogates(text))
         return unanswered(status, error)._replace(response=shown, full_response=full)
 

@@ -23,13 +23,24 @@ from agent.errors import EngineError
 from agent.loop.boundary import finite
 from agent.loop.calls import ConversationTools, PendingTurn
 from agent.loop.evidence import EvidenceLog
+from agent.loop.images import ImageReader
 from agent.loop.observer import observed
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import Task
 from agent.loop.turns import check_generation, joined, turn_of
 from agent.loop.users import SimulatedUser
-from conversations.messages import Message, assistant_message, tool_message
-from conversations.tokens import TEMPLATE, TOOL, USER, TokenSequence
+from conversations.errors import ImageError
+from conversations.images.placing import PlacedImage
+from conversations.images.reading import Picture
+from conversations.images.sources import ImageSource, hash_of
+from conversations.messages import (
+    Message,
+    assistant_message,
+    image_parts,
+    tool_message,
+    with_images,
+)
+from conversations.tokens import TEMPLATE, TOOL, USER, Piece, TokenSequence
 from conversations.trajectory import (
     INVALID_STATUSES,
     ToolCallRecord,
@@ -127,6 +138,9 @@ class Conversation:
     conversation continues, until its tools and user are in the state that they were in. `elsewhere`
     is what another process made of it: then nothing else here is its record.
     Raises TaskError if the row chooses a user that the run does not have.
+    `images` are those that lie in the tokens, in order; `pictures` are all by hash.
+    `restored_images` are an earlier record's that lie in the tokens, until `open` has read their
+    files, and `known_images` the hashes of all that it names.
     """
 
     __slots__ = (
@@ -137,11 +151,15 @@ class Conversation:
         "elsewhere",
         "ending",
         "evidence",
+        "images",
         "invalid_in_a_row",
+        "known_images",
         "messages",
         "parent",
         "partial_turn",
         "pending",
+        "pictures",
+        "restored_images",
         "rewards",
         "runtime",
         "sample",
@@ -169,6 +187,10 @@ class Conversation:
         self.pending: PendingTurn | None = None
         self.partial_turn: Turn | None = None
         self.invalid_in_a_row = 0
+        self.images: list[PlacedImage] = []
+        self.pictures: dict[str, Picture] = {}
+        self.restored_images: list[dict[str, Any]] = []
+        self.known_images: list[str] = []
         self.warnings: list[RecordWarning] = []
         self.rewards: dict[str, Any] = {}
         self.ending = Ending()
@@ -182,6 +204,8 @@ class Conversation:
             counterparts = Counterparts.of(task, runtime)
             self._warn_of_lost_user()
         self.tools = counterparts.tools
+        if self.tools:
+            self.tools.pictures = self.pictures
         self.user = counterparts.user
 
     def _warn_of_lost_user(self) -> None:
@@ -210,23 +234,74 @@ class Conversation:
         return [*self.settled_calls, *(self.pending.lines() if self.pending else ())]
 
     async def open(self) -> bool:
-        """Creates the tools, renders the prompt and starts the user.
+        """Reads the images, creates the tools, renders the prompt and starts the user.
 
         Returns False if the prompt is longer than its budget. Raises TemplateError if the template
-        refuses the task's messages.
+        refuses the task's messages, ImageError if one of its images cannot be shown.
         """
+        await self._read_images()
         created = await self.tools.create() if self.tools else []
         if not self.tokens.ids:  # a restored conversation has its prompt
-            prompt = self.runtime.template.prompt(self.task.messages, self.schemas, created)
-            for kind, ids in prompt:
+            given = self.messages
+            pieces = self.runtime.template.prompt(given, self.schemas, created)
+            pieces, images = self._placed(pieces, [*given, *created])
+            for kind, ids in pieces:
                 self.tokens.append(kind, ids)
-            self.messages += created
+            self.images += images
+            self.messages = [*given, *created]
         if not self._prompt_fits():
             return False
         if self.user:
             await self.user.start()
         self.before = None
         return True
+
+    async def _read_images(self) -> None:
+        """Reads the images of the task; its messages name them by their hashes from here on.
+
+        Raises ImageError.
+        """
+        known = [ImageSource(sha256=sha256) for sha256 in self.known_images]
+        sources = [*self.task.images, *known]
+        if not sources:
+            return
+        pictures = await self._image_reader().read(sources)
+        self.pictures |= {picture.sha256: picture for picture in pictures}
+        if not self.tokens.ids:
+            given = pictures[: len(self.task.images)]
+            self.messages = with_images(self.messages, [one.reference for one in given])
+        self.images += [
+            PlacedImage(self.pictures[one["sha256"]], tuple(one["grid"]), one["start"], one["end"])
+            for one in self.restored_images
+        ]
+        self.restored_images = []
+
+    def _image_reader(self) -> ImageReader:
+        """What reads images for the model. Raises ImageError if it, or its engine, takes none."""
+        reader, engine = self.runtime.images, self.runtime.engine
+        if reader is None:
+            raise ImageError(f"{self.runtime.template.name} sees no images, but the task has some")
+        if problem := getattr(engine, "image_problem", lambda: "")():
+            raise ImageError(problem)
+        return reader
+
+    def _placed(
+        self, pieces: Sequence[Piece], messages: Sequence[Message]
+    ) -> tuple[list[Piece], list[PlacedImage]]:
+        """Rendered pieces of `messages` with their images, as they will follow what is there.
+
+        Raises ImageError.
+        """
+        template, shift = self.runtime.template, len(self.tokens)
+        pictures = [self.pictures[hash_of(part["image"])] for part in image_parts(messages)]
+        processor = template.images
+        grids = [processor.grid(one.width, one.height) for one in pictures] if processor else []
+        placed, spans = template.place(pieces, grids)
+        images = [
+            PlacedImage(picture, grid, start + shift, end + shift)
+            for picture, grid, (start, end) in zip(pictures, grids, spans, strict=True)
+        ]
+        return placed, images
 
     def _prompt_fits(self) -> bool:
         settings, tokens = self.runtime.settings, self.tokens
@@ -330,6 +405,8 @@ class Conversation:
         }
         engine, observer = runtime.engine, runtime.observer
         more: dict[str, Any] = {"evidence": self.evidence.request} if self.evidence else {}
+        if self.images:
+            more["images"] = self.images
         if observer is None:
             return await engine.generate(ids, sampling, request_id=request_id, **more)
         begin = partial(observer.generation, engine.describe(), request_id, len(ids), sampling)
@@ -367,6 +444,10 @@ class Conversation:
         is_complete = ids[-1] in template.end_ids or generation.finish_reason == "stop"
         self.pending = PendingTurn(len(self.turns) - 1, parsed.calls, is_complete)
         self.messages.append(assistant_message(raw, parsed, self.pending.call_ids()))
+        if template.images and ids[-1] in template.images.reserved_ids:
+            raise ImageError(
+                f"the model sampled {template.decode(ids[-1:])}, which only an image may stand for"
+            )
 
     def _take_back_partial_turn(self) -> None:
         """Drops what was made of the first part of a turn; its tokens stay."""
@@ -416,7 +497,12 @@ class Conversation:
     def append_responses(self, lines: Sequence[ToolCallRecord]) -> bool:
         """Appends the tools' responses to the last turn; False if they do not fit."""
         messages = [
-            tool_message(line.response or "", call_id=line.call_id, name=line.name)
+            tool_message(
+                line.response or "",
+                call_id=line.call_id,
+                name=line.name,
+                images=[f"sha256:{sha256}" for sha256 in line.images],
+            )
             for line in lines
         ]
         turn = self.messages[-1]
@@ -452,11 +538,13 @@ class Conversation:
         template, settings = self.runtime.template, self.runtime.settings
         delta = template.delta(messages, kind, turn=self.messages[-1])
         missing_end = template.missing_end(self.tokens.ids[-1], kind)
-        if not _fits(self.tokens, len(missing_end) + len(delta), settings):
+        ahead: list[Piece] = [(TEMPLATE, missing_end)] if missing_end else []
+        pieces, images = self._placed([*ahead, *delta.pieces], messages)
+        if not _fits(self.tokens, sum(len(ids) for _, ids in pieces), settings):
             return False
-        self.tokens.append(TEMPLATE, missing_end)
-        for piece, ids in delta.pieces:
+        for piece, ids in pieces:
             self.tokens.append(piece, ids)
+        self.images += images
         self.messages += messages
         return True
 

@@ -31,11 +31,12 @@ class CallResult(NamedTuple):
     queue_s: float
     run_s: float
     error: str | None
+    images: list[str]
 
 
 def unanswered(status: str, error: str | None = None) -> CallResult:
     """The result of a call that was never answered."""
-    return CallResult(status, None, None, None, {}, [], 0.0, 0.0, error)
+    return CallResult(status, None, None, None, {}, [], 0.0, 0.0, error, [])
 
 
 def not_run(call: Call) -> CallResult:

@@ -10,7 +10,7 @@ import asyncio
 from agent.errors import EndConversation, EngineError
 from agent.loop.boundary import describe, time_left
 from agent.loop.conversation import Conversation
-from conversations.errors import TemplateError
+from conversations.errors import ImageError, TemplateError
 
 
 async def converse(conversation: Conversation) -> None:
@@ -32,7 +32,10 @@ async def converse(conversation: Conversation) -> None:
             ending.stop(end.reason, end.error)
         except EngineError as error:
             ending.fail(str(error), "engine_error")
-        except TemplateError as error:  # the messages are at fault: trying again cannot help
+        except (
+            ImageError,
+            TemplateError,
+        ) as error:  # the messages are at fault: trying again cannot help
             ending.stop("engine_error", str(error))
         except Exception as error:
             if deadline.expired():

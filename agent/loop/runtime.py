@@ -9,6 +9,7 @@ from typing import Any
 from agent.engines.engine import Engine
 from agent.engines.evidence import EvidenceRequest
 from agent.loop.calls import Dispatcher
+from agent.loop.images import ImageReader
 from agent.loop.observer import Observer
 from agent.loop.users import Interactions
 from conversations.template import ChatTemplate
@@ -37,7 +38,9 @@ class LoopSettings:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """The parts themselves. `dispatcher` is None without tools, `interactions` without users."""
+    """The parts themselves. `dispatcher` is None without tools, `interactions` without users,
+    `images` if the model sees none.
+    """
 
     engine: Engine
     template: ChatTemplate
@@ -45,3 +48,4 @@ class Runtime:
     dispatcher: Dispatcher | None = None
     observer: Observer | None = None
     interactions: Interactions | None = None
+    images: ImageReader | None = None

@@ -6,6 +6,7 @@ row's own `id`, else a hash of the row, with `#k` for the k-th repetition. Rows 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,15 @@ from typing import Any
 
 from agent.errors import TaskError
 from conversations import rounds
-from conversations.errors import MessageError
-from conversations.messages import Message, given_messages
+from conversations.errors import ImageError, MessageError
+from conversations.images.sources import ImageSource, image_source
+from conversations.messages import GivenImages, Message, given_messages, image_parts
 from conversations.trajectory import Trajectory, canonical_json
 
 Row = dict[str, Any]
 
 TOOL_KWARGS = ("create_kwargs", "execute_kwargs", "calc_reward_kwargs", "release_kwargs")
-_RECORDED = ("id", "prompt", "messages", "data_source", "ground_truth")
+_RECORDED = ("id", "prompt", "messages", "images", "data_source", "ground_truth")
 """Keys of a row that have fields of their own in the record; all others are its `extra`."""
 
 
@@ -35,6 +37,7 @@ class Task:
     row chooses (`extra_info.tool_selection`, else the row's `tools_kwargs`). If it is empty, all
     tools are offered. `interaction_kwargs` is for the interaction that it names; if it is empty,
     nobody answers a turn without a call. `extra` holds everything else of the row, unchanged.
+    `images` are the sources of the messages' image parts, which hold their numbers.
     """
 
     id: str
@@ -44,6 +47,7 @@ class Task:
     data_source: Any = None
     extra: Any = None
     interaction_kwargs: dict[str, Any] = field(default_factory=dict)
+    images: tuple[ImageSource, ...] = ()
 
 
 def read_tasks(
@@ -59,7 +63,7 @@ def read_tasks(
     place = None
     for place, row in islice(_rows(file), limit):
         try:
-            task = _task(row, ids, place)
+            task = _task(row, ids, place, file.parent)
             if check:
                 check(task)
         except (TaskError, MessageError) as error:
@@ -84,6 +88,10 @@ def recorded_task(trajectory: Trajectory) -> Task:
     except TaskError as error:
         raise TaskError(f"trajectory {trajectory.id}: extra: {error}") from error
     messages = trajectory.messages[: task_message_count(trajectory)]
+    try:
+        images = tuple(image_source(part["image"]) for part in image_parts(messages))
+    except ImageError as error:
+        raise TaskError(f"trajectory {trajectory.id}: {error}") from error
     return Task(
         trajectory.task_id,
         messages,
@@ -92,6 +100,7 @@ def recorded_task(trajectory: Trajectory) -> Task:
         trajectory.data_source,
         trajectory.extra,
         interaction_kwargs,
+        images,
     )
 
 
@@ -225,25 +234,46 @@ class _Ids:
         return f"{name}#{repeat}" if repeat else name
 
 
-def _task(row: Row, ids: _Ids, place: str) -> Task:
-    _check_json(row)
-    return row_task(row, ids.name(row, place))
+def _task(row: Row, ids: _Ids, place: str, folder: Path) -> Task:
+    plain = _json_images(row)
+    _check_json(plain)
+    return row_task(row, ids.name(plain, place), folder)
 
 
-def row_task(row: Row, name: str) -> Task:
-    """The task of one row, with the id `name`. Raises TaskError or MessageError if it is none."""
+def row_task(row: Row, name: str, folder: Path | None = None) -> Task:
+    """The task of one row, with the id `name`; relative paths of images are in `folder`.
+
+    `images` is verl's column: the texts `<image>` of the messages stand for its entries, in order.
+    Raises TaskError or MessageError if the row is no task.
+    """
+    column = row.get("images")
+    if column is not None and not isinstance(column, list):
+        raise TaskError(f"images must be a list, got {_got(column)}")
+    images = GivenImages(column, folder)
+    row = _json_images(row)
     info = _mapping(row, "extra_info")
     reward_model = _mapping(row, "reward_model")
     ground_truth = row.get("ground_truth")
     return Task(
         id=name,
-        messages=given_messages(_prompt(row)),
+        messages=given_messages(_prompt(row), images),
         tools_kwargs=_tools_kwargs(row, info),
         interaction_kwargs=_interaction_kwargs(row, info),
         ground_truth=reward_model.get("ground_truth") if ground_truth is None else ground_truth,
         data_source=row.get("data_source"),
         extra={key: value for key, value in row.items() if key not in _RECORDED} or None,
+        images=tuple(images.sources),
     )
+
+
+def _json_images(value: Any) -> Any:
+    """A row's value with each image that holds bytes as a data URL: Parquet has them as structs."""
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        if isinstance(data, bytes) and value.keys() <= {"bytes", "path"}:
+            return f"data:;base64,{base64.b64encode(data).decode()}"
+        return {key: _json_images(item) for key, item in value.items()}
+    return [_json_images(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_json(row: Row) -> None:

@@ -27,7 +27,7 @@ import yaml
 from agent.errors import ConfigError, TaskError
 from agent.loop.boundary import CallTimeoutError, bounded, describe, finite
 from conversations.encoding import without_lone_surrogates
-from conversations.messages import Message
+from conversations.messages import Message, content_text
 from conversations.warning import RecordWarning
 from tools.base import ToolConfigError
 from tools.reading import nearest
@@ -189,7 +189,10 @@ class SimulatedUser:
         """What the user says to the conversation so far; None if the user is content, or failed."""
         if self.failures:
             return None
-        seen = [{"role": message["role"], "content": message["content"]} for message in messages]
+        seen = [
+            {"role": message["role"], "content": content_text(message["content"])}
+            for message in messages
+        ]
         instance_id = self._instance_id or ""
         return await self._bounded(
             "generate_response",

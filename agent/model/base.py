@@ -2,7 +2,8 @@
 
 Each directory is built once, in the cache, under a lock, and appears there whole or not at all.
 Nothing here uses the network. `smollm2-base` is SmolLM2-135M-Instruct with the hermes chat
-template, `smollm2-tools` the same with the shipped tool-calling adapter merged in.
+template, `smollm2-tools` the same with the shipped tool-calling adapter merged in,
+`smollm2-vision` that in Qwen2.5-VL's shape, which takes images and is blind (see vision.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from agent.errors import ConfigError
 from tools.cache import build_folder, cache_dir
 
-BASE_NAME, TOOLS_NAME = "smollm2-base", "smollm2-tools"
+BASE_NAME, TOOLS_NAME, VISION_NAME = "smollm2-base", "smollm2-tools", "smollm2-vision"
 ADAPTER_DIR = Path(__file__).parent / "adapter"
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
@@ -30,8 +31,7 @@ _FORMAT = b"1"
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """The local directory of a `model_path`: `smollm2-tools`, `smollm2-base`, a directory, or a
-    cached hub id.
+    """The local directory of a `model_path`: an embedded name, a directory, or a cached hub id.
 
     Raises ConfigError if there is none; nothing is downloaded.
     """
@@ -40,6 +40,8 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return base_model_dir()
     if name == TOOLS_NAME:
         return model_dir(ADAPTER_DIR)
+    if name == VISION_NAME:
+        return vision_model_dir()
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -58,6 +60,8 @@ def resolve_tokenizer(name_or_path: str | Path) -> Path:
     """
     if str(name_or_path) in (BASE_NAME, TOOLS_NAME):
         return _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
+    if str(name_or_path) == VISION_NAME:
+        return _vision_tokenizer_dir()
     path = Path(name_or_path).expanduser()
     if path.is_dir() and _holds_a_tokenizer(path):
         return path.resolve()
@@ -86,7 +90,8 @@ def _cached_snapshot(name: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model_path: {name!r} is neither {TOOLS_NAME}, {BASE_NAME}, a directory, nor in the "
+            f"model_path: {name!r} is neither {TOOLS_NAME}, {BASE_NAME}, {VISION_NAME}, a "
+            "directory, nor in the "
             "local Hugging Face cache; "
             f"download it first (`hf download {name}`) or give a directory"
         ) from error
@@ -95,6 +100,30 @@ def _cached_snapshot(name: str) -> Path:
 def base_model_dir() -> Path:
     """SmolLM2-135M-Instruct as a plain HF directory in bf16, built on first use (a few seconds)."""
     return _built(BASE_NAME, _base_key(), _write_base)
+
+
+def vision_model_dir() -> Path:
+    """`smollm2-tools` in Qwen2.5-VL's shape, with a blind vision tower."""
+    from agent.model import vision
+
+    source = model_dir(ADAPTER_DIR)
+    key = _sha256(_FORMAT, source.name.encode(), *_vision_sources())
+    return _built(VISION_NAME, key, lambda target: vision.write_vision_model(source, target))
+
+
+def _vision_tokenizer_dir() -> Path:
+    from agent.model import vision
+
+    source = _built("smollm2-tokenizer", _base_key(), _write_tokenizer)
+    key = _sha256(_FORMAT, source.name.encode(), *_vision_sources())
+    write = vision.write_vision_tokenizer
+    return _built(f"{VISION_NAME}-tokenizer", key, lambda target: write(source, target))
+
+
+def _vision_sources() -> list[bytes]:
+    """What decides what vision.py writes."""
+    folder = Path(__file__).parent
+    return [(folder / name).read_bytes() for name in ("vision.py", "vision_template.jinja")]
 
 
 def _base_key() -> str:

@@ -17,7 +17,7 @@ from agent.loop.tasks import Task, recorded_task, task_message_count
 from agent.replay.restored import restore_last_turn, restored, sampled_messages
 from agent.replay.tools import LiveTools
 from agent.replay.user import AskedAgainUser
-from conversations.errors import TemplateError
+from conversations.errors import ImageError, TemplateError
 from conversations.rounds import is_sampled
 from conversations.trajectory import Trajectory
 from conversations.warning import RecordWarning
@@ -46,7 +46,7 @@ def continued(task: Task, sample: int, record: Trajectory | None, runtime: Runti
     try:
         if record is not None and _is_resumable(record, runtime):
             return _resumed(record, runtime)
-    except (TaskError, TemplateError):
+    except (ImageError, TaskError, TemplateError):
         pass  # a new conversation says what is wrong
     return Conversation(task, sample, runtime)
 
@@ -61,7 +61,11 @@ def _is_resumable(record: Trajectory, runtime: Runtime) -> bool:
     task = recorded_task(record)
     created = record.messages[task_message_count(record) : sampled[0]]
     pieces = runtime.template.prompt(task.messages, _schemas(task, runtime), created)
-    return [token for _, ids in pieces for token in ids] == record.prompt_ids
+    grids = [
+        tuple(image["grid"]) for image in record.images if image["end"] <= len(record.prompt_ids)
+    ]
+    placed, _ = runtime.template.place(pieces, grids)
+    return [token for _, ids in placed for token in ids] == record.prompt_ids
 
 
 def _schemas(task: Task, runtime: Runtime) -> list[dict[str, object]]:

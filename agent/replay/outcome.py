@@ -27,6 +27,7 @@ from agent.replay.compare import (
 )
 from agent.replay.tools import LiveTools
 from conversations.errors import RunFolderError
+from conversations.run.hash_store import HashStore
 from conversations.run.store import RunFolder
 from conversations.trajectory import Trajectory
 
@@ -117,6 +118,10 @@ class ComparingStore:
                 f"{self._folder.path / REPLAY} cannot be written: {error.strerror}; "
                 "make room and --resume"
             ) from error
+
+    def image_store(self, trajectory: Trajectory) -> HashStore:
+        """Where the conversation's images are kept."""
+        return self._folder.image_store(trajectory)
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of a conversation that was cut off."""

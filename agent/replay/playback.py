@@ -12,6 +12,7 @@ from agent.errors import EndConversation, EngineError
 from agent.loop.runtime import Runtime
 from agent.loop.turns import generation_of
 from agent.replay.compare import index_of_difference
+from conversations.images.placing import PlacedImage
 from conversations.trajectory import Trajectory, Turn
 
 
@@ -42,7 +43,12 @@ class Playback:
         return {key: value for key, value in self._record.engine.items() if key != "evidence"}
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        images: Sequence[PlacedImage] = (),
     ) -> Generation:
         """The recorded turn. Raises EndConversation, or the recorded EngineError."""
         await asyncio.sleep(0)

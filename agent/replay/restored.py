@@ -34,6 +34,7 @@ def replayed(
     """
     if kept is None:
         conversation = Conversation(recorded_task(record), sample, runtime, counterparts)
+        conversation.known_images = _images_of_tools(record)
     else:
         conversation = restored(record, sample, runtime, counterparts, turns=kept)
     conversation.parent = parent
@@ -52,6 +53,10 @@ def restored(
     sampled = sampled_messages(record)
     ends = [*sampled, len(record.messages)]
     conversation.messages = record.messages[: ends[turns]]
+    conversation.restored_images = [
+        image for image in record.images if image["end"] <= len(conversation.tokens)
+    ]
+    conversation.known_images = _images_of_tools(record)
     conversation.turns = record.turns[:turns]
     conversation.settled_calls = [line for line in record.tool_calls if line.turn < turns]
     for line in conversation.settled_calls:
@@ -93,6 +98,13 @@ def restore_last_turn(conversation: Conversation, record: Trajectory) -> None:
     conversation.turns.append(turn)
     is_complete = has_end or turn.finish_reason == "stop"
     conversation.pending = PendingTurn(number, parsed.calls, is_complete)
+
+
+def _images_of_tools(record: Trajectory) -> list[str]:
+    """The hashes of the images beside the task's own."""
+    named = [image["sha256"] for image in record.images]
+    named += [sha256 for line in record.tool_calls for sha256 in line.images]
+    return list(dict.fromkeys(named))
 
 
 def sampled_messages(record: Trajectory) -> list[int]:

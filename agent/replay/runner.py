@@ -54,6 +54,7 @@ from agent.runs.manifest import (
     fresh_seed,
     model_entry,
     parent_entry,
+    processor_entry,
     save_tokenizer,
     source,
     versions,
@@ -63,7 +64,7 @@ from agent.runs.progress import Display, counts, say, starting_line
 from agent.runs.session import Session
 from conversations.run.open_run import TOKENIZER, Run, open_run
 from conversations.run.saved_tokenizer import load_tokenizer
-from conversations.run.store import RUN, UNFINISHED, RunFolder
+from conversations.run.store import RUN, UNFINISHED, RunFolder, image_store
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json
 from tools.toolset import ToolSet
@@ -170,7 +171,10 @@ def make_plan(request: ReplayRequest) -> ReplayPlan:
     template = load_template(config) if request.live_model else run.template()
     if request.from_turn is not None:
         _check_same_tokenizer(run, template)
-    return ReplayPlan(request, run, choice, prepare(config, tools, interactions, template=template))
+    parts = prepare(config, tools, interactions, template=template)
+    if parts.images:
+        parts.images.look_in(image_store(run.path))
+    return ReplayPlan(request, run, choice, parts)
 
 
 def _notes(plan: ReplayPlan) -> Iterator[str]:
@@ -229,6 +233,7 @@ def _manifest(plan: ReplayPlan) -> dict[str, Any]:
         "interactions": source(plan.parts.interactions) or earlier.get("interactions"),
         "model": model_entry(config) if request.live_model else earlier.get("model"),
         "call_format": _call_format(plan),
+        "image_processor": processor_entry(plan.template),
         "tasks": earlier.get("tasks"),
         "limit": None,
         "n": samples * request.n if plan.choice.is_all and isinstance(samples, int) else None,

@@ -26,6 +26,7 @@ from conversations.run.store import RUN, TRAJECTORIES, read_manifest
 
 if TYPE_CHECKING:
     from agent.loop.users import Interactions
+    from conversations.template import ChatTemplate
     from tools.toolset import ToolSet
 
 PACKAGES = ("turntrace", "verl", "sglang", "torch", "transformers", "tokenizers")
@@ -40,6 +41,8 @@ TOKENIZER_FILES = (
     "added_tokens*",
     "chat_template*",
     "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -96,6 +99,11 @@ def save_tokenizer(run: Path, tokenizer: Any) -> None:
         raise RunFolderError(
             f"{folder} cannot be written: {error}; make room there, or choose another --out"
         ) from error
+
+
+def processor_entry(template: ChatTemplate) -> dict[str, Any] | None:
+    """`image_processor` of a run.json: name, settings and their hash; None for a model without."""
+    return template.images.as_json() if template.images else None
 
 
 def source(loaded: ToolSet | Interactions | None) -> str | None:

@@ -20,14 +20,17 @@ from agent.engines.evidence import EvidenceRequest
 from agent.engines.scripted import recorded
 from agent.errors import ConfigError
 from agent.loop.calls import Dispatcher
+from agent.loop.images import ImageReader
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
 from agent.packages import how_to_install
+from conversations.images.processor import ImageProcessor
+from conversations.images.reading import ImageLimits
 from conversations.run.saved_tokenizer import is_failure
 from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate, Reading
 from conversations.tokenizer import TOKENIZER_FILE, FileTokenizer
-from conversations.tokens import USER
+from conversations.tokens import TOOL, USER
 from conversations.truncate import cut_to_tokens
 from tools.registry import load_tools
 from tools.toolset import ToolSet
@@ -37,7 +40,8 @@ from tools.toolset import ToolSet
 class Parts:
     """What the conversations of a run share, but for the engine. `prepare` makes one.
 
-    `dispatcher` holds `tools` and their limits; None if there are no tools.
+    `dispatcher` holds `tools` and their limits; None if there are no tools. `images` reads images;
+    None if the model sees none.
     """
 
     config: Config
@@ -45,6 +49,7 @@ class Parts:
     tools: ToolSet | None
     interactions: Interactions | None
     dispatcher: Dispatcher | None
+    images: ImageReader | None = None
 
     def runtime(
         self, engine: Engine, sampling: Mapping[str, Any], max_tokens: int | None = None
@@ -52,7 +57,12 @@ class Parts:
         """The parts with their engine. See `loop_settings` for `sampling` and `max_tokens`."""
         settings = loop_settings(self.config, sampling, max_tokens)
         return Runtime(
-            engine, self.template, settings, self.dispatcher, interactions=self.interactions
+            engine,
+            self.template,
+            settings,
+            self.dispatcher,
+            interactions=self.interactions,
+            images=self.images,
         )
 
 
@@ -73,8 +83,9 @@ def prepare(
         template.require_tools()
     if interactions:
         template.require(USER, with_tools=bool(tools))
-    dispatcher = make_dispatcher(config, tools, template) if tools else None
-    return Parts(config, template, tools, interactions, dispatcher)
+    images = image_reader(config, template)
+    dispatcher = make_dispatcher(config, tools, template, images) if tools else None
+    return Parts(config, template, tools, interactions, dispatcher, images)
 
 
 def config_tools(config: Config) -> ToolSet | None:
@@ -93,7 +104,9 @@ def load_template(config: Config, folder: Path | None = None) -> ChatTemplate:
 
     Raises TemplateError, and ConfigError if there is no tokenizer.
     """
-    return make_template(config, _tokenizer(folder or config.model_dir()))
+    folder = folder or config.model_dir()
+    tokenizer = _tokenizer(folder)
+    return make_template(config, tokenizer, load_processor(folder, tokenizer))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -116,23 +129,47 @@ def _tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def make_template(config: Config, tokenizer: Any) -> ChatTemplate:
-    """The tokenizer's chat template with the config's arguments. Raises TemplateError."""
+def make_template(
+    config: Config, tokenizer: Any, images: ImageProcessor | None = None
+) -> ChatTemplate:
+    """The tokenizer's chat template with the config's arguments. Raises TemplateError.
+
+    `images` is the model's image processor; None if it sees none.
+    """
     ours = config.rollout.turntrace
     reading = Reading(
         config.rollout.multi_turn.format, ours.format_unproven, ours.calls_in_thoughts
     )
-    template = ChatTemplate(tokenizer, kwargs=ours.apply_chat_template_kwargs, reading=reading)
+    kwargs = ours.apply_chat_template_kwargs
+    template = ChatTemplate(tokenizer, kwargs=kwargs, reading=reading, images=images)
     template.use_fast_encoder()
     return template
 
 
-def make_dispatcher(config: Config, tools: ToolSet, template: ChatTemplate) -> Dispatcher:
-    """The tools with the config's limits."""
+def image_reader(config: Config, template: ChatTemplate) -> ImageReader | None:
+    """What reads the images of a run; None if the model sees none."""
+    if template.images is None:
+        return None
+    limits = config.rollout.turntrace.images
+    return ImageReader(template.images, ImageLimits(limits.count, limits.pixels, limits.bytes))
+
+
+def make_dispatcher(
+    config: Config, tools: ToolSet, template: ChatTemplate, images: ImageReader | None = None
+) -> Dispatcher:
+    """The tools with the config's limits. `images` reads what they answer with, if the template can
+    show it.
+    """
     multi_turn = config.rollout.multi_turn
     limit, side = multi_turn.max_tool_response_length, multi_turn.tool_response_truncate_side
     cut = functools.partial(cut_to_tokens, template=template, limit=limit, side=side)
-    return Dispatcher(tools, max_parallel_calls=multi_turn.max_parallel_calls, shorten=cut)
+    return Dispatcher(
+        tools,
+        max_parallel_calls=multi_turn.max_parallel_calls,
+        shorten=cut,
+        images=None if images is None or template.image_problem(TOOL) else images,
+        placeholder=template.holds_placeholder,
+    )
 
 
 def loop_settings(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from agent.loop.tasks import Task
 from agent.runs.manifest import versions
 from agent.runs.parts import config_interactions, config_tools, make_template, prepare
 from agent.trainers.client import VerlClientEngine
-from agent.trainers.layout import batch_tasks, has_failed, why_not_trained
+from agent.trainers.layout import batch_tasks, has_failed, why_not_trained, without_response
 from agent.trainers.options import (
     TrainerOptions,
     checked_options,
@@ -49,6 +49,8 @@ from agent.trainers.options import (
     trainer_config,
 )
 from agent.trainers.step_folders import StepFolders
+from conversations.images.placing import PlacedImage, spans_of
+from conversations.images.processor import collapsed, processor_of
 from conversations.rounds import is_sampled
 from conversations.trajectory import Trajectory
 from tools.toolset import LoadedTool, ToolSet, loaded_tool
@@ -105,7 +107,9 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         await worker.start_tools()
         columns = {key: [value] for key, value in kwargs.items()}
         [(task, sample)] = batch_tasks(columns, worker.parts.interactions)
-        engine = VerlClientEngine(self.server_manager, worker.description, self._request_id(kwargs))
+        engine = VerlClientEngine(
+            self.server_manager, worker.description, self._request_id(kwargs), worker.drifts()
+        )
         conversation = Conversation(
             worker.offered(task), sample, worker.runtime(engine, sampling_params)
         )
@@ -117,7 +121,13 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
             logger.warning("a record is lost: %s", lost)
         if worker.takes_lists and _is_untrainable(record):
             return []
-        return worker.output(record, engine, conversation.user.rewards if conversation.user else [])
+        rewards = conversation.user.rewards if conversation.user else []
+        output = worker.output(record, engine, rewards)
+        if images := worker.shown(record).images:
+            seen = [conversation.pictures[image["sha256"]] for image in images]
+            decoded = await asyncio.to_thread(lambda: [picture.image() for picture in seen])
+            output.multi_modal_data = {"images": decoded}
+        return output
 
     def _request_id(self, columns: Mapping[str, Any]) -> str | None:
         """verl's own id if runs must repeat; else None, a fresh one."""
@@ -169,7 +179,7 @@ class _Worker:
             ours,
             _tools(ours, verls_tools),
             config_interactions(ours),
-            template=make_template(ours, loop.tokenizer),
+            template=make_template(ours, loop.tokenizer, processor_of(loop.processor)),
         )
         self.description = {
             "name": f"verl:{self.config.name}",
@@ -209,8 +219,28 @@ class _Worker:
             task, tools_kwargs={name: task.tools_kwargs.get(name, {}) for name in names}
         )
 
+    def drifts(self) -> Callable[[Sequence[int], Sequence[PlacedImage]], bool] | None:
+        """Whether verl's server changes a prompt with images; None if it keeps its ids.
+
+        verl hands its ids to SGLang, which decodes and encodes them beside images; vLLM takes them.
+        """
+        template = self.parts.template
+        if self.config.name != "sglang" or template.images is None:
+            return None
+
+        def drifts(ids: Sequence[int], images: Sequence[PlacedImage]) -> bool:
+            short = collapsed(ids, spans_of(images))
+            return template.encode(template.decode(short)) != short
+
+        return drifts
+
     def runtime(self, engine: VerlClientEngine, sampling: Mapping[str, Any]) -> Runtime:
         return self.parts.runtime(engine, engine_sampling(sampling))
+
+    def shown(self, one: Trajectory) -> Trajectory:
+        """The trajectory as verl may see it: of a model that sees, no response that failed."""
+        failed = has_failed(one) and self.parts.template.images is not None
+        return without_response(one) if failed else one
 
     def output(
         self, one: Trajectory, engine: VerlClientEngine, turn_scores: list[float]
@@ -219,6 +249,7 @@ class _Worker:
 
         A prompt over the budget, after which nothing was sampled, is cut on the left as verl does.
         """
+        one = self.shown(one)
         ids, mask = one.response_ids, one.response_mask
         logprobs = [value or 0.0 for value in one.response_logprobs]
         if _is_untrainable(one):

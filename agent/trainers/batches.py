@@ -29,6 +29,8 @@ from agent.trainers.options import (
     trainer_config,
 )
 from agent.trainers.step_folders import NewFolders
+from conversations.images.processor import ImageProcessor
+from conversations.images.reading import Picture
 from conversations.run.store import RunFolder
 from conversations.trajectory import Trajectory
 
@@ -50,13 +52,23 @@ GREEDY = {
 class TrainerBatches:
     """Runs a trainer's batches.
 
-    `config` is verl's `RolloutConfig`, `sampling` the params that its rollout made of it. Raises
+    `config` is verl's `RolloutConfig`, `sampling` the params that its rollout made of it, `images`
+    the model's image processor, None if it sees none. `pictures` are those of the last batch, by
+    hash. Raises
     ConfigError and TemplateError for a config that cannot take effect.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, config: Any, sampling: Mapping[str, Any], model: str
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        config: Any,
+        sampling: Mapping[str, Any],
+        model: str,
+        images: ImageProcessor | None = None,
     ) -> None:
+        self.images = images
+        self.pictures: dict[str, Picture] = {}
         self.config = config
         self._engine = engine
         self._sampling = sampling
@@ -72,7 +84,7 @@ class TrainerBatches:
             ours,
             config_tools(ours),
             config_interactions(ours),
-            template=make_template(ours, tokenizer),
+            template=make_template(ours, tokenizer, images),
         )
         self._folders = NewFolders(options.save_to, tokenizer) if options.save_to else None
 
@@ -103,6 +115,9 @@ class TrainerBatches:
                 store=store,
                 on_done=lambda one: ended.add((one.task_id, one.sample)),
             )
+        self.pictures = {
+            sha256: picture for each in conversations for sha256, picture in each.pictures.items()
+        }
         trajectories = [
             _as_it_ended(trajectory_of(conversation), ended) for conversation in conversations
         ]

@@ -12,14 +12,16 @@ the new weights, and the conversation does not notice.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 from agent.engines.engine import EndedGeneration, Generation, SamplingParams
 from agent.errors import EngineError
 from agent.loop.boundary import describe
+from conversations.images.placing import PlacedImage
 
 ABORTED = ("abort", "aborted")
 SUMMED = ("spec_num_draft_tokens", "spec_num_accepted_tokens", "spec_num_verify_steps")
@@ -30,14 +32,21 @@ class VerlClientEngine:
     """One conversation's engine. `client` is verl's `LLMServerClient`, or anything with its
     `generate`.
 
-    `generate_s` is the time spent in the servers. `num_preempted` is None if they do not report it.
+    `drifts(ids, images)` says whether verl's server would see other ids than these: beside images
+    SGLang, as verl calls it, decodes and encodes them again. Such a turn is refused. `generate_s`
+    is the time spent in the servers. `num_preempted` is None if they do not report it.
     `fields` is what verl's trainers read of a conversation: the first and last weights' step and
     the counters of speculative decoding.
     """
 
     def __init__(
-        self, client: Any, description: dict[str, Any], request_id: str | None = None
+        self,
+        client: Any,
+        description: dict[str, Any],
+        request_id: str | None = None,
+        drifts: Callable[[Sequence[int], Sequence[PlacedImage]], bool] | None = None,
     ) -> None:
+        self._drifts = drifts
         self._client = client
         self._description = description
         self._request_id = request_id or uuid.uuid4().hex
@@ -50,7 +59,12 @@ class VerlClientEngine:
         return self._description
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        images: Sequence[PlacedImage] = (),
     ) -> Generation:
         """Samples one turn.
 
@@ -61,11 +75,21 @@ class VerlClientEngine:
         params = {key: value for key, value in sampling.items() if key != "max_new_tokens"}
         # `max_tokens` is the name that all of verl's servers know.
         params |= {"max_tokens": limit, "logprobs": True}
+        prompt = {"prompt_ids": list(prompt_ids)}
         started = perf_counter()
         try:
-            output = await self._client.generate(
-                self._request_id, prompt_ids=list(prompt_ids), sampling_params=params
-            )
+            if images:
+                if self._drifts and self._drifts(prompt_ids, images):
+                    raise EngineError(
+                        "verl's SGLang server would encode this prompt anew beside its images, and "
+                        "not to the same ids; rollout.name: vllm keeps them"
+                    )
+                pictures = [image.picture for image in images]
+                seen = await asyncio.to_thread(lambda: [one.image() for one in pictures])
+                prompt["image_data"] = seen
+            output = await self._client.generate(self._request_id, **prompt, sampling_params=params)
+        except EngineError:
+            raise
         except Exception as error:
             raise EngineError(f"verl's server failed: {_one_line(error)}") from error
         finally:

@@ -11,6 +11,7 @@ it field by field.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,9 @@ from agent.errors import TaskError
 from agent.loop.tasks import Task, row_hash, row_task
 from agent.loop.users import Interactions
 from conversations.errors import MessageError
+from conversations.images.pixels import joined_pixels, pixels_of
+from conversations.images.reading import Picture
+from conversations.messages import content_text
 from conversations.padding import padded_batch
 from conversations.trajectory import Trajectory
 
@@ -53,7 +57,9 @@ def batch_tasks(
                 for key in ROW_KEYS
                 if key in columns and (value := _plain(columns[key][index])) is not None
             }
-            task = row_task({"prompt": messages, **row}, row_hash(messages))
+            if images := _images(columns, index):
+                row["images"] = images
+            task = row_task({"prompt": messages, **row}, _name(messages, images))
             if interactions and task.interaction_kwargs:
                 interactions.chosen(task.interaction_kwargs)
         except (TaskError, MessageError, TypeError, ValueError) as error:
@@ -61,6 +67,32 @@ def batch_tasks(
         pairs.append((task, samples[task.id]))
         samples[task.id] += 1
     return pairs
+
+
+def _images(columns: Mapping[str, Any], index: int) -> list[Any]:
+    """The images of a row of verl 0.6.1's dataset, for its messages' image parts in order."""
+    seen = columns["multi_modal_data"][index] if "multi_modal_data" in columns else None
+    images = seen.get("image") or seen.get("images") if isinstance(seen, Mapping) else None
+    return list(images or ())
+
+
+def _name(messages: Any, images: list[Any]) -> str:
+    """The hash of a prompt and its images, which verl 0.8 and 0.9 have in its messages."""
+    plain = _hashable(messages)
+    return row_hash([plain, _hashable(images)] if images else plain)
+
+
+def _hashable(value: Any) -> Any:
+    """A value as JSON: bytes and PIL images by a hash of theirs."""
+    if isinstance(value, Mapping):
+        return {key: _hashable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hashable(item) for item in value]
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if hasattr(value, "tobytes") and hasattr(value, "size"):
+        return [list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -93,12 +125,14 @@ class Shape:
     """What the arrays of a batch depend on beside the trajectories.
 
     Lengths are the rollout config's, in tokens. `logprobs`: whether the batch has them.
+    `merge_size` is the image processor's, None for a model that sees none.
     """
 
     prompt_length: int
     response_length: int
     pad_id: int
     logprobs: bool
+    merge_size: int | None = None
 
 
 def batch_arrays(trajectories: Sequence[Trajectory], shape: Shape) -> dict[str, Any]:
@@ -107,16 +141,41 @@ def batch_arrays(trajectories: Sequence[Trajectory], shape: Shape) -> dict[str, 
     A trajectory that was cut off (`cancelled`) is padding, as verl has it.
     """
     arrays = padded_batch(
-        [_trainable(one, shape.prompt_length) for one in trajectories],
+        [_trainable(one, shape) for one in trajectories],
         prompt_length=shape.prompt_length,
         response_length=shape.response_length,
         pad_id=shape.pad_id,
         logprobs=shape.logprobs,
+        merge_size=shape.merge_size,
     )
     for index, one in enumerate(trajectories):
         if one.stop_reason == "cancelled":
             arrays["attention_mask"][index] = 0
     return arrays
+
+
+def seen_inputs(
+    trajectories: Sequence[Trajectory],
+    shape: Shape,
+    pictures: Mapping[str, Picture],
+    image_processor: Any,
+) -> Any:
+    """verl's `multi_modal_inputs`: `pixel_values` and `image_grid_thw` of each row's images, {} for
+    a row without any.
+
+    `image_processor` is the trainer's own. An image of several rows is processed once.
+    """
+    made: dict[str, dict[str, Any]] = {}
+
+    def of(sha256: str) -> dict[str, Any]:
+        if sha256 not in made:
+            made[sha256] = pixels_of(pictures[sha256], image_processor)
+        return made[sha256]
+
+    return _column(
+        joined_pixels([of(image["sha256"]) for image in _trainable(one, shape).images])
+        for one in trajectories
+    )
 
 
 def batch_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
@@ -138,21 +197,41 @@ def _spoken(message: Mapping[str, Any]) -> dict[str, str]:
     """A message with nothing but role and content: a sampled turn as its raw text, so no call is
     lost.
     """
-    return {"role": message["role"], "content": message.get("raw") or message["content"] or ""}
+    content = message.get("raw") or content_text(message["content"])
+    return {"role": message["role"], "content": content}
 
 
-def _trainable(one: Trajectory, prompt_length: int) -> Trajectory:
+def without_response(one: Trajectory) -> Trajectory:
+    """The trajectory's prompt alone, with its images."""
+    images = [image for image in one.images if image["end"] <= len(one.prompt_ids)]
+    return replace(one, response_ids=[], response_mask=[], response_logprobs=[], images=images)
+
+
+def _trainable(one: Trajectory, shape: Shape) -> Trajectory:
     """The trajectory as a trainer may see it.
 
     Rows of all ranks must be equally long, so a prompt over the budget keeps only its end; nothing
-    was sampled after it.
+    was sampled after it. A model that sees is shown nothing of a response that failed: it may hold
+    a placeholder that no image stands for.
     """
-    one = replace(one, prompt_ids=one.prompt_ids[-prompt_length:])
-    if one.stop_reason == "cancelled":
-        return replace(one, response_ids=[], response_mask=[], response_logprobs=[])
+    prompt_length = shape.prompt_length
+    if len(one.prompt_ids) > prompt_length:
+        one = replace(one, prompt_ids=_end_of(one, prompt_length), images=[])
+    if one.stop_reason == "cancelled" or (has_failed(one) and shape.merge_size is not None):
+        return without_response(one)
     if has_failed(one):
         return replace(one, response_mask=[0] * len(one.response_ids))
     return one
+
+
+def _end_of(one: Trajectory, length: int) -> list[int]:
+    """The last tokens of a prompt that is too long. Of images, whose tokens mean nothing without
+    their pixels, the prompt's first token stands there: an image must be there whole or not at all.
+    """
+    ids = list(one.prompt_ids)
+    for image in one.images:
+        ids[image["start"] : image["end"]] = [ids[0]] * (image["end"] - image["start"])
+    return ids[-length:]
 
 
 def _reward_scores(one: Trajectory) -> dict[str, Any]:

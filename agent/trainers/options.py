@@ -18,7 +18,7 @@ from agent.config.config import Config
 from agent.config.schema import Rollout
 from agent.config.secrets import without_secrets
 from agent.errors import ConfigError
-from agent.runs.manifest import source, versions
+from agent.runs.manifest import processor_entry, source, versions
 from agent.runs.parts import Parts
 
 Options = TypeVar("Options", bound=pydantic.BaseModel)
@@ -141,6 +141,7 @@ def manifest(parts: Parts, trainer: Mapping[str, Any], **which: Any) -> dict[str
     return {
         "config": parts.config.resolved(),
         "call_format": parts.template.format_entry() if parts.tools else None,
+        "image_processor": processor_entry(parts.template),
         "tools": source(parts.tools),
         "interactions": source(parts.interactions),
         **which,

@@ -25,7 +25,8 @@ from agent.engines.rollout import EngineRollout
 from agent.errors import AgentError, ConfigError, EngineError
 from agent.loop.boundary import describe
 from agent.trainers.batches import TrainerBatches
-from agent.trainers.layout import Shape, batch_arrays, batch_columns
+from agent.trainers.layout import Shape, batch_arrays, batch_columns, seen_inputs
+from conversations.images.processor import SHAPES, processor_of
 
 _Made = tuple[dict[str, Any], dict[str, Any]]
 """A batch's arrays and columns."""
@@ -60,13 +61,23 @@ class AgentRollout(EngineRollout):
         loop = asyncio.get_event_loop()
         trajectories = loop.run_until_complete(self._trainer.run(prompts, overrides))
         loop.run_until_complete(self._empty_cache())
+        images = self._trainer.images
         shape = Shape(
             self.config.prompt_length,
             self.config.response_length,
             self.pad_token_id,
             self.config.calculate_log_probs,
+            images.merge_size if images else None,
         )
-        return batch_arrays(trajectories, shape), batch_columns(trajectories)
+        columns = batch_columns(trajectories)
+        if images:
+            columns["multi_modal_inputs"] = seen_inputs(
+                trajectories,
+                shape,
+                self._trainer.pictures,
+                self.processing_class.image_processor,
+            )
+        return batch_arrays(trajectories, shape), columns
 
     async def _empty_cache(self) -> None:
         """Empties the KV cache after a batch, as verl does; waits until aborted requests have
@@ -104,17 +115,21 @@ class AgentRollout(EngineRollout):
 
     @functools.cached_property
     def _trainer(self) -> TrainerBatches:
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise ConfigError(
-                f"{self.model_config.path} has a processor for images or sound; "
-                "turntrace's multi_turn batches are text only"
-            )
+        given, images = self.processing_class, None
+        if isinstance(given, ProcessorMixin):
+            images = processor_of(given)
+            if images is None:
+                raise ConfigError(
+                    f"{self.model_config.path} has a {type(given).__name__}; images are supported "
+                    f"of {', '.join(SHAPES)}"
+                )
         return TrainerBatches(
             self.engine(),
-            self.processing_class,
+            given.tokenizer if images else given,
             self.config,
             self.sampling_params,
             str(self.model_config.path),
+            images,
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from agent.errors import ConfigError
 from conversations.errors import RunFolderError
+from conversations.run.hash_store import HashStore
 from conversations.run.store import RunFolder
 from conversations.trajectory import Trajectory
 
@@ -106,6 +107,10 @@ class StepFolders:
         """Writes a conversation that has ended as the next sample of its task."""
         place = self._place(trajectory)
         place.add(place.folder.append, trajectory)
+
+    def image_store(self, trajectory: Trajectory) -> HashStore:
+        """Where the conversation's images are kept."""
+        return self._place(trajectory).folder.image_store(trajectory)
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of a conversation that was cut off."""

@@ -496,7 +496,7 @@ class _Elsewhere:
         return dict(self._description)
 
     async def generate(
-        self, prompt_ids: Any, sampling: SamplingParams, *, request_id: str
+        self, prompt_ids: Any, sampling: SamplingParams, *, request_id: str, images: Any = ()
     ) -> Generation:
         raise EngineError("the engine is in the workers")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from conversations.run.hash_store import HashStore
+from conversations.run.store import image_store
 from conversations.template import ChatTemplate
 from conversations.truncate import SIDES
 
@@ -23,6 +25,7 @@ MAX_STARTS = 16
 class RunFacts:
     """The facts of a run. A fact that run.json does not state is None.
 
+    `images` are the files of the run's images.
     `ids` is the number of token ids of the tokenizer, `n` the size of a group. `cuts` are the
     (tokens, side) that a tool's answer may be cut to, the run's own first; `cuts_in_code` means
     that functions are among the tools, whose decorators may set others. `users` means that
@@ -35,6 +38,7 @@ class RunFacts:
     """
 
     template: ChatTemplate | None = None
+    images: HashStore | None = None
     ids: int | None = None
     n: int | None = None
     prompt_length: int | None = None
@@ -79,14 +83,20 @@ class RunFacts:
         )
 
 
-def facts_of(manifest: dict[str, Any], template: ChatTemplate | None) -> RunFacts:
-    """The facts of a run.json of any content."""
+def facts_of(
+    manifest: dict[str, Any], template: ChatTemplate | None, folder: Path | None = None
+) -> RunFacts:
+    """The facts of a run.json of any content, of the run in `folder`."""
     facts = _facts_of(manifest, template)
+    images = None if folder is None else image_store(folder)
+    facts = dataclasses.replace(facts, images=images)
     starts = manifest.get("earlier_starts")
     if not isinstance(starts, list):
         return facts
     manifests = [{**manifest, **start} for start in starts[-MAX_STARTS:] if isinstance(start, dict)]
-    earlier = tuple(_facts_of(one, template) for one in manifests)
+    earlier = tuple(
+        dataclasses.replace(_facts_of(one, template), images=images) for one in manifests
+    )
     return dataclasses.replace(facts, earlier=earlier)
 
 

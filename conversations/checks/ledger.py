@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, first_difference, quoted, show_difference
+from conversations.checks.images import unplaced_grids
 from conversations.messages import Message, tool_message
 from conversations.rounds import Round, Rounds
+from conversations.run.hash_store import HashStore
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL, USER
 from conversations.trajectory import ToolCallRecord, Trajectory, canonical_json
@@ -161,9 +163,7 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
     """The messages that answer a turn are the responses of its lines, in order."""
     if not each.replies or each.kind == USER:
         return
-    expected = [
-        tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines
-    ]
+    expected = [_message(line) for line in lines]
     if len(expected) != len(each.replies):
         yield Finding(
             differs(
@@ -204,13 +204,24 @@ def _client_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterat
 
 
 def response_tokens(
-    lines: list[ToolCallRecord], turn: Message | None, template: ChatTemplate
+    lines: list[ToolCallRecord],
+    turn: Message | None,
+    template: ChatTemplate,
+    images: HashStore | None = None,
 ) -> int:
     """The number of tokens that the responses of a turn's calls would add.
 
-    Raises TemplateError if the template refuses them.
+    `images` are the run's. Raises TemplateError if the template refuses them, ImageError if the
+    images among them cannot be read.
     """
-    messages = [
-        tool_message(line.response or "", call_id=line.call_id, name=line.name) for line in lines
-    ]
-    return len(template.delta(messages, turn=turn))
+    count = len(template.delta([_message(line) for line in lines], turn=turn))
+    hashes = [sha256 for line in lines for sha256 in line.images]
+    if not hashes or (processor := template.images) is None:
+        return count
+    grids = unplaced_grids(hashes, processor, images)
+    return count + sum(processor.tokens(grid) - 1 for grid in grids)
+
+
+def _message(line: ToolCallRecord) -> Message:
+    images = [f"sha256:{sha256}" for sha256 in line.images]
+    return tool_message(line.response or "", call_id=line.call_id, name=line.name, images=images)

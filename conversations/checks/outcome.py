@@ -250,7 +250,7 @@ class _Ending:
         """How many tokens the answers to the last turn would add, a missing end token included."""
         response = self.trajectory.response_ids
         missing = template.missing_end(response[-1] if response else None, TOOL)
-        return len(missing) + response_tokens(self.lines, self.message, template)
+        return len(missing) + response_tokens(self.lines, self.message, template, self.facts.images)
 
     def _length_needs(self) -> str | None:
         """`length` without a cut turn needs too little room for another turn or for the last

@@ -17,6 +17,7 @@ from conversations.checks.branches import branch_findings
 from conversations.checks.evidence import evidence_findings
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, quoted
+from conversations.checks.images import image_findings
 from conversations.checks.outcome import outcome_findings
 from conversations.checks.sequence import sequence_findings
 from conversations.checks.shape import shape_findings
@@ -126,6 +127,8 @@ def _trajectory_findings(
     parts = split_rounds(trajectory.messages)
     is_text_checked = not partial and not _is_unproven(trajectory, facts)
     yield from sequence_findings(trajectory, parts, facts, with_text=is_text_checked)
+    if is_text_checked:
+        yield from image_findings(trajectory, facts)
     if facts.template is not None and facts.imported is None:
         found, expected = trajectory.sampling.get("stop_token_ids"), facts.template.stop_token_ids
         if found != expected and not partial:

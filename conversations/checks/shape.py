@@ -49,6 +49,7 @@ Place = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0)]
 Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Status = Annotated[str, AfterValidator(_among(*CALL_STATUSES))]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Segment = Annotated[
     tuple[Annotated[str, AfterValidator(_among(*KINDS))], Place, Place], Field(strict=False)
 ]
@@ -97,6 +98,7 @@ class LedgerLine(TypedDict):
     queue_s: Seconds
     run_s: Seconds
     error: str | None
+    images: NotRequired[list[Hash]]
 
 
 class Function(TypedDict):
@@ -111,10 +113,22 @@ class _Call(TypedDict):
     function: Function
 
 
+class _TextPart(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    type: Literal["text"]
+    text: str
+
+
+class _ImagePart(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    type: Literal["image"]
+    image: str | int
+
+
 class _Message(TypedDict):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     role: Annotated[str, AfterValidator(_among(*ROLES))]
-    content: str
+    content: str | list[_TextPart | _ImagePart]
     raw: NotRequired[str | None]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[_Call]]
@@ -136,6 +150,18 @@ class Warning(TypedDict):
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     kind: Annotated[str, AfterValidator(_among(*WARNING_KINDS))]
     text: str
+
+
+class _Image(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    sha256: Hash
+    width: Annotated[int, Field(ge=1, le=1 << 24)]
+    height: Annotated[int, Field(ge=1, le=1 << 24)]
+    grid: Annotated[
+        list[Annotated[int, Field(ge=1, le=1 << 24)]], Field(min_length=3, max_length=3)
+    ]
+    start: Place
+    end: Place
 
 
 class _BranchParent(TypedDict):
@@ -161,6 +187,7 @@ _FORMS: dict[Any, Any] = {
     trajectory.Parent: _Parent | None,
     trajectory.Reason: Annotated[str, AfterValidator(_among(*BRANCH_REASONS))],
     trajectory.BranchParent: _BranchParent | None,
+    trajectory.Images: list[_Image],
     list[trajectory.Turn]: list[_Turn],
     list[trajectory.ToolCallRecord]: list[LedgerLine],
     list[RecordWarning]: list[Warning],
@@ -186,7 +213,7 @@ def _record() -> TypeAdapter[Any]:
         "Record",
         FIELD_TYPES,
         schema=Annotated[str, AfterValidator(_among(*READABLE))],
-        sha256=Annotated[str, Field(pattern="^[0-9a-f]{64}$")],
+        sha256=Hash,
         branches=list[branch],  # type: ignore[valid-type]
     )
     return TypeAdapter(record)

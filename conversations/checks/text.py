@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 from conversations.checks.finding import Finding, differs, first_difference, quoted, show_difference
 from conversations.checks.tokens import turn_at
-from conversations.errors import TemplateError
-from conversations.messages import Message, assistant_message
+from conversations.errors import ImageError, TemplateError
+from conversations.messages import Message, assistant_message, image_parts
 from conversations.rounds import Round, Rounds, given_length
 from conversations.template import ChatTemplate, Delta, Piece
 from conversations.tokens import TEMPLATE, TokenSequence
@@ -39,7 +41,7 @@ def text_findings(
         before = each.replies[-1] if each.replies else each.message
     try:
         yield from _rebuilt_findings(trajectory, parts, template, trust_prompt, trusted)
-    except TemplateError as error:
+    except (ImageError, TemplateError) as error:
         yield Finding(f"cannot be rendered again: {error}")
 
 
@@ -112,7 +114,10 @@ def _rebuilt_findings(
         if trust_prompt or trusted
         else _prompt(trajectory, parts.opening, template)
     )
-    rebuilt = _rebuilt(trajectory, parts, template, ids, prompt, trusted)
+    grids = iter([tuple(image["grid"]) for image in trajectory.images])
+    if not (trust_prompt or trusted):
+        prompt = _placed(prompt, parts.opening, template, grids)
+    rebuilt = _rebuilt(trajectory, parts, template, ids, prompt, trusted, grids)
     if rebuilt.ids != ids:
         token = first_difference(ids, rebuilt.ids)
         found, expected = (
@@ -147,6 +152,7 @@ def _rebuilt(
     ids: list[int],
     prompt: list[Piece],
     trusted: int,
+    grids: Iterator[Any],
 ) -> TokenSequence:
     """What the loop would have appended: the prompt, then sampled turns and rendered replies."""
     sequence = TokenSequence()
@@ -159,9 +165,18 @@ def _rebuilt(
             pieces = _recorded(trajectory, ids, turn.end, trajectory.turns[k + 1].start)
         else:
             pieces = _answered(each, sampled, template, with_tools=bool(trajectory.tools))
+            pieces = _placed(pieces, each.replies, template, grids)
         for kind, piece in pieces:
             sequence.append(kind, piece)
     return sequence
+
+
+def _placed(
+    pieces: list[Piece], messages: list[Message], template: ChatTemplate, grids: Iterator[Any]
+) -> list[Piece]:
+    """Rendered pieces of messages with their images, whose grids come next. Raises ImageError."""
+    count = sum(1 for _ in image_parts(messages))
+    return template.place(pieces, list(islice(grids, count)))[0]
 
 
 def _prompt(trajectory: Trajectory, opening: list[Message], template: ChatTemplate) -> list[Piece]:

@@ -13,8 +13,11 @@ from typing import Any
 
 from conversations.errors import ExportError
 from conversations.export.formats import ORIGIN, Format, Record, Row, Source
+from conversations.images.pixels import joined_pixels, pixels_of, slow_processor
+from conversations.images.processor import ImageProcessor
+from conversations.images.reading import Picture
 from conversations.padding import padded_batch
-from conversations.run.open_run import TOKENIZER
+from conversations.run.open_run import TOKENIZER, recorded_processor
 from conversations.run.saved_tokenizer import load_tokenizer
 from conversations.trajectory import Trajectory
 
@@ -22,20 +25,47 @@ from conversations.trajectory import Trajectory
 def _rows(source: Source) -> Iterator[Row]:
     """One row a batch: its arrays, and the non-tensors."""
     prompt_length, response_length = _lengths(source.run.manifest)
-    pad_id = _pad_id(load_tokenizer(source.run.path / TOKENIZER))
+    tokenizer = load_tokenizer(source.run.path / TOKENIZER)
+    pad_id = _pad_id(tokenizer)
+    processor = recorded_processor(source.run.manifest, tokenizer)
     trajectories = ((_trainable(record), record) for record in source.with_ids())
     while pairs := list(islice(trajectories, source.batch_size)):
         batch = [one for one, _ in pairs]
         arrays = padded_batch(
-            batch, prompt_length=prompt_length, response_length=response_length, pad_id=pad_id
+            batch,
+            prompt_length=prompt_length,
+            response_length=response_length,
+            pad_id=pad_id,
+            merge_size=processor.merge_size if processor else None,
         )
         yield {
             "arrays": arrays,
             "messages": [{"messages": one.messages} for one in batch],
+            **(_seen(source, [record for _, record in pairs], processor) if processor else {}),
             **_columns(batch),
             "branch": [record["branch"] for _, record in pairs],
             "reason": [record["reason"] for _, record in pairs],
         }
+
+
+def _seen(
+    source: Source, records: Sequence[Record], processor: ImageProcessor
+) -> dict[str, list[Any]]:
+    """verl's columns of images: PIL images, and what the vision tower is given."""
+    image_processor = slow_processor(processor)
+    pictures = [
+        [
+            Picture(image["sha256"], image["width"], image["height"], png)
+            for image, png in zip(record["images"], source.images(record), strict=True)
+        ]
+        for record in records
+    ]
+    return {
+        "multi_modal_data": [{"image": [one.image() for one in each]} for each in pictures],
+        "multi_modal_inputs": [
+            joined_pixels([pixels_of(one, image_processor) for one in each]) for each in pictures
+        ],
+    }
 
 
 def _trainable(record: Record) -> Trajectory:
@@ -114,11 +144,14 @@ DATAPROTO = Format(
         "prompt_length and response_length",
         "response_mask": "int64, 1 exactly where the engine sampled the token",
         "rollout_log_probs": "float32, the engine's, 0 where nothing was sampled",
+        "multi_modal_data, multi_modal_inputs": "of models that see: PIL images; pixel_values and "
+        "image_grid_thw by transformers' Qwen2VLImageProcessor. position_ids have four rows then",
         "messages, reward_scores, request_id": "non-tensors as in verl 0.6.1's rollout: messages, "
         "reward parts, the trajectory's id",
         "uid, reward, ground_truth, data_source, __num_turns__": "the group's id, "
         "and more of the record",
         "branch, reason": ORIGIN["branch, reason"],
     },
+    takes_images=True,
     usage='DataProto.load_from_disk("batch-00000.pkl"), a pickle: load none from elsewhere',
 )

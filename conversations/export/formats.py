@@ -17,6 +17,8 @@ from typing import Any
 from conversations.branches import sequence_records
 from conversations.errors import ConversationsError, ExportError
 from conversations.export.text import TextView, TokensAndMask, UnreadableMessagesError, verdict
+from conversations.images.sources import hash_of
+from conversations.messages import image_parts
 from conversations.run.open_run import Run, template_kwargs
 
 TRUNK, ALL = "trunk", "all"
@@ -42,10 +44,31 @@ class Source:
     differing: dict[str, str] = field(default_factory=dict)
     """The first id with each verdict but "same"."""
     notes: list[str] = field(default_factory=list)
+    takes_images: bool = False
+    """Whether the format has a place for images; if not, records with images are left out."""
     _view: TextView | None = None
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(self.selected)
+        for record in self.selected:
+            if self.takes_images or not any(image_parts(record["messages"])):
+                yield record
+            else:
+                self.leave_out(
+                    "images, which this format has no place for (dataproto, verl-rl, openai and "
+                    "parquet have)"
+                )
+
+    def images(self, record: Record) -> list[bytes]:
+        """A record's images as PNG files, in the order of its messages.
+
+        Raises ExportError if one is not there or was changed.
+        """
+        try:
+            return [
+                self.run.image(hash_of(part["image"])) for part in image_parts(record["messages"])
+            ]
+        except ConversationsError as error:
+            raise ExportError(f"trajectory {record['id']}: {error}") from error
 
     def sequences(self) -> Iterator[Record]:
         """A record for each sequence, with its number as `branch` and the branch's `reason`.
@@ -142,6 +165,7 @@ class Format:
     """What a row is: a trajectory, a task, a pair, a batch."""
     fields: Mapping[str, str]
     usage: str
+    takes_images: bool = False
 
 
 def export_names() -> tuple[str, ...]:
@@ -178,5 +202,6 @@ def _modules() -> dict[str, str]:
         "openrlhf-preference": "openrlhf",
         "sharegpt": "sharegpt",
         "atif": "atif",
+        "openai": "openai",
         "parquet": "record",
     }

@@ -44,7 +44,7 @@ def export_run(
     selection = Selection(run, filters, progress)
     if branches not in (TRUNK, ALL):
         raise ExportError(f"branches is {branches!r}, expected {TRUNK} or {ALL}")
-    source = Source(run, selection, batch_size, branches)
+    source = Source(run, selection, batch_size, branches, takes_images=chosen.takes_images)
     with new_folder(out, ExportError) as folder:
         rows = chosen.write(chosen.rows(source), folder)
         if rows == 0:

@@ -39,5 +39,6 @@ PARQUET = Format(
         ", ".join(arrow.JSON_COLUMNS): "JSON text",
         "(others)": "as in the record",
     },
+    takes_images=True,
     usage=f'pandas.read_parquet("{FILE}")',
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,10 @@ from conversations.page.blocks import Blocks, deflated
 from conversations.page.html import shell
 from conversations.page.pieces import pieces
 from conversations.page.record import Record, Summary, shown_record, text_line, token_line
+from conversations.run.hash_store import HashStore
 from conversations.run.open_run import TOKENIZER, Run
 from conversations.run.scores import SavedScores
+from conversations.run.store import image_store
 from conversations.run.whole_file import write_whole
 
 LIMIT, MAX_BYTES = 20_000, 256 << 20
@@ -87,7 +89,8 @@ def build(
         for record in run.records(check=False):
             if len(summary) == limit or (max_bytes is not None and blocks.size >= max_bytes):
                 break
-            _add(record, _counterpart(record, against), scores, summary, blocks, used)
+            stores = [image_store(one.path) if one else None for one in (run, against)]
+            _add(record, _counterpart(record, against), stores, scores, summary, blocks, used)
         blocks.finish()
         return Page(
             run.path.resolve().name,
@@ -111,6 +114,7 @@ def build(
 def _add(
     record: Record,
     other: Record | None,
+    stores: Sequence[HashStore | None],
     scores: SavedScores,
     summary: Summary,
     blocks: Blocks,
@@ -118,13 +122,15 @@ def _add(
 ) -> None:
     lines = []
     try:
-        for one in filter(None, (record, other)):
+        for one, store in zip((record, other), stores, strict=True):
+            if one is None:
+                continue
             differences = scores.differences(one) if one is record else None
-            lines += [text_line(shown_record(one)), token_line(one, differences)]
+            lines += [text_line(shown_record(one), store), token_line(one, differences)]
             _use(used, one["prompt_ids"] + one["response_ids"])
         for number in range(1, len(record["branches"]) + 1):
             path = path_record(record, number)
-            lines += [text_line(path), token_line(path)]
+            lines += [text_line(path, stores[0]), token_line(path)]
             _use(used, path["prompt_ids"] + path["response_ids"])
         differs = None if other is None else divergence(record, other)
         block, line = blocks.add(lines)

@@ -11,11 +11,15 @@ import json
 import math
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from operator import index
 from typing import Any
 
 from conversations.branches import branch_tree
+from conversations.errors import RunFolderError
+from conversations.messages import content_text
+from conversations.run.hash_store import HashStore
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS
 
 TOKEN_FIELDS = ("prompt_ids", "response_ids", "response_mask", "segments")
@@ -23,6 +27,8 @@ RECORD_LIMIT = 32 << 20
 """Characters of JSON that a record may have before its long texts are cut."""
 TEXT_LIMIT = 1 << 20
 """Characters that a text of such a record keeps."""
+PICTURE_BYTES = 4 << 20
+"""Of an image's file that a page holds; the page names a larger one only."""
 PREVIEW = 160
 STATUSES = 40
 """The number of statuses that fit the bits of a row, which JavaScript keeps as a number."""
@@ -127,7 +133,9 @@ def _number(value: Any) -> float | None:
 
 def _preview(messages: list[Record]) -> str:
     asked = next((message for message in messages if message.get("role") == "user"), {})
-    return " ".join(str(asked.get("content", ""))[: 4 * PREVIEW].split())[:PREVIEW]
+    content = asked.get("content", "")
+    text = content_text(content) if isinstance(content, list) else str(content)
+    return " ".join(text[: 4 * PREVIEW].split())[:PREVIEW]
 
 
 def shown_record(record: Record) -> Record:
@@ -137,18 +145,33 @@ def shown_record(record: Record) -> Record:
     return {**record, "branches": [asdict(line) for line in branch_tree(record)]}
 
 
-def text_line(record: Record) -> str:
-    """All of the record except its tokens, on one JSON line."""
-    text = _dumps(
-        {
-            key: value
-            for key, value in record.items()
-            if key not in TOKEN_FIELDS and key != "response_logprobs"
-        }
-    )
+def text_line(record: Record, store: HashStore | None = None) -> str:
+    """All of the record except its tokens, on one JSON line.
+
+    `pictures` are its images by hash, as data URLs, as far as `store` has them whole.
+    """
+    kept = {
+        key: value
+        for key, value in record.items()
+        if key not in TOKEN_FIELDS and key != "response_logprobs"
+    }
+    text = _dumps(kept)
     if len(text) > RECORD_LIMIT:
         text = _dumps(_cut(json.loads(text)))
-    return text
+    pictures = {} if store is None else _pictures(record, store)
+    return f'{text[:-1]},"pictures":{_dumps(pictures)}}}' if pictures else text
+
+
+def _pictures(record: Record, store: HashStore) -> dict[str, str]:
+    """The images that the record names; one that is missing, changed or too large is left out."""
+    named = [str(image["sha256"]) for image in record.get("images", ())]
+    named += [str(sha256) for call in record["tool_calls"] for sha256 in call.get("images", ())]
+    found: dict[str, str] = {}
+    for sha256 in dict.fromkeys(named):
+        with suppress(RunFolderError):
+            png = store.read(sha256, most=PICTURE_BYTES)
+            found[sha256] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return found
 
 
 def token_line(record: Record, differences: list[float | None] | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import uuid
 from pathlib import Path
 
 from conversations.errors import RunFolderError
@@ -24,7 +25,7 @@ def content_hash(data: bytes) -> str:
 class HashStore:
     """The files `SHA256SUFFIX` of `folder`, which is made when the first one is written.
 
-    Any thread may use it.
+    Any thread and any process may use it.
     """
 
     def __init__(self, folder: Path, suffix: str) -> None:
@@ -44,7 +45,7 @@ class HashStore:
             return sha256
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(file, (data,))
+            write_whole(file, (data,), mark=uuid.uuid4().hex)
         except OSError as error:
             raise RunFolderError(
                 f"{file} cannot be written: {error.strerror}; make room and --resume"

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from conversations.errors import RecordError, RunFolderError
 from conversations.extras import pandas
-from conversations.run.store import TRAJECTORIES, UNFINISHED, read_manifest
+from conversations.run.store import TRAJECTORIES, UNFINISHED, image_store, read_manifest
 from conversations.trajectory import Trajectory, parse_record, read_record
 
 if TYPE_CHECKING:
+    from conversations.images.processor import ImageProcessor
     from conversations.template import ChatTemplate, Reading
 
 TOKENIZER = "tokenizer"
@@ -36,6 +37,8 @@ ID = re.compile(rb'"id":("(?:[^"\\]|\\.)*"),"infra_error":(?:true|false),"messag
 """The id in a record line as turntrace writes it, with sorted keys. If it is found twice (a record
 inside `extra`), the whole line is parsed.
 """
+MOST_BYTES = 1 << 28
+"""Of one image's file."""
 _BLOCK = 1 << 20
 
 
@@ -176,7 +179,17 @@ class Run:
         manifest = self.manifest
         kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
         tokenizer = load_tokenizer(self.path / TOKENIZER)
-        return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading)
+        images = recorded_processor(manifest, tokenizer)
+        return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading, images=images)
+
+    # ------------------------------------------------------------------ images
+
+    def image(self, sha256: str) -> bytes:
+        """An image of the run, a PNG file's bytes, checked against its hash.
+
+        Raises RunFolderError if it is not there or was changed.
+        """
+        return image_store(self.path).read(sha256, most=MOST_BYTES)
 
     # ------------------------------------------------------------------ tables
 
@@ -200,6 +213,16 @@ def template_kwargs(manifest: dict[str, Any]) -> dict[str, Any]:
     for key in ("config", "rollout", "turntrace", "apply_chat_template_kwargs"):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def recorded_processor(manifest: dict[str, Any], tokenizer: Any) -> ImageProcessor | None:
+    """The run's image processor; None if its model saw no images. Raises TemplateError."""
+    from conversations.images.processor import read_processor
+
+    entry = manifest.get("image_processor")
+    if not isinstance(entry, dict) or not isinstance(entry.get("settings"), dict):
+        return None
+    return read_processor(str(entry.get("name")), entry["settings"], tokenizer)
 
 
 def recorded_reading(manifest: dict[str, Any]) -> Reading:

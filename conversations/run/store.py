@@ -9,6 +9,7 @@
     scores.jsonl         of `verify --engine`: differences of log-probs; see `scores.py`
     evidence/            files that records name; see `conversations.evidence`
     tokenizer/           the tokenizer and chat template, so that the run can be verified anywhere
+    images/              the images of its conversations, each once: SHA256.png
 
 Invariants. `trajectories.jsonl` holds each (task, sample) at most once. A line is written and
 flushed before the next begins, and is on disk (fsync) about a second later. A resume cuts a torn
@@ -34,6 +35,7 @@ import yaml
 
 from conversations.errors import RecordError, RunFolderError
 from conversations.evidence import evidence_store
+from conversations.run.hash_store import HashStore
 from conversations.run.whole_file import sync_folder, write_whole
 from conversations.trajectory import Trajectory, read_record
 from conversations.upgrade import OLD_SCHEMA, READABLE, SCHEMA
@@ -45,6 +47,8 @@ RUN, TRAJECTORIES, UNFINISHED, SUPERSEDED = (
     "superseded.jsonl",
 )
 JOURNAL = "turns.jsonl"
+
+IMAGES = "images"
 
 IDENTITY = (
     "config",
@@ -185,6 +189,10 @@ class RunFolder:
         self._digest.update(line[-66:-2].encode())
         self.done.add(key)
 
+    def image_store(self, trajectory: Trajectory | None = None) -> HashStore:
+        """Where images are kept. Put a conversation's there before its record is appended."""
+        return image_store(self.path)
+
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of an interrupted conversation."""
         self._files.append(UNFINISHED, trajectory.to_line())
@@ -226,6 +234,11 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def image_store(path: Path) -> HashStore:
+    """The images of the run folder `path`: PNG files."""
+    return HashStore(path / IMAGES, ".png")
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_whole(file: Path, content: Iterable[bytes]) -> int:
+def write_whole(file: Path, content: Iterable[bytes], *, mark: str = "") -> int:
     """Replaces `file` by `content`, and syncs it. Returns its size in bytes. Raises OSError.
 
-    The new file is `FILE.new` until it is complete.
+    The new file is `FILE.new` until it is complete, `FILE.MARK.new` with a mark: writers of the
+    same file at the same time need marks that differ.
     """
-    fresh = file.with_name(file.name + ".new")
+    fresh = file.with_name(f"{file.name}{mark and '.'}{mark}.new")
     try:
         with fresh.open("wb") as out:
             out.writelines(content)

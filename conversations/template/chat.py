@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conversations.encoding import SegmentEncoder, without_lone_surrogates
-from conversations.errors import TemplateError
+from conversations.errors import ImageError, TemplateError
 from conversations.formats.proof import NOT_PROVEN, FormatReport
+from conversations.images.processor import PLACEHOLDER, VIDEO, Grid, ImageProcessor, place
 from conversations.messages import Message, ParsedTurn
 from conversations.rounds import kind_of
-from conversations.template.deltas import Delta, Deltas, End, Piece, split_at
+from conversations.template.deltas import Delta, Deltas, End, split_at
 from conversations.template.mixed import MixedDeltas
 from conversations.template.probing import (
     PROBE_TOOL,
@@ -30,7 +31,7 @@ from conversations.template.probing import (
 )
 from conversations.template.reading import Reader, Reading
 from conversations.template.renderer import Renderer
-from conversations.tokens import PROMPT, TOOL, USER
+from conversations.tokens import PROMPT, TOOL, USER, Piece
 
 _CALL = probe_call("f", "call_0_0", {"x": "1"})
 
@@ -40,8 +41,9 @@ class ChatTemplate:
 
     `end_ids` are the ids with which the template ends an assistant turn, `end_id` the one that it
     puts after an answer; `stop_token_ids` is what an engine must be told to stop at. Ids from
-    `vocabulary_size` on have no text. Raises TemplateError if the tokenizer or its template cannot
-    be used.
+    `vocabulary_size` on have no text. `images` is the model's image
+    processor, None for a model that sees none. Raises TemplateError if the tokenizer or its
+    template cannot be used.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class ChatTemplate:
         *,
         kwargs: Mapping[str, Any] | None = None,
         reading: Reading = Reading(),  # noqa: B008 - frozen
+        images: ImageProcessor | None = None,
     ) -> None:
+        self.images = images
         self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
         _check(self.name, tokenizer)
         self.tokenizer = tokenizer
@@ -69,11 +73,15 @@ class ChatTemplate:
             raise TemplateError(str(self._deltas[USER]))
         self.end_id = working.get(USER, working.get(TOOL)).end.token  # type: ignore[union-attr]
         self.end_ids = frozenset(each.end.token for each in working.values())
-        self.stop_token_ids = sorted(self.end_ids | ({tokenizer.eos_token_id} - {None}))
+        # A sampled placeholder would be taken for an image: the engine stops there.
+        reserved = images.reserved_ids if images else ()
+        stops = {*self.end_ids, tokenizer.eos_token_id, *reserved} - {None}
+        self.stop_token_ids = sorted(stops)
         self._unproven = {
             (kind, with_tools): self._try_proof(kind, with_tools)
             for kind, with_tools in ((TOOL, True), (USER, True), (USER, False))
         }
+        self._images_unproven: dict[tuple[str, bool], str] = {}
         for kind, each in working.items():
             if not self._unproven[kind, True]:
                 each.find_frame()
@@ -181,6 +189,41 @@ class ChatTemplate:
                 f"the chat template of {self.name} cannot be continued turn by turn with {kind} "
                 f"messages: {problem}; use another chat_template"
             )
+
+    # ------------------------------------------------------------------ images
+
+    def image_problem(self, kind: str, *, with_tools: bool = False) -> str:
+        """Why messages of `kind` cannot hold images; empty if they can, which is proven then."""
+        if self.images is None:
+            return f"{self.name} sees no images"
+        key = kind, with_tools or kind == TOOL
+        if key not in self._images_unproven:
+            self._images_unproven[key] = self._try_images(*key, self.images.placeholder_id)
+        if problem := self._images_unproven[key]:
+            return (
+                f"the chat template of {self.name} cannot show images in {kind} messages: {problem}"
+            )
+        return ""
+
+    def place(
+        self, pieces: Sequence[Piece], grids: Sequence[Grid]
+    ) -> tuple[list[Piece], list[tuple[int, int]]]:
+        """Rendered pieces with each placeholder as the tokens of its image, and their spans.
+
+        `grids` are those of the messages' images, in order; spans count from the first token of the
+        pieces. Raises ImageError if there are more or fewer placeholders.
+        """
+        if self.images is not None:
+            return place(pieces, grids, self.images)
+        if grids:
+            raise ImageError(f"the messages hold {len(grids)} images; {self.name} sees none")
+        return list(pieces), []
+
+    def holds_placeholder(self, text: str) -> str:
+        """The token in a text that only an image may stand for; empty if there is none."""
+        if self.images is None:
+            return ""
+        return next((token for token in (PLACEHOLDER, VIDEO) if token in text), "")
 
     # ------------------------------------------------------------------ ids and text
 
@@ -342,6 +385,17 @@ class ChatTemplate:
             return deltas
         try:
             return deltas.prove(with_tools)
+        except TemplateError as error:
+            return str(error)
+
+    def _try_images(self, kind: str, with_tools: bool, placeholder: int) -> str:
+        deltas = self._deltas[kind]
+        if isinstance(deltas, str):
+            return deltas
+        if problem := self._unproven[kind, with_tools]:
+            return problem
+        try:
+            return deltas.prove_images(with_tools, placeholder)
         except TemplateError as error:
             return str(error)
 

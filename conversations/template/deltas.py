@@ -37,10 +37,7 @@ from conversations.template.probing import (
     user,
 )
 from conversations.template.renderer import Renderer, Schema
-from conversations.tokens import TEMPLATE, TOOL, USER
-
-Piece = tuple[str, list[int]]
-"""(kind, token ids): a run of tokens by one author."""
+from conversations.tokens import TEMPLATE, TOOL, USER, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +115,9 @@ class Deltas:
         return Delta(tuple((name, part) for name, part in zip(authors, parts, strict=True) if part))
 
     def _text(self, messages: Sequence[Message], turn: Message | None = None) -> str:
-        if self._frame:
-            return self._frame.around([message["content"] for message in messages])
+        contents = [message["content"] for message in messages]
+        if self._frame and all(isinstance(content, str) for content in contents):
+            return self._frame.around(contents)
         return self.rendered(messages, turn)
 
     def rendered(
@@ -339,6 +337,29 @@ class Deltas:
                         return difference
         return "" if proven else "it refuses every conversation that was tried"
 
+    def prove_images(self, with_tools: bool, placeholder: int) -> str:
+        """`prove` for messages with images; `placeholder` is the token that stands for one."""
+        messages = self._probe(["a", "b"] if self.kind == TOOL else ["a"], number=7)
+        contents: list[list[dict[str, Any]]] = [[IMAGE, _said("a")], [IMAGE, IMAGE, _said("b")]]
+        if self.kind == USER:
+            contents = [[_said("a\n"), IMAGE, _said(" b"), IMAGE]]
+        shown = [{**one, "content": new} for one, new in zip(messages, contents, strict=False)]
+        tools = [PROBE_TOOL] if with_tools else []
+        proven = 0
+        for history in self.histories(shown):
+            asked = [_with_image(message) for message in history]
+            if not renders(self._renderer, asked, tools):
+                continue
+            proven += 1
+            if difference := self._difference(asked, shown, tools):
+                return difference
+            delta = self.delta(shown, asked[-1])
+            found = sum(ids.count(placeholder) for _, ids in delta.pieces)
+            expected = sum(part is IMAGE for content in contents for part in content)
+            if found != expected:
+                return f"it renders {found} placeholders for {expected} images"
+        return "" if proven else "it refuses every conversation that was tried"
+
     def histories(self, messages: Sequence[Message]) -> list[list[Message]]:
         """Conversations that a delta continues: short, long, with tool rounds, with thoughts.
 
@@ -428,6 +449,19 @@ class Deltas:
 
 
 _CONTENT = "x1y2z"
+
+IMAGE: dict[str, Any] = {"type": "image", "image": ""}
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _with_image(message: Message) -> Message:
+    """A user's message with an image before its text; any other as it is."""
+    if message["role"] != USER:
+        return message
+    return {**message, "content": [IMAGE, _said(message["content"])]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -441,7 +441,7 @@ REFUSED = [
     ),
     (
         [entry(cls="verl.tools.image_zoom_in_tool.ImageZoomInTool")],
-        "answers with images, which are not shown to models here",
+        "tools.image_zoom.ImageZoomInTool takes the same config",
     ),
     (
         [{**entry(), "config": {}}, 1],

@@ -39,6 +39,9 @@ CALLS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("write_note", {"text": "x"}, "Note 1 written."),
         ("read_notes", {}, "There are no notes."),
     ],
+    "image_zoom": [
+        ("image_zoom_in_tool", {"bbox_2d": [0, 0, 50, 50]}, "there is no image"),
+    ],
     "all": [
         ("search", {"query_list": ["capital of France"]}, "Paris"),
         ("code_interpreter", {"code": "print(6 * 7)"}, "42"),

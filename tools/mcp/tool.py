@@ -61,7 +61,12 @@ class McpTool(BaseTool):
         text = self.shown(result)
         if result.isError:
             raise ToolError(text or f"Error: {self.name} failed and did not say why")
-        return ToolResponse(text), None, {}
+        images = [
+            f"data:{block.mimeType};base64,{block.data}"
+            for block in result.content
+            if isinstance(block, types.ImageContent)
+        ]
+        return ToolResponse(text, image=images or None), None, {}
 
     async def release(self, instance_id: str, **kwargs: Any) -> None:
         await self._server.drop(instance_id)
@@ -70,7 +75,8 @@ class McpTool(BaseTool):
         await self._server.close()
 
     def shown(self, result: CallAnswer) -> str:
-        """A result as the model reads it: its texts, with a note for each part that is no text.
+        """A result as the model reads it: its texts, with a note for each part that is neither text
+        nor image.
 
         If there is no content, the structured content as JSON.
         """
@@ -172,6 +178,8 @@ def _block(block: types.ContentBlock | dict[str, Any]) -> str:
         return f"[{block.get('mimeType') or block.get('type') or 'data'!s:.80}, not shown]"
     if isinstance(block, types.TextContent):
         return block.text
+    if isinstance(block, types.ImageContent):
+        return ""  # shown as an image, or noted as not shown
     if isinstance(block, types.ResourceLink):
         return f"[{block.name}: {block.uri}]"
     if not isinstance(block, types.EmbeddedResource):

@@ -203,7 +203,7 @@ function say(text) {
 // ------------------------------------------------------------------ keys
 
 function onKey(event) {
-  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || $('help').open) return;
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || document.querySelector('dialog[open]')) return;
   if (event.key === 'Escape') return escape(event);
   if (event.target.matches('input, textarea, select')) return enterList(event);
   const act = { ...MOVES, ...(place.view === 't' ? IN_DETAIL : {}) }[event.key];

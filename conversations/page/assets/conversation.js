@@ -12,16 +12,16 @@ function conversation(record, options = {}) {
     if (sampled) turn += 1;
     if (message.role === 'tool' && placed.has(message.tool_call_id)) return null;
     const own = sampled ? ownCalls(message, calls, turn, placed) : [];
-    const answers = own.map((call) => callCard(call, answerTo(record, call)));
+    const answers = own.map((call) => callCard(call, answerTo(record, call), record));
     const at = sampled ? `turn-${turn}` : `message-${place}`;
     const shown = [h('header', {}, h('span', { class: 'role', text: visible(message.role) }), h('span', { class: 'meta', text: metaOf(record, message, sampled ? turn : -1) }))];
     if (message.reasoning_content) shown.push(thinking(message.reasoning_content));
-    if (String(message.content ?? '').trim() || !answers.length) shown.push(content(message));
+    if (textOf(message.content).trim() || !answers.length) shown.push(...content(message, record));
     if (!sampled && Array.isArray(message.tool_calls)) shown.push(...message.tool_calls.map(givenCall));
     return h('article', { class: 'message', 'data-role': message.role, 'data-at': at, id: options.plain ? null : at, tabindex: options.plain ? null : '-1' }, shown, answers);
   });
   const left = record.tool_calls.filter((call) => !placed.has(call.call_id));
-  return h('div', { class: 'conversation' }, folded(record, parts, options), left.map((call) => callCard(call, null)));
+  return h('div', { class: 'conversation' }, folded(record, parts, options), left.map((call) => callCard(call, null, record)));
 }
 
 /** The messages, with those that a branch has from its parents folded, and the places where branches depart. */
@@ -61,9 +61,9 @@ function branchTree(tree, shown) {
   return h('nav', { class: 'branches', 'aria-label': 'Sequences of the session' }, h('ul', {}, node(tree[0])));
 }
 
-function content(message) {
-  const text = String(message.content ?? '');
-  return text === '' ? h('div', { class: 'text none', text: '(empty)' }) : textBlock(text);
+function content(message, record) {
+  const empty = textOf(message.content) === '';
+  return empty ? [h('div', { class: 'text none', text: '(empty)' })] : said(message.content, record);
 }
 
 /** What a model thought, folded: often long, and not the answer. */
@@ -95,13 +95,14 @@ const resumedAt = (turn) => (turn.resumed || []).map(([at, weights]) => `resumed
 
 // ------------------------------------------------------------------ calls
 
-function callCard(call, answer) {
+function callCard(call, answer, record) {
   const reward = typeof call.reward === 'number' ? `step reward ${short(call.reward)}` : '';
   return h('section', { class: 'call', 'data-status': call.status, 'aria-label': brief(`call of ${call.name}`, 100) },
     h('header', {}, h('span', { class: 'name', text: brief(call.name || '(no name)', 120) }), pill(call.status, tone(call.status)),
       h('span', { class: 'meta', text: [tookOf(call), reward].filter(Boolean).join(' · ') })),
     h('div', { class: 'arguments' }, argumentsOf(call.arguments)),
-    response(call, answer),
+    response(call, answer, record),
+    cropped(call, record),
     call.error ? h('div', { class: 'error' }, h('span', { class: 'tag', text: 'error, for the reader of the record' }), textBlock(call.error)) : null,
     call.attempts.length > 1 ? attempts(call) : null,
     Object.keys(call.metrics || {}).length ? h('p', { class: 'meta metrics', text: pairs(call.metrics) }) : null);
@@ -133,16 +134,22 @@ function pairs(value) {
 
 const pretty = (value) => JSON.stringify(value, null, INDENT);
 
-function response(call, answer) {
-  const shown = answer ? answer.content : call.response;
+function response(call, answer, record) {
+  const shown = answer ? answer.content : unseen(call);
   if (shown === null || shown === undefined) return h('p', { class: 'meta', text: 'no response' });
-  const parts = [h('span', { class: 'tag', text: answer ? 'response' : 'response, not shown to the model' }), textBlock(shown, 'code')];
+  const parts = [h('span', { class: 'tag', text: answer ? 'response' : 'response, not shown to the model' }), ...said(shown, record, 'code')];
   if (typeof call.full_response === 'string') {
     const whole = h('details', { class: 'whole' }, h('summary', { text: `Cut for the model: the whole has ${count(call.full_response.length)} characters` }));
     whole.addEventListener('toggle', () => whole.childElementCount === 1 && whole.append(textBlock(call.full_response, 'code')));
     parts.push(whole);
   }
   return h('div', { class: 'response' }, parts);
+}
+
+/** What a call answered that the model was not shown: its images, then its text. */
+function unseen(call) {
+  const images = (call.images || []).map((image) => ({ type: 'image', image }));
+  return images.length ? [...images, { type: 'text', text: call.response ?? '' }] : call.response;
 }
 
 function attempts(call) {

@@ -141,7 +141,7 @@ function holds(row, line, wanted, plain) {
 /** What a search looks at: messages, calls, answers, errors. */
 function texts(record) {
   const found = [record.error];
-  for (const message of record.messages) found.push(message.content, message.raw);
+  for (const message of record.messages) found.push(textOf(message.content), message.raw);
   for (const call of record.tool_calls) {
     found.push(call.name, call.response, call.full_response, call.error);
     found.push(typeof call.arguments === 'string' ? call.arguments : values(call.arguments));
