@@ -24,7 +24,7 @@ from agent.loop.images import ImageReader
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
 from agent.packages import how_to_install
-from conversations.images.processor import ImageProcessor
+from conversations.images.processor import ImageProcessor, load_processor
 from conversations.images.reading import ImageLimits
 from conversations.run.saved_tokenizer import is_failure
 from conversations.run.store import read_trajectories
