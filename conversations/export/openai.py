@@ -7,12 +7,12 @@ format has no place for.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from typing import Any
 
 from conversations.export.formats import Format, Record, Row, Source
 from conversations.export.writers import write_json_lines
+from conversations.images.reading import png_url
 from conversations.rounds import last_sampled
 
 _OURS = ("raw", "malformed", "written_id")
@@ -48,8 +48,7 @@ def _message(message: Record, images: Iterator[bytes]) -> dict[str, Any]:
 def _part(part: dict[str, Any], images: Iterator[bytes]) -> dict[str, Any]:
     if part["type"] != "image":
         return part
-    url = f"data:image/png;base64,{base64.b64encode(next(images)).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    return {"type": "image_url", "image_url": {"url": png_url(next(images))}}
 
 
 OPENAI = Format(

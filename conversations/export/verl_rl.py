@@ -14,6 +14,7 @@ from typing import Any
 from conversations.export.formats import Format, Record, Row, Source
 from conversations.export.tasks import first_of_each_task
 from conversations.export.writers import write_shaped_parquet
+from conversations.images.reading import png_url
 from conversations.messages import content_text, image_parts
 from conversations.rounds import given_length
 
@@ -31,7 +32,7 @@ def _rows(source: Source) -> Iterator[Row]:
             if sum(one["content"].count("<image>") for one in row["prompt"]) != count:
                 source.leave_out("a text that holds <image>, which stands for images in verl")
                 continue
-            row["images"] = [{"bytes": png} for png in source.images(record)[:count]]
+            row["images"] = [{"image": png_url(png)} for png in source.images(record)[:count]]
         kwargs = row["extra_info"].get("tools_kwargs")
         if _NOTE not in source.notes and isinstance(kwargs, dict) and not all(kwargs.values()):
             source.notes.append(_NOTE)
@@ -98,7 +99,7 @@ VERL_RL = Format(
         "data_source, reward_model.ground_truth": "as the task had them",
         "extra_info": "the task's own, tools_kwargs included; turntrace: its task_id, how many "
         "samples were exported, their mean reward",
-        "images": "PNG files of the prompt, one for each <image> in it, in order",
+        "images": "data URLs of the prompt's images, one for each <image> in it, in order",
         "(others)": "every other key of the task's row",
     },
     usage="data.train_files=train.parquet data.return_raw_chat=true",

@@ -63,7 +63,12 @@ class Picture:
 
     def data_url(self) -> str:
         """The file as OpenAI's `image_url` takes it."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        return png_url(self.png)
+
+
+def png_url(png: bytes) -> str:
+    """A PNG file as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def read_picture(data: bytes, limits: ImageLimits) -> Picture:

@@ -18,6 +18,7 @@ from typing import Any
 
 from conversations.branches import branch_tree
 from conversations.errors import RunFolderError
+from conversations.images.reading import png_url
 from conversations.messages import content_text
 from conversations.run.hash_store import HashStore
 from conversations.trajectory import CALL_STATUSES, STOP_REASONS
@@ -170,7 +171,7 @@ def _pictures(record: Record, store: HashStore) -> dict[str, str]:
     for sha256 in dict.fromkeys(named):
         with suppress(RunFolderError):
             png = store.read(sha256, most=PICTURE_BYTES)
-            found[sha256] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            found[sha256] = png_url(png)
     return found
 
 
