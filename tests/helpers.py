@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
 import random
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -116,6 +118,27 @@ def npm_pack(package: str, target: Path) -> None:
     archive = target / packed.stdout.strip().splitlines()[-1]
     subprocess.run(["tar", "-xzf", archive, "-C", target, "--strip-components=1"], check=True)
     archive.unlink()
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def turntrace(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "agent", *arguments],
+        cwd=cwd,
+        env=child_env(variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def child_env(more: dict[str, str]) -> dict[str, str]:
+    """This process's environment variables, for a child that imports this checkout, and `more`."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
 # ---------------------------------------------------------------------- odd texts and odd ids

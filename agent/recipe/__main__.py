@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.errors import AgentError
-from conversations.errors import ConversationsError
-from tools.base import ToolsError
+from agent.recipe.app import run_app
 
 if TYPE_CHECKING:
     from agent.recipe.train import TrainingProgress
@@ -142,15 +141,5 @@ def _show(progress: TrainingProgress) -> None:
     typer.echo(f"\r{line}  {left / 60:.1f} min left ", nl=False)
 
 
-def main() -> int:
-    """Runs the command of `sys.argv`; returns 2 after a user's mistake, which is one line."""
-    try:
-        app(prog_name="python -m agent.recipe")
-    except (AgentError, ConversationsError, ToolsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_app(app, "python -m agent.recipe"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,12 @@ from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks, task_file_hash
 from conversations.run.store import RunFolder, read_manifest, read_trajectories
 from conversations.verify import verify_run
-from tests.helpers import call, hermes_template
+from tests.helpers import (
+    call,
+    child_env,
+    hermes_template,
+    turntrace,
+)
 from tools.function import tool
 from tools.toolset import ToolSet
 
@@ -55,23 +59,6 @@ def look(question: str) -> str:
         raise BackendError("the backend is down")
     return "found"
 '''
-
-
-def turntrace(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=env(environment),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def env(more: dict[str, str]) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **more}
 
 
 # ---------------------------------------------------------------------- without an engine
@@ -169,7 +156,7 @@ def test_output_that_cannot_be_written_is_one_line(unbuffered: str, tmp_path: Pa
         ran = subprocess.run(
             [sys.executable, "-m", "agent", "version"],
             cwd=tmp_path,
-            env=env({"PYTHONUNBUFFERED": unbuffered}),
+            env=child_env({"PYTHONUNBUFFERED": unbuffered}),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -197,7 +184,7 @@ def test_serve_sandbox_serves_until_sigterm(tmp_path: Path) -> None:
     with subprocess.Popen(
         command,
         cwd=tmp_path,
-        env=env({}),
+        env=child_env({}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -321,7 +308,7 @@ def test_a_run_whose_output_cannot_be_written_goes_on(
         ran = subprocess.run(
             [sys.executable, "-m", "agent", *RUN, "--out", str(tmp_path / "run")],
             cwd=project,
-            env=env({"LOOK": str(look)}),
+            env=child_env({"LOOK": str(look)}),
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -595,7 +582,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_says_how_to_go_on(
     out = tmp_path / "run"
     command = [sys.executable, "-m", "agent", *RUN, "--out", str(out)]
     with subprocess.Popen(
-        command, cwd=project, env=env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True
+        command, cwd=project, env=child_env({"LOOK": str(look)}), stdout=subprocess.PIPE, text=True
     ) as process:
         wait_for(
             lambda: (

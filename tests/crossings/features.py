@@ -85,6 +85,15 @@ async def traced(world: World) -> None:
     assert kinds.count("invoke_agent") == 1
 
 
+async def _go_on(world: World) -> None:
+    """Resumes the run, the interrupted conversations from their last token."""
+    with RunFolder.resume(world.out, world.manifest()) as store:
+        runtime = world.runtime(world.model())
+        make = continuing(runtime, store.unfinished)
+        await run_in(world, runtime, store, make=make)
+        store.close({})
+
+
 @in_virtual_time
 async def resumed(world: World) -> None:
     """Cut off while the second turn is sampled, then continued."""
@@ -95,11 +104,7 @@ async def resumed(world: World) -> None:
         begun.cancel()
         await asyncio.wait((begun,))
         store.close({})
-    with RunFolder.resume(world.out, world.manifest()) as store:
-        runtime = world.runtime(world.model())
-        make = continuing(runtime, store.unfinished)
-        await run_in(world, runtime, store, make=make)
-        store.close({})
+    await _go_on(world)
 
 
 @in_virtual_time
@@ -114,11 +119,7 @@ async def stopped_after(world: World) -> None:
                 await run_tasks(world.tasks(), runtime, store=store)
         store.close({})
     world.write_files()
-    with RunFolder.resume(world.out, world.manifest()) as store:
-        runtime = world.runtime(world.model())
-        make = continuing(runtime, store.unfinished)
-        await run_in(world, runtime, store, make=make)
-        store.close({})
+    await _go_on(world)
 
 
 @in_virtual_time

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from agent.errors import AgentError
+from agent.recipe.app import run_app
 from agent.recipe.grpo.settings import (
     GrpoSettings,
     Layout,
@@ -18,8 +19,6 @@ from agent.recipe.grpo.settings import (
     engine_overrides,
     gpu_arguments,
 )
-from conversations.errors import ConversationsError
-from tools.base import ToolsError
 
 app = typer.Typer(
     add_completion=False,
@@ -114,15 +113,5 @@ def _argument(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
-def main() -> int:
-    """Runs the command of `sys.argv`; returns 2 after a user's mistake, which is one line."""
-    try:
-        app(prog_name="python -m agent.recipe.grpo")
-    except (AgentError, ConversationsError, ToolsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_app(app, "python -m agent.recipe.grpo"))

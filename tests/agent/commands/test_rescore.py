@@ -16,9 +16,8 @@ from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run
 from conversations.run.store import TRAJECTORIES, RunFolder
 from conversations.trajectory import Trajectory
-from tests.agent.replay.test_replay import turntrace
 from tests.conversations.test_trajectory import trajectory
-from tests.helpers import hermes_template
+from tests.helpers import hermes_template, turntrace
 
 COUNT = 40
 FUNCTIONS = """

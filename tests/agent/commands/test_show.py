@@ -13,9 +13,9 @@ import pytest
 
 from agent.terminal import one_line, visible
 from conversations.run.open_run import open_run
-from tests.agent.test_cli import env, turntrace
 from tests.conversations.pages import Record, changed_run
 from tests.conversations.synthetic import make_run
+from tests.helpers import child_env, turntrace
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202eesrever\x00 [bold red]markup[/] half \ud83d"
 
@@ -156,7 +156,7 @@ def _on_a_terminal(*arguments: str, cwd: Path) -> bytes:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "agent", *arguments]
     process = subprocess.Popen(
-        command, cwd=cwd, stdout=theirs, stderr=theirs, env=env({"TERM": "xterm-256color"})
+        command, cwd=cwd, stdout=theirs, stderr=theirs, env=child_env({"TERM": "xterm-256color"})
     )
     os.close(theirs)
     read = b""

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.test_cli import turntrace
 from tests.conversations.session.sessions import session_run
-from tests.helpers import hermes_template
+from tests.helpers import hermes_template, turntrace
 
 
 @pytest.fixture(scope="module")

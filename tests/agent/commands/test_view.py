@@ -20,10 +20,10 @@ import pytest
 from agent.commands import view_server as viewer
 from conversations.run.open_run import open_run
 from conversations.run.store import RUN, TRAJECTORIES
-from tests.agent.test_cli import env, turntrace
 from tests.browser import tab
 from tests.conversations.pages import changed_run, inflated, parts_of
 from tests.conversations.synthetic import make_run
+from tests.helpers import child_env, turntrace
 
 N = 24
 
@@ -44,7 +44,7 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
     """`turntrace view FOLDER --serve`; its address."""
     command = [sys.executable, "-m", "agent", "view", str(folder), "--serve", *options]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env({})
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=child_env({})
     )
     assert process.stdout is not None
     try:
@@ -145,7 +145,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_page(runs: Path, tmp_path: Path) 
         str(runs / "one"),
     ]
     ran = subprocess.run(
-        command, cwd=tmp_path, env=env({}), capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=tmp_path,
+        env=child_env({}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
     assert ran.stderr.startswith("error: the page cannot be made in ")

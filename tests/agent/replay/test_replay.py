@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -37,7 +36,13 @@ from conversations.run.open_run import Run, open_run
 from conversations.run.store import TRAJECTORIES, RunFolder, read_manifest
 from conversations.trajectory import Trajectory, record_hash
 from conversations.verify import verify_run
-from tests.helpers import call, fresh_tokenizer, hermes_template
+from tests.helpers import (
+    call,
+    child_env,
+    fresh_tokenizer,
+    hermes_template,
+    turntrace,
+)
 from tools.base import ToolsError
 from tools.registry import MCP_TOOL, SHIPPED, load_tools
 
@@ -873,23 +878,6 @@ def test_the_users_own_tools_take_the_place_of_the_runs(again: Again, project: P
 # ------------------------------------------------------------- the command, interrupted and resumed
 
 
-def turntrace(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=env(environment),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def env(more: dict[str, str]) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3]), **more}
-
-
 def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(
     project: Path, tmp_path: Path, desk: Path
 ) -> None:
@@ -898,7 +886,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(
     words = ["replay", "parent", "--out", str(out), "--tools", "live", "--trust-tools"]
     command = [sys.executable, "-m", "agent", *words]
     with subprocess.Popen(
-        command, cwd=project, env=env({"DESK": str(desk)}), stdout=subprocess.PIPE, text=True
+        command, cwd=project, env=child_env({"DESK": str(desk)}), stdout=subprocess.PIPE, text=True
     ) as process:
         for _ in range(1200):
             if (

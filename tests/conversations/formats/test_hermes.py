@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from conversations.formats.hermes import CLOSE, OPEN, parse
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
+from tests.conversations.formats.counted import Counted
 from tests.helpers import ODD_TEXTS, call
 
 GOOD = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -352,27 +353,6 @@ def test_every_written_call_reads_back(
 
 # ---------------------------------------------------------------------- linear time, by counting
 # work
-
-
-class Counted(str):
-    """A text that counts the characters which slices hand out and `find` walks over."""
-
-    work: int
-
-    def __new__(cls, text: str) -> Counted:
-        made = super().__new__(cls, text)
-        made.work = 0
-        return made
-
-    def __getitem__(self, key: object) -> str:
-        part = str.__getitem__(self, key)  # type: ignore[index]
-        self.work += len(part)
-        return part
-
-    def find(self, *args: object) -> int:  # type: ignore[override]
-        found = super().find(*args)  # type: ignore[arg-type]
-        self.work += (found if found >= 0 else len(self)) - int(args[1])  # type: ignore[call-overload]
-        return found
 
 
 def hostile_texts() -> Iterator[str]:

@@ -10,6 +10,7 @@ import pytest
 from conversations.formats.format import NO_TYPES, ParameterTypes
 from conversations.formats.registry import format_named
 from conversations.messages import MalformedToolCall, ParsedTurn, ToolCall
+from tests.conversations.formats.counted import Counted
 from tests.conversations.formats.written_json import JSON_WRITERS
 from tests.formats_fuzz import FRAMES, covers_messages
 
@@ -423,22 +424,6 @@ def test_names_of_tools_need_not_be_known() -> None:
 
 
 # ---------------------------------------------------------------------- linear time
-
-
-class Counted(str):
-    """A text that counts the characters that its slices hand out."""
-
-    work: int
-
-    def __new__(cls, text: str) -> Counted:
-        made = super().__new__(cls, text)
-        made.work = 0
-        return made
-
-    def __getitem__(self, key: object) -> str:
-        part = str.__getitem__(self, key)  # type: ignore[index]
-        self.work += len(part)
-        return part
 
 
 def _hostile(form: str) -> list[str]:

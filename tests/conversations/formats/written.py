@@ -76,23 +76,20 @@ def minimax_m2(calls: Calls) -> str:
 
 
 def glm45(calls: Calls) -> str:
-    def one(name: str, arguments: Arguments) -> str:
-        pairs = "".join(
-            f"<arg_key>{key}</arg_key>\n<arg_value>{_text(value)}</arg_value>\n"
-            for key, value in arguments.items()
-        )
-        return f"\n<tool_call>{name}\n{pairs}</tool_call>"
-
-    return "".join(one(*call) for call in calls)
+    return _glm(calls, "\n")
 
 
 def glm47(calls: Calls) -> str:
+    return _glm(calls, "")
+
+
+def _glm(calls: Calls, line_end: str) -> str:
     def one(name: str, arguments: Arguments) -> str:
         pairs = "".join(
-            f"<arg_key>{key}</arg_key><arg_value>{_text(value)}</arg_value>"
+            f"<arg_key>{key}</arg_key>{line_end}<arg_value>{_text(value)}</arg_value>{line_end}"
             for key, value in arguments.items()
         )
-        return f"<tool_call>{name}{pairs}</tool_call>"
+        return f"{line_end}<tool_call>{name}{line_end}{pairs}</tool_call>"
 
     return "".join(one(*call) for call in calls)
 
