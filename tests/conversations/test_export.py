@@ -361,7 +361,7 @@ def test_ctrl_c_leaves_nothing_half_made(tmp_path: Path) -> None:
         "run = conversations.open_run(sys.argv[1])\n"
         "run.records = lambda *, check=True: (run.record(name, check=False) for name in run.ids)\n"
         "tell = lambda count: print(count, flush=True)\n"
-        "job.export(run, 'verl-sft', sys.argv[2], progress=tell)\n"
+        "job.export_run(run, 'verl-sft', sys.argv[2], progress=tell)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, long_run, tmp_path / "out"],
