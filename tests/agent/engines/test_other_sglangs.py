@@ -123,7 +123,7 @@ def test_a_version_that_lacks_something_is_one_line(tmp_path: Path) -> None:
     script = (
         "from agent.engines import compat\n"
         "from agent.errors import EngineStartError\n"
-        "try:\n    compat.check()\nexcept EngineStartError as error:\n    print(error)"
+        "try:\n    compat.check_names()\nexcept EngineStartError as error:\n    print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
