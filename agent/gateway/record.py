@@ -12,25 +12,13 @@ from conversations.warning import RecordWarning
 def trajectory_of_session(session: GatewaySession) -> Trajectory:
     """The trunk and its branches, under the session's (task, sample)."""
     task, ending, runtime = session.task, session.ending, session.runtime
-    sequences = session.tree.branches()
-    trunk, branches = (sequences[0], sequences[1:]) if sequences else (None, [])
     parts = {} if ending.is_failure else session.reward_parts
     settings, template = runtime.settings, runtime.template
     return Trajectory(
         id=f"{task.id}-{session.sample}",
         task_id=task.id,
         sample=session.sample,
-        prompt_ids=trunk.prompt_ids if trunk else [],
-        response_ids=trunk.response_ids if trunk else [],
-        response_mask=trunk.response_mask if trunk else [],
-        response_logprobs=trunk.response_logprobs if trunk else [],
-        segments=trunk.segments if trunk else [],
-        turns=trunk.turns if trunk else [],
-        messages=trunk.messages if trunk else list(task.messages),
-        tool_calls=trunk.tool_calls if trunk else [],
-        tools=trunk.tools if trunk else [],
         stop_reason=ending.stop_reason or "cancelled",
-        num_turns=len(trunk.turns) if trunk else 0,
         infra_error=ending.infra_error,
         error=ending.error,
         warnings=_warnings(session),
@@ -44,7 +32,7 @@ def trajectory_of_session(session: GatewaySession) -> Trajectory:
         parent=None,
         started_at=session.clock.started_at,
         wall_s=session.clock.wall_s,
-        branches=branches,
+        **session.tree.record_fields(),
     )
 
 

@@ -122,18 +122,12 @@ class SessionTree:
 
     def _deepest(self, match: _Match, messages: Sequence[Message], tools: Tools) -> _Match:
         """The longest path whose messages the request begins with, the latest of those."""
-        best = match
-        for child in self._children(match.turn, tools):
-            end = match.length + len(child.given)
-            if end >= len(messages) or not is_echo(messages[end], child.served, child.invalid):
-                continue
-            if not all(map(same_given, messages[match.length : end], child.given)):
-                continue
-            differs = not is_verbatim(messages[end], child.served)
-            echoes = (*match.echoes, child) if differs else match.echoes
-            same_ids = call_ids(messages[end]) == child.call_ids
-            found = _Match(child, end + 1, echoes, match.same_ids + same_ids)
-            best = max(best, self._deepest(found, messages, tools), key=_Match.rank)
+        best, pending = match, [match]
+        for before in pending:  # grows while it is read: a session may have thousands of turns
+            for child in self._children(before.turn, tools):
+                if found := _extended(before, child, messages):
+                    pending.append(found)
+                    best = max(best, found, key=_Match.rank)
         return best
 
     def _place(
@@ -324,6 +318,19 @@ class _Match:
     def rank(self) -> tuple[int, int, int]:
         """The longest path first; among equals the one with the client's call ids, the latest."""
         return self.length, self.same_ids, self.turn.number if self.turn else -1
+
+
+def _extended(match: _Match, child: SessionTurn, messages: Sequence[Message]) -> _Match | None:
+    """The match with one turn more, if the messages have it."""
+    end = match.length + len(child.given)
+    if end >= len(messages) or not is_echo(messages[end], child.served, child.invalid):
+        return None
+    if not all(map(same_given, messages[match.length : end], child.given)):
+        return None
+    differs = not is_verbatim(messages[end], child.served)
+    echoes = (*match.echoes, child) if differs else match.echoes
+    same_ids = call_ids(messages[end]) == child.call_ids
+    return _Match(child, end + 1, echoes, match.same_ids + same_ids)
 
 
 class _Restored:

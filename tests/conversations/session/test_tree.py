@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -149,3 +151,18 @@ def test_a_journal_brings_a_session_back(client: Client) -> None:
 def test_what_is_no_chat_message_is_refused(client: Client) -> None:
     with pytest.raises(MessageError, match="role"):
         client.tree.match([{"role": "narrator", "content": "x"}])
+
+
+def test_a_long_session_needs_no_deep_stack(client: Client) -> None:
+    """Sessions of thousands of turns are matched within Python's limit on calls."""
+    begun(client)
+    limit = sys.getrecursionlimit()
+    for number in range(200):
+        client.turn("x")
+        client.user(f"more {number}")
+    sys.setrecursionlimit(len(inspect.stack(0)) + 120)
+    try:
+        place = client.match()
+    finally:
+        sys.setrecursionlimit(limit)
+    assert place.parent is client.tree.turns[-1]
