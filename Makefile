@@ -21,7 +21,7 @@ GSM8K ?=
 .DELETE_ON_ERROR:
 
 help: ## Say what each target does
-	@echo "make TARGET, on Linux with Python 3.11 or 3.12 (make PYTHON=python3.12 TARGET chooses one):"
+	@echo "make TARGET, on Linux with Python 3.11, 3.12 or 3.13 (make PYTHON=python3.12 TARGET chooses one):"
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: $(RUN) ## Run generated math problems through the embedded model with real tools; trajectories in runs/demo
@@ -52,15 +52,17 @@ train: $(RUN) ## Train the tool-calling adapter within 15 minutes on two cores: 
 # ---------------------------------------------------------------------- set-up
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
-		echo "make: Python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+		echo "make: Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "set-up: a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
 $(RUN): | $(BIN)/python
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+		$(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || { \
+			echo "make: verl needs numpy 1, which has no build for Python 3.13: with a GPU take 3.11 or 3.12" >&2; exit 1; }; \
 		echo "set-up: a GPU is here: installing verl, SGLang and CUDA (several GB)"; \
-		$(PIP) --editable '.[all,cuda-verl061]'; \
+		$(PIP) --editable '.[all,cuda]'; \
 	else \
 		echo "set-up: no GPU is here: installing torch, verl and SGLang for CPU (about 3 GB, one to three minutes)"; \
 		$(PIP) --editable '.[all,cpu]' && $(PIP) --no-deps --requirement agent/setup/cpu-no-deps.txt; \

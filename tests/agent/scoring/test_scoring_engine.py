@@ -11,6 +11,7 @@ import pytest
 
 from agent.loop.batch import run_tasks
 from agent.loop.runtime import Runtime
+from agent.model.base import base_model_dir
 from agent.scoring.compare import Comparison
 from agent.scoring.work import score_run
 from conversations.run.open_run import open_run
@@ -77,3 +78,24 @@ async def test_the_engine_gives_what_it_recorded_and_finds_each_change(
         return dataclasses.replace(record, sampling={**record.sampling, "temperature": said})
 
     assert not (await scored(changed(tmp_path / "hot", run, relabel), engine)).is_met
+
+
+async def test_the_real_engine_with_other_weights_is_found(
+    sglang_rollout: Any, tmp_path: Path
+) -> None:
+    """One vector of all weights is 2% larger, and the record does not say which weights it was."""
+    from safetensors.torch import load_file
+
+    def forget(_: int, record: Trajectory) -> Trajectory:
+        turns = [dataclasses.replace(turn, weight_version=None) for turn in record.turns]
+        return dataclasses.replace(record, turns=turns)
+
+    engine, name = sglang_rollout.engine(), "model.norm.weight"
+    run = changed(tmp_path / "forgot", await sampled(tmp_path / "run", engine, 1.0), forget)
+    norm = load_file(base_model_dir() / "model.safetensors")[name]
+    await sglang_rollout.update_weights(iter([(name, norm * 1.02)]))
+    other = await scored(run, engine)
+    await sglang_rollout.update_weights(iter([(name, norm)]))
+    same = await scored(run, engine)
+    assert (other.is_met, same.is_met) == (False, True)
+    assert other.left_out == same.left_out == {}
