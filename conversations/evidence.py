@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conversations.errors import RecordError
+from conversations.extras import safetensors
 from conversations.run.hash_store import HashStore
 
 if TYPE_CHECKING:
@@ -62,18 +63,15 @@ def evidence_store(run: Path) -> HashStore:
 
 def packed(arrays: Arrays) -> bytes:
     """The content of the file. Equal arrays give equal bytes."""
-    from safetensors.numpy import save
-
-    data: bytes = save({name: arrays[name] for name in sorted(arrays)})
+    data: bytes = safetensors().save({name: arrays[name] for name in sorted(arrays)})
     return data
 
 
 def unpacked(data: bytes) -> dict[str, NDArray[Any]]:
     """The arrays of a file. Raises RecordError if it is none, or has others than `DTYPES`."""
-    from safetensors.numpy import load
-
+    package = safetensors()
     try:
-        arrays: dict[str, NDArray[Any]] = load(data)
+        arrays: dict[str, NDArray[Any]] = package.load(data)
     except Exception as error:  # safetensors has an exception of its own, written in Rust
         raise RecordError(f"the evidence is no safetensors file: {error}") from error
     for name, array in arrays.items():

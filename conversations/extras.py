@@ -28,6 +28,11 @@ def pillow() -> Any:
     return _module("PIL.Image", "images", "turntrace[images]")
 
 
+def safetensors() -> Any:
+    """safetensors for numpy arrays."""
+    return _module("safetensors.numpy", "evidence files", "turntrace[evidence]")
+
+
 def _module(name: str, purpose: str, *install: str) -> Any:
     try:
         return importlib.import_module(name)

@@ -24,6 +24,7 @@ from agent.loop.images import ImageReader
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
 from agent.packages import how_to_install
+from conversations.extras import safetensors
 from conversations.images.processor import ImageProcessor, load_processor
 from conversations.images.reading import ImageLimits
 from conversations.run.saved_tokenizer import is_failure
@@ -197,7 +198,10 @@ def loop_settings(
 def evidence_request(config: Config) -> EvidenceRequest | None:
     """What the config asks for of each token; None if it is nothing, or nothing is sampled."""
     asked = EvidenceRequest(**config.rollout.turntrace.evidence.model_dump())
-    return asked if asked.flags() and config.rollout.name != "scripted" else None
+    if not asked.flags() or config.rollout.name == "scripted":
+        return None
+    safetensors()  # its absence is told before anything is sampled
+    return asked
 
 
 def start_engine(config: Config, log_path: Path | None) -> Engine:
