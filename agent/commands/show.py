@@ -19,11 +19,11 @@ from agent.errors import AgentError
 from agent.terminal import one_line, visible
 from conversations.branches import branch_tree, path_record
 from conversations.errors import RecordError
+from conversations.messages import content_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from conversations.messages import content_text
 from conversations.run.open_run import Run
 
 Record = dict[str, Any]

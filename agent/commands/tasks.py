@@ -25,6 +25,22 @@ def gsm_symbolic(
     print(f"{write_gsm_symbolic(path, size, seed)} tasks written to {path}")
 
 
+@tasks_app.command("diagrams")
+def diagrams(
+    size: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same diagrams.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. Default: diagrams-SIZE-SEED.jsonl")
+    ] = None,
+) -> None:
+    """Geometry problems with drawn diagrams and answers, for `--tools geo3k`."""
+    from agent.commands.tasks_diagrams import diagram_rows
+    from agent.commands.tasks_work import write_rows
+
+    path = out or Path(f"diagrams-{size}-{seed}.jsonl")
+    print(f"{write_rows(path, diagram_rows(size, seed))} tasks written to {path}")
+
+
 @tasks_app.command("gsm8k")
 def gsm8k(
     source: Annotated[

@@ -116,6 +116,7 @@ ROWS = {
     "openrlhf-prompts": 9,
     "openrlhf-preference": 0,
     "sharegpt": 7,
+    "openai": 8,
     "atif": 9,
     "parquet": 9,
 }

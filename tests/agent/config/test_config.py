@@ -94,6 +94,7 @@ WORKS_IN_PROCESS = {
     "turntrace.evidence.top_logprobs",
     "turntrace.evidence.sampling_mask",
     "turntrace.evidence.routed_experts",
+    *("turntrace.images.count", "turntrace.images.pixels", "turntrace.images.bytes"),
 }
 """The keys that work (or are refused) with `name: sglang`; all others are reported."""
 
