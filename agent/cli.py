@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -36,6 +37,7 @@ from tools.base import ToolsError
 
 OUTPUT_LOST = 1
 """The exit code if stdout cannot be written."""
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer itself does not export it
 
 app = typer.Typer(
     name="turntrace",
@@ -76,12 +78,16 @@ def main() -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         try:
-            app(prog_name="turntrace")
+            return app(prog_name="turntrace", standalone_mode=False) or 0
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # at exit, an error of it would be a traceback
     except (AgentError, ConversationsError, ToolsError) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except UsageError as error:
+        if line := _usage_line(error):
+            print(line, file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("agent", "conversations", "tools"):
@@ -96,7 +102,15 @@ def main() -> int:
         if error.errno != errno.EPIPE:  # then the reader has gone, as `head` does
             print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
         return OUTPUT_LOST
-    return 0
+
+
+def _usage_line(error: Any) -> str:
+    """What is wrong with the command as it was typed; empty if typer has printed the help."""
+    message = str(error.format_message())
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return message.strip()
+    command = error.ctx.command_path if error.ctx else "turntrace"
+    return f"error: {command}: {one_line(message).rstrip('.')}; see {command} --help"
 
 
 def _is_of_stdout(error: OSError) -> bool:

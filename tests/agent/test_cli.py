@@ -27,6 +27,7 @@ from agent.loop.tasks import read_tasks, task_file_hash
 from conversations.run.store import RunFolder, read_manifest, read_trajectories
 from conversations.verify import verify_run
 from tests.helpers import (
+    ROOT,
     call,
     child_env,
     hermes_template,
@@ -60,6 +61,8 @@ def look(question: str) -> str:
     return "found"
 '''
 
+
+OLD_RUN = str(ROOT / "tests" / "conversations" / "turntrace_1")
 
 # ---------------------------------------------------------------------- without an engine
 
@@ -112,6 +115,9 @@ def test_help_imports_nothing_heavy() -> None:
             "error: tasks.jsonl/x cannot be written",
         ),
         (["model", "no/such-model"], "error: model_path: 'no/such-model' is neither"),
+        (["verify", "--nope", "run"], "error: turntrace verify: No such option"),
+        (["verify"], "see turntrace verify --help"),
+        (["verifi"], "error: turntrace: No such command"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -150,11 +156,14 @@ def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
     assert turntrace("run", cwd=tmp_path).returncode == 2
 
 
+@pytest.mark.parametrize("command", [["version"], ["stats", OLD_RUN]], ids=["version", "stats"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_cannot_be_written_is_one_line(unbuffered: str, tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_is_one_line(
+    unbuffered: str, command: list[str], tmp_path: Path
+) -> None:
     with Path("/dev/full").open("w") as full:
         ran = subprocess.run(
-            [sys.executable, "-m", "agent", "version"],
+            [sys.executable, "-m", "agent", *command],
             cwd=tmp_path,
             env=child_env({"PYTHONUNBUFFERED": unbuffered}),
             stdout=full,
