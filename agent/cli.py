@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from agent.commands.about import model, version
+from agent.commands.advantages import advantages
 from agent.commands.doctor import doctor
 from agent.commands.export import export, stats
 from agent.commands.gateway import gateway
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "gateway": gateway,
     "replay": replay,
     "rescore": rescore,
+    "advantages": advantages,
     "verify": verify,
     "show": show,
     "view": view,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = (
     "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, "
-    "openrlhf-preference, sharegpt, atif, parquet"
+    "openrlhf-preference, sharegpt, atif, rows, parquet"
 )
 PASS_REWARD_HELP = "A sample passes with at least this reward."
 
@@ -123,12 +123,15 @@ def stats(
     pass_reward: Annotated[float, typer.Option(help=PASS_REWARD_HELP)] = 1.0,
 ) -> None:
     """Print statistics of a run's groups: pass@k, rewards, turns, tokens, calls, stop reasons."""
+    from conversations.advantages import SavedAdvantages
     from conversations.export.groups import Statistics
     from conversations.run.open_run import open_run
 
-    statistics = Statistics(pass_reward)
-    for record in open_run(run).records(check=False):
+    opened = open_run(run)
+    statistics, advantages = Statistics(pass_reward), SavedAdvantages(opened.path)
+    for record in opened.records(check=False):
         statistics.add(record)
+        statistics.add_advantage(advantages.of(record))
     print(_lines(statistics.table()))
 
 

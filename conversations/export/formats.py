@@ -203,5 +203,6 @@ def _modules() -> dict[str, str]:
         "sharegpt": "sharegpt",
         "atif": "atif",
         "openai": "openai",
+        "rows": "rows",
         "parquet": "record",
     }

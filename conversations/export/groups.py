@@ -42,6 +42,7 @@ class Statistics:
     stop_reasons: Counter[str] = field(default_factory=Counter)
     data_sources: Counter[str] = field(default_factory=Counter)
     rewards: dict[str, list[float]] = field(default_factory=dict)
+    advantages: list[float] = field(default_factory=list)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Counts one record."""
@@ -66,6 +67,11 @@ class Statistics:
             self.without_reward += 1
         else:
             self.rewards.setdefault(record["task_id"], []).append(record["reward"])
+
+    def add_advantage(self, value: float | None) -> None:
+        """Counts a trajectory's saved advantage, if it has one."""
+        if value is not None:
+            self.advantages.append(value)
 
     def passed(self, task_id: str) -> tuple[int, int]:
         """The number of a task's samples that passed, and the number that have a reward."""
@@ -121,6 +127,7 @@ class Statistics:
             "reward, mean": _number(self.reward_mean()),
             "reward, std": _number(self.reward_std()),
             "reward, std in a group": _number(self.group_std()),
+            **self._advantages(),
             **{
                 f"pass@{k}": f"{_number(rate)} over {groups} groups"
                 for k, (rate, groups) in self.pass_at().items()
@@ -137,6 +144,14 @@ class Statistics:
                 for reason, count in self.stop_reasons.most_common()
             },
         }
+
+    def _advantages(self) -> dict[str, str]:
+        """Nothing if the run has none."""
+        if not self.advantages:
+            return {}
+        size = fmean(map(abs, self.advantages))
+        zero = sum(value == 0 for value in self.advantages)
+        return {"advantages": f"{len(self.advantages)}, mean size {size:.4g}, {zero} are 0"}
 
     def _per_trajectory(self, total: int) -> float | None:
         return total / self.trajectories if self.trajectories else None

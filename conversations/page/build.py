@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from conversations.advantages import SavedAdvantages
 from conversations.branches import path_record
 from conversations.errors import RecordError, RunFolderError
 from conversations.page.blocks import Blocks, deflated
@@ -86,11 +87,14 @@ def build(
     blocks = Blocks()
     try:
         summary, used, scores = Summary(), set[int](), SavedScores(run.path)
+        advantages = SavedAdvantages(run.path)
         for record in run.records(check=False):
             if len(summary) == limit or (max_bytes is not None and blocks.size >= max_bytes):
                 break
+            other = _counterpart(record, against)
             stores = [image_store(one.path) if one else None for one in (run, against)]
-            _add(record, _counterpart(record, against), stores, scores, summary, blocks, used)
+            advantage = advantages.of(record)
+            _add(record, other, stores, scores, advantage, summary, blocks, used)
         blocks.finish()
         return Page(
             run.path.resolve().name,
@@ -116,6 +120,7 @@ def _add(
     other: Record | None,
     stores: Sequence[HashStore | None],
     scores: SavedScores,
+    advantage: float | None,
     summary: Summary,
     blocks: Blocks,
     used: set[int],
@@ -126,7 +131,10 @@ def _add(
             if one is None:
                 continue
             differences = scores.differences(one) if one is record else None
-            lines += [text_line(shown_record(one), store), token_line(one, differences)]
+            shown = shown_record(one)
+            if advantage is not None and one is record:
+                shown = {**shown, "advantage": advantage}
+            lines += [text_line(shown, store), token_line(one, differences)]
             _use(used, one["prompt_ids"] + one["response_ids"])
         for number in range(1, len(record["branches"]) + 1):
             path = path_record(record, number)

@@ -210,6 +210,7 @@ function facts(record, row, own) {
   const parts = Object.entries(record.reward_parts || {});
   const entries = [
     ['Reward', short(record.reward) + (parts.length > 1 ? ` = ${parts.map(([name, value]) => `${brief(name, 40)} ${short(value)}`).join(' + ')}` : '')],
+    ...(typeof record.advantage === 'number' ? [['Advantage', short(record.advantage)]] : []),
     ['Turns', record.num_turns],
     ['Tokens', own && own.number ? `${count(own.sampled)} sampled in this branch` : `${count(column('prompt', row))} prompt, ${count(column('response', row))} after it, ${count(column('sampled', row))} of them sampled`],
     ['Time', seconds(record.wall_s)],
