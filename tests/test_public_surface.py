@@ -37,8 +37,8 @@ INSIDE_A_TRAINER = {
 MODULES_TO_RUN = ("agent", "tools.servers.sandbox", "tools.servers.search", "agent.recipe")
 
 COMMANDS = (
-    "advantages doctor export gateway import index model replay rescore run serve show stats tasks tools "
-    "verify version view"
+    "advantages doctor export gateway import index model replay rescore run serve show stats tasks "
+    "tools verify version view"
 )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class RunRequest:
     validate: bool
     argv: Sequence[str]
     stop_after_s: float | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
     ray: str | None = None
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def view(
     run: Annotated[
-        Path, typer.Argument(help="The run folder. With --serve also a folder of runs.")
+        Path,
+        typer.Argument(
+            help="The run folder, or a folder of a trainer's steps. With --serve a folder of runs."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="The page to write. Default: RUN.html beside the run.")
@@ -29,6 +32,10 @@ def view(
         int | None,
         typer.Option(min=1, help="Trajectories in the page. Default: 20000, or 256 MB of them."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="In a folder of a trainer's steps: this task's trajectories by step."),
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")
     ] = False,
@@ -38,7 +45,8 @@ def view(
 ) -> None:
     """Look at a run in a browser: one page that opens from disk, or a local server."""
     if not serve:
-        _write(run, out, against, limit)
+        if not _write_steps(run, out, task):
+            _write(run, out, against, limit)
         return
     if out is not None or limit is not None:
         raise AgentError(
@@ -54,12 +62,36 @@ def view(
         ) from error
 
 
+def _write_steps(path: Path, out: Path | None, task: str | None) -> bool:
+    """Writes the page of a folder of steps. False if it is none, and no task was asked for."""
+    from conversations.page import build
+    from conversations.page.steps import TaskOverSteps, write_steps
+    from conversations.steps import is_steps
+
+    if task is None and not is_steps(path):
+        return False
+    name = path.resolve().name if task is None else f"{path.resolve().name}-{_file_name(task)}"
+    target = out or _beside(path, name)
+    if task is None:
+        count, size = write_steps(path, target)
+        print(f"{target}: {count} steps, {size / 1e6:.1f} MB")
+        return True
+    with build(TaskOverSteps(path, task)) as page:
+        size = page.write(target)
+    print(f"{target}: {page.shown} trajectories of {task}, {size / 1e6:.1f} MB")
+    return True
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in text)[:80]
+
+
 def _write(path: Path, out: Path | None, against: Path | None, limit: int | None) -> None:
     from conversations.page import LIMIT, MAX_BYTES, build
     from conversations.run.open_run import open_run
 
     run = open_run(path)
-    target = out or _beside(run)
+    target = out or _beside(run.path, run.path.resolve().name)
     bounds = {"limit": LIMIT, "max_bytes": MAX_BYTES} if limit is None else {"limit": limit}
     with build(run, against=_other(run, against), **bounds) as page:
         size = page.write(target)
@@ -86,12 +118,11 @@ def _other(run: Run, against: Path | None) -> Run | None:
     return parent
 
 
-def _beside(run: Run) -> Path:
+def _beside(folder: Path, name: str) -> Path:
     """The default page. Raises AgentError if a file is there that is not such a page."""
     from conversations.page.html import GENERATOR
 
-    folder = run.path.resolve()
-    target = folder.parent / f"{folder.name}.html"
+    target = folder.resolve().parent / f"{name}.html"
     if target.exists() and f'content="{GENERATOR}"'.encode() not in _start(target):
         raise AgentError(f"{target} exists and is no page of turntrace; choose another --out")
     return target

@@ -179,10 +179,11 @@ def model_dir(adapter: Path | None) -> Path:
             )
     base = base_model_dir()
     key = _sha256(_FORMAT, base.name.encode(), *(file.read_bytes() for file in files))
-    return _built("smollm2-merged", key, lambda target: _write_merged(base, adapter, target))
+    return _built("smollm2-merged", key, lambda target: write_merged(base, adapter, target))
 
 
-def _write_merged(base: Path, adapter: Path, target: Path) -> None:
+def write_merged(base: Path, adapter: Path, target: Path) -> None:
+    """Writes the model folder `base` with an adapter merged in. `target` must not exist."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base, target)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from conversations import branches
 from conversations.advantages import ADVANTAGES, SavedAdvantages
 from conversations.export.formats import Format, Record, Row, Source
 from conversations.export.writers import write_parquet
@@ -33,18 +32,16 @@ def _rows(source: Source) -> Iterator[Row]:
         source.notes.append(_NO_ADVANTAGES)
     template = source.view.template
     for record in source.with_ids():
-        for row in branches.rows(Trajectory.from_record(record)):
-            yield _row(record, row, template, advantages, source)
+        yield _row(record, template, advantages, source)
 
 
 def _row(
     record: Record,
-    row: branches.SequenceRow,
     template: ChatTemplate | None,
     advantages: SavedAdvantages,
     source: Source,
 ) -> Row:
-    one = row.trajectory
+    one = Trajectory.from_record(record)
     prompt = len(one.prompt_ids)
     ids, mask = one.prompt_ids + one.response_ids, [0] * prompt + one.response_mask
     observed = None if template is None else observation_mask(one, template)
@@ -54,7 +51,8 @@ def _row(
         "id": record["id"],
         "group": record["task_id"],
         "sample": record["sample"],
-        "branch": row.branch,
+        "branch": record["branch"],
+        "reason": record["reason"],
         "input_ids": ids,
         "prompt_length": prompt,
         "loss_mask": mask,
@@ -91,6 +89,7 @@ def _schema() -> Any:
             ("group", pa.string()),
             ("sample", pa.int32()),
             ("branch", pa.int32()),
+            ("reason", pa.string()),
             ("input_ids", pa.list_(pa.int32())),
             ("prompt_length", pa.int32()),
             ("loss_mask", mask),
@@ -119,6 +118,7 @@ ROWS = Format(
         "weight_versions": "spans of sampled tokens and the weights that sampled them",
         "group, sample, branch, prompt_length": "the task, which of its samples, which sequence of "
         "it (0: the trunk), and the tokens before its first sampled one",
+        "reason": "why it is a branch, null for the trunk",
         "reward, advantage": "of the trajectory; null where it has none",
         "id": "the trajectory in the run",
     },

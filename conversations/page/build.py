@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 from conversations.advantages import SavedAdvantages
 from conversations.branches import path_record
@@ -74,8 +75,23 @@ class Page:
         self.blocks.close()
 
 
+class Readable(Protocol):
+    """What a page needs of a run: its folder, its run.json, its records."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def records(self, *, check: bool = True) -> Iterator[dict[str, Any]]: ...
+
+
 def build(
-    run: Run, *, against: Run | None = None, limit: int | None = None, max_bytes: int | None = None
+    run: Readable,
+    *,
+    against: Run | None = None,
+    limit: int | None = None,
+    max_bytes: int | None = None,
 ) -> Page:
     """The first trajectories of `run`, each beside its counterpart in `against`, if it has one.
 
@@ -194,7 +210,7 @@ def divergence(record: Record, other: Record) -> dict[str, int | None] | None:
     return {"token": token, "turn": begun - 1 if begun else None}
 
 
-def _summary(run: Run, against: Run | None, summary: Summary) -> bytes:
+def _summary(run: Readable, against: Run | None, summary: Summary) -> bytes:
     about = {
         "name": run.path.resolve().name,
         "against": against and against.path.resolve().name,
@@ -206,7 +222,7 @@ def _summary(run: Run, against: Run | None, summary: Summary) -> bytes:
     )
 
 
-def _pieces(run: Run, used: set[int]) -> bytes:
+def _pieces(run: Readable, used: set[int]) -> bytes:
     return deflated(
         json.dumps(
             pieces(run.path / TOKENIZER / "tokenizer.json", used),

@@ -59,6 +59,11 @@ def listing(runs: Sequence[Mapping[str, Any]]) -> str:
     return _render("runs.html.j2", runs=runs, policy=policy(served=True))
 
 
+def steps_shell(**values: Any) -> str:
+    """The page of a folder of steps; see `conversations.page.steps`."""
+    return _render("steps.html.j2", policy=policy(served=False), **values)
+
+
 def waiting(name: str) -> str:
     """A page that says that a run is being read, and reloads after a second."""
     return _render("waiting.html.j2", name=name, policy=policy(served=True))

@@ -1,0 +1,320 @@
+"""Rounds of training without a trainer: sample, keep what is right, train, and again.
+
+A round samples its own problems from the model of the round before, keeps the trajectories that
+are right and well-formed, exports them as plain rows, and trains LoRA on the rows: ids and masks as
+they were sampled, nothing rendered again. Then the new model answers the held-out problems at
+temperature 0 and 1. Every stage is a run folder that names its parent, and a stage that is done is
+not done again: the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from agent.commands.run_work import RunRequest, run_request
+from agent.config.config import load_config
+from agent.errors import AgentError
+from agent.model.base import resolve_model, write_merged
+from agent.recipe.grpo.report import interval
+from agent.recipe.grpo.rows import split
+from agent.recipe.metrics import complete
+from agent.recipe.train import Settings, TokenFile, train_adapter
+from agent.runs.ending import DONE
+from agent.runs.manifest import parent_entry
+from agent.terminal import say
+from conversations.export import job
+from conversations.export.filters import Filters
+from conversations.run.open_run import open_run
+from conversations.run.store import RUN
+from conversations.trajectory import INVALID_STATUSES, Trajectory
+
+TEMPERATURES = (0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundsPlan:
+    """How much of everything. A round samples `tasks` x `samples` conversations.
+
+    lr, epochs, batch_tokens: of a round's training on what it kept
+    """
+
+    rounds: int
+    tasks: int
+    samples: int
+    held_out: int
+    lr: float
+    epochs: float
+    batch_tokens: int
+    seed: int = 1
+
+
+SMALL_ROUNDS = RoundsPlan(
+    rounds=3, tasks=16, samples=4, held_out=24, lr=4e-4, epochs=2.0, batch_tokens=4_800
+)
+"""For two CPU cores: within 30 minutes. Its intervals are wide."""
+FULL_ROUNDS = RoundsPlan(
+    rounds=3, tasks=1_024, samples=8, held_out=512, lr=4e-4, epochs=2.0, batch_tokens=32_768
+)
+"""For a GPU."""
+
+
+@dataclass(slots=True)
+class Score:
+    """What a model did on the held-out problems at one temperature.
+
+    `recovered` of `failed`: conversations with a call that failed, and those of them that still
+    ended well.
+    """
+
+    temperature: float
+    asked: int = 0
+    right: int = 0
+    whole: int = 0
+    calls: int = 0
+    invalid: int = 0
+    failed: int = 0
+    recovered: int = 0
+
+    def add(self, one: Trajectory) -> None:
+        """Counts a trajectory, unless infrastructure failed it."""
+        if one.infra_error:
+            return
+        ends_well = complete(one)
+        has_failed = any(call.status != "ok" for call in one.tool_calls)
+        self.asked += 1
+        self.right += one.reward == 1.0
+        self.whole += ends_well
+        self.calls += len(one.tool_calls)
+        self.invalid += sum(call.status in INVALID_STATUSES for call in one.tool_calls)
+        self.failed += has_failed
+        self.recovered += has_failed and ends_well
+
+
+@dataclass(slots=True)
+class RoundResult:
+    """A round: what it sampled and kept, and how its model did. Round 0: the model at the start."""
+
+    number: int
+    sampled: int
+    kept: int
+    trained_tokens: int
+    scores: list[Score]
+
+
+class SelfTraining:
+    """The rounds in a folder."""
+
+    def __init__(
+        self,
+        plan: RoundsPlan,
+        root: Path,
+        gsm8k: Path,
+        model: str,
+        console: Console,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        self.plan = plan
+        self._root = root
+        self._model = model
+        self._console = console
+        self._overrides = tuple(overrides)
+        rows = split(gsm8k, plan.held_out)
+        Random(plan.seed).shuffle(rows.train)
+        if len(rows.train) < plan.rounds * plan.tasks:
+            raise AgentError(
+                f"{gsm8k} has {len(rows.train)} rows to train on, {plan.rounds} rounds of "
+                f"{plan.tasks} tasks need more"
+            )
+        self._rows = rows
+        self._last: Path | None = None
+
+    def run(self, report: Callable[[list[RoundResult]], None]) -> list[RoundResult]:
+        """Runs all rounds; `report` gets the results after each. Returns them."""
+        self.check_plan()
+        held_out = self._task_file(self._root / "held-out.jsonl", self._rows.held_out)
+        model = resolve_model(self._model)
+        results = [RoundResult(0, 0, 0, 0, self._scores(0, model, held_out))]
+        report(results)
+        for number in range(1, self.plan.rounds + 1):
+            folder = self._root / f"round-{number}"
+            sampled = self._sample(number, folder, model)
+            kept = self._export(sampled, folder / "rows")
+            model, tokens = self._train(model, folder)
+            scores = self._scores(number, model, held_out)
+            results.append(RoundResult(number, len(open_run(sampled)), kept, tokens, scores))
+            report(results)
+        return results
+
+    def check_plan(self) -> None:
+        """Raises AgentError if the folder holds rounds of another plan."""
+        file = self._root / "plan.json"
+        wanted = {**asdict(self.plan), "model": self._model, "overrides": list(self._overrides)}
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != wanted:
+            raise AgentError(f"{self._root} holds rounds of another plan; choose another --out")
+        self._root.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+    # ------------------------------------------------------------------ stages
+
+    def _sample(self, number: int, folder: Path, model: Path) -> Path:
+        """The run folder of a round's conversations, at temperature 1."""
+        first = (number - 1) * self.plan.tasks
+        rows = self._rows.train[first : first + self.plan.tasks]
+        tasks = self._task_file(folder / "tasks.jsonl", rows)
+        return self._stage(number, folder / "sampled", model, tasks, 1.0, self.plan.samples)
+
+    def _scores(self, number: int, model: Path, tasks: Path) -> list[Score]:
+        """The held-out figures of a round's model."""
+        found = []
+        for temperature in TEMPERATURES:
+            name = f"held-out-T{temperature:g}"
+            folder = self._root / f"round-{number}" / name
+            score = Score(temperature)
+            for one in open_run(self._stage(number, folder, model, tasks, temperature, 1)):
+                score.add(one)
+            found.append(score)
+        return found
+
+    def _stage(
+        self, number: int, out: Path, model: Path, tasks: Path, temperature: float, n: int
+    ) -> Path:
+        """Runs tasks into a run folder, or what it lacks. The stage before is its parent."""
+        words = (
+            f"model_path={model}",
+            "rollout.multi_turn.tool_config_path=gsm8k",
+            f"rollout.temperature={temperature}",
+            f"rollout.n={n}",
+            *self._overrides,
+        )
+        parent = parent_entry(self._last) if self._last else None
+        request = RunRequest(
+            tasks=tasks,
+            out=out,
+            config=load_config(None, words),
+            limit=None,
+            resume=(out / RUN).is_file(),
+            force=False,
+            validate=False,
+            argv=("run", str(tasks), "--out", str(out), *(f"--set={word}" for word in words)),
+            more={"parent": parent, "step": number},
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        say(self._console, f"round {number}: {out.relative_to(self._root)}")
+        if (code := run_request(request, self._console)) != DONE:
+            raise AgentError(f"{out} ended with {code}; the same command goes on")
+        self._last = out
+        return out
+
+    def _export(self, sampled: Path, out: Path) -> int:
+        """The trajectories to learn from, as plain rows, each once; returns how many."""
+        if not out.is_dir():
+            job.export_run(
+                open_run(sampled),
+                "rows",
+                out,
+                Filters(
+                    min_reward=1.0,
+                    stop_reasons=frozenset({"stop"}),
+                    valid_calls_only=True,
+                    dedupe=True,
+                ),
+            )
+        return len(_read_rows(out))
+
+    def _train(self, model: Path, folder: Path) -> tuple[Path, int]:
+        """The model after a round, and how many tokens it was trained on."""
+        after = folder / "model"
+        tokens = tokens_of(_read_rows(folder / "rows"))
+        if not after.is_dir():
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
+            settings = Settings(
+                lr=self.plan.lr,
+                batch_tokens=self.plan.batch_tokens,
+                epochs=self.plan.epochs,
+                max_seconds=3600,
+                seed=self.plan.seed,
+            )
+            say(self._console, f"training on {len(tokens.kinds)} conversations")
+            train_adapter(model, tokens, settings, folder / "adapter", lambda progress: None)
+            fresh = folder / "model.new"
+            shutil.rmtree(fresh, ignore_errors=True)
+            write_merged(model, folder / "adapter", fresh)
+            fresh.rename(after)
+        return after, int(tokens.loss.sum())
+
+    def _task_file(self, file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+        """Tasks as JSONL; the same rows give the same file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return file
+
+
+def tokens_of(rows: Sequence[dict[str, Any]]) -> TokenFile:
+    """Exported rows as training data: the ids and the mask that the run recorded.
+
+    Raises AgentError if there are none.
+    """
+    if not rows:
+        raise AgentError("no trajectory was right and well-formed: there is nothing to train on")
+    lengths = [len(row["input_ids"]) for row in rows]
+    return TokenFile(
+        ids=np.concatenate([np.array(row["input_ids"], np.uint32) for row in rows]),
+        loss=np.concatenate([np.array(row["loss_mask"], np.uint8) for row in rows]),
+        starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        kinds=["sampled"] * len(rows),
+        answers=[""] * len(rows),
+        held_out=np.zeros(len(rows), bool),
+    )
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    columns = ["id", "input_ids", "loss_mask"]
+    found: list[dict[str, Any]] = pq.read_table(
+        folder / "rows.parquet", columns=columns
+    ).to_pylist()
+    return found
+
+
+def rounds_table(results: Sequence[RoundResult]) -> str:
+    """The rounds as a Markdown table, a line for each model and temperature."""
+    head = (
+        "round", "sampled", "kept", "T", "right [95%]", "whole protocol", "invalid calls",
+        "recovered of failed",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cells) + " |" for one in results for cells in _cells(one)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(one: RoundResult) -> Iterator[tuple[str, ...]]:
+    for score in one.scores:
+        low, high = interval(score.right, score.asked)
+        yield (
+            str(one.number),
+            str(one.sampled),
+            str(one.kept),
+            f"{score.temperature:g}",
+            f"{score.right}/{score.asked} ({score.right / max(1, score.asked):.1%}) "
+            f"[{low:.1%}, {high:.1%}]",
+            f"{score.whole}/{score.asked}",
+            f"{score.invalid}/{score.calls}",
+            f"{score.recovered}/{score.failed}",
+        )
+
+
+def write_rounds(root: Path, results: Sequence[RoundResult]) -> None:
+    """Writes rounds.json and report.md."""
+    document = json.dumps([asdict(one) for one in results], indent=2)
+    (root / "rounds.json").write_text(document + "\n", encoding="utf-8")
+    (root / "report.md").write_text(rounds_table(results), encoding="utf-8")

@@ -1,0 +1,132 @@
+"""A training's steps as one HTML page: each figure by step, the table, and the tasks by step.
+
+Everything stands in the page as escaped text and plain SVG; it has no script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversations.errors import RunFolderError
+from conversations.page.html import steps_shell
+from conversations.run.open_run import Run
+from conversations.run.whole_file import write_whole
+from conversations.steps import FIGURES, StepFigures, records, steps
+
+TASKS = 200
+"""The most tasks in the page's grid."""
+_WIDTH, _HEIGHT, _EDGE = 280, 90, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A figure by step: the polyline's points, the least and the greatest value as text."""
+
+    name: str
+    points: str
+    dots: list[tuple[float, float, str]]
+    low: str
+    high: str
+
+
+def write_steps(root: Path, target: Path) -> tuple[int, int]:
+    """Writes the page of a folder of steps; returns the number of steps and the bytes.
+
+    Raises RunFolderError if there are no steps, or if the page cannot be written.
+    """
+    found = steps(root)
+    page = steps_shell(
+        title=root.resolve().name,
+        plots=[plot for name in FIGURES if (plot := _plot(name, found))],
+        names=list(FIGURES),
+        rows=[_row(step) for step in found],
+        numbers=[step.number for step in found],
+        tasks=list(_tasks(found)),
+        left_out=max(0, _tasks_in_several(found) - TASKS),
+    )
+    try:
+        return len(found), write_whole(target, iter([page.encode()]))
+    except OSError as error:
+        raise RunFolderError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _plot(name: str, found: Sequence[StepFigures]) -> Plot | None:
+    values = [(step.number, FIGURES[name](step)) for step in found]
+    known = [(number, value) for number, value in values if value is not None]
+    if not known:
+        return None
+    low, high = (choose(value for _, value in known) for choose in (min, max))
+    first, last = known[0][0], known[-1][0]
+    across = _scale(first, last, _EDGE, _WIDTH - _EDGE)
+    up = _scale(low, high, _HEIGHT - _EDGE, _EDGE)
+    dots = [
+        (round(across(number), 1), round(up(value), 1), f"step {number}: {value:.4g}")
+        for number, value in known
+    ]
+    points = " ".join(f"{x},{y}" for x, y, _ in dots)
+    return Plot(name, points, dots, f"{low:.4g}", f"{high:.4g}")
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    if low == high:
+        return lambda value: (start + end) / 2
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _row(step: StepFigures) -> list[str]:
+    figures = (FIGURES[name](step) for name in FIGURES)
+    return [
+        str(step.number),
+        str(step.trajectories),
+        *("–" if value is None else f"{value:.4g}" for value in figures),
+    ]
+
+
+def _in_several(found: Sequence[StepFigures]) -> list[str]:
+    """The tasks that more than one step asked, in the order of their first step."""
+    seen: dict[str, int] = {}
+    for step in found:
+        for task in step.tasks:
+            seen[task] = seen.get(task, 0) + 1
+    return [task for task, count in seen.items() if count > 1]
+
+
+def _tasks_in_several(found: Sequence[StepFigures]) -> int:
+    return len(_in_several(found))
+
+
+def _tasks(found: Sequence[StepFigures]) -> Iterator[tuple[str, list[str]]]:
+    """(task, its mean reward by step) of the first tasks that more than one step asked."""
+    for task in _in_several(found)[:TASKS]:
+        means = (step.tasks[task].mean if task in step.tasks else None for step in found)
+        yield task, ["" if mean is None else f"{mean:.3g}" for mean in means]
+
+
+class TaskOverSteps:
+    """One task's trajectories in all steps, for the page of a run: `step-K/ID`, in order.
+
+    Raises RunFolderError if no step asked the task.
+    """
+
+    def __init__(self, root: Path, task_id: str) -> None:
+        self._records = [
+            (number, run, record)
+            for number, run, record in records(root)
+            if record["task_id"] == task_id
+        ]
+        if not self._records:
+            raise RunFolderError(f"no step in {root} has the task {task_id!r}")
+        first: Run = self._records[0][1]
+        self.path = first.path
+        self.manifest = first.manifest
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def records(self, *, check: bool = True) -> Iterator[dict[str, Any]]:
+        """The records, each with its step in its id."""
+        for number, _, record in self._records:
+            yield {**record, "id": f"step-{number}/{record['id']}"}

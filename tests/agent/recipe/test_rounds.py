@@ -1,0 +1,82 @@
+"""Rounds without a trainer, as far as no model is needed.
+
+The whole of it: `python -m agent.recipe rounds DATA --out DIR`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from agent.errors import AgentError
+from agent.recipe.rounds import (
+    SMALL_ROUNDS,
+    RoundResult,
+    Score,
+    SelfTraining,
+    rounds_table,
+    tokens_of,
+)
+from tests.agent.recipe.test_grpo import gsm8k
+from tests.conversations.exports import exported, small_run
+
+
+def test_training_data_are_the_exported_ids_and_masks() -> None:
+    folder, _ = exported("rows")
+    rows = pq.read_table(folder / "rows.parquet").to_pylist()
+    tokens = tokens_of(rows)
+    assert len(tokens.starts) == len(rows) + 1
+    for place, row in enumerate(rows):
+        start, end = tokens.starts[place], tokens.starts[place + 1]
+        assert tokens.ids[start:end].tolist() == row["input_ids"]
+        assert tokens.loss[start:end].tolist() == row["loss_mask"]
+    assert not tokens.held_out.any()
+    assert int(tokens.loss.sum()) == sum(sum(row["loss_mask"]) for row in rows)
+    batch = tokens.batch(np.arange(2), "cpu")
+    assert batch.learned.numel() == sum(sum(row["loss_mask"]) for row in rows[:2])
+
+
+def test_a_round_that_kept_nothing_says_so() -> None:
+    with pytest.raises(AgentError, match="nothing to train on"):
+        tokens_of([])
+
+
+def test_scores_leave_out_what_infrastructure_failed() -> None:
+    score = Score(0.0)
+    for one in small_run():
+        score.add(one)
+    healthy = [one for one in small_run() if not one.infra_error]
+    failed = [one for one in healthy if any(call.status != "ok" for call in one.tool_calls)]
+    assert score.asked == len(healthy) < len(small_run())
+    assert score.failed == len(failed) > 0
+    assert 0 <= score.recovered <= score.failed
+    assert score.calls == sum(len(one.tool_calls) for one in healthy)
+
+
+def test_the_table_has_a_line_for_each_model_and_temperature() -> None:
+    scores = [Score(0.0, asked=64, right=12, whole=60, calls=130), Score(1.0, asked=64, right=9)]
+    text = rounds_table([RoundResult(0, 0, 0, 0, scores), RoundResult(1, 40, 9, 900, scores)])
+    assert len(text.splitlines()) == 2 + 4
+    assert "12/64 (18.8%) [11.1%, 30.0%]" in text
+
+
+def test_a_folder_holds_the_rounds_of_one_plan(tmp_path: Path) -> None:
+    data, plan = gsm8k(tmp_path / "train.jsonl", 60), replace(SMALL_ROUNDS, rounds=1, tasks=4)
+    plan = replace(plan, held_out=4)
+    work = SelfTraining(plan, tmp_path / "out", data, "smollm2-tools", Console())
+    work.check_plan()
+    other = SelfTraining(replace(plan, lr=1.0), tmp_path / "out", data, "smollm2-tools", Console())
+    with pytest.raises(AgentError, match="another plan"):
+        other.check_plan()
+
+
+def test_rounds_do_not_share_tasks_and_need_enough_of_them(tmp_path: Path) -> None:
+    data = gsm8k(tmp_path / "train.jsonl", 60)
+    plan = replace(SMALL_ROUNDS, rounds=20, held_out=4)
+    with pytest.raises(AgentError, match="need more"):
+        SelfTraining(plan, tmp_path / "out", data, "smollm2-tools", Console())

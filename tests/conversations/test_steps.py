@@ -1,0 +1,135 @@
+"""A folder of steps: figures against an oracle over the records, the page, and hostile names."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from conversations.errors import RunFolderError
+from conversations.page import build
+from conversations.page.steps import TaskOverSteps, write_steps
+from conversations.run.open_run import open_run
+from conversations.run.store import RUN
+from conversations.steps import FIGURES, is_steps, step_folders, steps
+from conversations.trajectory import INVALID_STATUSES
+from tests.conversations.exports import small_run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of one worker, the second also of another; all with the small run's records."""
+    made = tmp_path_factory.mktemp("steps") / "training"
+    for name, step in (("step-0-a", "0"), ("step-1-a", "1"), ("step-1-b", 1)):
+        shutil.copytree(small_run().path, made / name)
+        file = made / name / RUN
+        file.write_text(json.dumps({**json.loads(file.read_text()), "step": step}))
+    (made / "notes").mkdir()
+    return made
+
+
+def test_steps_are_found_by_their_manifest(root: Path) -> None:
+    found = step_folders(root)
+    assert {number: len(folders) for number, folders in found.items()} == {0: 1, 1: 2}
+    assert is_steps(root)
+    assert not is_steps(root / "step-0-a")
+    assert not is_steps(root / "notes")
+    with pytest.raises(RunFolderError, match="steps"):
+        step_folders(root / "notes")
+
+
+def test_figures_are_those_of_the_records(root: Path) -> None:
+    records = list(small_run().records())
+    healthy = [record for record in records if not record["infra_error"]]
+    first, second = steps(root)
+    calls = [call["status"] for record in records for call in record["tool_calls"]]
+    logprobs = [
+        value
+        for record in healthy
+        for value in record["response_logprobs"]
+        if value is not None and math.isfinite(value)
+    ]
+    expected = {
+        "reward": fmean(one["reward"] for one in healthy if one["reward"] is not None),
+        "response tokens": fmean(len(one["response_ids"]) for one in healthy),
+        "turns": fmean(one["num_turns"] for one in healthy),
+        "calls": len(calls) / len(records),
+        "invalid calls": sum(status in INVALID_STATUSES for status in calls) / len(calls),
+        "infra failures": 1 - len(healthy) / len(records),
+        "entropy, nats": -fmean(logprobs),
+    }
+    assert list(expected) == list(FIGURES)
+    for name, value in expected.items():
+        for step in (first, second):  # twice the same records have the same means
+            assert FIGURES[name](step) == pytest.approx(value), name
+    assert (first.trajectories, second.trajectories) == (len(records), 2 * len(records))
+
+
+def test_steps_can_be_restricted(root: Path) -> None:
+    task = next(small_run().records())["task_id"]
+    found = steps(root, lambda record: record["task_id"] == task)
+    assert [set(step.tasks) <= {task} for step in found] == [True, True]
+    assert steps(root, lambda record: False) == []
+
+
+class _Texts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+
+def test_the_page_shows_every_figure_and_every_step(root: Path, tmp_path: Path) -> None:
+    count, size = write_steps(root, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = _Texts()
+    page.feed(text)
+    assert (count, size) == (2, len(text.encode()))
+    assert page.tags.count("polyline") == len(FIGURES)
+    assert "script" not in page.tags
+    assert all(name in page.texts for name in FIGURES)
+    assert set(steps(root)[0].tasks) <= set(page.texts)
+    mean = FIGURES["reward"](steps(root)[0])
+    assert f"{mean:.4g}" in page.texts
+
+
+def test_a_hostile_name_is_text(root: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "<img src=x onerror=alert(1)>"
+    shutil.copytree(root, hostile)
+    write_steps(hostile, tmp_path / "page.html")
+    page = _Texts()
+    page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "img" not in page.tags
+    assert hostile.name in page.texts
+
+
+def test_one_tasks_trajectories_stand_in_the_page_of_a_run(root: Path) -> None:
+    task = next(small_run().records())["task_id"]
+    members = [one.id for one in small_run() if one.task_id == task]
+    over = TaskOverSteps(root, task)
+    names = [record["id"] for record in over.records()]
+    assert names[: len(members)] == [f"step-0/{name}" for name in members]
+    assert len(over) == 3 * len(members)
+    with build(over) as page:
+        assert page.shown == page.total == len(over)
+    with pytest.raises(RunFolderError, match="nobody"):
+        TaskOverSteps(root, "nobody")
+
+
+def test_a_step_that_is_no_number_is_no_step(tmp_path: Path) -> None:
+    shutil.copytree(small_run().path, tmp_path / "run")
+    file = tmp_path / "run" / RUN
+    file.write_text(json.dumps({**json.loads(file.read_text()), "step": "none"}))
+    assert not is_steps(tmp_path)
+    assert len(open_run(tmp_path / "run")) > 0
