@@ -27,12 +27,13 @@ import gc, sys
 from tests.bench import loop_cpu
 from tests.bench.workload import workload
 work = workload()
-loop_cpu._ours(work, 4)
+ours_ms = getattr(loop_cpu, "ours_ms", None) or loop_cpu._ours  # its name in earlier commits
+ours_ms(work, 4)
 gc.collect()
 gc.freeze()
 print("ready", flush=True)
 for turns in sys.stdin:
-    print(loop_cpu._ours(work, int(turns)), flush=True)
+    print(ours_ms(work, int(turns)), flush=True)
 """
 
 
