@@ -127,8 +127,8 @@ class GatewayServer:
             return _refused(refusal, dialect)
         except RunFolderError as error:  # a full disk
             return _refused(not_written(error), dialect)
-        except OSError:  # the connection
-            raise
+        except OSError as error:  # the connection broke: nobody is there to be told
+            raise asyncio.CancelledError from error
         except Exception:
             logger.exception("the gateway failed to answer %s %s", request.method, request.path)
             return _refused(_FAILED, dialect)

@@ -120,7 +120,7 @@ async def session(
         {"role": "system", "content": " ".join(rng.choices(WORDS, k=PROMPT_WORDS))}
     ]
     done = 0
-    while due < ends:
+    while max(due, loop.time()) < ends:
         await asyncio.sleep(max(0.0, due - loop.time()))
         messages.append({"role": "user", "content": " ".join(rng.choices(WORDS, k=TURN_WORDS))})
         body = {"model": "m", "messages": messages}

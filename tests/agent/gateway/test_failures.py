@@ -111,17 +111,12 @@ def test_half_characters_and_deep_values_are_not_hostile(gateway: Gateway) -> No
     assert told("chat", answer) == "\ufffd \\ud83d 😀"
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_over_the_limit_is_413_and_the_gateway_goes_on(
-    gateway: Gateway, chunked: bool
-) -> None:
+def test_a_body_over_the_limit_is_413_and_the_gateway_goes_on(gateway: Gateway) -> None:
     program = Program.of(gateway)
-    piece = b" " * (1 << 20)
-    pieces = (MAX_BODY_BYTES >> 20) + 1
-    content: Any = (piece for _ in range(pieces)) if chunked else piece * pieces
+    pieces = (b" " * (1 << 20) for _ in range((MAX_BODY_BYTES >> 20) + 1))
     try:
         answer = httpx.post(
-            f"{gateway.url}/v1/messages", content=content, headers=program.headers, timeout=60
+            f"{gateway.url}/v1/messages", content=pieces, headers=program.headers, timeout=60
         )
         assert problem("anthropic", answer)[0] == 413
     except httpx.WriteError:  # the answer came, and the connection was closed, before the last byte
@@ -129,11 +124,13 @@ def test_a_body_over_the_limit_is_413_and_the_gateway_goes_on(
     assert told("chat", program.say("say still here")) == "still here"
 
 
-def test_a_body_just_under_the_limit_is_read(gateway: Gateway) -> None:
+def test_a_body_that_says_it_is_over_the_limit_is_not_read(gateway: Gateway) -> None:
     program = Program.of(gateway)
-    text = "x" * (MAX_BODY_BYTES - 1000)
-    status, message = problem("chat", program.say("say hi", padding=text, n=2))
-    assert (status, message[:2]) == (400, "n:")
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-api-key: {program.key}\r\n"
+        client.sendall(f"{head}content-length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 # ---------------------------------------------------------------------- who may ask

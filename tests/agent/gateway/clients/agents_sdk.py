@@ -29,9 +29,9 @@ async def run(url: str, key: str, name: str) -> str:
     kind = OpenAIResponsesModel if "responses" in name else OpenAIChatCompletionsModel
     model = kind(model="m", openai_client=client)
     agent = Agent(name="coder", instructions="Be brief.", tools=[look], model=model)
-    if not name.endswith("stream"):
-        return (await Runner.run(agent, "What?")).final_output
-    streamed = Runner.run_streamed(agent, "What?")
+    if "stream" not in name:
+        return (await Runner.run(agent, name)).final_output
+    streamed = Runner.run_streamed(agent, name)
     async for _ in streamed.stream_events():
         pass
     return streamed.final_output

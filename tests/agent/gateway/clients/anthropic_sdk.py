@@ -15,8 +15,8 @@ TOOL = {
 }
 
 
-def messages_loop(client: Anthropic, stream: bool) -> str:
-    messages = [{"role": "user", "content": "What?"}]
+def messages_loop(client: Anthropic, task: str, stream: bool) -> str:
+    messages = [{"role": "user", "content": task}]
     counted = client.messages.count_tokens(
         model="m", messages=messages, tools=[TOOL], system="Be brief."
     )
@@ -52,9 +52,7 @@ def messages_loop(client: Anthropic, stream: bool) -> str:
 
 given = json.load(sys.stdin)
 ended = {
-    name: messages_loop(
-        Anthropic(base_url=given["url"], api_key=key), stream=name.endswith("stream")
-    )
+    name: messages_loop(Anthropic(base_url=given["url"], api_key=key), name, "stream" in name)
     for name, key in given["keys"].items()
 }
 print(json.dumps(ended))

@@ -14,8 +14,8 @@ PARAMETERS = {
 TOOLS = [{"type": "function", "function": {"name": NAME, "parameters": PARAMETERS}}]
 
 
-def chat(client: OpenAI, stream: bool) -> str:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
+def chat(client: OpenAI, task: str, stream: bool) -> str:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": task}]
     for _ in range(6):
         asked = {"model": "m", "messages": messages, "tools": TOOLS}
         if stream:
@@ -38,8 +38,8 @@ def chat(client: OpenAI, stream: bool) -> str:
     raise AssertionError("no end")
 
 
-def responses(client: OpenAI, stream: bool) -> str:
-    items = [{"role": "user", "content": "What?"}]
+def responses(client: OpenAI, task: str, stream: bool) -> str:
+    items = [{"role": "user", "content": task}]
     tools = [{"type": "function", "name": NAME, "parameters": PARAMETERS, "strict": False}]
     for _ in range(6):
         asked = {"model": "m", "input": items, "tools": tools, "instructions": "Be brief."}
@@ -72,6 +72,6 @@ given = json.load(sys.stdin)
 ended = {}
 for name, key in given["keys"].items():
     client = OpenAI(base_url=f"{given['url']}/v1", api_key=key)
-    kind, _, how = name.partition("_")
-    ended[name] = {"chat": chat, "responses": responses}[kind](client, how == "stream")
+    loop = responses if "responses" in name else chat
+    ended[name] = loop(client, name, "stream" in name)
 print(json.dumps(ended))

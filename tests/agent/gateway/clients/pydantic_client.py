@@ -20,7 +20,7 @@ def run(url: str, key: str, name: str) -> str:
         await asyncio.sleep(0.05 if "first" in question else 0)
         return f"seen {question}"
 
-    return agent.run_sync("What?").output
+    return agent.run_sync(name).output
 
 
 given = json.load(sys.stdin)
