@@ -262,7 +262,8 @@ def test_a_table_has_every_field(path: Path) -> None:
     )
     assert row["response_logprobs"][2] is None
     assert row["segments"][2] == {"kind": "template", "start": 4, "end": 5}
-    assert row["turns"] == [{**turn, "resumed": []} for turn in record["turns"]]
+    not_served = {"response_id": None, "asked": None, "notes": None}
+    assert row["turns"] == [{**turn, "resumed": [], **not_served} for turn in record["turns"]]
     for name in ("messages", "tool_calls", "tools", "extra", "ground_truth", "reward_parts"):
         assert json.loads(row[name]) == record[name]
     assert row["parent"] is None
