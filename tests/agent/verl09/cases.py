@@ -360,6 +360,35 @@ async def test_a_prompt_over_the_budget_is_not_sampled_after(peers: Peers) -> No
     assert ours.batch["prompts"].equal(verls.batch["prompts"])
 
 
+@pytest.mark.skipif(VERSION < (0, 9), reason="its trainer wants a row of each conversation")
+async def test_under_verls_queue_a_failed_conversation_has_no_row(peers: Peers) -> None:
+    """A row of mask 0 would still put its reward of 0 into the group's mean."""
+
+    def say(text: str) -> Any:
+        return ValueError("gone") if "broken" in text else "Fine."
+
+    worker = peers.worker(peers.server(say))
+    worker.config.transfer_queue.enable = True
+    handed_over: list[Any] = []
+
+    async def take(output: Any, validate: bool, **columns: Any) -> None:
+        handed_over.append(output)
+
+    worker._agent_loop_postprocess = take
+    trajectory = {"step": 1, "sample_index": 0, "rollout_n": 0, "validate": False}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": True}
+    for question in ("broken", "fine"):
+        await worker._run_agent_loop(
+            dict(sampling),
+            trajectory,
+            agent_name="turntrace",
+            trace=False,
+            raw_prompt=[{"role": "user", "content": question}],
+        )
+    assert handed_over[0] == []
+    assert handed_over[1].response_mask == [1] * len(handed_over[1].response_ids)
+
+
 async def test_a_server_that_fails_costs_one_row_where_verl_loses_the_batch(
     peers: Peers, caplog: pytest.LogCaptureFixture
 ) -> None:
