@@ -129,6 +129,17 @@ class Sampling(Section):
     n: PositiveInt = 1
 
 
+class Context(Section):
+    """A long conversation goes on from a summary that the model writes: a branch of the record.
+
+    `compact_at`: before a prompt of so many tokens. `keep`: the last turns that stand word for word
+    behind the summary.
+    """
+
+    compact_at: PositiveInt
+    keep: Count = 0
+
+
 class MultiTurn(Section):
     """Turns and tools.
 
@@ -166,6 +177,7 @@ class MultiTurn(Section):
         AfterValidator(_call_format),
     ] = "auto"
     """How the model writes tool calls: a format, or `auto`: proven from the chat template."""
+    context: Context | None = None
     num_repeat_rollouts: Annotated[
         int | None, NoEffect(f"{NEVER_READ}; rollout.n is the number of samples of a task")
     ] = None

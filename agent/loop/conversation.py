@@ -22,10 +22,11 @@ from agent.engines.engine import EndedGeneration, Generation, Interrupted
 from agent.errors import EngineError
 from agent.loop.boundary import finite
 from agent.loop.calls import ConversationTools, PendingTurn
+from agent.loop.compaction import NO_CALLS, after_summary, sequence_of, summary_request
 from agent.loop.evidence import EvidenceLog
 from agent.loop.images import ImageReader
 from agent.loop.observer import observed
-from agent.loop.runtime import LoopSettings, Runtime
+from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.loop.turns import check_generation, joined, turn_of
 from agent.loop.users import SimulatedUser
@@ -43,6 +44,7 @@ from conversations.messages import (
 from conversations.tokens import TEMPLATE, TOOL, USER, Piece, TokenSequence
 from conversations.trajectory import (
     INVALID_STATUSES,
+    Branch,
     ToolCallRecord,
     Trajectory,
     Turn,
@@ -134,9 +136,11 @@ class Conversation:
     """The state of one conversation, and its transitions.
 
     `pending` is the last turn while it waits for an answer; `partial_turn` is the last turn if it
-    was interrupted and its rest is still to be sampled. `before` is the record that a resumed
-    conversation continues, until its tools and user are in the state that they were in. `elsewhere`
-    is what another process made of it: then nothing else here is its record.
+    was interrupted and its rest is still to be sampled. `sequences` are those before the last
+    compaction, the trunk first; if `summing_up`, the next turn is a summary.
+    `before` is the record that a resumed conversation continues, until its tools and user are in
+    the state that they were in. `elsewhere` is what another process made of it: then nothing else
+    here is its record.
     Raises TaskError if the row chooses a user that the run does not have.
     `images` are those that lie in the tokens, in order; `pictures` are all by hash.
     `restored_images` are an earlier record's that lie in the tokens, until `open` has read their
@@ -163,7 +167,9 @@ class Conversation:
         "rewards",
         "runtime",
         "sample",
+        "sequences",
         "settled_calls",
+        "summing_up",
         "task",
         "tokens",
         "tools",
@@ -197,6 +203,8 @@ class Conversation:
         self.clock = Clock()
         self.parent: dict[str, Any] | None = None
         self.before: Trajectory | None = None
+        self.sequences: list[Branch] = []
+        self.summing_up = False
         self.elsewhere: RanElsewhere | None = None
         asked = runtime.settings.evidence
         self.evidence = EvidenceLog(asked) if asked else None
@@ -230,8 +238,24 @@ class Conversation:
 
     @property
     def ledger(self) -> list[ToolCallRecord]:
-        """The lines of all calls so far."""
+        """The lines of all calls of the sequence so far."""
         return [*self.settled_calls, *(self.pending.lines() if self.pending else ())]
+
+    @property
+    def all_calls(self) -> list[ToolCallRecord]:
+        """The lines of all calls so far, earlier sequences included."""
+        return [*(line for one in self.sequences for line in one.tool_calls), *self.ledger]
+
+    @property
+    def num_turns(self) -> int:
+        """Turns so far, those of earlier sequences included."""
+        return len(self.turns) + sum(len(one.turns) for one in self.sequences)
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompts so far, those of earlier sequences included."""
+        earlier = sum(len(one.response_ids) for one in self.sequences)
+        return self.tokens.response_length + earlier
 
     async def open(self) -> bool:
         """Reads the images, creates the tools, renders the prompt and starts the user.
@@ -317,7 +341,7 @@ class Conversation:
         self._note_backend_failures()
         if self.tools and ending.stop_reason == "cancelled":
             await self.tools.ended_early()
-        elif self.tools and self.turns and not ending.is_failure:
+        elif self.tools and self.num_turns and not ending.is_failure:
             self.rewards = await self.tools.rewards(within_s)
         if self.user and self.user.rewards:
             self.rewards[USER_REWARDS] = self.user.rewards
@@ -327,7 +351,7 @@ class Conversation:
 
     def _note_backend_failures(self) -> None:
         """A conversation without an answer because a backend failed has no reward."""
-        ledger, ending = self.ledger, self.ending
+        ledger, ending = self.all_calls, self.ending
         if any(line.status == "backend_error" for line in ledger):
             ending.infra_error = True
         if ending.stop_reason == "deadline" and (failure := _failure_before_deadline(ledger)):
@@ -371,7 +395,7 @@ class Conversation:
         """How many tokens the next turn may sample."""
         settings = self.runtime.settings
         room = min(
-            settings.response_length - self.tokens.response_length,
+            settings.response_length - self.response_length,
             settings.max_model_len - len(self.tokens),
         )
         if settings.max_tokens is None:
@@ -487,7 +511,7 @@ class Conversation:
             self.count_invalid(line)
             if _reached(self.invalid_in_a_row, settings.max_consecutive_invalid_calls):
                 return "invalid_tool_calls"
-        return "max_turns" if _reached(len(self.turns), settings.max_turns) else None
+        return "max_turns" if _reached(self.num_turns, settings.max_turns) else None
 
     def count_invalid(self, line: ToolCallRecord) -> None:
         """Counts the invalid calls in a row."""
@@ -511,6 +535,34 @@ class Conversation:
         self.warn(turn, lines)
         return True
 
+    def compact(self, turn: PendingTurn) -> bool:
+        """Begins the next sequence with the summary that the last turn wrote.
+
+        Returns False, and stops with `length`, if the new prompt leaves no room before the next
+        compaction.
+        """
+        turn.reject(NO_CALLS)
+        self._settle(turn)
+        context, template = self.runtime.settings.context, self.runtime.template
+        assert context is not None
+        self.summing_up = False
+        messages = after_summary(self.task.messages, self.messages, context.keep)
+        prompt = template.prompt(messages, self.schemas)
+        length = sum(len(ids) for _, ids in prompt)
+        if length >= min(context.compact_at, self.runtime.settings.max_model_len - 1):
+            self.ending.stop("length")
+            return False
+        self.sequences.append(self.sequence())
+        self.tokens, self.turns, self.settled_calls = TokenSequence(), [], []
+        self.messages = messages
+        for kind, ids in prompt:
+            self.tokens.append(kind, ids)
+        return True
+
+    def sequence(self) -> Branch:
+        """The sequence as it stands."""
+        return sequence_of(self.tokens, self.turns, self.messages, self.ledger, self.schemas)
+
     async def take_user_turn(self) -> str | None:
         """Lets the user answer the last turn; returns the stop reason if there is no answer."""
         self.pending = None
@@ -518,7 +570,7 @@ class Conversation:
         if (
             user is None
             or _reached(user.turns, settings.max_user_turns)
-            or _reached(len(self.turns), settings.max_turns)
+            or _reached(self.num_turns, settings.max_turns)
         ):
             return "stop"
         text = await user.reply(self.messages)
@@ -530,17 +582,34 @@ class Conversation:
         self.warn(turn, [])
         return None
 
+    def _is_to_be_compacted(self, pieces: Sequence[Piece], images: Sequence[PlacedImage]) -> bool:
+        """Whether the next prompt would reach the limit. Images cannot be summed up: they stay."""
+        context = self.runtime.settings.context
+        if context is None or images or self.images:
+            return False
+        added = sum(len(ids) for _, ids in pieces)
+        return len(self.tokens) + added >= context.compact_at
+
     def _append_messages(self, messages: list[Message], kind: str) -> bool:
         """Appends what the template puts after a turn, a missing end token included.
 
         Returns False, with nothing appended, if that does not fit.
         """
         template, settings = self.runtime.template, self.runtime.settings
-        delta = template.delta(messages, kind, turn=self.messages[-1])
+        turn = self.messages[-1]
+        delta = template.delta(messages, kind, turn=turn)
         missing_end = template.missing_end(self.tokens.ids[-1], kind)
         ahead: list[Piece] = [(TEMPLATE, missing_end)] if missing_end else []
         pieces, images = self._placed([*ahead, *delta.pieces], messages)
-        if not _fits(self.tokens, sum(len(ids) for _, ids in pieces), settings):
+        if self._is_to_be_compacted(pieces, images):
+            messages = [*messages, summary_request()]
+            delta = template.follow(messages, turn, with_tools=bool(self.schemas))
+            pieces, self.summing_up = [*ahead, *delta.pieces], True
+        added = sum(len(ids) for _, ids in pieces)
+        if (
+            self.response_length + added > settings.response_length
+            or len(self.tokens) + added > settings.max_model_len
+        ):
             return False
         for piece, ids in pieces:
             self.tokens.append(piece, ids)
@@ -574,10 +643,3 @@ def _failure_before_deadline(ledger: Sequence[ToolCallRecord]) -> str | None:
 def _reached(count: int, limit: int | None) -> bool:
     """Whether a limit is reached. A resumed conversation may be beyond one at once."""
     return limit is not None and count >= limit
-
-
-def _fits(tokens: TokenSequence, added: int, settings: LoopSettings) -> bool:
-    return (
-        tokens.response_length + added <= settings.response_length
-        and len(tokens) + added <= settings.max_model_len
-    )

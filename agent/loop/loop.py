@@ -78,6 +78,9 @@ async def _answer(conversation: Conversation) -> bool:
     if not turn.is_complete:
         conversation.reject_calls(turn)
         return False
+    # A summary ends its sequence; the conversation goes on from it.
+    if conversation.summing_up:
+        return conversation.compact(turn)
     if not turn.calls:
         reason = await conversation.take_user_turn()
     else:

@@ -18,25 +18,29 @@ def trajectory_of(conversation: Conversation) -> Trajectory:
         return conversation.elsewhere.record
     if conversation.before is not None:
         return _not_resumed(conversation, conversation.before)
-    task, tokens, ending = conversation.task, conversation.tokens, conversation.ending
+    task, ending = conversation.task, conversation.ending
     runtime, clock = conversation.runtime, conversation.clock
     parts = {} if ending.is_failure else conversation.rewards
     stop_token_ids = runtime.template.stop_token_ids
+    current = conversation.sequence()
+    trunk, *branches = [*conversation.sequences, current]
+    if branches and not current.turns:
+        branches.pop()
     return Trajectory(
         id=f"{task.id}-{conversation.sample}",
         task_id=task.id,
         sample=conversation.sample,
-        prompt_ids=tokens.prompt_ids(),
-        response_ids=tokens.response_ids(),
-        response_mask=tokens.response_mask(),
-        response_logprobs=tokens.response_logprobs(),
-        segments=tokens.segments(),
-        turns=conversation.turns,
-        messages=conversation.messages,
-        tool_calls=conversation.ledger,
-        tools=conversation.schemas,
+        prompt_ids=trunk.prompt_ids,
+        response_ids=trunk.response_ids,
+        response_mask=trunk.response_mask,
+        response_logprobs=trunk.response_logprobs,
+        segments=trunk.segments,
+        turns=trunk.turns,
+        messages=trunk.messages,
+        tool_calls=trunk.tool_calls,
+        tools=trunk.tools,
         stop_reason=ending.stop_reason or "cancelled",
-        num_turns=len(conversation.turns),
+        num_turns=len(trunk.turns),
         infra_error=ending.infra_error,
         error=ending.error,
         warnings=conversation.warnings,
@@ -51,6 +55,7 @@ def trajectory_of(conversation: Conversation) -> Trajectory:
         started_at=clock.started_at,
         wall_s=clock.wall_s,
         images=[image.as_json() for image in conversation.images] or conversation.restored_images,
+        branches=branches,
     )
 
 

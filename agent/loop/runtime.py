@@ -9,6 +9,7 @@ from typing import Any
 from agent.engines.engine import Engine
 from agent.engines.evidence import EvidenceRequest
 from agent.loop.calls import Dispatcher
+from agent.loop.compaction import ContextSettings
 from agent.loop.images import ImageReader
 from agent.loop.observer import Observer
 from agent.loop.users import Interactions
@@ -20,8 +21,8 @@ class LoopSettings:
     """Budgets and limits of one conversation: token counts, unless the name has another unit.
 
     `sampling` are the engine's sampling params without `max_new_tokens` and `stop_token_ids`, which
-    the loop sets. None means no limit. `evidence` is asked of the engine beside tokens and
-    log-probs.
+    the loop sets. None means no limit; without `context` nothing is compacted. `evidence` is asked
+    of the engine beside tokens and log-probs.
     """
 
     prompt_length: int
@@ -32,6 +33,7 @@ class LoopSettings:
     max_user_turns: int | None = None
     max_consecutive_invalid_calls: int | None = 8
     deadline_s: float | None = None
+    context: ContextSettings | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     evidence: EvidenceRequest | None = None
 

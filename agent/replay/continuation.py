@@ -40,8 +40,8 @@ def continuing(
 def continued(task: Task, sample: int, record: Trajectory | None, runtime: Runtime) -> Conversation:
     """The conversation of `record`, resumed, or a new one if it cannot be resumed.
 
-    It cannot without a turn, with another prompt, after its deadline, or if infrastructure failed:
-    then it would only fail again.
+    It cannot without a turn, after a compaction, with another prompt, after its deadline, or if
+    infrastructure failed: then it would only fail again.
     """
     try:
         if record is not None and _is_resumable(record, runtime):
@@ -52,6 +52,8 @@ def continued(task: Task, sample: int, record: Trajectory | None, runtime: Runti
 
 
 def _is_resumable(record: Trajectory, runtime: Runtime) -> bool:
+    if record.branches:  # its tools would have to be brought through all sequences
+        return False
     failed = record.infra_error or any(line.status == "backend_error" for line in record.tool_calls)
     if failed or not record.turns or record.stop_reason == "deadline":
         return False

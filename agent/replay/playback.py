@@ -12,8 +12,9 @@ from agent.errors import EndConversation, EngineError
 from agent.loop.runtime import Runtime
 from agent.loop.turns import generation_of
 from agent.replay.compare import index_of_difference
+from conversations.branches import sequences
 from conversations.images.placing import PlacedImage
-from conversations.trajectory import Trajectory, Turn
+from conversations.trajectory import Branch, Trajectory, Turn
 
 
 def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime:
@@ -29,13 +30,14 @@ def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime
 class Playback:
     """An engine that returns the recorded turns from turn `first` on, with all that is recorded.
 
-    If the record has no next turn, the conversation ends as the recorded one did. If the tokens
-    before a turn are others, or the turn does not fit its budget, it ends with `cancelled`.
+    The sequences of a compacted conversation follow each other. If the record has no next turn, the
+    conversation ends as the recorded one did. If the tokens before a turn are others, or the turn
+    does not fit its budget, it ends with `cancelled`.
     """
 
     def __init__(self, trajectory: Trajectory, first: int = 0) -> None:
         self._record = trajectory
-        self._ids = trajectory.prompt_ids + trajectory.response_ids
+        self._turns = [(part, turn) for part in sequences(trajectory) for turn in part.turns]
         self._next = first
 
     def describe(self) -> dict[str, Any]:
@@ -52,10 +54,11 @@ class Playback:
     ) -> Generation:
         """The recorded turn. Raises EndConversation, or the recorded EngineError."""
         await asyncio.sleep(0)
-        if self._next >= len(self._record.turns):
+        if self._next >= len(self._turns):
             raise self._end()
-        number, turn = self._next, self._record.turns[self._next]
-        at = index_of_difference(prompt_ids, self._ids[: turn.start])
+        number, (part, turn) = self._next, self._turns[self._next]
+        ids = part.prompt_ids + part.response_ids
+        at = index_of_difference(prompt_ids, ids[: turn.start])
         if at is not None:
             text = f"replay: turn {number} was sampled after other tokens, from token {at} on"
             raise EndConversation("cancelled", text)
@@ -64,17 +67,10 @@ class Playback:
             text = f"replay: turn {number} has {size} tokens, the budgets leave {room}"
             raise EndConversation("cancelled", text)
         self._next += 1
-        generation = self._generation(turn)
+        generation = _generation(part, turn)
         if turn.finish_reason == "abort":
             raise EndedGeneration(self._record.stop_reason, self._record.error, generation)
         return generation
-
-    def _generation(self, turn: Turn) -> Generation:
-        shift = len(self._record.prompt_ids)
-        span = slice(turn.start - shift, turn.end - shift)
-        # Floats: these tokens were sampled.
-        logprobs: list[Any] = self._record.response_logprobs[span]
-        return generation_of(turn, self._ids[turn.start : turn.end], logprobs)
 
     def _end(self) -> Exception:
         record = self._record
@@ -90,3 +86,10 @@ class Playback:
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+def _generation(part: Trajectory | Branch, turn: Turn) -> Generation:
+    shift = len(part.prompt_ids)
+    span = slice(turn.start - shift, turn.end - shift)
+    logprobs: list[Any] = part.response_logprobs[span]  # floats: these tokens were sampled
+    return generation_of(turn, part.response_ids[span], logprobs)

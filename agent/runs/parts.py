@@ -20,6 +20,7 @@ from agent.engines.evidence import EvidenceRequest
 from agent.engines.scripted import recorded
 from agent.errors import ConfigError
 from agent.loop.calls import Dispatcher
+from agent.loop.compaction import ContextSettings, summary_request
 from agent.loop.images import ImageReader
 from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.users import Interactions, load_interactions
@@ -27,6 +28,7 @@ from agent.packages import how_to_install
 from conversations.extras import safetensors
 from conversations.images.processor import ImageProcessor, load_processor
 from conversations.images.reading import ImageLimits
+from conversations.messages import tool_message
 from conversations.run.saved_tokenizer import is_failure
 from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate, Reading
@@ -84,9 +86,27 @@ def prepare(
         template.require_tools()
     if interactions:
         template.require(USER, with_tools=bool(tools))
+    if config.rollout.multi_turn.context:
+        _check_compaction(config, template, with_tools=bool(tools))
     images = image_reader(config, template)
     dispatcher = make_dispatcher(config, tools, template, images) if tools else None
     return Parts(config, template, tools, interactions, dispatcher, images)
+
+
+def _check_compaction(config: Config, template: ChatTemplate, *, with_tools: bool) -> None:
+    """Raises TemplateError if no request for a summary may stand behind tools' responses."""
+    if evidence_request(config):
+        raise ConfigError(
+            "multi_turn.context and turntrace.evidence cannot be used together: "
+            "evidence is of one sequence"
+        )
+    turn = {"role": "assistant", "content": "x", "raw": "x"}
+    asked = summary_request()
+    template.follow([asked, asked], turn, with_tools=with_tools)
+    if with_tools:
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        answer = tool_message("x", call_id="c", name="f")
+        template.follow([answer, asked], {**turn, "tool_calls": [call]}, with_tools=True)
 
 
 def config_tools(config: Config) -> ToolSet | None:
@@ -190,9 +210,15 @@ def loop_settings(
         max_user_turns=rollout.multi_turn.max_user_turns,
         max_consecutive_invalid_calls=ours.max_consecutive_invalid_calls,
         deadline_s=ours.conversation_deadline_s,
+        context=_context(config),
         sampling=dict(sampling),
         evidence=evidence_request(config),
     )
+
+
+def _context(config: Config) -> ContextSettings | None:
+    context = config.rollout.multi_turn.context
+    return ContextSettings(context.compact_at, context.keep) if context else None
 
 
 def evidence_request(config: Config) -> EvidenceRequest | None:

@@ -55,7 +55,9 @@ def _damage(branch: Branch) -> str:
 def _findings(record: Trajectory, number: int, facts: RunFacts) -> Iterator[Finding]:
     path, own = path_of(record, number), first_turn(record, number)
     begin = path.turns[own - 1].end if own else 0
-    found = sequence_findings(path, split_rounds(path.messages), facts, with_text=True, trusted=own)
+    found = sequence_findings(
+        path, split_rounds(path.messages), facts, with_text=True, trusted=own, is_compacted=True
+    )
     for finding in found:
         if not _is_parents(finding, own, begin):
             yield finding

@@ -164,17 +164,18 @@ def _reply_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterato
     if not each.replies or each.kind == USER:
         return
     expected = [_message(line) for line in lines]
-    if len(expected) != len(each.replies):
+    replies = [reply for reply in each.replies if reply["role"] == TOOL]
+    if len(expected) != len(replies):
         yield Finding(
             differs(
                 "the number of tool messages is not that of the turn's calls",
-                len(each.replies),
+                len(replies),
                 len(expected),
             ),
             k,
         )
         return
-    for line, found, wanted in zip(lines, each.replies, expected, strict=True):
+    for line, found, wanted in zip(lines, replies, expected, strict=True):
         if found != wanted:
             key = next(
                 key

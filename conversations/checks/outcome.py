@@ -6,20 +6,22 @@ import math
 from collections.abc import Iterator
 from datetime import datetime
 
+from conversations.branches import Totals
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, quoted
 from conversations.checks.ledger import response_tokens
-from conversations.rounds import Rounds
+from conversations.rounds import split_rounds
 from conversations.template import ChatTemplate
 from conversations.tokens import TOOL, USER
 from conversations.trajectory import INVALID_STATUSES, Trajectory, Turn, total_reward
 
 
 def outcome_findings(
-    trajectory: Trajectory, parts: Rounds, facts: RunFacts, *, finished: bool
+    trajectory: Trajectory, last: Trajectory, facts: RunFacts, *, finished: bool
 ) -> Iterator[Finding]:
     """Contradictions to the stop reason, the run's limits or the reward.
 
+    `last` is the sequence that the conversation ended with: the record itself without branches.
     `finished` is False for a conversation that was interrupted.
     """
     yield from _identity(trajectory, facts)
@@ -27,7 +29,7 @@ def outcome_findings(
     yield from _failure(trajectory)
     yield from _budgets(trajectory, facts)
     if facts.imported is None:  # an import may not know how a conversation ended
-        yield from _Ending(trajectory, parts, facts).findings(finished)
+        yield from _Ending(last, facts, Totals.of(trajectory).turns).findings(finished)
 
 
 def _identity(trajectory: Trajectory, facts: RunFacts) -> Iterator[Finding]:
@@ -129,8 +131,10 @@ def _budgets(trajectory: Trajectory, facts: RunFacts) -> Iterator[Finding]:
 class _Ending:
     """The last turn against the stop reason."""
 
-    def __init__(self, trajectory: Trajectory, parts: Rounds, facts: RunFacts) -> None:
+    def __init__(self, trajectory: Trajectory, facts: RunFacts, turns: int) -> None:
+        parts = split_rounds(trajectory.messages)
         self.trajectory, self.facts = trajectory, facts
+        self.all_turns = turns
         self.last: Turn | None = trajectory.turns[-1] if trajectory.turns else None
         self.turn = len(trajectory.turns) - 1
         self.answered = bool(parts.rounds and parts.rounds[-1].replies)
@@ -230,9 +234,9 @@ class _Ending:
         if (
             reason == "max_turns"
             and self.facts.max_turns is not None
-            and len(self.trajectory.turns) < self.facts.max_turns
+            and self.all_turns < self.facts.max_turns
         ):
-            turns = len(self.trajectory.turns)
+            turns = self.all_turns
             return f"there are {turns} turns, and max_assistant_turns is {self.facts.max_turns}"
         if reason == "length" and cut is None:
             return self._length_needs()
@@ -257,8 +261,8 @@ class _Ending:
         responses.
         """
         facts, trajectory = self.facts, self.trajectory
-        if facts.template is None:
-            return None
+        if facts.template is None or self.all_turns > len(trajectory.turns):
+            return None  # after a compaction, earlier sequences used the budget too
         if not (self.calls or self.answered):
             return None if self.has_user else "the last turn is complete and has no calls"
         response, total = (

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.branches import Totals
+from conversations.branches import Totals, path_of
 from conversations.checks.branches import branch_findings
 from conversations.checks.evidence import evidence_findings
 from conversations.checks.facts import RunFacts
@@ -126,16 +126,26 @@ def _trajectory_findings(
 ) -> Iterator[Finding]:
     parts = split_rounds(trajectory.messages)
     is_text_checked = not partial and not _is_unproven(trajectory, facts)
-    yield from sequence_findings(trajectory, parts, facts, with_text=is_text_checked)
+    yield from sequence_findings(
+        trajectory, parts, facts, with_text=is_text_checked, is_compacted=bool(trajectory.branches)
+    )
     if is_text_checked:
         yield from image_findings(trajectory, facts)
     if facts.template is not None and facts.imported is None:
         found, expected = trajectory.sampling.get("stop_token_ids"), facts.template.stop_token_ids
         if found != expected and not partial:
             yield Finding(differs("sampling.stop_token_ids", found, expected))
-    yield from outcome_findings(trajectory, parts, facts, finished=finished)
+    yield from outcome_findings(trajectory, _last(trajectory), facts, finished=finished)
     if trajectory.branches and not partial:
         yield from branch_findings(trajectory, facts)
+
+
+def _last(trajectory: Trajectory) -> Trajectory:
+    """The sequence that a conversation ended with: the last one after compactions."""
+    try:
+        return path_of(trajectory, len(trajectory.branches)) if trajectory.branches else trajectory
+    except (RecordError, LookupError):  # `branch_findings` says so
+        return trajectory
 
 
 def _is_partial(trajectory: Trajectory) -> bool:

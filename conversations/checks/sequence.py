@@ -15,18 +15,26 @@ from conversations.trajectory import Trajectory
 
 
 def sequence_findings(
-    trajectory: Trajectory, parts: Rounds, facts: RunFacts, *, with_text: bool, trusted: int = 0
+    trajectory: Trajectory,
+    parts: Rounds,
+    facts: RunFacts,
+    *,
+    with_text: bool,
+    trusted: int = 0,
+    is_compacted: bool = False,
 ) -> Iterator[Finding]:
     """What is wrong within a conversation, however it ended. `parts` are its messages by turn.
 
     Without `with_text`, messages and ledger are not compared. The tokens up to the end of the first
     `trusted` turns are those of another sequence: their text is not rendered again, and what
-    answered their calls there stands in the ledger.
+    answered their calls there stands in the ledger. `is_compacted`: it is one of several sequences.
     """
     yield from token_findings(trajectory, facts.ids, needs_logprobs=facts.imported is None)
     if not with_text:
         return
-    yield from round_findings(trajectory, parts.rounds, is_gateway=facts.is_gateway)
+    yield from round_findings(
+        trajectory, parts.rounds, is_gateway=facts.is_gateway, is_compacted=is_compacted
+    )
     if facts.template is not None and _turns_lie_in_order(trajectory):
         yield from text_findings(
             trajectory, parts, facts.template, trust_prompt=facts.reads_clock, trusted=trusted
