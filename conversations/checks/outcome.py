@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from datetime import datetime
 
-from conversations.branches import Totals
+from conversations.branches import Totals, sequences
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, quoted
 from conversations.checks.ledger import response_tokens
@@ -78,7 +78,8 @@ def _reward(trajectory: Trajectory) -> Iterator[Finding]:
 
 def _failure(trajectory: Trajectory) -> Iterator[Finding]:
     """`infra_error`, `error`, stop reason and ledger agree on whether infrastructure failed."""
-    failed = [line.call_id for line in trajectory.tool_calls if line.status == "backend_error"]
+    lines = [line for part in sequences(trajectory) for line in part.tool_calls]
+    failed = [line.call_id for line in lines if line.status == "backend_error"]
     if not trajectory.infra_error:
         # A chat template that refuses the messages ends a conversation with its reason, which is
         # not infrastructure: the same messages would be refused again.

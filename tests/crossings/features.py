@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from agent.engines.servers import SGLangServerEngine
 from agent.loop.batch import run_conversations, run_tasks
+from agent.loop.compaction import REQUEST, ContextSettings
 from agent.loop.conversation import Counterparts
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import recorded_task
@@ -33,8 +35,11 @@ from conversations.open_run import open_run
 from conversations.run.store import RunFolder
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
-from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
+from tests.crossings.world import DIES_AT, QUESTION, SLOW, TURNS, Desk, Fault, Model, User, World
 from tests.helpers import logprobs
+
+COMPACT_AT = 240
+"""Tokens; more than a prompt with a summary, less than one with the first answer."""
 
 
 def open_store(world: World, parent: dict[str, Any] | None = None) -> RunFolder:
@@ -65,6 +70,34 @@ def in_virtual_time(run: Callable[[World], Coroutine[Any, Any, None]]) -> Callab
 async def plain(world: World) -> None:
     with open_store(world) as store:
         await run_in(world, world.runtime(world.model()), store)
+        store.close({})
+
+
+class Summariser(Model):
+    """The model of a compacted conversation: its summaries say how many turns came before."""
+
+    def turn(self, prompt_ids: Sequence[int]) -> tuple[int, list[int]]:
+        text = self.template.decode(prompt_ids)
+        known = re.search(r"([0-9]+) turns so far", text)
+        before = int(known[1]) if known else 0
+        number = before + text.count("<|im_start|>assistant\n") - 1
+        if REQUEST in text:
+            said = f"{number} turns so far."
+            return -1, [*self.template.encode(said), self.template.end_id]
+        return number, [*self.template.encode(TURNS[number]), self.template.end_id]
+
+
+@in_virtual_time
+async def compacted(world: World) -> None:
+    """Every answer reaches the limit: a sequence for each turn with a call."""
+    model = world.model()
+    summariser = Summariser(world.template, dies=model.dies, waits_at=model.waits_at)
+    runtime = world.runtime(summariser)
+    context = ContextSettings(compact_at=COMPACT_AT)
+    with open_store(world) as store:
+        await run_in(
+            world, replace(runtime, settings=replace(runtime.settings, context=context)), store
+        )
         store.close({})
 
 
@@ -319,6 +352,7 @@ def forked(world: World) -> None:
 
 FEATURES: dict[str, Callable[[World], None]] = {
     "plain": plain,
+    "branches": compacted,
     "tracing": traced,
     "resume": resumed,
     "stop after": stopped_after,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from conversations.branches import sequences
 from conversations.errors import ExportError
 from conversations.export import formats, job
 from conversations.open_run import open_run
@@ -93,7 +94,7 @@ def defects(out: Path) -> list[str]:
 def assert_ended(record: Trajectory, fault: Fault, *, with_user: bool) -> None:
     assert (record.stop_reason, record.infra_error) == (fault.stop_reason, fault.infra_error)
     assert (fault.error or "") in (record.error or "")
-    statuses = [line.status for line in record.tool_calls]
+    statuses = [line.status for part in sequences(record) for line in part.tool_calls]
     assert statuses == ["ok", fault.status]
     if fault.infra_error:
         assert record.reward is None
