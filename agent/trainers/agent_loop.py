@@ -49,6 +49,7 @@ from agent.trainers.options import (
     trainer_config,
 )
 from agent.trainers.step_folders import StepFolders
+from conversations.branches import rows
 from conversations.images.placing import PlacedImage, spans_of
 from conversations.images.processor import collapsed, processor_of
 from conversations.rounds import is_sampled
@@ -122,6 +123,8 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         if worker.takes_lists and _is_untrainable(record):
             return []
         rewards = conversation.user.rewards if conversation.user else []
+        if worker.takes_lists and record.branches:  # each sampled token in one row, one GRPO sample
+            return [worker.output(row.trajectory, engine, rewards) for row in rows(record)]
         output = worker.output(record, engine, rewards)
         if images := worker.shown(record).images:
             seen = [conversation.pictures[image["sha256"]] for image in images]
