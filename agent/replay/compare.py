@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from conversations.branches import first_turn, path_of
 from conversations.checks.finding import first_difference
 from conversations.trajectory import ToolCallRecord, Trajectory, Turn, canonical_json
 
@@ -58,6 +59,7 @@ class Divergence:
     end, or record (a field of the record alone). `token` is an index into
     `prompt_ids + response_ids`. `recorded` and `replayed` are JSON: for tokens {ids, text, logprob}
     from the token on, with `before`, the text they share; for answers the fields that differ.
+    `branch` is the sequence of a session, whose turns and tokens count along its path.
     """
 
     kind: str
@@ -68,6 +70,7 @@ class Divergence:
     before: str | None = None
     recorded: Any = None
     replayed: Any = None
+    branch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,26 @@ def index_of_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:
 
 
 def compare_records(recorded: Trajectory, replayed: Trajectory, scope: Scope) -> Divergence | None:
-    """The first difference, None if the records are the same."""
-    return next(_differences(recorded, replayed, scope), None)
+    """The first difference, None if the records are the same.
+
+    In a session the sequences are compared in their order, each along its path, then the fields.
+    """
+    if not recorded.branches and not replayed.branches:
+        return next(_differences(recorded, replayed, scope), None)
+    count = min(len(recorded.branches), len(replayed.branches)) + 1
+    fields: Divergence | None = None
+    for number in range(count):
+        one, other = path_of(recorded, number), path_of(replayed, number)
+        own = first_turn(recorded, number)
+        for found in _differences(one, other, scope):
+            if found.kind == "record":
+                fields = fields or found
+            elif found.turn is None or found.turn >= own:
+                return dataclasses.replace(found, branch=number)
+    if len(recorded.branches) != len(replayed.branches):
+        sizes = len(recorded.branches), len(replayed.branches)
+        return Divergence("end", recorded=sizes[0], replayed=sizes[1], branch=count)
+    return fields
 
 
 def answer_difference(recorded: ToolCallRecord, replayed: ToolCallRecord) -> dict[str, Any]:

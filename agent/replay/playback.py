@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,9 @@ from agent.errors import EndConversation, EngineError
 from agent.loop.runtime import Runtime
 from agent.loop.turns import generation_of
 from agent.replay.compare import index_of_difference
-from conversations.branches import sequences
+from conversations.branches import first_turn, path_of
 from conversations.images.placing import PlacedImage
-from conversations.trajectory import Branch, Trajectory, Turn
+from conversations.trajectory import Trajectory, Turn
 
 
 def played_back(runtime: Runtime, record: Trajectory, first: int = 0) -> Runtime:
@@ -37,7 +37,7 @@ class Playback:
 
     def __init__(self, trajectory: Trajectory, first: int = 0) -> None:
         self._record = trajectory
-        self._turns = [(part, turn) for part in sequences(trajectory) for turn in part.turns]
+        self._turns = list(_turns(trajectory))
         self._next = first
 
     def describe(self) -> dict[str, Any]:
@@ -88,7 +88,17 @@ class Playback:
         """Nothing is held."""
 
 
-def _generation(part: Trajectory | Branch, turn: Turn) -> Generation:
+def _turns(record: Trajectory) -> Iterator[tuple[Trajectory, Turn]]:
+    """The turns of all sequences in order, each with its whole path."""
+    if not record.branches:
+        yield from ((record, turn) for turn in record.turns)
+        return
+    for number in range(len(record.branches) + 1):
+        path = path_of(record, number)
+        yield from ((path, turn) for turn in path.turns[first_turn(record, number) :])
+
+
+def _generation(part: Trajectory, turn: Turn) -> Generation:
     shift = len(part.prompt_ids)
     span = slice(turn.start - shift, turn.end - shift)
     logprobs: list[Any] = part.response_logprobs[span]  # floats: these tokens were sampled

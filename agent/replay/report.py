@@ -116,7 +116,8 @@ def _block(line: Line) -> list[str]:
 
 
 def _place(first: dict[str, Any]) -> str:
-    parts = [f"turn {first['turn']}"] if first["turn"] is not None else []
+    parts = [f"branch {first['branch']}"] if first.get("branch") else []
+    parts += [f"turn {first['turn']}"] if first["turn"] is not None else []
     parts += [f"token {first['token']}"] if first["token"] is not None else []
     parts += [one_line(first["call_id"])] if first["call_id"] else []
     parts += [one_line(first["name"])] if first["name"] else []

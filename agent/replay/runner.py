@@ -38,6 +38,7 @@ from agent.replay.playback import played_back
 from agent.replay.report import as_json, show_report
 from agent.replay.request import Choice, ReplayRequest, choose_trajectories, kept_turns
 from agent.replay.restored import replayed
+from agent.replay.session import SessionReplay, converse_again
 from agent.replay.tools import LiveTools, RecordedTools, stand_ins
 from agent.replay.trust import live_interactions, live_tools, replay_config
 from agent.replay.user import AskedAgainUser, RecordedUser, has_user
@@ -93,6 +94,11 @@ class ReplayPlan:
     @property
     def template(self) -> ChatTemplate:
         return self.parts.template
+
+    @property
+    def is_of_sessions(self) -> bool:
+        """Whether the run was recorded by a gateway."""
+        return self.run.manifest.get("gateway") is True
 
     @property
     def total(self) -> int:
@@ -162,6 +168,7 @@ def make_plan(request: ReplayRequest) -> ReplayPlan:
     """Checks everything that needs no engine and no tool."""
     request.check()
     run = open_run(request.run)
+    _check_session(run, request)
     choice = choose_trajectories(run, request)
     config = replay_config(run, request)
     if request.resume and request.live_model:
@@ -175,6 +182,16 @@ def make_plan(request: ReplayRequest) -> ReplayPlan:
     if parts.images:
         parts.images.look_in(image_store(run.path))
     return ReplayPlan(request, run, choice, parts)
+
+
+def _check_session(run: Run, request: ReplayRequest) -> None:
+    if run.manifest.get("gateway") is True and (
+        request.live_tools or request.from_turn is not None
+    ):
+        raise AgentError(
+            f"{run.path} holds sessions of agent programs, which ran their tools themselves: "
+            "replay them with --tools recorded and without --from-turn"
+        )
 
 
 def _notes(plan: ReplayPlan) -> Iterator[str]:
@@ -241,6 +258,7 @@ def _manifest(plan: ReplayPlan) -> dict[str, Any]:
         "seed": config.seed if request.live_model and config.rollout.name == "sglang" else None,
         "versions": versions(),
         "parent": parent_entry(plan.run.path),
+        **({"gateway": True} if plan.is_of_sessions else {}),
         "replay": {
             "model": request.model,
             "tools": request.tools,
@@ -301,6 +319,7 @@ async def _conversations(
             max_concurrent=plan.config.rollout.max_num_seqs,
             store=store,
             progress=progress,
+            converse=converse_again,
         )
 
 
@@ -325,6 +344,10 @@ def _conversation(
     kept = kept_turns(record, request.from_turn)
     if not request.live_model:
         runtime = played_back(runtime, record, kept or 0)
+    if plan.is_of_sessions:
+        session = SessionReplay(record, sample, runtime)
+        session.parent = {"run": plan.run.path.resolve().name, "id": record.id, "turn": None}
+        return session
     counterparts = Counterparts(
         _tools(plan, record, kept, runtime), _user(plan, record, kept, runtime)
     )

@@ -16,6 +16,7 @@ For a gateway, a request is five steps:
 - `place.earlier` are turns that were sampled after exactly this prompt: a gateway answers a retry
   with one of them if its answer was not delivered. `place.is_same_prompt(other)` compares with a
   request that is still in flight.
+- `place_after` is the place of a request whose history is known: a replay's.
 - `entry(turn)` is a turn as JSON, its own tokens alone; `restore(entry)` adds it again, in order,
   to an empty tree: a journal's two ends. Notes added later are not in it.
 - `record_fields()` are the fields of the session's `Trajectory` that stand here: the trunk's
@@ -109,6 +110,26 @@ class SessionTree:
         match = self._deepest(_Match(after), ordered, offered)
         rest = ordered[match.length :]
         return self._place(match, rest, ordered, offered, notes)
+
+    def place_after(
+        self,
+        parent: SessionTurn | None,
+        given: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        reason: str | None = None,
+    ) -> Place:
+        """The place of a request whose history is known: `given` after `parent`, nothing compared.
+
+        Raises TemplateError if the template refuses the messages, or cannot be continued with them.
+        """
+        offered = parent.tools if parent else self._known_tools(tools)
+        messages = list(given)
+        if parent is None:
+            pieces = self._prompt(messages, offered)
+        else:
+            pieces = self._delta(parent, messages)
+        return Place(parent, offered, tuple(messages), pieces, reason)
 
     def _known_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tools:
         """The tools, as the object that a root already has if they are the same."""

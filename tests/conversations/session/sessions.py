@@ -114,7 +114,10 @@ def branched(template: ChatTemplate) -> Client:
 
 def session_run(path: Path, template: ChatTemplate) -> Path:
     """A run folder with one session: `branched`."""
-    manifest = {"gateway": True, "config": {}, "counts": {"asked": 1, "done": 1}}
+    rollout: dict[str, Any] = {"name": "sglang", "prompt_length": 4096, "response_length": 4096}
+    rollout |= {"max_model_len": 8192, "multi_turn": {"enable": True, "max_assistant_turns": 64}}
+    config = {"model_path": "smollm2-base", "rollout": rollout}
+    manifest = {"gateway": True, "config": config, "counts": {"asked": 1, "done": 1}}
     with RunFolder.create(path, manifest) as folder:
         template.tokenizer.save_pretrained(path / "tokenizer")
         folder.append(branched(template).record())
