@@ -15,8 +15,13 @@ from conversations.rounds import split_rounds
 from conversations.trajectory import Branch, Trajectory
 
 
-def branch_findings(record: Trajectory, facts: RunFacts) -> Iterator[Finding]:
-    """What is wrong with the branches. Turns and tokens are counted along a branch's path."""
+def branch_findings(
+    record: Trajectory, facts: RunFacts, *, with_text: bool = True
+) -> Iterator[Finding]:
+    """What is wrong with the branches. Turns and tokens are counted along a branch's path.
+
+    Without `with_text`, messages and ledgers are not compared.
+    """
     damaged = {n: what for n, one in enumerate(record.branches, 1) if (what := _damage(one))}
     for number, what in damaged.items():
         yield Finding(f"branch {number}: {what}")
@@ -30,7 +35,7 @@ def branch_findings(record: Trajectory, facts: RunFacts) -> Iterator[Finding]:
     for number in range(1, len(record.branches) + 1):
         yield from (
             replace(finding, what=f"branch {number}: {finding.what}")
-            for finding in _findings(record, number, facts)
+            for finding in _findings(record, number, facts, with_text)
         )
     yield from _sums(record)
 
@@ -52,11 +57,18 @@ def _damage(branch: Branch) -> str:
     return ""
 
 
-def _findings(record: Trajectory, number: int, facts: RunFacts) -> Iterator[Finding]:
+def _findings(
+    record: Trajectory, number: int, facts: RunFacts, with_text: bool
+) -> Iterator[Finding]:
     path, own = path_of(record, number), first_turn(record, number)
     begin = path.turns[own - 1].end if own else 0
     found = sequence_findings(
-        path, split_rounds(path.messages), facts, with_text=True, trusted=own, is_compacted=True
+        path,
+        split_rounds(path.messages),
+        facts,
+        with_text=with_text,
+        trusted=own,
+        is_compacted=True,
     )
     for finding in found:
         if not _is_parents(finding, own, begin):

@@ -137,7 +137,7 @@ def _trajectory_findings(
             yield Finding(differs("sampling.stop_token_ids", found, expected))
     yield from outcome_findings(trajectory, _last(trajectory), facts, finished=finished)
     if trajectory.branches and not partial:
-        yield from branch_findings(trajectory, facts)
+        yield from branch_findings(trajectory, facts, with_text=is_text_checked)
 
 
 def _last(trajectory: Trajectory) -> Trajectory:

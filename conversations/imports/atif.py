@@ -3,7 +3,7 @@
 The `atif` package's models check the structure, this file what they accept: invalid token ids,
 log-probs that do not line up. Every generation of a foreign document must have the ids of its
 prompt and its own, each prompt starting with all tokens before it; otherwise it is imported without
-tokens, and a warning says why.
+tokens, and a warning says why. Embedded subagents become branches.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from conversations.atif import OWN, record_of
@@ -20,7 +22,7 @@ from conversations.errors import ImportFileError, RecordError
 from conversations.imports.atif_steps import ForeignConversation
 from conversations.imports.files import SourceDocument
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory, canonical_json, line_hash
+from conversations.trajectory import Branch, Trajectory, canonical_json, line_hash
 from conversations.upgrade import READABLE, upgraded
 
 MAX_ERRORS = 10
@@ -29,6 +31,10 @@ ROUNDING = 1e-3
 """A log-prob may be this far above 0: an engine's softmax rounds."""
 CHANGED = (
     "the ATIF document was changed after turntrace wrote it: the record does not match its hash"
+)
+
+_SEQUENCE = tuple(
+    item.name for item in fields(Branch) if item.name not in ("parent", "reason", "client")
 )
 
 
@@ -62,7 +68,36 @@ class AtifReader:
         self._samples[task_id] += 1
         if found.get("trajectory_id") and sample:
             raise ImportFileError(f"trajectory_id {task_id!r} is there already")
-        return ForeignConversation(found, self._template).record(task_id, sample)
+        record = ForeignConversation(found, self._template).record(task_id, sample)
+        for agent in _subagents(found):
+            self._add_subagent(record, agent)
+        return record
+
+    def _add_subagent(self, record: dict[str, Any], found: dict[str, Any]) -> None:
+        """Adds an embedded subagent's conversation as a branch that shares nothing with the rest.
+
+        One without tokens has no place among the branches: a warning says so.
+        """
+        _check_numbers(found)
+        one = ForeignConversation(found, self._template).record(record["task_id"], record["sample"])
+        name = str(found["trajectory_id"])
+        if not one["turns"]:
+            text = f"the subagent {name[:80]} has no token ids: it was left out"
+            record["warnings"].append({"kind": "imported", "text": text})
+            return
+        record["warnings"] += [w for w in one["warnings"] if w not in record["warnings"]]
+        client = {"agent": found["agent"]["name"], "trajectory_id": name}
+        own = {item: one[item] for item in _SEQUENCE}
+        record["branches"].append({"parent": None, "reason": "new", "client": client, **own})
+
+
+def _subagents(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The embedded subagents of a document, those of subagents included, outer ones first."""
+    pending = list(found.get("subagent_trajectories") or ())
+    while pending:
+        one = pending.pop(0)
+        yield one
+        pending += one.get("subagent_trajectories") or ()
 
 
 def _check_structure(found: dict[str, Any]) -> None:

@@ -131,6 +131,20 @@ def test_tokens_of_another_harness_become_a_record(tmp_path: Path) -> None:
     assert verdict == []
 
 
+def test_embedded_subagents_become_branches(tmp_path: Path) -> None:
+    silent = foreign() | {"trajectory_id": "silent"}
+    without_ids(silent)
+    helper = foreign() | {"trajectory_id": "helper"}
+    found = foreign() | {"subagent_trajectories": [helper, silent]}
+    _, [one] = take(tmp_path, found, tokenizer=small_run().path / "tokenizer")
+    (branch,) = one.branches
+    assert (branch.parent, branch.reason) == (None, "new")
+    assert branch.client["trajectory_id"] == "helper"
+    assert branch.response_ids == one.response_ids
+    assert any("silent" in text for text in texts(one))
+    assert verify_run(tmp_path / "run").defects == 0
+
+
 def test_without_the_tokenizer_what_was_not_known_is_said(tmp_path: Path) -> None:
     _, [one] = take(tmp_path, foreign())
     assert [kind for kind, _, _ in one.segments] == ["prompt", "sampled", "tool", "sampled"]
