@@ -241,7 +241,8 @@ class Trajectory:
 
         Raises RecordError if turns, segments, ledger or warnings are damaged.
         """
-        values = {name: record[name] for name in _FIELDS}
+        values = {name: record[name] for name in _FIELDS if name != "images"}
+        values["images"] = record.get("images", [])  # a line without images has no such key
         try:
             values |= _sequence(record)
             values["branches"] = [
