@@ -26,6 +26,7 @@ ENGINE_FILES = {
     "tests/agent/test_rollout.py",
     "tests/agent/engines/test_other_sglangs.py",
     "tests/agent/engines/test_another_family.py",
+    "tests/agent/engines/test_vision_engine.py",
     "tests/agent/engines/test_sglang_server.py",
     "tests/agent/engines/test_sglang_servers.py",
     "tests/agent/scoring/test_scoring_engine.py",
