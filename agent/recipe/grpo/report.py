@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections import Counter
@@ -78,7 +79,8 @@ def _cells(report: Report, number: int, metrics: Mapping[str, Any]) -> Iterator[
         yield from ["-"] * 3
         yield _number(metrics.get("response_length/mean"), 0)
         yield _number(metrics.get("actor/entropy"))
-        yield "-"
+        told = report.dumps.get(number)
+        yield f"{told['failed']} of {told['rows']}, told the model" if told else "-"
     else:
         valid = None if step.malformed is None else 1 - step.malformed
         yield _number(metrics.get("critic/score/mean"))
@@ -199,5 +201,7 @@ def _svg(lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
             f"{40 + 580 * x / max(1, right):.1f},{280 - 260 * y / top:.1f}" for x, y in line
         )
         parts.append(f'<polyline points="{path}" stroke="{colour}" fill="none"/>')
-        parts.append(f'<text x="60" y="{36 + 16 * place}" fill="{colour}">{name}</text>')
+        parts.append(
+            f'<text x="60" y="{36 + 16 * place}" fill="{colour}">{html.escape(name)}</text>'
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -7,6 +7,7 @@ part that is done again: they move to `superseded/` before the trainer starts.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -64,7 +66,6 @@ def run_trainer(
 
     Ctrl-C stops the trainer and all that it started.
     """
-    set_aside(layout)
     started = len(layout.metrics())
     command = [
         sys.executable,
@@ -81,14 +82,34 @@ def run_trainer(
         "TOKENIZERS_PARALLELISM": "true",
         **(env or {}),
     }
-    with (layout.root / "trainer.log").open("ab") as log:
+    with _locked(layout) as lock, (layout.root / "trainer.log").open("ab") as log:
+        set_aside(layout)
         process = subprocess.Popen(
-            command, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=variables,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
         )
         try:
             return process.wait()
         finally:
             _stop(process)
+
+
+def _locked(layout: Layout) -> IO[str]:
+    """A lock that the trainer inherits: it outlives this process if that is killed.
+
+    Raises ConfigError if a trainer has it.
+    """
+    lock = (layout.root / "lock").open("w", encoding="ascii")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ConfigError(f"a trainer is still running in {layout.root}; end it first") from error
+    return lock
 
 
 def _check_same(before: Mapping[str, object], wanted: Mapping[str, object], layout: Layout) -> None:
@@ -122,5 +143,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_S)
-            if number is signal.SIGTERM:
-                continue

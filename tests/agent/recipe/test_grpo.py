@@ -6,6 +6,7 @@ verl's whole trainer runs with `python -m tests.agent.verl09.whole_trainer DATA 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,16 @@ def test_steps_that_are_done_again_are_set_aside(tmp_path: Path) -> None:
     assert len(list((tmp_path / "superseded").iterdir())) == 2
 
 
+def test_two_trainers_in_one_folder_are_refused(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    (layout.steps / "step-0-host-1").mkdir(parents=True)
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="still running"):
+            trainer.run_trainer(GrpoSettings(), layout, tmp_path)
+    assert (layout.steps / "step-0-host-1").is_dir()
+
+
 def test_the_report_reads_verls_metrics_of_every_start(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     first = {"step": 1, "data": {"timing_s/step": 10.0, "critic/score/mean": 0.25}}
@@ -185,7 +196,20 @@ def test_the_report_reads_verls_metrics_of_every_start(tmp_path: Path) -> None:
     text = report.steps_table(read)
     assert "| 2 | 0.500 |" in text
     assert "gen 17%" in text
-    assert report.curve({"one": read}).count("<polyline") == 1
+    drawn = report.curve({"<one>": read})
+    assert drawn.count("<polyline") == 1
+    assert "<one>" not in drawn
+
+
+def test_verls_own_loop_is_reported_from_its_dumps(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.dumps.mkdir()
+    failed = "Error executing tool 'code_interpreter': the sandbox is not reachable"
+    rows = [{"output": failed, "score": 1.0}, {"output": "fine", "score": 0.0}]
+    (layout.dumps / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"step": 1, "data": {"timing_s/step": 1.0, "critic/score/mean": 0.5}}
+    (tmp_path / "metrics-0.jsonl").write_text(json.dumps(entry) + "\n")
+    assert "1 of 2, told the model" in report.steps_table(report.read_report(layout))
 
 
 def test_wilsons_interval_holds_the_share_and_stays_within_0_and_1() -> None:
