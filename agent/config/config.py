@@ -140,7 +140,12 @@ class Config:
     def verl_rollout(self) -> dict[str, Any]:
         """Plain values for all fields of verl's `RolloutConfig`, nested ones as dicts."""
         values = self.rollout.model_dump(
-            exclude={"turntrace": True, "server": {"urls", "api_key"}, "engine_kwargs": {"vllm"}}
+            exclude={
+                "turntrace": True,
+                "server": {"urls", "api_key"},
+                "multi_turn": {"context"},
+                "engine_kwargs": {"vllm"},
+            }
         )
         values |= {
             "name": "sglang",

@@ -567,7 +567,7 @@ class ConfigFile(Section):
 FATES = fates_of(Rollout)
 """The fates of all keys by their paths under `rollout`."""
 
-OURS = ("turntrace", "server.urls", "server.api_key")
+OURS = ("turntrace", "server.urls", "server.api_key", "multi_turn.context")
 """Keys under `rollout` that verl does not have."""
 
 OUR_DEFAULTS = {
