@@ -108,12 +108,13 @@ class Children:
     def watch_descendants(self) -> None:
         """Watches the processes that children have started: data parallelism's ranks are such.
 
-        Call it once they are all up. Nobody else would notice the death of one.
+        Call it once they are all up. Nobody else would notice the death of one. What these start in
+        turn, such as a compiler, may end.
         """
         import psutil
 
         for process in self._started():
-            for descendant in psutil.Process(process.pid).children(recursive=True):
+            for descendant in psutil.Process(process.pid).children():
                 self._descendants.append(os.pidfd_open(descendant.pid))
 
     def _started(self) -> list[_Child]:

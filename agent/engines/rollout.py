@@ -163,7 +163,8 @@ class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
             ),
         ):
             super()._init_inference_engine(trust_remote_code, actor_module, port)
-        self._children.watch_descendants()
+        if self.config.data_parallel_size > 1:
+            self._children.watch_descendants()
 
     # ------------------------------------------------------------------ the engine
 

@@ -341,7 +341,8 @@ async def test_cancelling_the_wait_leaves_the_request_alone_and_closing_ends_it(
 
 async def test_the_death_of_a_childs_child_is_noticed(children: Children) -> None:
     """A data-parallel rank is one: its controller goes on without it."""
-    process = children.Process(target=os.system, args=("sleep 600; sleep 600",))
+    lives_on = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    process = children.Process(target=exec, args=(lives_on,))
     process.start()
     rank = await asyncio.to_thread(grandchild, process.pid)
     children.watch_descendants()
