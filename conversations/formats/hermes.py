@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 
-from conversations.formats.format import CallFormat, ParameterTypes
+from conversations.formats.format import NO_TYPES, CallFormat, ParameterTypes
 from conversations.formats.json_values import (
     CallObject,
     InvalidJsonError,
@@ -44,7 +44,7 @@ _HINT = f'write {OPEN}{{"name": ..., "arguments": {{...}}}}{CLOSE}'
 _OBJECT = CallObject(_HINT)
 
 
-def parse(raw: str, *, in_think: bool = False) -> ParsedTurn:
+def parse(raw: str, types: ParameterTypes = NO_TYPES, *, in_think: bool = False) -> ParsedTurn:
     """The calls and the remaining content of one assistant turn.
 
     `in_think` says that the generation prompt already opened a `<think>` block.
@@ -123,14 +123,9 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _parse_untyped(raw: str, types: ParameterTypes, *, in_think: bool = False) -> ParsedTurn:
-    """`parse`, in the shape that every format has: JSON values need no declared types."""
-    return parse(raw, in_think=in_think)
-
-
 FORMAT = CallFormat(
     "hermes",
-    _parse_untyped,
+    parse,
     aliases=("qwen", "qwen25", "qwen2_5"),
     taught_by=("<tool_call>", "</tool_call>", "arguments"),
     is_typed=False,

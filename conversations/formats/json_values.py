@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 from conversations.messages import MalformedToolCall, ToolCall
 
@@ -43,8 +43,13 @@ class CallObject:
 
     def read(self, value: object, block: str) -> ToolCall | MalformedToolCall:
         """The call that the JSON value is. `block` is its verbatim text."""
-        if self._is_plain(value) and unstorable(value, block) is None:
-            return ToolCall(value[self.name], value[self.arguments[0]], block)
+        # First what nearly every call is: a turn's cost is counted in microseconds.
+        if self.id is None and type(value) is dict:
+            name: Any = value.get(self.name)
+            arguments: Any = value.get(self.arguments[0])
+            is_sound = type(name) is str and name and name.isascii() and type(arguments) is dict
+            if is_sound and unstorable(value, block) is None:
+                return ToolCall(name, arguments, block)
         if not isinstance(value, dict):
             return MalformedToolCall(
                 block, f"a call must be a JSON object, not {kind(value)}; {self.hint}"
@@ -66,17 +71,6 @@ class CallObject:
             self.hint,
             call_id if isinstance(call_id, str) else None,
         )
-
-    def _is_plain(self, value: object) -> TypeGuard[dict[str, Any]]:
-        """Whether this is what nearly every call is: a name and an object, in a format without ids.
-
-        Answered first, because a turn's cost is counted in microseconds.
-        """
-        if self.id is not None or type(value) is not dict:
-            return False
-        name = value.get(self.name)
-        is_name = type(name) is str and name != "" and name.isascii()
-        return is_name and type(value.get(self.arguments[0])) is dict
 
     def name_of(self, value: object) -> str | None:
         """The name in a JSON value that may not be a call."""

@@ -310,9 +310,8 @@ class ChatTemplate:
         Raises CallFormatError if the model's call format is not proven (see `require_tools`).
         """
         kind = TOOL if after and after["role"] == TOOL else USER
-        return self._reader.read(
-            raw, tools, generation=self._generation(kind), split_thought=split_thought
-        )
+        in_think = self.opens_thought[kind]
+        return self._reader.read(raw, tools, in_think=in_think, split_thought=split_thought)
 
     def require_tools(self) -> FormatReport:
         """The call format of a run with tools, which is proven or taken by `Reading.unproven`.
@@ -342,15 +341,13 @@ class ChatTemplate:
         """What is proven of the model's call format; the problem in words if nothing is."""
         return self._reader.report
 
-    def _generation(self, kind: str) -> str:
-        """The generation prompt behind messages of a kind; the other kind's if it has no deltas."""
-        texts = {k: each.generation for k, each in self._deltas.items() if isinstance(each, Deltas)}
-        return texts.get(kind, next(iter(texts.values())))
-
     @functools.cached_property
-    def opens_thought(self) -> bool:
-        """Whether a generation prompt leaves a thought open."""
-        return any(self._reader.thought.is_open(self._generation(kind)) for kind in (TOOL, USER))
+    def opens_thought(self) -> dict[str, bool]:
+        """Whether the generation prompt behind messages of a kind leaves a thought open."""
+        texts = {k: each.generation for k, each in self._deltas.items() if isinstance(each, Deltas)}
+        likely = next(iter(texts.values()))
+        tags = self._reader.thought
+        return {kind: tags.is_open(texts.get(kind, likely)) for kind in (TOOL, USER)}
 
     @functools.cached_property
     def rewrites_history(self) -> bool:

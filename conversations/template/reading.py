@@ -50,24 +50,24 @@ class Reader:
         raw: str,
         tools: Sequence[Mapping[str, Any]],
         *,
-        generation: str,
+        in_think: bool,
         split_thought: bool = True,
     ) -> ParsedTurn:
-        """What a turn says behind its generation prompt. Without `split_thought` its thought stays
-        in the content.
+        """What a turn says. `in_think`: its generation prompt opened a thought. Without
+        `split_thought` its thought stays in the content.
         """
-        in_think = self.thought.is_open(generation)
-        parsed = self._calls(raw, tools, in_think) if tools else ParsedTurn(raw)
+        if not tools:
+            parsed = ParsedTurn(raw)
+        else:
+            form = self.form
+            types = ParameterTypes.of(tools) if form.is_typed else NO_TYPES
+            if self.reading.calls_in_thoughts:
+                parsed = with_calls_of_thought(form, raw, types, in_think=in_think)
+            else:
+                parsed = form.parse(raw, types, in_think=in_think)
         if not split_thought:
             return parsed
         return without_thought(parsed, self.thought, in_think=in_think)
-
-    def _calls(self, raw: str, tools: Sequence[Mapping[str, Any]], in_think: bool) -> ParsedTurn:
-        form = self.form
-        types = ParameterTypes.of(tools) if form.is_typed else NO_TYPES
-        if self.reading.calls_in_thoughts:
-            return with_calls_of_thought(form, raw, types, in_think=in_think)
-        return form.parse(raw, types, in_think=in_think)
 
     # ------------------------------------------------------------------ the format
 

@@ -1,18 +1,26 @@
-"""CPU a turn's parse takes in each call format, beside SGLang's detectors: python -m
-tests.bench.call_formats
+"""CPU a turn's parse takes in each call format, beside two peers.
 
-A short turn has one call with three small arguments, a long one 5,400 characters of code. SGLang's
-detectors report no malformed call, so they do less. Nothing is asserted.
+    python -m tests.bench.call_formats
+
+A short turn has one call with three small arguments, a long one 5,400 characters of code. The peers
+are SGLang's detectors, which report no malformed call, and the package `renderers`, which reads ids
+and runs in an environment of its own (renderers.txt; its column is empty if pip cannot get it).
+Nothing is asserted.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+from agent.model.base import base_model_dir
 from conversations.formats.format import ParameterTypes
 from conversations.formats.registry import format_named
+from tests.agent import overlay
+from tests.bench.cpu import cpu_ms
 from tests.conversations.formats.written import WRITERS, tool_schema
 
 TOOL = tool_schema(
@@ -43,17 +51,6 @@ DETECTORS = {
 }
 
 
-def cpu_ms(call: Callable[[], object], repeats: int = 300) -> float:
-    """The least of five runs' means, in milliseconds of CPU."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.process_time()
-        for _ in range(repeats):
-            call()
-        best = min(best, time.process_time() - started)
-    return best / repeats * 1000
-
-
 def sglang_ms(name: str, text: str) -> str:
     """The same for SGLang's detector of this format, a dash if it has none."""
     from sglang.srt.entrypoints.openai.protocol import Tool
@@ -66,15 +63,43 @@ def sglang_ms(name: str, text: str) -> str:
     return f"{cpu_ms(lambda: detector().detect_and_parse(text, tools)):.4f}"
 
 
+def renderers_ms(turns: dict[str, dict[str, str]]) -> dict[str, dict[str, float]]:
+    """The same for `renderers`, by format and turn; empty, with a line, if it cannot be had."""
+    asked = {"tokenizer": str(base_model_dir()), "tools": [TOOL], "turns": turns}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.bench.renderers_peer"],
+            env=overlay.variables(Path(__file__).parent / "renderers.txt"),
+            input=json.dumps(asked),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=600,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"renderers is left out: {error}")
+        return {}
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
 def main() -> None:
     types = ParameterTypes.of([TOOL])
-    print(f"{'format':16}{'turn':8}{'characters':>10}{'ours ms':>10}{'SGLang ms':>11}")
-    for name, write in WRITERS.items():
+    texts = {
+        name: {turn: write([("look", arguments)]) for turn, arguments in TURNS.items()}
+        for name, write in WRITERS.items()
+    }
+    peer = renderers_ms(texts)
+    head = f"{'format':16}{'turn':8}{'characters':>10}{'ours ms':>10}{'SGLang ms':>11}"
+    print(f"{head}{'renderers ms':>14}")
+    for name, turns in texts.items():
         parse = format_named(name).parse
-        for turn, arguments in TURNS.items():
-            text = write([("look", arguments)])
+        for turn, text in turns.items():
             ours = cpu_ms(lambda parse=parse, text=text: parse(text, types))  # type: ignore[misc]
-            print(f"{name:16}{turn:8}{len(text):10}{ours:10.4f}{sglang_ms(name, text):>11}")
+            theirs = peer.get(name, {}).get(turn)
+            shown = "-" if theirs is None else f"{theirs:.4f}"
+            row = f"{name:16}{turn:8}{len(text):10}{ours:10.4f}{sglang_ms(name, text):>11}"
+            print(f"{row}{shown:>14}", flush=True)
 
 
 if __name__ == "__main__":

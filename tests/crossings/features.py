@@ -131,7 +131,7 @@ async def _go_on(world: World) -> None:
 async def resumed(world: World) -> None:
     """Cut off while the second turn is sampled, then continued."""
     with open_store(world) as store:
-        model = Model(world.template, waits_at=1)
+        model = Model(world.template, world.script, waits_at=1)
         begun = asyncio.ensure_future(run_tasks(world.tasks(), world.runtime(model), store=store))
         await model.waiting.wait()
         begun.cancel()
@@ -179,7 +179,7 @@ async def over_sampled(world: World) -> None:
 
 def server_of(world: World, *, breaks_at: int | None) -> Server:
     """SGLang's API over the script; at turn `breaks_at` it is gone for good."""
-    model = Model(world.template)
+    model = Model(world.template, world.script)
 
     async def answer(server: Server, body: dict[str, Any]) -> Response:
         number, ids = model.turn(body["input_ids"])
@@ -266,6 +266,7 @@ def verl_batch(world: World) -> None:
     deadline = {"conversation_deadline_s": world.fault.deadline_s} if world.fault.deadline_s else {}
     multi_turn = {
         "enable": True,
+        "format": "auto",
         "tool_config_path": str(world.tools_path),
         "max_tool_response_length": 256,
     }

@@ -24,14 +24,43 @@ from agent.loop.tasks import Task, row_task
 from conversations.errors import TemplateError
 from conversations.messages import Message
 from conversations.template import ChatTemplate, Delta
+from conversations.tokens import TOOL
+from tests.conversations.formats.written import WRITERS
 from tests.helpers import call, logprobs, settings
 from tools.base import BackendError, BaseTool, ToolResponse
 from tools.registry import load_tools
 
-TURNS = (call("desk", step=0), call("desk", step=1), "It is 42.", "Yes, 42.")
+ANSWERS = ("It is 42.", "Yes, 42.")
 QUESTION = "What is 6 times 7?"
 SLOW = "Take your time."
 """The question of the conversation that only ends when it is let go, or cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The turns in one call format, and what opens a turn in the model's template."""
+
+    calls: tuple[str, str]
+    opens: str
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        return (*self.calls, *ANSWERS)
+
+
+def script_in(form: str, opens: str) -> Script:
+    first, second = (WRITERS[form]([("desk", {"step": step})]) for step in (0, 1))
+    return Script((first, second), opens)
+
+
+HERMES = Script((call("desk", step=0), call("desk", step=1)), "<|im_start|>assistant\n")
+SCRIPTS = {
+    "qwen3_5_nothink": script_in("qwen3_coder", "<|im_start|>assistant\n"),
+    "glm4moe": script_in("glm45", "<|assistant|>"),
+}
+"""Other formats by a template that TRL ships: calls in XML, and a turn that ends with the next
+role's token.
+"""
 
 LIMITS = {"prompt_length": 4096, "response_length": 4096, "max_model_len": 8192}
 USER_REWARDS = [0.5, 1.0]
@@ -88,16 +117,22 @@ FAULTS = {
 
 
 class Model:
-    """Says `TURNS` one after the other, told apart by how many assistant turns it is shown.
+    """Says a script's turns one after the other, told apart by how many it is shown.
 
     At turn `waits_at` it waits until it is cancelled; a conversation that asks `SLOW` waits for
     `let_go` instead.
     """
 
     def __init__(
-        self, template: ChatTemplate, *, dies: bool = False, waits_at: int | None = None
+        self,
+        template: ChatTemplate,
+        script: Script = HERMES,
+        *,
+        dies: bool = False,
+        waits_at: int | None = None,
     ) -> None:
         self.template = template
+        self.script = script
         self.dies = dies
         self.waits_at = waits_at
         self.waiting = asyncio.Event()
@@ -108,8 +143,10 @@ class Model:
 
     def turn(self, prompt_ids: Sequence[int]) -> tuple[int, list[int]]:
         """The number of the turn that comes next, and its ids."""
-        number = self.template.decode(prompt_ids).count("<|im_start|>assistant\n") - 1
-        return number, [*self.template.encode(TURNS[number]), self.template.end_id]
+        number = self.template.decode(prompt_ids).count(self.script.opens) - 1
+        is_call = number < len(self.script.calls)
+        end = self.template.missing_end(None, TOOL) if is_call else [self.template.end_id]
+        return number, [*self.template.encode(self.script.turns[number]), *end]
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
@@ -239,6 +276,7 @@ class World:
     template: ChatTemplate
     folder: Path
     with_user: bool
+    script: Script = HERMES
 
     @property
     def out(self) -> Path:
@@ -277,7 +315,7 @@ class World:
         return replace(made, interactions=users)
 
     def model(self, **options: Any) -> Model:
-        return Model(self.template, dies=self.fault.dies, **options)
+        return Model(self.template, self.script, dies=self.fault.dies, **options)
 
     def manifest(self) -> dict[str, Any]:
         """A run.json of which verify can say everything."""
@@ -287,6 +325,7 @@ class World:
         return {
             "config": {"model_path": "smollm2-base", "rollout": rollout},
             "tools": self.tools_path.read_text(),
+            "call_format": self.template.format_entry(),
             "n": 1,
             "parent": None,
         }

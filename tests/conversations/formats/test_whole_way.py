@@ -101,7 +101,7 @@ def turns(template: ChatTemplate, answer: str) -> list[Generation]:
     plain = next(turn.text for turn in written if len(turn.probe.calls) == 1)
     texts = [turn.text for turn in written] + [plain[: len(plain) * 6 // 10]]
     ends = [template.missing_end(None, TOOL)] * len(texts) + [[template.end_id]]
-    if template.opens_thought:
+    if any(template.opens_thought.values()):
         answer = f"Simple.</think>{answer}"
     ids = [[*template.encode(text), *end] for text, end in zip([*texts, answer], ends, strict=True)]
     return [Generation(each, logprobs(each), "stop") for each in ids]
@@ -256,8 +256,8 @@ def test_a_prompt_opens_a_thought_in_the_tags_of_the_format(
     plain, named = families.CHATML_TOOLS, Reading(name, unproven=True)
     source = plain.replace("assistant\\n' }}{%- endif", f"assistant\\n{opened}' }}}}{{%- endif")
     template = ChatTemplate(on_smollm2(source), reading=named)
-    assert template.opens_thought
-    assert not ChatTemplate(on_smollm2(plain), reading=named).opens_thought
+    assert any(template.opens_thought.values())
+    assert not any(ChatTemplate(on_smollm2(plain), reading=named).opens_thought.values())
     call, offered = WRITERS[name]([("f", {})]), [tool_schema("f", {})]
     parsed = template.read(f"hm{call}{closed}It is 42.{call}", offered)
     assert (parsed.reasoning, parsed.content.strip()) == (f"hm{call}", "It is 42.")
