@@ -43,7 +43,7 @@ from conversations.formats.proof import BY_CALLS, Probe, Written, failure
 from conversations.formats.registry import format_named
 from conversations.messages import Message
 from conversations.template import ChatTemplate
-from conversations.template.probing import answers, call, find_dialect, user
+from conversations.template.probing import answers, find_dialect, probe_call, user
 from conversations.template.reading import Reader, Reading
 from conversations.template.renderer import Renderer
 from conversations.tokens import TOOL
@@ -250,12 +250,14 @@ def _messages(rng: random.Random, sample: Sample) -> tuple[list[Message], Messag
     for number in range(rng.randrange(3)):
         messages.append(user("q " + odd_text(rng)))
         if rng.random() < 0.6:
-            one = call(sample.calls[0][0], f"call_{number}_0", {"n": [1, None]})
+            one = probe_call(sample.calls[0][0], f"call_{number}_0", {"n": [1, None]})
             messages.append({"role": "assistant", "content": "", "tool_calls": [one]})
             messages += answers([one], [odd_text(rng)])
         messages.append({"role": "assistant", "content": "a " + odd_text(rng)})
     messages.append(user("q " + odd_text(rng)))
-    calls = [call(name, f"call_9_{i}", values) for i, (name, values) in enumerate(sample.calls)]
+    calls = [
+        probe_call(name, f"call_9_{i}", values) for i, (name, values) in enumerate(sample.calls)
+    ]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     return messages, turn, answers(calls, [odd_text(rng) for _ in calls])
 

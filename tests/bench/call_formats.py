@@ -63,8 +63,17 @@ def sglang_ms(name: str, text: str) -> str:
     return f"{cpu_ms(lambda: detector().detect_and_parse(text, tools)):.4f}"
 
 
-def renderers_ms(turns: dict[str, dict[str, str]]) -> dict[str, dict[str, float]]:
+def for_peers(name: str, text: str) -> str:
+    """The text as the peers want it: gpt-oss' with what the generation prompt holds."""
+    return f"<|start|>assistant{text}" if name == "gpt_oss" else text
+
+
+def renderers_ms(turns: dict[str, dict[str, str]]) -> dict[str, dict[str, float | None]]:
     """The same for `renderers`, by format and turn; empty, with a line, if it cannot be had."""
+    turns = {
+        name: {turn: for_peers(name, text) for turn, text in each.items()}
+        for name, each in turns.items()
+    }
     asked = {"tokenizer": str(base_model_dir()), "tools": [TOOL], "turns": turns}
     try:
         done = subprocess.run(
@@ -79,7 +88,7 @@ def renderers_ms(turns: dict[str, dict[str, str]]) -> dict[str, dict[str, float]
     except (OSError, subprocess.SubprocessError) as error:
         print(f"renderers is left out: {error}")
         return {}
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    found: dict[str, dict[str, float | None]] = json.loads(done.stdout)
     return found
 
 
@@ -98,8 +107,9 @@ def main() -> None:
             ours = cpu_ms(lambda parse=parse, text=text: parse(text, types))  # type: ignore[misc]
             theirs = peer.get(name, {}).get(turn)
             shown = "-" if theirs is None else f"{theirs:.4f}"
-            row = f"{name:16}{turn:8}{len(text):10}{ours:10.4f}{sglang_ms(name, text):>11}"
-            print(f"{row}{shown:>14}", flush=True)
+            sglang = sglang_ms(name, for_peers(name, text))
+            row = f"{name:16}{turn:8}{len(text):10}{ours:10.4f}"
+            print(f"{row}{sglang:>11}{shown:>14}", flush=True)
 
 
 if __name__ == "__main__":
