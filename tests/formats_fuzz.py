@@ -26,7 +26,7 @@ from tests.conversations.formats.written_json import JSON_TAGS
 
 _TOKEN = re.compile(r"<[^<>]*>|\w+|\s+|.", re.DOTALL)
 FRAMES = {
-    "gpt_oss": r"<\|(?:start|channel|constrain)\|>[\w ]{0,80}|<\|\w{1,9}\|>",
+    "gpt_oss": r"<\|(?:start|channel|constrain)\|>[\w\s]{0,80}|<\|\w{1,9}\|>",
     "kimi_k3": r"<\|(?:open|close)\|>(?:think|response|message)<\|sep\|>",
     "muse_glimmer": r"<\|start\|>assistant| to=[^\s<]{1,200}<\|message\|>|<\|eom\|>",
     "functionary_v32": r"(?:\A|>>>)all\n",
@@ -105,9 +105,9 @@ def _places(text: str, content: str, start: int, taken: int, block: str) -> Iter
 
 def covers_messages(text: str, turn: ParsedTurn, frame: str) -> bool:
     """Whether blocks, content and reasoning hold all characters but blanks and what frames them."""
-    text_of_turn = f"{turn.content}\n{turn.reasoning or ''}"
+    thought = _characters(turn.reasoning or "", frame)
     # What stood around a block or a frame may look like a frame now.
-    said = [_characters(text_of_turn, each) for each in (frame, r"(?!)")]
+    said = [_characters(turn.content, each) + thought for each in (frame, r"(?!)")]
     left = [_without_blocks(text, turn, joint) for joint in ("\n", "")]
     return any(each is not None and _characters(each, frame) in said for each in left)
 
@@ -117,11 +117,15 @@ def _characters(text: str, frame: str) -> Counter[str]:
 
 
 def _without_blocks(text: str, turn: ParsedTurn, joint: str) -> str | None:
+    """The text with the blocks, which come in order, taken out of it."""
+    kept, position = [], 0
     for call in turn.calls:
-        if call.raw not in text:
+        start = text.find(call.raw, position)
+        if start < 0:
             return None
-        text = text.replace(call.raw, joint, 1)
-    return text
+        kept.append(text[position:start])
+        position = start + len(call.raw)
+    return joint.join([*kept, text[position:]])
 
 
 def check(form: CallFormat, text: str, types: ParameterTypes, in_think: bool) -> ParsedTurn:
