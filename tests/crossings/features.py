@@ -35,7 +35,7 @@ from conversations.open_run import open_run
 from conversations.run.store import RunFolder
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
-from tests.crossings.world import DIES_AT, QUESTION, SLOW, TURNS, Desk, Fault, Model, User, World
+from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
 from tests.helpers import logprobs
 
 COMPACT_AT = 240
@@ -84,7 +84,7 @@ class Summariser(Model):
         if REQUEST in text:
             said = f"{number} turns so far."
             return -1, [*self.template.encode(said), self.template.end_id]
-        return number, [*self.template.encode(TURNS[number]), self.template.end_id]
+        return number, [*self.template.encode(self.script.turns[number]), self.template.end_id]
 
 
 @in_virtual_time

@@ -44,11 +44,12 @@ CELLS = [
 ]
 """Every pair of a feature and a fault; every other one has a user."""
 
+_IN_ANY_FORMAT = [name for name in FEATURES if name != "branches"]  # its limits are hermes' lengths
 FORMAT_CELLS = [
     pytest.param(name, feature, fault, id=f"{name}-{feature}-{fault}")
     for row, name in enumerate(SCRIPTS)
     for column, fault in enumerate(FAULTS)
-    for feature in [list(FEATURES)[(3 * column + 5 * row) % len(FEATURES)]]
+    for feature in [_IN_ANY_FORMAT[(3 * column + 5 * row) % len(_IN_ANY_FORMAT)]]
     if column % len(SCRIPTS) == row and (feature, fault) not in IMPOSSIBLE
 ]
 """Other call formats in turn: every fault in one of them, in another feature each."""
