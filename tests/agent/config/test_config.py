@@ -76,6 +76,7 @@ WORKS_IN_PROCESS = {
         "multi_turn.max_assistant_turns",
         "multi_turn.tool_config_path",
         "multi_turn.max_parallel_calls",
+        "multi_turn.context",
     ),
     *(
         "multi_turn.max_tool_response_length",
