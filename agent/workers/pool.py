@@ -258,15 +258,17 @@ class WorkerPool:
     async def _placed(self, seat: _Seat) -> tuple[str, int]:
         """Host name and process id, as soon as Ray has a place for the worker."""
         placed = asyncio.ensure_future(_answer(seat.actor.place.remote()))
-        while not (await asyncio.wait((placed,), timeout=PLACE_S))[0]:
-            if not any(other.is_up for other in self._seats):
-                placed.cancel()
-                raise AgentError(
-                    f"worker {seat.index} found no place within {PLACE_S:g} s: it needs "
-                    f"{self._share} that Ray has free"
-                )
-        found: tuple[str, int] = placed.result()
-        return found
+        try:
+            while not (await asyncio.wait((placed,), timeout=PLACE_S))[0]:
+                if not any(other.is_up for other in self._seats):
+                    raise AgentError(
+                        f"worker {seat.index} found no place within {PLACE_S:g} s: it needs "
+                        f"{self._share} that Ray has free"
+                    )
+            found: tuple[str, int] = placed.result()
+            return found
+        finally:
+            placed.cancel()
 
     async def _serve(self, seat: _Seat) -> None:
         """Takes what the seat's worker finishes, and starts another whenever it dies."""
@@ -353,13 +355,14 @@ class WorkerPool:
     async def _end(self) -> None:
         for task in self._serving:
             task.cancel()
-        actors = [seat.actor for seat in self._seats if seat.actor]
-        if closing := [asyncio.ensure_future(_answer(actor.close.remote())) for actor in actors]:
-            ended, _ = await asyncio.wait(closing, timeout=CLOSE_S)
-            for one in ended:
-                one.exception()  # of a worker that is dead already
-        for actor in actors:
-            _kill(actor)
+        up = [seat.actor for seat in self._seats if seat.is_up]
+        if closing := [asyncio.ensure_future(_answer(actor.close.remote())) for actor in up]:
+            await asyncio.wait(closing, timeout=CLOSE_S)
+        for seat in self._seats:
+            if seat.actor is not None:
+                _kill(seat.actor)
+        # Read what they raised, of workers that are dead already: asyncio would print it.
+        await asyncio.gather(*closing, *self._serving, return_exceptions=True)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -550,5 +553,7 @@ def _pause_s(deaths: int) -> float:
 def _one_line(error: Exception) -> str:
     """What Ray says of a death, without its ids and advice; another error's own text."""
     text = " ".join(str(error).split())
-    detail = re.search(r"exit detail: (.*?)\.(?: |$)", text)
-    return visible(detail[1] if detail else text)[:300]
+    if "temporarily unavailable" in text:
+        return "it can no longer be reached"
+    detail = re.search(r"exit detail: (.*?)\.(?: |$)|because (its node has died)", text)
+    return visible(next(filter(None, detail.groups())) if detail else text)[:300]
