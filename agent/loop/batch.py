@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from agent.loop.conversation import Conversation
 from agent.loop.loop import converse
 from agent.loop.observer import observed
-from agent.loop.record import evidence_file, trajectory_of
+from agent.loop.record import evidence_file, image_files, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.branches import Totals
@@ -248,7 +248,7 @@ class _Batch:
         self.progress.live.add(conversation)
         try:
             await self.converse(conversation)
-            if self.store and conversation.pictures:
+            if self.store and image_files(conversation):
                 await asyncio.to_thread(_put_images, conversation, self._images(conversation))
         except asyncio.CancelledError:
             cut_off = trajectory_of(conversation)
@@ -257,7 +257,7 @@ class _Batch:
                 cut_off.warnings.append(RecordWarning("over_sampled", text))
             if self.store:
                 self._keep_evidence(self.store, conversation)
-                if conversation.pictures:
+                if image_files(conversation):
                     _put_images(conversation, self._images(conversation))
                 self._keep(self.store.append_unfinished, cut_off)
             raise
@@ -314,9 +314,8 @@ class _Batch:
 
 
 def _put_images(conversation: Conversation, store: HashStore) -> None:
-    """Writes the conversation's images, those that no token stands for, too."""
-    for picture in conversation.pictures.values():
-        store.put(picture.png)
+    for png in image_files(conversation):
+        store.put(png)
 
 
 def bare_record(trajectory: Trajectory, error: str) -> Trajectory:

@@ -104,10 +104,13 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class RanElsewhere:
-    """What another process made of a conversation: its record, and the content of its evidence."""
+    """What another process made of a conversation: its record, the content of its evidence, and
+    its images as PNG.
+    """
 
     record: Trajectory
     evidence: bytes | None = None
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

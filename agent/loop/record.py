@@ -68,6 +68,13 @@ def _engine(conversation: Conversation) -> dict[str, Any]:
     return {**described, "evidence": conversation.evidence.note(sampled)}
 
 
+def image_files(conversation: Conversation) -> tuple[bytes, ...]:
+    """The conversation's images as PNG, those that no token stands for, too."""
+    if conversation.elsewhere is not None:
+        return conversation.elsewhere.images
+    return tuple(picture.png for picture in conversation.pictures.values())
+
+
 def evidence_file(conversation: Conversation) -> bytes | None:
     """The content of the file that the record names; None if it names none."""
     if conversation.elsewhere is not None:

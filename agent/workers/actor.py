@@ -21,7 +21,7 @@ from agent.errors import AgentError, TaskError
 from agent.loop.batch import bare_record, converse_observed, sampled_tokens
 from agent.loop.boundary import describe
 from agent.loop.conversation import Conversation
-from agent.loop.record import evidence_file, trajectory_of
+from agent.loop.record import evidence_file, image_files, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.replay.continuation import continued
 from agent.runs.parts import config_interactions, config_tools, prepare
@@ -134,7 +134,8 @@ class Desk:
                 pass
         answers, size = 0, 0
         while answers < len(self._answers) and size < TAKE_BYTES:
-            size += len(self._answers[answers][2]) + len(self._answers[answers][3] or b"")
+            _, _, line, evidence, images = self._answers[answers]
+            size += len(line) + len(evidence or b"") + sum(map(len, images))
             answers += 1
         taken, self._answers = self._answers[:answers], self._answers[answers:]
         if not self._answers:
@@ -153,9 +154,11 @@ class Desk:
         )
 
     async def _run(self, number: int, data: bytes) -> None:
-        kind, text, evidence = Kind.BROKEN, "", None
+        kind, text = Kind.BROKEN, ""
+        evidence: bytes | None = None
+        images: tuple[bytes, ...] = ()
         try:
-            kind, text, evidence = await self._converse(number, decode_work(data))
+            kind, text, evidence, images = await self._converse(number, decode_work(data))
         except RecordError as error:
             kind, text = Kind.LOST, str(error)
         except TaskError as error:
@@ -164,11 +167,14 @@ class Desk:
             text = describe(error)
         finally:
             del self._running[number]
-            self._answers.append((number, str(kind), text.encode(errors="replace"), evidence))
+            line = text.encode(errors="replace")
+            self._answers.append((number, str(kind), line, evidence, images))
             self._answered.set()
 
-    async def _converse(self, number: int, work: Work) -> tuple[Kind, str, bytes | None]:
-        """Runs the conversation; what came of it, the line of its record, and its evidence."""
+    async def _converse(
+        self, number: int, work: Work
+    ) -> tuple[Kind, str, bytes | None, tuple[bytes, ...]]:
+        """Runs the conversation; what came of it, its record's line, its evidence and images."""
         assert self.runtime is not None
         conversation = continued(work.task, work.sample, work.before, self.runtime)
         self._live[number] = conversation
@@ -179,7 +185,8 @@ class Desk:
             kind = Kind.CUT
         finally:
             del self._live[number]
-        return kind, _line(trajectory_of(conversation)), evidence_file(conversation)
+        line = _line(trajectory_of(conversation))
+        return kind, line, evidence_file(conversation), image_files(conversation)
 
 
 def _line(record: Trajectory) -> str:

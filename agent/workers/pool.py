@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from agent.engines.engine import Generation, SamplingParams
 from agent.errors import AgentError, EngineError, TaskError
+from agent.loop.boundary import describe
 from agent.loop.conversation import Conversation, Counterparts, RanElsewhere
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
@@ -34,7 +35,16 @@ from agent.runs.parts import Parts, start_engine
 from agent.terminal import visible
 from agent.workers.actor import Worker
 from agent.workers.cluster import Share, cluster
-from agent.workers.wire import Kind, Setup, StartEngine, Taken, Work, encode_work, sent_record
+from agent.workers.wire import (
+    Answer,
+    Kind,
+    Setup,
+    StartEngine,
+    Taken,
+    Work,
+    encode_work,
+    sent_record,
+)
 from conversations.errors import RecordError
 from conversations.trajectory import Trajectory
 
@@ -198,17 +208,16 @@ class WorkerPool:
         is_over = job.done.done() and not job.done.cancelled()
         return is_over and job.done.exception() is None and job.done.result()
 
-    def _settle(
-        self, seat: _Seat, number: int, kind: str, data: bytes, evidence: bytes | None
-    ) -> None:
+    def _settle(self, seat: _Seat, answer: Answer) -> None:
         """A worker's answer about one of its jobs."""
+        number, kind, data, evidence, images = answer
         job = seat.leave(number)
         text = data.decode()
         try:
             if kind in (Kind.RECORD, Kind.CUT):
                 read = sent_record if kind == Kind.RECORD else Trajectory.from_line
                 record = read(text)
-                job.conversation.elsewhere = RanElsewhere(record, evidence)
+                job.conversation.elsewhere = RanElsewhere(record, evidence, images)
                 job.end(is_whole=kind == Kind.RECORD)
                 seat.deaths = 0
             else:
@@ -279,15 +288,18 @@ class WorkerPool:
                 if seat.actor is None:
                     await self._start(seat)
                 await self._listen(seat)
-            except ray.exceptions.RayTaskError as error:  # not its death: a bug of ours
-                self._fail(AgentError(f"{seat} failed: {_one_line(error)}"))
-                return
             except (ray.exceptions.RayError, AgentError) as error:
+                if isinstance(error, ray.exceptions.RayTaskError):  # not its death: a bug of ours
+                    self._fail(AgentError(f"{seat} failed: {_one_line(error)}"))
+                    return
                 seat.deaths += 1
                 self._lose(seat, error)
                 if seat.deaths >= MOST_DEATHS:
                     self._retire(seat, error)
                     return
+            except Exception as error:  # a bug of ours too: the run must not wait for ever
+                self._fail(AgentError(f"{seat}: {describe(error)}"))
+                return
             await asyncio.sleep(_pause_s(seat.deaths))
 
     async def _listen(self, seat: _Seat) -> None:
@@ -298,7 +310,7 @@ class WorkerPool:
             asked = seat.actor.take.remote()  # the worker goes on while these are read
             seat.taken = replace(taken, answers=[])
             for answer in taken.answers:
-                self._settle(seat, *answer)
+                self._settle(seat, answer)
             self._admit_waiting()
 
     def _lose(self, seat: _Seat, error: Exception) -> None:

@@ -6,6 +6,7 @@ pickled as anything but bytes.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -19,7 +20,9 @@ from agent.config.config import Config
 from agent.engines.engine import Engine
 from agent.loop.tasks import Task
 from agent.runs.parts import start_engine
+from conversations.images.sources import ImageSource, image_source
 from conversations.trajectory import Trajectory
+from conversations.upgrade import upgraded
 
 StartEngine = Callable[[Config, Path | None], Engine]
 """Starts a worker's engine from its config; the path is where its processes write."""
@@ -56,6 +59,7 @@ class Work:
 def encode_work(work: Work) -> bytes:
     """The work as JSON bytes."""
     task = {item.name: getattr(work.task, item.name) for item in fields(Task)}
+    task["images"] = [_image_json(image) for image in work.task.images]
     before = work.before.to_line() if work.before else None
     return json.dumps([task, work.sample, before]).encode()
 
@@ -63,7 +67,19 @@ def encode_work(work: Work) -> bytes:
 def decode_work(data: bytes) -> Work:
     """The work that `encode_work` wrote."""
     task, sample, before = json.loads(data)
-    return Work(Task(**task), sample, Trajectory.from_line(before) if before else None)
+    images = tuple(image_source(image) for image in task.pop("images"))
+    return Work(
+        Task(**task, images=images), sample, Trajectory.from_line(before) if before else None
+    )
+
+
+def _image_json(image: ImageSource) -> Any:
+    """The source as `image_source` reads it; a file is read by the worker, at the same path."""
+    if image.path is not None:
+        return {"path": str(image.path.absolute())}
+    if image.data is not None:
+        return f"data:;base64,{base64.b64encode(image.data).decode()}"
+    return image.url if image.url is not None else f"sha256:{image.sha256}"
 
 
 class Kind(StrEnum):
@@ -80,8 +96,10 @@ class Kind(StrEnum):
     """The worker's own code failed, which ends the run."""
 
 
-Answer = tuple[int, str, bytes, bytes | None]
-"""(number of the work, Kind, UTF-8, content of the evidence file). Builtin types only."""
+Answer = tuple[int, str, bytes, bytes | None, tuple[bytes, ...]]
+"""(number of the work, Kind, UTF-8, content of the evidence file, images as PNG). Builtin types
+only.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +119,7 @@ def sent_record(line: str) -> Trajectory:
         record = orjson.loads(line)
     except ValueError:  # it refuses lone surrogates
         record = json.loads(line)
-    read = Trajectory.from_record(record)
+    read = Trajectory.from_record(upgraded(record))
     return SentRecord(**{item.name: getattr(read, item.name) for item in fields(read)}, line=line)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from starlette.responses import JSONResponse, Response
 
 from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
@@ -31,6 +33,8 @@ from agent.runs.session import Session
 from agent.workers import cluster as ray_cluster
 from agent.workers.pool import WorkerPool
 from agent.workers.wire import Work, decode_work, encode_work, sent_record
+from conversations.images.sources import image_source
+from conversations.run.open_run import open_run
 from conversations.run.store import (
     SUPERSEDED,
     TRAJECTORIES,
@@ -41,8 +45,10 @@ from conversations.run.store import (
 )
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
+from tests.agent.native_api import Server, in_a_thread
+from tests.agent.native_server import sampled
 from tests.agent.workers.project import write_project
-from tests.helpers import ROOT
+from tests.helpers import ROOT, hermes_template
 
 QUESTIONS = 24
 TURNS = 3
@@ -257,9 +263,15 @@ def test_what_a_worker_warns_of_is_in_the_record(pool: WorkerPool, tmp_path: Pat
 
 
 def request(project: Path, out: Path, **more: Any) -> RunRequest:
-    options = {"limit": 4, "resume": False, "force": False, "validate": False, "argv": ["run"]}
-    config = load_config(project / "config.yaml", ["rollout.max_num_seqs=4"])
-    return RunRequest(project / "tasks.jsonl", out, config, **{**options, **more})
+    options = {
+        "config": load_config(project / "config.yaml", ["rollout.max_num_seqs=4"]),
+        "limit": 4,
+        "resume": False,
+        "force": False,
+        "validate": False,
+        "argv": ["run"],
+    }
+    return RunRequest(project / "tasks.jsonl", out, **{**options, **more})
 
 
 def test_ctrl_c_and_kill_of_the_run_itself_lose_nothing(
@@ -313,6 +325,42 @@ def test_ctrl_c_and_kill_of_the_run_itself_lose_nothing(
     assert verify_run(out).defects == 0
 
 
+async def likeliest_too(server: Server, body: dict[str, Any]) -> Response:
+    """A server's answer, with the two likeliest tokens of each place, as SGLang writes it."""
+    ids = sampled(hermes_template(), body["input_ids"])
+    meta = {
+        "finish_reason": {"type": "stop"},
+        "prompt_tokens": len(body["input_ids"]),
+        "output_token_logprobs": [[-0.5, token, None] for token in ids],
+        "output_top_logprobs": [[[-0.5, token, None], [-1.5, 1, None]] for token in ids],
+    }
+    return JSONResponse({"output_ids": ids, "meta_info": meta})
+
+
+def test_a_run_on_a_server_with_evidence_of_each_token(
+    address: str, project: Path, tmp_path: Path
+) -> None:
+    with in_a_thread(Server(likeliest_too)) as server:
+        config = load_config(
+            project / "config.yaml",
+            [
+                "rollout.name=sglang_server",
+                f"rollout.server.urls=[{server.url}]",
+                "rollout.turntrace={evidence: {top_logprobs: 2}}",
+            ],
+        )
+        asked = request(project, tmp_path / "run", config=config, workers=1, ray=address)
+        console = Console(file=(said := io.StringIO()))
+        assert run_request(asked, console) == 0, said.getvalue()
+    opened = open_run(tmp_path / "run")
+    for record in opened:
+        assert opened.evidence(record.id)["top_ids"].shape == (sum(record.response_mask), 2)
+    manifest = read_manifest(tmp_path / "run")
+    assert (manifest["counts"]["done"], manifest["workers"]) == (4, 1)
+    assert manifest["served"]
+    assert verify_run(tmp_path / "run").defects == 0
+
+
 def test_a_worker_that_cannot_start_is_one_line(address: str, parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "tools.yaml").write_text("- function: nowhere:look\n")
     nowhere = f"rollout.multi_turn.tool_config_path={tmp_path / 'tools.yaml'}"
@@ -351,9 +399,14 @@ def test_a_task_and_a_record_come_back_as_they_went(alone: Path) -> None:
         data_source="s",
         extra={"z": 1, "a": {"y": [], "b": {}}},
         interaction_kwargs={"name": "n"},
+        images=(image_source("data:;base64,aGk="), image_source("sha256:" + 64 * "a")),
     )
     there = decode_work(encode_work(Work(task, 3, record)))
-    assert there == Work(task, 3, record)
-    assert json.dumps(dataclasses.asdict(there.task)) == json.dumps(dataclasses.asdict(task))
+    assert [(one.url, one.sha256) for one in there.task.images] == [
+        (one.url, one.sha256) for one in task.images
+    ]
+    bare, sent = (dataclasses.replace(one, images=()) for one in (task, there.task))
+    assert (sent, there.sample) == (bare, 3)
+    assert json.dumps(dataclasses.asdict(sent)) == json.dumps(dataclasses.asdict(bare))
     assert there.before is not None
     assert there.before.to_line() == record.to_line()
