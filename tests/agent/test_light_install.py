@@ -73,6 +73,7 @@ WITHOUT_AN_EXTRA = (
     "openrlhf-preference",
     "sharegpt",
     "atif",
+    "openai",
 )
 
 
