@@ -127,7 +127,9 @@ def test_the_base_brings_no_engine_and_every_extra_that_is_named_exists() -> Non
     base = set(map(package, project["dependencies"]))
     brought = {package(line) for name in EXTRAS.values() for line in extras[name]}
     assert not base & (brought | set(ENGINE_PACKAGES))
-    named = {name.replace("_", "-") for name in EXTRAS} - {"opentelemetry"}
+    distributions = {"PIL": "pillow"}
+    named = {distributions.get(name, name.replace("_", "-")) for name in EXTRAS}
+    named -= {"opentelemetry"}
     assert named <= brought
     assert set(EXTRAS.values()) == set(re.findall(r"[a-z0-9]+", extras["all"][0])) - {"turntrace"}
 
