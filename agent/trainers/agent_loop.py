@@ -101,8 +101,8 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
         Under verl 0.9's own trainer a conversation that cannot be trained on is an empty list: its
         group then has a row less, and no reward of 0 enters the group's mean.
 
-        Raises TaskError for a row that is not a task: one with images, say, or one that chooses an
-        interaction which does not exist.
+        Raises TaskError for a row that is not a task, such as one that chooses an interaction which
+        does not exist.
         """
         worker = self._worker
         await worker.start_tools()

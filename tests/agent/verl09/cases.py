@@ -24,7 +24,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from agent.config.config import load_config
 from agent.engines.scripted import ScriptedEngine
-from agent.errors import ConfigError, TaskError
+from agent.errors import ConfigError
 from agent.runs.parts import make_dispatcher
 from conversations.run.open_run import open_run
 from conversations.run.store import read_manifest
@@ -734,12 +734,11 @@ async def test_options_are_checked(peers: Peers, options: dict[str, Any], said: 
     assert isinstance(caught.value.__cause__ or caught.value, ConfigError)
 
 
-async def test_images_are_refused_by_name(peers: Peers) -> None:
-    with pytest.raises(TaskError, match="only text"):
-        await run(
-            peers.worker(peers.server(echo)),
-            [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}],
-        )
+async def test_images_cost_one_row_of_a_model_that_sees_none(peers: Peers) -> None:
+    picture = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+    done = await run(peers.worker(peers.server(echo)), picture, "two")
+    assert "sees no images" in extras(done)["error"]
+    assert done.batch["response_mask"].bool().any(-1).tolist() == [False, True]
 
 
 async def test_routing_replay_is_refused(peers: Peers) -> None:
