@@ -50,8 +50,16 @@ class FileTokenizer:
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         self.special_tokens_map = _special_tokens(config, _read_json(folder / MAP_FILE))
+        self._set_prefix_space(bool(config.get("add_prefix_space", False)))
         self._add_missing(config.get("added_tokens_decoder") or {})
         self.chat_template = _chat_template(folder, config)
+
+    def _set_prefix_space(self, wanted: bool) -> None:
+        """The config decides, as in transformers, whether a text begins with a space."""
+        before = self.backend_tokenizer.pre_tokenizer
+        if getattr(before, "add_prefix_space", wanted) != wanted:
+            before.add_prefix_space = wanted
+            self.backend_tokenizer.pre_tokenizer = before
 
     def _add_missing(self, decoder: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds the tokens that only the config names, in the order of their ids."""
@@ -61,9 +69,9 @@ class FileTokenizer:
         for _, token in sorted(decoder.items(), key=lambda item: int(item[0])):
             if token["content"] not in known:
                 self.backend_tokenizer.add_tokens([AddedToken(**token)])
-        vocabulary = self.backend_tokenizer.get_vocab(with_added_tokens=True)
+        added = {token.content for token in self.added_tokens_decoder.values()}
         self.backend_tokenizer.add_special_tokens(
-            [token for token in self.all_special_tokens if token not in vocabulary]
+            [token for token in self.all_special_tokens if token not in added]
         )
 
     def __len__(self) -> int:

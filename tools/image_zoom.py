@@ -23,6 +23,8 @@ from tools.reading import STRICT
 MIN_DIMENSION = 28
 """Pixels: a smaller region is grown about its center to this."""
 MAX_ASPECT = 100
+SMALLEST_SIDE, LARGEST_SIDE = 1e-6, 1e9
+"""Pixels: what is smaller is no region, what is larger no coordinate."""
 FAILED = -0.05
 """The step reward of a box that cannot be cropped."""
 MIN_TOKENS, MAX_TOKENS = 4, 16384
@@ -112,7 +114,7 @@ class ImageZoomInTool(BaseTool):
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) < LARGEST_SIDE  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- boxes, as in verl
@@ -144,7 +146,7 @@ def _is_region(box: Box) -> bool:
     if not (left < right and top < bottom):
         return False
     sides = right - left, bottom - top
-    return max(sides) / min(sides) <= MAX_ASPECT
+    return max(sides) <= MAX_ASPECT * min(sides) and min(sides) > SMALLEST_SIDE
 
 
 def _grown(box: Box, width: int, height: int) -> Box:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from agent.loop.conversation import Conversation
@@ -248,8 +249,7 @@ class _Batch:
         self.progress.live.add(conversation)
         try:
             await self.converse(conversation)
-            if self.store and image_files(conversation):
-                await asyncio.to_thread(_put_images, conversation, self._images(conversation))
+            await self._keep_images(conversation)
         except asyncio.CancelledError:
             cut_off = trajectory_of(conversation)
             if self.has_enough:
@@ -287,6 +287,16 @@ class _Batch:
     def _keep_evidence(self, store: Store, conversation: Conversation) -> None:
         if (file := evidence_file(conversation)) is not None:
             store.keep_evidence(file)
+
+    async def _keep_images(self, conversation: Conversation) -> None:
+        """Writes the images to where the record will go; a trainer's next step changes that."""
+        folder: Path | None = None
+        while self.store and image_files(conversation):
+            images = self._images(conversation)
+            if images.folder == folder:
+                return
+            folder = images.folder
+            await asyncio.to_thread(_put_images, conversation, images)
 
     def _images(self, conversation: Conversation) -> HashStore:
         if self.store is None:

@@ -18,7 +18,7 @@ from typing import Any
 from agent.errors import TaskError
 from conversations import rounds
 from conversations.errors import ImageError, MessageError
-from conversations.images.sources import ImageSource, image_source
+from conversations.images.sources import ImageSource, hash_of, image_source
 from conversations.messages import GivenImages, Message, given_messages, image_parts
 from conversations.trajectory import Trajectory, canonical_json
 
@@ -89,7 +89,8 @@ def recorded_task(trajectory: Trajectory) -> Task:
         raise TaskError(f"trajectory {trajectory.id}: extra: {error}") from error
     messages = trajectory.messages[: task_message_count(trajectory)]
     try:
-        images = tuple(image_source(part["image"]) for part in image_parts(messages))
+        images = tuple(ImageSource(sha256=hash_of(part["image"])) for part in image_parts(messages))
+        _refuse_files(tools_kwargs)
     except ImageError as error:
         raise TaskError(f"trajectory {trajectory.id}: {error}") from error
     return Task(
@@ -102,6 +103,17 @@ def recorded_task(trajectory: Trajectory) -> Task:
         interaction_kwargs,
         images,
     )
+
+
+def _refuse_files(tools_kwargs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ImageError if a tool would read a file: a record may come from anyone."""
+    for tool, kinds in tools_kwargs.items():
+        given = kinds.get("create_kwargs", {}).get("image")
+        if given is not None and image_source(given).path is not None:
+            raise ImageError(
+                f"tool {tool}: its image is a file, and no file is read for a record; give the "
+                "image itself in the task's create_kwargs, as a data URL"
+            )
 
 
 def task_message_count(trajectory: Trajectory) -> int:
@@ -235,7 +247,10 @@ class _Ids:
 
 
 def _task(row: Row, ids: _Ids, place: str, folder: Path) -> Task:
-    plain = _json_images(row)
+    try:
+        plain = _json_images(row)
+    except RecursionError as error:
+        raise TaskError("the row is nested too deeply") from error
     _check_json(plain)
     return row_task(row, ids.name(plain, place), folder)
 
@@ -257,13 +272,31 @@ def row_task(row: Row, name: str, folder: Path | None = None) -> Task:
     return Task(
         id=name,
         messages=given_messages(_prompt(row), images),
-        tools_kwargs=_tools_kwargs(row, info),
+        tools_kwargs=_with_files_in(folder, _tools_kwargs(row, info)),
         interaction_kwargs=_interaction_kwargs(row, info),
         ground_truth=reward_model.get("ground_truth") if ground_truth is None else ground_truth,
         data_source=row.get("data_source"),
         extra={key: value for key, value in row.items() if key not in _RECORDED} or None,
         images=tuple(images.sources),
     )
+
+
+def _with_files_in(
+    folder: Path | None, tools_kwargs: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The kwargs; an image that a tool is created with is in the task file's folder, too."""
+    for kinds in tools_kwargs.values():
+        created = kinds.get("create_kwargs", {})
+        given = created.get("image")
+        if folder is None or not isinstance(given, str):
+            continue
+        try:
+            path = image_source(given, folder).path
+        except ImageError:
+            continue  # the tool's creation says what is wrong with it
+        if path is not None:
+            kinds["create_kwargs"] = {**created, "image": str(path)}
+    return tools_kwargs
 
 
 def _json_images(value: Any) -> Any:

@@ -79,7 +79,7 @@ def read_picture(data: bytes, limits: ImageLimits) -> Picture:
         raise ImageError(f"the image has {len(data)} bytes, more than {limits.bytes}")
     image = _opened(data)
     _check_size(image.size, limits)
-    if getattr(image, "is_animated", False):
+    if _guarded(lambda: getattr(image, "is_animated", False)):
         raise ImageError("the image is animated; give one frame of it")
     return _picture(_guarded(lambda: _flat(image)))
 

@@ -41,7 +41,7 @@ class ImageSource:
         if self.data is not None:
             return content_hash(self.data)
         if self.url is not None:
-            return content_hash(self.url.encode())
+            return content_hash(self.url.encode(errors="surrogatepass"))
         return self.sha256
 
     def read(self, limits: ImageLimits) -> Picture:
@@ -100,7 +100,10 @@ def _of_text(text: str, folder: Path | None) -> ImageSource:
         return ImageSource(sha256=match[1])
     if text[:5].lower() == "data:":
         return ImageSource(url=text)
-    parts = urlsplit(text) if "://" in text[:16] else None
+    try:
+        parts = urlsplit(text) if "://" in text[:16] else None
+    except ValueError as error:
+        raise ImageError(f"{text[:_SHOWN]!r} is no address: {error}") from error
     if parts is not None and parts.scheme.lower() != "file":
         raise ImageError(f"images are not fetched: {text[:_SHOWN]!r}; give a file or a data URL")
     path = Path(unquote(parts.path) if parts is not None else text)

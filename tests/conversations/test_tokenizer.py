@@ -43,7 +43,7 @@ def assert_equal(ours: FileTokenizer, theirs: Any) -> None:
     assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
     added = {token_id: str(token) for token_id, token in theirs.added_tokens_decoder.items()}
     assert {token_id: str(token) for token_id, token in ours.added_tokens_decoder.items()} == added
-    for text in (*ODD_TEXTS, "<|im_start|>user\n<tool_call>"):
+    for text in (*ODD_TEXTS, "<|im_start|>user\n<tool_call>", "in the end"):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
         ids = ours(text)["input_ids"]
         assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(
@@ -91,6 +91,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "a token of the config alone": {"added_tokens_decoder": {"49152": NEW}},
     "a special token that is new": {"pad_token": "<pad>", "eos_token": "<|im_end|>"},
     "more special tokens": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+    "a special token that is a plain word": {"eos_token": "the"},
+    "a space before a text": {"add_prefix_space": True},
     "named templates": {
         "chat_template": [
             {"name": "default", "template": "plain"},

@@ -73,7 +73,10 @@ async def test_boxes_texts_and_rewards_are_verls(verls: Any, seed: int) -> None:
     await tool.release("one")
 
 
-@pytest.mark.parametrize("box", [None, [1, 2, 3], "1234", [1, 2, 3, "4"], [1, 2, 3, float("nan")]])
+@pytest.mark.parametrize(
+    "box",
+    [None, [1, 2, 3], "1234", [1, 2, 3, "4"], [1, 2, 3, float("nan")], [0, 0, 5, 10**400]],
+)
 async def test_what_is_no_box_is_said_to_the_model(box: Any) -> None:
     tool = ours()
     await tool.create("one", image=Image.new("RGB", (56, 56)))
@@ -100,6 +103,10 @@ async def test_without_an_image_the_model_is_told() -> None:
     response, reward, metrics = await tool.execute("one", {"bbox_2d": [0, 0, 50, 50]})
     assert "no image" in (response.text or "")
     assert (reward, metrics) == (-0.05, {"success": False})
+
+
+def test_a_region_without_a_size_is_none() -> None:
+    assert region([0, 0, 1e-310, 1e-310], 56, 56) is None
 
 
 def test_a_region_is_never_outside_the_image() -> None:

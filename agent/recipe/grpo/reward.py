@@ -32,5 +32,5 @@ def _answer(block: str) -> str | None:
         if call["name"] != "calculate_answer":
             return None
         return str(call["arguments"]["answer"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -99,7 +99,8 @@ class Layout:
 
     def metrics(self) -> list[Path]:
         """verl's metrics, one JSONL file for each start, oldest first."""
-        return sorted(self.root.glob("metrics-*.jsonl"))
+        found = self.root.glob("metrics-*.jsonl")
+        return sorted(found, key=lambda file: int(file.stem.rpartition("-")[2]))
 
 
 def tools_yaml(settings: GrpoSettings) -> dict[str, Any]:

@@ -133,7 +133,11 @@ def set_aside(layout: Layout) -> None:
         found = _STEP.match(folder.name)
         if found and int(found.group(1)) >= first:
             superseded.mkdir(exist_ok=True)
-            shutil.move(folder, superseded / folder.name)
+            target, again = superseded / folder.name, 0
+            while target.exists():
+                again += 1
+                target = superseded / f"{folder.name}-again-{again}"
+            shutil.move(folder, target)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

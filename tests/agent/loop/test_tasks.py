@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from pyarrow import parquet
 
 from agent.commands.tasks_work import whole_number, write_gsm8k, write_gsm_symbolic
 from agent.errors import TaskError
-from agent.loop.tasks import Task, read_tasks, task_file_hash, without_nulls
+from agent.loop.tasks import Task, read_tasks, recorded_task, task_file_hash, without_nulls
+from conversations.trajectory import Trajectory
+from tests.helpers import ROOT
 
 VERL_ROW = {
     "data_source": "openai/gsm8k",
@@ -181,6 +184,8 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         ),
         ({"prompt": "a", "id": ""}, "id must be a string or an integer"),
         ({"prompt": "a", "id": True}, "id must be a string or an integer, got bool True"),
+        ({"prompt": "a <image>", "images": ["http://["]}, "is no address"),
+        ('{"prompt": "a", "x": ' + "[" * 650 + "]" * 650 + "}\n", "nested too deeply"),
         ('{"prompt": "a", "score": NaN}\n', "score holds what JSON cannot"),
     ],
 )
@@ -189,6 +194,25 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, says: s
     text = error_of(path)
     assert text.startswith(f"{path}:1: ")
     assert says in text
+
+
+def test_a_tools_image_is_in_the_task_files_folder(tmp_path: Path) -> None:
+    kwargs = {"zoom": {"create_kwargs": {"image": "a.png"}}}
+    [task] = read_tasks(jsonl(tmp_path, {"prompt": "a", "tools_kwargs": kwargs}))
+    assert task.tools_kwargs["zoom"]["create_kwargs"] == {"image": str(tmp_path / "a.png")}
+
+
+def test_a_record_makes_nobody_read_a_file() -> None:
+    lines = (ROOT / "tests/conversations/turntrace_1/trajectories.jsonl").read_text().splitlines()
+    record = Trajectory.from_line(lines[0])
+    shown = {**record.messages[0], "content": [{"type": "image", "image": "/etc/hostname"}]}
+    kwargs = {"zoom": {"create_kwargs": {"image": "/etc/hostname"}}}
+    for changed in (
+        replace(record, messages=[shown, *record.messages[1:]]),
+        replace(record, extra={"tools_kwargs": kwargs}),
+    ):
+        with pytest.raises(TaskError, match=r"names no image|is a file"):
+            recorded_task(changed)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

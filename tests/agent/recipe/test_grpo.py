@@ -166,8 +166,10 @@ def test_steps_that_are_done_again_are_set_aside(tmp_path: Path) -> None:
     layout.checkpoints.mkdir()
     (layout.checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
     trainer.set_aside(layout)
+    (layout.steps / "step-4-host-1").mkdir()  # another start, with the same host and process id
+    trainer.set_aside(layout)
     assert [folder.name for folder in layout.steps.iterdir()] == ["step-0-host-1"]
-    assert len(list((tmp_path / "superseded").iterdir())) == 2
+    assert len(list((tmp_path / "superseded").iterdir())) == 3
 
 
 def test_two_trainers_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -187,10 +189,10 @@ def test_the_report_reads_verls_metrics_of_every_start(tmp_path: Path) -> None:
         "step": 2,
         "data": {"timing_s/step": 5.0, "timing_s/gen": 2.5, "critic/score/mean": 0.5},
     }
-    (tmp_path / "metrics-0.jsonl").write_text(
+    (tmp_path / "metrics-9.jsonl").write_text(
         json.dumps(first) + "\n" + json.dumps({**again, "data": {}}) + '\n{"step": 3, "da'
     )
-    (tmp_path / "metrics-1.jsonl").write_text(json.dumps(again) + "\n")
+    (tmp_path / "metrics-10.jsonl").write_text(json.dumps(again) + "\n")
     read = report.read_report(layout)
     assert sorted(read.metrics) == [1, 2]
     text = report.steps_table(read)

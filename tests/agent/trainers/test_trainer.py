@@ -639,14 +639,14 @@ def test_async_mode_is_refused_where_it_would_run_verls_own_loop() -> None:
         get_rollout_class("sglang", "async")(config=None, model_config=None, device_mesh=None)
 
 
-def test_a_model_with_a_processor_is_refused(peers: Any) -> None:
+def test_an_unknown_processor_of_images_is_refused(peers: Any) -> None:
     from transformers import ProcessorMixin
 
     from agent.errors import ConfigError
 
     rollout = peers.ours(script(peers, echo))
     rollout.processing_class = ProcessorMixin.__new__(ProcessorMixin)
-    with pytest.raises(ConfigError, match="has a processor for images"):
+    with pytest.raises(ConfigError, match="images are supported of"):
         peers.run(rollout, batch(peers, "one"))
 
 

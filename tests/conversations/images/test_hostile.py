@@ -78,6 +78,9 @@ def refused(rng: random.Random) -> Iterator[tuple[str, bytes]]:
         for _ in range(4):
             damaged[rng.randrange(40, len(damaged) - 20)] ^= 1 << rng.randrange(8)
         yield "damaged", bytes(damaged)
+    frame = encoded("GIF")[:-1]
+    for end in (b"!", b","):
+        yield "damaged", frame + end
     yield "too large", whole + b"\0" * LIMITS.bytes
     yield "empty", b""
     for text in (
@@ -161,6 +164,7 @@ def test_what_is_transparent_is_on_white() -> None:
         "http://169.254.169.254/latest/meta-data", "https://x.test/a.png", "ftp://x.test/a.png",
         "data:image/png;base64,@@@", "data:text/html;base64,AAAA", "data:image/png,raw", "", "a\0b",
         {"path": None}, {}, 7, None, [1], "/nonexistent/a.png", "/dev/zero", "/tmp", "file:///etc",
+        "http://[", "data:image/png;base64,\ud800",
     ],
 )  # fmt: skip
 def test_sources_that_are_refused(given: object) -> None:
