@@ -5,6 +5,8 @@ The whole of it: `python -m agent.recipe rounds DATA --out DIR`.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from agent.recipe.rounds import (
 )
 from tests.agent.recipe.test_grpo import gsm8k
 from tests.conversations.exports import exported, small_run
+from tests.helpers import ROOT
 
 
 def test_training_data_are_the_exported_ids_and_masks() -> None:
@@ -80,3 +83,13 @@ def test_rounds_do_not_share_tasks_and_need_enough_of_them(tmp_path: Path) -> No
     plan = replace(SMALL_ROUNDS, rounds=20, held_out=4)
     with pytest.raises(AgentError, match="need more"):
         SelfTraining(plan, tmp_path / "out", data, "smollm2-tools", Console())
+
+
+def test_the_command_refuses_a_missing_file_in_one_line(tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "agent.recipe", "rounds")
+    words = (str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out"), "--preset", "full")
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path / 'none.jsonl'} cannot be read")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
