@@ -47,7 +47,9 @@ class Plan:
 
 def plan_of(record: Trajectory, engine: Mapping[str, Any]) -> Plan:
     """What of `record` the engine that describes itself as `engine` can score."""
-    if reason := other_engine(record.engine, engine) or unscorable(record.sampling):
+    if reason := (
+        other_engine(record.engine, engine) or unscorable(record.sampling) or _with_images(record)
+    ):
         return Plan(left_out=Counter({reason: len(record.turns)}))
     temperature = record.sampling.get("temperature", 1.0)
     is_greedy = temperature < GREEDY
@@ -101,6 +103,11 @@ def unscorable(sampling: Any) -> str:
     if sampling.get("top_k") == 1 and temperature not in (0, 1):
         return "sampled with top_k 1 and a temperature"
     return ""
+
+
+def _with_images(record: Trajectory) -> str:
+    """Why its ids are not what the model saw; empty if they are: a request is ids alone."""
+    return "of a record with images" if record.images else ""
 
 
 def _left_out(record: Trajectory, number: int, turn: Turn) -> str:

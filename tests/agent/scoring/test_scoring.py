@@ -150,6 +150,9 @@ def test_what_a_prefill_does_not_repeat_is_left_out_by_name(
     assert (comparison.records, comparison.is_met) == (0, False)
 
 
+IMAGE = {"sha256": "0" * 64, "width": 28, "height": 28, "grid": [1, 2, 2], "start": 1, "end": 2}
+
+
 def with_turn(record: Trajectory, **fields: Any) -> Trajectory:
     turns = [dataclasses.replace(turn, **fields) for turn in record.turns]
     return dataclasses.replace(record, turns=turns)
@@ -170,6 +173,7 @@ def test_every_turn_that_is_left_out_is_counted_under_its_reason(
         6: lambda record: with_turn(record, start=-4),
         7: lambda record: dataclasses.replace(record, sampling={"temperature": "hot"}),
         8: lambda record: dataclasses.replace(record, prompt_ids=[10**6, *record.prompt_ids[1:]]),
+        9: lambda record: dataclasses.replace(record, images=[dict(IMAGE)]),
     }
 
     def change(number: int, record: Trajectory) -> Trajectory:
@@ -185,8 +189,9 @@ def test_every_turn_that_is_left_out_is_counted_under_its_reason(
         "without log-probs": 1,
         "damaged": 2,
         "with ids the tokenizer lacks": 1,
+        "of a record with images": 1,
     }
-    assert (comparison.records, comparison.is_met) == (3, True)
+    assert (comparison.records, comparison.is_met) == (2, True)
 
 
 def test_a_server_may_score_what_the_same_model_sampled_in_process(
