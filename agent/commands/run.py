@@ -22,7 +22,8 @@ def run(
     tools: Annotated[
         str | None,
         typer.Option(
-            help="tools.yaml, or a shipped one's name: gsm8k, geo3k, search, sandbox, mcp, all."
+            help="tools.yaml, or a shipped one's name: gsm8k, geo3k, search, sandbox, image_zoom, "
+            "mcp, all."
         ),
     ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,

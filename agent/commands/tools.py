@@ -17,7 +17,8 @@ FileArgument = Annotated[
     str,
     typer.Argument(
         metavar="FILE",
-        help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, mcp, all.",
+        help="tools.yaml, or the name of a shipped one: gsm8k, geo3k, search, sandbox, image_zoom, "
+        "mcp, all.",
     ),
 ]
 ModelOption = Annotated[
