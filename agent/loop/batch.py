@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from agent.loop.conversation import Conversation
 from agent.loop.loop import converse
 from agent.loop.observer import observed
-from agent.loop.record import evidence_file, image_files, trajectory_of
+from agent.loop.record import evidence_file, has_evidence, image_files, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.branches import Totals
@@ -249,6 +249,8 @@ class _Batch:
         self.progress.live.add(conversation)
         try:
             await self.converse(conversation)
+            if self.store and has_evidence(conversation):  # first: the record names it
+                await asyncio.to_thread(self._keep_evidence, self.store, conversation)
             await self._keep_images(conversation)
         except asyncio.CancelledError:
             cut_off = trajectory_of(conversation)
@@ -271,7 +273,6 @@ class _Batch:
         is_cut_off = trajectory.stop_reason == "cancelled" and trajectory.parent is None
         kept: Trajectory | None = trajectory
         if self.store:
-            self._keep_evidence(self.store, conversation)
             append = self.store.append_unfinished if is_cut_off else self.store.append
             kept = self._keep(append, trajectory)
         if kept is None:

@@ -18,16 +18,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Packing:
+    """The evidence of `sampled` tokens in `turns` turns, packed, and what the record says of it."""
+
+    turns: int
+    sampled: int
+    data: bytes | None
+    sha256: str | None
+    honoured: dict[str, int]
+
+
 _Turn = tuple[int, Evidence | None]
 """How many tokens were sampled, and their evidence."""
 
 
 class EvidenceLog:
-    """What was asked for, and what came. `request` is that of the next turn."""
+    """What was asked for, and what came. `request` is that of the next turn.
+
+    What was packed last is kept, so that the record and its file cost one packing.
+    """
 
     def __init__(self, asked: EvidenceRequest) -> None:
         self.request = asked
         self._turns: list[_Turn] = []
+        self._last: _Packing | None = None
 
     def append(self, tokens: int, evidence: Evidence | None) -> None:
         """Adds the places of `tokens` that were sampled, with their evidence."""
@@ -38,19 +53,27 @@ class EvidenceLog:
 
     def file(self, sampled: int) -> bytes | None:
         """The content of the evidence file of `sampled` tokens; None if nothing came."""
-        arrays = self._arrays(sampled)
-        return packed(arrays) if arrays else None
+        return self._packing(sampled).data
 
     def note(self, sampled: int) -> dict[str, Any]:
         """What the record says; `conversations.evidence` explains it."""
         asked = {kind: value for kind in KINDS if (value := getattr(self.request, kind))}
-        arrays = self._arrays(sampled)
+        packing = self._packing(sampled)
         return {
-            "sha256": content_hash(packed(arrays)) if arrays else None,
+            "sha256": packing.sha256,
             "asked": asked,
             "sent": self.request.flags(),
-            "honoured": {**dict.fromkeys(asked, 0), **honoured(arrays)},
+            "honoured": {**dict.fromkeys(asked, 0), **packing.honoured},
         }
+
+    def _packing(self, sampled: int) -> _Packing:
+        last, turns = self._last, len(self._turns)
+        if last is None or (last.turns, last.sampled) != (turns, sampled):
+            arrays = self._arrays(sampled)
+            data = packed(arrays) if arrays else None
+            sha256 = None if data is None else content_hash(data)
+            self._last = last = _Packing(turns, sampled, data, sha256, honoured(arrays))
+        return last
 
     def _arrays(self, sampled: int) -> dict[str, NDArray[Any]]:
         brought_back = sampled - sum(tokens for tokens, _ in self._turns)

@@ -75,6 +75,13 @@ def image_files(conversation: Conversation) -> tuple[bytes, ...]:
     return tuple(picture.png for picture in conversation.pictures.values())
 
 
+def has_evidence(conversation: Conversation) -> bool:
+    """Whether there may be an `evidence_file`, which takes time to make."""
+    if conversation.elsewhere is not None:
+        return conversation.elsewhere.evidence is not None
+    return conversation.evidence is not None and conversation.before is None
+
+
 def evidence_file(conversation: Conversation) -> bytes | None:
     """The content of the file that the record names; None if it names none."""
     if conversation.elsewhere is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -23,6 +25,7 @@ from agent.engines.evidence import Evidence, EvidenceRequest, read_evidence
 from agent.loop.evidence import EvidenceLog
 from agent.runs.ending import DONE
 from conversations.evidence import packed, unpacked
+from conversations.run.hash_store import HashStore, content_hash
 from conversations.run.store import TRAJECTORIES
 from conversations.trajectory import Trajectory, read_record
 from conversations.verify import verify_run
@@ -194,6 +197,41 @@ def test_tokens_that_a_resume_brought_back_have_empty_places() -> None:
     assert arrays["mask_lengths"].tolist() == [-1] * 5 + [1, 1]
     honoured = {"top_logprobs": 2, "sampling_mask": 2, "routed_experts": 0}
     assert log.note(7)["honoured"] == honoured
+
+
+def test_a_record_and_its_file_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packings: list[bytes] = []
+
+    def counted(arrays: dict[str, Any]) -> bytes:
+        packings.append(packed(arrays))
+        return packings[-1]
+
+    monkeypatch.setattr("agent.loop.evidence.packed", counted)
+    log = EvidenceLog(EvidenceRequest(sampling_mask=True))
+    log.append(1, Evidence(masks=[[5]]))
+    data = log.file(1)
+    assert data is not None
+    assert (log.note(1)["sha256"], packings) == (content_hash(data), [data])
+    log.append(1, Evidence(masks=[[6]]))
+    assert log.file(2) != data
+    assert len(packings) == 2
+
+
+def test_evidence_is_written_outside_the_event_loop(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops = []
+
+    def put(store: HashStore, data: bytes) -> str:
+        with contextlib.suppress(RuntimeError):
+            loops.append(asyncio.get_running_loop())
+        return original(store, data)
+
+    original = HashStore.put
+    monkeypatch.setattr(HashStore, "put", put)
+    asked = (*ASKED, "rollout.turntrace.evidence.sampling_mask=false")
+    assert any((made("top_logprobs", asked=asked) / "evidence").iterdir())
+    assert loops == []
 
 
 @pytest.mark.parametrize(
