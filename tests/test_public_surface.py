@@ -5,11 +5,14 @@ for them.
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from agent.commands.export import FORMATS
+from conversations.export.formats import export_names
 from tests.helpers import ROOT
 
 NAMES = {
@@ -80,3 +83,12 @@ def test_commands_that_users_type() -> None:
     assert done.returncode == 0, done.stderr
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ")}
     assert set(COMMANDS.split()) <= listed
+
+
+def test_help_names_every_export_and_every_shipped_tool_config() -> None:
+    assert set(FORMATS.split(", ")) == set(export_names())
+    shipped = {file.stem for file in (ROOT / "tool_configs").glob("*.yaml")}
+    for command in ("run.py", "tools.py"):
+        text = (ROOT / "agent" / "commands" / command).read_text(encoding="utf-8")
+        named = text.partition("shipped one")[2].partition("mcp, all.")[0] + "mcp, all"
+        assert {name for name in shipped if not re.search(rf"\b{name}\b", named)} == set()
