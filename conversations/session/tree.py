@@ -44,6 +44,7 @@ from conversations.session.compiled import branches_of
 from conversations.session.ids import IdRun
 from conversations.session.matching import (
     call_ids,
+    calls_of,
     in_call_order,
     is_echo,
     is_verbatim,
@@ -102,12 +103,17 @@ class SessionTree:
         *,
         after: SessionTurn | None = None,
     ) -> Place:
-        """Where a request stands. `after`: `messages` follow this turn (`previous_response_id`)."""
+        """Where a request stands. `after`: `messages` follow this turn (`previous_response_id`).
+
+        Then it stands where a client stands that sends the whole history up to there.
+        """
         sent = given_messages(messages)
+        if after is not None:
+            sent = _whole_history(after, sent)
         ordered = in_call_order(sent)
         notes = (REORDERED,) if ordered != sent else ()
         offered = self._known_tools(tools)
-        match = self._deepest(_Match(after), ordered, offered)
+        match = self._deepest(ordered, offered, after)
         rest = ordered[match.length :]
         return self._place(match, rest, ordered, offered, notes)
 
@@ -141,12 +147,18 @@ class SessionTree:
             return [root for root in self._roots if root.tools == tools]
         return turn.children
 
-    def _deepest(self, match: _Match, messages: Sequence[Message], tools: Tools) -> _Match:
-        """The longest path whose messages the request begins with, the latest of those."""
-        best, pending = match, [match]
+    def _deepest(
+        self, messages: Sequence[Message], tools: Tools, after: SessionTurn | None
+    ) -> _Match:
+        """The longest path whose messages the request begins with.
+
+        Of equals the one with `after`, else the latest.
+        """
+        best = _Match(None)
+        pending = [best]
         for before in pending:  # grows while it is read: a session may have thousands of turns
             for child in self._children(before.turn, tools):
-                if found := _extended(before, child, messages):
+                if found := _extended(before, child, messages, after):
                     pending.append(found)
                     best = max(best, found, key=_Match.rank)
         return best
@@ -335,13 +347,41 @@ class _Match:
     length: int = 0
     echoes: tuple[SessionTurn, ...] = ()
     same_ids: int = 0
+    is_after: bool = False
 
-    def rank(self) -> tuple[int, int, int]:
-        """The longest path first; among equals the one with the client's call ids, the latest."""
-        return self.length, self.same_ids, self.turn.number if self.turn else -1
+    def rank(self) -> tuple[int, int, bool, int]:
+        """The longest path first; among equals the one with the client's call ids, the one that
+        the client named, the latest.
+        """
+        number = self.turn.number if self.turn else -1
+        return self.length, self.same_ids, self.is_after, number
 
 
-def _extended(match: _Match, child: SessionTurn, messages: Sequence[Message]) -> _Match | None:
+def _whole_history(turn: SessionTurn, messages: Sequence[Message]) -> list[Message]:
+    """The messages after a turn and all before them, as a client that replays them sends them.
+
+    System messages at the beginning take the place of the earlier ones.
+    """
+    past = given_messages([one for each in turn.path() for one in (*each.given, each.served)])
+    start = next(
+        (place for place, one in enumerate(messages) if one["role"] != "system"), len(messages)
+    )
+    if start:
+        past = [one for one in past if one["role"] != "system"]
+    whole = [*messages[:start], *past, *messages[start:]]
+    calls = [call for one in past for call in calls_of(one)]
+    names = {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
+    return [
+        {"name": names[one["tool_call_id"]], **one}
+        if one["role"] == "tool" and one.get("tool_call_id") in names
+        else one
+        for one in whole
+    ]
+
+
+def _extended(
+    match: _Match, child: SessionTurn, messages: Sequence[Message], after: SessionTurn | None
+) -> _Match | None:
     """The match with one turn more, if the messages have it."""
     end = match.length + len(child.given)
     if end >= len(messages) or not is_echo(messages[end], child.served, child.invalid):
@@ -351,7 +391,8 @@ def _extended(match: _Match, child: SessionTurn, messages: Sequence[Message]) ->
     differs = not is_verbatim(messages[end], child.served)
     echoes = (*match.echoes, child) if differs else match.echoes
     same_ids = call_ids(messages[end]) == child.call_ids
-    return _Match(child, end + 1, echoes, match.same_ids + same_ids)
+    is_after = match.is_after or child is after
+    return _Match(child, end + 1, echoes, match.same_ids + same_ids, is_after)
 
 
 class _Restored:

@@ -100,6 +100,32 @@ def test_the_reasons_of_a_branch_after_a_turn(client: Client) -> None:
     assert client.match().reason == "tools"
 
 
+def test_a_named_turn_is_its_whole_history(client: Client) -> None:
+    turn = begun(client)
+    result, whole = client.history[3:], client.match()
+    tree = client.tree
+    for messages in (result, [ASK[0], *result]):
+        place = tree.match(messages, client.tools, after=turn)
+        assert (place.parent, place.reason) == (turn, None)
+        assert place.prompt_ids == whole.prompt_ids
+    system: Message = {"role": "system", "content": "Be loud."}
+    place = tree.match([system, *result], client.tools, after=turn)
+    assert (place.parent, place.reason, len(place.given)) == (None, "system", 4)
+    client.history[0] = system
+    assert place.prompt_ids == client.match().prompt_ids
+    place = tree.match(result, [], after=turn)
+    assert (place.parent, place.reason, place.tools, len(place.given)) == (None, "tools", [], 4)
+
+
+def test_of_equal_turns_the_named_one_is_continued(client: Client) -> None:
+    first = client.turn("Yes.")
+    client.history.pop()
+    second = client.turn("Yes.")
+    for turn in (first, second):
+        place = client.tree.match([{"role": "user", "content": "Sure?"}], client.tools, after=turn)
+        assert (place.parent, place.reason) == (turn, None)
+
+
 def test_results_go_in_the_order_of_the_calls(client: Client) -> None:
     turn = client.turn(call("read", path="a") + call("read", path="b"))
     client.answer(turn, "A", "B")
