@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from agent.commands.run_work import RunRequest
 from agent.config.config import Config
 from agent.gateway import Gateway
 from agent.gateway.boxed import boxed_command
-from agent.gateway.programs import AgentCommand, ProgramRunner, Wrap, about_programs
+from agent.gateway.programs import (
+    AgentCommand,
+    ProgramRunner,
+    Wrap,
+    about_programs,
+    prompt_of,
+)
 from agent.gateway.sessions import Score
 from agent.loop.batch import Progress
 from agent.loop.tasks import Task, read_tasks
@@ -48,12 +55,16 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
     command = AgentCommand.of(options.command)
     config = request.config
     samples = config.n(request.validate)
-    tasks = sum(1 for _ in read_tasks(request.tasks, request.limit))
+    tasks = 0
+    for task in read_tasks(request.tasks, request.limit):
+        prompt_of(task)  # a task that no program can be given is told before anything starts
+        tasks += 1
     progress = Progress(total=tasks * samples)
     say(console, starting_line(config, request.out / "engine.log"))
     gateway = Gateway(
         config,
         request.out,
+        admin_key=secrets.token_hex(16),  # nobody's: a program may not end its own session
         resume=request.resume,
         force=request.force,
         tasks=request.tasks,

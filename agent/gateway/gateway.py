@@ -44,6 +44,9 @@ from conversations.trajectory import Trajectory
 
 T = TypeVar("T")
 
+FOREIGN_KEY = "ANTHROPIC_AUTH_TOKEN"
+"""A user's key, which Anthropic's clients would send before the session's."""
+
 
 def gateway_config(config: Config) -> Config:
     """The config as a gateway takes it.
@@ -190,8 +193,10 @@ class Gateway:
     async def _stop(self) -> None:
         if self.progress.total is None:
             self.progress.total = self.progress.done + len(self.sessions.live)
-        await self.sessions.close()
-        await self.server.stop()
+        try:
+            await self.sessions.close()
+        finally:
+            await self.server.stop()
 
     def _close_folder(self) -> None:
         self.folder.close(counts(self.progress))
@@ -286,8 +291,9 @@ class ProgramSession:
 
     def env(self, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
         """The environment of a program: `inherited` (this process's), with endpoint and key."""
+        given = os.environ if inherited is None else inherited
         return {
-            **(os.environ if inherited is None else inherited),
+            **{name: value for name, value in given.items() if name != FOREIGN_KEY},
             "OPENAI_BASE_URL": self.openai_base_url,
             "OPENAI_API_KEY": self.api_key,
             "ANTHROPIC_BASE_URL": self.anthropic_base_url,

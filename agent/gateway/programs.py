@@ -18,21 +18,22 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import RawIOBase
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 from urllib.parse import quote
 
-from agent.errors import AgentError
+from agent.errors import AgentError, TaskError
 from agent.gateway.box import NOT_ISOLATED
 from agent.gateway.gateway import Gateway, ProgramSession
 from agent.gateway.sessions import Score
 from agent.loop.boundary import describe
 from agent.loop.tasks import Task
-from conversations.messages import Message
 from conversations.trajectory import Trajectory
 
 PROMPT = "{prompt}"
@@ -75,9 +76,15 @@ class AgentCommand:
         return [word.replace(PROMPT, text) for word in self.words]
 
 
-def prompt_of(messages: Sequence[Message]) -> str:
-    """The text of a task for a program: what its messages say, one after the other."""
-    return "\n\n".join(message["content"] for message in messages if message["content"])
+def prompt_of(task: Task) -> str:
+    """The text of a task for a program: what its messages say, one after the other.
+
+    Raises TaskError if they hold more than text.
+    """
+    texts = [message["content"] for message in task.messages if message["content"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise TaskError(f"task {task.id!r} has images; --agent gives programs text alone")
+    return "\n\n".join(texts)
 
 
 @dataclass(slots=True)
@@ -108,12 +115,15 @@ class ProgramRunner:
         """Runs the program for one (task, sample) and returns the record.
 
         If cancelled, the program is killed and its session kept as unfinished. Raises AgentError
-        if the record cannot be written.
+        if the record cannot be written, and TaskError if no program can be given the task.
         """
+        prompt = prompt_of(task)
         session = await self.gateway.open(task, sample)
         kept = self.gateway.out / PROGRAMS / folder_name(f"{task.id}-{sample}")
         try:
-            ended = await self._run(session, prompt_of(task.messages), kept)
+            ended = await self._run(session, prompt, kept)
+        except OSError as error:  # its folder: this sample's failure, not the run's
+            ended = Ended(error=f"the program could not be run: {describe(error)}")
         except asyncio.CancelledError:
             await session.abort()
             raise
@@ -141,7 +151,9 @@ class ProgramRunner:
 
     async def _run(self, session: ProgramSession, prompt: str, kept: Path) -> Ended:
         _emptied(kept)
-        with tempfile.TemporaryDirectory(prefix="turntrace-") as temporary:
+        with tempfile.TemporaryDirectory(
+            prefix="turntrace-", ignore_cleanup_errors=True
+        ) as temporary:
             folder = Path(temporary) / "work"
             folder.mkdir()
             argv = self.command.argv(prompt)
@@ -179,6 +191,8 @@ class ProgramRunner:
             ended.timed_out = True
         finally:
             await _end(process)
+            # Our ends of the pipes: what the program left behind may keep the others open.
+            process._transport.close()  # type: ignore[attr-defined]
         ended.exit_code, ended.wall_s = process.returncode, perf_counter() - started
         return ended
 
@@ -186,27 +200,37 @@ class ProgramRunner:
         """Waits until the program ends; what it prints is read all the time."""
         assert process.stdout
         assert process.stderr
-        readers = [
-            asyncio.create_task(_copy(process.stdout, kept / "stdout.txt")),
-            asyncio.create_task(_copy(process.stderr, kept / "stderr.txt")),
-        ]
-        try:
-            await process.wait()
-            # A process that the program left behind may keep the pipe open.
-            await asyncio.wait(readers, timeout=1.0)
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+        with (
+            (kept / "stdout.txt").open("wb", buffering=0) as out,
+            (kept / "stderr.txt").open("wb", buffering=0) as err,
+        ):
+            readers = [
+                asyncio.create_task(_copy(process.stdout, out)),
+                asyncio.create_task(_copy(process.stderr, err)),
+            ]
+            try:
+                await _exited(process)
+                # A process that the program left behind may keep the pipe open.
+                await asyncio.wait(readers, timeout=1.0)
+            finally:
+                for reader in readers:
+                    reader.cancel()
+                await asyncio.gather(*readers, return_exceptions=True)
 
 
-async def _copy(stream: asyncio.StreamReader, file: Path) -> None:
+async def _copy(stream: asyncio.StreamReader, out: RawIOBase) -> None:
+    """Reads to the end, whatever can be written: a program whose pipe is full would hang."""
     left = MAX_OUTPUT_BYTES
-    with file.open("wb") as out:
-        while part := await stream.read(1 << 16):
+    while part := await stream.read(1 << 16):
+        with contextlib.suppress(OSError):  # a full disk
             out.write(part[:left])
-            out.flush()
-            left = max(0, left - len(part))
+        left = max(0, left - len(part))
+
+
+async def _exited(process: asyncio.subprocess.Process) -> None:
+    """Waits for the program alone: `process.wait` waits until its pipes are closed, too."""
+    while process.returncode is None:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
@@ -215,13 +239,13 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         os.killpg(process.pid, signal.SIGTERM)
     try:
         async with asyncio.timeout(TERM_S):
-            await process.wait()
+            await _exited(process)
     except TimeoutError:
         pass
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+    await _exited(process)
 
 
 # ---------------------------------------------------------------------- what is kept
@@ -256,7 +280,7 @@ def keep_files(folder: Path, target: Path) -> list[str]:
     for file in sorted(_plain_files(folder)):
         name = str(file.relative_to(folder))
         try:
-            length = file.stat().st_size
+            length = file.lstat().st_size
             if files == MAX_FILES or size + length > MAX_FILES_BYTES:
                 left_out.append(name)
                 continue
@@ -273,8 +297,11 @@ def keep_files(folder: Path, target: Path) -> list[str]:
 def _plain_files(folder: Path) -> list[Path]:
     found = []
     for root, _, names in os.walk(folder, followlinks=False):
-        paths = (Path(root) / name for name in names)
-        found += [path for path in paths if path.is_file() and not path.is_symlink()]
+        for name in names:
+            path = Path(root) / name
+            with contextlib.suppress(OSError):  # a folder that may be listed, and not entered
+                if stat.S_ISREG(path.lstat().st_mode):
+                    found.append(path)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -99,6 +100,40 @@ def test_run_agent_ends_in_a_run_like_every_other(
         ("a-0", "a-1", "b-0", "b-1"), 1.0
     )
     assert "conversations 4 of 4" in " ".join(capfd.readouterr().out.split())
+
+
+SELF_MADE = """
+import json, os, sys, urllib.error, urllib.request
+base, key = os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]
+
+def post(path, body):
+    asked = urllib.request.Request(base[:-3] + path, json.dumps(body).encode())
+    asked.add_header("authorization", "Bearer " + key)
+    with urllib.request.urlopen(asked) as answer:
+        return json.load(answer)
+
+message = {"role": "user", "content": sys.argv[1]}
+name = post("/v1/chat/completions", {"messages": [message]})["id"].split("-")[1]
+try:
+    post("/sessions/" + name + "/finish", {"reward": 1000})
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
+
+def test_a_program_cannot_end_or_reward_its_own_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, out, program = tmp_path / "tasks.jsonl", tmp_path / "run", tmp_path / "program.py"
+    tasks.write_text('{"id": "a", "prompt": "x"}\n')
+    program.write_text(SELF_MADE)
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(program))} {{prompt}}"
+    with in_a_thread(Server(answers)) as server:
+        words = ["run", str(tasks), "--out", str(out), "--agent", command]
+        assert turntrace(monkeypatch, *words, *config_words(server)) == 0
+    record = checked(out).only
+    assert record.reward != 1000
+    assert record.extra["session"]["stdout"] == "401\n"
 
 
 @pytest.mark.parametrize(

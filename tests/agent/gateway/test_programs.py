@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import functools
+import io
 import json
 import shlex
 import signal
@@ -16,7 +19,8 @@ from typing import Any
 import pytest
 
 from agent.commands.agent_work import run_all
-from agent.errors import AgentError
+from agent.errors import AgentError, TaskError
+from agent.gateway import programs
 from agent.gateway.boxed import boxed_command, installation
 from agent.gateway.programs import (
     MAX_OUTPUT_BYTES,
@@ -25,7 +29,7 @@ from agent.gateway.programs import (
     folder_name,
     prompt_of,
 )
-from agent.loop.tasks import read_tasks
+from agent.loop.tasks import Task, read_tasks
 from conversations.run.store import read_trajectories
 from conversations.trajectory import Trajectory
 from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
@@ -152,9 +156,58 @@ def test_names_of_folders_are_safe() -> None:
     assert folder_name("../../etc/passwd-0") == "%2F..%2Fetc%2Fpasswd-0"
     assert "/" not in folder_name("a/b")
     assert len(folder_name("é" * 500)) < 255
-    assert prompt_of([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]) == (
-        "a\n\nb"
-    )
+
+
+def test_a_prompt_is_the_text_of_a_task() -> None:
+    said = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert prompt_of(Task("t", said)) == "a\n\nb"
+    with pytest.raises(TaskError, match="task 't' has images"):
+        prompt_of(Task("t", [{"role": "user", "content": [{"type": "image", "image": 0}]}]))
+
+
+def test_a_program_that_leaves_a_process_with_its_pipes_ends(tmp_path: Path) -> None:
+    record = run_rows(tmp_path / "run", ["leaves:x"])["0-0"]
+    assert record.extra["session"]["exit_code"] == 0
+    assert record.extra["session"]["wall_s"] < 15
+    assert not (kept(record) / "files/pipe").exists()
+
+
+def test_a_folder_that_cannot_be_made_fails_its_sample_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emptied(folder: Path) -> None:
+        if folder.name == "0-0":
+            raise OSError(errno.ENOSPC, "no space")
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(programs, "_emptied", emptied)
+    records = run_rows(tmp_path / "run", ["x:one", "x:two"])
+    assert (records["0-0"].infra_error, records["1-0"].infra_error) == (True, False)
+    assert "no space" in str(records["0-0"].error)
+
+
+def test_output_that_cannot_be_written_is_read_on() -> None:
+    class Full(io.RawIOBase):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "no space")
+
+    async def copied() -> bool:
+        stream = asyncio.StreamReader()
+        stream.feed_data(b"x" * 200_000)
+        stream.feed_eof()
+        await programs._copy(stream, Full())
+        return stream.at_eof()
+
+    assert asyncio.run(copied())
+
+
+def test_an_environment_has_no_key_but_the_sessions(tmp_path: Path) -> None:
+    with live(tmp_path, engine=Obedient()) as gateway:
+        session = asyncio.run(gateway.open("t"))
+        environment = session.env({"ANTHROPIC_AUTH_TOKEN": "mine", "HOME": "/h"})
+        asyncio.run(session.finish())
+    assert "ANTHROPIC_AUTH_TOKEN" not in environment
+    assert (environment["ANTHROPIC_API_KEY"], environment["HOME"]) == (session.api_key, "/h")
 
 
 def test_an_isolated_program_reaches_the_gateway_and_nothing_else(

@@ -39,6 +39,9 @@ if what == "files":
     with open("big", "wb") as file:
         file.truncate(17 << 20)
     os.symlink("/etc/passwd", "link")
+if what == "leaves":
+    os.mkfifo("pipe")
+    subprocess.Popen(["sleep", "20"], start_new_session=True)
 if what == "hang":
     subprocess.Popen(["sleep", "1000"])
     time.sleep(1000)
