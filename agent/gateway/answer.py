@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class AnsweredCall:
         """The arguments as an object."""
         if self.malformed:
             return {"raw": self.arguments}
-        found: dict[str, Any] = orjson.loads(self.arguments)
+        found: dict[str, Any] = json.loads(self.arguments)  # orjson rounds integers from 2^64 on
         return found
 
 
@@ -58,4 +59,7 @@ def input_of(call: AnsweredCall) -> str:
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """The value as JSON."""
-    return orjson.dumps(value)
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # an integer of more than 64 bits
+        return json.dumps(value).encode()

@@ -20,6 +20,7 @@ from agent.gateway.request import (
     conversation,
     function_schema,
     given_assistant,
+    json_text,
     positive,
     read_body,
     refuse_schema,
@@ -154,7 +155,7 @@ def _text(blocks: Sequence[_Block], where: str) -> str:
 
 
 def _json(arguments: object) -> str:
-    return json_bytes(arguments if isinstance(arguments, dict) else {}).decode()
+    return json_text(arguments if isinstance(arguments, dict) else {})
 
 
 # ---------------------------------------------------------------------- answers

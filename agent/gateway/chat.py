@@ -23,6 +23,7 @@ from agent.gateway.request import (
     conversation,
     function_schema,
     given_assistant,
+    json_text,
     positive,
     read_body,
     refuse_schema,
@@ -168,7 +169,7 @@ def _call(given: _Call, where: str) -> dict[str, Any]:
     if not given.function:
         raise Refusal(f"{where}.function: is missing", field=where)
     arguments = given.function.arguments
-    text = json_bytes(arguments).decode() if isinstance(arguments, dict) else arguments or ""
+    text = json_text(arguments) if isinstance(arguments, dict) else arguments or ""
     return call_entry(given.id, given.function.name, text)
 
 

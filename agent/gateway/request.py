@@ -6,6 +6,7 @@ no others: two clients that mean the same conversation give the same messages.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -209,6 +210,16 @@ def call_entry(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 def text_call(call_id: str, name: str, text: str) -> dict[str, Any]:
     """A call of a `text_tool`."""
     return call_entry(call_id, name, orjson.dumps({"input": text}).decode())
+
+
+def json_text(value: object) -> str:
+    """What a client sent as JSON, as JSON. Raises Refusal if it has none: 1e999 is infinite."""
+    try:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    except (ValueError, RecursionError) as error:
+        raise Refusal(
+            f"the body has a value that JSON has not: {error}", code="invalid_json"
+        ) from error
 
 
 def given_assistant(

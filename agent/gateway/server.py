@@ -24,7 +24,7 @@ from agent.gateway.anthropic import ANTHROPIC
 from agent.gateway.chat import CHAT
 from agent.gateway.dialect import ApiDialect
 from agent.gateway.health import LoopLag, health
-from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest
+from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest, json_text
 from agent.gateway.responses import RESPONSES
 from agent.gateway.session import GatewaySession, not_written
 from agent.gateway.sessions import GatewaySessions
@@ -117,6 +117,7 @@ class GatewayServer:
         """Every request. Whatever happens is told in the dialect's form."""
         route, name = _route(request.path)
         dialect = ANTHROPIC if route.startswith("/messages") else TURNS.get(route, CHAT)
+        self._sent.pop(request.protocol, None)  # who asks again has read the last answer
         try:
             if "origin" in request.headers:
                 raise Refusal("a web page may not use the gateway", status=403, code="forbidden")
@@ -213,6 +214,7 @@ class GatewayServer:
         self, request: web.BaseRequest, dialect: ApiDialect, session: GatewaySession
     ) -> web.StreamResponse:
         asked = dialect.read(await _body(request))
+        _check_json(asked)
         client = {name: request.headers[name] for name in HINTS if name in request.headers}
         is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("0", "")
         answering = session.begin(asked, dialect, client, is_retry=is_retry)
@@ -389,6 +391,14 @@ async def _body(request: web.BaseRequest) -> bytes:
                 raise too_large
             parts.append(part)
     return b"".join(parts)
+
+
+def _check_json(asked: TurnRequest) -> None:
+    """Raises Refusal if the journal could not hold the request: it is written after the sampling.
+
+    The messages are texts alone.
+    """
+    json_text([asked.asked, asked.tools])
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:

@@ -185,6 +185,8 @@ class GatewaySession:
             raise Refusal(str(error), code="no_tools") from error
 
     async def _again(self, turn: SessionTurn) -> SessionTurn:
+        if self.closed:
+            raise self.closed
         self._write_missing()
         return turn
 
@@ -215,6 +217,14 @@ class GatewaySession:
                 f"this session has {self.max_branches} branches: "
                 "the client does not replay history",
                 code="too_many_branches",
+            )
+        sampled = sum(not answering.task.done() for answering in self.answering)
+        if settings.max_turns is not None and len(self.turns) + sampled >= settings.max_turns:
+            raise Refusal(
+                f"the session's last turns of {settings.max_turns} are being sampled",
+                status=503,
+                code="busy",
+                retry_after_s=RETRY_AFTER_S,
             )
         free = settings.max_model_len - place.prompt_length
         if free <= 0:

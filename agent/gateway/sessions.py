@@ -209,13 +209,22 @@ class GatewaySessions:
         self.folder.append_journal(line_of("end", session.name))
 
     async def close(self) -> None:
-        """Keeps the sessions that did not end as unfinished; a resume goes on with them."""
+        """Keeps the sessions that did not end as unfinished; a resume goes on with them.
+
+        One that cannot be kept does not keep the others out; its error is raised at the end.
+        """
         why = Refusal(
             "the gateway is stopping", status=503, code="stopping", retry_after_s=RETRY_AFTER_S
         )
+        failures: list[Exception] = []
         for session in self.live:
-            await self._close(session, why)
-            self.folder.append_unfinished(trajectory_of_session(session))
+            try:
+                await self._close(session, why)
+                self.folder.append_unfinished(trajectory_of_session(session))
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     # ------------------------------------------------------------------ after a kill
 

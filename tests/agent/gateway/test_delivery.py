@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,24 @@ def _whole_answer(client: socket.socket) -> bytes:
         if line.startswith(b"content-length")
     )
     return found + _read_exactly(client, length - len(body))
+
+
+def test_who_asks_again_on_the_connection_has_read_the_last_answer(
+    gateway: Gateway, engine: Obedient
+) -> None:
+    program = Program.of(gateway)
+    with connected(program) as client:
+        client.sendall(raw_request(program, "chat", body_of("chat", "say x")))
+        _whole_answer(client)
+        client.sendall(raw_request(program, "chat", body_of("chat", "say wait")))
+        _until(lambda: engine.asked == 2)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    engine.gate.set()
+    _until(lambda: _health(gateway)["in_flight"] == 0)
+    program.say("say x")
+    assert engine.asked == 3  # another sample
+    assert told("chat", program.say("say wait")) == "wait"
+    assert engine.asked == 3  # this one was lost
 
 
 def test_a_client_that_goes_while_the_engine_works_finds_its_turn(

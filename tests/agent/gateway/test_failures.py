@@ -4,6 +4,7 @@ and that a session goes on afterwards where it can.
 
 from __future__ import annotations
 
+import json
 import resource
 import socket
 from collections.abc import Iterator
@@ -15,10 +16,15 @@ import pytest
 
 from agent.errors import AgentError
 from agent.gateway import Gateway
-from agent.gateway.request import MAX_BODY_BYTES
+from agent.gateway.answer import AnsweredCall, json_bytes
+from agent.gateway.chat import CHAT
+from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest
+from agent.loop.tasks import Task
 from agent.model.base import base_model_dir
+from conversations.errors import RunFolderError
 from conversations.run.store import JOURNAL
 from conversations.template import ChatTemplate
+from conversations.trajectory import Trajectory
 from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
 from tests.agent.gateway.program import DIALECTS, PATHS, Program, body_of, problem, told
 from tests.helpers import fresh_tokenizer
@@ -99,6 +105,42 @@ def test_hostile_json_is_refused(gateway: Gateway, dialect: str, raw: bytes) -> 
         f"{gateway.url}{PATHS[dialect]}", content=raw, headers=program.headers, timeout=60
     )
     assert problem(dialect, answer)[0] == 400
+
+
+INFINITE = {
+    "asked": {"temperature": "N"},
+    "tools": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": "N"}}}]},
+    "arguments": {
+        "messages": [
+            {"role": "user", "content": "say x"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {"a": "N"}}}],
+            },
+            {"role": "tool", "tool_call_id": "c", "content": "x"},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+@pytest.mark.parametrize("place", INFINITE)
+def test_an_infinite_number_is_refused_before_the_turn(
+    gateway: Gateway, engine: Obedient, place: str, number: str
+) -> None:
+    program, asked = Program.of(gateway), engine.asked
+    body = json.dumps({**body_of("chat", "say x"), **INFINITE[place]}).replace('"N"', number)
+    answer = httpx.post(
+        f"{gateway.url}{PATHS['chat']}", content=body, headers=program.headers, timeout=60
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert engine.asked == asked
+    assert told("chat", program.say("say on")) == "on"
+
+
+def test_integers_of_any_size_are_answered() -> None:
+    call = AnsweredCall("c", "f", '{"a": 18446744073709551616}')
+    assert json.loads(json_bytes(call.object())) == {"a": 1 << 64}
 
 
 def test_half_characters_and_deep_values_are_not_hostile(gateway: Gateway) -> None:
@@ -277,6 +319,61 @@ def test_a_used_up_budget_is_400_and_the_stop_reason(
             assert (status, f"({reason})" in message) == (400, True)
         assert program.finish()["stop_reason"] == reason
     checked(tmp_path)
+
+
+def test_turns_that_are_being_sampled_count_as_turns(tmp_path: Path) -> None:
+    engine = Obedient()
+    config = gateway_config_of(**{"multi_turn.max_assistant_turns": 1})
+
+    async def ask_both() -> Refusal:
+        running = gateway.sessions.open(Task("parallel", []))[0]
+        first = running.begin(read("say wait"), CHAT, {})
+        with pytest.raises(Refusal) as refused:
+            running.begin(read("say more"), CHAT, {})
+        engine.gate.set()
+        await first.task
+        return refused.value
+
+    def read(said: str) -> TurnRequest:
+        return CHAT.read(json.dumps(body_of("chat", said)).encode())
+
+    with live(tmp_path, engine=engine, config=config) as gateway:
+        refused = gateway.session_loop.run(ask_both())
+    assert (refused.status, refused.code) == (503, "busy")
+    assert refused.retry_after_s
+
+
+def test_an_answer_is_not_given_again_after_the_end(tmp_path: Path) -> None:
+    async def ask_again() -> None:
+        running = gateway.sessions.open(Task("ends", []))[0]
+        request = CHAT.read(json.dumps(body_of("chat", "say x")).encode())
+        await running.begin(request, CHAT, {}).task
+        again = running.begin(request, CHAT, {}, is_retry=True)
+        await running.close(Refusal("it is over"))
+        with pytest.raises(Refusal, match="it is over"):
+            await again.task
+
+    with live(tmp_path, engine=Obedient()) as gateway:
+        gateway.session_loop.run(ask_again())
+
+
+def test_a_session_that_cannot_be_kept_does_not_keep_the_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def append(record: Trajectory) -> None:
+        tried.append(record.task_id)
+        raise RunFolderError("the disk is full")
+
+    with live(tmp_path, engine=Obedient()) as gateway:
+        for name in ("a", "b"):
+            Program.of(gateway, task_id=name)
+        with monkeypatch.context() as patched:
+            patched.setattr(gateway.folder, "append_unfinished", append)
+            with pytest.raises(RunFolderError):
+                gateway.session_loop.run(gateway.sessions.close())
+    assert tried == ["a", "b"]
 
 
 def test_a_deadline_ends_a_turn_that_is_being_sampled(tmp_path: Path) -> None:
