@@ -5,8 +5,8 @@ prompt ids, the sampled ids and the log-probs. `extra.turntrace` holds the rest:
 (segments, mask, rewards, ...), of a step (the message's own keys), of a call (its ledger line, the
 text of a malformed call).
 
-Invariant: `record_of(document(record)) == record`, with the hash and the order of keys in messages
-and tools. A message's own keys stand in `extra` in order, null where ATIF has the value.
+Invariant: `upgraded(record_of(document(record))) == record`, with the hash and the order of keys in
+messages and tools. A message's own keys stand in `extra` in order, null where ATIF has the value.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FORMATS = (
     "verl-rl, verl-sft, dataproto, trl-sft, trl-preference, openrlhf-sft, openrlhf-prompts, "
-    "openrlhf-preference, sharegpt, openai, atif, rows, parquet"
+    "openrlhf-preference, sharegpt, atif, openai, rows, parquet"
 )
 PASS_REWARD_HELP = "A sample passes with at least this reward."
 

@@ -30,6 +30,7 @@ from conversations.export.text import TextView
 from conversations.export.writers import arrow_schema, fitted, merged, shape_of
 from conversations.run.open_run import Run, open_run
 from conversations.trajectory import INVALID_STATUSES
+from conversations.upgrade import upgraded
 from tests.conversations.exports import exported, small_run
 from tests.conversations.pages import changed_run
 from tests.conversations.templates import LLAMA3
@@ -500,5 +501,5 @@ def test_half_a_surrogate_pair_ends_no_export(half_a_pair: Run, tmp_path: Path, 
 def test_atif_keeps_half_a_surrogate_pair(half_a_pair: Run, tmp_path: Path) -> None:
     job.export_run(half_a_pair, "atif", tmp_path / "out")
     lines = (tmp_path / "out" / "trajectories.jsonl").read_text().splitlines()
-    first = atif.record_of(json.loads(lines[0]))
+    first = upgraded(atif.record_of(json.loads(lines[0])))
     assert first == half_a_pair.record(first["id"])

@@ -14,6 +14,7 @@ import conversations
 from conversations.atif import document, record_of
 from conversations.errors import RecordError
 from conversations.imports.job import import_run
+from conversations.upgrade import upgraded
 from conversations.verify import verify_run
 from tests.conversations.exports import exported, small_run
 
@@ -49,7 +50,7 @@ def test_the_atif_package_accepts_every_document() -> None:
 
 def test_a_record_comes_back_as_it_was() -> None:
     for record in records():
-        assert record_of(json.loads(json.dumps(document(record)))) == record
+        assert upgraded(record_of(json.loads(json.dumps(document(record))))) == record
 
 
 def test_given_assistants_unasked_tools_and_odd_arguments_come_back() -> None:
@@ -80,7 +81,7 @@ def test_given_assistants_unasked_tools_and_odd_arguments_come_back() -> None:
             "tool_calls": [{"type": "function", "function": {"name": "g", "arguments": "oops"}}],
         },
     ]
-    back = record_of(json.loads(json.dumps(document(record))))
+    back = upgraded(record_of(json.loads(json.dumps(document(record)))))
     assert back == record
     assert json.dumps(back["messages"]) == json.dumps(record["messages"]), (
         "with the keys in the same order"

@@ -14,6 +14,7 @@ from conversations.export.groups import Statistics
 from conversations.export.job import export_run
 from conversations.run.open_run import open_run
 from conversations.trajectory import BRANCH_REASONS, Trajectory
+from conversations.upgrade import upgraded
 from tests.conversations.session.sessions import session_run
 from tests.helpers import hermes_template
 
@@ -74,7 +75,7 @@ def test_whole_records_keep_their_branches(run: Path, record: Trajectory, tmp_pa
     assert len(json.loads(row["branches"])) == len(record.branches)
     assert row["turns"][0]["response_id"] == record.turns[0].response_id
     line = next(open_run(run).records())
-    assert {"images": [], **record_of(json.loads(json.dumps(document(line))))} == line
+    assert upgraded(record_of(json.loads(json.dumps(document(line))))) == line
 
 
 def test_statistics_count_the_branches(record: Trajectory, run: Path) -> None:
