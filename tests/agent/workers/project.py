@@ -55,8 +55,8 @@ def write_project(folder: Path, questions: Sequence[str], *, turns: int = 2) -> 
     (folder / "pids").mkdir(parents=True)
     rows = [{"id": f"t{index}", "prompt": f"q:{text}"} for index, text in enumerate(questions)]
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "looking_up.py").write_text(TOOL)
-    (folder / "tools.yaml").write_text("tools:\n  - function: looking_up:look\n")
+    (folder / "look_in_workers.py").write_text(TOOL)
+    (folder / "tools.yaml").write_text("tools:\n  - function: look_in_workers:look\n")
     (folder / "config.yaml").write_text(CONFIG)
     asyncio.run(_record(folder, turns))
     return folder
