@@ -20,7 +20,7 @@ from agent.gateway.request import (
     conversation,
     function_schema,
     given_assistant,
-    json_text,
+    strict_json,
     positive,
     read_body,
     refuse_schema,
@@ -155,7 +155,7 @@ def _text(blocks: Sequence[_Block], where: str) -> str:
 
 
 def _json(arguments: object) -> str:
-    return json_text(arguments if isinstance(arguments, dict) else {})
+    return strict_json(arguments if isinstance(arguments, dict) else {})
 
 
 # ---------------------------------------------------------------------- answers

@@ -23,7 +23,7 @@ from agent.gateway.request import (
     conversation,
     function_schema,
     given_assistant,
-    json_text,
+    strict_json,
     positive,
     read_body,
     refuse_schema,
@@ -169,7 +169,7 @@ def _call(given: _Call, where: str) -> dict[str, Any]:
     if not given.function:
         raise Refusal(f"{where}.function: is missing", field=where)
     arguments = given.function.arguments
-    text = json_text(arguments) if isinstance(arguments, dict) else arguments or ""
+    text = strict_json(arguments) if isinstance(arguments, dict) else arguments or ""
     return call_entry(given.id, given.function.name, text)
 
 

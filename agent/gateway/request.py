@@ -212,7 +212,7 @@ def text_call(call_id: str, name: str, text: str) -> dict[str, Any]:
     return call_entry(call_id, name, orjson.dumps({"input": text}).decode())
 
 
-def json_text(value: object) -> str:
+def strict_json(value: object) -> str:
     """What a client sent as JSON, as JSON. Raises Refusal if it has none: 1e999 is infinite."""
     try:
         return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))

@@ -24,7 +24,7 @@ from agent.gateway.anthropic import ANTHROPIC
 from agent.gateway.chat import CHAT
 from agent.gateway.dialect import ApiDialect
 from agent.gateway.health import LoopLag, health
-from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest, json_text
+from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest, strict_json
 from agent.gateway.responses import RESPONSES
 from agent.gateway.session import GatewaySession, not_written
 from agent.gateway.sessions import GatewaySessions
@@ -398,7 +398,7 @@ def _check_json(asked: TurnRequest) -> None:
 
     The messages are texts alone.
     """
-    json_text([asked.asked, asked.tools])
+    strict_json([asked.asked, asked.tools])
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:
