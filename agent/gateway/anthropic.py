@@ -20,10 +20,10 @@ from agent.gateway.request import (
     conversation,
     function_schema,
     given_assistant,
-    strict_json,
     positive,
     read_body,
     refuse_schema,
+    strict_json,
     unsupported,
 )
 from conversations.messages import Message
