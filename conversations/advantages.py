@@ -12,18 +12,17 @@ changed: a line whose `sha256` is not its record's is out of date.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from conversations.errors import RunFolderError
+from conversations.run.beside import line_beside, read_beside, write_beside
 from conversations.run.open_run import Run
-from conversations.run.whole_file import write_whole
 
 ADVANTAGES = "advantages.jsonl"
 EPSILON = 1e-6
@@ -99,7 +98,7 @@ def compute(run: Run, estimator: str, group_size: int | None = None) -> tuple[Gr
         "without_spread": counts.without_spread,
     }
     lines = (_line(name, sha256, values.get(name)) for name, sha256 in hashes.items())
-    return counts, _write(run.path, head, lines)
+    return counts, write_beside(run.path / ADVANTAGES, head, lines)
 
 
 def _rewards(run: Run) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:
@@ -142,20 +141,7 @@ def _add_group(
 
 
 def _line(name: str, sha256: str, value: float | None) -> bytes:
-    line = {"id": name, "sha256": sha256, "advantage": value}
-    return json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-def _write(folder: Path, head: Mapping[str, Any], lines: Iterator[bytes]) -> Path:
-    file = folder / ADVANTAGES
-    if file.with_name(f"{ADVANTAGES}.new").is_symlink():  # the folder may come from anybody
-        raise RunFolderError(f"{file}.new is a link; remove it")
-    first = json.dumps(head, allow_nan=False).encode() + b"\n"
-    try:
-        write_whole(file, (part for parts in ((first,), lines) for part in parts))
-    except OSError as error:
-        raise RunFolderError(f"{file} cannot be written: {error.strerror}") from error
-    return file
+    return line_beside({"id": name, "sha256": sha256, "advantage": value})
 
 
 class SavedAdvantages:
@@ -172,9 +158,9 @@ class SavedAdvantages:
         if not file.is_file():
             return
         with file.open("rb") as lines:
-            self.head = _parsed(next(lines, b""))
+            self.head = read_beside(next(lines, b""))
             for line in lines:
-                found = _parsed(line)
+                found = read_beside(line)
                 value = _finite(found.get("advantage"))
                 if value is not None:
                     self._values[str(found.get("id")), str(found.get("sha256"))] = value
@@ -182,14 +168,6 @@ class SavedAdvantages:
     def of(self, record: Mapping[str, Any]) -> float | None:
         """A record's advantage; None if it has none, or one of another state of it."""
         return self._values.get((str(record["id"]), str(record["sha256"])))
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _finite(value: Any) -> float | None:

@@ -18,9 +18,7 @@ FOLDERs hold unpacked packages: `pip download --no-deps --no-binary :all: PACKAG
 A template is accepted if a run with tools may start. Accepted ones are shown random histories, odd
 texts and random calls in them: the tool delta must be what the template itself writes there, and
 the proven format must read the written calls back. One that fails is accepted wrongly; then, and if
-anything is raised that is no refusal, the exit code is 1. Counted apart: a written call that the
-format shows as malformed (no run takes it for another call, and the model is answered), and what
-`LOSSY` explains.
+anything is raised that is no refusal, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -52,11 +50,6 @@ from tests.conversations.shipped_templates import control_tokens
 from tests.helpers import fresh_tokenizer, npm_models, odd_text
 
 Row = dict[str, Any]
-MALFORMED = " finds malformed: "
-LOSSY = {
-    "lfm2": "LFM2.5's older templates do not escape strings; the newer ones do, and so it is read",
-}
-"""Formats of which some templates lose values that the format itself can write, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +61,6 @@ class Outcome:
     reason: str = ""
     right: int = 0
     refused: int = 0
-    lossy: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
 
 
@@ -89,15 +81,11 @@ def main() -> int:
         counts[outcome.kind] += 1
         counts["histories right"] += outcome.right
         counts["histories wrong"] += len(outcome.wrong)
-        counts["histories written with loss"] += len(outcome.lossy)
         counts["accepted wrongly"] += bool(outcome.wrong)
-        tried = (
-            f"{outcome.right} right, {len(outcome.wrong)} wrong, {len(outcome.lossy)} with loss, "
-            f"{outcome.refused} refused"
-        )
+        tried = f"{outcome.right} right, {len(outcome.wrong)} wrong, {outcome.refused} refused"
         cells = (row["sources"][0], outcome.kind, outcome.form or "-", tried, outcome.reason)
         print(" | ".join(cells).replace("\n", " "), flush=True)
-        for reason in (*outcome.wrong[:1], *outcome.lossy[:1]):
+        for reason in outcome.wrong[:1]:
             print(f"    {reason}")
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     return min(counts["accepted wrongly"] + counts["crash"], 1)
@@ -178,10 +166,8 @@ def outcome_of(row: Row, texts: dict[str, str], histories: int) -> Outcome:
     form = f"{report.name}, {report.how}"
     tried = Tried(template, str(report.name), report.how == BY_CALLS)
     tries = [tried.history(f"{row['sources'][0]} {seed}") for seed in range(histories)]
-    failed = [reason for reason in tries if reason]
-    lossy = tuple(each for each in failed if MALFORMED in each or report.name in LOSSY)
-    wrong = tuple(each for each in failed if each not in lossy)
-    return Outcome("accepted", form, "", tries.count(""), tries.count(None), lossy, wrong)
+    wrong = tuple(reason for reason in tries if reason)
+    return Outcome("accepted", form, "", tries.count(""), tries.count(None), wrong)
 
 
 class Tried:

@@ -22,7 +22,7 @@ from typing import Any
 from conversations.formats.format import CallFormat, ParameterTypes
 from conversations.messages import ToolCall
 
-_STRING = 'a "quoted" back\\slash,\n  an indented line, <b>&amp; é漢🙂'
+_STRING = 'a "quoted" back\\slash, it\'s C:\\new,\n  an indented line, <b>&amp; é漢🙂'
 
 PROBE_PARAMETERS: dict[str, dict[str, Any]] = {
     "look_up": {

@@ -11,14 +11,12 @@ line whose `sha256` is not its record's is out of date.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversations.errors import RunFolderError
-from conversations.run.whole_file import write_whole
+from conversations.run.beside import line_beside, read_beside, write_beside
 
 SCORES = "scores.jsonl"
 DIGITS = 6
@@ -28,21 +26,12 @@ DIGITS = 6
 def score_line(record_id: str, sha256: str, differences: Sequence[float | None]) -> bytes:
     """A trajectory's line, with its newline."""
     rounded = [None if value is None else round(value, DIGITS) for value in differences]
-    line = {"id": record_id, "sha256": sha256, "differences": rounded}
-    return json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    return line_beside({"id": record_id, "sha256": sha256, "differences": rounded})
 
 
 def write_scores(folder: Path, summary: Mapping[str, Any], lines: Iterable[bytes]) -> Path:
     """Writes the file, whole or not at all, and returns its path. Raises RunFolderError."""
-    file = folder / SCORES
-    if file.with_name(f"{SCORES}.new").is_symlink():  # the folder may come from anybody
-        raise RunFolderError(f"{file}.new is a link; remove it")
-    head = json.dumps(summary, allow_nan=False).encode() + b"\n"
-    try:
-        write_whole(file, (part for parts in ((head,), lines) for part in parts))
-    except OSError as error:
-        raise RunFolderError(f"{file} cannot be written: {error.strerror}") from error
-    return file
+    return write_beside(folder / SCORES, summary, lines)
 
 
 class SavedScores:
@@ -59,7 +48,7 @@ class SavedScores:
         place = 0
         with self._file.open("rb") as lines:
             for line in lines:
-                found = _parsed(line)
+                found = read_beside(line)
                 if isinstance(found.get("id"), str) and isinstance(found.get("sha256"), str):
                     self._places[found["id"], found["sha256"]] = place
                 place += len(line)
@@ -71,18 +60,10 @@ class SavedScores:
             return None
         with self._file.open("rb") as lines:
             lines.seek(place)
-            found = _parsed(lines.readline()).get("differences")
+            found = read_beside(lines.readline()).get("differences")
         if not isinstance(found, list) or len(found) != len(record["response_ids"]):
             return None
         return found if all(map(_is_difference, found)) else None
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _is_difference(value: Any) -> bool:
