@@ -13,9 +13,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from agent.engines.engine import Generation
+from agent.engines.evidence import Evidence, EvidenceRequest
 from agent.engines.servers import SGLangServerEngine
 from agent.loop.batch import run_conversations, run_tasks
 from agent.loop.compaction import REQUEST, ContextSettings
@@ -37,6 +40,7 @@ from tests import virtual_time
 from tests.agent.native_api import Server, serving
 from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
 from tests.helpers import logprobs
+from tests.vision import vision_template
 
 COMPACT_AT = 240
 """Tokens; more than a prompt with a summary, less than one with the first answer."""
@@ -62,6 +66,20 @@ async def run_in(world: World, runtime: Runtime, store: RunFolder, **options: An
 def in_virtual_time(run: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[World], None]:
     def feature(world: World) -> None:
         virtual_time.run(run(world))
+
+    return feature
+
+
+def in_real_time(run: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[World], None]:
+    """For what waits for threads or sockets, which virtual time does not know."""
+
+    def feature(world: World) -> None:
+        async def whole() -> None:
+            await run(world)
+            if world.with_user:
+                User.last.let_go.set()  # asyncio.run waits for every task
+
+        asyncio.run(whole())
 
     return feature
 
@@ -99,6 +117,49 @@ async def compacted(world: World) -> None:
             world, replace(runtime, settings=replace(runtime.settings, context=context)), store
         )
         store.close({})
+
+
+class Witness(Model):
+    """Tells the two likeliest tokens of each place to whoever asks."""
+
+    async def generate(self, *args: Any, **given: Any) -> Generation:
+        made = await super().generate(*args, **given)
+        asked, ids = given["evidence"], np.array(made.token_ids, np.int32)
+        assert asked.top_logprobs == 2
+        values = np.array(made.logprobs, np.float32)
+        return replace(
+            made,
+            evidence=Evidence(
+                top_ids=np.stack([ids, ids + 1], axis=1),
+                top_logprobs=np.stack([values, values - 1], axis=1),
+            ),
+        )
+
+
+@in_real_time
+async def with_evidence(world: World) -> None:
+    """Top-k log-probs beside the run; `verify` checks them."""
+    given = world.model()
+    model = Witness(world.template, world.script, dies=given.dies)
+    runtime = world.runtime(model)
+    settings = replace(runtime.settings, evidence=EvidenceRequest(top_logprobs=2))
+    with open_store(world) as store:
+        await run_in(world, replace(runtime, settings=settings), store)
+        store.close({})
+    assert len(list(world.out.glob("evidence/*.safetensors"))) == 1
+
+
+@in_real_time
+async def with_images(world: World) -> None:
+    """A model that sees: an image in the task, one in each answer of the tool."""
+    seeing = replace(world, template=vision_template("qwen2_5_vl", "hermes"))
+    seeing.write_files()
+    model = seeing.model()
+    with open_store(seeing) as store:
+        await run_in(seeing, seeing.runtime(model), store)
+        store.close({})
+    assert [len(given["images"]) for given in model.given[:2]] == [1, 2]
+    assert len(list(world.out.glob("images/*.png"))) == 1  # all are the same one
 
 
 @in_virtual_time
@@ -212,16 +273,12 @@ async def two_servers(world: World) -> AsyncIterator[SGLangServerEngine]:
             await engine.close()
 
 
-def failed_over(world: World) -> None:
-    async def run() -> None:
-        async with two_servers(world) as engine:
-            with open_store(world) as store:
-                await run_in(world, world.runtime(engine), store)
-                store.close({})
-        if world.with_user:
-            User.last.let_go.set()  # asyncio.run waits for every task
-
-    asyncio.run(run())
+@in_real_time
+async def failed_over(world: World) -> None:
+    async with two_servers(world) as engine:
+        with open_store(world) as store:
+            await run_in(world, world.runtime(engine), store)
+            store.close({})
 
 
 # ---------------------------------------------------------------------- trainers
@@ -257,7 +314,6 @@ async def verl_agent_loop(world: World) -> None:
 
 def verl_batch(world: World) -> None:
     """A batch of a verl 0.6.1 trainer, saved as a run folder."""
-    import numpy as np
     from verl.workers.config import RolloutConfig
     from verl.workers.config.rollout import MultiTurnConfig
 
@@ -354,6 +410,8 @@ def forked(world: World) -> None:
 FEATURES: dict[str, Callable[[World], None]] = {
     "plain": plain,
     "branches": compacted,
+    "evidence": with_evidence,
+    "images": with_images,
     "tracing": traced,
     "resume": resumed,
     "stop after": stopped_after,

@@ -23,6 +23,7 @@ from agent.scoring.work import score_run
 from conversations.branches import sequences
 from conversations.errors import ExportError
 from conversations.export import formats, job
+from conversations.images.reading import ImageLimits, picture_of
 from conversations.open_run import open_run
 from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate
@@ -31,7 +32,7 @@ from conversations.verify import verify_run
 from tests import virtual_time
 from tests.conversations.shipped_templates import trl_template
 from tests.crossings.features import FEATURES, IMPOSSIBLE, open_store
-from tests.crossings.world import FAULTS, SCRIPTS, USER_REWARDS, Fault, World
+from tests.crossings.world import FAULTS, SCRIPTS, USER_REWARDS, Fault, World, picture
 
 CELLS = [
     pytest.param(
@@ -44,7 +45,8 @@ CELLS = [
 ]
 """Every pair of a feature and a fault; every other one has a user."""
 
-_IN_ANY_FORMAT = [name for name in FEATURES if name != "branches"]  # its limits are hermes' lengths
+_IN_ANY_FORMAT = [name for name in FEATURES if name not in ("branches", "images")]
+"""The limits of branches are hermes' lengths; images have a template of their own."""
 FORMAT_CELLS = [
     pytest.param(name, feature, fault, id=f"{name}-{feature}-{fault}")
     for row, name in enumerate(SCRIPTS)
@@ -109,6 +111,7 @@ def all_records(
     plain.write_files()
     FEATURES["plain"](plain)
     with open_store(world) as store:
+        store.image_store().put(picture_of(picture(), ImageLimits()).png)
         for number, record in enumerate([*kept, *(8 * list(finished(plain.out)))]):
             store.append(replace(record, id=f"t{number}-0", task_id=f"t{number}"))
         store.close({})

@@ -19,6 +19,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
 from agent.interactions import load_interactions
 from agent.loop.calls import Dispatcher
+from agent.loop.images import ImageReader
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task, row_task
 from conversations.errors import TemplateError
@@ -137,6 +138,8 @@ class Model:
         self.waits_at = waits_at
         self.waiting = asyncio.Event()
         self.let_go = asyncio.Event()
+        self.given: list[dict[str, Any]] = []
+        """What else each request held: `evidence` and `images`."""
 
     def describe(self) -> dict[str, Any]:
         return {"name": "crossing"}
@@ -149,9 +152,10 @@ class Model:
         return number, [*self.template.encode(self.script.turns[number]), *end]
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str, **given: Any
     ) -> Generation:
         number, ids = self.turn(prompt_ids)
+        self.given.append({**given, "images": list(given.get("images", ()))})
         await asyncio.sleep(0)
         if self.dies and number == DIES_AT:
             raise EngineError("the engine answered with status 503")
@@ -173,7 +177,7 @@ class Desk(BaseTool):
     `last` is the one that was made last.
     """
 
-    config_keys = frozenset({"behaviour"})
+    config_keys = frozenset({"behaviour", "shows"})
     last: ClassVar[Desk]
 
     def __init__(self, config: dict[str, Any], tool_schema: dict[str, Any]) -> None:
@@ -192,7 +196,8 @@ class Desk(BaseTool):
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
         if parameters["step"] == 1:
             await self._misbehave(self.config.get("behaviour", "answers"))
-        return ToolResponse(f"step {parameters['step']} done"), 0.25, {}
+        text = f"step {parameters['step']} done"
+        return ToolResponse(text, image=[picture()] if self.config.get("shows") else None), 0.25, {}
 
     async def calc_reward(self, instance_id: str, **kwargs: Any) -> float:
         return 1.0
@@ -207,6 +212,12 @@ class Desk(BaseTool):
         if behaviour == "hangs":
             self.hanging.set()
             await asyncio.Event().wait()
+
+
+def picture() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (64, 48), (200, 30, 30))
 
 
 class User:
@@ -260,7 +271,7 @@ class RefusingTemplate(ChatTemplate):
     """Refuses the messages that follow the second turn."""
 
     def delta(self, messages: Sequence[Message], kind: str = "tool", **where: Any) -> Delta:
-        if any("step 1" in message["content"] for message in messages):
+        if any("step 1" in str(message["content"]) for message in messages):
             raise TemplateError("the chat template refuses these messages")
         return super().delta(messages, kind, **where)
 
@@ -279,6 +290,11 @@ class World:
     script: Script = HERMES
 
     @property
+    def sees(self) -> bool:
+        """The model sees images: the task has one, and so has each answer of the tool."""
+        return self.template.images is not None
+
+    @property
     def out(self) -> Path:
         return self.folder / "run"
 
@@ -292,24 +308,37 @@ class World:
 
     def write_files(self) -> None:
         """tools.yaml and interactions.yaml, the fault in their config."""
-        self.tools_path.write_text(TOOLS.format(behaviour=self.fault.tool))
+        shows = str(self.sees).lower()
+        self.tools_path.write_text(TOOLS.format(behaviour=self.fault.tool, shows=shows))
         self.users_path.write_text(USERS.format(behaviour=self.fault.user or "asks"))
 
     def tasks(self, *questions: str) -> list[Task]:
         kwargs = {"interaction_kwargs": {"name": "user"}} if self.with_user else {}
         rows = [{"prompt": text, "extra_info": kwargs} for text in questions or (QUESTION,)]
+        if self.sees:
+            rows = [
+                {**row, "prompt": f"<image>{row['prompt']}", "images": [picture()]} for row in rows
+            ]
         return [row_task(row, f"t{i}") for i, row in enumerate(rows)]
 
     def runtime(self, engine: Any) -> Runtime:
         tools = load_tools(self.tools_path)
         template = self.template
         if self.fault.refuses:
-            template = RefusingTemplate(template.tokenizer)
+            template = RefusingTemplate(template.tokenizer, images=template.images)
+        reader = ImageReader(template.images) if template.images else None
         made = Runtime(
             engine,
             template,
             settings(**LIMITS, deadline_s=self.fault.deadline_s),
-            Dispatcher(tools, max_parallel_calls=16, shorten=lambda text: None),
+            Dispatcher(
+                tools,
+                max_parallel_calls=16,
+                shorten=lambda text: None,
+                images=reader,
+                placeholder=template.holds_placeholder,
+            ),
+            images=reader,
         )
         users = load_interactions(self.users_path) if self.with_user else None
         return replace(made, interactions=users)
@@ -326,6 +355,7 @@ class World:
             "config": {"model_path": "smollm2-base", "rollout": rollout},
             "tools": self.tools_path.read_text(),
             "call_format": self.template.format_entry(),
+            "image_processor": self.template.images.as_json() if self.template.images else None,
             "n": 1,
             "parent": None,
         }
@@ -333,7 +363,7 @@ class World:
 
 TOOLS = """
 - class_path: tests.crossings.world.Desk
-  config: {{behaviour: {behaviour}}}
+  config: {{behaviour: {behaviour}, shows: {shows}}}
   tool_schema:
     type: function
     function:

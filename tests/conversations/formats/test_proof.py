@@ -150,3 +150,18 @@ def test_calls_that_lose_values_are_refused_by_name() -> None:
     report = choose_format(FORMATS, written(lambda name, arguments: turn.format(name)))
     assert (report.name, report.is_proven) == (None, False)
     assert "MiniMax-M3" in report.problem
+
+
+def test_texts_that_are_not_escaped_are_refused() -> None:
+    """As LFM2.5's older templates write them: a quote or a backslash in a text changes the call."""
+
+    def unescaped(name: str, arguments: dict[str, object]) -> str:
+        values = [
+            f"{key}='{value}'" if isinstance(value, str) else f"{key}={json.dumps(value)}"
+            for key, value in arguments.items()
+        ]
+        return f"<|tool_call_start|>[{name}({', '.join(values)})]<|tool_call_end|>"
+
+    report = choose_format(FORMATS, written(unescaped))
+    assert (report.name, report.is_proven) == (None, False)
+    assert "lfm2" in report.problem

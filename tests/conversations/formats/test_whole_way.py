@@ -48,7 +48,7 @@ SHIPPED = {
     "glm4moe": "glm45",
     "gptoss": "gpt_oss",
     "gemma4_v2": "gemma4",
-    "lfm2_2_5": "lfm2",
+    "lfm2_v2": "lfm2",
     "llama3_1": "llama3_json",
 }
 """Templates that TRL ships, and the format that each writes."""
