@@ -17,12 +17,12 @@ SEED ?= 7
 GSM8K ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint train
+.PHONY: help demo test test-stacks bench lint train
 .DELETE_ON_ERROR:
 
 help: ## Say what each target does
 	@echo "make TARGET, on Linux with Python 3.11, 3.12 or 3.13 (make PYTHON=python3.12 TARGET chooses one):"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 demo: $(RUN) ## Run generated math problems through the embedded model with real tools; trajectories in runs/demo
 	@if [ -e runs/demo ] && [ ! -e runs/.demo-made-here ]; then \
@@ -33,8 +33,14 @@ demo: $(RUN) ## Run generated math problems through the embedded model with real
 	@$(BIN)/turntrace run runs/demo-tasks.jsonl --tools gsm8k --out runs/demo
 	@echo "look at it: $(BIN)/turntrace view runs/demo    prove it: $(BIN)/turntrace verify runs/demo"
 
-test: $(DEV) ## Run all tests, real engine and real sandbox included, two files at a time (ARGS="-k loop" passes arguments to pytest)
-	@$(if $(ARGS),,$(BIN)/python -m tests.agent.overlay &) $(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+TEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
+test: $(DEV) ## Run the tests, real engine and real sandbox included, two files at a time (ARGS="-k loop" passes arguments to pytest)
+	@$(TEST) $(ARGS)
+
+test-stacks: $(DEV) ## Run the tests of other stacks: another SGLang, verl 0.8 and 0.9, clients of the gateway, each in an environment of its own
+	@$(BIN)/python -m tests.agent.overlay
+	@$(TEST) -m stack $(ARGS)
 
 bench: $(DEV) ## Print the budgets, ours beside verl's own loop, and write benchmarks.json
 	@$(BIN)/python -m tests.bench $(ARGS)

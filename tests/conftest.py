@@ -38,7 +38,6 @@ and few engines run at once.
 
 SLOW_FILES = (
     "tests/agent/trainers/test_trainer.py",
-    "tests/agent/trainers/test_verl_agent_loop.py",
     "tests/agent/model/test_adapter.py",
     "tests/crossings/test_crossings.py",
     "tests/conversations/formats/test_whole_way.py",

@@ -3,8 +3,8 @@
 One folder of `.cache/overlays` for each requirements file, named by its content and the Python,
 installed once. It stands first on PYTHONPATH; everything that is not in it comes from the
 environment of the tests. For SGLang 0.5.23 that is 430 MB, 20 s and 6 s of CPU: what is imported
-is compiled then, not the rest. `make test` starts `python -m tests.agent.overlay` beside the tests,
-which installs those that it needs while other tests run.
+is compiled then, not the rest. `make test-stacks` installs all of them first, with
+`python -m tests.agent.overlay`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ NEEDED = (
     ROOT / "tests" / "agent" / "engines" / "sglang-0.5.23.txt",
     ROOT / "tests" / "agent" / "verl09" / "verl-0.9.1.txt",
     ROOT / "tests" / "agent" / "verl09" / "verl-0.8.0.txt",
+    ROOT / "tests" / "agent" / "gateway" / "clients.txt",
 )
-"""The requirements of `make test`, in the order in which it comes to them."""
+"""The requirements of `make test-stacks`."""
 
 
 def variables(requirements: Path) -> dict[str, str]:

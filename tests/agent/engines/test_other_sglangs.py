@@ -2,9 +2,9 @@
 
 A short set of `tests/agent/test_rollout.py` runs there: start, ids in and out, cache, abort,
 cancel, weights, release and resume, death of a child. The greedy ids and log-probs must be those of
-the default version to the last digit. `make test` runs the newest version; all of them:
+the default version to the last digit. `make test-stacks` runs the newest version; all of them:
 
-    TURNTRACE_SGLANG=all make test ARGS="-n0 tests/agent/engines/test_other_sglangs.py"
+    TURNTRACE_SGLANG=all make test-stacks ARGS="-n0 tests/agent/engines/test_other_sglangs.py"
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SHORT_SET = (
 )
 
 
+@pytest.mark.stack
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="session")

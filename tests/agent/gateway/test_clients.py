@@ -19,6 +19,8 @@ from agent.gateway import Gateway
 from tests.agent.gateway.live import Plan, checked, hermes_call, live, then
 from tests.agent.overlay import variables
 
+pytestmark = pytest.mark.stack
+
 HERE = Path(__file__).parent
 LOOK = hermes_call("look", '{"question" :  "first \\u00e9 <b>" }')
 CLEAN = then(f" \n{LOOK}", f"{LOOK}\n{hermes_call('look', {'question': 'second'})}", "It is 42.\n")

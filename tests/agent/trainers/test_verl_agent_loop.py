@@ -13,7 +13,7 @@ import pytest
 from tests.agent import overlay
 from tests.helpers import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.stack, pytest.mark.slow]
 
 FOLDER = ROOT / "tests" / "agent" / "verl09"
 CASES = "tests/agent/verl09/cases.py"
