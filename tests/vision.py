@@ -107,7 +107,12 @@ def hf_processor(shape: str, text: str | None = None) -> Any:
     import transformers
 
     given = getattr(transformers, _CLASSES[shape])
-    without_videos = {"attributes": ["image_processor", "tokenizer"]}
+    without_videos: dict[str, Any] = {"attributes": ["image_processor", "tokenizer"]}
+    if hasattr(given, "get_attributes"):  # transformers 5 takes no None for the part for videos
+        checked = given.check_argument_for_proper_class
+        without_videos["check_argument_for_proper_class"] = lambda self, name, one: (
+            None if one is None else checked(self, name, one)
+        )
     tokenizer = vision_tokenizer(text or shape)
     made = type(given.__name__, (given,), without_videos)(hf_image_processor(shape), tokenizer)
     made.chat_template = tokenizer.chat_template

@@ -45,7 +45,7 @@ def _cpu_args(rollout: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "device": "cpu",
         "attention_backend": "torch_native",
-        "mm_attention_backend": None,
+        "mm_attention_backend": "sdpa",
         "sampling_backend": "pytorch",
         "disable_overlap_schedule": True,
         "disable_cuda_graph": True,

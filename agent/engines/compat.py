@@ -73,7 +73,7 @@ DIFFERENCES = (
     Difference(
         "ids beside images stay exact; 0.5.5 decodes and encodes them again",
         "0.5.14",
-        "pictures: 0.5.5's image processor is replaced, versions between are refused images",
+        "pictures: the image processor of 0.5.5 and 0.5.12 is replaced, others are refused images",
     ),
     Difference(
         "get_open_port and get_local_ip_auto left sglang.srt.utils, where verl 0.6.1 looks",

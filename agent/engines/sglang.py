@@ -114,9 +114,7 @@ class SGLangEngine:
         if isinstance(self._own_processor, OwnProcessor) or is_native():
             return ""
         version = self._description.get("sglang")
-        return (
-            f"images need SGLang 0.5.5, or 0.5.14 and newer, which keep ids exact; it is {version}"
-        )
+        return f"images need SGLang 0.5.5, 0.5.12, or 0.5.14 and newer; {version} would change ids"
 
     @property
     def _own_processor(self) -> Any:

@@ -6,6 +6,8 @@ an image, never kept in a record, and follow from the picture and the processor'
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +19,21 @@ from conversations.images.reading import Picture
 def slow_processor(processor: ImageProcessor) -> Any:
     """transformers' Qwen2VLImageProcessor, which needs Pillow and numpy alone (no torchvision).
 
-    The sizes are given explicitly: the class ignores `size` (4.57.1).
+    transformers 5 calls it Qwen2VLImageProcessorPil. The sizes are given explicitly: the class
+    ignores `size` (4.57.1).
     """
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-
+    image_processor = _without_torchvision()
     not_arguments = ("size", "image_processor_type", "processor_class", "image_processor")
     given = {key: value for key, value in processor.settings.items() if key not in not_arguments}
     given |= {"min_pixels": processor.min_pixels, "max_pixels": processor.max_pixels}
-    return Qwen2VLImageProcessor(**given)
+    return image_processor(**given)
+
+
+def _without_torchvision() -> Any:
+    module = "transformers.models.qwen2_vl.image_processing"
+    if importlib.util.find_spec(f"{module}_pil_qwen2_vl"):
+        return importlib.import_module(f"{module}_pil_qwen2_vl").Qwen2VLImageProcessorPil
+    return importlib.import_module(f"{module}_qwen2_vl").Qwen2VLImageProcessor
 
 
 def pixels_of(picture: Picture, image_processor: Any) -> dict[str, Any]:

@@ -26,7 +26,12 @@ SHAPES = {
     "Qwen3VLProcessor": "qwen3_vl",
 }
 """The processors whose images can be counted, and the shape of model that each belongs to."""
-IMAGE_PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast")
+IMAGE_PROCESSORS = (
+    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
+)
+"""The last is transformers 5's without torchvision."""
 FILES = ("preprocessor_config.json", "processor_config.json")
 """Where transformers 4 and 5 keep the settings, the later one under `image_processor`."""
 PLACEHOLDER, VIDEO = "<|image_pad|>", "<|video_pad|>"

@@ -223,7 +223,7 @@ def launch(model: Path, port: int, log: Path, **options: Any) -> Launched:
     environ = {
         **os.environ,
         **start_variables(cuda=False),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths()]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *guard_paths(), *_given_paths()]),
     }
     command = [
         sys.executable,
@@ -236,6 +236,11 @@ def launch(model: Path, port: int, log: Path, **options: Any) -> Launched:
             command, env=environ, stdout=output, stderr=output, start_new_session=True
         )
     return Launched(f"http://127.0.0.1:{port}", process)
+
+
+def _given_paths() -> list[str]:
+    """Of an environment of another version, if the tests run in one."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _arguments(given: dict[str, Any]) -> list[str]:

@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 
 from agent.engines.compat import DIFFERENCES, NEEDED, PROVEN, lacks, watchdogs
+from agent.engines.pictures import version_problem
 from tests.agent import overlay
+from tests.agent.engines import vision_case
 from tests.agent.test_rollout import SAMPLE_TO, greedy_sample
 from tests.helpers import ROOT
 
@@ -59,15 +61,40 @@ async def test_another_version_does_the_same(
     assert (theirs["ids"], theirs["logprobs"]) == (ours["ids"], ours["logprobs"])
 
 
+VISION_SET = (
+    "in_process and qwen3_vl",
+    "new_weights and qwen3_vl",
+    "over_http and qwen2_5_vl",
+)
+"""Of `vision_case.py`; all of it runs where all versions do."""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("version", CHOSEN)
+def test_another_version_sees_images_exactly(version: str) -> None:
+    """In process, and as a server where it can be given images at all."""
+    chosen = [] if CHOSEN == ALL else ["-k", " or ".join(f"({one})" for one in VISION_SET)]
+    is_served = not version_problem(version)
+    served = {vision_case.SERVED: "1"} if is_served else {}
+    done = run_there(version, "tests/agent/engines/vision_case.py", *chosen, **served)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    assert ("skipped" in done.stdout) == (not is_served)
+
+
 def run_short_set(version: str, sample: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     files = ["tests/agent/test_rollout.py", "tests/agent/engines/death_case.py"]
-    chosen = [*files, "-k", " or ".join(SHORT_SET)]
+    return run_there(version, *files, "-k", " or ".join(SHORT_SET), **{SAMPLE_TO: str(sample)})
+
+
+def run_there(version: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """pytest in the environment of a version."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     environment = overlay.variables(FOLDER / f"sglang-{version}.txt")
     return subprocess.run(
-        [*command, *chosen],
+        [*command, *arguments],
         cwd=ROOT,
-        env={**environment, SAMPLE_TO: str(sample)},
+        env={**environment, **variables},
         capture_output=True,
         text=True,
         timeout=600,

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.slow]
 
 FOLDER = ROOT / "tests" / "agent" / "verl09"
 CASES = "tests/agent/verl09/cases.py"
+IMAGES = "tests/agent/verl09/image_cases.py"
 TEMPLATES = "tests/conversations/test_template.py"
 WHERE_THE_TOKENIZER_COUNTS = (
     "not test_template.py or deltas_are_what or prompt_is_what or raw_is_the_tokenizers or end_and"
@@ -29,7 +30,7 @@ WHERE_THE_TOKENIZER_COUNTS = (
     ("version", "files"),
     [
         # With transformers 5.
-        ("0.9.1", [CASES, TEMPLATES, "-k", WHERE_THE_TOKENIZER_COUNTS]),
+        ("0.9.1", [CASES, IMAGES, TEMPLATES, "-k", WHERE_THE_TOKENIZER_COUNTS]),
         ("0.8.0", [CASES]),
     ],
 )

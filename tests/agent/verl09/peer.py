@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import pickle
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from verl.workers.rollout.replica import TokenOutput
 from agent.engines.engine import Generation, SamplingParams
 from conversations.template import ChatTemplate
 from tests.helpers import LOOK_SCHEMA
+from tests.vision import drawn
 
 VERSION = tuple(int(part) for part in verl.__version__.split(".")[:2])
 PROMPT, RESPONSE = 512, 512
@@ -83,10 +85,21 @@ class LookTool(BaseTool):  # type: ignore[misc]
         self.events.append(("release", str(self.calls[instance_id])))
 
 
+class PictureTool(LookTool):
+    """Answers with pictures of the sizes in the question, drawn from it."""
+
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float, dict[str, Any]]:
+        sizes = json.loads(parameters["question"])
+        images = [drawn(random.Random(str(size)), tuple(size)) for size in sizes]
+        return ToolResponse(text="Here.", image=images), 0.5, {}
+
+
 class Server:
     """One of a trainer's servers, as SGLang's or vLLM's answers.
 
-    `seen` holds (prompt ids, sampling params) of each request.
+    `seen` holds (prompt ids, sampling params) of each request, `media` its images and the like.
     """
 
     def __init__(
@@ -95,6 +108,7 @@ class Server:
         self._template, self._say = template, say
         self._backend, self._step = backend, step
         self.seen: list[tuple[list[int], dict[str, Any]]] = []
+        self.media: list[dict[str, Any]] = []
 
     async def generate(
         self,
@@ -104,7 +118,7 @@ class Server:
         sampling_params: dict[str, Any],
         **media: Any,
     ) -> TokenOutput:
-        assert not any(media.values())
+        self.media.append(media)
         self.seen.append((prompt_ids, dict(sampling_params)))
         await asyncio.sleep(0)
         said = self._say(self._template.decode(prompt_ids))
@@ -163,16 +177,22 @@ class _Actor:
 
 
 class Peers:
-    """Makes verl's workers on scripts. `folder` gets their model and config files."""
+    """Makes verl's workers on scripts. `folder` gets their model and config files.
 
-    def __init__(self, folder: Path, template: ChatTemplate) -> None:
+    `config` is the model's config.json, by default a text model's.
+    """
+
+    def __init__(
+        self, folder: Path, template: ChatTemplate, config: dict[str, Any] | None = None
+    ) -> None:
         self._folder = folder
         self._files = 0
         model = folder / "model"
         template.tokenizer.save_pretrained(model)
         (model / "config.json").write_text(
             json.dumps(
-                {
+                config
+                or {
                     "model_type": "qwen2",
                     "architectures": ["Qwen2ForCausalLM"],
                     "transformers_version": "4.57.1",
@@ -191,9 +211,8 @@ class Peers:
                 OmegaConf.to_container(compose("ppo_trainer", overrides), resolve=False)
             )
         self._tokenizer = AgentLoopWorker(self._config, None).tokenizer
-        self.template = ChatTemplate(
-            self._tokenizer
-        )  # which transformers 5 does not load just as it was saved
+        # transformers 5 does not load the tokenizer just as it was saved
+        self.template = ChatTemplate(self._tokenizer, images=template.images)
         self._config.actor_rollout_ref.model.load_tokenizer = (
             False  # each worker would load it, twice
         )
@@ -205,7 +224,7 @@ class Peers:
         self,
         servers: Server | Sequence[Server],
         *,
-        tools: bool = False,
+        tools: bool | str = False,
         options: dict[str, Any] | None = None,
         **rollout: Any,
     ) -> Any:
@@ -216,7 +235,8 @@ class Peers:
         config = copy.deepcopy(self._config)
         multi_turn = {
             "max_parallel_calls": 16,
-            **({"tool_config_path": self.tools()} if tools else {}),
+            **({"tool_config_path": self.tools(tools)} if isinstance(tools, str) else {}),
+            **({"tool_config_path": self.tools()} if tools is True else {}),
             **rollout.pop("multi_turn", {}),
         }
         agent = {"agent_loop_config_path": self.entry(options or {})}
@@ -249,12 +269,12 @@ class Peers:
         target = {"name": "turntrace", "_target_": "agent.verl_agent_loop.TurntraceAgentLoop"}
         return self._write([{**target, **options}])
 
-    def tools(self) -> str:
+    def tools(self, tool: str = "LookTool") -> str:
         return self._write(
             {
                 "tools": [
                     {
-                        "class_name": f"{__name__}.LookTool",
+                        "class_name": f"{__name__}.{tool}",
                         "config": {"type": "native"},
                         "tool_schema": LOOK_SCHEMA,
                     }

@@ -18,6 +18,8 @@ workers   8   `--workers`: two servers behind 1, 2 and 4 workers against one wit
 parallel  2   one in-process engine over two or more GPUs: `data_parallel_size`, one rank killed
               under load
 evidence  2   what per-token evidence costs: top-k log-probs, experts of a mixture of experts
+images    3   Qwen3-VL-2B's shape, images of 256 to 1,024 tokens in prompts and from tools, 16
+              and 64 conversations; verified at the end
 real      3   the embedded model with tools that really run; sampling log-probs against a prefill's
 
 Figures of several calls come together in the one file; `--minutes` ends a call in time, repeats are
@@ -50,6 +52,7 @@ PARTS = {
     "workers": "workers",
     "parallel": "parallel",
     "evidence": "evidence",
+    "images": "images",
     "real": "real",
 }
 """Each part's module, which has a function of its own name."""

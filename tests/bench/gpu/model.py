@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.model.base import BASE_NAME, resolve_tokenizer
+from agent.model.vision import TEMPLATE
 from tests.helpers import NoPackageError, npm_tokenizer
+from tests.vision import processor_settings
 
 QWEN3_06B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -55,6 +57,46 @@ MOE: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
 }
 """Qwen3-30B-A3B's kind, small."""
+QWEN3_VL_2B: dict[str, Any] = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "text_config": {
+        **{key: value for key, value in QWEN3_06B.items() if key != "architectures"},
+        "model_type": "qwen3_vl_text",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 262144,
+        "rope_theta": 5000000,
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": [24, 20, 20],
+            "rope_type": "default",
+        },
+    },
+    "vision_config": {
+        "deepstack_visual_indexes": [5, 11, 17],
+        "depth": 24,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1024,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 4096,
+        "model_type": "qwen3_vl",
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 2048,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+"""https://huggingface.co/Qwen/Qwen3-VL-2B-Instruct/blob/main/config.json"""
 TINY: dict[str, Any] = {
     **{
         key: value
@@ -93,6 +135,22 @@ def qwen3_shape(
             ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"),
         )
         (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def vision_shape(target: Path, _shape: str, tokenizer: Path | None = None) -> Path:
+    """The same of Qwen3-VL-2B, with the settings of its image processor; the template is the
+    product's own with tools and images.
+    """
+    qwen3_shape(target, QWEN3_VL_2B, tokenizer)
+    most = 1024 * 32 * 32
+    settings = {**processor_settings("qwen3_vl"), "min_pixels": 64 * 32 * 32, "max_pixels": most}
+    settings["size"] = {"shortest_edge": 64 * 32 * 32, "longest_edge": most}
+    (target / "preprocessor_config.json").write_text(json.dumps(settings))
+    named = json.loads((target / "tokenizer_config.json").read_text())
+    named.pop("chat_template", None)
+    (target / "tokenizer_config.json").write_text(json.dumps(named))
+    shutil.copy(TEMPLATE, target / "chat_template.jinja")
     return target
 
 

@@ -11,7 +11,7 @@ from typing import Any
 CASE = re.compile(
     r"(?P<size>\d+) conversations, (?P<nap>\d+) ms, (?P<name>\w+), round (?P<round>\d+)"
 )
-CONTENDERS = ("client", "ours", "stored", "trainer", "verl")
+CONTENDERS = ("client", "pixels", "ours", "stored", "trainer", "verl")
 
 Cases = dict[tuple[int, int], dict[str, dict[str, Any]]]
 """Figures by (conversations, tool ms) and contender: the median of the rounds."""
