@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from agent.engines import cpu_guards
 from agent.model.base import base_model_dir
 from agent.model.vision import SPECIAL, write_vision_tokenizer
 from conversations.tokenizer import FileTokenizer
@@ -104,6 +105,7 @@ def write_tiny_model(folder: Path, shape: str, *, seed: int = SEED) -> Path:
 
 def weights(folder: Path, seed: int) -> dict[str, Any]:
     """Random weights for the config in `folder`, by the names of a published checkpoint."""
+    cpu_guards.install()  # transformers 5's models of images import torchvision
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 

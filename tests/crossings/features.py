@@ -35,7 +35,7 @@ from agent.replay.user import AskedAgainUser
 from agent.runs.manifest import parent_entry
 from agent.trainers.client import VerlClientEngine
 from conversations.open_run import open_run
-from conversations.run.store import RunFolder
+from conversations.run.store import RunFolder, image_store
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
 from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
@@ -183,6 +183,8 @@ async def _go_on(world: World) -> None:
     """Resumes the run, the interrupted conversations from their last token."""
     with RunFolder.resume(world.out, world.manifest()) as store:
         runtime = world.runtime(world.model())
+        if runtime.images:
+            runtime.images.look_in(store.image_store())  # as a resumed run does
         make = continuing(runtime, store.unfinished)
         await run_in(world, runtime, store, make=make)
         store.close({})
@@ -388,6 +390,8 @@ def forked(world: World) -> None:
     async def run() -> None:
         runtime, task = world.runtime(world.model()), recorded_task(record)
         assert runtime.dispatcher
+        if runtime.images:
+            runtime.images.look_in(image_store(parent.out))
         counterparts = Counterparts(
             LiveTools(runtime.dispatcher, task, record, turns=1, recorded_prompt=True),
             AskedAgainUser.of(task, record, 1, runtime),

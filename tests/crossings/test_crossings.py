@@ -33,6 +33,7 @@ from tests import virtual_time
 from tests.conversations.shipped_templates import trl_template
 from tests.crossings.features import FEATURES, IMPOSSIBLE, open_store
 from tests.crossings.world import FAULTS, SCRIPTS, USER_REWARDS, Fault, World, picture
+from tests.vision import vision_template
 
 CELLS = [
     pytest.param(
@@ -76,6 +77,31 @@ def test_a_fault_in_another_call_format_ends_in_the_right_record(
     with_user = FAULTS[fault].user is not None
     world = World(FAULTS[fault], trl_template(name), tmp_path, with_user, SCRIPTS[name])
     ends_in_the_right_record(feature, world, [])
+
+
+WITH_IMAGES = ("resume", "stop after", "recorded replay", "live replay", "fork")
+
+
+@pytest.mark.parametrize("feature", WITH_IMAGES)
+def test_images_go_through_whatever_goes_on_with_a_record(
+    feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task's image and the tool's, which stand in the prompt and in both answers."""
+    monkeypatch.setattr(virtual_time, "run", asyncio.run)  # images are read in threads
+    template = vision_template("qwen2_5_vl", "hermes")
+    world = World(FAULTS["nothing"], template, tmp_path, with_user=False)
+    kept: list[Trajectory] = []
+    ends_in_the_right_record(feature, world, kept)
+    [record] = kept
+    [shown] = {image["sha256"] for image in record.images}
+    assert len(record.images) == 3
+    assert [line.images for line in record.tool_calls] == [[shown]] * 2
+    assert [file.name for file in (world.out / "images").iterdir()] == [f"{shown}.png"]
+    undisturbed = replace(world, folder=tmp_path / "undisturbed")
+    undisturbed.folder.mkdir()
+    ends_in_the_right_record("images", undisturbed, kept)
+    assert record.images == kept[1].images
+    assert record.prompt_ids + record.response_ids == kept[1].prompt_ids + kept[1].response_ids
 
 
 def ends_in_the_right_record(feature: str, world: World, kept: list[Trajectory]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from agent.engines import cpu_guards
 from agent.engines.engine import Generation
 from agent.engines.servers import SGLangServerEngine
 from agent.engines.start import start
@@ -124,7 +123,6 @@ def _transformers_model(folder: Path, seed: int) -> Any:
 
 @pytest.fixture(scope="session", params=SHAPES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cpu_guards.install()  # transformers 5's models of images import torchvision
     return write_tiny_model(tmp_path_factory.mktemp("model") / request.param, request.param)
 
 
