@@ -197,7 +197,7 @@ class Seen:
     def _ours(self, conversations: int, folder: Path | None) -> Outcome:
         given, runtime = given_tasks(conversations), self.runtime()
         ended: list[Trajectory] = []
-        store = RunFolder.create(folder, vision_manifest(self.template)) if folder else None
+        store = RunFolder.create(folder, manifest_of(self.template)) if folder else None
         gc.collect()
         with measured(self.load.gpu, self.load.requests, self.load.loop) as usage:
             running = run_tasks(
@@ -297,6 +297,13 @@ class SeenTurns:
 
 
 # ---------------------------------------------------------------------- tasks and pictures
+
+
+def manifest_of(template: ChatTemplate) -> dict[str, Any]:
+    """A run.json of which verify can say everything."""
+    manifest = vision_manifest(template)
+    manifest["config"]["rollout"]["multi_turn"]["max_assistant_turns"] = TURNS
+    return manifest
 
 
 def answer_parts() -> list[dict[str, Any]]:
