@@ -59,7 +59,9 @@ CLOSE_S = 30.0
 TRIES = 3
 """So many times a conversation's worker may die. Then what kills it is looked for."""
 SHRINK = 4
-"""From then on, a conversation's company is so many times smaller after each death."""
+"""From then on, a conversation's company is so many times smaller after each death. A worker that
+finishes conversations may have as many more: little is lost with it.
+"""
 MOST_DEATHS = 10
 """A worker that dies so often without finishing a conversation is not started again."""
 LONGEST_PAUSE_S = 10.0
@@ -220,6 +222,7 @@ class WorkerPool:
                 job.conversation.elsewhere = RanElsewhere(record, evidence, images)
                 job.end(is_whole=kind == Kind.RECORD)
                 seat.deaths = 0
+                seat.finished += 1
             else:
                 job.fail(_ERRORS[kind](text))
         except RecordError as error:
@@ -415,7 +418,7 @@ class _Job:
         if crowd == 1 and self.deaths >= TRIES:
             return True
         if self.deaths >= TRIES:
-            self.company = max(1, crowd // SHRINK)
+            self.company = max(1, min(self.company, crowd) // SHRINK)
         return False
 
     def end(self, *, is_whole: bool) -> None:
@@ -432,7 +435,8 @@ class _Job:
 class _Seat:
     """A worker's place in the run: the worker, and whoever replaces it.
 
-    `most` is how many conversations it may have. `deaths` counts those since it last answered.
+    `most` is how many conversations it may have. `deaths` counts those since it last answered,
+    `finished` the conversations that came to their end since the worker started.
     """
 
     index: int
@@ -442,6 +446,7 @@ class _Seat:
     pid: int = 0
     is_up: bool = False
     deaths: int = 0
+    finished: int = 0
     taken: Taken | None = None
     jobs: dict[int, _Job] = field(default_factory=dict)
     _companies: Counter[float] = field(default_factory=Counter)
@@ -453,9 +458,13 @@ class _Seat:
         return f"worker {self.index}{where}"
 
     def has_room(self, job: _Job) -> bool:
-        """Whether it may have the job: neither it nor any that it has wants less company."""
-        most = min(self.most, job.company, *self._companies)
-        return self.is_up and len(self.jobs) < most
+        """Whether it may have the job: neither it nor any that it has wants less company.
+
+        What must be alone is alone; others may have so many more as the worker has finished.
+        """
+        company = min(job.company, *self._companies, math.inf)
+        room = company if company == 1 else company + self.finished
+        return self.is_up and len(self.jobs) < min(self.most, room)
 
     def take_on(self, job: _Job) -> None:
         """Sends the job to the worker, with all that are taken on in this turn of the loop."""
@@ -497,6 +506,7 @@ class _Seat:
         if self.actor is not None:
             _kill(self.actor)
         self.actor, self.taken, self.is_up, self.pid = None, None, False, 0
+        self.finished = 0
         self._outbox, self._cuts = [], []
         return jobs, was
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -96,14 +98,24 @@ class Workload:
 
 @functools.cache
 def workload() -> Workload:
-    """With Qwen2.5's tokenizer out of the npm index, or SmolLM2's where that cannot be had."""
-    try:
-        path, name = npm_models("qwen2_5"), "Qwen2.5"
-    except pytest.skip.Exception:
-        path, name = base_model_dir(), "SmolLM2 (Qwen2.5's could not be had)"
+    """With Qwen2.5's tokenizer out of the npm index, or SmolLM2's where that cannot be had.
+
+    `TURNTRACE_BENCH_TOKENIZER` names the folder of another one, for machines without an index.
+    """
+    path, name = _tokenizer()
     template = ChatTemplate(tokenizer_at(path))
     template.use_fast_encoder()
     return Workload(template, name, tuple(_turn(template, 10 + index) for index in range(VARIANTS)))
+
+
+def _tokenizer() -> tuple[Path, str]:
+    """The tokenizer's folder, and its name."""
+    if folder := os.environ.get("TURNTRACE_BENCH_TOKENIZER"):
+        return Path(folder), folder
+    try:
+        return npm_models("qwen2_5"), "Qwen2.5"
+    except pytest.skip.Exception:
+        return base_model_dir(), "SmolLM2 (Qwen2.5's could not be had)"
 
 
 def _turn(template: ChatTemplate, number: int) -> Generation:
