@@ -6,11 +6,13 @@ Invariant: exit code 0 means that every record is on disk and none failed becaus
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -19,6 +21,8 @@ from agent.commands.run_work import RunRequest
 from agent.config.config import Config
 from agent.gateway import Gateway
 from agent.gateway.boxed import boxed_command
+from agent.gateway.gateway import gateway_config, gateway_manifest
+from agent.gateway.keeper import Keeper
 from agent.gateway.programs import (
     AgentCommand,
     ProgramRunner,
@@ -27,11 +31,19 @@ from agent.gateway.programs import (
     prompt_of,
 )
 from agent.gateway.sessions import Score
-from agent.loop.batch import Progress
+from agent.loop.batch import Progress, run_tasks
+from agent.loop.conversation import Conversation
 from agent.loop.tasks import Task, read_tasks
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
-from agent.runs.progress import Display, shortfall, starting_line, summary
+from agent.runs.manifest import save_tokenizer
+from agent.runs.parts import prepare
+from agent.runs.progress import Display, counts, shortfall, starting_line, summary
 from agent.terminal import say
+from agent.workers.programs import Programs, write_program
+from conversations.run.store import RUN, TRAJECTORIES, RunFolder, read_trajectories
+
+if TYPE_CHECKING:
+    from agent.workers.pool import WorkerPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +72,8 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
         prompt_of(task)  # a task that no program can be given is told before anything starts
         tasks += 1
     progress = Progress(total=tasks * samples)
+    if request.workers is not None:
+        return _run_in_workers(request, request.workers, options, command, progress, console)
     say(console, starting_line(config, request.out / "engine.log"))
     gateway = Gateway(
         config,
@@ -75,19 +89,32 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
         more={"agent": about_programs(options.command, options.isolated)},
     )
     try:
-        with sigterm_as_interrupt(), gateway:
-            runner = _runner(gateway, command, options, config)
-            with Display(progress, console, gateway.session_loop.engine) as display:
-                work = run_all(runner, _missing(request, gateway, samples), config)
-                gateway.session_loop.run(work, poll=display.refresh)
-                wall_s = display.wall_s
+        with (
+            sigterm_as_interrupt(),
+            gateway,
+            _runner(gateway, command, options, config) as runner,
+            Display(progress, console, gateway.session_loop.engine) as display,
+        ):
+            work = run_all(runner, _missing(request, gateway, samples), config)
+            gateway.session_loop.run(work, poll=display.refresh)
+            wall_s = display.wall_s
     except KeyboardInterrupt as interrupt:
-        say(
-            console,
-            f"interrupted: {progress.done} of {progress.total} are in {request.out}; resume with: "
-            f"{request.resume_command}",
-        )
-        return exit_code(interrupt)
+        return _interrupted(request, progress, interrupt, console)
+    return _sum_up(request, progress, wall_s, console)
+
+
+def _interrupted(
+    request: RunRequest, progress: Progress, interrupt: KeyboardInterrupt, console: Console
+) -> int:
+    say(
+        console,
+        f"interrupted: {progress.done} of {progress.total} are in {request.out}; resume with: "
+        f"{request.resume_command}",
+    )
+    return exit_code(interrupt)
+
+
+def _sum_up(request: RunRequest, progress: Progress, wall_s: float, console: Console) -> int:
     say(console, summary(progress, request.out, wall_s))
     if problem := shortfall(progress):
         say(console, f"{problem}; run them again with: {request.resume_command}")
@@ -95,9 +122,10 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
     return DONE
 
 
+@contextlib.contextmanager
 def _runner(
     gateway: Gateway, command: AgentCommand, options: AgentOptions, config: Config
-) -> ProgramRunner:
+) -> Iterator[ProgramRunner]:
     wrap: Wrap | None = None
     if options.isolated:
         gateway.listen_on_socket()
@@ -106,7 +134,129 @@ def _runner(
     if options.reward:
         score = load_score(options.reward, gateway.out)
     deadline_s = config.rollout.turntrace.conversation_deadline_s
-    return ProgramRunner(gateway, command, score, deadline_s, wrap)
+    keeper = Keeper()
+    try:
+        yield ProgramRunner(gateway, command, score, deadline_s, wrap, keeper)
+    finally:
+        keeper.close()
+
+
+# ---------------------------------------------------------------------- in workers
+
+
+def _run_in_workers(
+    request: RunRequest,
+    number: int,
+    options: AgentOptions,
+    command: AgentCommand,
+    progress: Progress,
+    console: Console,
+) -> int:
+    """The programs in so many workers, each with a gateway of its own; returns the exit code."""
+    from agent.workers.pool import WorkerPool
+
+    config = gateway_config(request.config)
+    out = request.out.resolve()
+    say(console, starting_line(config, request.out / "engine-*.log", workers=number))
+    programs = Programs(
+        command,
+        out,
+        functools.partial(load_score, options.reward, out) if options.reward else None,
+        config.rollout.turntrace.conversation_deadline_s,
+        options.isolated,
+        options.mounts,
+    )
+    folder = _open_folder(request, config, options, progress)
+    if progress.total == len(folder.done):
+        folder.close(counts(progress))
+        say(console, f"nothing to do: all {progress.total} programs have ended in {request.out}")
+        return DONE
+    try:
+        with sigterm_as_interrupt(), contextlib.ExitStack() as stack:
+            try:
+                parts = prepare(config)
+                save_tokenizer(out, parts.template.tokenizer)
+                folder.note("call_format", parts.template.format_entry())
+                pool = stack.enter_context(
+                    WorkerPool(
+                        parts,
+                        number,
+                        request.ray,
+                        validate=request.validate,
+                        log_folder=out,
+                        programs=programs,
+                        say=functools.partial(say, console),
+                    )
+                )
+            except BaseException:
+                if not request.resume:  # a new folder holds no run
+                    (out / RUN).unlink(missing_ok=True)
+                raise
+            display = stack.enter_context(Display(progress, console, pool))
+
+            def poll() -> None:
+                progress.turns_elsewhere, progress.tokens_elsewhere = pool.so_far()
+                display.refresh()
+
+            pool.run(_in_pool(pool, request, config, folder, progress), poll=poll)
+            wall_s = display.wall_s
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(request, progress, interrupt, console)
+    finally:
+        folder.close(counts(progress))
+    return _sum_up(request, progress, wall_s, console)
+
+
+def _open_folder(
+    request: RunRequest, config: Config, options: AgentOptions, progress: Progress
+) -> RunFolder:
+    """The run folder, the same as that of a run without workers; counts what it has."""
+    more = {
+        "agent": about_programs(options.command, options.isolated),
+        "workers": request.workers,
+    }
+    manifest = gateway_manifest(
+        config,
+        request.tasks,
+        limit=request.limit,
+        validate=request.validate,
+        argv=request.argv,
+        more=more,
+    )
+    if not request.resume:
+        return RunFolder.create(request.out, manifest)
+    folder = RunFolder.resume(request.out, manifest, force=request.force)
+    folder.keep_journal(())  # its programs are gone
+    if (request.out / TRAJECTORIES).exists():
+        for trajectory in read_trajectories(request.out):
+            progress.count(trajectory)
+    return folder
+
+
+async def _in_pool(
+    pool: WorkerPool, request: RunRequest, config: Config, folder: RunFolder, progress: Progress
+) -> None:
+    async def converse(conversation: Conversation) -> None:
+        """Has a worker run the program; its files are there before its record."""
+        try:
+            await pool.converse(conversation)
+        finally:
+            if ran := conversation.elsewhere:
+                write_program(folder.path, ran.record.id, ran.files)
+
+    await run_tasks(
+        read_tasks(request.tasks, request.limit),
+        pool.runtime,
+        n=config.n(request.validate),
+        max_concurrent=pool.max_concurrent,
+        make=pool.making({}),
+        converse=converse,
+        store=folder,
+        progress=progress,
+    )
+
+
+# ---------------------------------------------------------------------- in this process
 
 
 def _missing(request: RunRequest, gateway: Gateway, samples: int) -> Iterator[tuple[Task, int]]:

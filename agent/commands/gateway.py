@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.commands.options import SetOption
+from agent.errors import AgentError
 
 
 def gateway(
@@ -31,6 +32,7 @@ def gateway(
     force: Annotated[
         bool, typer.Option("--force", help="With --resume: continue even if the config changed.")
     ] = False,
+    workers: Annotated[int | None, typer.Option("--workers", hidden=True)] = None,
     set_: SetOption = None,
 ) -> None:
     """Serve OpenAI's and Anthropic's APIs to agent programs, and record every session.
@@ -38,6 +40,11 @@ def gateway(
     POST /sessions opens a session and returns its API key; POST /sessions/ID/finish ends it. Ctrl-C
     or SIGTERM stops; sessions that did not end are kept for --resume.
     """
+    if workers is not None:
+        raise AgentError(
+            "--workers: a gateway is one process, since it alone knows its keys; start a second "
+            "one with its own --port and --out (`run --agent` takes --workers)"
+        )
     from agent.config.config import load_config
 
     loaded = load_config(config, set_ or [])

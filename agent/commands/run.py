@@ -111,8 +111,8 @@ def run(
     if agent is None:
         _refuse_without_agent(reward, agent_sandbox, agent_mount)
         raise typer.Exit(run_request(request, Console()))
-    if workers is not None or ray is not None or stop_after is not None:
-        raise AgentError("--workers, --ray and --stop-after cannot be used with --agent")
+    if stop_after is not None:
+        raise AgentError("--stop-after cannot be used with --agent")
     from agent.commands.agent_work import AgentOptions, run_agents
 
     options = AgentOptions(agent, reward, agent_sandbox, tuple(agent_mount or ()))

@@ -59,6 +59,23 @@ def gateway_config(config: Config) -> Config:
     return replace(config, rollout=config.rollout.model_copy(update=update))
 
 
+def gateway_manifest(
+    config: Config,
+    tasks: Path | None,
+    *,
+    limit: int | None = None,
+    validate: bool = False,
+    argv: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """run.json of a gateway's run; `config` is from `gateway_config`, `more` are further fields."""
+    manifest = run_manifest(config, tasks, limit=limit, validate=validate, argv=argv)
+    manifest |= {"gateway": True, **(more or {})}
+    if tasks is None:  # programs open as many samples as they like
+        manifest["n"] = None
+    return manifest
+
+
 class Gateway:
     """An endpoint over the config's engine that records into `out`.
 
@@ -161,16 +178,14 @@ class Gateway:
         return self.socket
 
     def _open_folder(self) -> RunFolder:
-        manifest = run_manifest(
+        manifest = gateway_manifest(
             self.config,
             self._tasks,
             limit=self._limit,
             validate=self._validate,
             argv=self._argv,
+            more=self._more,
         )
-        manifest |= {"gateway": True, **self._more}
-        if self._tasks is None:  # programs open as many samples as they like
-            manifest["n"] = None
         if self._resume:
             return RunFolder.resume(self.out, manifest, force=self._force)
         return RunFolder.create(self.out, manifest)

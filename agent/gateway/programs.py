@@ -31,6 +31,7 @@ from urllib.parse import quote
 from agent.errors import AgentError, TaskError
 from agent.gateway.box import NOT_ISOLATED
 from agent.gateway.gateway import Gateway, ProgramSession
+from agent.gateway.keeper import Keeper
 from agent.gateway.sessions import Score
 from agent.loop.boundary import describe
 from agent.loop.tasks import Task
@@ -102,7 +103,8 @@ class Ended:
 class ProgramRunner:
     """Runs `command` for tasks, each in a session of `gateway`. `score` gives the rewards.
 
-    `deadline_s` is a program's, None: no limit. `wrap` isolates it.
+    `deadline_s` is a program's, None: no limit. `wrap` isolates it. `keeper` ends it if this
+    process is killed. `named` is the run folder that records name, if it is not the gateway's.
     """
 
     gateway: Gateway
@@ -110,6 +112,8 @@ class ProgramRunner:
     score: Score | None = None
     deadline_s: float | None = None
     wrap: Wrap | None = None
+    keeper: Keeper | None = None
+    named: Path | None = None
 
     async def run(self, task: Task, sample: int) -> Trajectory:
         """Runs the program for one (task, sample) and returns the record.
@@ -138,7 +142,7 @@ class ProgramRunner:
         said = {
             "exit_code": ended.exit_code,
             "wall_s": round(ended.wall_s, 3),
-            "folder": str(kept),
+            "folder": str((self.named or self.gateway.out) / PROGRAMS / kept.name),
             "stdout": _tail(kept / "stdout.txt"),
         }
         return await session.finish(
@@ -184,6 +188,8 @@ class ProgramRunner:
         except (OSError, ValueError) as error:
             return Ended(error=f"the program could not be started: {describe(error)}")
         ended = Ended()
+        if self.keeper:
+            self.keeper.began(process.pid)
         try:
             async with asyncio.timeout(self.deadline_s):
                 await self._drained(process, kept)
@@ -191,6 +197,8 @@ class ProgramRunner:
             ended.timed_out = True
         finally:
             await _end(process)
+            if self.keeper:
+                self.keeper.ended(process.pid)
             # Our ends of the pipes: what the program left behind may keep the others open.
             process._transport.close()  # type: ignore[attr-defined]
         ended.exit_code, ended.wall_s = process.returncode, perf_counter() - started

@@ -102,15 +102,20 @@ class Clock:
         self.wall_s = self.so_far_s
 
 
+SentFiles = tuple[tuple[str, bytes], ...]
+"""Relative paths and contents."""
+
+
 @dataclass(frozen=True, slots=True)
 class RanElsewhere:
-    """What another process made of a conversation: its record, the content of its evidence, and
-    its images as PNG.
+    """What another process made of a conversation: its record, the content of its evidence, its
+    images as PNG, and the files of an agent program.
     """
 
     record: Trajectory
     evidence: bytes | None = None
     images: tuple[bytes, ...] = ()
+    files: SentFiles = ()
 
 
 @dataclass(frozen=True, slots=True)

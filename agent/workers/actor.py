@@ -13,19 +13,20 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from agent.errors import AgentError, TaskError
 from agent.loop.batch import bare_record, converse_observed, sampled_tokens
 from agent.loop.boundary import describe
-from agent.loop.conversation import Conversation
+from agent.loop.conversation import Conversation, Counterparts, SentFiles
 from agent.loop.record import evidence_file, image_files, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.replay.continuation import continued
 from agent.runs.parts import config_interactions, config_tools, prepare
 from agent.runs.session import Session
+from agent.workers.programs import WorkerGateway
 from agent.workers.wire import Answer, Kind, Setup, Taken, Work, decode_work, started
 from conversations.errors import ConversationsError, RecordError
 from conversations.trajectory import Trajectory
@@ -44,6 +45,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._session: Session | None = None
+        self._programs: WorkerGateway | None = None
         self._desk = Desk()
 
     async def place(self) -> tuple[str, int]:
@@ -56,12 +58,14 @@ class Worker:
         Answers {"engine", "served"}, or {"error"}: one line.
         """
         try:
-            self._session = await asyncio.to_thread(_start, setup)
+            session, programs = await asyncio.to_thread(_start, setup)
         except (AgentError, ConversationsError, ToolsError) as error:
             return started(error=str(error))
         except Exception as error:
             return started(error=describe(error))
-        engine, self._desk.runtime = self._session.engine, self._session.runtime
+        self._session, self._programs = session, programs
+        self._desk.runtime, self._desk.programs = session.runtime, programs
+        engine = session.engine
         served = getattr(engine, "served", None)
         return started(engine=engine.describe(), served=served() if served else None)
 
@@ -78,7 +82,9 @@ class Worker:
         return await self._on_loop(self._desk.take())
 
     async def close(self) -> None:
-        """Ends tools and engine."""
+        """Ends programs, tools and engine."""
+        if self._programs:
+            await asyncio.to_thread(self._programs.close)
         if self._session:
             await asyncio.to_thread(self._session.close)
 
@@ -87,29 +93,43 @@ class Worker:
         return await self._session.arun(coroutine)
 
 
-def _start(setup: Setup) -> Session:
+def _start(setup: Setup) -> tuple[Session, WorkerGateway | None]:
     os.environ.update(setup.variables)
     if setup.working_folder.is_dir():
         os.chdir(setup.working_folder)
     sys.path += [folder for folder in setup.folders if folder not in sys.path]
     config = setup.config
-    parts = prepare(config, config_tools(config), config_interactions(config))
+    if setup.programs:
+        parts = prepare(config)  # programs have tools of their own
+    else:
+        parts = prepare(config, config_tools(config), config_interactions(config))
     log = None
     if setup.log_folder and setup.log_folder.is_dir():
         log = setup.log_folder / f"engine-{setup.index}.log"
     session = Session(
         parts, validate=setup.validate, start=functools.partial(setup.start, config, log)
     )
+    programs = None
+    try:
+        if setup.programs:
+            programs = WorkerGateway(session, setup.programs)
+            programs.start()
+    except BaseException:
+        session.close()
+        raise
     gc.collect()
     gc.freeze()  # the garbage collector skips what is loaded by now
-    return session
+    return session, programs
 
 
 @dataclass(slots=True)
 class Desk:
-    """The conversations of a worker. Everything here happens on the session's loop."""
+    """The conversations of a worker, or its programs' sessions. Everything here happens on the
+    session's loop.
+    """
 
     runtime: Runtime | None = None
+    programs: WorkerGateway | None = None
     _running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     _live: dict[int, Conversation] = field(default_factory=dict)
     _answers: list[Answer] = field(default_factory=list)
@@ -134,8 +154,9 @@ class Desk:
                 pass
         answers, size = 0, 0
         while answers < len(self._answers) and size < TAKE_BYTES:
-            _, _, line, evidence, images = self._answers[answers]
+            _, _, line, evidence, images, files = self._answers[answers]
             size += len(line) + len(evidence or b"") + sum(map(len, images))
+            size += sum(len(content) for _, content in files)
             answers += 1
         taken, self._answers = self._answers[:answers], self._answers[answers:]
         if not self._answers:
@@ -144,7 +165,7 @@ class Desk:
 
     def _counted(self, answers: list[Answer]) -> Taken:
         assert self.runtime is not None
-        live = self._live.values()
+        live: Collection[Any] = self.programs.live if self.programs else self._live.values()
         in_flight = getattr(self.runtime.engine, "tokens_in_flight", None)
         return Taken(
             answers,
@@ -154,11 +175,10 @@ class Desk:
         )
 
     async def _run(self, number: int, data: bytes) -> None:
-        kind, text = Kind.BROKEN, ""
-        evidence: bytes | None = None
-        images: tuple[bytes, ...] = ()
+        kind, text, more = Kind.BROKEN, "", _Beside()
         try:
-            kind, text, evidence, images = await self._converse(number, decode_work(data))
+            run = self._run_program if self.programs else self._converse
+            kind, text, more = await run(number, decode_work(data))
         except RecordError as error:
             kind, text = Kind.LOST, str(error)
         except TaskError as error:
@@ -168,13 +188,12 @@ class Desk:
         finally:
             del self._running[number]
             line = text.encode(errors="replace")
-            self._answers.append((number, str(kind), line, evidence, images))
+            answer = (number, str(kind), line, more.evidence, more.images, more.files)
+            self._answers.append(answer)
             self._answered.set()
 
-    async def _converse(
-        self, number: int, work: Work
-    ) -> tuple[Kind, str, bytes | None, tuple[bytes, ...]]:
-        """Runs the conversation; what came of it, its record's line, its evidence and images."""
+    async def _converse(self, number: int, work: Work) -> tuple[Kind, str, _Beside]:
+        """Runs the conversation: what came of it, its record's line, and what lies beside it."""
         assert self.runtime is not None
         conversation = continued(work.task, work.sample, work.before, self.runtime)
         self._live[number] = conversation
@@ -186,7 +205,39 @@ class Desk:
         finally:
             del self._live[number]
         line = _line(trajectory_of(conversation))
-        return kind, line, evidence_file(conversation), image_files(conversation)
+        return kind, line, _Beside(evidence_file(conversation), image_files(conversation))
+
+    async def _run_program(self, number: int, work: Work) -> tuple[Kind, str, _Beside]:
+        """`_converse` for an agent program."""
+        assert self.programs is not None
+        assert self.runtime is not None
+        kind = Kind.RECORD
+        try:
+            await self.programs.run_program(work.task, work.sample)
+        except asyncio.CancelledError:  # by `cut`
+            kind = Kind.CUT
+        taking = asyncio.ensure_future(
+            asyncio.to_thread(self.programs.take, work.task, work.sample)
+        )
+        try:
+            await asyncio.wait((taking,))
+        except asyncio.CancelledError:  # too late: it has its record
+            await asyncio.wait((taking,))
+        line, files = taking.result()
+        if line is None:
+            nothing = Counterparts(None, None)
+            begun = Conversation(work.task, work.sample, self.runtime, nothing)
+            line = _line(trajectory_of(begun))
+        return kind, line, _Beside(files=files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What lies beside a record: the content of its evidence, its images, a program's files."""
+
+    evidence: bytes | None = None
+    images: tuple[bytes, ...] = ()
+    files: SentFiles = ()
 
 
 def _line(record: Trajectory) -> str:

@@ -35,6 +35,7 @@ from agent.runs.parts import Parts, start_engine
 from agent.terminal import visible
 from agent.workers.actor import Worker
 from agent.workers.cluster import Share, cluster
+from agent.workers.programs import Programs
 from agent.workers.wire import (
     Answer,
     Kind,
@@ -75,8 +76,8 @@ class WorkerPool:
 
     `address` is a Ray cluster's; None: a local Ray. `log_folder` is the run folder, where engines
     write their logs. `say` is told, in one line, when a worker has died. `start` starts each
-    worker's engine. Raises AgentError if a worker does not start; then nothing is left
-    running.
+    worker's engine. With `programs` each conversation is an agent program. Raises AgentError if a
+    worker does not start; then nothing is left running.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class WorkerPool:
         validate: bool = False,
         log_folder: Path | None = None,
         start: StartEngine = start_engine,
+        programs: Programs | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         config = parts.config
@@ -100,6 +102,7 @@ class WorkerPool:
             variables={k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
             log_folder=log_folder.resolve() if log_folder else None,
             start=start,
+            programs=programs,
         )
         self._say = say
         self._numbers = itertools.count()
@@ -212,14 +215,14 @@ class WorkerPool:
 
     def _settle(self, seat: _Seat, answer: Answer) -> None:
         """A worker's answer about one of its jobs."""
-        number, kind, data, evidence, images = answer
+        number, kind, data, evidence, images, files = answer
         job = seat.leave(number)
         text = data.decode()
         try:
             if kind in (Kind.RECORD, Kind.CUT):
                 read = sent_record if kind == Kind.RECORD else Trajectory.from_line
                 record = read(text)
-                job.conversation.elsewhere = RanElsewhere(record, evidence, images)
+                job.conversation.elsewhere = RanElsewhere(record, evidence, images, files)
                 job.end(is_whole=kind == Kind.RECORD)
                 seat.deaths = 0
                 seat.finished += 1

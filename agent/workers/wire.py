@@ -18,8 +18,10 @@ import orjson
 
 from agent.config.config import Config
 from agent.engines.engine import Engine
+from agent.loop.conversation import SentFiles
 from agent.loop.tasks import Task
 from agent.runs.parts import start_engine
+from agent.workers.programs import Programs
 from conversations.images.sources import ImageSource, image_source
 from conversations.trajectory import Trajectory
 from conversations.upgrade import upgraded
@@ -34,7 +36,8 @@ class Setup:
 
     Tools and interactions are read from the config's paths. `folders` are the run's `sys.path`,
     `variables` go into the worker's environment. `log_folder` is the run folder: the engine's
-    processes write there, if the worker's machine has it.
+    processes write there, if the worker's machine has it. With `programs` the worker runs agent
+    programs.
     """
 
     config: Config
@@ -45,6 +48,7 @@ class Setup:
     variables: Mapping[str, str] = field(default_factory=dict)
     log_folder: Path | None = None
     start: StartEngine = start_engine
+    programs: Programs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +100,9 @@ class Kind(StrEnum):
     """The worker's own code failed, which ends the run."""
 
 
-Answer = tuple[int, str, bytes, bytes | None, tuple[bytes, ...]]
-"""(number of the work, Kind, UTF-8, content of the evidence file, images as PNG). Builtin types
-only.
+Answer = tuple[int, str, bytes, bytes | None, tuple[bytes, ...], SentFiles]
+"""(number of the work, Kind, UTF-8, content of the evidence file, images as PNG, files of an agent
+program). Builtin types only.
 """
 
 

@@ -141,7 +141,8 @@ def test_a_program_cannot_end_or_reward_its_own_session(
     [
         ["run", "TASKS", "--out", "OUT", "--reward", "x:y"],
         ["run", "TASKS", "--out", "OUT", "--agent", "no-such-program {prompt}"],
-        ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--workers", "2"],
+        ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--stop-after", "2"],
+        ["gateway", "--out", "OUT", "--workers", "2"],
         ["gateway", "--out", "OUT", "--host", "0.0.0.0"],
     ],
 )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import io
 import json
+import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from agent.loop.tasks import Task, read_tasks
 from conversations.run.store import read_trajectories
 from conversations.trajectory import Trajectory
 from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
+from tests.helpers import ROOT
 
 AGENT = Path(__file__).parent / "clients" / "small_agent.py"
 COMMAND = f"{shlex.quote(sys.executable)} {shlex.quote(str(AGENT))} {{prompt}}"
@@ -184,6 +188,43 @@ def test_a_folder_that_cannot_be_made_fails_its_sample_alone(
     records = run_rows(tmp_path / "run", ["x:one", "x:two"])
     assert (records["0-0"].infra_error, records["1-0"].infra_error) == (True, False)
     assert "no space" in str(records["0-0"].error)
+
+
+def test_a_process_that_is_killed_leaves_no_program() -> None:
+    script = """
+import os, signal, subprocess
+from keeper import Keeper
+keeper = Keeper()
+for ends in (True, False):
+    program = subprocess.Popen(["sh", "-c", "sleep 1000 & wait"], start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    keeper.began(program.pid)
+    if ends:
+        keeper.ended(program.pid)
+    print(program.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    started = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT / "agent/gateway", capture_output=True
+    )
+    ended, running = map(int, started.stdout.split())
+    until = time.monotonic() + 30
+    while groups_processes(running) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert groups_processes(running) == []
+    assert len(groups_processes(ended)) == 2  # it was said to have ended
+    os.killpg(ended, signal.SIGKILL)
+
+
+def groups_processes(group: int) -> list[int]:
+    """The processes of a group that run, zombies left out."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = file.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(file.parent.name))
+    return found
 
 
 def test_output_that_cannot_be_written_is_read_on() -> None:

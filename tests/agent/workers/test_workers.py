@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 from rich.console import Console
 from starlette.responses import JSONResponse, Response
 
+from agent.commands.agent_work import AgentOptions, run_agents
 from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
 from agent.errors import AgentError
@@ -271,7 +273,8 @@ def request(project: Path, out: Path, **more: Any) -> RunRequest:
         "validate": False,
         "argv": ["run"],
     }
-    return RunRequest(project / "tasks.jsonl", out, **{**options, **more})
+    tasks = more.pop("tasks", project / "tasks.jsonl")
+    return RunRequest(tasks, out, **{**options, **more})
 
 
 def test_ctrl_c_and_kill_of_the_run_itself_lose_nothing(
@@ -359,6 +362,51 @@ def test_a_run_on_a_server_with_evidence_of_each_token(
     assert (manifest["counts"]["done"], manifest["workers"]) == (4, 1)
     assert manifest["served"]
     assert verify_run(tmp_path / "run").defects == 0
+
+
+def test_programs_in_workers_leave_what_they_leave_without(
+    address: str, project: Path, tmp_path: Path
+) -> None:
+    """One program kills its worker: the other there is ended, and both are run again."""
+    rows = ["plain:a", f"linger:{tmp_path}/linger", f"kill:{tmp_path}/kill"]
+    tasks, out = tmp_path / "tasks.jsonl", tmp_path / "run"
+    tasks.write_text("".join(json.dumps({"id": row[:4], "prompt": row}) + "\n" for row in rows))
+    program = Path(__file__).parent / "agent_program.py"
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(program))} {{prompt}}"
+
+    def run(**more: Any) -> str:
+        console = Console(file=(said := io.StringIO()), width=1000)
+        asked = request(project, out, tasks=tasks, config=config, limit=None, **more)
+        assert run_agents(asked, AgentOptions(command), console) == 0, said.getvalue()
+        return said.getvalue()
+
+    with in_a_thread(Server(likeliest_too)) as server:
+        settings = ["rollout.name=sglang_server", f"rollout.server.urls=[{server.url}]"]
+        config = load_config(project / "config.yaml", settings)
+        said = run(workers=1, ray=address)
+        assert said.count("1 conversations run again") + said.count("2 conversations run again")
+        assert read_manifest(out)["workers"] == 1
+        assert "nothing to do" in run(workers=1, ray=address, resume=True)
+        run(resume=True)  # without workers: the same run
+    for pid in (tmp_path / "linger").read_text().split():
+        assert not Path(f"/proc/{pid}").exists() or zombie(int(pid))
+    records = {record.id: record for record in read_trajectories(out)}
+    assert sorted(records) == ["kill-0", "ling-0", "plai-0"]
+    for record in records.values():
+        session = record.extra["session"]
+        kept = Path(session["folder"])
+        assert (record.num_turns, session["exit_code"]) == (1, 0)
+        assert kept.parent == out / "programs"
+        _, _, note = record.messages[0]["content"].partition(":")
+        assert (kept / "files/deep/note.txt").read_text() == note
+        assert (kept / "stdout.txt").read_text() == "stop\n"
+        assert json.loads((kept / "program.json").read_text())["exit_code"] == 0
+    assert verify_run(out).defects == 0
+
+
+def zombie(pid: int) -> bool:
+    """Whether it ended, and its parent has not looked."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_worker_that_cannot_start_is_one_line(address: str, parts: Parts, tmp_path: Path) -> None:
