@@ -45,6 +45,7 @@ class RoundsPlan:
     """How much of everything. A round samples `tasks` x `samples` conversations.
 
     lr, epochs, batch_tokens: of a round's training on what it kept
+    config: config keys of every stage
     """
 
     rounds: int
@@ -55,6 +56,7 @@ class RoundsPlan:
     epochs: float
     batch_tokens: int
     seed: int = 1
+    config: tuple[str, ...] = ()
 
 
 SMALL_ROUNDS = RoundsPlan(
@@ -62,9 +64,10 @@ SMALL_ROUNDS = RoundsPlan(
 )
 """For two CPU cores: within 30 minutes. Its intervals are wide."""
 FULL_ROUNDS = RoundsPlan(
-    rounds=3, tasks=1_024, samples=8, held_out=512, lr=4e-4, epochs=2.0, batch_tokens=32_768
-)
-"""For a GPU."""
+    rounds=3, tasks=1_024, samples=8, held_out=512, lr=1e-3, epochs=2.0, batch_tokens=16_384,
+    config=("rollout.max_num_seqs=512",),
+)  # fmt: skip
+"""For a GPU: the embedded config alone is a CPU's, with 16 conversations at once."""
 
 
 @dataclass(slots=True)
@@ -157,7 +160,8 @@ class SelfTraining:
     def check_plan(self) -> None:
         """Raises AgentError if the folder holds rounds of another plan."""
         file = self._root / "plan.json"
-        wanted = {**asdict(self.plan), "model": self._model, "overrides": list(self._overrides)}
+        plan = {**asdict(self.plan), "config": list(self.plan.config)}
+        wanted = {**plan, "model": self._model, "overrides": list(self._overrides)}
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != wanted:
             raise AgentError(f"{self._root} holds rounds of another plan; choose another --out")
         self._root.mkdir(parents=True, exist_ok=True)
@@ -193,6 +197,7 @@ class SelfTraining:
             "rollout.multi_turn.tool_config_path=gsm8k",
             f"rollout.temperature={temperature}",
             f"rollout.n={n}",
+            *self.plan.config,
             *self._overrides,
         )
         parent = parent_entry(self._last) if self._last else None

@@ -340,6 +340,9 @@ def train_adapter(
     seconds = time.monotonic() - started
     save_adapter(adapter_state(model), settings.r, settings.alpha, BASE_NAME, target)
     losses = held_out_loss(model.eval(), tokens, settings.batch_tokens, device)
+    if device == "cuda":  # an engine may start next on this GPU
+        del model
+        torch.cuda.empty_cache()
     return {
         "settings": asdict(settings),
         "held_out_loss": losses,

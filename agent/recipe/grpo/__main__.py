@@ -41,6 +41,9 @@ def start_training(
     held_out: Annotated[
         int, typer.Option(min=1, help="Problems asked before and after.")
     ] = _DEFAULT.held_out,
+    test_every: Annotated[
+        int, typer.Option(min=0, help="Steps after which they are asked, too.")
+    ] = _DEFAULT.test_every,
     loop: Annotated[Loop, typer.Option(help="Who runs the conversations.")] = _DEFAULT.loop,
     reward: Annotated[Reward, typer.Option(help="Where rewards come from.")] = _DEFAULT.reward,
     failure_share: Annotated[
@@ -65,6 +68,7 @@ def start_training(
         samples=samples,
         lr=lr,
         held_out=held_out,
+        test_every=test_every,
         loop=loop,
         reward=reward,
         failure_share=failure_share,

@@ -34,6 +34,7 @@ class GrpoSettings:
 
     prompt_tokens, response_tokens: verl's budgets
     held_out: problems that are asked, greedy, before the first step and after the last
+    test_every: steps after which they are asked, too; 0: at no other
     failure_share: share of the programs that the sandbox's backend fails, on purpose
     save_every: steps between checkpoints, from which a killed run goes on
     train_tokens: the most tokens of a micro batch on the GPU
@@ -165,6 +166,9 @@ def _actor(settings: GrpoSettings, model: Path) -> dict[str, Any]:
         "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+        # Without flash-attn verl takes log-probs of logits token by token: most of a step's time.
+        "actor_rollout_ref.model.use_fused_kernels": True,
+        "actor_rollout_ref.model.fused_kernel_options.impl_backend": "torch",
         f"{actor}.strategy": "fsdp2",
         f"{actor}.fsdp_config.use_torch_compile": False,
         f"{actor}.use_torch_compile": False,

@@ -104,7 +104,7 @@ def _of_servers(place: Place, each: int) -> None:
     with running(processes) as started:
         place.figures.add("workers", "servers' start", started)
         one = _case(place, "1 server, no workers", _server_config(place, urls[:1], each), each)
-        for number in (None, 1, len(urls), 2 * len(urls)):
+        for number in (len(urls), None, 1, 2 * len(urls)):  # what counts most comes first
             name = f"{len(urls)} servers, {number or 'no'} workers"
             config = _server_config(place, urls, each * len(urls))
             many = _case(place, name, config, each * len(urls), number)
