@@ -7,6 +7,8 @@ The rules, each needed by clients that were recorded (facts: what real clients s
 - No content, null and the empty string are one: openai streamed, OpenHands.
 - Arguments of calls are compared as JSON, numbers by value: opencode, pi, qwen-code, pydantic-ai,
   langchain, OpenHands. A client in JavaScript writes 1.0 as 1, and 2^60 as a rounded number.
+- An argument that the client adds counts as there if it is the default that the tool's schema
+  names: Claude Code completes the arguments of a call before it sends the call back.
 - Thoughts are never compared: openai-agents, langchain, OpenHands and qwen-code drop or strip them.
 - Blanks around an assistant's text do not count: inspect-ai, smolagents.
 - Tool messages are put in the order of the calls: Claude Code sends them as they complete.
@@ -44,8 +46,10 @@ def same_text(one: Message, other: Message) -> bool:
     return bool(first == second)
 
 
-def is_echo(message: Message, served: Message, invalid: Sequence[bool]) -> bool:
-    """Whether an assistant message is the turn that was served.
+def is_echo(
+    message: Message, served: Message, invalid: Sequence[bool], tools: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether an assistant message is the turn that was served, `tools` being offered.
 
     `invalid` [number of served calls]: which of them were malformed or unknown when sampled.
     """
@@ -57,7 +61,7 @@ def is_echo(message: Message, served: Message, invalid: Sequence[bool]) -> bool:
     if not known or call_ids(message) != call_ids(served):
         return False
     return all(
-        wrong or same_call(one, other)
+        wrong or same_call(one, other) or _is_completed(one, other, tools)
         for one, other, wrong in zip(sent, known, invalid, strict=True)
     )
 
@@ -105,6 +109,51 @@ def _same_text_of_json(one: str, other: str) -> bool:
         return same_json(json.loads(one), json.loads(other))
     except (ValueError, RecursionError):
         return False
+
+
+def _is_completed(
+    sent: Mapping[str, Any], known: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether a call differs from the served one by defaults of its tool's schema alone."""
+    name = known["function"]["name"]
+    if sent["function"]["name"] != name:
+        return False
+    offered = (tool["function"] for tool in tools)
+    schema = next((one.get("parameters") for one in offered if one["name"] == name), None)
+    try:
+        one, other = (json.loads(call["function"]["arguments"]) for call in (sent, known))
+        return _same_but_defaults(one, other, schema)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _same_but_defaults(sent: object, known: object, schema: object) -> bool:
+    """Whether `sent` is `known`, defaults of `schema` added. The schema is the client's own."""
+    if isinstance(sent, dict) and isinstance(known, dict):
+        inner = _part(schema, "properties")
+        return known.keys() <= sent.keys() and all(
+            _same_but_defaults(value, known[key], _part(inner, key))
+            if key in known
+            else _is_default(value, _part(inner, key))
+            for key, value in sent.items()
+        )
+    if isinstance(sent, list) and isinstance(known, list):
+        items = _part(schema, "items")
+        pairs = zip(sent, known, strict=False)
+        return len(sent) == len(known) and all(
+            _same_but_defaults(one, other, items) for one, other in pairs
+        )
+    return same_json(sent, known)
+
+
+def _is_default(value: object, schema: object) -> bool:
+    return (
+        isinstance(schema, Mapping) and "default" in schema and same_json(value, schema["default"])
+    )
+
+
+def _part(schema: object, key: str) -> object:
+    return schema.get(key) if isinstance(schema, Mapping) else None
 
 
 def same_json(one: object, other: object) -> bool:

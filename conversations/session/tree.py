@@ -384,7 +384,7 @@ def _extended(
 ) -> _Match | None:
     """The match with one turn more, if the messages have it."""
     end = match.length + len(child.given)
-    if end >= len(messages) or not is_echo(messages[end], child.served, child.invalid):
+    if end >= len(messages) or not is_echo(messages[end], child.served, child.invalid, child.tools):
         return None
     if not all(map(same_given, messages[match.length : end], child.given)):
         return None

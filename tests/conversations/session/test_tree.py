@@ -18,6 +18,8 @@ from conversations.trajectory import Trajectory
 from tests.conversations.session.sessions import ASK, TOOL, Client, begun
 from tests.helpers import call, hermes_template
 
+READ = TOOL["function"]
+
 
 @pytest.fixture(scope="module")
 def template() -> ChatTemplate:
@@ -144,6 +146,34 @@ def test_call_ids_decide_where_a_call_was_malformed_or_unknown(client: Client) -
         one["function"] = {"name": "invalid", "arguments": "{}"}
     place = client.match()
     assert (place.parent, place.reason, place.echoes) == (turn, None, (turn,))
+
+
+ANY = {"default": False}
+EDITS = {"type": "array", "items": {"properties": {"all": ANY}}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        ({"path": "a", "edits": [{"old": "x", "all": False}], "all": False}, None),
+        ({"path": "a", "edits": [{"old": "x"}], "all": True}, "edited"),
+        ({"path": "a", "edits": [{"old": "x"}], "more": False}, "edited"),
+        ({"path": "b", "edits": [{"old": "x"}], "all": False}, "edited"),
+        ({"path": "a", "edits": [{"old": "x"}, {"all": False}]}, "edited"),
+        ({"path": "a", "all": False}, "edited"),
+    ],
+)
+def test_only_defaults_of_the_schema_may_be_added_to_a_call(
+    template: ChatTemplate, sent: dict[str, Any], reason: str | None
+) -> None:
+    schema = {"type": "object", "properties": {"all": ANY, "edits": EDITS, "path": True}}
+    client = Client(template, [{"type": "function", "function": {**READ, "parameters": schema}}])
+    turn = client.turn(call("read", path="a", edits=[{"old": "x"}]))
+    client.answer(turn, "done")
+    client.turn("Next.")
+    client.user("Go on.")
+    client.history[2]["tool_calls"][0]["function"]["arguments"] = json.dumps(sent)
+    assert client.match().reason == reason
 
 
 def test_a_session_with_branches_is_a_record(client: Client) -> None:
