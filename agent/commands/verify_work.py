@@ -107,6 +107,7 @@ def show_comparison(comparison: Comparison) -> None:
     for worst in comparison.worst:
         print(
             f"  {worst.difference:+.6f}  trajectory {one_line(worst.id[:200])} "
+            f"{f'branch {worst.branch} ' if worst.branch else ''}"
             f"turn {worst.turn} token {worst.token}"
         )
     for name, error in list(comparison.failed.items())[:FAILURES]:

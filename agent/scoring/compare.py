@@ -11,7 +11,7 @@ import heapq
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ WORST = 5
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One record beside an engine's scores.
+    """One sequence of a record beside an engine's scores.
 
     `differences` has a value for each response token: recorded log-prob minus the engine's, None if
     it was not scored. `gaps` has one for each token that was sampled greedily: how far its log-prob
@@ -89,11 +89,12 @@ def _compare_token(
 class WorstTurn:
     """The token of a turn that differs most: `size` nats, `difference` with its sign.
 
-    `token` counts from the first prompt id.
+    `turn` counts the turns of `branch`, 0 being the trunk; `token` from the first prompt id.
     """
 
     size: float
     id: str
+    branch: int
     turn: int
     token: int
     difference: float
@@ -158,16 +159,21 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self._worst: list[WorstTurn] = []
 
-    def add(self, record: Trajectory, compared: Compared) -> None:
-        """Counts one record."""
-        self.records += bool(compared.turns)
+    def add(self, parts: Sequence[tuple[Trajectory, Compared]]) -> None:
+        """Counts one record: each of its sequences, the trunk first."""
+        self.records += any(compared.turns for _, compared in parts)
+        for branch, (sequence, compared) in enumerate(parts):
+            self._add(branch, sequence, compared)
+
+    def _add(self, branch: int, sequence: Trajectory, compared: Compared) -> None:
         self.turns += len(compared.turns)
         self.left_out += compared.left_out
         self.differences.add(value for value in compared.differences if value is not None)
         self.gaps.add(compared.gaps)
         self.widths.add(compared.widths)
         for number in compared.turns:
-            heapq.heappush(self._worst, _worst_of(record, number, compared.differences))
+            worst = _worst_of(sequence, branch, number, compared.differences)
+            heapq.heappush(self._worst, worst)
             if len(self._worst) > WORST:
                 heapq.heappop(self._worst)
 
@@ -202,16 +208,25 @@ class Comparison:
             "left_out": dict(self.left_out),
             "failed": self.failed,
             "worst": [
-                {"id": one.id, "turn": one.turn, "token": one.token, "difference": one.difference}
+                {
+                    "id": one.id,
+                    "branch": one.branch,
+                    "turn": one.turn,
+                    "token": one.token,
+                    "difference": one.difference,
+                }
                 for one in self.worst
             ],
         }
 
 
-def _worst_of(record: Trajectory, number: int, differences: list[float | None]) -> WorstTurn:
+def _worst_of(
+    record: Trajectory, branch: int, number: int, differences: list[float | None]
+) -> WorstTurn:
     turn, before = record.turns[number], len(record.prompt_ids)
     size, token = max(
         (abs(differences[position - before] or 0.0), position)
         for position in range(turn.start, turn.end)
     )
-    return WorstTurn(size, record.id, number, token, differences[token - before] or 0.0)
+    difference = differences[token - before] or 0.0
+    return WorstTurn(size, record.id, branch, number, token, difference)

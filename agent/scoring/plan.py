@@ -46,7 +46,7 @@ class Plan:
 
 
 def plan_of(record: Trajectory, engine: Mapping[str, Any]) -> Plan:
-    """What of `record` the engine that describes itself as `engine` can score."""
+    """What of `record`'s own turns the engine that describes itself as `engine` can score."""
     if reason := (
         other_engine(record.engine, engine) or unscorable(record.sampling) or _with_images(record)
     ):
@@ -59,8 +59,6 @@ def plan_of(record: Trajectory, engine: Mapping[str, Any]) -> Plan:
             plan.left_out[reason] += 1
         elif turn.end > turn.start:
             plan.turns.append(number)
-    if record.branches:
-        plan.left_out["in a branch"] += sum(len(branch.turns) for branch in record.branches)
     return plan
 
 

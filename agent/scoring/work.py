@@ -1,4 +1,6 @@
-"""Scores a run: each record is one request, some are in flight at a time.
+"""Scores a run: each sequence of a record is one request, some records are in flight at a time.
+
+A branch is scored behind its path, which the engine prefills and nobody compares again.
 
 Invariant: every finished record ends in the comparison: compared, left out with a reason, or
 failed. Nothing of the run is changed.
@@ -9,13 +11,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import IO
 
 from agent.engines.scoring import Scorer, Scores
 from agent.errors import EngineError
 from agent.scoring.compare import Compared, Comparison, compare_scores
 from agent.scoring.plan import Plan, plan_of
-from conversations.errors import ConversationsError
+from conversations.branches import rows
+from conversations.errors import ConversationsError, RecordError
 from conversations.run.open_run import TOKENIZER, Run
 from conversations.run.saved_tokenizer import load_tokenizer
 from conversations.run.scores import score_line
@@ -47,17 +51,31 @@ async def score_run(
             try:
                 record = run.record(name)
                 trajectory = Trajectory.from_record(record)
-                compared = await _score(trajectory, engine, vocabulary)
+                parts = [
+                    (part, await _score(part, engine, vocabulary)) for part in _parts(trajectory)
+                ]
             except (ConversationsError, EngineError) as error:
                 comparison.fail(name, str(error))
             else:
-                comparison.add(trajectory, compared)
-                lines.write(score_line(name, record["sha256"], compared.differences))
+                comparison.add(parts)
+                differences = [compared.differences for _, compared in parts]
+                lines.write(score_line(name, record["sha256"], *differences))
             on_done()
 
     async with asyncio.TaskGroup() as workers:
         for _ in range(IN_FLIGHT):
             workers.create_task(work())
+
+
+def _parts(record: Trajectory) -> Iterator[Trajectory]:
+    """The trunk, and each branch with its path as its prompt. Raises RecordError."""
+    try:
+        for row in rows(record):
+            part = row.trajectory
+            # `parent` says which of the trunk's turns another run sampled.
+            yield replace(part, parent=None) if row.branch and record.parent else part
+    except DAMAGE as error:
+        raise RecordError(f"its branches do not fit: {error}") from error
 
 
 async def _score(record: Trajectory, engine: Scorer, vocabulary: int | None) -> Compared:

@@ -3,7 +3,8 @@
 The first line is about the whole: the engine, the bound, the summary. Each further line is one
 trajectory's:
 
-    {"id": ..., "sha256": its record's, "differences": [a number or null for each response token]}
+    {"id": ..., "sha256": its record's, "differences": [a number or null for each response token],
+     "branches": [[the same for each of a branch's own response tokens], ...]}
 
 A difference is the recorded log-prob minus the engine's; null: not scored. No record is changed: a
 line whose `sha256` is not its record's is out of date.
@@ -23,10 +24,19 @@ DIGITS = 6
 """Decimals of a difference that are kept."""
 
 
-def score_line(record_id: str, sha256: str, differences: Sequence[float | None]) -> bytes:
-    """A trajectory's line, with its newline."""
-    rounded = [None if value is None else round(value, DIGITS) for value in differences]
-    return line_beside({"id": record_id, "sha256": sha256, "differences": rounded})
+def score_line(
+    record_id: str,
+    sha256: str,
+    differences: Sequence[float | None],
+    *branches: Sequence[float | None],
+) -> bytes:
+    """A trajectory's line, with its newline: the trunk's differences, and those of its branches."""
+    line = {"id": record_id, "sha256": sha256, "differences": _rounded(differences)}
+    return line_beside({**line, "branches": list(map(_rounded, branches))} if branches else line)
+
+
+def _rounded(differences: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else round(value, DIGITS) for value in differences]
 
 
 def write_scores(folder: Path, summary: Mapping[str, Any], lines: Iterable[bytes]) -> Path:

@@ -25,7 +25,7 @@ from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run
 from conversations.run.scores import SavedScores, write_scores
 from conversations.trajectory import Trajectory, Turn
-from tests.agent.scoring.toy_model import ToyModel, changed, sampled_run
+from tests.agent.scoring.toy_model import ToyModel, changed, sampled_run, sampled_session
 
 EXACT, FLOAT32 = 1e-9, 1e-6
 """Of the arithmetic here, and of log-probs as records keep them."""
@@ -124,6 +124,60 @@ def test_a_changed_log_prob_is_found(runs: dict[float, Path], tmp_path: Path) ->
     comparison = scored(changed(tmp_path / "run", runs[1.0], change), ToyModel())
     assert not comparison.is_met
     assert comparison.worst[0].difference == pytest.approx(-2.5)
+
+
+# ---------------------------------------------------------------------- branches
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sampled_session(tmp_path_factory.mktemp("session") / "run", ToyModel())
+
+
+def test_each_branch_is_scored_behind_its_path(session: Path) -> None:
+    (record,) = open_run(session)
+    model, lines = ToyModel(), io.BytesIO()
+    comparison = scored(session, model, lines)
+    masks = [record.response_mask, *(branch.response_mask for branch in record.branches)]
+    assert len(comparison.differences) == sum(map(sum, masks))
+    assert (comparison.records, comparison.turns) == (1, 7)
+    assert (comparison.is_met, comparison.left_out) == (True, {})
+    assert max(comparison.differences.sizes) < FLOAT32
+    assert len(model.asked) == 4
+    line = json.loads(lines.getvalue())
+    found = [line["differences"], *line["branches"]]
+    assert [[value is not None for value in part] for part in found] == [
+        [mask == 1 for mask in part] for part in masks
+    ]
+
+
+def test_a_rewritten_token_of_a_branch_is_found_with_its_place(
+    session: Path, tmp_path: Path
+) -> None:
+    def change(number: int, record: Trajectory) -> Trajectory:
+        branches = list(record.branches)
+        ids = list(branches[0].response_ids)
+        start = branches[0].response_mask.index(1)
+        ids[start + 1] = next(one for one in ToyModel().vocabulary if one != ids[start + 1])
+        branches[0] = dataclasses.replace(branches[0], response_ids=ids)
+        return dataclasses.replace(record, branches=branches)
+
+    comparison = scored(changed(tmp_path / "run", session, change), ToyModel())
+    assert not comparison.is_met
+    assert comparison.worst[0].branch == 1
+    assert comparison.worst[0].turn == 0
+    assert max(one.size for one in comparison.worst if one.branch != 1) < FLOAT32
+
+
+def test_branches_that_do_not_fit_are_named(session: Path, tmp_path: Path) -> None:
+    def change(number: int, record: Trajectory) -> Trajectory:
+        parent = {"branch": 9, "turn": 1}
+        branches = [dataclasses.replace(one, parent=parent) for one in record.branches]
+        return dataclasses.replace(record, branches=branches)
+
+    comparison = scored(changed(tmp_path / "run", session, change), ToyModel())
+    assert list(comparison.failed) == ["t-0"]
+    assert "branch" in comparison.failed["t-0"]
 
 
 # ---------------------------------------------------------------------- what is left out

@@ -12,6 +12,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from agent.engines.scripted import ScriptedEngine
 from agent.loop.batch import run_tasks
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
+from conversations.messages import Message
 from conversations.run.open_run import open_run
 from conversations.run.store import RunFolder
+from conversations.session import SessionTree
 from conversations.trajectory import Trajectory
 from tests.agent.native_api import Server
+from tests.conversations.session.sessions import record_of_tree
 from tests.helpers import hermes_template, settings
 
 NAME = {"name": "sglang", "model": "toy"}
@@ -113,6 +117,32 @@ def sampled_run(path: Path, model: ToyModel, n: int = 12, temperature: float = 1
             loop.run_until_complete(
                 run_tasks(tasks, Runtime(model, template, limits, None), store=folder)
             )
+    return path
+
+
+def sampled_session(path: Path, model: ToyModel) -> Path:
+    """A run of one session that `model` sampled: two branches of a turn's, and a root of its own.
+
+    The trunk has three turns, the branches two, one and one.
+    """
+    template = hermes_template()
+    tree = SessionTree(template)
+
+    def turn(history: list[Message], said: str) -> list[Message]:
+        asked = [*history, {"role": "user", "content": said}]
+        place = tree.match(asked, [])
+        tree.add(place, model.sample(place.prompt_ids.to_list(), {"temperature": 1.0}))
+        return [*asked, tree.turns[-1].served]
+
+    first = turn([], "One?")
+    turn(turn(first, "Two?"), "Three?")
+    turn(turn(first, "Two otherwise?"), "And three?")
+    turn(first, "Two once more?")
+    turn([], "Something else?")
+    record = replace(record_of_tree(tree), engine=dict(NAME), sampling={"temperature": 1.0})
+    with RunFolder.create(path, {"gateway": True}) as folder:
+        template.tokenizer.save_pretrained(path / "tokenizer")
+        folder.append(record)
     return path
 
 
