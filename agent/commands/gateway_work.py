@@ -93,12 +93,13 @@ class _Line:
         turns = progress.turns_so_far - self.turns
         reward = "-" if progress.mean_reward is None else f"{progress.mean_reward:.3f}"
         reasons = ", ".join(f"{n} {why}" for why, n in gateway.sessions.reasons.most_common())
+        lag_ms = gateway.server.lag.figures()["p99"]
         return "  ".join(
             [
                 f"{len(gateway.sessions.live)} sessions, {progress.done} finished",
                 f"{turns} turns ({turns / seconds:.1f}/s)",
                 f"branches: {reasons or '-'}",
-                f"loop lag p99 {gateway.server.lag.percentile_ms(99):.1f} ms",
+                f"loop lag p99 {lag_ms:.1f} ms",
                 f"mean reward {reward}",
             ]
         )

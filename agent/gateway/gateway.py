@@ -334,8 +334,9 @@ class ProgramSession:
         if self.record is None:
             parts = _reward_parts(reward, reward_parts)
             outcome = SessionOutcome(parts, stop_reason, infra_error, error, extra, score)
-            finished = self._gateway.sessions.finish(self._session, outcome)
-            self.record = await _told(self._gateway.session_loop.arun(finished))
+            finishing = self._gateway.sessions.finish(self._session, outcome)
+            finished = await _told(self._gateway.session_loop.arun(finishing))
+            self.record = finished.record
         return self.record
 
     async def abort(self) -> None:

@@ -37,12 +37,15 @@ class LoopLag:
             await asyncio.sleep(EVERY_S)
             self.lags_s.append(max(0.0, perf_counter() - before - EVERY_S))
 
-    def percentile_ms(self, percent: int) -> float:
-        """A percentile in milliseconds; 0.0 before the first measurement."""
-        ordered = sorted(self.lags_s)
-        if not ordered:
-            return 0.0
-        return round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 2)
+    def figures(self) -> dict[str, float]:
+        """Percentiles and the longest in milliseconds; 0.0 before the first measurement."""
+        ordered = sorted(self.lags_s) or [0.0]
+        places = {"p50": 50, "p99": 99, "max": 100}
+        last = len(ordered) - 1
+        return {
+            name: round(1e3 * ordered[min(last, len(ordered) * percent // 100)], 2)
+            for name, percent in places.items()
+        }
 
 
 def health(sessions: GatewaySessions, lag: LoopLag) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def health(sessions: GatewaySessions, lag: LoopLag) -> dict[str, Any]:
     live, progress = sessions.live, sessions.progress
     return {
         "status": "ok",
-        "loop_lag_ms": {"p50": lag.percentile_ms(50), "p99": lag.percentile_ms(99)},
+        "loop_lag_ms": lag.figures(),
         "sessions": {"live": len(live), "finished": progress.done},
         "turns": progress.turns_so_far,
         "in_flight": sum(len(session.answering) for session in live),

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from agent.gateway.anthropic import ANTHROPIC
 from agent.gateway.chat import CHAT
+from agent.gateway.collector import Collector
 from agent.gateway.dialect import ApiDialect
 from agent.gateway.health import LoopLag, health
 from agent.gateway.request import MAX_BODY_BYTES, Refusal, TurnRequest, strict_json
@@ -77,6 +78,7 @@ class GatewayServer:
     keep_alive_s: float = KEEP_ALIVE_S
     url: str = ""
     lag: LoopLag = field(default_factory=LoopLag)
+    _collector: Collector | None = None
     _runner: web.ServerRunner | None = None
     _sent: dict[Any, _Delivery] = field(default_factory=dict)
 
@@ -97,6 +99,8 @@ class GatewayServer:
         taken = self._runner.addresses[0][1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{taken}"
         self.lag.start()
+        self._collector = Collector(self.sessions.is_sampling)
+        self._collector.start()
 
     async def listen_on(self, path: str) -> None:
         """Listens on a unix socket too, for programs that have no network."""
@@ -108,6 +112,8 @@ class GatewayServer:
         """Takes no more connections and closes those that are open. Safe to call twice."""
         runner, self._runner = self._runner, None
         self.lag.stop()
+        if self._collector:
+            self._collector.stop()
         if runner:
             await runner.cleanup()
 
@@ -201,8 +207,8 @@ class GatewayServer:
             return _json(opened(session, key, self.url))
         if request.method == "POST" and len(parts) == 3 and parts[2] == "finish":
             outcome = finish_request(await _body(request))
-            record = await self.sessions.finish(self.sessions.named(parts[1]), outcome)
-            return web.Response(text=record.to_line(), content_type=JSON)
+            finished = await self.sessions.finish(self.sessions.named(parts[1]), outcome)
+            return web.Response(text=finished.line, content_type=JSON)
         if request.method == "DELETE" and len(parts) == 2:
             await self.sessions.abort(self.sessions.named(parts[1]))
             return _json({"id": parts[1], "aborted": True})

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.errors import AgentError
-from agent.gateway.journal import JournaledSession, line_of, read_journal
+from agent.gateway.journal import JournaledSession, line_of, read_journal, turn_line
 from agent.gateway.record import trajectory_of_session
 from agent.gateway.request import Refusal
 from agent.gateway.session import RETRY_AFTER_S, GatewaySession
@@ -49,6 +49,14 @@ class SessionOutcome:
     score: Score | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedSession:
+    """The record of a session, and its line in the run."""
+
+    record: Trajectory
+    line: str
+
+
 class GatewaySessions:
     """The sessions of one run. `open_to_all`: an unknown key makes a session of its own."""
 
@@ -74,6 +82,10 @@ class GatewaySessions:
     def live(self) -> list[GatewaySession]:
         """The sessions that did not end."""
         return list(self._by_name.values())
+
+    def is_sampling(self) -> bool:
+        """Whether a turn is being sampled."""
+        return any(session.answering for session in self._by_name.values())
 
     # ------------------------------------------------------------------ beginning
 
@@ -121,7 +133,7 @@ class GatewaySessions:
     def _write_turn(self, session: GatewaySession, turn: SessionTurn) -> None:
         entry = session.tree.entry(turn)
         at_s = round(session.clock.so_far_s, 3)
-        self.folder.append_journal(line_of("turn", session.name, at_s=at_s, entry=entry))
+        self.folder.append_journal(turn_line(session.name, at_s, entry))
         if turn.reason:
             self.reasons[turn.reason] += 1
 
@@ -155,7 +167,7 @@ class GatewaySessions:
 
     # ------------------------------------------------------------------ ending
 
-    async def finish(self, session: GatewaySession, outcome: SessionOutcome) -> Trajectory:
+    async def finish(self, session: GatewaySession, outcome: SessionOutcome) -> FinishedSession:
         """Ends a session and writes its record, which is returned. Raises Refusal.
 
         Where the engine had failed last, the reward is unknown, never 0.
@@ -174,13 +186,13 @@ class GatewaySessions:
             await self._score(session, outcome.score)
         trajectory = trajectory_of_session(session)
         try:
-            self.folder.append(trajectory)
+            line = self.folder.append(trajectory)
         except RecordError as error:
             raise Refusal(f"the record has no JSON form: {error}", code="invalid_record") from error
         with contextlib.suppress(RunFolderError):  # a resume sees the record itself
             self._forget(session)
         self.progress.count(trajectory)
-        return trajectory
+        return FinishedSession(trajectory, line)
 
     async def _score(self, session: GatewaySession, score: Score) -> None:
         """Sets the reward. One that cannot be had is unknown, never 0."""
@@ -205,6 +217,7 @@ class GatewaySessions:
         for digest in [key for key, one in self._by_key.items() if one is session]:
             del self._by_key[digest]
             self._ended_keys.add(digest)
+        session.tree.break_cycles()
         self._ended_names.add(session.name)
         self.folder.append_journal(line_of("end", session.name))
 

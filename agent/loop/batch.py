@@ -55,7 +55,7 @@ class Store(Protocol):
 
     def keep_evidence(self, data: bytes) -> None: ...
 
-    def append(self, trajectory: Trajectory) -> None: ...
+    def append(self, trajectory: Trajectory) -> object: ...
 
     def append_unfinished(self, trajectory: Trajectory) -> None: ...
 
@@ -305,7 +305,7 @@ class _Batch:
         return self.store.image_store(trajectory_of(conversation))
 
     def _keep(
-        self, append: Callable[[Trajectory], None], trajectory: Trajectory
+        self, append: Callable[[Trajectory], object], trajectory: Trajectory
     ) -> Trajectory | None:
         """Writes the trajectory, or a copy without the parts that have no JSON form.
 

@@ -75,7 +75,7 @@ class _Open:
     folder: RunFolder
     samples: Counter[str] = field(default_factory=Counter)
 
-    def add(self, append: Callable[[Trajectory], None], trajectory: Trajectory) -> None:
+    def add(self, append: Callable[[Trajectory], object], trajectory: Trajectory) -> None:
         task_id, sample = trajectory.task_id, self.samples[trajectory.task_id]
         append(dataclasses.replace(trajectory, id=f"{task_id}-{sample}", sample=sample))
         self.samples[task_id] += 1

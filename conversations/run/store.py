@@ -173,8 +173,8 @@ class RunFolder:
         """Writes the evidence file that a record names. Call it before the record is written."""
         evidence_store(self.path).put(data)
 
-    def append(self, trajectory: Trajectory) -> None:
-        """Writes a finished conversation.
+    def append(self, trajectory: Trajectory) -> str:
+        """Writes a finished conversation; returns its line.
 
         Raises RunFolderError if its (task, sample) is there already, RecordError if it has no JSON
         form.
@@ -185,9 +185,10 @@ class RunFolder:
                 f"{self.path}: trajectory {trajectory.id} is there already; task ids must be unique"
             )
         line = trajectory.to_line()
-        self._files.append(TRAJECTORIES, line)
+        self._files.append(TRAJECTORIES, line.encode("ascii"))
         self._digest.update(line[-66:-2].encode())
         self.done.add(key)
+        return line
 
     def image_store(self, trajectory: Trajectory | None = None) -> HashStore:
         """Where images are kept. Put a conversation's there before its record is appended."""
@@ -195,10 +196,10 @@ class RunFolder:
 
     def append_unfinished(self, trajectory: Trajectory) -> None:
         """Writes what there is of an interrupted conversation."""
-        self._files.append(UNFINISHED, trajectory.to_line())
+        self._files.append(UNFINISHED, trajectory.to_line().encode("ascii"))
 
-    def append_journal(self, line: str) -> None:
-        """Writes a line of a gateway's journal, in ASCII. Raises RunFolderError."""
+    def append_journal(self, line: bytes) -> None:
+        """Writes a line of a gateway's journal. Raises RunFolderError."""
         self._files.append(JOURNAL, line)
 
     def keep_journal(self, lines: Iterable[bytes]) -> None:
@@ -289,7 +290,7 @@ class _Files:
         )
         self._thread.start()
 
-    def append(self, name: str, line: str) -> None:
+    def append(self, name: str, line: bytes) -> None:
         with self._guard:
             try:
                 if self._sync_error:
@@ -297,7 +298,7 @@ class _Files:
                 if name not in self._open:
                     self._open[name] = FileIO(self._path / name, "ab")
                     sync_folder(self._path)
-                _write_whole(self._open[name], line.encode("ascii") + b"\n")
+                _write_whole(self._open[name], line + b"\n")
             except OSError as error:
                 raise _unwritable(self._path / name, error) from error
             self._dirty.add(name)

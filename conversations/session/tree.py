@@ -286,6 +286,13 @@ class SessionTree:
             self._by_response[turn.response_id] = turn
         return turn
 
+    def break_cycles(self) -> None:
+        """Frees the memory of turns without the garbage collector. Call it last: the tree cannot
+        be matched or compiled any more.
+        """
+        for turn in self.turns:
+            turn.children.clear()
+
     # ------------------------------------------------------------------ the journal, the record
 
     def entry(self, turn: SessionTurn) -> dict[str, Any]:
