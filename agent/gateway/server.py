@@ -220,7 +220,7 @@ class GatewayServer:
         self, request: web.BaseRequest, dialect: ApiDialect, session: GatewaySession
     ) -> web.StreamResponse:
         asked = dialect.read(await _body(request))
-        _check_json(asked)
+        _check_json(asked, session)
         client = {name: request.headers[name] for name in HINTS if name in request.headers}
         is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("0", "")
         answering = session.begin(asked, dialect, client, is_retry=is_retry)
@@ -399,12 +399,14 @@ async def _body(request: web.BaseRequest) -> bytes:
     return b"".join(parts)
 
 
-def _check_json(asked: TurnRequest) -> None:
+def _check_json(asked: TurnRequest, session: GatewaySession) -> None:
     """Raises Refusal if the journal could not hold the request: it is written after the sampling.
 
-    The messages are texts alone.
+    The messages are texts alone. The tools of an earlier turn need no second look.
     """
-    strict_json([asked.asked, asked.tools])
+    strict_json(asked.asked)
+    if not session.tree.knows_tools(asked.tools):
+        strict_json(asked.tools)
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:

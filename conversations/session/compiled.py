@@ -92,7 +92,7 @@ def _branch(path: list[SessionTurn], numbers: Mapping[SessionTurn, int], reason:
         for kind, run in turn.pieces:
             tokens.append(kind, run.ids)
         start = len(tokens)
-        tokens.append_sampled(turn.sampled.ids, turn.logprobs)
+        tokens.append_sampled(turn.sampled.ids, turn.logprobs.tolist())
         turns.append(_turn(turn, start, len(tokens)))
         messages += [*record_messages(turn.given, turn.parent), turn.message]
         calls += _ledger(turn, following)

@@ -28,6 +28,7 @@ one turn; nothing here knows HTTP or an engine.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -136,6 +137,10 @@ class SessionTree:
         else:
             pieces = self._delta(parent, messages)
         return Place(parent, offered, tuple(messages), pieces, reason)
+
+    def knows_tools(self, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a turn of the session was offered these tools."""
+        return any(root.tools == tools for root in self._roots)
 
     def _known_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tools:
         """The tools, as the object that a root already has if they are the same."""
@@ -262,7 +267,7 @@ class SessionTree:
             given=list(place.given),
             pieces=place.pieces,
             sampled=IdRun(ids),
-            logprobs=list(sampled.logprobs),
+            logprobs=array("d", sampled.logprobs),
             finish_reason=sampled.finish_reason,
             message=assistant_message(raw, parsed, [f"call_{index}_{k}" for k in places]),
             served=served,
@@ -305,7 +310,7 @@ class SessionTree:
             "given": turn.given,
             "pieces": [[kind, ids.ids.tolist()] for kind, ids in turn.pieces],
             "token_ids": turn.sampled.ids.tolist(),
-            "logprobs": turn.logprobs,
+            "logprobs": turn.logprobs.tolist(),
             "finish_reason": turn.finish_reason,
             "cached_tokens": turn.cached_tokens,
             "queue_s": turn.queue_s,

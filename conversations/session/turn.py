@@ -7,6 +7,7 @@ engine saw and sampled. Nothing of it ever changes.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -65,7 +66,7 @@ class SessionTurn:
     given: list[Message]
     pieces: tuple[tuple[str, IdRun], ...]
     sampled: IdRun
-    logprobs: list[float]
+    logprobs: array[float]
     finish_reason: str
     message: Message
     served: Message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,3 +19,11 @@ def cpu_ms(call: Callable[[], object], run_s: float = 0.01) -> float:
             call()
         best = min(best, time.process_time() - started)
     return best / repeats * 1000
+
+
+def answer_cpu_s() -> None:
+    """For a process that is measured from outside: the CPU seconds that it used, for each line of
+    stdin.
+    """
+    for _ in sys.stdin:
+        print(time.process_time(), flush=True)
