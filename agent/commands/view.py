@@ -18,7 +18,7 @@ def view(
     run: Annotated[
         Path,
         typer.Argument(
-            help="The run folder, or a folder of a trainer's steps. With --serve a folder of runs."
+            help="The run folder, or a folder of a trainer's steps. With --serve also one of runs."
         ),
     ],
     out: Annotated[
@@ -48,9 +48,10 @@ def view(
         if not _write_steps(run, out, task):
             _write(run, out, against, limit)
         return
-    if out is not None or limit is not None:
+    if out is not None or limit is not None or task is not None:
         raise AgentError(
-            "--serve writes no page and has no limit: leave out --out and --limit, or --serve"
+            "--serve writes no page, has no limit and leads to every task: leave out --out, "
+            "--limit and --task, or --serve"
         )
     from agent.commands.view_server import serve_pages
 

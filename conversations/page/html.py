@@ -59,9 +59,9 @@ def listing(runs: Sequence[Mapping[str, Any]]) -> str:
     return _render("runs.html.j2", runs=runs, policy=policy(served=True))
 
 
-def steps_shell(**values: Any) -> str:
+def steps_shell(*, served: bool, **values: Any) -> str:
     """The page of a folder of steps; see `conversations.page.steps`."""
-    return _render("steps.html.j2", policy=policy(served=False), **values)
+    return _render("steps.html.j2", policy=policy(served=served), **values)
 
 
 def waiting(name: str) -> str:

@@ -32,13 +32,23 @@ class Plot:
     high: str
 
 
-def write_steps(root: Path, target: Path) -> tuple[int, int]:
-    """Writes the page of a folder of steps; returns the number of steps and the bytes.
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Where a served page of steps leads: to the list of runs, and to a task's trajectories."""
 
-    Raises RunFolderError if there are no steps, or if the page cannot be written.
+    runs: str
+    task: Callable[[str], str]
+
+
+def steps_page(root: Path, links: Links | None = None) -> tuple[str, int]:
+    """The page of a folder of steps, and the number of steps; with `links` as a server shows it.
+
+    Raises RunFolderError if there are no steps.
     """
     found = steps(root)
-    page = steps_shell(
+    text = steps_shell(
+        served=links is not None,
+        links=links,
         title=root.resolve().name,
         plots=[plot for name in FIGURES if (plot := _plot(name, found))],
         names=list(FIGURES),
@@ -47,8 +57,17 @@ def write_steps(root: Path, target: Path) -> tuple[int, int]:
         tasks=list(_tasks(found)),
         left_out=max(0, _tasks_in_several(found) - TASKS),
     )
+    return text, len(found)
+
+
+def write_steps(root: Path, target: Path) -> tuple[int, int]:
+    """Writes the page of a folder of steps; returns the number of steps and the bytes.
+
+    Raises RunFolderError if there are no steps, or if the page cannot be written.
+    """
+    text, count = steps_page(root)
     try:
-        return len(found), write_whole(target, iter([page.encode()]))
+        return count, write_whole(target, iter([text.encode()]))
     except OSError as error:
         raise RunFolderError(f"{target} cannot be written: {error.strerror}") from error
 

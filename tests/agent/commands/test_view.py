@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import html
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -115,8 +117,8 @@ def test_the_parent_is_found_and_another_run_may_be_named(runs: Path, tmp_path: 
         ),
         (["run", "--out", "run"], "error: run cannot be written: Is a directory"),
         (["run"], "run.html exists and is no page of turntrace"),
-        (["run", "--serve", "--out", "x"], "error: --serve writes no page and has no limit"),
-        (["run", "--serve", "--limit", "3"], "error: --serve writes no page and has no limit"),
+        (["run", "--serve", "--out", "x"], "error: --serve writes no page"),
+        (["run", "--serve", "--limit", "3"], "error: --serve writes no page"),
         (
             ["empty", "--serve"],
             "error: empty holds no run: there is no run.json in it, nor one level down",
@@ -277,6 +279,39 @@ def test_a_run_that_grows_is_shown_as_it_is_and_earlier_pages_go_on(
         assert broken.status_code == 500
         assert "trajectories.jsonl:1" in broken.text
         assert len(broken.text.splitlines()) == 1
+
+
+async def test_a_folder_of_steps_shows_the_steps_and_each_task_step_by_step(
+    runs: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "training"
+    for step in (0, 1):
+        changed_run(root / f"step-{step}", runs / "one", lambda number, record: None)
+        manifest = root / f"step-{step}" / RUN
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "step": step}))
+    shelf = viewer.PageCache(root)
+    transport = httpx.ASGITransport(viewer.make_app(shelf))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            steps = (await client.get("/")).text
+            assert "2 steps" in steps
+            assert 'href="/steps/runs"' in steps
+            assert 'href="/step-1/"' in (await client.get("/steps/runs")).text
+            first = next(iter(open_run(runs / "one").records()))
+            address = f"/steps/task?{urlencode({'id': first['task_id']})}"
+            assert f'href="{html.escape(address)}"' in steps
+            page = (await client.get(address)).text
+            shown = parts_of(page)[0]["columns"]["id"]
+            assert shown[0] == f"step-0/{first['id']}"
+            assert {name.partition("/")[0] for name in shown} == {"step-0", "step-1"}
+            version = {"v": page.split('data-version="')[1].split('"')[0]}
+            block = await client.get("/steps/blocks/0", params=version)
+            assert json.loads(inflated(block.text).split("\n")[0])["id"] == shown[0]
+            assert (await client.get("/step-0/blocks/0", params=version)).status_code == 409
+            other = await client.get("/steps/task", params={"id": "../one"})
+            assert (other.status_code, "../one" in other.text) == (500, True)
+    finally:
+        shelf.close()
 
 
 async def test_a_browser_is_told_to_wait_while_a_large_run_is_read(
