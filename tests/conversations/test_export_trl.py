@@ -73,6 +73,24 @@ def test_the_sft_trainer_has_the_records_ids_and_trains_on_what_was_sampled(
     assert batch["labels"][0].tolist() == trainer.train_dataset[0]["labels"]
 
 
+def test_the_sft_trainer_trains_on_plain_rows(load: Any, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    folder, done = exported("rows")
+    written = load("parquet", folder / "rows.parquet")
+    trainer = SFTTrainer(
+        model=tiny_model(),
+        args=SFTConfig(**settings(tmp_path), max_steps=1, per_device_train_batch_size=2),
+        train_dataset=written,
+        processing_class=small_run().tokenizer(),
+    )
+    assert len(trainer.train_dataset) == done.rows > 0
+    for given, row in zip(trainer.train_dataset, written, strict=True):
+        assert given["input_ids"] == row["input_ids"]
+        assert [label != -100 for label in given["labels"]] == list(map(bool, row["loss_mask"]))
+    assert trainer.train().global_step == 1
+
+
 def test_the_dpo_trainer_compares_the_best_with_the_worst_of_each_group(
     load: Any, tmp_path: Path
 ) -> None:

@@ -100,16 +100,6 @@ def test_weight_versions_cover_the_sampled_tokens() -> None:
         assert covered == [place for place, flag in enumerate(row["loss_mask"]) if flag]
 
 
-def test_datasets_and_trl_take_the_rows() -> None:
-    datasets = pytest.importorskip("datasets")
-    folder, done = exported("rows")
-    loaded = datasets.load_dataset(
-        "parquet", data_files=str(folder / "rows.parquet"), split="train", cache_dir=str(folder)
-    )
-    assert len(loaded) == done.rows
-    assert {"input_ids", "assistant_masks"} <= set(loaded.column_names)
-
-
 # ---------------------------------------------------------------------- advantages
 
 
