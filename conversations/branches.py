@@ -68,6 +68,7 @@ def path_of(record: Trajectory, number: int) -> Trajectory:
     turns: list[Turn] = []
     messages: list[Message] = []
     calls: list[ToolCallRecord] = []
+    images: list[dict[str, Any]] = []
     for sequence, count in parts:
         end = _end_of(sequence, count)
         shift, prompt = len(ids), len(sequence.prompt_ids)
@@ -80,6 +81,11 @@ def path_of(record: Trajectory, number: int) -> Trajectory:
             for turn in sequence.turns[:count]
         ]
         messages += _messages_of(sequence, count)
+        images += [
+            {**image, "start": image["start"] + shift, "end": image["end"] + shift}
+            for image in sequence.images
+            if image["end"] <= end
+        ]
         calls += [line for line in sequence.tool_calls if line.turn < len(turns)]
     return replace(
         record,
@@ -94,6 +100,7 @@ def path_of(record: Trajectory, number: int) -> Trajectory:
         tools=own.tools,
         num_turns=len(turns),
         branches=[],
+        images=images,
     )
 
 

@@ -153,7 +153,8 @@ class Branch:
     Sequences are counted from 0, the trunk: `branches[k - 1]` is number k. `parent` is {branch,
     turn}: the sequence that this one departs from, and the first turn of its own, counted along the
     path from its root: everything before that turn is the parent's. None if it starts anew. Spans
-    of segments and turns start at 0; the turns of the ledger and of call ids are those of the path.
+    of segments, turns and images start at 0; the turns of the ledger and of call ids are those of
+    the path.
     `reason` is why it is a branch, `client` the hints that the client sent with its first turn.
     """
 
@@ -169,6 +170,7 @@ class Branch:
     messages: list[Message]
     tool_calls: list[ToolCallRecord]
     tools: Tools
+    images: Images = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

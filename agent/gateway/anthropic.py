@@ -20,10 +20,13 @@ from agent.gateway.request import (
     conversation,
     function_schema,
     given_assistant,
+    image_part,
+    joined_parts,
     positive,
     read_body,
     refuse_schema,
     strict_json,
+    text_part,
     unsupported,
 )
 from conversations.messages import Message
@@ -40,8 +43,15 @@ BILLING = "x-anthropic-billing-header:"
 FINISH = {"stop": "end_turn", "calls": "tool_use", "length": "max_tokens"}
 
 
+class _Source(Lenient):
+    type: str
+    media_type: str = ""
+    data: str = ""
+
+
 class _Block(Lenient):
     type: str
+    source: _Source | None = None
     text: str | None = None
     thinking: str | None = None
     id: str = ""
@@ -121,11 +131,12 @@ def _messages(given: _Message, where: str) -> Iterator[Message]:
         said = [block for block in blocks if block.type == "tool_result"]
         for block in said:
             content = block.content
-            text = content if isinstance(content, str) else _text(content or (), where)
-            yield {"role": "tool", "content": text, "tool_call_id": block.tool_use_id}
+            said_there = content if isinstance(content, str) else _content(content or (), where)
+            yield {"role": "tool", "content": said_there, "tool_call_id": block.tool_use_id}
         rest = [block for block in blocks if block.type != "tool_result"]
         if rest or not said:
-            yield {"role": given.role, "content": _text(rest, where)}
+            read = _content if given.role == "user" else _text
+            yield {"role": given.role, "content": read(rest, where)}
     else:
         raise Refusal(
             f"{where}.role: {given.role!r} is unknown; allowed are user and assistant",
@@ -143,6 +154,29 @@ def _assistant(blocks: Sequence[_Block], where: str) -> Message:
     hidden = ("thinking", "redacted_thinking", "tool_use")
     text = _text([block for block in blocks if block.type not in hidden], where)
     return given_assistant(text, calls, thoughts)
+
+
+def _content(blocks: Sequence[_Block], where: str) -> Any:
+    """The text of blocks, or parts if there are images."""
+    if all(block.type != "image" for block in blocks):
+        return _text(blocks, where)
+    return joined_parts(
+        [
+            _image(block, where) if block.type == "image" else text_part(_text([block], where))
+            for block in blocks
+        ]
+    )
+
+
+def _image(block: _Block, where: str) -> dict[str, Any]:
+    source = block.source
+    if source is None or source.type != "base64":
+        kind = repr(source.type) if source else "none"
+        raise unsupported(
+            f"an image with a source of type {kind} is not followed; send it as base64",
+            f"{where}.content",
+        )
+    return image_part(f"data:{source.media_type};base64,{source.data}", f"{where}.content")
 
 
 def _text(blocks: Sequence[_Block], where: str) -> str:

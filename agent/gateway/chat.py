@@ -20,6 +20,7 @@ from agent.gateway.request import (
     TextPart,
     TurnRequest,
     call_entry,
+    content_with_images,
     conversation,
     function_schema,
     given_assistant,
@@ -144,15 +145,16 @@ def _tools(given: list[dict[str, Any]]) -> tuple[list[Schema], frozenset[str], l
 
 def _message(given: _Message, place: int) -> Message:
     where = f"messages.{place}"
+    if given.role in ("user", "tool"):
+        content = content_with_images(given.content, f"{where}.content")
+        if given.role == "user":
+            return {"role": "user", "content": content}
+        if given.tool_call_id is None:
+            raise Refusal(f"{where}.tool_call_id: is missing", field=f"{where}.tool_call_id")
+        return {"role": "tool", "content": content, "tool_call_id": given.tool_call_id}
     text = text_content(given.content, f"{where}.content")
     if given.role in ("system", "developer"):
         return {"role": "system", "content": text}
-    if given.role == "user":
-        return {"role": "user", "content": text}
-    if given.role == "tool":
-        if given.tool_call_id is None:
-            raise Refusal(f"{where}.tool_call_id: is missing", field=f"{where}.tool_call_id")
-        return {"role": "tool", "content": text, "tool_call_id": given.tool_call_id}
     if given.role != "assistant":
         raise Refusal(
             f"{where}.role: {given.role!r} is unknown; allowed are system, developer, user, "

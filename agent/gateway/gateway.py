@@ -34,7 +34,7 @@ from agent.gateway.sessions_api import reward_parts
 from agent.loop.batch import Progress
 from agent.loop.boundary import describe
 from agent.loop.tasks import Task
-from agent.runs.manifest import run_manifest, save_tokenizer
+from agent.runs.manifest import processor_entry, run_manifest, save_tokenizer
 from agent.runs.parts import prepare
 from agent.runs.progress import counts
 from agent.runs.session import Session
@@ -145,6 +145,8 @@ class Gateway:
                 parts = prepare(self.config, template=self._template)
                 save_tokenizer(self.out, parts.template.tokenizer)
                 self.folder.note("call_format", parts.template.format_entry())
+                if parts.images:
+                    self.folder.note("image_processor", processor_entry(parts.template))
                 log = self.out / "engine.log"
                 self.session_loop = stack.enter_context(
                     Session(parts, validate=self._validate, log_path=log, start=self._engine)

@@ -173,12 +173,19 @@ def positive(value: int | None, field: str) -> int | None:
 # ---------------------------------------------------------------------- texts, tools, messages
 
 
+class ImageUrl(Lenient):
+    """What chat completions have in an `image_url`."""
+
+    url: str = ""
+
+
 class TextPart(Lenient):
     """A part of a message's content."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | ImageUrl | None = None
 
 
 _TEXTS = frozenset({"text", "input_text", "output_text", "refusal"})
@@ -192,6 +199,44 @@ def text_content(content: str | Sequence[TextPart] | None, place: str) -> str:
         if part.type not in _TEXTS:
             raise unsupported(f"a part of type {part.type!r}; only text is read here", place)
     return "".join(part.text or part.refusal or "" for part in content)
+
+
+def content_with_images(content: str | Sequence[TextPart] | None, place: str) -> Any:
+    """A content as messages have it: a text, or parts if there are images. Raises Refusal."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return joined_parts([_given_part(part, place) for part in content])
+
+
+def _given_part(part: TextPart, place: str) -> dict[str, Any]:
+    if part.type in _TEXTS:
+        return text_part(part.text or part.refusal or "")
+    if part.type not in ("image_url", "input_image"):
+        what = f"a part of type {part.type!r}; text and images are read here"
+        raise unsupported(what, place)
+    url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url
+    if not url:
+        raise unsupported("an image without a URL; send it as a data URL", place)
+    return image_part(url, place)
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """A part of a content."""
+    return {"type": "text", "text": text}
+
+
+def image_part(url: str, place: str) -> dict[str, Any]:
+    """The part of an image by its data URL. Raises Refusal for another URL: none is followed."""
+    if url[:5].lower() != "data:":
+        raise unsupported(f"{url[:60]!r} is not followed; send the image as a data URL", place)
+    return {"type": "image", "image": url}
+
+
+def joined_parts(parts: Sequence[dict[str, Any]]) -> Any:
+    """The parts, or their text if there is no image among them."""
+    if any(part["type"] == "image" for part in parts):
+        return [part for part in parts if part["type"] == "image" or part["text"]]
+    return "".join(part["text"] for part in parts)
 
 
 def function_schema(

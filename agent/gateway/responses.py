@@ -21,6 +21,7 @@ from agent.gateway.request import (
     TextPart,
     TurnRequest,
     call_entry,
+    content_with_images,
     conversation,
     function_schema,
     given_assistant,
@@ -208,11 +209,13 @@ def _add_to(turn: _Turn, item: _Item, tools: _Tools, where: str) -> None:
 
 def _others(item: _Item, where: str) -> Iterator[Message]:
     if item.type in ("function_call_output", "custom_tool_call_output"):
-        text = text_content(item.output, f"{where}.output")
-        yield {"role": "tool", "content": text, "tool_call_id": item.call_id}
+        content = content_with_images(item.output, f"{where}.output")
+        yield {"role": "tool", "content": content, "tool_call_id": item.call_id}
     elif item.type == "message" and item.role in ("user", "system", "developer"):
-        role = "user" if item.role == "user" else "system"
-        yield {"role": role, "content": text_content(item.content, f"{where}.content")}
+        if item.role == "user":
+            yield {"role": "user", "content": content_with_images(item.content, f"{where}.content")}
+        else:
+            yield {"role": "system", "content": text_content(item.content, f"{where}.content")}
     elif item.type == "message":
         raise Refusal(
             f"{where}.role: {item.role!r} is unknown; allowed are system, developer, user, "

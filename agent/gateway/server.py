@@ -150,7 +150,8 @@ class GatewayServer:
                 return _json(self._models(route.removeprefix("/models").strip("/")))
         if request.method == "POST" and route == COUNT_TOKENS:
             session = self._session(request, name)
-            place = session.match(ANTHROPIC.read(await _body(request)))
+            asked = ANTHROPIC.read(await _body(request))
+            place = session.match(await session.with_images(asked))
             return _json({"input_tokens": place.prompt_length})
         if route == "/sessions" or route.startswith("/sessions/"):
             return await self._admin(request, route)
@@ -222,6 +223,7 @@ class GatewayServer:
         asked = dialect.read(await _body(request))
         _check_json(asked, session)
         client = {name: request.headers[name] for name in HINTS if name in request.headers}
+        asked = await session.with_images(asked)
         is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("0", "")
         answering = session.begin(asked, dialect, client, is_retry=is_retry)
         answering.join()
@@ -402,7 +404,8 @@ async def _body(request: web.BaseRequest) -> bytes:
 def _check_json(asked: TurnRequest, session: GatewaySession) -> None:
     """Raises Refusal if the journal could not hold the request: it is written after the sampling.
 
-    The messages are texts alone. The tools of an earlier turn need no second look.
+    The messages are texts and images' hashes alone. The tools of an earlier turn need no second
+    look.
     """
     strict_json(asked.asked)
     if not session.tree.knows_tools(asked.tools):

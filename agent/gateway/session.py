@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,14 @@ from agent.loop.observer import observed
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from agent.loop.turns import check_generation
-from conversations.errors import ConversationsError, MessageError, RunFolderError, TemplateError
-from conversations.messages import ToolCall
+from conversations.errors import (
+    ConversationsError,
+    ImageError,
+    MessageError,
+    RunFolderError,
+    TemplateError,
+)
+from conversations.messages import GivenImages, ToolCall, given_messages, image_parts, with_images
 from conversations.session import Place, SessionTree, SessionTurn
 
 MAX_BRANCHES = 1024
@@ -40,6 +46,8 @@ BUDGET_REASONS = frozenset({"max_turns", "length", "deadline"})
 
 Write = Callable[["GatewaySession", SessionTurn], None]
 """Writes a turn into the journal. Raises RunFolderError."""
+Keep = Callable[[Sequence[bytes]], None]
+"""Keeps images, PNG files. Raises RunFolderError. Any thread may call it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -99,10 +107,13 @@ class Delivery:
 class GatewaySession:
     """The turns of one (task, sample), its budgets and its end.
 
-    `name` stands in the ids that clients see. `write` writes a turn into the journal.
+    `name` stands in the ids that clients see. `write` writes a turn into the journal, `keep` images
+    into the run folder.
     """
 
-    def __init__(self, name: str, task: Task, sample: int, runtime: Runtime, write: Write) -> None:
+    def __init__(
+        self, name: str, task: Task, sample: int, runtime: Runtime, write: Write, keep: Keep
+    ) -> None:
         self.name = name
         self.task = task
         self.sample = sample
@@ -118,7 +129,7 @@ class GatewaySession:
         self.refused = 0
         self.answering: list[Answering] = []
         self.delivery = Delivery()
-        self._write = write
+        self._write, self._keep = write, keep
         self._unwritten: list[SessionTurn] = []
         self._used_tokens = 0
         self._branches = 0
@@ -164,6 +175,27 @@ class GatewaySession:
         if not task.cancelled() and task.exception() is None and not answering.clients:
             self.not_delivered(task.result())
 
+    async def with_images(self, request: TurnRequest) -> TurnRequest:
+        """The request with each image by its hash, read and kept in the run folder.
+
+        Raises Refusal, by name, for what is no image, too large, or not seen by this model.
+        """
+        images = GivenImages()
+        if not any(image_parts(request.messages)):
+            return request
+        try:
+            reader = self.runtime.image_reader()
+            messages = given_messages(request.messages, images)
+            pictures = await reader.read(images.sources)
+        except (ImageError, MessageError) as error:
+            self.refused += 1
+            raise Refusal(str(error), code="image_refused", field="messages") from error
+        await asyncio.to_thread(self._keep, [picture.png for picture in pictures])
+        sizes = {picture.sha256: (picture.width, picture.height) for picture in pictures}
+        self.tree.image_sizes |= sizes
+        shown = with_images(messages, [picture.reference for picture in pictures])
+        return replace(request, messages=shown)
+
     def match(self, request: TurnRequest) -> Place:
         """Where the request stands. Raises Refusal if the template refuses its messages."""
         after = None
@@ -178,7 +210,7 @@ class GatewaySession:
                 )
         try:
             return self.tree.match(request.messages, request.tools, after=after)
-        except (MessageError, TemplateError) as error:
+        except (ImageError, MessageError, TemplateError) as error:
             self.refused += 1
             raise Refusal(str(error), code="template_refused") from error
         except ConversationsError as error:  # the model's call format is not proven
@@ -297,14 +329,21 @@ class GatewaySession:
             async with asyncio.timeout(self._time_left_s()):
                 generation = await self._ask_engine(place, room)
             check_generation(generation, place.prompt_length, room, ("stop", "length"))
+            self._check_placeholder(generation)
         except TimeoutError:
             self.ending.stop("deadline")
             raise self._over_budget() from None
         except EndedGeneration as end:
             raise self._engine_failed(end.error or end.reason) from end
-        except EngineError as error:
+        except (EngineError, ImageError) as error:
             raise self._engine_failed(str(error)) from error
         return generation
+
+    def _check_placeholder(self, generation: Generation) -> None:
+        """Raises EngineError if the model sampled what only an image may stand for."""
+        processor = self.runtime.template.images
+        if processor and not set(processor.reserved_ids).isdisjoint(generation.token_ids):
+            raise EngineError("the model sampled a token that only an image may stand for")
 
     def _time_left_s(self) -> float | None:
         limit_s = self.runtime.settings.deadline_s
@@ -318,12 +357,15 @@ class GatewaySession:
             "stop_token_ids": runtime.template.stop_token_ids,
         }
         engine, observer = runtime.engine, runtime.observer
+        more: dict[str, Any] = {}
+        if images := place.prompt_images:
+            more["images"] = await runtime.image_reader().placed(images)
         try:
             if observer is None:
-                return await engine.generate(ids, sampling, request_id=request_id)
+                return await engine.generate(ids, sampling, request_id=request_id, **more)
             begin = partial(observer.generation, engine.describe(), request_id, len(ids), sampling)
             with observed(begin) as tell:
-                generation = await engine.generate(ids, sampling, request_id=request_id)
+                generation = await engine.generate(ids, sampling, request_id=request_id, **more)
                 tell(generation)
                 return generation
         except Interrupted as interrupt:  # `asyncio.timeout` knows no other than the plain one

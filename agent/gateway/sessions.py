@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,9 @@ class GatewaySessions:
         self.folder = folder
         self.progress = progress or Progress()
         self.open_to_all = open_to_all
+        self._images = folder.image_store()
+        if runtime.images:
+            runtime.images.look_in(self._images)
         self.reasons: Counter[str] = Counter()
         self._by_name: dict[str, GatewaySession] = {}
         self._by_key: dict[str, GatewaySession] = {}
@@ -123,7 +126,11 @@ class GatewaySessions:
         return session, key
 
     def _new(self, name: str, task: Task, sample: int) -> GatewaySession:
-        return GatewaySession(name, task, sample, self.runtime, self._write_turn)
+        return GatewaySession(name, task, sample, self.runtime, self._write_turn, self._keep_images)
+
+    def _keep_images(self, images: Sequence[bytes]) -> None:
+        for png in images:
+            self._images.put(png)
 
     def _register(self, session: GatewaySession, digest: str) -> None:
         self._by_name[session.name] = session

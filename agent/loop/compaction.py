@@ -80,6 +80,7 @@ def sequence_of(
     messages: list[Message],
     calls: list[ToolCallRecord],
     tools: list[dict[str, Any]],
+    images: list[dict[str, Any]],
 ) -> Branch:
     """A sequence of the conversation as the record has it."""
     return Branch(
@@ -95,4 +96,5 @@ def sequence_of(
         messages=messages,
         tool_calls=calls,
         tools=tools,
+        images=images,
     )

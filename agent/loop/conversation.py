@@ -24,7 +24,6 @@ from agent.loop.boundary import finite
 from agent.loop.calls import ConversationTools, PendingTurn
 from agent.loop.compaction import NO_CALLS, after_summary, sequence_of, summary_request
 from agent.loop.evidence import EvidenceLog
-from agent.loop.images import ImageReader
 from agent.loop.observer import observed
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
@@ -297,7 +296,7 @@ class Conversation:
         sources = [*self.task.images, *known]
         if not sources:
             return
-        pictures = await self._image_reader().read(sources)
+        pictures = await self.runtime.image_reader().read(sources)
         self.pictures |= {picture.sha256: picture for picture in pictures}
         if not self.tokens.ids:
             given = pictures[: len(self.task.images)]
@@ -307,15 +306,6 @@ class Conversation:
             for one in self.restored_images
         ]
         self.restored_images = []
-
-    def _image_reader(self) -> ImageReader:
-        """What reads images for the model. Raises ImageError if it, or its engine, takes none."""
-        reader, engine = self.runtime.images, self.runtime.engine
-        if reader is None:
-            raise ImageError(f"{self.runtime.template.name} sees no images, but the task has some")
-        if problem := getattr(engine, "image_problem", lambda: "")():
-            raise ImageError(problem)
-        return reader
 
     def _placed(
         self, pieces: Sequence[Piece], messages: Sequence[Message]
@@ -569,7 +559,10 @@ class Conversation:
 
     def sequence(self) -> Branch:
         """The sequence as it stands."""
-        return sequence_of(self.tokens, self.turns, self.messages, self.ledger, self.schemas)
+        images = [image.as_json() for image in self.images] or self.restored_images
+        return sequence_of(
+            self.tokens, self.turns, self.messages, self.ledger, self.schemas, images
+        )
 
     async def take_user_turn(self) -> str | None:
         """Lets the user answer the last turn; returns the stop reason if there is no answer."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conversations.errors import ImageError, RunFolderError
+from conversations.images.placing import PlacedImage
 from conversations.images.processor import ImageProcessor
 from conversations.images.reading import ImageLimits, Picture, has_pillow, stored_picture
 from conversations.images.sources import ImageSource, image_source
@@ -58,6 +59,14 @@ class ImageReader:
                 "conversation may hold (rollout.turntrace.images.count)"
             )
         return await asyncio.to_thread(lambda: [self._picture(source) for source in sources])
+
+    async def placed(self, images: Sequence[Mapping[str, Any]]) -> list[PlacedImage]:
+        """A record's images with their pictures, for an engine. Raises ImageError."""
+        sources = [ImageSource(sha256=image["sha256"]) for image in images]
+        return [
+            PlacedImage(picture, tuple(image["grid"]), image["start"], image["end"])
+            for picture, image in zip(await self.read(sources), images, strict=True)
+        ]
 
     def _picture(self, source: ImageSource) -> Picture:
         key = source.key()

@@ -54,7 +54,7 @@ def trajectory_of(conversation: Conversation) -> Trajectory:
         parent=conversation.parent,
         started_at=clock.started_at,
         wall_s=clock.wall_s,
-        images=[image.as_json() for image in conversation.images] or conversation.restored_images,
+        images=trunk.images,
         branches=branches,
     )
 

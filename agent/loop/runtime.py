@@ -13,6 +13,7 @@ from agent.loop.compaction import ContextSettings
 from agent.loop.images import ImageReader
 from agent.loop.observer import Observer
 from agent.loop.users import Interactions
+from conversations.errors import ImageError
 from conversations.template import ChatTemplate
 
 
@@ -51,3 +52,11 @@ class Runtime:
     observer: Observer | None = None
     interactions: Interactions | None = None
     images: ImageReader | None = None
+
+    def image_reader(self) -> ImageReader:
+        """What reads images for the model. Raises ImageError if it, or its engine, takes none."""
+        if self.images is None:
+            raise ImageError(f"{self.template.name} sees no images, but was given some")
+        if problem := getattr(self.engine, "image_problem", lambda: "")():
+            raise ImageError(problem)
+        return self.images

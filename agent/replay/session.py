@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from agent.errors import EndConversation, EngineError
 from agent.loop.batch import converse_observed
@@ -18,7 +19,7 @@ from agent.loop.runtime import Runtime
 from agent.loop.tasks import recorded_task
 from agent.loop.turns import check_generation
 from conversations.branches import first_turn, sequences
-from conversations.errors import TemplateError
+from conversations.errors import ImageError, TemplateError
 from conversations.messages import Message
 from conversations.rounds import is_sampled
 from conversations.session import SessionTree, SessionTurn
@@ -53,7 +54,7 @@ async def converse_again(conversation: Conversation) -> None:
         ending.stop(end.reason, end.error)
     except EngineError as error:
         ending.fail(str(error), "engine_error")
-    except TemplateError as error:
+    except (ImageError, TemplateError) as error:
         ending.stop("cancelled", f"replay: {error}")
     finally:
         _keep(conversation, tree)
@@ -62,7 +63,9 @@ async def converse_again(conversation: Conversation) -> None:
 
 async def _play(conversation: SessionReplay, tree: SessionTree) -> None:
     """Sends the requests of all sequences. Raises what ends the replay."""
-    record = conversation.recorded
+    record, runtime = conversation.recorded, conversation.runtime
+    known = [image for part in sequences(record) for image in part.images]
+    tree.image_sizes |= {one["sha256"]: (one["width"], one["height"]) for one in known}
     turns: dict[tuple[int, int], SessionTurn] = {}
     for number, part in enumerate(sequences(record)):
         above = record.branches[number - 1].parent if number else None
@@ -73,8 +76,13 @@ async def _play(conversation: SessionReplay, tree: SessionTree) -> None:
             request = tree.place_after(before, given, part.tools, reason=reason)
             ids = request.prompt_ids.to_list()
             room = _room(conversation, len(ids), recorded.end - recorded.start)
-            generation = await conversation.runtime.engine.generate(
-                ids, _sampling(conversation, room), request_id=uuid.uuid4().hex
+            more: dict[str, Any] = {}
+            if images := request.prompt_images:
+                placed = await runtime.image_reader().placed(images)
+                conversation.pictures |= {one.picture.sha256: one.picture for one in placed}
+                more["images"] = placed
+            generation = await runtime.engine.generate(
+                ids, _sampling(conversation, room), request_id=uuid.uuid4().hex, **more
             )
             check_generation(generation, len(ids), room, ("stop", "length"))
             before = turns[number, place] = tree.add(

@@ -59,12 +59,27 @@ def replay_config(run: Run, request: ReplayRequest) -> Config:
     recorded = run.manifest.get("config")
     if request.config is None and not isinstance(recorded, dict):
         raise ConfigError(f"{run.path}/run.json holds no config; give the run's with --config FILE")
+    if isinstance(recorded, dict) and run.manifest.get("gateway") is True:
+        recorded = _with_room(recorded)
     config = load_config(
         request.config, request.overrides, recorded=None if request.config else recorded
     )
     if request.live_model and request.config is None:
         _check_engine(config, run)
     return config
+
+
+def _with_room(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A gateway's config, whose `prompt_length` is all of `max_model_len`, as a run's may be."""
+    rollout = recorded.get("rollout")
+    names = ("prompt_length", "response_length", "max_model_len")
+    if not isinstance(rollout, dict):
+        return recorded
+    lengths: list[Any] = [rollout.get(name) for name in names]
+    if not all(type(length) is int for length in lengths):
+        return recorded
+    _, response, whole = lengths
+    return {**recorded, "rollout": {**rollout, "prompt_length": max(1, whole - response)}}
 
 
 def _check_engine(config: Config, run: Run) -> None:

@@ -124,9 +124,20 @@ class TurntraceAgentLoop(AgentLoopBase):  # type: ignore[misc]
             return []
         rewards = conversation.user.rewards if conversation.user else []
         if worker.takes_lists and record.branches:  # each sampled token in one row, one GRPO sample
-            return [worker.output(row.trajectory, engine, rewards) for row in rows(record)]
-        output = worker.output(record, engine, rewards)
-        if images := worker.shown(record).images:
+            parts = [row.trajectory for row in rows(record)]
+            return [await self._output(one, conversation, engine, rewards) for one in parts]
+        return await self._output(record, conversation, engine, rewards)
+
+    async def _output(
+        self,
+        one: Trajectory,
+        conversation: Conversation,
+        engine: VerlClientEngine,
+        rewards: list[float],
+    ) -> AgentLoopOutput:
+        """A row for verl, with the images whose tokens lie in it."""
+        output = self._worker.output(one, engine, rewards)
+        if images := self._worker.shown(one).images:
             seen = [conversation.pictures[image["sha256"]] for image in images]
             decoded = await asyncio.to_thread(lambda: [picture.image() for picture in seen])
             output.multi_modal_data = {"images": decoded}

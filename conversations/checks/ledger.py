@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs, first_difference, quoted, show_difference
 from conversations.checks.images import unplaced_grids
-from conversations.messages import Message, tool_message
+from conversations.messages import Message, content_text, image_parts, tool_message
 from conversations.rounds import Round, Rounds
 from conversations.run.hash_store import HashStore
 from conversations.template import ChatTemplate
@@ -198,9 +198,13 @@ def _client_findings(k: int, each: Round, lines: list[ToolCallRecord]) -> Iterat
     replies = {reply.get("tool_call_id"): reply for reply in each.replies if reply["role"] == TOOL}
     for line in lines:
         reply = replies.get(line.call_id)
-        found = None if reply is None else reply["content"]
+        found = None if reply is None else content_text(reply["content"], "")
         if line.response != found:
             what = differs("the response is not the client's", line.response, found)
+            yield Finding(f"{line.call_id}: {what}", k)
+        shown = [str(part["image"]) for part in image_parts([reply] if reply else [])]
+        if shown != [f"sha256:{sha256}" for sha256 in line.images]:
+            what = differs("the images are not the client's", line.images, shown)
             yield Finding(f"{line.call_id}: {what}", k)
 
 

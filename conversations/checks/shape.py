@@ -208,7 +208,8 @@ def _typed_dict(name: str, types: dict[str, Any], **more: Any) -> Any:
 
 @functools.cache
 def _record() -> TypeAdapter[Any]:
-    branch = _typed_dict("Branch", get_type_hints(Branch, include_extras=True))
+    hints = get_type_hints(Branch, include_extras=True)
+    branch = _typed_dict("Branch", hints, images=NotRequired[list[_Image]])
     record = _typed_dict(
         "Record",
         FIELD_TYPES,

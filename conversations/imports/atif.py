@@ -34,7 +34,9 @@ CHANGED = (
 )
 
 _SEQUENCE = tuple(
-    item.name for item in fields(Branch) if item.name not in ("parent", "reason", "client")
+    item.name
+    for item in fields(Branch)
+    if item.name not in ("parent", "reason", "client", "images")
 )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from conversations.messages import MalformedToolCall, Message
+from conversations.images.sources import hash_of
+from conversations.messages import MalformedToolCall, Message, content_text, image_parts
 from conversations.session.turn import SessionTurn, record_messages
 from conversations.tokens import TokenSequence
 from conversations.trajectory import Branch, ToolCallRecord, Turn
@@ -87,6 +88,9 @@ def _branch(path: list[SessionTurn], numbers: Mapping[SessionTurn, int], reason:
     turns: list[Turn] = []
     messages: list[Message] = []
     calls: list[ToolCallRecord] = []
+    images: list[dict[str, Any]] = []
+    before = path[0].parent
+    shift = before.end if before else 0
     for place, turn in enumerate(path):
         following = path[place + 1].given if place + 1 < len(path) else []
         for kind, run in turn.pieces:
@@ -96,7 +100,10 @@ def _branch(path: list[SessionTurn], numbers: Mapping[SessionTurn, int], reason:
         turns.append(_turn(turn, start, len(tokens)))
         messages += [*record_messages(turn.given, turn.parent), turn.message]
         calls += _ledger(turn, following)
-    before = path[0].parent
+        images += [
+            {**image, "start": image["start"] - shift, "end": image["end"] - shift}
+            for image in turn.images
+        ]
     parent = {"branch": numbers[before], "turn": path[0].index} if before else None
     return Branch(
         parent=parent,
@@ -111,7 +118,13 @@ def _branch(path: list[SessionTurn], numbers: Mapping[SessionTurn, int], reason:
         messages=messages,
         tool_calls=calls,
         tools=path[0].tools,
+        images=images,
     )
+
+
+def _images_of(content: Any) -> list[str]:
+    """The hashes of a content's images."""
+    return [hash_of(part["image"]) for part in image_parts([{"content": content}])]
 
 
 def _turn(turn: SessionTurn, start: int, end: int) -> Turn:
@@ -151,7 +164,14 @@ def _ledger(turn: SessionTurn, following: Sequence[Message]) -> list[ToolCallRec
             status = answered if call.name in names else "unknown_tool"
         lines.append(
             ToolCallRecord(
-                call_id, turn.index, call.name or "", arguments, status, response, error=error
+                call_id,
+                turn.index,
+                call.name or "",
+                arguments,
+                status,
+                None if response is None else content_text(response, ""),
+                error=error,
+                images=_images_of(response),
             )
         )
     return lines

@@ -11,6 +11,8 @@ For a gateway, a request is five steps:
 - `messages` are in OpenAI's chat schema, as a dialect has read them: text in `content`, arguments
   of calls as JSON text, tool results as messages with a `tool_call_id`. `tools` are OpenAI schemas;
   tools that differ start a root of their own.
+- Images are parts `{"type": "image", "image": "sha256:HEX"}`, their sizes in `image_sizes`; they
+  are compared by hash. `place.prompt_images` are those that the engine has to see.
 - `match` raises MessageError for what is not in the schema, and TemplateError if the chat template
   refuses the messages. A break of the history is never an error: `place.reason` names it.
 - `place.earlier` are turns that were sampled after exactly this prompt: a gateway answers a retry
@@ -29,16 +31,20 @@ one turn; nothing here knows HTTP or an engine.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from conversations.errors import TemplateError
+from conversations.errors import MessageError, TemplateError
+from conversations.images.sources import hash_of
 from conversations.messages import (
+    GivenImages,
     MalformedToolCall,
     Message,
     assistant_message,
     given_messages,
+    image_parts,
+    with_images,
 )
 from conversations.rounds import kind_of
 from conversations.session.compiled import branches_of
@@ -74,14 +80,20 @@ from conversations.trajectory import Branch
 
 ECHO_DIFFERS, REORDERED = "echo_differs", "reordered"
 """Notes of a turn: the client sent it back in other words; tool results came in another order."""
+_Rendered = tuple[tuple[tuple[str, IdRun], ...], tuple[dict[str, Any], ...]]
+"""Pieces as runs, and the images whose tokens lie in them."""
 _BRANCH_ONLY = ("parent", "reason", "client")
 
 
 class SessionTree:
-    """The turns of one session. `turns` are all of them, in the order in which they were added."""
+    """The turns of one session. `turns` are all of them, in the order in which they were added.
+
+    `image_sizes` are the width and height, in pixels, of the images that messages name by hash.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
+        self.image_sizes: dict[str, tuple[int, int]] = {}
         self.turns: list[SessionTurn] = []
         self._roots: list[SessionTurn] = []
         self._by_response: dict[str, SessionTurn] = {}
@@ -108,9 +120,9 @@ class SessionTree:
 
         Then it stands where a client stands that sends the whole history up to there.
         """
-        sent = given_messages(messages)
+        sent = self._checked(messages)
         if after is not None:
-            sent = _whole_history(after, sent)
+            sent = _whole_history(after, sent, self._checked)
         ordered = in_call_order(sent)
         notes = (REORDERED,) if ordered != sent else ()
         offered = self._known_tools(tools)
@@ -133,10 +145,21 @@ class SessionTree:
         offered = parent.tools if parent else self._known_tools(tools)
         messages = list(given)
         if parent is None:
-            pieces = self._prompt(messages, offered)
+            pieces, images = self._prompt(messages, offered)
         else:
-            pieces = self._delta(parent, messages)
-        return Place(parent, offered, tuple(messages), pieces, reason)
+            pieces, images = self._delta(parent, messages)
+        return Place(parent, offered, tuple(messages), pieces, reason, images=images)
+
+    def _checked(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, each image by the hash of one whose size is known. Raises MessageError."""
+        images = GivenImages()
+        given = given_messages(messages, images)
+        if not images.sources:
+            return given
+        hashes = [source.sha256 for source in images.sources]
+        if not self.image_sizes.keys() >= set(hashes):
+            raise MessageError("an image must be named by the hash of one that was read")
+        return with_images(given, [f"sha256:{sha256}" for sha256 in hashes])
 
     def knows_tools(self, tools: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a turn of the session was offered these tools."""
@@ -180,21 +203,20 @@ class SessionTree:
         earlier = tuple(turn for turn in siblings if _same_messages(turn.given, rest))
         if match.turn is None:
             reason = reason_for_root(rest, tools, self._roots) if self._roots else None
-            return Place(
-                None, tools, tuple(rest), self._prompt(rest, tools), reason, notes, earlier
-            )
+            pieces, images = self._prompt(rest, tools)
+            return Place(None, tools, tuple(rest), pieces, reason, notes, earlier, images=images)
         try:
-            pieces = self._delta(match.turn, rest)
+            pieces, images = self._delta(match.turn, rest)
         except TemplateError:
             siblings = self._children(None, tools)
             earlier = tuple(turn for turn in siblings if _same_messages(turn.given, messages))
             reason = RESAMPLED if earlier else NOT_PROVEN
-            pieces = self._prompt(messages, tools)
-            return Place(None, tools, tuple(messages), pieces, reason, notes, earlier)
+            pieces, images = self._prompt(messages, tools)
+            given = tuple(messages)
+            return Place(None, tools, given, pieces, reason, notes, earlier, images=images)
         reason = self._reason(rest, siblings)
-        return Place(
-            match.turn, tools, tuple(rest), pieces, reason, notes, earlier, tuple(match.echoes)
-        )
+        echoes = tuple(match.echoes)
+        return Place(match.turn, tools, tuple(rest), pieces, reason, notes, earlier, echoes, images)
 
     def _reason(self, rest: Sequence[Message], siblings: Sequence[SessionTurn]) -> str | None:
         if siblings:
@@ -204,17 +226,42 @@ class SessionTree:
 
     # ------------------------------------------------------------------ its tokens
 
-    def _prompt(self, messages: Sequence[Message], tools: Tools) -> tuple[tuple[str, IdRun], ...]:
-        return _runs(self.template.prompt(messages, tools))
+    def _prompt(self, messages: Sequence[Message], tools: Tools) -> _Rendered:
+        return self._placed(self.template.prompt(messages, tools), messages, 0)
 
-    def _delta(self, turn: SessionTurn, rest: Sequence[Message]) -> tuple[tuple[str, IdRun], ...]:
+    def _placed(self, pieces: Sequence[Piece], messages: Sequence[Message], at: int) -> _Rendered:
+        """Pieces with the tokens of the messages' images, which stand from token `at` of the path.
+
+        Raises ImageError if a text holds the token that stands for an image.
+        """
+        template = self.template
+        hashes = [hash_of(part["image"]) for part in image_parts(messages)]
+        if template.images is None and not hashes:
+            return _runs(pieces), ()
+        sizes = [self.image_sizes[sha256] for sha256 in hashes]
+        grids = [template.images.grid(*size) for size in sizes] if template.images else []
+        placed, spans = template.place(pieces, grids)
+        images = tuple(
+            {
+                "sha256": sha256,
+                "width": size[0],
+                "height": size[1],
+                "grid": list(grid),
+                "start": start + at,
+                "end": end + at,
+            }
+            for sha256, size, grid, (start, end) in zip(hashes, sizes, grids, spans, strict=True)
+        )
+        return _runs(placed), images
+
+    def _delta(self, turn: SessionTurn, rest: Sequence[Message]) -> _Rendered:
         """What stands between a turn and the next. Raises TemplateError if it is not proven."""
         if not rest:
             raise TemplateError("no message follows the turn")
         messages = record_messages(rest, turn)
         delta = self.template.follow(messages, turn.message, with_tools=bool(turn.tools))
         missing = self.template.missing_end(turn.sampled.ids[-1], kind_of(messages))
-        return _runs([(TEMPLATE, missing), *delta.pieces])
+        return self._placed([(TEMPLATE, missing), *delta.pieces], messages, turn.end)
 
     # ------------------------------------------------------------------ a turn
 
@@ -282,6 +329,7 @@ class SessionTree:
             queue_s=sampled.queue_s,
             engine_s=sampled.engine_s,
             weight_version=sampled.weight_version,
+            images=place.images,
         )
 
     def _append(self, turn: SessionTurn) -> SessionTurn:
@@ -302,7 +350,9 @@ class SessionTree:
 
     def entry(self, turn: SessionTurn) -> dict[str, Any]:
         """A turn as JSON values: what `restore` needs beside the turns before it."""
+        images = {"images": list(turn.images)} if turn.images else {}
         return {
+            **images,
             "number": turn.number,
             "parent": turn.parent.number if turn.parent else None,
             "reason": turn.reason,
@@ -329,7 +379,10 @@ class SessionTree:
             raise ValueError(f"turn {entry['number']} does not follow {len(self.turns)} turns")
         before = None if parent is None else self.turns[parent]
         tools = before.tools if before else self._known_tools(entry["tools"])
-        place = Place(before, tools, tuple(entry["given"]), _runs(entry["pieces"]))
+        images = tuple(entry.get("images", ()))
+        self.image_sizes |= {one["sha256"]: (one["width"], one["height"]) for one in images}
+        given = tuple(entry["given"])
+        place = Place(before, tools, given, _runs(entry["pieces"]), images=images)
         turn = self._turn(place, _Restored(entry), entry["reason"])
         turn.response_id = entry["response_id"]
         turn.asked, turn.client = entry["asked"], entry["client"]
@@ -369,12 +422,16 @@ class _Match:
         return self.length, self.same_ids, self.is_after, number
 
 
-def _whole_history(turn: SessionTurn, messages: Sequence[Message]) -> list[Message]:
+def _whole_history(
+    turn: SessionTurn,
+    messages: Sequence[Message],
+    checked: Callable[[Sequence[Message]], list[Message]],
+) -> list[Message]:
     """The messages after a turn and all before them, as a client that replays them sends them.
 
     System messages at the beginning take the place of the earlier ones.
     """
-    past = given_messages([one for each in turn.path() for one in (*each.given, each.served)])
+    past = checked([one for each in turn.path() for one in (*each.given, each.served)])
     start = next(
         (place for place, one in enumerate(messages) if one["role"] != "system"), len(messages)
     )

@@ -56,7 +56,8 @@ class SessionTurn:
     author, generation prompt included. `reason` is why it does not continue where its parent (or
     the session) stood; None if it does. `served` is the assistant message that the client gets,
     with `call_ids` that are unique in the session; `message` is the record's. `parsed` is what the
-    turn says. `notes`, `asked` and `response_id` go to the record; a gateway may add to `notes`.
+    turn says. `images` are those of `given` as a record has them, their tokens counted along the
+    path. `notes`, `asked` and `response_id` go to the record; a gateway may add to `notes`.
     """
 
     number: int
@@ -82,6 +83,7 @@ class SessionTurn:
     client: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     children: list[SessionTurn] = field(default_factory=list)
+    images: tuple[dict[str, Any], ...] = ()
     index: int = 0
     start: int = 0
 
@@ -118,6 +120,10 @@ class SessionTurn:
         """The tokens of the path, this turn's sampled ones included."""
         return [run for turn in self.path() for run in turn.own_runs()]
 
+    def path_images(self) -> list[dict[str, Any]]:
+        """The images of the path, in order."""
+        return [image for turn in self.path() for image in turn.images]
+
     def own_runs(self) -> list[IdRun]:
         """The tokens that the path has beyond the parent's."""
         return [*(ids for _, ids in self.pieces), self.sampled]
@@ -132,6 +138,7 @@ class Place:
     where the session stood; else one of the eight reasons of a branch. `earlier` are the turns
     that were sampled after exactly this prompt, oldest first: a retry, or a wish for another
     sample. `echoes` are the turns of the path that the client sent back in other words.
+    `images` are those of `given`, their tokens counted along the path.
     """
 
     parent: SessionTurn | None
@@ -142,6 +149,12 @@ class Place:
     notes: tuple[str, ...] = ()
     earlier: tuple[SessionTurn, ...] = ()
     echoes: tuple[SessionTurn, ...] = ()
+    images: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def prompt_images(self) -> list[dict[str, Any]]:
+        """The images whose tokens lie in `prompt_ids`, in order."""
+        return [*(self.parent.path_images() if self.parent else ()), *self.images]
 
     @property
     def prompt_ids(self) -> PathIds:

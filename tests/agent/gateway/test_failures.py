@@ -53,7 +53,7 @@ BAD_CHAT = {
     "there are none": {"messages": []},
     "messages: Input": {"messages": "hello"},
     "'robot' is unknown": {"messages": [{"role": "robot", "content": "x"}]},
-    "type 'image_url'": {"messages": [{"role": "user", "content": [IMAGE]}]},
+    "sees no images": {"messages": [{"role": "user", "content": [IMAGE]}]},
     "only system messages": {"messages": [{"role": "system", "content": "x"}]},
     "n: one answer": body_of("chat", "x", n=2),
     "response_format: 'json_schema'": body_of("chat", "x", response_format={"type": "json_schema"}),
@@ -65,7 +65,9 @@ BAD_CHAT = {
 BAD_ANTHROPIC = {
     "messages: Field required": {"model": "m"},
     "'tool' is unknown": {"messages": [{"role": "tool", "content": "x"}]},
-    "type 'image'": {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+    "of type none is not followed": {
+        "messages": [{"role": "user", "content": [{"type": "image"}]}]
+    },
     "output_format: 'json_schema'": body_of(
         "anthropic", "x", output_format={"type": "json_schema"}
     ),

@@ -67,7 +67,9 @@ def images(place: Place) -> None:
     shape = write_tiny_model if place.dry else vision_shape
     extra = (place.options.model,) if not place.dry and place.options.model else ()
     model = shape(place.folder / "vision", "qwen3_vl", *extra)
-    wanted = [] if place.dry else ["rollout.engine_kwargs.sglang.mm_attention_backend=triton_attn"]
+    backend = "rollout.engine_kwargs.sglang.mm_attention_backend"
+    is_given = any(one.startswith(backend) for one in place.options.overrides)
+    wanted = [] if place.dry or is_given else [f"{backend}=triton_attn"]
     with in_process(place, max(sizes), *wanted, model=model) as (rollout, load):
         seen = Seen(place, load, rollout.engine(), model)
         folder = SHARED_MEMORY / f"turntrace-images-{os.getpid()}"
