@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ QUIET = {
 }
 OBJECT_STORE_BYTES = 256 << 20
 """Shared memory of a local Ray: records pass through it, they do not stay."""
+LISTENS_S = 10.0
+"""How long a cluster's head may take to accept a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,26 @@ def _connect(config: Config, workers: int, address: str | None) -> None:
         )
         return
     try:
+        if address != "auto":
+            _check_listens(address)
         ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise AgentError(
             f"--ray {address}: no Ray cluster can be reached there: {reason}; start one with "
             "`ray start --head`, or leave --ray out to start a local one"
         ) from error
+
+
+def _check_listens(address: str) -> None:
+    """Raises OSError if nothing listens there, or ValueError if it is no address.
+
+    Ray itself tries for minutes, and prints what its libraries say.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("it is not of the form host:port")
+    socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
 
 
 def _share(config: Config, workers: int) -> Share:

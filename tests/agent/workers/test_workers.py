@@ -421,6 +421,13 @@ def test_a_worker_that_cannot_start_is_one_line(address: str, parts: Parts, tmp_
         WorkerPool(parts, 1, "ray://localhost:10001")
 
 
+@pytest.mark.parametrize("wrong", ["127.0.0.1:1", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999"])
+def test_an_address_without_a_ray_is_one_line(wrong: str, parts: Parts) -> None:
+    with pytest.raises(AgentError, match=f"--ray {wrong}: ") as caught:
+        WorkerPool(parts, 1, wrong)
+    assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------- what goes over
 
 
