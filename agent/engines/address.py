@@ -22,6 +22,18 @@ KEEPALIVE_S = 2.0
 """
 
 
+def certificates() -> ssl.SSLContext:
+    """The certificates that https servers are checked against. Raises ConfigError."""
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            "the environment's SSL_CERT_FILE or SSL_CERT_DIR names certificates that cannot be "
+            f"read: {reason}; correct it, or unset it to use the usual ones"
+        ) from error
+
+
 def server_url(given: str) -> httpx.URL:
     """The server URL without a trailing slash. Raises ConfigError if it is not a valid URL."""
     shown = f"rollout.server.urls: {without_userinfo(given)!r}"

@@ -24,6 +24,7 @@ from agent.engines.address import (
     CONNECT_TIMEOUT_S,
     authorization,
     basic_auth,
+    certificates,
     connections,
     proxied,
     server_url,
@@ -82,7 +83,7 @@ class Server:
         address, headers, context = (
             server_url(url),
             authorization(api_key),
-            httpx.create_ssl_context(),
+            certificates(),
         )
         self.url = without_userinfo(str(address))
         # Parsed once, not for each request.

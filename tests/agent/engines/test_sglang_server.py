@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -390,6 +391,17 @@ async def test_an_address_may_have_a_path_and_a_slash_at_its_end(url: str) -> No
     engine = SGLangServerEngine([url])
     assert not engine.describe()["url"].endswith("/")
     await engine.close()
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_cannot_be_read_are_named(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content:
+        (tmp_path / "ca.pem").write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with pytest.raises(ConfigError, match=r"^[^\n]*SSL_CERT_FILE[^\n]+$"):
+        SGLangServerEngine(["http://h"])
 
 
 @pytest.mark.parametrize("key", ["k\u00fcy", "s3cret\nX-More: 1", "a\x00b"])
