@@ -74,13 +74,20 @@ def _connect(config: Config, workers: int, address: str | None) -> None:
     ray._private.worker._worker_logs_enabled = False
     if address is None:
         cores = os.cpu_count() or 1
-        ray.init(
-            "local",
-            num_cpus=cores if config.rollout.name == "sglang" else max(cores, workers),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **quiet,
-        )
+        try:
+            ray.init(
+                "local",
+                num_cpus=cores if config.rollout.name == "sglang" else max(cores, workers),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        except Exception as error:  # Ray has no class of its own for it
+            reason = " ".join(str(error).split())[:200]
+            raise AgentError(
+                f"--workers: Ray did not start on this machine: {reason} (its logs are in "
+                "/tmp/ray/session_latest/logs)"
+            ) from error
         return
     try:
         if address != "auto":

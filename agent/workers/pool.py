@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -51,8 +52,10 @@ from conversations.trajectory import Trajectory
 
 T = TypeVar("T")
 
-PLACE_S = 60.0
-"""How long a worker may wait for a place in the cluster while no other worker is up."""
+PLACE_S, MOST_PLACE_S = 60.0, 600.0
+"""After how long without a place in the cluster a worker is spoken of, and given up while no other
+worker is up. A busy machine takes minutes to start a process of Ray.
+"""
 CUT_S = 30.0
 """How long a worker may take to cut off a conversation before it is given up."""
 CLOSE_S = 30.0
@@ -273,13 +276,19 @@ class WorkerPool:
     async def _placed(self, seat: _Seat) -> tuple[str, int]:
         """Host name and process id, as soon as Ray has a place for the worker."""
         placed = asyncio.ensure_future(_answer(seat.actor.place.remote()))
+        began_s = perf_counter()
         try:
             while not (await asyncio.wait((placed,), timeout=PLACE_S))[0]:
-                if not any(other.is_up for other in self._seats):
-                    raise AgentError(
-                        f"worker {seat.index} found no place within {PLACE_S:g} s: it needs "
-                        f"{self._share} that Ray has free"
-                    )
+                if any(other.is_up for other in self._seats):
+                    continue
+                waited_s = perf_counter() - began_s
+                problem = (
+                    f"worker {seat.index} has no place after {waited_s:.0f} s: it needs "
+                    f"{self._share} that Ray has free, and time to start"
+                )
+                if waited_s >= MOST_PLACE_S:
+                    raise AgentError(problem)
+                self._say(f"note: {problem}")
             found: tuple[str, int] = placed.result()
             return found
         finally:

@@ -76,6 +76,21 @@ def test_only_what_the_engine_needs_must_be_installed() -> None:
     assert [finding.level for finding in check_torch(server)] == ["ok"]
 
 
+@pytest.mark.parametrize(("version", "too_new"), [("4.57.1", False), ("5.6.0", True)])
+def test_a_trainer_that_cannot_start_is_told_with_its_remedy(
+    version: str, too_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first distribution on the path is the one that counts."""
+    for name, number in (("transformers", version), ("sglang", "99.0.0")):
+        folder = tmp_path / f"{name}-{number}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: {number}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = [found.text for found in check_packages(load_config(None))]
+    assert any("sglang 99.0.0 is not tested" in text for text in texts)
+    assert sum("cuda-verl061" in text for text in texts) == too_new
+
+
 @pytest.mark.parametrize(
     ("free", "share", "level", "says"),
     [
