@@ -177,13 +177,18 @@ class FileTokenizer:
         """Copies the files that this tokenizer was read from. Raises OSError."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for name in (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE):
-            if (self._folder / name).is_file():
-                shutil.copyfile(self._folder / name, target / name)
-        if (self._folder / TEMPLATE_FOLDER).is_dir():
-            shutil.copytree(
-                self._folder / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER, dirs_exist_ok=True
-            )
+        for file in tokenizer_files(self._folder):
+            copy = target / file.relative_to(self._folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that a tokenizer is read from."""
+    named = [folder / name for name in (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE)]
+    return [
+        file for file in (*named, *sorted((folder / TEMPLATE_FOLDER).glob("*"))) if file.is_file()
+    ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ or a consistent change of tokens and messages.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import multiprocessing
 import signal
 from collections import Counter, deque
@@ -33,13 +35,14 @@ from conversations.checks.record import LineResult, check_line
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.run.open_run import (
     TOKENIZER,
-    recorded_processor,
     recorded_reading,
+    saved_template,
     template_kwargs,
 )
-from conversations.run.saved_tokenizer import class_and_message, is_failure, load_tokenizer
+from conversations.run.saved_tokenizer import class_and_message, is_failure
 from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
+from conversations.tokenizer import tokenizer_files
 
 CHUNK = 4 << 20
 """Bytes of a file that are checked at a time."""
@@ -305,13 +308,29 @@ class _Verification:
                 pool.shutdown(cancel_futures=True)
 
 
+_latest: dict[str, ChatTemplate] = {}
+"""The template that was loaded last, by the hash of what it was made of: the next folder of a
+trainer's steps has the same.
+"""
+
+
 def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     """The run's chat template. Raises ConversationsError, whatever is wrong with the folder."""
     try:
-        kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
-        tokenizer = load_tokenizer(folder)
-        images = recorded_processor(manifest, tokenizer)
-        return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading, images=images)
+        made_of = hashlib.sha256(
+            repr((recorded_reading(manifest), manifest.get("image_processor"))).encode()
+        )
+        made_of.update(json.dumps(template_kwargs(manifest)).encode())
+        for file in tokenizer_files(folder):
+            content = file.read_bytes()
+            made_of.update(f"\n{file.relative_to(folder)} {len(content)}\n".encode())
+            made_of.update(content)
+        key = made_of.hexdigest()
+        if key not in _latest:
+            template = saved_template(folder, manifest, name=f"{TOKENIZER}/")
+            _latest.clear()
+            _latest[key] = template
+        return _latest[key]
     except BaseException as error:  # a tokenizer that is not one may fail in any way
         if isinstance(error, ConversationsError) or not is_failure(error):
             raise

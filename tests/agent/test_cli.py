@@ -26,12 +26,12 @@ from agent.loop.runtime import LoopSettings, Runtime
 from agent.loop.tasks import read_tasks, task_file_hash
 from conversations.run.store import RunFolder, read_manifest, read_trajectories
 from conversations.verify import verify_run
+from tests.command import turntrace
 from tests.helpers import (
     ROOT,
     call,
     child_env,
     hermes_template,
-    turntrace,
 )
 from tools.function import tool
 from tools.toolset import ToolSet

@@ -31,6 +31,7 @@ from conversations.export.writers import arrow_schema, fitted, merged, shape_of
 from conversations.run.open_run import Run, open_run
 from conversations.trajectory import INVALID_STATUSES
 from conversations.upgrade import upgraded
+from tests.command import turntrace
 from tests.conversations.exports import exported, small_run
 from tests.conversations.pages import changed_run
 from tests.conversations.templates import LLAMA3
@@ -422,11 +423,6 @@ def test_memory_does_not_grow_with_the_rows_of_a_batch_writer(tmp_path: Path) ->
 
 
 # ---------------------------------------------------------------------- the command
-
-
-def turntrace(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "agent", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_exports_and_a_mistake_is_one_line(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from conversations.imports.files import SourceDocument
 from conversations.imports.job import Imported, import_run
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
+from tests.command import turntrace
 from tests.conversations.exports import small_run
-from tests.helpers import ROOT
 
 TOOL = {
     "type": "function",
@@ -488,11 +486,7 @@ def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> 
     edited = {**foreign(), "trajectory_id": "t\x1b[31m"}
     file.write_text(json.dumps(foreign()) + "\nnonsense\n" + 2 * (json.dumps(edited) + "\n"))
 
-    def turntrace(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "agent", "import", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    done = turntrace(file, "--from", "atif", "--out", tmp_path / "run")
+    done = turntrace("import", file, "--from", "atif", "--out", tmp_path / "run")
     assert done.returncode == 1
     assert "2 trajectories in" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
@@ -508,7 +502,7 @@ def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> 
             tmp_path / "no",
         ): "there is no such file",
     }.items():
-        failed = turntrace(*arguments)
+        failed = turntrace("import", *arguments)
         assert failed.returncode == 2
         assert what in failed.stderr
         assert failed.stderr.count("\n") == 1

@@ -39,7 +39,7 @@ from conversations.run.store import RunFolder, image_store
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
 from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
-from tests.helpers import logprobs
+from tests.helpers import logprobs, save_tokenizer_of
 from tests.vision import vision_template
 
 COMPACT_AT = 240
@@ -48,7 +48,7 @@ COMPACT_AT = 240
 
 def open_store(world: World, parent: dict[str, Any] | None = None) -> RunFolder:
     store = RunFolder.create(world.out, {**world.manifest(), "parent": parent})
-    world.template.tokenizer.save_pretrained(world.out / "tokenizer")
+    save_tokenizer_of(world.template, world.out / "tokenizer")
     return store
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import yaml
 
 import tools
+from tests.command import turntrace
 from tools.registry import load_tools
 
 ROOT = Path(tools.__file__).parents[1]
@@ -48,14 +46,6 @@ CALLS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("calculate_answer", {"answer": "42"}, "reward=1.0"),
     ],
 }
-
-
-def turntrace(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False
-    )
 
 
 def test_each_is_called_here() -> None:

@@ -16,8 +16,9 @@ from conversations.errors import RunFolderError
 from conversations.run.open_run import open_run
 from conversations.run.store import TRAJECTORIES, RunFolder
 from conversations.trajectory import Trajectory
+from tests.command import turntrace
 from tests.conversations.test_trajectory import trajectory
-from tests.helpers import hermes_template, turntrace
+from tests.helpers import hermes_template
 
 COUNT = 40
 FUNCTIONS = """

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.command import turntrace
 from tests.helpers import ROOT
 from tools.servers.search.corpus import JsonlCorpus
 from tools.servers.search.index import build_index
@@ -45,24 +46,23 @@ def start(*arguments: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def turntrace(*arguments: str, cwd: Path) -> tuple[int, str, str]:
-    with start(*arguments, cwd=cwd) as process:
-        out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+def run(*arguments: str, cwd: Path) -> tuple[int, str, str]:
+    done = turntrace(*arguments, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_index_says_what_it_made_and_makes_it_once(folder: Path) -> None:
-    code, out, err = turntrace("index", "corpus.jsonl", cwd=folder)
+    code, out, err = run("index", "corpus.jsonl", cwd=folder)
     assert (code, err) == (0, "")
     made = re.fullmatch(r"2 documents indexed in [\d.]+ s: (.+) \([\d.]+ MiB\)\n", out)
     assert made is not None
     assert Path(made[1]).parent == folder / "cache" / "search"
-    again = turntrace("index", "corpus.jsonl", cwd=folder)
+    again = run("index", "corpus.jsonl", cwd=folder)
     assert again == (0, f"nothing to do: {made[1]} holds the 2 documents of corpus.jsonl\n", "")
 
 
 def test_an_index_elsewhere_is_served_without_its_corpus(folder: Path) -> None:
-    assert turntrace("index", "corpus.jsonl", "--out", "kept", cwd=folder)[0] == 0
+    assert run("index", "corpus.jsonl", "--out", "kept", cwd=folder)[0] == 0
     (folder / "corpus.jsonl").unlink()
     with start("serve", "search", "--index", "kept", "--port", "0", cwd=folder) as server:
         assert server.stdout is not None
@@ -76,9 +76,7 @@ def test_an_index_elsewhere_is_served_without_its_corpus(folder: Path) -> None:
             ["1"],
             ["2"],
         ]
-        taken = turntrace(
-            "serve", "search", "--index", "kept", "--port", str(said["port"]), cwd=folder
-        )
+        taken = run("serve", "search", "--index", "kept", "--port", str(said["port"]), cwd=folder)
         server.send_signal(signal.SIGTERM)
         assert server.communicate(timeout=30) == ("", "")
     assert server.returncode == 0
@@ -139,6 +137,6 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     (folder / "bad.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
     build_index(JsonlCorpus(folder / "corpus.jsonl"), folder / "made")
-    code, out, err = turntrace(*arguments, cwd=folder)
+    code, out, err = run(*arguments, cwd=folder)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(says)

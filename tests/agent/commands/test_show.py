@@ -13,9 +13,10 @@ import pytest
 
 from agent.terminal import one_line, visible
 from conversations.run.open_run import open_run
+from tests.command import turntrace
 from tests.conversations.pages import Record, changed_run
 from tests.conversations.synthetic import make_run
-from tests.helpers import child_env, turntrace
+from tests.helpers import child_env
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202eesrever\x00 [bold red]markup[/] half \ud83d"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import turntrace
 from tests.conversations.session.sessions import session_run
-from tests.helpers import hermes_template, turntrace
+from tests.helpers import hermes_template
 
 
 @pytest.fixture(scope="module")

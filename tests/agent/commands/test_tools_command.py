@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from agent.model.base import base_model_dir
+from tests.command import turntrace
 from tests.helpers import fresh_tokenizer, hermes_template
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -82,20 +83,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def turntrace(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command, environment = (
-        [sys.executable, "-m", "agent", "tools", *arguments],
-        {**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+def tools(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return turntrace("tools", *arguments, cwd=folder)
 
 
 def log(folder: Path) -> list[str]:
@@ -103,7 +92,7 @@ def log(folder: Path) -> list[str]:
 
 
 def test_check_shows_class_policy_and_schema_and_starts_what_it_must(folder: Path) -> None:
-    ran = turntrace(folder, "check", "tools.yaml")
+    ran = tools(folder, "check", "tools.yaml")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "logged_tools.Logged" in ran.stdout
     assert "timeout_s 60.0, rate_limit 2.0, ends_conversation true" in ran.stdout
@@ -115,13 +104,13 @@ def test_check_shows_class_policy_and_schema_and_starts_what_it_must(folder: Pat
 def test_check_names_a_function_by_its_own_name(folder: Path) -> None:
     (folder / "my_tools.py").write_text("def twice(x: int) -> int:\n    return 2 * x\n")
     (folder / "own.yaml").write_text("- function: my_tools:twice\n")
-    ran = turntrace(folder, "check", "own.yaml")
+    ran = tools(folder, "check", "own.yaml")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "  function my_tools.twice\n  policy   timeout_s 60.0\n" in ran.stdout
 
 
 def test_check_without_start_starts_nothing(folder: Path) -> None:
-    ran = turntrace(folder, "check", "broken.yaml", "--no-start")
+    ran = tools(folder, "check", "broken.yaml", "--no-start")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert log(folder) == ["close"]
 
@@ -137,7 +126,7 @@ def test_check_names_a_server_that_is_not_there_and_what_has_no_backend(folder: 
         "tool_schema": {"type": "function", "function": {"name": "answer"}},
     }
     (folder / "away.yaml").write_text(yaml.safe_dump([search, answer]))
-    ran = turntrace(folder, "check", "away.yaml")
+    ran = tools(folder, "check", "away.yaml")
     assert (ran.returncode, ran.stderr) == (1, "")
     assert (
         "backend  failed: tool logged: the search server at http://127.0.0.1:1/retrieve"
@@ -147,13 +136,13 @@ def test_check_names_a_server_that_is_not_there_and_what_has_no_backend(folder: 
 
 
 def test_check_says_what_does_not_start(folder: Path) -> None:
-    ran = turntrace(folder, "check", "broken.yaml")
+    ran = tools(folder, "check", "broken.yaml")
     assert (ran.returncode, ran.stderr) == (1, "")
     assert "backend  failed: tool logged: its backend is not there" in ran.stdout
 
 
 def test_check_with_a_model_shows_the_prompt_itself(folder: Path) -> None:
-    ran = turntrace(folder, "check", "tools.yaml", "--no-start", "--model", "smollm2-base")
+    ran = tools(folder, "check", "tools.yaml", "--no-start", "--model", "smollm2-base")
     template = hermes_template()
     asked: list[Any] = [{"role": "user", "content": "..."}]
     with_tools, without = (
@@ -172,13 +161,13 @@ def test_check_with_a_template_that_needs_tools(folder: Path) -> None:
     tokenizer.chat_template = "{{ tools | length }} tools\n" + tokenizer.chat_template
     tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
-    ran = turntrace(folder, "check", "tools.yaml", "--no-start", "--model", "model")
+    ran = tools(folder, "check", "tools.yaml", "--no-start", "--model", "model")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "1 tools<|im_start|>" in ran.stdout
 
 
 def test_call_does_what_a_run_does(folder: Path) -> None:
-    ran = turntrace(folder, "call", "tools.yaml", "logged", "--ground-truth", "7")
+    ran = tools(folder, "call", "tools.yaml", "logged", "--ground-truth", "7")
     assert (ran.returncode, ran.stderr) == (0, "")
     for said in (
         "status       ok",
@@ -199,7 +188,7 @@ def test_call_does_what_a_run_does(folder: Path) -> None:
 
 
 def test_call_with_a_model_cuts_as_a_run_does(folder: Path) -> None:
-    ran = turntrace(folder, "call", "tools.yaml", "logged", "--model", "smollm2-base")
+    ran = tools(folder, "call", "tools.yaml", "logged", "--model", "smollm2-base")
     assert ran.returncode == 0
     assert "long " * 300 not in ran.stdout
 
@@ -220,7 +209,7 @@ def test_call_with_a_model_cuts_as_a_run_does(folder: Path) -> None:
 def test_a_call_that_fails_shows_its_status_and_what_the_model_is_told(
     folder: Path, arguments: str, says: str
 ) -> None:
-    ran = turntrace(folder, "call", "tools.yaml", "logged", arguments)
+    ran = tools(folder, "call", "tools.yaml", "logged", arguments)
     assert (ran.returncode, ran.stderr) == (1, "")
     assert says in ran.stdout
     assert log(folder)[-2:] == ["release", "close"]
@@ -243,7 +232,7 @@ def test_a_call_that_fails_shows_its_status_and_what_the_model_is_told(
     ],
 )
 def test_a_mistake_is_one_line(folder: Path, arguments: list[str], says: str) -> None:
-    ran = turntrace(folder, *arguments)
+    ran = tools(folder, *arguments)
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: ")
     assert says in ran.stderr
@@ -304,7 +293,7 @@ def test_check_warns_of_what_models_will_stumble_over(folder: Path) -> None:
     schema = {"type": "function", "function": {"name": "submit", "parameters": parameters}}
     entry = {"class_name": "tools.gsm8k.Gsm8kTool", "tool_schema": schema}
     (folder / "warned.yaml").write_text(yaml.safe_dump([entry]))
-    ran = turntrace(folder, "check", "warned.yaml")
+    ran = tools(folder, "check", "warned.yaml")
     assert (ran.returncode, ran.stderr) == (0, "")
     warnings = [line for line in ran.stdout.splitlines() if line.startswith("  warning ")]
     assert len(warnings) == 2

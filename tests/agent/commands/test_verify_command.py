@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from conversations.run.store import TRAJECTORIES
+from tests.command import turntrace
 from tests.conversations.synthetic import make_run
-from tests.helpers import ROOT
 
 
 def verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agent", "verify", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return turntrace("verify", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from conversations.run.open_run import open_run
 from conversations.run.scores import SCORES, SavedScores
 from tests.agent.native_api import Server, in_a_thread, waits
 from tests.agent.scoring.toy_model import ToyModel, changed, sampled_run
+from tests.command import turntrace
 from tests.helpers import ROOT
 
 
@@ -27,9 +28,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    return turntrace("verify", *arguments)
 
 
 @pytest.fixture(scope="module")

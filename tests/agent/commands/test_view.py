@@ -23,9 +23,10 @@ from agent.commands import view_server as viewer
 from conversations.run.open_run import open_run
 from conversations.run.store import RUN, TRAJECTORIES
 from tests.browser import tab
+from tests.command import turntrace
 from tests.conversations.pages import changed_run, inflated, parts_of
 from tests.conversations.synthetic import make_run
-from tests.helpers import child_env, turntrace
+from tests.helpers import child_env
 
 N = 24
 

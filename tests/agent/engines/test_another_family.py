@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from conversations.open_run import open_run
 from tests.bench.gpu.model import tiny_model
-from tests.helpers import ROOT, npm_models
+from tests.command import turntrace
+from tests.helpers import npm_models
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -48,17 +46,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def turntrace(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agent", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
 def test_it_runs_and_verifies_with_the_format_that_its_template_proves(
     model: Path, tmp_path: Path
 ) -> None:
@@ -66,7 +53,7 @@ def test_it_runs_and_verifies_with_the_format_that_its_template_proves(
     rows = [json.dumps({"prompt": f"What is 6 times {number}?"}) for number in range(TASKS)]
     (tmp_path / "tasks.jsonl").write_text("\n".join(rows) + "\n")
     options = ("tasks.jsonl", "--config", "config.yaml", "--out", "run")
-    ran = turntrace("run", *options, cwd=tmp_path)
+    ran = turntrace("run", *options, cwd=tmp_path, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     run = open_run(tmp_path / "run")
     assert run.manifest["call_format"]["name"] == "qwen3_coder"
@@ -74,5 +61,5 @@ def test_it_runs_and_verifies_with_the_format_that_its_template_proves(
     assert len(run) == TASKS
     for record in run:
         assert sum(record.response_mask) == sum(turn.end - turn.start for turn in record.turns) > 0
-    verified = turntrace("verify", "run", cwd=tmp_path)
+    verified = turntrace("verify", "run", cwd=tmp_path, timeout=600)
     assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -18,7 +18,7 @@ from conversations.branches import sequences
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
-from tests.agent.test_cli import turntrace
+from tests.command import turntrace
 from tests.conversations.session.sessions import branched, session_run
 from tests.helpers import hermes_template, logprobs, runtime
 

@@ -37,7 +37,7 @@ from tests.conversations.formats.written import WRITERS
 from tests.conversations.pages import parts_of, write_page
 from tests.conversations.shipped_templates import reading, trl_template
 from tests.conversations.templates import on_smollm2
-from tests.helpers import logprobs, runtime, says, task, tokenizer_at
+from tests.helpers import logprobs, runtime, save_tokenizer_of, says, task, tokenizer_at
 from tools.base import BaseTool, ToolResponse
 
 SHIPPED = {
@@ -121,7 +121,7 @@ def written_run(
         "parent": None,
     }
     with RunFolder.create(folder, manifest) as store:
-        template.tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer_of(template, folder / "tokenizer")
         asyncio.run(run_tasks([task()], shared, store=store))
     return folder
 

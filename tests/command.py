@@ -1,0 +1,165 @@
+"""The `turntrace` command in a process of its own that starts warm.
+
+`python -m tests.command` imports the packages once; each command is forked from it, so that it has
+its own process, files, environment, working folder and exit code, but none of the half second of
+imports. What the start itself does, and what it may not import, is tested with `python -m agent`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib
+import json
+import os
+import random
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+WARM = (
+    "agent.cli",
+    "agent.commands.doctor_work",
+    "agent.commands.run_work",
+    "agent.commands.tools_work",
+    "agent.replay.runner",
+    "agent.scoring.work",
+    "conversations.export.formats",
+    "conversations.imports.job",
+    "conversations.page.build",
+    "conversations.verify",
+    "httpx",
+    "jsonschema_rs",
+    "tokenizers",
+    "tools.mcp.tool",
+    "tools.search",
+    "tools.sandbox",
+)
+"""What commands import: none of these starts a thread."""
+
+
+def turntrace(
+    *arguments: object, cwd: Path = ROOT, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command. `variables` are set beside this process's environment variables."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    request = {"argv": [*map(str, arguments)], "cwd": str(cwd), "env": environment}
+    with (
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        Path(os.devnull).open("rb") as nothing,
+        socket.socket(socket.AF_UNIX) as line,
+    ):
+        line.connect(_address())
+        fds = [file.fileno() for file in (nothing, out, err)]
+        socket.send_fds(line, [f"{len(json.dumps(request)):>12}".encode()], fds)
+        line.sendall(json.dumps(request).encode())
+        with line.makefile("rb") as replies:
+            pid = int(replies.readline())
+            line.settimeout(timeout)
+            try:
+                code = int(replies.readline())
+            except TimeoutError:
+                os.kill(pid, signal.SIGKILL)
+                raise
+        written = [_content(file) for file in (out, err)]
+    return subprocess.CompletedProcess(["turntrace", *request["argv"]], code, *written)
+
+
+def _content(file: Any) -> str:
+    file.seek(0)
+    text: str = file.read().decode()
+    return text.replace("\r\n", "\n")
+
+
+@functools.cache
+def _address() -> str:
+    """The socket of this process's warm process, which ends with it."""
+    folder = tempfile.mkdtemp(prefix="warm-")
+    address = f"{folder}/socket"
+    command = [sys.executable, "-m", "tests.command", address]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    atexit.register(process.stdin.close)
+    return address
+
+
+# ---------------------------------------------------------------------- the warm process
+
+
+def _next_command(address: str) -> dict[str, Any]:
+    """Serves until stdin ends; returns once in each process that is to run a command."""
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as waiting:
+        listener.bind(address)
+        listener.listen(64)
+        print("ready", flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        for source in (listener, sys.stdin):
+            waiting.register(source, selectors.EVENT_READ)
+        while sys.stdin not in [key.fileobj for key, _ in waiting.select()]:
+            line, _ = listener.accept()
+            with line:
+                if os.fork() == 0:
+                    return _forked(line)
+    Path(address).unlink()
+    Path(address).parent.rmdir()
+    raise SystemExit
+
+
+def _forked(line: socket.socket) -> dict[str, Any]:
+    """Forks the command, reports its process and its exit code to `line`, and ends; returns in the
+    command's process.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, fds, _, _ = socket.recv_fds(line, 12, 3)
+    with line.makefile("rb") as requests:
+        request: dict[str, Any] = json.loads(requests.read(int(size)))
+    pid = os.fork()
+    if pid:
+        line.sendall(f"{pid}\n".encode())
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(BrokenPipeError):
+            line.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        os._exit(0)
+    line.close()
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+        os.close(fd)
+    return request
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Makes this process what `python -m agent` is at its start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.argv = [str(ROOT / "agent" / "__main__.py"), *request["argv"]]
+    sys.path[0] = request["cwd"]
+    random.seed()
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    runpy.run_module("agent", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    for name in WARM:
+        importlib.import_module(name)
+    _become(_next_command(sys.argv[1]))
