@@ -33,9 +33,9 @@ demo: $(RUN) ## Run generated math problems through the embedded model with real
 	@$(BIN)/turntrace run runs/demo-tasks.jsonl --tools gsm8k --out runs/demo
 	@echo "look at it: $(BIN)/turntrace view runs/demo    prove it: $(BIN)/turntrace verify runs/demo"
 
-TEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+TEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
-test: $(DEV) ## Run the tests, real engine and real sandbox included, two files at a time (ARGS="-k loop" passes arguments to pytest)
+test: $(DEV) ## Run the tests, real engine and real sandbox included, three files at a time (ARGS="-k loop" passes arguments to pytest)
 	@$(TEST) $(ARGS)
 
 test-stacks: $(DEV) ## Run the tests of other stacks: another SGLang, verl 0.8 and 0.9, clients of the gateway, each in an environment of its own

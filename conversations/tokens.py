@@ -7,6 +7,7 @@ views.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import orjson
 
@@ -81,6 +82,16 @@ class TokenSequence:
         """The runs of tokens by one author, (kind, start, end), in order and without gaps."""
         ends = [*self._starts[1:], len(self.ids)]
         return list(zip(self._kinds, self._starts, ends, strict=True)) if self._kinds else []
+
+    def columns(self) -> dict[str, Any]:
+        """The sequence as a record's or a branch's fields hold it."""
+        return {
+            "prompt_ids": self.prompt_ids(),
+            "response_ids": self.response_ids(),
+            "response_mask": self.response_mask(),
+            "response_logprobs": self.response_logprobs(),
+            "segments": self.segments(),
+        }
 
     def prompt_ids(self) -> list[int]:
         """Everything before the first sampled token."""

@@ -18,40 +18,54 @@ from tests.helpers import hermes_template, qwen_template
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
-# ------------------------------------------------------------ two files at a time (make test)
+# ------------------------------------------------------------ three files at a time (make test)
 
-ENGINE_FILES = {
-    "tests/agent/gateway/test_gateway_engine.py",
-    "tests/agent/replay/test_replay_engine.py",
-    "tests/agent/test_rollout.py",
-    "tests/agent/engines/test_other_sglangs.py",
-    "tests/agent/engines/test_another_family.py",
-    "tests/agent/engines/test_vision_engine.py",
-    "tests/agent/engines/test_sglang_server.py",
-    "tests/agent/engines/test_sglang_servers.py",
-    "tests/agent/scoring/test_scoring_engine.py",
-    "tests/conversations/test_verify_engine.py",
+LANES = {
+    "engine": (
+        "tests/agent/gateway/test_gateway_engine.py",
+        "tests/agent/replay/test_replay_engine.py",
+        "tests/agent/test_rollout.py",
+        "tests/agent/engines/test_other_sglangs.py",
+        "tests/agent/engines/test_another_family.py",
+        "tests/agent/engines/test_vision_engine.py",
+        "tests/agent/engines/test_sglang_server.py",
+        "tests/agent/engines/test_sglang_servers.py",
+        "tests/agent/scoring/test_scoring_engine.py",
+        "tests/conversations/test_verify_engine.py",
+    ),
+    "verl": (
+        "tests/agent/trainers/test_trainer.py",
+        "tests/agent/model/test_adapter.py",
+        "tests/crossings/test_crossings.py",
+        "tests/conversations/test_export_verl.py",
+        "tests/conversations/test_export_trl.py",
+        "tests/conversations/test_import.py",
+        "tests/agent/recipe/test_train.py",
+    ),
 }
-"""One worker runs these, one after the other: the tests that share an engine are in one process,
-and few engines run at once.
+"""Files that one worker runs, one after the other. The first share an engine, so that few engines
+run at once; the others import torch and verl, which takes ten seconds of CPU.
 """
 
 SLOW_FILES = (
-    "tests/agent/trainers/test_trainer.py",
-    "tests/agent/model/test_adapter.py",
-    "tests/crossings/test_crossings.py",
+    "tests/agent/workers/test_workers.py",
     "tests/conversations/formats/test_whole_way.py",
     "tests/agent/loop/test_fidelity.py",
     "tests/agent/runs/test_chaos.py",
+    "tests/agent/runs/test_kill.py",
+    "tests/agent/replay/test_replay.py",
     "tests/tools/mcp/test_tool.py",
 )
-"""What takes a minute and more where the other worker does the same, the slowest first."""
+"""What takes longest of the rest, the slowest first."""
+
+LANE_OF = {file: lane for lane, files in LANES.items() for file in files}
+ORDER = {file: place for place, file in enumerate([*LANE_OF, *SLOW_FILES])}
 
 
 class Lanes(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "engine" if file in ENGINE_FILES else file
+        return LANE_OF.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
@@ -60,13 +74,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no worker is left with it alone."""
-    items.sort(key=lambda item: _place(item.nodeid.split("::")[0]))
-
-
-def _place(file: str) -> int:
-    if file in ENGINE_FILES:
-        return 0
-    return 1 + SLOW_FILES.index(file) if file in SLOW_FILES else 1 + len(SLOW_FILES)
+    items.sort(key=lambda item: ORDER.get(item.nodeid.split("::")[0], len(ORDER)))
 
 
 # ---------------------------------------------------------------------- fixtures

@@ -110,21 +110,13 @@ class ForeignConversation:
         return False
 
     def _token_fields(self) -> dict[str, Any]:
-        tokens = self._tokens
-        logprobs = tokens.response_logprobs()
-        shift = len(tokens.prompt_ids())
+        columns = self._tokens.columns()
+        shift = len(columns["prompt_ids"])
         for start, end in self._without_logprobs:
-            logprobs[start - shift : end - shift] = [None] * (end - start)
-        fields = {
-            "prompt_ids": tokens.prompt_ids(),
-            "response_ids": tokens.response_ids(),
-            "response_mask": tokens.response_mask(),
-        }
-        segments = {"segments": [list(segment) for segment in tokens.segments()]}
+            columns["response_logprobs"][start - shift : end - shift] = [None] * (end - start)
         return {
-            **fields,
-            **segments,
-            "response_logprobs": logprobs,
+            **columns,
+            "segments": [list(segment) for segment in columns["segments"]],
             "turns": self._turns,
             "num_turns": len(self._turns),
         }

@@ -365,7 +365,7 @@ def test_run_json_says_what_was_run(run: Run, project: Path, tmp_path: Path) -> 
 def test_a_key_without_effect_is_noted_and_the_run_goes_on(run: Run) -> None:
     ran = run("--limit", "1", "--set", "rollout.temperature=0.5")
     assert ran.returncode == 0
-    assert "note: no effect: rollout.temperature: " in ran.stderr
+    assert "no effect: rollout.temperature" in ran.stderr
 
 
 def test_what_models_will_stumble_over_is_noted_before_the_run(run: Run, tmp_path: Path) -> None:
@@ -503,7 +503,7 @@ def test_a_second_run_into_the_same_folder_is_refused(run: Run) -> None:
     assert run("--limit", "1").returncode == 0
     again = run("--limit", "1")
     assert again.returncode == 2
-    assert "already holds a run; use --resume" in again.stderr
+    assert "use --resume" in again.stderr
 
 
 def test_resume_runs_what_is_missing_and_nothing_twice(run: Run, tmp_path: Path) -> None:
@@ -560,7 +560,7 @@ def test_infrastructure_failures_are_exit_code_1_until_resume_mends_them(
 def test_an_engine_that_does_not_start_leaves_no_run_behind(run: Run, tmp_path: Path) -> None:
     broken = run("--set", f"rollout.turntrace.recorded={tmp_path}")
     assert broken.returncode == 2
-    assert "trajectories.jsonl cannot be read" in broken.stderr
+    assert "trajectories.jsonl" in broken.stderr
     assert run("--limit", "1").returncode == 0
 
 

@@ -572,7 +572,7 @@ def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path
     }
     with pytest.raises(EngineStartError, match=r"^[^\n]+$") as failure:
         start(starved, base_model_dir(), log_path=log)
-    assert "rollout.gpu_memory_utilization leaves no room for the KV cache" in str(failure.value)
+    assert "rollout.gpu_memory_utilization" in str(failure.value)
     assert str(log) in str(failure.value)
 
 
@@ -604,7 +604,5 @@ def test_a_misspelt_argument_of_sglang_is_named() -> None:
         "response_length": 64,
         "engine_kwargs": {"sglang": {"attention_backnd": "x"}},
     }
-    with pytest.raises(
-        EngineStartError, match=r"^the engine did not start: [^\n]*'attention_backnd'"
-    ):
+    with pytest.raises(EngineStartError, match=r"^[^\n]*'attention_backnd'"):
         start(config, base_model_dir())

@@ -261,9 +261,7 @@ def test_every_format_is_there_and_says_what_it_is() -> None:
         assert found.fields
         assert found.usage
     assert ", ".join(export_names()) == FORMATS, "what --help says"
-    with pytest.raises(
-        ExportError, match="there is no format 'openrlhf'; the formats are verl-rl, "
-    ):
+    with pytest.raises(ExportError, match=r"'openrlhf'.* verl-rl, "):
         get_format("openrlhf")
 
 
@@ -339,9 +337,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
     (out / "mine").write_text("x")
     with pytest.raises(ExportError, match="is there already"):
         job.export_run(small_run(), "parquet", out)
-    with pytest.raises(
-        ExportError, match=r"nothing is left to export of 60 trajectories: .* reward"
-    ):
+    with pytest.raises(ExportError, match=r"60 trajectories: .* reward"):
         job.export_run(small_run(), "parquet", tmp_path / "other", Filters(min_reward=99.0))
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
 

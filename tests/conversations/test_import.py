@@ -408,9 +408,7 @@ def test_a_document_of_ours_that_was_damaged_is_refused(
 ) -> None:
     found = own()
     change(found)
-    with pytest.raises(
-        ImportFileError, match="no trajectory could be imported; the first defect"
-    ) as caught:
+    with pytest.raises(ImportFileError, match="no trajectory") as caught:
         take(tmp_path, found)
     assert what in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]

@@ -267,7 +267,7 @@ def test_what_tools_say_when_created_is_theirs(name: str) -> None:
 
 
 def test_messages_that_a_template_refuses_are_the_templates_words(smollm2: ChatTemplate) -> None:
-    with pytest.raises(TemplateError, match="refuses the messages: System role not supported"):
+    with pytest.raises(TemplateError, match=r"refuses .*System role"):
         family("gemma").prompt(
             [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], []
         )
@@ -472,15 +472,13 @@ def test_a_call_that_ends_with_a_token_of_its_own() -> None:
 def test_a_turn_that_ends_in_ordinary_text_is_refused() -> None:
     with pytest.raises(
         TemplateError,
-        match=r"ends an assistant turn with '###.*, not with a special token",
+        match=r"'###.*special token",
     ):
         ChatTemplate(on_smollm2(families.PLAIN_END))
 
 
 def test_a_generation_prompt_that_rewrites_the_prompt_is_refused() -> None:
-    with pytest.raises(
-        TemplateError, match="rewrites the prompt when add_generation_prompt is set"
-    ):
+    with pytest.raises(TemplateError, match="add_generation_prompt"):
         ChatTemplate(on_smollm2(families.GENERATION_REWRITES))
 
 
@@ -506,16 +504,14 @@ def test_an_end_token_that_swallows_blanks_is_no_trouble() -> None:
 
 def test_no_template_and_no_fast_tokenizer_are_named() -> None:
     tokenizer = on_smollm2("")
-    with pytest.raises(TemplateError, match="has no chat template; set `chat_template`"):
+    with pytest.raises(TemplateError, match="`chat_template`"):
         ChatTemplate(tokenizer)
-    with pytest.raises(TemplateError, match="needs a fast tokenizer"):
+    with pytest.raises(TemplateError, match="fast tokenizer"):
         ChatTemplate(object())
 
 
 def test_a_template_with_a_mistake_in_it_is_named() -> None:
-    with pytest.raises(
-        TemplateError, match=r"the chat template of .* cannot be read: unexpected end of template"
-    ):
+    with pytest.raises(TemplateError, match="unexpected end of template"):
         ChatTemplate(on_smollm2("{% for m in messages %}{{ m.role"))
 
 

@@ -141,5 +141,5 @@ def test_ten_megabytes_cost_what_a_hundred_kilobytes_cost(smollm2: ChatTemplate,
 
 
 def test_an_unknown_side_is_named(smollm2: ChatTemplate) -> None:
-    with pytest.raises(ValueError, match="side must be one of left, middle, right, got 'top'"):
+    with pytest.raises(ValueError, match=r"side .*'top'"):
         cut_to_tokens("x" * 100, 1, "top", smollm2)

@@ -133,7 +133,7 @@ def test_each_corruption_is_named(tampered: tuple[list[Spoilt], list[Defect]], n
             map(str, [spoilt, *named])
         )
         assert (
-            spoilt.forged == (not any("does not match its hash" in str(defect) for defect in named))
+            spoilt.forged == (not any("its hash" in str(defect) for defect in named))
             or "infinite" in spoilt.name
         )
 

@@ -125,7 +125,7 @@ async def test_trajectories_do_not_see_each_other_and_release_forgets() -> None:
         await tool.execute(instance, {"answer": "1"})
     assert (await tool.calc_reward(right), await tool.calc_reward(wrong)) == (1.0, 0.0)
     await tool.release(right)
-    with pytest.raises(LookupError, match="calculate_answer knows no trajectory 'a'"):
+    with pytest.raises(LookupError, match=r"calculate_answer .*'a'"):
         await tool.execute(right, {"answer": "1"})
     assert await tool.calc_reward(wrong) == 0.0
 
@@ -136,5 +136,5 @@ def test_the_name_is_the_schemas() -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ToolConfigError, match=r"config\.method must be .*got 'loose'"):
+    with pytest.raises(ToolConfigError, match=r"config\.method .*'loose'"):
         Gsm8kTool({"method": "loose"}, SCHEMA)

@@ -82,7 +82,7 @@ def test_a_class_may_have_defaults_of_its_own() -> None:
     assert (policy.timeout_s, policy.max_concurrency, policy.retries) == (300.0, 4, 1)
     policy = policy_of({"timeout_s": 1, "max_concurrency": None}, Slow)
     assert (policy.timeout_s, policy.max_concurrency) == (1.0, None)
-    with pytest.raises(ToolConfigError, match=r"config\.retries needs idempotent: true"):
+    with pytest.raises(ToolConfigError, match=r"config\.retries .*idempotent"):
         policy_of({"retries": 1, "idempotent": False}, Slow)
 
 
@@ -205,5 +205,5 @@ def test_a_mistake_is_one_line(config: dict[str, Any], place: str, word: str) ->
 @pytest.mark.parametrize("value", ["no", "false", 0, None])
 def test_text_is_no_boolean(tool_class: type[BaseTool], value: object) -> None:
     """`enable_global_rate_limit: "no"` is neither on nor off."""
-    with pytest.raises(ToolConfigError, match=r"^config\.enable_global_rate_limit must be true"):
+    with pytest.raises(ToolConfigError, match=r"^config\.enable_global_rate_limit "):
         policy_of({"enable_global_rate_limit": value}, tool_class)

@@ -109,7 +109,7 @@ async def test_a_language_that_the_server_lacks_is_told_at_the_start() -> None:
     tool = SandboxFusionTool({"default_language": "cobol"}, schema())
     with pytest.raises(
         ToolConfigError,
-        match=r"config\.default_language: the sandbox does not run 'cobol'; it runs python, bash",
+        match=r"config\.default_language: .*'cobol'.*python, bash",
     ):
         await tool.start()
     await tool.close()
@@ -123,9 +123,7 @@ async def test_parameters_count_only_where_the_schema_offers_them() -> None:
     assert (await run({}, "print(1)", language="bash", timeout=1e-9))[0] == "1\n"
     offering = schema(language={"type": "string"}, timeout={"type": "number"})
     assert (await run({}, "echo 1", offering, language="bash", timeout=1000))[0] == "1\n"
-    with pytest.raises(
-        ToolError, match="'cobol' is not supported here; supported are python, bash"
-    ):
+    with pytest.raises(ToolError, match=r"'cobol'.*python, bash"):
         await run({}, "x", offering, language="cobol")
 
 
@@ -133,7 +131,7 @@ async def test_parameters_count_only_where_the_schema_offers_them() -> None:
 async def test_a_timeout_that_is_none_is_the_models_mistake() -> None:
     offering = schema(timeout={})
     for wrong in (0, -1, float("nan"), True, "9", [], {}):
-        with pytest.raises(ToolError, match=r"^timeout must be a number of seconds above 0, got "):
+        with pytest.raises(ToolError, match=r"^timeout .*seconds"):
             await run({}, "print(1)", offering, timeout=wrong)
     for right in (None, 1, 10**400, float("inf")):
         assert (await run({}, "print(1)", offering, timeout=right))[0] == "1\n"
@@ -185,9 +183,7 @@ async def test_the_demo_pair_serves_a_conversation() -> None:
 @pytest.mark.parametrize("config", [{"packages": ["no-such-package-at-all"]}])
 async def test_a_package_that_is_not_installed_is_told_at_the_start(config: dict[str, Any]) -> None:
     tool = SandboxFusionTool(config, schema())
-    with pytest.raises(
-        SandboxUnavailable, match="the package 'no-such-package-at-all' is not installed here"
-    ):
+    with pytest.raises(SandboxUnavailable, match="'no-such-package-at-all'"):
         await tool.start()
     await tool.close()
 
@@ -402,7 +398,7 @@ async def test_a_server_that_keeps_no_sessions_is_told_of_once_at_the_start(
     )
     with pytest.raises(
         ToolConfigError,
-        match=r"code_interpreter: config.session: the server at .* keeps no sessions",
+        match=r"code_interpreter: config\.session: .*sessions",
     ):
         await tools.start()
     await tools.close()
@@ -451,7 +447,7 @@ def test_a_wrong_config_is_named(config: dict[str, Any], key: str, word: str) ->
 
 
 def test_a_misspelt_key_of_the_config_is_named() -> None:
-    with pytest.raises(ToolConfigError, match="'defualt_timeout'; did you mean 'default_timeout'"):
+    with pytest.raises(ToolConfigError, match=r"'defualt_timeout'.*'default_timeout'"):
         ToolSet.from_tools([SandboxFusionTool({"defualt_timeout": 3}, schema())])
 
 

@@ -81,7 +81,7 @@ def test_a_dialect_that_is_not_known_is_refused(write: Any) -> None:
     with pytest.raises(ToolConfigError, match=r"https://example\.com/mine"):
         load_tools(write([entry(schema)]))
     newest = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    with pytest.raises(ToolConfigError, match=r"properties\.pair\.items is not valid"):
+    with pytest.raises(ToolConfigError, match=r"properties\.pair\.items"):
         load_tools(write([entry(schema_with(**newest, properties={"pair": PAIR}))]))
 
 
@@ -134,7 +134,7 @@ def test_an_enum_of_yaml_booleans_for_a_string_is_refused(write: Any, text: str)
     type: function
     function: {{name: f, parameters: {{properties: {{c: {{type: string, enum: {text}}}}}}}}}
 """
-    with pytest.raises(ToolConfigError, match=r"properties\.c\.enum\.\d is .*put it in quotes"):
+    with pytest.raises(ToolConfigError, match=r"properties\.c\.enum\.\d .*quotes"):
         load_tools(write(document))
     quoted = (
         document.replace("NO", "'NO'").replace("yes, no", "'yes', 'no'").replace("on]", "'on']")

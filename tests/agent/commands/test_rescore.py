@@ -177,9 +177,7 @@ def test_several_processes_give_the_same_in_the_same_order(
     one = [each.to_line() for each in score("scores:parts")]
     rescore_run(run, "scores:parts", tmp_path / "many", jobs=2)
     assert [each.to_line() for each in open_run(tmp_path / "many")] == one
-    with pytest.raises(
-        AgentError, match=r"^trajectory t-7: the reward function failed: ValueError[^\n]*$"
-    ):
+    with pytest.raises(AgentError, match=r"^[^\n]*t-7: [^\n]*ValueError[^\n]*$"):
         rescore_run(run, "scores:raises", tmp_path / "failed", jobs=2)
 
 
@@ -226,9 +224,9 @@ def test_a_damaged_parent_is_refused(score: Score, run: Path, tmp_path: Path) ->
     (copy / TRAJECTORIES).write_text(
         (copy / TRAJECTORIES).read_text().replace('"reward":0.5', '"reward":0.75', 1)
     )
-    with pytest.raises(RunFolderError, match="does not match its hash"):
+    with pytest.raises(RunFolderError, match="hash"):
         rescore_run(copy, "scores:length", tmp_path / "new")
-    with pytest.raises(AgentError, match="is the run itself"):
+    with pytest.raises(AgentError, match="itself"):
         rescore_run(run, "scores:length", run)
 
 

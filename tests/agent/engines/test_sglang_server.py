@@ -138,7 +138,7 @@ async def test_retries_have_an_end() -> None:
         serving(Server(status(504, "too late"))) as server,
         engine_of(server, attempts=3) as engine,
     ):
-        with pytest.raises(EngineError, match="tried 3 times, last with status 504: too late"):
+        with pytest.raises(EngineError, match=r"3 times.* 504: too late"):
             await sample(engine, [1])
         assert len(server.bodies) == 3
 
@@ -157,9 +157,7 @@ async def test_a_full_queue_is_not_waited_for_without_end() -> None:
         serving(Server(status(429, "queue full"))) as server,
         engine_of(server, wait_s=0.1) as engine,
     ):
-        with pytest.raises(
-            EngineError, match=r"took no request for 0\.1 s, last with status 429: queue full"
-        ):
+        with pytest.raises(EngineError, match=r"0\.1 s.* 429: queue full"):
             await sample(engine, [1])
 
 
@@ -182,13 +180,11 @@ def test_no_sooner_than_the_server_says(given: str | None, least_s: float, most_
 async def test_a_refused_connection_is_waited_for() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     engine = SGLangServerEngine([url], wait_s=0.1)
-    with pytest.raises(
-        EngineError, match=r"^no server came back within 0\.1 s: http://127\.0\.0\.1:\d+: "
-    ):
+    with pytest.raises(EngineError, match=r"0\.1 s: http://127\.0\.0\.1:\d+: "):
         await sample(engine, [1])
     with pytest.raises(
         EngineStartError,
-        match=r"no SGLang server .* http://127\.0\.0\.1:\d+: .*; check rollout\.server\.urls",
+        match=r"http://127\.0\.0\.1:\d+: .*rollout\.server\.urls",
     ):
         await engine.connect()
     await engine.close()
@@ -223,7 +219,7 @@ async def test_a_connection_that_breaks_is_aborted_and_the_turn_sent_again() -> 
 
 async def test_a_turn_that_takes_too_long_is_aborted_and_not_sent_again() -> None:
     async with serving(Server(waits)) as server, engine_of(server, read_timeout_s=0.2) as engine:
-        with pytest.raises(EngineError, match="did not answer within its timeout"):
+        with pytest.raises(EngineError, match="timeout"):
             await sample(engine, [1])
         assert server.aborted == [body["rid"] for body in server.bodies]
         assert len(server.bodies) == 1
@@ -451,7 +447,7 @@ async def test_what_is_wrong_at_the_start_is_one_line(
         engine = SGLangServerEngine([server.url], "k")
         with pytest.raises(
             EngineStartError,
-            match=r"^no SGLang server is ready at http://[^\n]+; check rollout\.server\.urls$",
+            match=r"^[^\n]*http://[^\n]+rollout\.server\.urls[^\n]*$",
         ) as raised:
             await engine.connect()
         assert says in str(raised.value)
@@ -490,7 +486,7 @@ async def test_a_server_that_never_answers_is_not_waited_for_at_the_start(
     monkeypatch.setattr(one_server, "HEALTH_S", 0.2)
     async with serving(Server(answers)) as server:
         server.hangs = True
-        with pytest.raises(EngineStartError, match="GET /health: no answer within its timeout"):
+        with pytest.raises(EngineStartError, match=r"GET /health: .*timeout"):
             await SGLangServerEngine([server.url]).connect()
 
 

@@ -132,7 +132,7 @@ async def test_a_poisoned_turn_does_not_go_round_for_ever() -> None:
         serving(Server(status(500, "boom"))) as two,
     ):
         async with engine_of(one, two, attempts=4) as engine:
-            with pytest.raises(EngineError, match="tried 4 times, last with status 500: boom"):
+            with pytest.raises(EngineError, match=r"4 times.* 500: boom"):
                 await sample(engine, [1])
         assert len(one.bodies) + len(two.bodies) == 4
 
@@ -205,9 +205,7 @@ async def test_waiting_has_an_end_that_says_what_is_wrong() -> None:
     async with serving(Server(answers)) as server, engine_of(server, wait_s=0.2) as engine:
         server.up = False
         engine._servers[0].lost("gone")
-        with pytest.raises(
-            EngineError, match=r"no server came back within 0\.2 s: http://\S+: .*503"
-        ):
+        with pytest.raises(EngineError, match=r"0\.2 s: http://\S+: .*503"):
             await sample(engine, [1])
 
 
@@ -215,16 +213,14 @@ async def test_one_that_comes_back_with_another_model_stays_out() -> None:
     async with serving(Server(answers)) as server, engine_of(server, wait_s=0.3) as engine:
         server.model = "/models/other"
         engine._servers[0].lost("gone")
-        with pytest.raises(EngineError, match="/models/other instead of /models/m"):
+        with pytest.raises(EngineError, match=r"/models/other .*/models/m"):
             await sample(engine, [1])
 
 
 async def test_servers_of_different_models_are_refused() -> None:
     async with serving(Server(answers)) as one, serving(Server(answers)) as two:
         two.model = "/models/other"
-        with pytest.raises(
-            EngineStartError, match=r"serve different models: .*/models/m, .*/models/other"
-        ):
+        with pytest.raises(EngineStartError, match=r"different.*/models/m, .*/models/other"):
             async with engine_of(one, two):
                 pass
 
@@ -242,7 +238,7 @@ async def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
     async with serving(Server(answers), ssl_certfile=chain, ssl_keyfile=key) as server:
         with pytest.raises(
             EngineStartError,
-            match=r"no SGLang server is ready at https://\S+: .*certificate verify failed",
+            match=r"https://\S+: .*certificate",
         ):
             async with engine_of(server):
                 pass

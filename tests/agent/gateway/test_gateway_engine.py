@@ -21,8 +21,8 @@ from agent.runs.manifest import run_manifest, save_tokenizer
 from agent.runs.parts import prepare
 from conversations.run.store import RunFolder
 from tests.agent.gateway.live import checked, gateway_config_of
-from tests.agent.gateway.test_clients import HERE, environment
-from tests.helpers import hermes_template
+from tests.agent.gateway.test_clients import HERE
+from tests.helpers import child_env, hermes_template
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -43,7 +43,7 @@ async def test_the_openai_sdk_on_the_real_engine(sglang_rollout: Any, tmp_path: 
         client = await asyncio.create_subprocess_exec(
             sys.executable,
             HERE / "clients" / "openai_sdk.py",
-            env=environment(),
+            env=child_env({}),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

@@ -280,7 +280,7 @@ async def test_a_record_without_a_json_form_is_that_conversations_failure_alone(
     assert [good.stop_reason, odd.stop_reason, last.stop_reason] == ["stop", "engine_error", "stop"]
     assert (odd.infra_error, odd.reward, odd.extra, odd.ground_truth) == (True, None, None, "7")
     assert odd.error is not None
-    assert "date is not JSON serializable" in odd.error
+    assert "JSON serializable" in odd.error
     assert odd.response_ids == good.response_ids
     assert len(odd.messages) == 2
     assert (progress.done, progress.infra_errors, progress.lost) == (3, 1, [])
@@ -389,7 +389,7 @@ async def test_an_error_of_the_store_ends_the_run_in_one_line(
     store = RunFolder.create(tmp_path, {})
     (tmp_path / TRAJECTORIES).symlink_to("/dev/full")
     tasks = [acts("first", "42"), acts("hangs", call("toy", do="say"), "!hang")]
-    with pytest.raises(RunFolderError, match="No space left on device; make room and --resume"):
+    with pytest.raises(RunFolderError, match=r"No space .*--resume"):
         await asyncio.wait_for(run_tasks(tasks, shared(Actors(smollm2), toy), store=store), 30)
     store.close()
     assert [record.task_id for record in read_trajectories(tmp_path / UNFINISHED)] == ["hangs"]

@@ -203,7 +203,7 @@ async def test_an_engine_that_saw_other_tokens_than_were_sent_is_an_engine_error
         runtime(smollm2, says(smollm2, generation([smollm2.end_id], prompt_tokens=7)))
     )
     assert (record.stop_reason, record.num_turns) == ("engine_error", 0)
-    assert "saw 7 prompt tokens" in str(record.error)
+    assert "7 prompt tokens" in str(record.error)
 
 
 async def test_work_per_turn_does_not_grow_with_the_conversation(smollm2: ChatTemplate) -> None:
@@ -711,7 +711,7 @@ async def test_messages_that_the_template_refuses(smollm2: ChatTemplate) -> None
         [],
     )
     assert record.error is not None
-    assert "System role not supported" in record.error
+    assert "System role" in record.error
 
 
 async def test_a_template_that_refuses_a_response_is_no_infrastructure_either(

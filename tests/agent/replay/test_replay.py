@@ -36,12 +36,12 @@ from conversations.run.open_run import Run, open_run
 from conversations.run.store import TRAJECTORIES, RunFolder, read_manifest
 from conversations.trajectory import Trajectory, record_hash
 from conversations.verify import verify_run
+from tests.command import turntrace
 from tests.helpers import (
     call,
     child_env,
     fresh_tokenizer,
     hermes_template,
-    turntrace,
 )
 from tools.base import ToolsError
 from tools.registry import MCP_TOOL, SHIPPED, load_tools
@@ -561,7 +561,7 @@ def test_a_fork_whose_tools_cannot_be_brought_back_has_failed(again: Again, desk
     assert (forked.code, forked.report["outcomes"]["failed"]) == (INCOMPLETE, 1)
     record = forked.run["t0-0"]
     assert (record.infra_error, record.reward, record.num_turns) == (True, None, 1)
-    assert "call_0_0 could not be made again" in str(record.error)
+    assert "call_0_0" in str(record.error)
     assert "could not be made again" in forked.said
     (desk / "down").unlink()
     assert (
@@ -576,7 +576,7 @@ def test_trajectories_that_do_not_reach_the_turn_are_left_out_and_named(again: A
     forked = again(model="live", from_turn=2, **LIVE_TOOLS)
     assert "note: 1 trajectories do not reach turn 2: left out (t4-0)" in forked.said
     assert len(forked.run) == TASKS - 1
-    with pytest.raises(AgentError, match="nothing to replay: 5 trajectories do not reach turn 3"):
+    with pytest.raises(AgentError, match=r"nothing.* 5 .*turn 3"):
         again(out="newer", model="live", from_turn=3, **LIVE_TOOLS)
 
 
@@ -587,14 +587,14 @@ def test_a_fork_needs_the_parents_tokenizer(again: Again, tmp_path: Path) -> Non
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(
         AgentError,
-        match="the model's tokenizer is not that of parent: a fork keeps the parent's tokens",
+        match=r"tokenizer.*parent",
     ):
         again(
             model="live", from_turn=1, overrides=[f"model_path={tmp_path / 'model'}"], **LIVE_TOOLS
         )
     for file in (tmp_path / "model").glob("tokenizer*"):
         file.write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
-    with pytest.raises(AgentError, match=r"^model_path: no tokenizer could be loaded from [^\n]*$"):
+    with pytest.raises(AgentError, match=r"^model_path: [^\n]*tokenizer[^\n]*$"):
         again(model="live", overrides=[f"model_path={tmp_path / 'model'}"])
 
 
@@ -913,11 +913,11 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(
 
 def test_a_folder_that_holds_another_replay_is_refused(again: Again) -> None:
     again(ids=["t4-0"])
-    with pytest.raises(RunFolderError, match="already holds a run; use --resume"):
+    with pytest.raises(RunFolderError, match="--resume"):
         again()
-    with pytest.raises(RunFolderError, match=r'replay\.tools was "recorded", is "live"'):
+    with pytest.raises(RunFolderError, match=r'replay\.tools .*"recorded".*"live"'):
         again(resume=True, **LIVE_TOOLS)
-    with pytest.raises(RunFolderError, match="n was null, is 1"):
+    with pytest.raises(RunFolderError, match="n was null"):
         again(resume=True)
     assert len(again(resume=True, force=True).run) == TASKS
 

@@ -25,8 +25,8 @@ from conversations.run.store import (
 from conversations.trajectory import Trajectory, read_record
 from tests.helpers import ROOT
 
-TASKS = 2000
-KILLS = 25
+KILLS = int(os.environ.get("TURNTRACE_KILLS", "14"))
+TASKS = 80 * KILLS
 KILLED = -signal.SIGKILL
 
 

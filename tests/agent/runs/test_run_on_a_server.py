@@ -114,7 +114,7 @@ def test_a_resume_whose_server_is_away_leaves_the_run_as_it_was(
     go(stop_after_s=0.0)
     before = read_manifest(tmp_path / "run")
     server.up = False
-    with pytest.raises(EngineStartError, match="GET /health: status 503"):
+    with pytest.raises(EngineStartError, match=r"/health: .*503"):
         go()
     assert read_manifest(tmp_path / "run") == before
 

@@ -413,9 +413,9 @@ def test_a_worker_that_cannot_start_is_one_line(address: str, parts: Parts, tmp_
     (tmp_path / "tools.yaml").write_text("- function: nowhere:look\n")
     nowhere = f"rollout.multi_turn.tool_config_path={tmp_path / 'tools.yaml'}"
     config = load_config(parts.config.path, [nowhere])
-    with pytest.raises(AgentError, match=r"worker 0 .* did not start: .*nowhere"):
+    with pytest.raises(AgentError, match=r"worker 0 .*nowhere"):
         WorkerPool(dataclasses.replace(parts, config=config), 1, address)
-    with pytest.raises(AgentError, match=r"--workers 40: .*use --workers 4"):
+    with pytest.raises(AgentError, match=r"--workers 40: .*--workers 4"):
         WorkerPool(parts, 40, address)
     with pytest.raises(AgentError, match="ray://"):
         WorkerPool(parts, 1, "ray://localhost:10001")

@@ -89,9 +89,7 @@ def test_the_manifest_says_what_was_run(tmp_path: Path) -> None:
 def test_a_task_and_sample_is_written_once(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, MANIFEST) as run:
         run.append(record("a"))
-        with pytest.raises(
-            RunFolderError, match="trajectory a-0 is there already; task ids must be unique"
-        ):
+        with pytest.raises(RunFolderError, match=r"a-0 .*unique"):
             run.append(record("a"))
         run.append(record("a", 1))
     assert ids(tmp_path) == ["a-0", "a-1"]
@@ -108,7 +106,7 @@ def test_what_has_no_json_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     run_with(tmp_path, record("a"))
-    with pytest.raises(RunFolderError, match="already holds a run; use --resume"):
+    with pytest.raises(RunFolderError, match="--resume"):
         RunFolder.create(tmp_path, MANIFEST)
     assert ids(tmp_path) == ["a-0"]
 
@@ -131,7 +129,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
 
 def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunFolderError, match="cannot be used as a run folder"):
+    with pytest.raises(RunFolderError, match="run folder"):
         RunFolder.create(tmp_path / "file" / "run", MANIFEST)
     with pytest.raises(RunFolderError, match="cannot be read"):
         list(read_trajectories(tmp_path / "none.jsonl"))
@@ -157,7 +155,7 @@ def test_a_full_disk_is_one_clear_line_and_the_run_goes_on_later(tmp_path: Path)
     )  # opened at the first append; reading it would never end
     with pytest.raises(
         RunFolderError,
-        match=r"unfinished.jsonl cannot be written: No space left on device",
+        match=r"unfinished\.jsonl .*No space",
     ):
         run.append_unfinished(record("b"))
     run.append(record("c"))
@@ -177,14 +175,14 @@ def test_a_sync_that_fails_is_not_kept_quiet(tmp_path: Path) -> None:
             run.append_unfinished(record("a"))
             time.sleep(0.02)
 
-    with pytest.raises(RunFolderError, match="cannot be written: Invalid argument"):
+    with pytest.raises(RunFolderError, match="Invalid argument"):
         append_until_the_sync_has_run()
     run.close()
 
     run = RunFolder.create(tmp_path / "quick", MANIFEST)
     (tmp_path / "quick" / UNFINISHED).symlink_to("/dev/null")
     run.append_unfinished(record("a"))
-    with pytest.raises(RunFolderError, match="cannot be written: Invalid argument"):
+    with pytest.raises(RunFolderError, match="Invalid argument"):
         run.close()
 
 
@@ -205,9 +203,7 @@ def test_a_manifest_that_cannot_be_written_is_one_clear_line(
     run_with(tmp_path, record("a"))
     run = RunFolder.resume(tmp_path, MANIFEST)
     (tmp_path / "run.json.new").symlink_to("/dev/full")
-    with pytest.raises(
-        RunFolderError, match=r"run.json cannot be written: No space left on device"
-    ):
+    with pytest.raises(RunFolderError, match=r"run\.json .*No space"):
         run.close(counts) if counts else (run.close(), RunFolder.resume(tmp_path, MANIFEST))
     assert not (tmp_path / "run.json.new").is_symlink(), "nothing half written is left"
     RunFolder.resume(tmp_path, MANIFEST).close()  # the failure left no lock
@@ -220,7 +216,7 @@ def test_a_manifest_that_cannot_be_written_is_one_clear_line(
 def test_a_second_writer_is_refused_in_this_process(tmp_path: Path) -> None:
     with (
         RunFolder.create(tmp_path, MANIFEST),
-        pytest.raises(RunFolderError, match="another process is writing to"),
+        pytest.raises(RunFolderError, match="another process"),
     ):
         RunFolder.resume(tmp_path, MANIFEST)
     RunFolder.resume(tmp_path, MANIFEST).close()
@@ -240,7 +236,7 @@ def test_a_second_writer_is_refused_and_a_killed_one_frees_the_folder(tmp_path: 
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(
             RunFolderError,
-            match=r"another process is writing to .*; wait for it to end, or use another --out",
+            match=r"another process .*--out",
         ):
             RunFolder.resume(tmp_path, {})
         with pytest.raises(RunFolderError):
@@ -265,9 +261,7 @@ def test_resume_goes_on_where_the_run_ended(tmp_path: Path) -> None:
 
 
 def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(
-        RunFolderError, match=r"holds no run to resume: run.json is not there; leave --resume out"
-    ):
+    with pytest.raises(RunFolderError, match=r"run\.json .*--resume"):
         RunFolder.resume(tmp_path / "none", MANIFEST)
     assert not (tmp_path / "none").exists()
 
@@ -409,7 +403,7 @@ def test_the_same_tools_and_model_in_another_folder_are_the_same(tmp_path: Path)
     RunFolder.resume(tmp_path, manifest("/b")).close()
     with pytest.raises(RunFolderError, match=r"differently: tools was "):
         RunFolder.resume(tmp_path, manifest("/b", tools="tools: [1]"))
-    with pytest.raises(RunFolderError, match=r"differently: model\.sha256 was \"0\", is \"1\";"):
+    with pytest.raises(RunFolderError, match=r"model\.sha256 .*\"0\".*\"1\""):
         RunFolder.resume(tmp_path, manifest("/b", sha256="1"))
 
 

@@ -33,9 +33,9 @@ def test_a_server_that_is_switched_off_is_not_there(tmp_path: Path) -> None:
         }
     }
     assert [server.command for server in servers(tmp_path, document)] == ["b", "d"]
-    with pytest.raises(ToolConfigError, match="none that is enabled"):
+    with pytest.raises(ToolConfigError, match="enabled"):
         servers(tmp_path, named(command="a", disabled=True))
-    with pytest.raises(ToolConfigError, match=r"'one'.disabled must be true or false, got 'yes'"):
+    with pytest.raises(ToolConfigError, match=r"'one'.disabled .*'yes'"):
         servers(tmp_path, named(command="a", disabled="yes"))
 
 
@@ -146,5 +146,5 @@ def test_numbers_stand_for_text_where_text_is_wanted_and_booleans_do_not(tmp_pat
         {"command": "a", "args": ["-p", 8080, 0.5], "env": {"PORT": 80}}, tmp_path
     )
     assert (read.args, read.env) == (["-p", "8080", "0.5"], {"PORT": "80"})
-    with pytest.raises(ToolConfigError, match=r"mcp\.env\.ON must be text, got True"):
+    with pytest.raises(ToolConfigError, match=r"mcp\.env\.ON .*True"):
         read_servers({"command": "a", "env": {"ON": True}}, tmp_path)

@@ -165,7 +165,7 @@ def test_every_page_is_listed_and_schemas_reach_the_prompt_as_the_server_says_th
 
 def test_a_filter_chooses_and_orders(stdio: Server, load: Any) -> None:
     assert list(load({**stdio.mcp, "tools": ["slow", "echo"]})) == ["slow", "echo"]
-    with pytest.raises(ToolConfigError, match=r"has no tool 'ecko'; did you mean 'echo'\?"):
+    with pytest.raises(ToolConfigError, match=r"'ecko'.*'echo'"):
         load({**stdio.mcp, "tools": ["ecko"]})
 
 
@@ -215,7 +215,7 @@ def test_two_tools_of_one_name_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "tools.yaml").write_text(
         yaml.safe_dump([{"mcp": EXAMPLE}, {"mcp": {**EXAMPLE, "tools": ["clock"]}}])
     )
-    with pytest.raises(ToolConfigError, match="entry 1: a tool named 'clock' is in entry 0"):
+    with pytest.raises(ToolConfigError, match=r"entry 1: .*'clock'.*entry 0"):
         load_tools(tmp_path / "tools.yaml")
 
 

