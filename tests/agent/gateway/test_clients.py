@@ -6,17 +6,24 @@ The engine is scripted: odd JSON spacing, parallel calls, a malformed call, an u
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from agent.gateway import Gateway
-from tests.agent.gateway.live import Plan, checked, hermes_call, live, then
+from agent.errors import EngineError
+from agent.gateway import Gateway, session
+from agent.runs.loop_thread import LoopThread
+from tests.agent.gateway.live import Plan, checked, gateway_config_of, hermes_call, live, then
+from tests.agent.gateway.programs.relay import Relay
 from tests.agent.overlay import variables
 
 pytestmark = pytest.mark.stack
@@ -32,23 +39,45 @@ BROKEN = then(
 )
 
 
-def run_client(gateway: Gateway, script: str, names: list[str]) -> dict[str, str]:
-    """Runs a client's script with a session for each name; returns its last texts."""
+def run_client(
+    gateway: Gateway, script: str, names: list[str], *, breaks: bool = False
+) -> dict[str, str]:
+    """Runs a client's script with a session for each name; returns its last texts.
+
+    `breaks`: the connections of the sessions named drop break once.
+    """
     opened = {name: open_session(gateway, name) for name in names}
     keys = {name: one["api_key"] for name, one in opened.items()}
-    done = subprocess.run(
-        [sys.executable, HERE / "clients" / script],
-        input=json.dumps({"url": gateway.url, "keys": keys}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-    )
+    dropped = [key for name, key in keys.items() if "drop" in name]
+    with relayed(gateway.url, dropped) if breaks else nullcontext(gateway.url) as url:
+        done = client(script, json.dumps({"url": url, "keys": keys}))
     assert done.returncode == 0, done.stderr[-3000:]
     for one in opened.values():
         assert post(f"{gateway.url}/sessions/{one['id']}/finish", {"reward": 1}).is_success
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def client(script: str, given: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, HERE / "clients" / script],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+    )
+
+
+@contextmanager
+def relayed(url: str, keys: list[str]) -> Iterator[str]:
+    """The address of a relay before the gateway; the connections of `keys` break once."""
+    place = urlsplit(url)
+    relay = Relay(place.hostname or "", place.port or 80, keys)
+    with closing(LoopThread()) as loop:
+        server = loop.run(asyncio.start_server(relay.carry, "127.0.0.1", 0))
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    assert relay.broken == len(keys)
 
 
 def environment() -> dict[str, str]:
@@ -97,6 +126,67 @@ def test_an_unmodified_client_is_one_sequence(script: str, tmp_path: Path) -> No
         assert [call.status for call in record.tool_calls] == ["external", *invalid]
         assert (record.num_turns, record.branches) == (4 if is_broken else 3, [])
         assert record.reward == 1.0
+
+
+# ---------------------------------------------------------------------- faults
+
+FAULTS = {
+    "openai_sdk.py": ["drop chat", "drop responses", "503 chat", "503 responses", "overflow chat"],
+    "anthropic_sdk.py": ["drop messages", "503 messages", "overflow messages"],
+    "agents_sdk.py": ["drop chat", "503 responses", "sub-agent chat", "sub-agent responses"],
+    "pydantic_client.py": ["drop chat", "503 chat", "sub-agent chat", "compaction chat"],
+}
+"""Sessions by their names. Where an SDK has no compaction of its own, its script has one."""
+SUBTASK = "Look twice, and say what you saw."
+DELEGATE = hermes_call("delegate", {"input": SUBTASK})
+
+
+class Faulty:
+    """Says `CLEAN`, but gives no answer to the second turn of a session named 503, once."""
+
+    def __init__(self) -> None:
+        self.was_down: set[str] = set()
+
+    def __call__(self, prompt: str) -> str:
+        name = prompt.rpartition("<|im_start|>user\n")[0] or prompt
+        if "Summarise the work" in prompt:
+            return "It was looked at."
+        if "So far: It was looked at." in prompt:
+            return "It is 42.\n"
+        if "sub-agent" in prompt:
+            return then(DELEGATE, "It is 42.\n")(prompt)
+        is_second = prompt.count("<|im_start|>assistant") == 2
+        if "503" in prompt and is_second and name not in self.was_down:
+            self.was_down.add(name)
+            raise EngineError("the scheduler is gone")
+        return CLEAN(prompt)
+
+
+@pytest.mark.parametrize("script", FAULTS)
+def test_faults_through_an_unmodified_client(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost and nothing twice: what was not delivered is given again, not sampled."""
+    monkeypatch.setattr(session, "RETRY_AFTER_S", 1)
+    config = gateway_config_of(prompt_length=1, response_length=3000)
+    plan = Faulty()
+    with live(tmp_path, plan, config=config) as gateway:
+        ended = run_client(gateway, script, FAULTS[script], breaks=True)
+    assert {text.strip() for text in ended.values()} == {"It is 42."}
+    records = checked(tmp_path).trajectories
+    assert len(records) == len(FAULTS[script])
+    assert len(plan.was_down) == sum("503" in name for name in FAULTS[script])
+    for record in records.values():
+        assert (record.stop_reason, record.infra_error, record.reward) == ("stop", False, 1.0)
+        reasons = [branch.reason for branch in record.branches]
+        if "drop" in record.task_id or "503" in record.task_id:
+            assert (record.num_turns, reasons) == (3, [])
+        elif "sub-agent" in record.task_id:
+            assert (record.num_turns, reasons) == (3, ["new"])  # the helper has more turns
+        else:
+            assert reasons == ["new", "new"]  # the summary, and what follows it
+        is_refused = [one.kind for one in record.warnings] == ["refused_requests"]
+        assert is_refused == ("overflow" in record.task_id)
 
 
 MINI: Plan = then(

@@ -28,7 +28,11 @@ async def run(url: str, key: str, name: str) -> str:
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key=key)
     kind = OpenAIResponsesModel if "responses" in name else OpenAIChatCompletionsModel
     model = kind(model="m", openai_client=client)
-    agent = Agent(name="coder", instructions="Be brief.", tools=[look], model=model)
+    tools = [look]
+    if "sub-agent" in name:
+        helper = Agent(name="helper", instructions="Help.", tools=[look], model=model)
+        tools.append(helper.as_tool("delegate", "Does a part of the work."))
+    agent = Agent(name="coder", instructions="Be brief.", tools=tools, model=model)
     if "stream" not in name:
         return (await Runner.run(agent, name)).final_output
     streamed = Runner.run_streamed(agent, name)

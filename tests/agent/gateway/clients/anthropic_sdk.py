@@ -3,7 +3,7 @@
 import json
 import sys
 
-from anthropic import Anthropic
+from anthropic import Anthropic, BadRequestError
 
 TOOL = {
     "name": "look",
@@ -13,6 +13,19 @@ TOOL = {
         "required": ["question"],
     },
 }
+
+
+def seen(task: str, name: str) -> str:
+    """What a tool answers: more than fits, where the context is to overflow."""
+    return f"seen by {name} " * (2000 if "overflow" in task else 1)
+
+
+def compacted(client: Anthropic, task: str, error: BadRequestError) -> str:
+    """A summary instead of the history that did not fit."""
+    assert "prompt is too long" in error.message
+    asked = [{"role": "user", "content": f"Summarise the work on {task}."}]
+    done = client.messages.create(model="m", max_tokens=500, messages=asked)
+    return f"{task}. So far: {done.content[-1].text}"
 
 
 def messages_loop(client: Anthropic, task: str, stream: bool) -> str:
@@ -34,7 +47,11 @@ def messages_loop(client: Anthropic, task: str, stream: bool) -> str:
                     pass
                 done = events.get_final_message()
         else:
-            done = client.messages.create(**asked)
+            try:
+                done = client.messages.create(**asked)
+            except BadRequestError as error:
+                messages = [{"role": "user", "content": compacted(client, task, error)}]
+                continue
         if turn == 0:
             assert done.usage.input_tokens == counted.input_tokens
         content = [block.model_dump(exclude_none=True) for block in done.content]
@@ -43,7 +60,7 @@ def messages_loop(client: Anthropic, task: str, stream: bool) -> str:
         if not uses:
             return done.content[-1].text
         results = [
-            {"type": "tool_result", "tool_use_id": use.id, "content": f"seen by {use.name}"}
+            {"type": "tool_result", "tool_use_id": use.id, "content": seen(task, use.name)}
             for use in reversed(uses)
         ]
         messages.append({"role": "user", "content": results})

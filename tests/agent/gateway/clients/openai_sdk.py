@@ -3,7 +3,7 @@
 import json
 import sys
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 NAME = "look"
 PARAMETERS = {
@@ -12,6 +12,19 @@ PARAMETERS = {
     "required": ["question"],
 }
 TOOLS = [{"type": "function", "function": {"name": NAME, "parameters": PARAMETERS}}]
+
+
+def seen(task: str, name: str) -> str:
+    """What a tool answers: more than fits, where the context is to overflow."""
+    return f"seen by {name} " * (2000 if "overflow" in task else 1)
+
+
+def compacted(client: OpenAI, task: str, error: BadRequestError) -> str:
+    """A summary instead of the history that did not fit."""
+    assert error.code == "context_length_exceeded"
+    asked = [{"role": "user", "content": f"Summarise the work on {task}."}]
+    done = client.chat.completions.create(model="m", messages=asked)
+    return f"{task}. So far: {done.choices[0].message.content}"
 
 
 def chat(client: OpenAI, task: str, stream: bool) -> str:
@@ -25,14 +38,18 @@ def chat(client: OpenAI, task: str, stream: bool) -> str:
                     pass
                 done = events.get_final_completion()
         else:
-            done = client.chat.completions.create(**asked)
+            try:
+                done = client.chat.completions.create(**asked)
+            except BadRequestError as error:
+                messages[1:] = [{"role": "user", "content": compacted(client, task, error)}]
+                continue
         assert done.usage.prompt_tokens > 0 < done.usage.completion_tokens
         message = done.choices[0].message
         messages.append(message.model_dump(exclude_none=True, exclude={"parsed"}))
         if not message.tool_calls:
             return message.content
         messages += [
-            {"role": "tool", "tool_call_id": call.id, "content": f"seen by {call.function.name}"}
+            {"role": "tool", "tool_call_id": call.id, "content": seen(task, call.function.name)}
             for call in message.tool_calls
         ]
     raise AssertionError("no end")
@@ -61,7 +78,7 @@ def responses(client: OpenAI, task: str, stream: bool) -> str:
             {
                 "type": "function_call_output",
                 "call_id": one.call_id,
-                "output": f"seen by {one.name}",
+                "output": seen(task, one.name),
             }
             for one in calls
         ]

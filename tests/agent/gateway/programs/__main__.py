@@ -36,7 +36,7 @@ from tests.helpers import ROOT, hermes_template, logprobs
 
 HERE = Path(__file__).parent
 TASK = "List the files of this folder, then do what is to be done."
-TIMEOUT_S = 240
+TIMEOUT_S = 400
 ROOM = 40_000
 """Tokens that fit after the program's first prompt where its context is to overflow, and those of
 the window that it is told where it is to compact its context itself.

@@ -1,6 +1,6 @@
 """A connection that breaks once: `python relay.py COMMAND...` runs a command behind it.
 
-Carries bytes between the command and the endpoint in its environment. The answer to the second
+Carries bytes between the command and the endpoint in its environment. The answer to a key's second
 request for a turn is cut in its midst, with a reset on both sides, as a lost connection ends.
 """
 
@@ -12,6 +12,8 @@ import re
 import socket
 import struct
 import sys
+from collections import Counter
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 CUT = 2
@@ -19,22 +21,28 @@ TURN = re.compile(rb"^POST \S*/(messages|chat/completions|responses)(\?\S*)? HTT
 VARIABLES = ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL")
 
 
-class Relay:
-    """Connections to one host and port; `turns` counts the requests for turns."""
+KEY = re.compile(rb"^(?:authorization: bearer|x-api-key:) *(\S+)", re.M | re.I)
 
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
-        self.turns = 0
-        self.is_cutting = False
+
+class Relay:
+    """Connections to one host and port. `turns` counts the requests for turns by their key; only
+    those of `keys` are cut, None: all. `broken` counts the connections that were.
+    """
+
+    def __init__(self, host: str, port: int, keys: Collection[str] | None = None) -> None:
+        self.host, self.port, self.keys = host, port, keys
+        self.turns: Counter[str] = Counter()
+        self.broken = 0
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection of the command's."""
         there, back = await asyncio.open_connection(self.host, self.port)
-        forth = asyncio.create_task(self._forth(reader, back))
+        cuts = asyncio.Event()
+        forth = asyncio.create_task(self._forth(reader, back, cuts))
         try:
             while part := await there.read(1 << 16):
-                if self.is_cutting:
-                    self.is_cutting = False
+                if cuts.is_set():
+                    self.broken += 1
                     writer.write(part[: len(part) // 2])
                     await writer.drain()
                     _reset(back)
@@ -49,11 +57,16 @@ class Relay:
             writer.close()
             back.close()
 
-    async def _forth(self, reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+    async def _forth(
+        self, reader: asyncio.StreamReader, back: asyncio.StreamWriter, cuts: asyncio.Event
+    ) -> None:
         while part := await reader.read(1 << 16):
             if TURN.search(part):
-                self.turns += 1
-                self.is_cutting = self.turns == CUT
+                found = KEY.search(part)
+                key = found[1].decode() if found else ""
+                self.turns[key] += 1
+                if self.turns[key] == CUT and (self.keys is None or key in self.keys):
+                    cuts.set()
             back.write(part)
             await back.drain()
         back.close()
