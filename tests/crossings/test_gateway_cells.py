@@ -26,7 +26,12 @@ from agent.gateway import Gateway
 from conversations.errors import ExportError, TemplateError
 from conversations.export import formats, job
 from conversations.open_run import open_run
-from conversations.run.store import UNFINISHED, read_trajectories
+from conversations.run.store import (
+    UNFINISHED,
+    RunFolder,
+    read_manifest,
+    read_trajectories,
+)
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.agent.gateway.live import checked, gateway_config_of, live
@@ -281,17 +286,20 @@ def test_a_fault_in_a_session_ends_in_the_right_record(
 def test_the_runs_of_all_cells_verify_and_go_through_every_export(
     gateways: Gateways, tmp_path: Path
 ) -> None:
-    names = {gateways.of(name).out.name for name in FAULTS}
+    folders = {gateways.of(name).out for name in FAULTS}
     gateways.stack.close()
-    for name in names:
-        records = checked(gateways.folder / name).trajectories
-        given_up = gateways.given_up if name == "any" else 0
-        unfinished = gateways.folder / name / UNFINISHED
-        kept = list(read_trajectories(unfinished)) if unfinished.exists() else []
-        assert len(kept) == given_up
-        for form in formats.export_names() if records else ():
-            try:
-                job.export_run(open_run(gateways.folder / name), form, tmp_path / f"{name} {form}")
-            except ExportError as error:
-                if "nothing is left to export" not in str(error):
-                    raise
+    records = [one for folder in folders for one in checked(folder).trajectories.values()]
+    unfinished = gateways.folder / "any" / UNFINISHED
+    kept = list(read_trajectories(unfinished)) if unfinished.exists() else []
+    assert len(kept) == gateways.given_up
+    together, manifest = tmp_path / "all", read_manifest(gateways.folder / "any")
+    with RunFolder.create(together, {**manifest, "counts": None}) as folder:
+        hermes_template().tokenizer.save_pretrained(together / "tokenizer")
+        for record in records:
+            folder.append(record)
+    for form in formats.export_names() if records else ():
+        try:
+            job.export_run(open_run(together), form, tmp_path / form)
+        except ExportError as error:
+            if "nothing is left to export" not in str(error):
+                raise
