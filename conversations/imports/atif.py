@@ -3,7 +3,8 @@
 The `atif` package's models check the structure, this file what they accept: invalid token ids,
 log-probs that do not line up. Every generation of a foreign document must have the ids of its
 prompt and its own, each prompt starting with all tokens before it; otherwise it is imported without
-tokens, and a warning says why. Embedded subagents become branches.
+tokens, and a warning says why. Embedded subagents and the files that continue a document become
+branches.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from conversations.atif import OWN, record_of
@@ -20,7 +22,8 @@ from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import ImportFileError, RecordError
 from conversations.imports.atif_steps import ForeignConversation
-from conversations.imports.files import SourceDocument
+from conversations.imports.continuations import REFERENCE, chain, read_continuation
+from conversations.imports.files import SourceDefect, SourceDocument
 from conversations.template import ChatTemplate
 from conversations.trajectory import Branch, Trajectory, canonical_json, line_hash
 from conversations.upgrade import READABLE, upgraded
@@ -42,11 +45,14 @@ _SEQUENCE = tuple(
 
 class AtifReader:
     """Reads documents. Those with the same `session_id` and no `trajectory_id` are one group, in
-    order.
+    order. `continued` has the files that continue others.
     """
 
-    def __init__(self, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, template: ChatTemplate | None, continued: Mapping[Path, Path] | None = None
+    ) -> None:
         self._template = template
+        self._continued = continued or {}
         self._samples: Counter[str] = Counter()
 
     def __call__(self, document: SourceDocument) -> Trajectory:
@@ -57,11 +63,11 @@ class AtifReader:
         record = (
             _own(found)
             if isinstance(own, dict) and own.get("schema") in READABLE
-            else self._foreign(found)
+            else self._foreign(found, Path(document.place))
         )
         return Trajectory.from_record(record)
 
-    def _foreign(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _foreign(self, found: dict[str, Any], file: Path) -> dict[str, Any]:
         name = found.get("trajectory_id") or found.get("session_id")
         task_id = str(
             name or hashlib.sha256(canonical_json(found).encode("ascii")).hexdigest()[:16]
@@ -73,24 +79,53 @@ class AtifReader:
         record = ForeignConversation(found, self._template).record(task_id, sample)
         for agent in _subagents(found):
             self._add_subagent(record, agent)
+        named = found.get(REFERENCE)
+        if named and file not in self._continued:
+            place = "which is not in the source, or continues another file"
+            _warn(record, f"it is continued in {named[:80]!r}, {place}")
+        for later in chain(self._continued, file):
+            self._add_continuation(record, later)
         return record
 
     def _add_subagent(self, record: dict[str, Any], found: dict[str, Any]) -> None:
-        """Adds an embedded subagent's conversation as a branch that shares nothing with the rest.
+        _check_numbers(found)
+        name = str(found["trajectory_id"])
+        client = {"agent": found["agent"]["name"], "trajectory_id": name}
+        self._add_branch(record, found, f"the subagent {name[:80]}", client)
+
+    def _add_continuation(self, record: dict[str, Any], file: Path) -> None:
+        """Adds what a further file says, and its subagents. If it is damaged, a warning says so."""
+        what, document = f"the continuation {file.name[:80]}", read_continuation(file)
+        try:
+            if isinstance(document, SourceDefect):
+                raise ImportFileError(document.what)
+            _check_structure(document.value)
+            _check_numbers(document.value)
+        except ImportFileError as error:
+            _warn(record, f"{what} was left out: {str(error).splitlines()[0]}")
+            return
+        self._add_branch(record, document.value, what, {"continuation": file.name})
+        for agent in _subagents(document.value):
+            self._add_subagent(record, agent)
+
+    def _add_branch(
+        self, record: dict[str, Any], found: dict[str, Any], what: str, client: dict[str, Any]
+    ) -> None:
+        """Adds a conversation as a branch that shares nothing with the rest.
 
         One without tokens has no place among the branches: a warning says so.
         """
-        _check_numbers(found)
         one = ForeignConversation(found, self._template).record(record["task_id"], record["sample"])
-        name = str(found["trajectory_id"])
         if not one["turns"]:
-            text = f"the subagent {name[:80]} has no token ids: it was left out"
-            record["warnings"].append({"kind": "imported", "text": text})
+            _warn(record, f"{what} has no token ids: it was left out")
             return
         record["warnings"] += [w for w in one["warnings"] if w not in record["warnings"]]
-        client = {"agent": found["agent"]["name"], "trajectory_id": name}
         own = {item: one[item] for item in _SEQUENCE}
         record["branches"].append({"parent": None, "reason": "new", "client": client, **own})
+
+
+def _warn(record: dict[str, Any], text: str) -> None:
+    record["warnings"].append({"kind": "imported", "text": text})
 
 
 def _subagents(found: dict[str, Any]) -> Iterator[dict[str, Any]]:

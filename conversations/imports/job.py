@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from conversations.checks.facts import RunFacts, facts_of
 from conversations.errors import ConversationsError, ImportFileError, RunFolderError
+from conversations.imports.continuations import continuations
 from conversations.imports.files import SourceDefect, SourceDocument, documents, source_files
 from conversations.imports.proof import proven
 from conversations.run.new_folder import new_folder
@@ -57,7 +58,9 @@ def import_run(
     source, out = Path(source), Path(out)
     files = source_files(source)
     template = _template(Path(tokenizer)) if tokenizer else None
-    reader, done = _reader(kind, template), Imported()
+    continued = continuations(files) if kind == "atif" else {}
+    reader, done = _reader(kind, template, continued), Imported()
+    heads = [file for file in files if file not in continued.values()]
     with new_folder(out, ImportFileError) as folder:
         if template is not None:
             template.tokenizer.save_pretrained(folder / TOKENIZER)
@@ -67,7 +70,7 @@ def import_run(
         facts = facts_of(manifest, template)
         with RunFolder.create(folder, manifest) as store:
             asked = 0
-            for document in documents(files):
+            for document in documents(heads):
                 asked += 1
                 _take(document, reader, facts, store, done)
             store.close({"asked": asked, "done": done.trajectories})
@@ -87,16 +90,16 @@ def _template(folder: Path) -> ChatTemplate:
     return ChatTemplate(tokenizer, reading=Reading("hermes", unproven=True))
 
 
-def _reader(kind: str, template: ChatTemplate | None) -> Reader:
+def _reader(kind: str, template: ChatTemplate | None, continued: Mapping[Path, Path]) -> Reader:
     from conversations.imports import atif, verl
 
-    readers: dict[str, Callable[[ChatTemplate | None], Reader]] = {
-        "atif": atif.AtifReader,
-        "verl": verl.VerlReader,
+    readers: dict[str, Callable[[], Reader]] = {
+        "atif": lambda: atif.AtifReader(template, continued),
+        "verl": lambda: verl.VerlReader(template),
     }
     if kind not in readers:
         raise ImportFileError(f"--from {kind}: allowed are {', '.join(readers)}")
-    return readers[kind](template)
+    return readers[kind]()
 
 
 def _take(

@@ -13,11 +13,14 @@ import pytest
 
 import conversations
 from conversations.atif import document
+from conversations.branches import rows
 from conversations.errors import ImportFileError
 from conversations.imports import atif, atif_steps, job
 from conversations.imports.atif import CHANGED
+from conversations.imports.continuations import REFERENCE
 from conversations.imports.files import SourceDocument
 from conversations.imports.job import Imported, import_run
+from conversations.open_run import open_run
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
 from tests.command import turntrace
@@ -141,6 +144,66 @@ def test_embedded_subagents_become_branches(tmp_path: Path) -> None:
     assert branch.response_ids == one.response_ids
     assert any("silent" in text for text in texts(one))
     assert verify_run(tmp_path / "run").defects == 0
+
+
+def segments(folder: Path, **names: str | None) -> Path:
+    """A folder of documents: {name: the file that it says it is continued in}."""
+    folder.mkdir()
+    for name, later in names.items():
+        found = foreign() | {"session_id": "s"} | ({REFERENCE: later} if later else {})
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    return folder
+
+
+def imported(source: Path, out: Path) -> list[Trajectory]:
+    import_run(source, "atif", out, tokenizer=small_run().path / "tokenizer")
+    assert verify_run(out).defects == 0
+    return list(open_run(out))
+
+
+def test_a_continuation_is_a_branch_of_what_it_continues(tmp_path: Path) -> None:
+    """The files come in the order of their names, so the continuations first."""
+    source = segments(tmp_path / "in", b_last=None, c_next="b_last.json", d_first="./c_next.json")
+    [one] = imported(source, tmp_path / "run")
+    assert [branch.client for branch in one.branches] == [
+        {"continuation": "c_next.json"},
+        {"continuation": "b_last.json"},
+    ]
+    assert [branch.reason for branch in one.branches] == ["new", "new"]
+    assert all(branch.response_ids == one.response_ids for branch in one.branches)
+    masks = sum(sum(row.trajectory.response_mask) for row in rows(one))
+    assert masks == 3 * sum(one.response_mask)
+
+
+@pytest.mark.parametrize(
+    ("names", "records", "word"),
+    [
+        ({"a": "elsewhere.json"}, 1, "elsewhere.json"),
+        ({"a": "../outside.json"}, 1, "outside.json"),
+        ({"a": "a.json"}, 1, "a.json"),
+        ({"a": "b.json", "b": "a.json"}, 1, None),
+        ({"a": "c.json", "b": "c.json", "c": None}, 2, "c.json"),
+    ],
+    ids=["missing", "outside", "itself", "circle", "two of one"],
+)
+def test_every_file_is_imported_once_whatever_references_say(
+    tmp_path: Path, names: dict[str, str | None], records: int, word: str | None
+) -> None:
+    (tmp_path / "outside.json").write_text(json.dumps(foreign()))
+    found = imported(segments(tmp_path / "in", **names), tmp_path / "run")
+    assert len(found) == records
+    assert sum(1 + len(one.branches) for one in found) == len(names)
+    said = [text for one in found for text in texts(one) if "continued" in text]
+    assert len(said) == (word is not None)
+    assert all(word in text for text in said if word)
+
+
+def test_a_damaged_continuation_is_named_and_harms_no_other(tmp_path: Path) -> None:
+    source = segments(tmp_path / "in", first="next.json")
+    (source / "next.json").write_text('{"schema_version": "ATIF-v1.8"')
+    [one] = imported(source, tmp_path / "run")
+    assert one.branches == []
+    assert any("next.json" in text for text in texts(one))
 
 
 def test_without_the_tokenizer_what_was_not_known_is_said(tmp_path: Path) -> None:
