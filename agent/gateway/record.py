@@ -48,5 +48,6 @@ def _extra(session: GatewaySession) -> Any:
 def _warnings(session: GatewaySession) -> list[RecordWarning]:
     if not session.refused:
         return []
-    text = f"{session.refused} requests were refused: too long, or refused by the chat template"
+    count = "1 request was" if session.refused == 1 else f"{session.refused} requests were"
+    text = f"{count} refused: too long, or refused by the chat template"
     return [RecordWarning("refused_requests", text)]

@@ -46,6 +46,9 @@ async def test_branches_stand_in_a_tree_folded_until_one_is_opened(
                            " === '1 resampled'")  # fmt: skip
         assert "Another sample." in await opened.page.evaluate(TEXT)
         assert await opened.page.evaluate("document.querySelector('.parents').open") is False
+        parents = await opened.text(".parents summary")
+        assert "trunk" in parents
+        assert "in this branch" in await opened.text(".facts div:nth-child(2) dd")
         assert (await opened.page.evaluate(OPEN))[0] is True
         if folder := os.environ.get("TURNTRACE_SCREENSHOTS"):
             await opened.page.screenshot(path=f"{folder}/branch.png")

@@ -35,7 +35,7 @@ function folded(record, parts, { own, tree = [] }) {
   if (!own || own.turn === null) return parts;
   const end = sampled[own.turn - 1] + 1;
   const before = parts.slice(0, end).filter(Boolean);
-  return [h('details', { class: 'parents' }, h('summary', { text: `${plural(before.length, 'message')} before it, of sequence ${own.parent}` }), before), ...parts.slice(end)];
+  return [h('details', { class: 'parents' }, h('summary', { text: `${plural(before.length, 'message')} before it, of ${own.parent ? `branch ${own.parent}` : 'the trunk'}` }), before), ...parts.slice(end)];
 }
 
 // ------------------------------------------------------------------ branches of a session
@@ -211,7 +211,7 @@ function facts(record, row, own) {
   const entries = [
     ['Reward', short(record.reward) + (parts.length > 1 ? ` = ${parts.map(([name, value]) => `${brief(name, 40)} ${short(value)}`).join(' + ')}` : '')],
     ...(typeof record.advantage === 'number' ? [['Advantage', short(record.advantage)]] : []),
-    ['Turns', record.num_turns],
+    ['Turns', own && own.number ? `${count(own.turns)} in this branch` : record.num_turns],
     ['Tokens', own && own.number ? `${count(own.sampled)} sampled in this branch` : `${count(column('prompt', row))} prompt, ${count(column('response', row))} after it, ${count(column('sampled', row))} of them sampled`],
     ['Time', seconds(record.wall_s)],
     ['Ground truth', record.ground_truth === null ? '–' : brief(typeof record.ground_truth === 'string' ? record.ground_truth : JSON.stringify(record.ground_truth), 80)],
