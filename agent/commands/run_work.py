@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task, read_tasks
 from agent.loop.users import Interactions
 from agent.replay.continuation import continuing
+from agent.runs.collector import settle_collector
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
 from agent.runs.manifest import (
     command_line,
@@ -243,8 +243,7 @@ def run_missing(plan: RunPlan, folder: RunFolder, progress: Progress, console: C
             _started(plan, folder, progress, console) as place,
             Display(progress, console, place.engine) as display,
         ):
-            gc.collect()
-            gc.freeze()  # the garbage collector skips what is loaded by now
+            settle_collector()
 
             def poll() -> None:
                 progress.turns_elsewhere, progress.tokens_elsewhere = place.so_far()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import os
 import socket
 import sys
@@ -24,6 +23,7 @@ from agent.loop.conversation import Conversation, Counterparts, SentFiles
 from agent.loop.record import evidence_file, image_files, trajectory_of
 from agent.loop.runtime import Runtime
 from agent.replay.continuation import continued
+from agent.runs.collector import settle_collector
 from agent.runs.parts import config_interactions, config_tools, prepare
 from agent.runs.session import Session
 from agent.workers.programs import WorkerGateway
@@ -117,8 +117,7 @@ def _start(setup: Setup) -> tuple[Session, WorkerGateway | None]:
     except BaseException:
         session.close()
         raise
-    gc.collect()
-    gc.freeze()  # the garbage collector skips what is loaded by now
+    settle_collector()
     return session, programs
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from agent.runs.collector import settle_collector
 from tests.bench.gpu.load import Load
 from tests.bench.gpu.place import Contender, Place
 
@@ -54,8 +54,7 @@ def in_process(
     )
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    gc.collect()
-    gc.freeze()  # as a run does
+    settle_collector()  # as a run does
     try:
         yield rollout, place.load(rollout.engine(), raw(rollout), loop, model)
     finally:
