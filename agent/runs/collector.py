@@ -1,8 +1,8 @@
 """Python's garbage collector in a process that runs conversations and nothing else.
 
 A live conversation is about a thousand objects that a collection walks, and frees none of: records
-and messages have no cycles. With 1,024 conversations Python's own settings spend a third of the
-loop's CPU on that.
+and messages have no cycles. With 1,024 conversations Python's own settings spend a fifth of the
+loop's CPU on that (`python -m tests.bench.collector`).
 """
 
 from __future__ import annotations
