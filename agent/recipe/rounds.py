@@ -65,7 +65,7 @@ SMALL_ROUNDS = RoundsPlan(
 """For two CPU cores: within 30 minutes. Its intervals are wide."""
 FULL_ROUNDS = RoundsPlan(
     rounds=3, tasks=1_024, samples=8, held_out=512, lr=1e-3, epochs=2.0, batch_tokens=16_384,
-    config=("rollout.max_num_seqs=512",),
+    config=("rollout.max_num_seqs=256",),
 )  # fmt: skip
 """For a GPU: the embedded config alone is a CPU's, with 16 conversations at once."""
 

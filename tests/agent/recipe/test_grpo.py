@@ -79,19 +79,41 @@ def test_verl_reads_the_rows_as_tasks(tmp_path: Path) -> None:
     }
 
 
+ENDED = "\nuser\n<tool_response>\nCurrent parsed answer\n</tool_response>\nassistant\nDone."
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        (call("calculate_answer", answer="42"), 1.0),
-        (call("calculate_answer", answer="41") + call("calculate_answer", answer="42"), 1.0),
-        (call("calculate_answer", answer="42") + call("calculate_answer", answer="41"), 0.0),
+        (call("calculate_answer", answer="42") + ENDED, 1.0),
+        (
+            call("calculate_answer", answer="41") + call("calculate_answer", answer="42") + ENDED,
+            1.0,
+        ),
+        (
+            call("calculate_answer", answer="42") + call("calculate_answer", answer="41") + ENDED,
+            0.0,
+        ),
         ("The answer is 42.", 0.0),
-        ("<tool_call>\n{broken\n</tool_call>", 0.0),
-        (call("code_interpreter", code="print(42)"), 0.0),
-        ('<tool_call>\n{"name": "calculate_answer", "arguments": {}}\n</tool_call>', 0.0),
+        ("<tool_call>\n{broken\n</tool_call>" + ENDED, 0.0),
+        (call("code_interpreter", code="print(42)") + ENDED, 0.0),
+        ('<tool_call>\n{"name": "calculate_answer", "arguments": {}}\n</tool_call>' + ENDED, 0.0),
+        (call("calculate_answer", answer="42"), 0.0),
+        (
+            call("calculate_answer", answer="42") + ENDED + call("calculate_answer", answer="42"),
+            0.0,
+        ),
+        (
+            call("calculate_answer", answer="42")
+            + "\nuser\n<tool_response>\n1.0\n</tool_response>\n",
+            0.0,
+        ),
+        (call("calculate_answer", answer="42") + ENDED.replace("Done.", "<tool_call>\n{"), 0.0),
     ],
 )
-def test_the_reward_function_scores_the_last_answer(text: str, score: float) -> None:
+def test_the_reward_function_scores_the_last_answer_of_a_conversation_that_ended(
+    text: str, score: float
+) -> None:
     assert compute_score("gsm8k", text, "42", {}) == score
 
 
