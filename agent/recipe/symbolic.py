@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from random import Random
 from typing import Any
 
 from agent.recipe.programs import Problem, Step, check_arithmetic, prints
@@ -235,8 +234,3 @@ def _literal(value: Any, question: str) -> str | None:
     if any(re.search(rf"(?<![\d.]){re.escape(form)}(?!\d)", question) for form in forms):
         return text if text in question else rounded if value != int(value) else text
     return text if _WORDS.get(value, "\0") in question else None
-
-
-def draw_seed(rng: Random) -> int:
-    """A training seed, far from every held-out one."""
-    return FIRST_TRAINING_SEED + rng.randrange(1_000_000_000)

@@ -146,12 +146,6 @@ class ChatTemplate:
         self.require(kind, with_tools=with_tools)
         return self._mixed[kind].delta(messages, turn, with_tools=with_tools)
 
-    def prove_follow(self) -> None:
-        """Runs the probes of `follow` now; else its first use does, which takes 0.2 s."""
-        for kind, mixed in self._mixed.items():
-            for with_tools in (True, False)[: 1 if kind == TOOL else 2]:
-                mixed.proven(with_tools)
-
     @functools.cached_property
     def _mixed(self) -> dict[str, MixedDeltas]:
         return {

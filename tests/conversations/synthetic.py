@@ -34,7 +34,7 @@ from agent.runs.progress import counts
 from conversations.run.store import RUN, TRAJECTORIES, RunFolder
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory, canonical_json
-from tests.helpers import call, float32, tokenizer_at
+from tests.helpers import call, float32, save_tokenizer_of, tokenizer_at
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.registry import load_tools
 
@@ -80,7 +80,7 @@ def make_run(
         )
         progress = Progress(total=n)
         with RunFolder.create(path, manifest) as folder:
-            template.tokenizer.save_pretrained(path / "tokenizer")
+            save_tokenizer_of(template, path / "tokenizer")
             runtime = _runtime(config, template, seed)
             asyncio.run(
                 run_tasks(

@@ -31,7 +31,7 @@ from conversations.session import SessionTree
 from conversations.trajectory import Trajectory
 from tests.agent.native_api import Server
 from tests.conversations.session.sessions import record_of_tree
-from tests.helpers import hermes_template, settings
+from tests.helpers import hermes_template, save_tokenizer_of, settings
 
 NAME = {"name": "sglang", "model": "toy"}
 MAX_TOKENS = 24
@@ -112,7 +112,7 @@ def sampled_run(path: Path, model: ToyModel, n: int = 12, temperature: float = 1
     limits = settings(sampling={"temperature": temperature}, max_tokens=MAX_TOKENS)
     tasks = [Task(f"t{number}", [{"role": "user", "content": f"{number}?"}]) for number in range(n)]
     with RunFolder.create(path, {"n": 1}) as folder:
-        template.tokenizer.save_pretrained(path / "tokenizer")
+        save_tokenizer_of(template, path / "tokenizer")
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             loop.run_until_complete(
                 run_tasks(tasks, Runtime(model, template, limits, None), store=folder)
@@ -141,7 +141,7 @@ def sampled_session(path: Path, model: ToyModel) -> Path:
     turn([], "Something else?")
     record = replace(record_of_tree(tree), engine=dict(NAME), sampling={"temperature": 1.0})
     with RunFolder.create(path, {"gateway": True}) as folder:
-        template.tokenizer.save_pretrained(path / "tokenizer")
+        save_tokenizer_of(template, path / "tokenizer")
         folder.append(record)
     return path
 

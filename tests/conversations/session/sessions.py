@@ -12,7 +12,7 @@ from conversations.run.store import RunFolder
 from conversations.session import Place, SessionTree, SessionTurn
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
-from tests.helpers import call, logprobs
+from tests.helpers import call, logprobs, save_tokenizer_of
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -119,6 +119,6 @@ def session_run(path: Path, template: ChatTemplate) -> Path:
     config = {"model_path": "smollm2-base", "rollout": rollout}
     manifest = {"gateway": True, "config": config, "counts": {"asked": 1, "done": 1}}
     with RunFolder.create(path, manifest) as folder:
-        template.tokenizer.save_pretrained(path / "tokenizer")
+        save_tokenizer_of(template, path / "tokenizer")
         folder.append(branched(template).record())
     return path
