@@ -7,7 +7,7 @@ of an H100:
 engine    7   the runtime, a trainer's batches and verl's own loop against an ideal loop on one
               in-process engine, for `--conversations` and `--tool-ms`; conversations that end at
               different times; then weight syncs, `release` and `resume`
-server    4   `python -m sglang.launch_server` on the same GPU, 64 and 256 conversations; a kill
+server    6   `python -m sglang.launch_server` on the same GPU, 64 and 256 conversations; a kill
               and restart under 64
 dp        5   a server for each of two or more GPUs behind one pool: scaling, spread, cache hits,
               one server killed
