@@ -28,6 +28,12 @@ def import_(
             help="A folder with the tokenizer.json of the token ids. It is copied into the run."
         ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder: images that documents name by path are read below it, and nowhere else."
+        ),
+    ] = None,
 ) -> None:
     """Import ATIF documents or verl's rollout dumps as a run.
 
@@ -38,7 +44,12 @@ def import_(
 
     try:
         done = import_run(
-            source, from_, out, tokenizer=tokenizer, command=command_line(sys.argv[1:])
+            source,
+            from_,
+            out,
+            tokenizer=tokenizer,
+            images=images,
+            command=command_line(sys.argv[1:]),
         )
     except KeyboardInterrupt:
         print(f"interrupted: nothing was written to {out}", file=sys.stderr)

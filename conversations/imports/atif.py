@@ -21,9 +21,11 @@ from conversations.atif import OWN, record_of
 from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
 from conversations.errors import ImportFileError, RecordError
+from conversations.images.reading import Picture
 from conversations.imports.atif_steps import ForeignConversation
 from conversations.imports.continuations import REFERENCE, chain, read_continuation
 from conversations.imports.files import SourceDefect, SourceDocument
+from conversations.imports.source_images import SourceImages
 from conversations.template import ChatTemplate
 from conversations.trajectory import Branch, Trajectory, canonical_json, line_hash
 from conversations.upgrade import READABLE, upgraded
@@ -37,26 +39,31 @@ CHANGED = (
 )
 
 _SEQUENCE = tuple(
-    item.name
-    for item in fields(Branch)
-    if item.name not in ("parent", "reason", "client", "images")
+    item.name for item in fields(Branch) if item.name not in ("parent", "reason", "client")
 )
 
 
 class AtifReader:
     """Reads documents. Those with the same `session_id` and no `trajectory_id` are one group, in
-    order. `continued` has the files that continue others.
+    order. `continued` has the files that continue others. `images` is the folder below which their
+    images may be files, `pictures` are those of the last document.
     """
 
     def __init__(
-        self, template: ChatTemplate | None, continued: Mapping[Path, Path] | None = None
+        self,
+        template: ChatTemplate | None,
+        continued: Mapping[Path, Path] | None = None,
+        images: Path | None = None,
     ) -> None:
         self._template = template
         self._continued = continued or {}
+        self._folder = images
+        self.pictures: list[Picture] = []
         self._samples: Counter[str] = Counter()
 
     def __call__(self, document: SourceDocument) -> Trajectory:
         found = document.value
+        self.pictures.clear()
         _check_structure(found)
         _check_numbers(found)
         own = (found.get("extra") or {}).get(OWN)
@@ -76,7 +83,7 @@ class AtifReader:
         self._samples[task_id] += 1
         if found.get("trajectory_id") and sample:
             raise ImportFileError(f"trajectory_id {task_id!r} is there already")
-        record = ForeignConversation(found, self._template).record(task_id, sample)
+        record = self._read(found, task_id, sample)
         for agent in _subagents(found):
             self._add_subagent(record, agent)
         named = found.get(REFERENCE)
@@ -85,6 +92,12 @@ class AtifReader:
             _warn(record, f"it is continued in {named[:80]!r}, {place}")
         for later in chain(self._continued, file):
             self._add_continuation(record, later)
+        return record
+
+    def _read(self, found: dict[str, Any], task_id: str, sample: int) -> dict[str, Any]:
+        images = SourceImages(self._folder)
+        record = ForeignConversation(found, self._template, images).record(task_id, sample)
+        self.pictures += images.pictures
         return record
 
     def _add_subagent(self, record: dict[str, Any], found: dict[str, Any]) -> None:
@@ -115,7 +128,7 @@ class AtifReader:
 
         One without tokens has no place among the branches: a warning says so.
         """
-        one = ForeignConversation(found, self._template).record(record["task_id"], record["sample"])
+        one = self._read(found, record["task_id"], record["sample"])
         if not one["turns"]:
             _warn(record, f"{what} has no token ids: it was left out")
             return

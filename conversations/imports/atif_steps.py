@@ -12,9 +12,23 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from conversations.errors import CallFormatError, ImportFileError, TemplateError
+from conversations.errors import (
+    CallFormatError,
+    ImageError,
+    ImportFileError,
+    TemplateError,
+)
+from conversations.images.processor import Grid
+from conversations.images.sources import hash_of
 from conversations.imports.blank import EPOCH, blank, reward_fields
-from conversations.messages import Message, assistant_message, tool_message
+from conversations.imports.source_images import SourceImages, placed_images
+from conversations.messages import (
+    Message,
+    assistant_message,
+    content_text,
+    image_parts,
+    tool_message,
+)
 from conversations.template import ChatTemplate, Piece
 from conversations.tokens import PROMPT, TEMPLATE, TOOL, USER, TokenSequence
 
@@ -28,7 +42,8 @@ GAPS_WHOLE = (
 )
 TOOLS_REWRITTEN = "the tool definitions are not OpenAI's: they were written in that form"
 TOOLS_LEFT_OUT = "a tool definition has no name: the definitions were left out"
-LEFT_OUT = "parts that are not text were left out"
+LEFT_OUT = "parts that are neither text nor images were left out"
+NO_PROCESSOR = "there are images, and --tokenizer names no image processor"
 NO_TIME = "the steps have no timestamps: started_at is 1970"
 LEDGER = (
     "the ledger is made from ATIF's calls and observations: "
@@ -39,9 +54,13 @@ LEDGER = (
 class ForeignConversation:
     """One document on its way to a record."""
 
-    def __init__(self, found: dict[str, Any], template: ChatTemplate | None) -> None:
+    def __init__(
+        self, found: dict[str, Any], template: ChatTemplate | None, images: SourceImages
+    ) -> None:
         self._found = found
         self._template = template
+        self._images = images
+        self._shown: dict[int, Any] = {}
         self._warnings: dict[str, None] = {NO_STOP_REASON: None}
         self._messages: list[Message] = []
         self._since_turn: list[Message] = []
@@ -56,12 +75,17 @@ class ForeignConversation:
         """The record's fields but schema and hash."""
         for step in self._found["steps"]:
             self._add(step)
+        try:
+            images = self._placed()
+        except ImageError as error:
+            return self._without_tokens(f"{error}").record(task_id, sample)
         agent, rest = self._found["agent"], self._found.get("extra") or {}
         given = (self._found.get("final_metrics") or {}).get("extra") or {}
         return {
             **blank(task_id, sample),
             **self._token_fields(),
             **self._times(),
+            "images": images,
             **reward_fields(given.get("reward", rest.get("reward")), "the reward in extra"),
             "messages": self._messages,
             "tool_calls": self._ledger,
@@ -104,6 +128,23 @@ class ForeignConversation:
                 )
             ids = prompt + sampled
         return bool(ids) or self._no_tokens("no step is a generation")
+
+    def _placed(self) -> list[dict[str, Any]]:
+        """The images in the tokens; [] without tokens. Raises ImageError if they do not fit."""
+        if not self._has_tokens or not any(image_parts(self._messages)):
+            return []
+        processor = self._template.images if self._template else None
+        if processor is None:
+            raise ImageError(NO_PROCESSOR)
+        ids = self._tokens.prompt_ids() + self._tokens.response_ids()
+        return placed_images(ids, self._messages, self._images.pictures, processor)
+
+    def _without_tokens(self, why: str) -> ForeignConversation:
+        """The same document, read without its token ids."""
+        again = ForeignConversation(self._found, self._template, self._images)
+        again._shown = self._shown  # the images are read already
+        again._has_tokens = again._no_tokens(why)
+        return again
 
     def _no_tokens(self, why: str) -> bool:
         self._warn(f"imported without token ids, mask and log-probs: {why}")
@@ -158,13 +199,26 @@ class ForeignConversation:
         if self._template is not None and kind != TEMPLATE:
             try:
                 turn = self._messages[-len(self._since_turn) - 1] if self._turns else None
-                pieces = self._template.delta(self._since_turn, kind, turn=turn).pieces
-            except TemplateError:
-                pieces = ()
+                delta = self._template.delta(self._since_turn, kind, turn=turn)
+                pieces, _ = self._template.place(delta.pieces, self._grids(self._since_turn))
+            except (ImageError, TemplateError):
+                pieces = []
             if [token for _, piece in pieces for token in piece] == ids:
                 return pieces
         self._warn(GAPS_WHOLE)
         return [(kind, ids)]
+
+    def _grids(self, messages: list[Message]) -> list[Grid]:
+        """Of the messages' images. Raises ImageError if they cannot be counted."""
+        shown = list(image_parts(messages))
+        processor = self._template.images if self._template else None
+        if shown and processor is None:
+            raise ImageError(NO_PROCESSOR)
+        if not shown or processor is None:
+            return []
+        known = {picture.reference: picture for picture in self._images.pictures}
+        pictures = [known[part["image"]] for part in shown]
+        return [processor.grid(one.width, one.height) for one in pictures]
 
     def _logprobs(self, values: list[float]) -> list[float]:
         nearest = array("f", values).tolist()
@@ -175,7 +229,7 @@ class ForeignConversation:
     # ------------------------------------------------------------------ messages
 
     def _add(self, step: dict[str, Any]) -> None:
-        text = self._text(step["message"])
+        text = self._content(step["message"])
         calls: list[Message] = step.get("tool_calls") or []
         if step["source"] != "agent":
             names = _unique([call["tool_call_id"] for call in calls])
@@ -221,34 +275,46 @@ class ForeignConversation:
         """A tool message for each result of the step."""
         calls = step.get("tool_calls") or []
         for result, place in zip(_results(step), _answered(step), strict=True):
-            text = self._text(result.get("content"))
-            if place is None:
-                self._say(tool_message(text, call_id=None, name=None))
-            else:
-                name = calls[place]["function_name"]
-                self._say(tool_message(text, call_id=names[place], name=name))
+            content = self._content(result.get("content"))
+            call_id = name = None
+            if place is not None:
+                call_id, name = names[place], calls[place]["function_name"]
+            self._say({**tool_message("", call_id=call_id, name=name), "content": content})
 
     def _lines(self, step: dict[str, Any], turn: int, names: list[str]) -> list[dict[str, Any]]:
         """The ledger's lines of a generation's calls."""
         calls = step.get("tool_calls") or []
         if calls:
             self._warn(LEDGER)
-        answers: dict[int, str] = {}
+        answers: dict[int, Any] = {}
         for result, place in zip(_results(step), _answered(step), strict=True):
             if place is not None:
-                answers.setdefault(place, self._text(result.get("content")))
+                answers.setdefault(place, self._content(result.get("content")))
         return [
             _line(call, turn, name, answers.get(place))
             for place, (call, name) in enumerate(zip(calls, names, strict=True))
         ]
 
-    def _text(self, content: Any) -> str:
+    def _content(self, content: Any) -> Any:
+        """A text, or parts if there are images among them."""
         if isinstance(content, str):
             return content
-        parts = content or []
-        if any(part["type"] != "text" for part in parts):
+        if id(content) not in self._shown:
+            self._shown[id(content)] = self._read(content or [])
+        return self._shown[id(content)]
+
+    def _read(self, parts: list[dict[str, Any]]) -> Any:
+        if any(part["type"] not in ("text", "image") for part in parts):
             self._warn(LEFT_OUT)
-        return "".join(part.get("text") or "" for part in parts)
+        if all(part["type"] != "image" for part in parts):
+            return "".join(part.get("text") or "" for part in parts)
+        return [
+            {"type": "image", "image": self._images.take(part["source"])}
+            if part["type"] == "image"
+            else {"type": "text", "text": part["text"]}
+            for part in parts
+            if part["type"] in ("text", "image")
+        ]
 
     # ------------------------------------------------------------------ the rest
 
@@ -326,7 +392,9 @@ def _assistant(step: dict[str, Any], text: str, names: list[str], *, raw: str | 
     return message
 
 
-def _line(call: Message, turn: int, name: str, answer: str | None) -> dict[str, Any]:
+def _line(call: Message, turn: int, name: str, answer: Any) -> dict[str, Any]:
+    images = [hash_of(part["image"]) for part in image_parts([{"content": answer}])]
+    answer = None if answer is None else content_text(answer, "")
     status = "cancelled" if answer is None else "ok"
     attempts = [] if answer is None else [{"status": status, "queue_s": 0.0, "run_s": 0.0}]
     return {
@@ -338,6 +406,7 @@ def _line(call: Message, turn: int, name: str, answer: str | None) -> dict[str, 
         "response": answer,
         "attempts": attempts,
         "metrics": {"atif_call_id": call["tool_call_id"]},
+        **({"images": images} if images else {}),
     }
 
 

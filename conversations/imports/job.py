@@ -17,6 +17,7 @@ from typing import Any
 
 from conversations.checks.facts import RunFacts, facts_of
 from conversations.errors import ConversationsError, ImportFileError, RunFolderError
+from conversations.images.processor import load_processor
 from conversations.imports.continuations import continuations
 from conversations.imports.files import SourceDefect, SourceDocument, documents, source_files
 from conversations.imports.proof import proven
@@ -48,18 +49,21 @@ def import_run(
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    images: str | Path | None = None,
     command: str = "",
 ) -> Imported:
     """Writes the documents in `source`, a file or a folder of files, into the new run folder `out`.
 
     `kind` is atif or verl. `tokenizer`, a folder with a tokenizer.json, is what the ids belong to
-    and goes into the run. Raises ImportFileError if no document could be imported or `out` exists.
+    and goes into the run. `images` is the folder below which documents may name image files; data
+    URLs need none, and nothing else is read. Raises ImportFileError if no document could be
+    imported or `out` exists.
     """
     source, out = Path(source), Path(out)
     files = source_files(source)
     template = _template(Path(tokenizer)) if tokenizer else None
     continued = continuations(files) if kind == "atif" else {}
-    reader, done = _reader(kind, template, continued), Imported()
+    reader, done = _reader(kind, template, continued, Path(images) if images else None), Imported()
     heads = [file for file in files if file not in continued.values()]
     with new_folder(out, ImportFileError) as folder:
         if template is not None:
@@ -67,7 +71,9 @@ def import_run(
         manifest = _manifest(source, kind, files, command)
         if template is not None:
             manifest["call_format"] = template.format_entry()
-        facts = facts_of(manifest, template)
+            if template.images is not None:
+                manifest["image_processor"] = template.images.as_json()
+        facts = facts_of(manifest, template, folder)
         with RunFolder.create(folder, manifest) as store:
             asked = 0
             for document in documents(heads):
@@ -84,17 +90,23 @@ def import_run(
 def _template(folder: Path) -> ChatTemplate:
     """A tokenizer's chat template. Turns are read as hermes if it proves no call format."""
     tokenizer = load_tokenizer(folder)
-    template = ChatTemplate(tokenizer)
+    images = load_processor(folder, tokenizer)
+    template = ChatTemplate(tokenizer, images=images)
     if template.format_report().is_proven:
         return template
-    return ChatTemplate(tokenizer, reading=Reading("hermes", unproven=True))
+    return ChatTemplate(tokenizer, reading=Reading("hermes", unproven=True), images=images)
 
 
-def _reader(kind: str, template: ChatTemplate | None, continued: Mapping[Path, Path]) -> Reader:
+def _reader(
+    kind: str,
+    template: ChatTemplate | None,
+    continued: Mapping[Path, Path],
+    images: Path | None,
+) -> Reader:
     from conversations.imports import atif, verl
 
     readers: dict[str, Callable[[], Reader]] = {
-        "atif": lambda: atif.AtifReader(template, continued),
+        "atif": lambda: atif.AtifReader(template, continued, images),
         "verl": lambda: verl.VerlReader(template),
     }
     if kind not in readers:
@@ -114,7 +126,10 @@ def _take(
         done.defects.append(str(document))
         return
     try:
-        trajectory = proven(reader(document), facts)
+        read = reader(document)
+        for picture in getattr(reader, "pictures", ()):
+            store.image_store().put(picture.png)
+        trajectory = proven(read, facts)
         if (trajectory.task_id, trajectory.sample) in store.done:
             raise ImportFileError(f"trajectory {trajectory.id} is there already")
         store.append(trajectory)

@@ -267,7 +267,7 @@ def _arguments(given: dict[str, Any]) -> list[str]:
 
 
 def wait_for_health(server: Launched, log: Path) -> None:
-    for _ in range(240):
+    for _ in range(600):
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{server.url}/health", timeout=2).status_code == 200:
                 return

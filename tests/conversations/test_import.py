@@ -371,7 +371,7 @@ def test_an_error_of_the_reader_is_a_defect_of_one_document(
                 raise ZeroDivisionError("a bug")
             return self._read(document)
 
-    monkeypatch.setattr(job, "_reader", lambda kind, template: Reader(template))
+    monkeypatch.setattr(job, "_reader", lambda kind, template, *_: Reader(template))
     done, _ = take(tmp_path, foreign() | {"session_id": "bad"}, foreign())
     assert done.trajectories == 1
     [line] = done.defects
