@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from agent.commands.rescore_work import load_score
-from agent.commands.run_work import RunRequest
+from agent.commands.run_work import RunRequest, refuse_images
 from agent.config.config import Config
 from agent.gateway import Gateway
 from agent.gateway.boxed import boxed_command
@@ -175,6 +175,7 @@ def _run_in_workers(
         with sigterm_as_interrupt(), contextlib.ExitStack() as stack:
             try:
                 parts = prepare(config)
+                refuse_images(parts)
                 save_tokenizer(out, parts.template.tokenizer)
                 folder.note("call_format", parts.template.format_entry())
                 pool = stack.enter_context(

@@ -296,11 +296,8 @@ def _started(
             if parts.images:
                 folder.note("image_processor", processor_entry(parts.template))
                 parts.images.look_in(folder.image_store())
-            if parts.images and request.workers is not None:
-                raise ConfigError(
-                    f"--workers: {request.config.model_path} sees images, which workers do not "
-                    "send with their records; leave --workers out"
-                )
+            if request.workers is not None:
+                refuse_images(parts)
             if request.workers is None:
                 place = _here(request, parts, stack, console)
             else:
@@ -311,6 +308,15 @@ def _started(
             _forget(request, folder, progress)
             raise
         yield place
+
+
+def refuse_images(parts: Parts) -> None:
+    """Raises ConfigError if the model sees images: workers do not send them."""
+    if parts.images:
+        raise ConfigError(
+            f"--workers: {parts.config.model_path} sees images, which workers do not send with "
+            "their records; leave --workers out"
+        )
 
 
 def _here(

@@ -27,7 +27,8 @@ from agent.gateway.sessions import GatewaySessions, Score
 from agent.loop.conversation import SentFiles
 from agent.loop.tasks import Task
 from agent.runs.session import Session
-from conversations.run.store import RunFolder
+from conversations.run.hash_store import HashStore
+from conversations.run.store import RunFolder, image_store
 from conversations.trajectory import Trajectory
 
 
@@ -50,9 +51,14 @@ class Programs:
 class SentRecords:
     """Stands where a gateway has its run folder: keeps the lines until they are sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path) -> None:
         self.done: set[tuple[str, int]] = set()
         self.lines: dict[str, str] = {}
+        self._scratch = scratch
+
+    def image_store(self) -> HashStore:
+        """A store that stays empty: with workers a model that sees images is refused."""
+        return image_store(self._scratch)
 
     def append(self, trajectory: Trajectory) -> str:
         """Raises RecordError if the record has no JSON form."""
@@ -73,7 +79,7 @@ class WorkerGateway(Gateway):
         super().__init__(session.parts.config, self._scratch.name, admin_key=secrets.token_hex(16))
         self.session_loop = session
         self._programs = programs
-        self._sent = SentRecords()
+        self._sent = SentRecords(self.out)
 
     def start(self) -> None:
         """Listens on a free port of the loopback."""
