@@ -24,6 +24,17 @@ def sequences(record: Trajectory) -> list[Trajectory | Branch]:
     return [record, *record.branches]
 
 
+def is_aside(branch: Branch) -> bool:
+    """Whether a tool's call asked the model for it: its `client` names tool, call and sequence."""
+    return "call" in branch.client
+
+
+def last_of_conversation(record: Trajectory) -> int:
+    """The number of the sequence that a conversation ended with: tools' own are not meant."""
+    numbers = range(len(record.branches), 0, -1)
+    return next((n for n in numbers if not is_aside(record.branches[n - 1])), 0)
+
+
 def first_turn(record: Trajectory, number: int) -> int:
     """The place of a sequence's first own turn along its path: 0 if it starts anew."""
     parent = record.branches[number - 1].parent if number else None

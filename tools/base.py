@@ -18,8 +18,9 @@ ToolsError     a user's mistake: a config or a machine that cannot work; the com
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 
 class ToolsError(Exception):
@@ -65,6 +66,36 @@ class ToolResponse:
     video: list[Any] | None = None
 
 
+class ModelChat(Protocol):
+    """A sub-conversation that a tool has with the conversation's model."""
+
+    async def answer(self, said: str | None = None, *, max_tokens: int | None = None) -> str:
+        """The model's next turn as text, behind a user message if one is `said`.
+
+        Raises ToolError if the conversation's budgets leave no room for it, BackendError if the
+        engine fails: a tool may let both pass.
+        """
+        ...
+
+
+class AskModel(Protocol):
+    """The model of a conversation, for a tool's call: it answers the tool's own messages.
+
+    Each chat is a branch of the record, its sampled tokens trained like all others. No tools are
+    offered in it. The conversation's budgets of tokens and turns, and its deadline, hold for it.
+    """
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> ModelChat:
+        """A chat that begins with these messages (OpenAI's: role and content)."""
+        ...
+
+    async def ask(
+        self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int | None = None
+    ) -> str:
+        """The model's answer to them, in a chat of their own. Raises as `ModelChat.answer`."""
+        ...
+
+
 class BaseTool:
     """A tool class named in tools.yaml.
 
@@ -80,6 +111,8 @@ class BaseTool:
     # Whether `create` is given `image`, a PIL image: the row's own (create_kwargs), else the first
     # of the conversation; without either it is not given.
     takes_image: bool = False
+    # Whether `execute` is given `model`, an `AskModel`: the conversation's own model.
+    asks_model: bool = False
     # Whether a call may be sent again although the first one may have had an effect.
     idempotent: bool = False
 

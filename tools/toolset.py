@@ -57,6 +57,11 @@ class LoadedTool:
         """Whether its `create` is given a PIL image, `image`."""
         return bool(getattr(self.tool, "takes_image", False))
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether `execute` is given `model`, the conversation's own; see `BaseTool`."""
+        return getattr(self.tool, "asks_model", False) is True
+
     def validate(self, arguments: object) -> list[str]:
         """What is wrong with a call's arguments, one line for each field; empty if nothing is."""
         return self._checked.errors(arguments)

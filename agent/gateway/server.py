@@ -151,7 +151,7 @@ class GatewayServer:
         if request.method == "POST" and route == COUNT_TOKENS:
             session = self._session(request, name)
             asked = ANTHROPIC.read(await _body(request))
-            place = session.match(await session.with_images(asked))
+            place = await session.match(await session.with_images(asked))
             return _json({"input_tokens": place.prompt_length})
         if route == "/sessions" or route.startswith("/sessions/"):
             return await self._admin(request, route)
@@ -225,7 +225,7 @@ class GatewayServer:
         client = {name: request.headers[name] for name in HINTS if name in request.headers}
         asked = await session.with_images(asked)
         is_retry = request.headers.get("x-stainless-retry-count", "0") not in ("0", "")
-        answering = session.begin(asked, dialect, client, is_retry=is_retry)
+        answering = await session.begin(asked, dialect, client, is_retry=is_retry)
         answering.join()
         delivery = _Delivery(session, answering.task)
         try:

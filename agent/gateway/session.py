@@ -21,6 +21,7 @@ from agent.errors import EngineError
 from agent.gateway.answer import Answer, AnsweredCall, Finish
 from agent.gateway.dialect import ApiDialect
 from agent.gateway.request import Refusal, TurnRequest, too_long
+from agent.loop.budget import TokenBudget
 from agent.loop.conversation import Clock, Ending
 from agent.loop.observer import observed
 from agent.loop.runtime import Runtime
@@ -35,12 +36,15 @@ from conversations.errors import (
 )
 from conversations.messages import GivenImages, ToolCall, given_messages, image_parts, with_images
 from conversations.session import Place, SessionTree, SessionTurn
+from conversations.session.tree import characters_of
 
 MAX_BRANCHES = 1024
 """A client with more of them does not replay its history: each request would be a branch."""
 GONE_S = 30.0
 """How long a turn is sampled on after its client went away."""
 RETRY_AFTER_S = 5
+LARGE_TEXT = 400_000
+"""Characters of new text from which a request is encoded in a thread: 20 ms and more."""
 UNDELIVERED = "undelivered"
 BUDGET_REASONS = frozenset({"max_turns", "length", "deadline"})
 
@@ -131,7 +135,8 @@ class GatewaySession:
         self.delivery = Delivery()
         self._write, self._keep = write, keep
         self._unwritten: list[SessionTurn] = []
-        self._used_tokens = 0
+        self._budget = TokenBudget(runtime.settings.response_length)
+        self._matching = asyncio.Lock()
         self._branches = 0
 
     @property
@@ -141,7 +146,7 @@ class GatewaySession:
 
     # ------------------------------------------------------------------ a request
 
-    def begin(
+    async def begin(
         self,
         request: TurnRequest,
         dialect: ApiDialect,
@@ -154,7 +159,8 @@ class GatewaySession:
         Raises Refusal. `is_retry`: the client says that it did not get the last answer.
         """
         self._check_open()
-        place = self.match(request)
+        place = await self.match(request)
+        self._check_open()  # encoding may have taken a while
         self.delivery.arrived(place.parent)
         for answering in self.answering:
             is_free = not answering.clients or is_retry
@@ -163,8 +169,8 @@ class GatewaySession:
         earlier = place.earlier[-1] if is_retry and place.earlier else None
         if turn := self.delivery.waiting(place) or earlier:
             return Answering(place, asyncio.create_task(self._again(turn)))
-        room = self._room(place, request)
-        sampling = self._sample(place, room, request, dialect, client)
+        self._check_place(place)
+        sampling = self._sample(place, request, dialect, client)
         answering = Answering(place, asyncio.create_task(sampling))
         self.answering.append(answering)
         answering.task.add_done_callback(partial(self._end_answering, answering))
@@ -196,8 +202,29 @@ class GatewaySession:
         shown = with_images(messages, [picture.reference for picture in pictures])
         return replace(request, messages=shown)
 
-    def match(self, request: TurnRequest) -> Place:
-        """Where the request stands. Raises Refusal if the template refuses its messages."""
+    async def match(self, request: TurnRequest) -> Place:
+        """Where the request stands. Raises Refusal if the template refuses its messages.
+
+        Much new text is encoded in a thread. Requests are placed in the order in which they came.
+        """
+        is_large = self._is_large(request)
+        if not is_large and not self._matching.locked():
+            return self._match(request)
+        async with self._matching:
+            if not is_large:
+                return self._match(request)
+            place = await asyncio.to_thread(self._match, request)
+            return self.tree.as_it_stands(place)
+
+    def _is_large(self, request: TurnRequest) -> bool:
+        if characters_of(request.messages) <= LARGE_TEXT:
+            return False
+        try:
+            return self.tree.new_characters(request.messages, request.tools) > LARGE_TEXT
+        except MessageError:  # `match` says so
+            return False
+
+    def _match(self, request: TurnRequest) -> Place:
         after = None
         if request.previous_id is not None:
             after = self.tree.turn_of_response(request.previous_id)
@@ -241,8 +268,8 @@ class GatewaySession:
             f"this session has ended: its budget is used up ({reason})", code="budget_exceeded"
         )
 
-    def _room(self, place: Place, request: TurnRequest) -> int:
-        """How many tokens the turn may sample. Raises Refusal if it may not."""
+    def _check_place(self, place: Place) -> None:
+        """Raises Refusal if no turn may be sampled at a place."""
         settings = self.runtime.settings
         if place.reason and self._branches >= self.max_branches:
             raise Refusal(
@@ -262,12 +289,15 @@ class GatewaySession:
         if free <= 0:
             self.refused += 1
             raise too_long(place.prompt_length, settings.max_model_len)
-        added = place.added_length if place.parent else 0
-        left = settings.response_length - self._used_tokens - added
-        if left <= 0:
+        if self._budget.is_used_up(_added(place)):
             self.ending.stop("length")
             raise self._over_budget()
-        limits = [free, left, settings.max_tokens, request.max_tokens]
+
+    def _most(self, place: Place, request: TurnRequest) -> int:
+        """How many tokens a turn may sample there, the session's budget aside."""
+        settings = self.runtime.settings
+        free = settings.max_model_len - place.prompt_length
+        limits = [free, settings.max_tokens, request.max_tokens]
         return min(limit for limit in limits if limit is not None)
 
     # ------------------------------------------------------------------ a turn
@@ -275,13 +305,34 @@ class GatewaySession:
     async def _sample(
         self,
         place: Place,
-        room: int,
         request: TurnRequest,
         dialect: ApiDialect,
         client: Mapping[str, Any],
     ) -> SessionTurn:
         asks_for(self)  # one server for all turns of a session, where its prefix is cached
-        generation = await self._generation(place, room)
+        most = self._most(place, request)
+        try:
+            async with (
+                asyncio.timeout(self._time_left_s()),
+                self._budget.reserve(_added(place), most) as room,
+            ):
+                if not room:
+                    self.ending.stop("length")
+                    raise self._over_budget()
+                generation = await self._generation(place, room)
+                return self._add(place, generation, request, dialect, client)
+        except TimeoutError:
+            self.ending.stop("deadline")
+            raise self._over_budget() from None
+
+    def _add(
+        self,
+        place: Place,
+        generation: Generation,
+        request: TurnRequest,
+        dialect: ApiDialect,
+        client: Mapping[str, Any],
+    ) -> SessionTurn:
         response_id = dialect.response_id(f"{self.name}-{len(self.turns)}")
         try:
             turn = self.tree.add(
@@ -300,7 +351,7 @@ class GatewaySession:
     def count(self, turn: SessionTurn) -> None:
         """Counts a turn against the budgets."""
         added = sum(len(ids) for _, ids in turn.pieces) if turn.parent else 0
-        self._used_tokens += added + len(turn.sampled)
+        self._budget.used += added + len(turn.sampled)
         self._branches += turn.reason is not None
 
     def restore(self, entry: Mapping[str, Any]) -> None:
@@ -326,13 +377,9 @@ class GatewaySession:
         not one of the model's turns.
         """
         try:
-            async with asyncio.timeout(self._time_left_s()):
-                generation = await self._ask_engine(place, room)
+            generation = await self._ask_engine(place, room)
             check_generation(generation, place.prompt_length, room, ("stop", "length"))
             self._check_placeholder(generation)
-        except TimeoutError:
-            self.ending.stop("deadline")
-            raise self._over_budget() from None
         except EndedGeneration as end:
             raise self._engine_failed(end.error or end.reason) from end
         except (EngineError, ImageError) as error:
@@ -426,6 +473,11 @@ class GatewaySession:
             if UNDELIVERED not in turn.notes:
                 turn.notes.append(UNDELIVERED)
         self.clock.stop()
+
+
+def _added(place: Place) -> int:
+    """Tokens between turns that a place adds; a first prompt is free."""
+    return place.added_length if place.parent else 0
 
 
 def not_written(error: RunFolderError) -> Refusal:

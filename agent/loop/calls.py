@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from agent.loop.attempts import CANCELLED, AttemptOutcome, no_images, serve
 from agent.loop.boundary import CallTimeoutError, awaitable, bounded, describe, finite, text_of
@@ -27,9 +27,10 @@ from conversations.encoding import without_lone_surrogates
 from conversations.errors import ImageError
 from conversations.images.reading import Picture
 from conversations.messages import MalformedToolCall, Message, ToolCall, tool_message
-from conversations.trajectory import Attempt, ToolCallRecord
+from conversations.trajectory import Attempt, Branch, ToolCallRecord
 from conversations.truncate import Shortened
 from conversations.warning import RecordWarning
+from tools.base import AskModel
 from tools.policy import Policy
 from tools.toolset import LoadedTool, ToolSet
 
@@ -40,6 +41,18 @@ Shorten = Callable[..., Shortened | None]
 
 The keywords are a tool's own `max_response_tokens` and `response_side`; without them, the run's.
 """
+
+
+class ClosableModel(AskModel, Protocol):
+    """The model for one tool call."""
+
+    def close(self) -> None:
+        """The call has ended: nothing more is answered."""
+        ...
+
+
+ModelOf = Callable[[str, str], ClosableModel]
+"""The model for a tool's call: `model_of(tool, call_id)`."""
 
 
 class Dispatcher:
@@ -125,7 +138,8 @@ class ConversationTools:
 
     `tools_kwargs` is the row's: its keys choose the tools offered; without any, all are offered.
     `failure` says what went wrong outside of a call; `warnings` are for the record. `pictures` are
-    the conversation's by hash: those of its task first, then what tools answered with.
+    the conversation's by hash: those of its task first, then what tools answered with. `model_of`
+    makes what a tool asks the model with. `played_asides` are sub-conversations out of a record.
     """
 
     def __init__(
@@ -156,6 +170,8 @@ class ConversationTools:
             if name not in known
         ]
         self.failure: str | None = None
+        self.model_of: ModelOf | None = None
+        self.played_asides: list[Branch] = []
         self.pictures: dict[str, Picture] = {}
 
     @property
@@ -341,9 +357,16 @@ class ConversationTools:
     async def _execute(
         self, tool: LoadedTool, instance_id: str, turn: PendingTurn, index: int, call: ToolCall
     ) -> None:
+        model = None
+        if tool.asks_model and self.model_of:
+            model = self.model_of(tool.name, call_id(turn.number, index))
+
         def execute() -> Coroutine[Any, Any, Any]:
             arguments = _copied(call.arguments)  # the record keeps what the model wrote
-            return tool.tool.execute(instance_id, arguments, **self._given(tool, "execute_kwargs"))
+            given = self._given(tool, "execute_kwargs")
+            if model is not None:
+                given["model"] = model
+            return tool.tool.execute(instance_id, arguments, **given)
 
         attempts: list[Attempt] = []
         outcome = CANCELLED
@@ -351,6 +374,8 @@ class ConversationTools:
             gate = self._dispatcher.gate(tool)
             outcome = await serve(tool, execute, gate, attempts, self._read_images)
         finally:
+            if model is not None:
+                model.close()
             turn.results[index] = self._served(call.name, outcome, attempts)
 
     def _served(self, name: str, outcome: AttemptOutcome, attempts: list[Attempt]) -> CallResult:

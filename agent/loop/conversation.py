@@ -20,6 +20,7 @@ from typing import Any
 
 from agent.engines.engine import EndedGeneration, Generation, Interrupted
 from agent.errors import EngineError
+from agent.loop.asides import Asides, CallModel
 from agent.loop.boundary import finite
 from agent.loop.calls import ConversationTools, PendingTurn
 from agent.loop.compaction import NO_CALLS, after_summary, sequence_of, summary_request
@@ -151,12 +152,14 @@ class Conversation:
     Raises TaskError if the row chooses a user that the run does not have.
     `images` are those that lie in the tokens, in order; `pictures` are all by hash.
     `restored_images` are an earlier record's that lie in the tokens, until `open` has read their
-    files, and `known_images` the hashes of all that it names.
+    files, and `known_images` the hashes of all that it names. `asides` are what the tools ask the
+    model; None without tools.
     """
 
     __slots__ = (
         "_id",
         "_requests",
+        "asides",
         "before",
         "clock",
         "elsewhere",
@@ -219,8 +222,11 @@ class Conversation:
             counterparts = Counterparts.of(task, runtime)
             self._warn_of_lost_user()
         self.tools = counterparts.tools
+        self.asides: Asides | None = None
         if self.tools:
             self.tools.pictures = self.pictures
+            self.asides = Asides(runtime, self.tools.played_asides)
+            self.tools.model_of = partial(CallModel, self.asides)
         self.user = counterparts.user
 
     def _warn_of_lost_user(self) -> None:
@@ -255,14 +261,16 @@ class Conversation:
 
     @property
     def num_turns(self) -> int:
-        """Turns so far, those of earlier sequences included."""
-        return len(self.turns) + sum(len(one.turns) for one in self.sequences)
+        """Turns so far, those of earlier sequences and those that tools asked for included."""
+        asked = self.asides.num_turns if self.asides else 0
+        return len(self.turns) + sum(len(one.turns) for one in self.sequences) + asked
 
     @property
     def response_length(self) -> int:
-        """Tokens after the prompts so far, those of earlier sequences included."""
+        """Tokens after the prompts so far, those of all sequences included."""
         earlier = sum(len(one.response_ids) for one in self.sequences)
-        return self.tokens.response_length + earlier
+        asked = self.asides.response_length if self.asides else 0
+        return self.tokens.response_length + earlier + asked
 
     async def open(self) -> bool:
         """Reads the images, creates the tools, renders the prompt and starts the user.
@@ -482,6 +490,9 @@ class Conversation:
 
     async def run_calls(self, turn: PendingTurn) -> list[ToolCallRecord]:
         """Runs the calls of the last turn; returns their ledger lines."""
+        if self.asides:
+            used, branch = self.response_length, len(self.sequences)
+            self.asides.open(branch=branch, used=used, turns=self.num_turns)
         if self.tools:
             await self.tools.run(turn)
         return self._settle(turn)

@@ -26,6 +26,8 @@ def trajectory_of(conversation: Conversation) -> Trajectory:
     trunk, *branches = [*conversation.sequences, current]
     if branches and not current.turns:
         branches.pop()
+    if conversation.asides:
+        branches += conversation.asides.sequences()
     return Trajectory(
         id=f"{task.id}-{conversation.sample}",
         task_id=task.id,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from conversations.branches import first_turn, path_of
+from conversations.branches import first_turn, is_aside, path_of
 from conversations.checks.finding import first_difference
 from conversations.trajectory import ToolCallRecord, Trajectory, Turn, canonical_json
 
@@ -116,6 +116,8 @@ def compare_records(recorded: Trajectory, replayed: Trajectory, scope: Scope) ->
 
     In a session the sequences are compared in their order, each along its path, then the fields.
     """
+    if scope.live_model and not scope.live_tools:  # what tools asked was not asked again
+        recorded, replayed = _without_asides(recorded), _without_asides(replayed)
     if not recorded.branches and not replayed.branches:
         return next(_differences(recorded, replayed, scope), None)
     count = min(len(recorded.branches), len(replayed.branches)) + 1
@@ -132,6 +134,11 @@ def compare_records(recorded: Trajectory, replayed: Trajectory, scope: Scope) ->
         sizes = len(recorded.branches), len(replayed.branches)
         return Divergence("end", recorded=sizes[0], replayed=sizes[1], branch=count)
     return fields
+
+
+def _without_asides(record: Trajectory) -> Trajectory:
+    kept = [branch for branch in record.branches if not is_aside(branch)]
+    return dataclasses.replace(record, branches=kept)
 
 
 def answer_difference(recorded: ToolCallRecord, replayed: ToolCallRecord) -> dict[str, Any]:

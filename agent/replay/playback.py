@@ -12,7 +12,7 @@ from agent.errors import EndConversation, EngineError
 from agent.loop.runtime import Runtime
 from agent.loop.turns import generation_of
 from agent.replay.compare import index_of_difference
-from conversations.branches import first_turn, path_of
+from conversations.branches import first_turn, is_aside, path_of
 from conversations.images.placing import PlacedImage
 from conversations.trajectory import Trajectory, Turn
 
@@ -37,7 +37,8 @@ class Playback:
 
     def __init__(self, trajectory: Trajectory, first: int = 0) -> None:
         self._record = trajectory
-        self._turns = list(_turns(trajectory))
+        self._turns = list(_turns(trajectory, asides=False))
+        self._asked = list(_turns(trajectory, asides=True))
         self._next = first
 
     def describe(self) -> dict[str, Any]:
@@ -54,6 +55,8 @@ class Playback:
     ) -> Generation:
         """The recorded turn. Raises EndConversation, or the recorded EngineError."""
         await asyncio.sleep(0)
+        if (asked := self._asked_by_tool(prompt_ids)) is not None:
+            return asked
         if self._next >= len(self._turns):
             raise self._end()
         number, (part, turn) = self._next, self._turns[self._next]
@@ -72,6 +75,14 @@ class Playback:
             raise EndedGeneration(self._record.stop_reason, self._record.error, generation)
         return generation
 
+    def _asked_by_tool(self, prompt_ids: Sequence[int]) -> Generation | None:
+        """The answer that a tool got to this prompt. Each is given once."""
+        for place, (part, turn) in enumerate(self._asked):
+            if list(prompt_ids) == (part.prompt_ids + part.response_ids)[: turn.start]:
+                del self._asked[place]
+                return _generation(part, turn)
+        return None
+
     def _end(self) -> Exception:
         record = self._record
         if record.stop_reason == "engine_error" and record.infra_error:
@@ -88,12 +99,14 @@ class Playback:
         """Nothing is held."""
 
 
-def _turns(record: Trajectory) -> Iterator[tuple[Trajectory, Turn]]:
-    """The turns of all sequences in order, each with its whole path."""
+def _turns(record: Trajectory, *, asides: bool) -> Iterator[tuple[Trajectory, Turn]]:
+    """The turns of the conversation's sequences in order, or of its tools', with their path."""
     if not record.branches:
-        yield from ((record, turn) for turn in record.turns)
+        yield from ((record, turn) for turn in record.turns if not asides)
         return
     for number in range(len(record.branches) + 1):
+        if (number > 0 and is_aside(record.branches[number - 1])) != asides:
+            continue
         path = path_of(record, number)
         yield from ((path, turn) for turn in path.turns[first_turn(record, number) :])
 

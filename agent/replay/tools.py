@@ -22,6 +22,7 @@ from agent.loop.observer import Observer
 from agent.loop.tasks import Task, task_message_count
 from agent.replay.compare import answer_difference, calls_match
 from agent.replay.restored import sampled_messages
+from conversations.branches import is_aside
 from conversations.messages import Message, ToolCall
 from conversations.rounds import is_sampled
 from conversations.trajectory import ToolCallRecord, Trajectory
@@ -60,6 +61,17 @@ class RecordedTools(ConversationTools):
             if line.turn >= kept and reached_a_tool(line)
         }
         self.warnings = [one for one in record.warnings if one.kind not in LOOP_WARNINGS]
+        for line in record.tool_calls:
+            if line.turn < kept:
+                self._play_asides(line)
+
+    def _play_asides(self, line: ToolCallRecord) -> None:
+        """Puts what an answered call asked the model into the new record."""
+        self.played_asides += [
+            branch
+            for branch in self._record.branches
+            if is_aside(branch) and branch.client["call"] == line.call_id
+        ]
 
     async def create(self) -> list[Message]:
         """What the tools said when they were created."""
@@ -111,6 +123,8 @@ class RecordedTools(ConversationTools):
             return True
         turn.results[index] = result_of(old)
         self._open.pop(line.call_id, None)
+        if not self._live_model:  # a live model was not asked
+            self._play_asides(old)
         return old.response is not None or self._is_cut_off(old)
 
     def _is_cut_off(self, recorded: ToolCallRecord) -> bool:

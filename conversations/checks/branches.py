@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from conversations.branches import check_parents, first_turn, path_of, sequences
+from conversations.branches import check_parents, first_turn, is_aside, path_of, sequences
 from conversations.checks.facts import RunFacts
 from conversations.checks.finding import Finding, differs
 from conversations.checks.sequence import sequence_findings
@@ -33,6 +33,7 @@ def branch_findings(
         yield Finding(str(error))
         return
     for number in range(1, len(record.branches) + 1):
+        yield from _caller(record, number)
         yield from (
             replace(finding, what=f"branch {number}: {finding.what}")
             for finding in _findings(record, number, facts, with_text)
@@ -83,6 +84,22 @@ def _is_parents(finding: Finding, own: int, begin: int) -> bool:
     if finding.token is not None:
         return finding.token < begin
     return finding.turn is not None and finding.turn < own - 1
+
+
+def _caller(record: Trajectory, number: int) -> Iterator[Finding]:
+    """The call that asked for a tool's own branch stands in the ledger."""
+    branch = record.branches[number - 1]
+    if not is_aside(branch):
+        return
+    call = branch.client["call"]
+    wanted: object = branch.client.get("branch"), call, branch.client.get("tool")
+    known: list[object] = [
+        (place, line.call_id, line.name)
+        for place, part in enumerate(sequences(record))
+        for line in part.tool_calls
+    ]
+    if wanted not in known:
+        yield Finding(f"branch {number}: no call {str(call)[:40]!r} asked for it")
 
 
 def _sums(record: Trajectory) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from conversations.branches import Totals, path_of
+from conversations.branches import Totals, last_of_conversation, path_of
 from conversations.checks.branches import branch_findings
 from conversations.checks.evidence import evidence_findings
 from conversations.checks.facts import RunFacts
@@ -127,7 +127,11 @@ def _trajectory_findings(
     parts = split_rounds(trajectory.messages)
     is_text_checked = not partial and not _is_unproven(trajectory, facts)
     yield from sequence_findings(
-        trajectory, parts, facts, with_text=is_text_checked, is_compacted=bool(trajectory.branches)
+        trajectory,
+        parts,
+        facts,
+        with_text=is_text_checked,
+        is_compacted=last_of_conversation(trajectory) > 0,
     )
     if is_text_checked:
         yield from image_findings(trajectory, facts)
@@ -143,7 +147,8 @@ def _trajectory_findings(
 def _last(trajectory: Trajectory) -> Trajectory:
     """The sequence that a conversation ended with: the last one after compactions."""
     try:
-        return path_of(trajectory, len(trajectory.branches)) if trajectory.branches else trajectory
+        number = last_of_conversation(trajectory)
+        return path_of(trajectory, number) if trajectory.branches else trajectory
     except (RecordError, LookupError):  # `branch_findings` says so
         return trajectory
 

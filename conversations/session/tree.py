@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from conversations.errors import MessageError, TemplateError
@@ -129,6 +129,22 @@ class SessionTree:
         match = self._deepest(ordered, offered, after)
         rest = ordered[match.length :]
         return self._place(match, rest, ordered, offered, notes)
+
+    def new_characters(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> int:
+        """Characters of the messages that no path of the session begins with: what `match` encodes,
+        roughly. Raises MessageError as `match` does.
+        """
+        ordered = in_call_order(self._checked(messages))
+        match = self._deepest(ordered, self._known_tools(tools), None)
+        return characters_of(ordered[match.length :])
+
+    def as_it_stands(self, place: Place) -> Place:
+        """A place that was matched in another thread, with the turns that were added meanwhile."""
+        siblings = self._children(place.parent, place.tools)
+        earlier = tuple(turn for turn in siblings if _same_messages(turn.given, place.given))
+        return replace(place, earlier=earlier)
 
     def place_after(
         self,
@@ -402,6 +418,16 @@ class SessionTree:
         names = [item.name for item in fields(Branch) if item.name not in _BRANCH_ONLY]
         found = {name: getattr(sequences[0], name) if sequences else [] for name in names}
         return {**found, "num_turns": len(found["turns"]), "branches": sequences[1:]}
+
+
+def characters_of(messages: Iterable[Message]) -> int:
+    """Characters of the contents of messages; images have none."""
+    contents = (message["content"] for message in messages)
+    return sum(len(one) if isinstance(one, str) else _text_length(one) for one in contents)
+
+
+def _text_length(parts: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(part.get("text", "")) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

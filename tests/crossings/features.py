@@ -34,11 +34,24 @@ from agent.replay.tools import LiveTools
 from agent.replay.user import AskedAgainUser
 from agent.runs.manifest import parent_entry
 from agent.trainers.client import VerlClientEngine
+from conversations.branches import is_aside
 from conversations.open_run import open_run
 from conversations.run.store import RunFolder, image_store
 from tests import virtual_time
 from tests.agent.native_api import Server, serving
-from tests.crossings.world import DIES_AT, QUESTION, SLOW, Desk, Fault, Model, User, World
+from tests.crossings.world import (
+    DIES_AT,
+    DOUBT,
+    OPINION,
+    OPINIONS,
+    QUESTION,
+    SLOW,
+    Desk,
+    Fault,
+    Model,
+    User,
+    World,
+)
 from tests.helpers import logprobs, save_tokenizer_of
 from tests.vision import vision_template
 
@@ -117,6 +130,37 @@ async def compacted(world: World) -> None:
             world, replace(runtime, settings=replace(runtime.settings, context=context)), store
         )
         store.close({})
+
+
+class Adviser(Model):
+    """The model of a conversation whose tool asks it, too."""
+
+    def turn(self, prompt_ids: Sequence[int]) -> tuple[int, list[int]]:
+        text = self.template.decode(prompt_ids)
+        if OPINION not in text:
+            return super().turn(prompt_ids)
+        said = OPINIONS[DOUBT in text]
+        return -1, [*self.template.encode(said), self.template.end_id]
+
+
+def with_asking_tool(world: World) -> None:
+    """The tool of the world asks the model."""
+    text = world.tools_path.read_text()
+    world.tools_path.write_text(text.replace("world.Desk", "world.AskingDesk"))
+
+
+@in_virtual_time
+async def asked_by_tool(world: World) -> None:
+    """Each call has a sub-conversation of two turns, whatever its tool does then."""
+    with_asking_tool(world)
+    model = Adviser(world.template, world.script, dies=world.fault.dies)
+    with open_store(world) as store:
+        await run_in(world, world.runtime(model), store)
+        store.close({})
+    for record in open_run(world.out):
+        asides = [branch for branch in record.branches if is_aside(branch)]
+        assert [branch.client["call"] for branch in asides] == ["call_0_0", "call_1_0"]
+        assert [len(branch.turns) for branch in asides] == [2, 2]
 
 
 class Witness(Model):
@@ -414,6 +458,7 @@ def forked(world: World) -> None:
 FEATURES: dict[str, Callable[[World], None]] = {
     "plain": plain,
     "branches": compacted,
+    "tool asks": asked_by_tool,
     "evidence": with_evidence,
     "images": with_images,
     "tracing": traced,

@@ -28,11 +28,14 @@ from conversations.template import ChatTemplate, Delta
 from conversations.tokens import TOOL
 from tests.conversations.formats.written import WRITERS
 from tests.helpers import call, logprobs, settings
-from tools.base import BackendError, BaseTool, ToolResponse
+from tools.base import AskModel, BackendError, BaseTool, ToolResponse
 from tools.registry import load_tools
 
 ANSWERS = ("It is 42.", "Yes, 42.")
 QUESTION = "What is 6 times 7?"
+OPINION, DOUBT = "Give me a second opinion", "Really?"
+"""What a tool asks the model, and asks behind the first of `OPINIONS`."""
+OPINIONS = ("Looks right.", "Yes, really.")
 SLOW = "Take your time."
 """The question of the conversation that only ends when it is let go, or cut off."""
 
@@ -212,6 +215,20 @@ class Desk(BaseTool):
         if behaviour == "hangs":
             self.hanging.set()
             await asyncio.Event().wait()
+
+
+class AskingDesk(Desk):
+    """Asks the model for a second opinion, two turns long, before it does its step."""
+
+    asks_model = True
+
+    async def execute(
+        self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
+    ) -> tuple[ToolResponse, float | None, dict[str, Any]]:
+        model: AskModel = kwargs.pop("model")
+        chat = model.chat([{"role": "user", "content": f"{OPINION} ({parameters['step']})"}])
+        assert (await chat.answer(), await chat.answer(DOUBT)) == OPINIONS
+        return await super().execute(instance_id, parameters, **kwargs)
 
 
 def picture() -> Any:

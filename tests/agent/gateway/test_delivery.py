@@ -163,7 +163,7 @@ def test_two_equal_requests_with_both_clients_there_are_two_samples(
     gateway: Gateway, engine: Obedient, tmp_path: Path
 ) -> None:
     program = Program.of(gateway)
-    asked = [_in_thread(lambda: program.say("say wait")) for _ in range(2)]
+    asked = [_in_thread(lambda: program.say("say wait", max_tokens=64)) for _ in range(2)]
     _until(lambda: engine.asked == 2)
     engine.gate.set()
     first, second = (one().json()["id"] for one in asked)
@@ -212,7 +212,7 @@ def test_a_client_that_never_replays_its_history_is_told_so(tmp_path: Path) -> N
         for number in range(9):
             request = CHAT.read(json.dumps(body_of("chat", f"say {number}")).encode())
             try:
-                answering = running.begin(request, CHAT, {})
+                answering = await running.begin(request, CHAT, {})
             except Refusal as refusal:
                 return f"{number} {refusal.message}"
             await answering.task

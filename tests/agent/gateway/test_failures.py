@@ -329,9 +329,9 @@ def test_turns_that_are_being_sampled_count_as_turns(tmp_path: Path) -> None:
 
     async def ask_both() -> Refusal:
         running = gateway.sessions.open(Task("parallel", []))[0]
-        first = running.begin(read("say wait"), CHAT, {})
+        first = await running.begin(read("say wait"), CHAT, {})
         with pytest.raises(Refusal) as refused:
-            running.begin(read("say more"), CHAT, {})
+            await running.begin(read("say more"), CHAT, {})
         engine.gate.set()
         await first.task
         return refused.value
@@ -349,8 +349,8 @@ def test_an_answer_is_not_given_again_after_the_end(tmp_path: Path) -> None:
     async def ask_again() -> None:
         running = gateway.sessions.open(Task("ends", []))[0]
         request = CHAT.read(json.dumps(body_of("chat", "say x")).encode())
-        await running.begin(request, CHAT, {}).task
-        again = running.begin(request, CHAT, {}, is_retry=True)
+        await (await running.begin(request, CHAT, {})).task
+        again = await running.begin(request, CHAT, {}, is_retry=True)
         await running.close(Refusal("it is over"))
         with pytest.raises(Refusal, match="it is over"):
             await again.task
