@@ -180,8 +180,10 @@ def test_what_a_tool_asks_counts_as_turns_of_the_conversation(world: World) -> N
 
 
 def test_what_tools_ask_at_once_never_takes_more_than_is_left(world: World) -> None:
-    call = len(world.template.encode(world.script.calls[0])) + 1
-    limit = call + 5  # one answer, and a part of another
+    call, answer = (
+        len(world.template.encode(text)) + 1 for text in (world.script.calls[0], OPINIONS[0])
+    )
+    limit = call + answer + 2  # one answer, and a part of another
     record = run(world, twice, Cut(world.template), response_length=limit)
     assert (record.stop_reason, len(record.branches)) == ("length", 2)
     sampled = sum(sum(part.response_mask) for part in (record, *record.branches))
