@@ -279,6 +279,15 @@ def wait_for_health(server: Launched, log: Path) -> None:
     raise AssertionError(f"no server: {log.read_text()[-2000:]}")
 
 
+async def healthy(url: str) -> None:
+    async with httpx.AsyncClient() as client, asyncio.timeout(120):
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(f"{url}/health")).status_code == 200:
+                    return
+            await asyncio.sleep(0.1)
+
+
 def free_port() -> int:
     """A port that nobody has, and that nobody gets who asks for any; one that a server is started
     on again and again cannot be 0.

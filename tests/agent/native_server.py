@@ -1,9 +1,10 @@
 """Servers that sample what a test says, each a process that can be killed: `python -m
 tests.agent.native_server`.
 
-Imports once, then forks one server for each port on its stdin and prints the server's pid, and once
-it is gone "gone". Three calls of `look` a conversation, then a sentence; ids are a function of the
-prompt alone, with spellings that do not survive decode and encode.
+Imports once, then forks a server for each port of a line on its stdin and prints its pid; "gone"
+for each that ends. It reads the next line once all are gone. Three calls of `look` a conversation,
+then a sentence; ids are a function of the prompt alone, with spellings that do not survive decode
+and encode.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
+import subprocess
 import sys
 import zlib
 from typing import Any
@@ -20,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 
 from conversations.template import ChatTemplate
 from tests.agent.native_api import Server, app
-from tests.helpers import call, hermes_template, respelled
+from tests.helpers import ROOT, call, hermes_template, respelled
 
 CALLS = 3
 DELAY_S = 0.3
@@ -57,18 +60,58 @@ def behaviour(template: ChatTemplate, delay_s: float) -> Any:
     return answer
 
 
+class Native:
+    """Servers on the same ports again and again, each a process for us to kill."""
+
+    def __init__(self, *ports: int) -> None:
+        command = [sys.executable, "-m", "tests.agent.native_server"]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ports = ports
+        self.pids: list[int] = []
+        self.start()
+
+    def start(self) -> None:
+        """Starts all of them; none runs."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(map(str, self.ports)) + "\n")
+        self.process.stdin.flush()
+        self.pids = [int(self._line()) for _ in self.ports]
+
+    def kill(self) -> None:
+        """`kill -9` of the first one that runs."""
+        os.kill(self.pids.pop(0), signal.SIGKILL)
+        assert self._line() == "gone\n"
+
+    def stop(self) -> None:
+        """Kills those that run, and ends their parent."""
+        while self.pids:
+            self.kill()
+        self.process.communicate()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+
 def main() -> None:
     template = hermes_template()
-    for port in sys.stdin:
-        if child := os.fork():
+    for line in sys.stdin:
+        children = [fork(template, int(port)) for port in line.split()]
+        for child in children:
             print(child, flush=True)
-            os.waitpid(child, 0)
+        for _ in children:
+            os.wait()
             print("gone", flush=True)
-        else:
-            uvicorn.run(
-                app(Server(behaviour(template, DELAY_S))), port=int(port), log_level="critical"
-            )
-            os._exit(0)
+
+
+def fork(template: ChatTemplate, port: int) -> int:
+    """A server on the port; returns its pid."""
+    if child := os.fork():
+        return child
+    uvicorn.run(app(Server(behaviour(template, DELAY_S))), port=port, log_level="critical")
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import ssl
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import trustme
 from starlette.responses import Response
@@ -35,13 +33,14 @@ from tests.agent.native_api import (
     Server,
     answers,
     free_port,
+    healthy,
     launch,
     serving,
     status,
     wait_for_health,
     waits,
 )
-from tests.helpers import ROOT, settings, task
+from tests.helpers import settings, task
 from tools.function import tool
 from tools.toolset import ToolSet
 
@@ -251,41 +250,6 @@ async def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.Monk
 # ---------------------------------------------------------------------- restarts under load
 
 
-class Native:
-    """A server on the same port again and again, as a process for us to kill."""
-
-    def __init__(self, port: int) -> None:
-        command = [sys.executable, "-m", "tests.agent.native_server"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.port = port
-        self.start()
-
-    def start(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{self.port}\n")
-        self.process.stdin.flush()
-        self.pid = int(self._line())
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        assert self._line() == "gone\n"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-
-async def healthy(url: str) -> None:
-    async with httpx.AsyncClient() as client, asyncio.timeout(120):
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if (await client.get(f"{url}/health")).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
-
-
 CONVERSATIONS, KILLS = 64, 5
 # Of SGLang's own server, which takes ten seconds and more to start.
 SGLANG_KILLS = int(os.environ.get("TURNTRACE_SGLANG_KILLS", "1"))
@@ -299,7 +263,7 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     engine = SGLangServerEngine([url])
-    native = Native(port)
+    native = native_server.Native(port)
     records: dict[str, Trajectory] = {}
     try:
         await healthy(url)
@@ -327,8 +291,7 @@ async def test_a_server_killed_five_times_under_64_conversations(smollm2: ChatTe
             await healthy(url)
         await running
     finally:
-        native.kill()
-        native.process.communicate()
+        native.stop()
         await engine.close()
     assert len(records) == CONVERSATIONS
     for record in records.values():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from agent.engines import servers as sglang_servers
 from agent.engines.servers import SGLangServerEngine
+from tests.agent import native_server
 from tests.agent.gateway.live import checked, live
 from tests.agent.gateway.program import Program
-from tests.agent.native_api import Server, answers, in_a_thread, status
+from tests.agent.native_api import Server, answers, free_port, healthy, in_a_thread, status
+from tests.helpers import LOOK_SCHEMA
 
 
 def talk(program: Program, turns: int) -> None:
@@ -42,6 +48,55 @@ def test_sessions_spread_over_servers_and_each_stays_where_its_prefix_is(tmp_pat
     assert (len(first), len(second), first & second) == (2, 2, set())
     assert {len(server.bodies) for server in (one, two)} == {6}
     checked(tmp_path)
+
+
+def work(program: Program, name: str) -> int:
+    """An agent that answers each call until there is none; returns its turns."""
+    messages: list[Any] = [{"role": "user", "content": name}]
+    for turn in range(1, 10):
+        answer = program.ask("chat", {"messages": messages, "tools": [LOOK_SCHEMA]})
+        assert answer.status_code == 200, answer.text
+        message = answer.json()["choices"][0]["message"]
+        messages.append(message)
+        if not message.get("tool_calls"):
+            return turn
+        (call,) = message["tool_calls"]
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": "seen"})
+    raise AssertionError("it never ended")
+
+
+def test_a_server_killed_under_load_costs_no_session_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, each with half of the sessions; one is killed in the midst of its turns."""
+    monkeypatch.setattr(sglang_servers, "FIRST_BACKOFF_S", 0.01)
+    native = native_server.Native(free_port(), free_port())
+    urls = [f"http://127.0.0.1:{port}" for port in native.ports]
+    try:
+        for url in urls:
+            asyncio.run(healthy(url))
+        with live(tmp_path, engine=SGLangServerEngine(urls)) as gateway:
+            programs = [Program.of(gateway, task_id=f"t{number}") for number in range(8)]
+            with ThreadPoolExecutor(len(programs)) as pool:
+                working = [pool.submit(work, one, one.name) for one in programs]
+                in_flight = f"{gateway.url}/health"
+                while httpx.get(in_flight).json()["in_flight"] < len(programs):
+                    time.sleep(0.01)
+                native.kill()
+                assert not any(one.done() for one in working)
+                turns = [one.result() for one in working]
+            for program in programs:
+                program.finish(reward=1)
+            template = gateway.sessions.runtime.template
+    finally:
+        native.stop()
+    assert turns == [native_server.CALLS + 1] * len(programs)
+    for record in checked(tmp_path).trajectories.values():
+        assert (record.num_turns, record.branches, record.reward) == (turns[0], [], 1.0)
+        ids = record.prompt_ids + record.response_ids
+        for turn in record.turns:
+            expected = native_server.sampled(template, ids[: turn.start])
+            assert ids[turn.start : turn.end] == expected
 
 
 def test_a_session_whose_server_fails_goes_on_at_another(
