@@ -139,7 +139,7 @@ class Aside:
         """The sub-conversation as the record has it."""
         model = self._model
         client = {"tool": model.tool, "call": model.call_id, "branch": self._branch}
-        own = sequence_of(self.tokens, self.turns, self.messages, [], [])
+        own = sequence_of(self.tokens, self.turns, self.messages, [], [], [])
         return replace(own, client=client)
 
     # ------------------------------------------------------------------ a turn
