@@ -63,6 +63,7 @@ from agent.runs.manifest import (
 from agent.runs.parts import Parts, load_template, make_dispatcher, prepare
 from agent.runs.progress import Display, counts, say, starting_line
 from agent.runs.session import Session
+from conversations.branches import is_aside
 from conversations.run.open_run import TOKENIZER, Run, open_run
 from conversations.run.saved_tokenizer import load_tokenizer
 from conversations.run.store import RUN, UNFINISHED, RunFolder, image_store
@@ -201,6 +202,11 @@ def _notes(plan: ReplayPlan) -> Iterator[str]:
         yield f"{count} unfinished conversations of {plan.run.path} are not replayed"
     if request.live_model:
         yield from plan.config.notices()
+        if not request.live_tools and any(map(is_aside, plan.run[plan.choice.ids[0]].branches)):
+            yield (
+                "tools asked the model: their recorded answers stand, and today's model is not "
+                "asked again, so the new records lack those branches"
+            )
     if plan.tools and (not request.live_model or request.from_turn is not None):
         for tool in plan.run[plan.choice.ids[0]].tools:
             name = tool["function"]["name"]

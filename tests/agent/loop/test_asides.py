@@ -15,6 +15,7 @@ from rich.console import Console
 from agent.engines.engine import Generation, SamplingParams
 from agent.errors import EngineError
 from agent.loop.batch import run_tasks
+from agent.replay.compare import Scope, compare_records
 from agent.replay.request import ReplayRequest
 from agent.replay.runner import replay_run
 from conversations.branches import is_aside, rows
@@ -124,6 +125,16 @@ def test_a_replay_with_recorded_tools_plays_it_and_today_s_tools_ask_again(world
     tools = {"tools": "live", "tools_config": str(parent.tools_path), "trust_tools": True}
     for again in (replayed("recorded"), replayed("asked", **tools)):
         assert again.branches == recorded.branches
+
+
+def test_a_live_model_beside_recorded_tools_need_not_be_asked(world: World) -> None:
+    record = run(world)
+    without = replace(record, branches=[])
+    scopes = [Scope(live_model, False, world.template.decode) for live_model in (True, False)]
+    live, recorded = (compare_records(record, without, scope) for scope in scopes)
+    assert live is None
+    assert recorded is not None
+    assert (recorded.kind, recorded.recorded, recorded.replayed) == ("end", 2, 0)
 
 
 class Failing(Adviser):
