@@ -72,9 +72,8 @@ class GatewaySessions:
         self.folder = folder
         self.progress = progress or Progress()
         self.open_to_all = open_to_all
-        self._images = folder.image_store()
         if runtime.images:
-            runtime.images.look_in(self._images)
+            runtime.images.look_in(folder.image_store())
         self.reasons: Counter[str] = Counter()
         self._by_name: dict[str, GatewaySession] = {}
         self._by_key: dict[str, GatewaySession] = {}
@@ -129,8 +128,9 @@ class GatewaySessions:
         return GatewaySession(name, task, sample, self.runtime, self._write_turn, self._keep_images)
 
     def _keep_images(self, images: Sequence[bytes]) -> None:
+        store = self.folder.image_store()
         for png in images:
-            self._images.put(png)
+            store.put(png)
 
     def _register(self, session: GatewaySession, digest: str) -> None:
         self._by_name[session.name] = session
