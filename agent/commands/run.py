@@ -91,6 +91,11 @@ def run(
     loaded = load_config(config, overrides)
     for notice in loaded.notices():
         print(f"note: {notice}", file=sys.stderr)
+    if agent is None and loaded.rollout.turntrace.session_length is not None:
+        print(
+            "note: no effect: rollout.turntrace.session_length: only with --agent or a gateway",
+            file=sys.stderr,
+        )
     from rich.console import Console
 
     from agent.commands.run_work import RunRequest, run_request

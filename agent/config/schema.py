@@ -358,6 +358,8 @@ class Turntrace(Section):
     """Seconds until a conversation ends with `deadline`, over all resumes; None: never."""
     max_tokens: PositiveInt | None = None
     """Tokens one turn may sample; None: what the other budgets leave."""
+    session_length: PositiveInt | None = None
+    """Tokens a gateway's session may sample and add, over its branches; None: response_length."""
     format_unproven: bool = False
     """Take `multi_turn.format` although the chat template does not prove it."""
     images: Images = Field(default_factory=Images)

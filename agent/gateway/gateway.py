@@ -44,19 +44,30 @@ from conversations.trajectory import Trajectory
 
 T = TypeVar("T")
 
+TURN_LIMIT = "rollout.multi_turn.max_assistant_turns"
+"""The key as a user gives it."""
+
 FOREIGN_KEY = "ANTHROPIC_AUTH_TOKEN"
 """A user's key, which Anthropic's clients would send before the session's."""
 
 
 def gateway_config(config: Config) -> Config:
-    """The config as a gateway takes it.
+    """The config as a gateway takes it; it may have been taken before.
 
-    A program's first prompt may be as long as the model allows, and it decides about turns.
+    A program's first prompt may be as long as the model allows, and the program decides about
+    turns: the embedded config's limit on them is for conversations of our own.
     """
-    length = config.max_model_len
-    multi_turn = config.rollout.multi_turn.model_copy(update={"enable": True})
-    update = {"prompt_length": length, "max_model_len": length, "multi_turn": multi_turn}
-    return replace(config, rollout=config.rollout.model_copy(update=update))
+    length, rollout = config.max_model_len, config.rollout
+    turns: dict[str, Any] = {"enable": True}
+    if config.path is None and TURN_LIMIT not in config.given:
+        turns["max_assistant_turns"] = None
+    update = {
+        "prompt_length": length,
+        "response_length": rollout.turntrace.session_length or rollout.response_length,
+        "max_model_len": length,
+        "multi_turn": rollout.multi_turn.model_copy(update=turns),
+    }
+    return replace(config, rollout=rollout.model_copy(update=update))
 
 
 def gateway_manifest(

@@ -92,8 +92,11 @@ def _lengths(manifest: Mapping[str, Any]) -> tuple[int, int]:
     config = manifest.get("config")
     rollout = config.get("rollout") if isinstance(config, dict) else None
     found = rollout if isinstance(rollout, dict) else {}
-    prompt, response = found.get("prompt_length"), found.get("response_length")
-    return prompt if isinstance(prompt, int) else 0, response if isinstance(response, int) else 0
+    prompt, response, longest = (
+        each if isinstance(each := found.get(name), int) else 0
+        for name in ("prompt_length", "response_length", "max_model_len")
+    )
+    return prompt, min(response, longest or response)  # a session may have more than a sequence
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -92,6 +92,7 @@ WORKS_IN_PROCESS = {
     "turntrace.format_unproven",
     "turntrace.calls_in_thoughts",
     "turntrace.max_tokens",
+    "turntrace.session_length",
     "turntrace.evidence.top_logprobs",
     "turntrace.evidence.sampling_mask",
     "turntrace.evidence.routed_experts",

@@ -305,6 +305,7 @@ def test_an_aborted_session_is_unfinished(tmp_path: Path) -> None:
     [
         ({"multi_turn.max_assistant_turns": 1}, "max_turns"),
         ({"response_length": 3}, "length"),
+        ({"turntrace.session_length": 3}, "length"),
         ({"turntrace.conversation_deadline_s": 0.000001}, "deadline"),
     ],
 )
@@ -321,6 +322,27 @@ def test_a_used_up_budget_is_400_and_the_stop_reason(
             assert (status, f"({reason})" in message) == (400, True)
         assert program.finish()["stop_reason"] == reason
     checked(tmp_path)
+
+
+def test_a_session_may_have_more_tokens_than_the_model_has_room(tmp_path: Path) -> None:
+    """Programs that compact begin anew; each sequence fits, the session is longer."""
+    config = gateway_config_of(
+        prompt_length=200,
+        response_length=200,
+        **{"turntrace.session_length": 2000, "multi_turn.max_assistant_turns": 99},
+    )
+    with live(tmp_path, engine=Obedient(), config=config) as gateway:
+        program = Program.of(gateway)
+        for name in ("one", "two", "three", "four"):
+            body = body_of("chat", f"say {name} " + "and more " * 120)
+            assert program.ask("chat", body).status_code == 200
+        record = program.finish()
+    assert record["stop_reason"] == "stop"
+    kept = checked(tmp_path).only
+    sequences = [kept, *kept.branches]
+    assert len(sequences) == 4
+    lengths = [len(each.prompt_ids) + len(each.response_ids) for each in sequences]
+    assert max(lengths) <= 400 < sum(lengths)
 
 
 def test_turns_that_are_being_sampled_count_as_turns(tmp_path: Path) -> None:

@@ -87,8 +87,13 @@ class Session:
         return history
 
 
-def respelt(history: list[Message], rng: random.Random) -> None:
-    """Changes an echo in the ways that do not count."""
+def respelt(history: list[Message], rng: random.Random, turn: SessionTurn) -> None:
+    """Changes the echoes of a turn's path in the ways that do not count.
+
+    In a sequence that began anew, what was a turn before is the client's own message: there a
+    malformed call is text like any other.
+    """
+    echoed = {call_id for one in path_to(turn) for call_id in one.call_ids}
     for message in history:
         if message["role"] != "assistant":
             continue
@@ -102,10 +107,17 @@ def respelt(history: list[Message], rng: random.Random) -> None:
             try:
                 value: Any = json.loads(one["function"]["arguments"])
             except ValueError:  # malformed: each client writes something else
+                if one["id"] not in echoed:
+                    continue
                 one["function"] = {"name": "invalid", "arguments": '{"error": "no JSON"}'}
                 continue
             spelt = json.dumps(dict(reversed(value.items())), indent=rng.choice([None, 1]))
             one["function"]["arguments"] = spelt
+
+
+def path_to(turn: SessionTurn | None) -> list[SessionTurn]:
+    """A turn and those before it in its sequence."""
+    return [*path_to(turn.parent), turn] if turn else []
 
 
 def reordered(history: list[Message]) -> None:
@@ -123,7 +135,7 @@ def apply(session: Session, step: str, rng: random.Random) -> None:
     place = len(session.histories[turn]) - 1
     is_tip = not turn.children
     if step == "respell":
-        respelt(history, rng)
+        respelt(history, rng, turn)
     elif step == "reorder":
         reordered(history)
     elif step == "edit":
