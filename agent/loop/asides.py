@@ -2,15 +2,17 @@
 
 A tool that says `asks_model` is given `model` in `execute`: see `tools.base.AskModel`. Invariants:
 a sub-conversation is an append-only sequence of its own, which begins anew; what was sampled stands
-in it alone, mask 1. Turns and tokens count against the conversation's budgets; its deadline, like
-the tool's timeout, cuts a sub-conversation off, and what was sampled of that turn is dropped.
+in it alone, mask 1. Turns and tokens count against the conversation's budgets; what is not appended
+counts for nothing. The end of the call, the tool's timeout and the conversation's deadline cut a
+turn off, and what was sampled of it is dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +30,29 @@ from tools.base import BackendError, ToolError
 
 
 @dataclass(slots=True)
+class Allowance:
+    """What the calls of one turn may ask the model in all; `turns` None means no limit."""
+
+    budget: TokenBudget
+    turns: int | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One turn, which is given back if the block raises. Raises ToolError if none is left."""
+        if self.turns is None:
+            yield
+            return
+        if self.turns <= 0:
+            raise ToolError("the model cannot be asked: all turns of the conversation are used")
+        self.turns -= 1
+        try:
+            yield
+        except BaseException:
+            self.turns += 1
+            raise
+
+
+@dataclass(slots=True)
 class Asides:
     """The sub-conversations of one conversation's tools.
 
@@ -37,17 +62,20 @@ class Asides:
     runtime: Runtime
     earlier: list[Branch]
     branch: int = 0
-    turns_left: int | None = None
-    budget: TokenBudget | None = None
+    allowance: Allowance = field(init=False)
     chats: list[Aside] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # for calls that are run again to bring a tool into its state
+        self.allowance = Allowance(TokenBudget(self.runtime.settings.response_length))
 
     def open(self, *, branch: int, used: int, turns: int) -> None:
         """Calls are about to run, in sequence `branch`, after `used` tokens and `turns` turns."""
         settings = self.runtime.settings
         self.branch = branch
-        self.budget = TokenBudget(settings.response_length, used)
         limit = settings.max_turns
-        self.turns_left = None if limit is None else limit - turns
+        left = None if limit is None else limit - turns
+        self.allowance = Allowance(TokenBudget(settings.response_length, used), left)
 
     def sequences(self) -> list[Branch]:
         """The sub-conversations with a turn, in the order of their beginning."""
@@ -68,16 +96,22 @@ class Asides:
 
 @dataclass(slots=True)
 class CallModel:
-    """The model as one tool call is given it. It answers until the call has ended."""
+    """The model as one tool call is given it. It answers until the call has ended.
+
+    `answering` are the turns that are being sampled.
+    """
 
     asides: Asides
     tool: str
     call_id: str
     is_open: bool = True
+    answering: set[asyncio.Task[str]] = field(default_factory=set)
 
     def close(self) -> None:
-        """The call has ended."""
+        """The call has ended: turns that a task of the tool still waits for are cut off."""
         self.is_open = False
+        for turn in self.answering:
+            turn.cancel()
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Aside:
         """A new sub-conversation; nothing is sampled yet. Raises ToolError."""
@@ -105,6 +139,7 @@ class Aside:
         self.messages: list[Message] = []
         self._model = model
         self._branch = model.asides.branch
+        self._allowance = model.asides.allowance
         self._given = given
         self._is_asking = False
 
@@ -114,25 +149,19 @@ class Aside:
         Raises ToolError if the budgets leave no room or the template refuses the messages,
         BackendError if the engine fails.
         """
-        asides, runtime = self._model.asides, self._model.asides.runtime
         if not self._model.is_open or self._is_asking:
             raise ToolError("the model can be asked for one turn at a time, while the call runs")
         self._is_asking = True
+        answering = asyncio.create_task(self._answer(said, max_tokens))
+        self._model.answering.add(answering)
         try:
-            messages = [
-                *self._given,
-                *([] if said is None else [{"role": "user", "content": said}]),
-            ]
-            pieces = self._pieces(runtime, messages)
-            self._take_turn(asides)
-            async with self._budget(runtime).reserve(
-                *self._room(runtime, pieces, max_tokens)
-            ) as room:
-                if room <= 0:
-                    raise ToolError("the model cannot be asked: the budget of tokens is used up")
-                generation = await self._generate(runtime, pieces, room)
-                return self._append(runtime, messages, pieces, generation)
+            return await answering
+        except asyncio.CancelledError as error:
+            if self._was_cut_off():
+                raise ToolError("the call has ended: the model's answer was dropped") from error
+            raise
         finally:
+            self._model.answering.discard(answering)
             self._is_asking = False
 
     def sequence(self) -> Branch:
@@ -143,6 +172,26 @@ class Aside:
         return replace(own, client=client)
 
     # ------------------------------------------------------------------ a turn
+
+    def _was_cut_off(self) -> bool:
+        """Whether the call's end cancelled a turn, rather than somebody the task that waits for it."""
+        waiting = asyncio.current_task()
+        return not self._model.is_open and not (waiting and waiting.cancelling())
+
+    async def _answer(self, said: str | None, max_tokens: int | None) -> str:
+        runtime, allowance = self._model.asides.runtime, self._allowance
+        messages = [
+            *self._given,
+            *([] if said is None else [{"role": "user", "content": said}]),
+        ]
+        pieces = self._pieces(runtime, messages)
+        added, most = self._room(runtime, pieces, max_tokens)
+        with allowance.turn():
+            async with allowance.budget.reserve(added, most) as room:
+                if room <= 0:
+                    raise ToolError("the model cannot be asked: the budget of tokens is used up")
+                generation = await self._generate(runtime, pieces, room)
+                return self._append(runtime, messages, pieces, generation)
 
     def _pieces(self, runtime: Runtime, messages: list[Message]) -> list[Piece]:
         """The tokens before the turn. Raises ToolError."""
@@ -157,19 +206,6 @@ class Aside:
             return [(TEMPLATE, missing), *delta.pieces] if missing else list(delta.pieces)
         except ConversationsError as error:
             raise ToolError(f"the model cannot be asked this: {error}") from error
-
-    def _budget(self, runtime: Runtime) -> TokenBudget:
-        asides = self._model.asides
-        if asides.budget is None:  # calls that are run again to bring a tool into its state
-            asides.budget = TokenBudget(runtime.settings.response_length)
-        return asides.budget
-
-    def _take_turn(self, asides: Asides) -> None:
-        if asides.turns_left is None:
-            return
-        if asides.turns_left <= 0:
-            raise ToolError("the model cannot be asked: all turns of the conversation are used")
-        asides.turns_left -= 1
 
     def _room(
         self, runtime: Runtime, pieces: Sequence[Piece], max_tokens: int | None
@@ -199,6 +235,9 @@ class Aside:
             raise asyncio.CancelledError from interrupt
         except (EngineError, EndConversation) as error:
             raise BackendError(f"the model gave no answer: {error}") from error
+        images = runtime.template.images
+        if images and not set(images.reserved_ids).isdisjoint(generation.token_ids):
+            raise BackendError("the model sampled a token that only an image may stand for")
         return generation
 
     def _append(
@@ -208,6 +247,8 @@ class Aside:
         pieces: Sequence[Piece],
         generation: Generation,
     ) -> str:
+        if not self._model.is_open:  # the engine ended a turn that was cut off
+            raise asyncio.CancelledError
         template = runtime.template
         try:
             raw = template.raw(generation.token_ids)
@@ -220,7 +261,7 @@ class Aside:
         added = 0 if before is None else len(self.tokens) - before
         self.turns.append(turn_of(len(self.tokens), generation))
         self.tokens.append_sampled(generation.token_ids, generation.logprobs)
-        self._budget(runtime).used += added + len(generation.token_ids)
+        self._allowance.budget.used += added + len(generation.token_ids)
         self.messages += [*messages, assistant_message(raw, parsed, [])]
         self._given = []
         return parsed.content

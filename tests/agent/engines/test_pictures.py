@@ -10,6 +10,7 @@ import pytest
 from agent.engines.pictures import OwnProcessor, native_fields, version_problem
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
+from agent.loop.asides import Asides, CallModel
 from agent.loop.conversation import Conversation
 from agent.loop.loop import converse
 from agent.loop.tasks import row_task
@@ -17,6 +18,7 @@ from conversations.images.placing import PlacedImage
 from conversations.images.positions import image_positions
 from tests.helpers import Generation, hermes_template, logprobs, runtime, says
 from tests.vision import drawn, picture, vision_runtime, vision_template
+from tools.base import BackendError
 
 
 def placed(seed: int) -> tuple[list[int], list[PlacedImage]]:
@@ -121,6 +123,17 @@ async def test_a_sampled_placeholder_ends_the_conversation() -> None:
     await converse(conversation)
     assert conversation.ending.stop_reason == "engine_error"
     assert conversation.tokens.ids[-1] == template.images.placeholder_id  # it was sampled
+
+
+async def test_a_sampled_placeholder_is_no_answer_for_a_tool() -> None:
+    template = vision_template()
+    assert template.images is not None
+    turn = [*template.encode("Look: "), template.images.placeholder_id]
+    asides = Asides(vision_runtime(template, says(template, turn)), [])
+    model = CallModel(asides, "camera", "call_0_0")
+    with pytest.raises(BackendError, match="image"):
+        await model.ask([{"role": "user", "content": "What is it?"}])
+    assert asides.sequences() == []
 
 
 async def test_a_text_with_a_placeholder_is_refused() -> None:

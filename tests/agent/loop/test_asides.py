@@ -7,13 +7,15 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 
 from agent.engines.engine import Generation, SamplingParams
+from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
+from agent.loop.asides import Asides, CallModel
 from agent.loop.batch import run_tasks
 from agent.replay.compare import Scope, compare_records
 from agent.replay.request import ReplayRequest
@@ -26,7 +28,8 @@ from conversations.verify import verify_run
 from tests import virtual_time
 from tests.crossings.features import Adviser, open_store, with_asking_tool
 from tests.crossings.world import DOUBT, FAULTS, OPINION, OPINIONS, AskingDesk, World
-from tools.base import AskModel, ToolResponse
+from tests.helpers import logprobs, runtime
+from tools.base import AskModel, BackendError, ToolError, ToolResponse
 
 
 class OddDesk(AskingDesk):
@@ -34,6 +37,7 @@ class OddDesk(AskingDesk):
 
     does: Callable[[AskModel], Any]
     kept: AskModel | None = None
+    later: ClassVar[list[asyncio.Task[str]]] = []
 
     async def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
@@ -246,6 +250,92 @@ def test_what_cannot_be_asked_is_an_answer_for_the_model(
     assert word in (record.tool_calls[-1].response or "")
     assert len(record.branches) == branches
     assert all(map(is_aside, record.branches))
+
+
+def asking(template: ChatTemplate, engine: Any, **limits: Any) -> CallModel:
+    """The model for a call of a conversation's first turn."""
+    asides = Asides(runtime(template, engine, **limits), [])
+    asides.open(branch=0, used=0, turns=0)
+    return CallModel(asides, "desk", "call_0_0")
+
+
+async def test_what_was_never_sampled_uses_no_turn(smollm2: ChatTemplate) -> None:
+    ids = smollm2.encode("Yes.")
+    answers = [EngineError("503"), Generation(ids, logprobs(ids), "length")]
+
+    def respond(prompt_ids: Sequence[int], sampling: SamplingParams) -> Generation:
+        if isinstance(answer := answers.pop(0), EngineError):
+            raise answer
+        return answer
+
+    model = asking(smollm2, ScriptedEngine(respond), max_turns=1)
+    for _ in range(2):
+        with pytest.raises(ToolError, match="too long"):
+            await too_long(model)
+    with pytest.raises(BackendError, match="503"):
+        await opinion(model)
+    assert await opinion(model) == "Yes."
+    with pytest.raises(ToolError, match="turns"):
+        await opinion(model)
+    assert [len(branch.turns) for branch in model.asides.sequences()] == [1]
+
+
+class Stubborn:
+    """Answers only when it is aborted, and `with_answer` even then."""
+
+    def __init__(self, template: ChatTemplate, *, with_answer: bool) -> None:
+        ids = template.encode("Late.")
+        self.answer = Generation(ids, logprobs(ids), "length")
+        self.with_answer, self.aborted = with_answer, False
+
+    async def generate(self, *given: Any, **more: Any) -> Generation:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.aborted = True
+            if not self.with_answer:
+                raise
+        return self.answer
+
+
+@pytest.mark.parametrize("with_answer", [False, True])
+async def test_a_turn_that_outlives_its_call_is_cut_off(
+    with_answer: bool, smollm2: ChatTemplate
+) -> None:
+    engine = Stubborn(smollm2, with_answer=with_answer)
+    model = asking(smollm2, engine, max_turns=1)
+    later = [asyncio.create_task(opinion(model)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    model.close()
+    for one in await asyncio.gather(*later, return_exceptions=True):
+        assert isinstance(one, ToolError)
+    allowance = model.asides.allowance
+    assert (engine.aborted, model.asides.sequences(), model.answering) == (True, [], set())
+    assert (allowance.turns, allowance.budget.used, allowance.budget.reserved) == (1, 0, 0)
+
+
+class Late(Adviser):
+    """Answers a tool after 10 s; its own turns take longer."""
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, request_id: str, **given: Any
+    ) -> Generation:
+        await asyncio.sleep(10.0 if OPINION in self.template.decode(prompt_ids) else 30.0)
+        return await super().generate(prompt_ids, sampling, request_id=request_id, **given)
+
+
+async def in_the_background(model: AskModel) -> str:
+    OddDesk.later.append(asyncio.create_task(opinion(model)))
+    await asyncio.sleep(1.0)
+    return "later"
+
+
+def test_a_tool_that_returns_before_its_answer_has_no_branch(world: World) -> None:
+    OddDesk.later = []
+    record = run(world, in_the_background, Late(world.template))
+    assert (record.stop_reason, record.branches) == ("stop", [])
+    assert [line.status for line in record.tool_calls] == ["ok", "ok"]
+    assert all(isinstance(one.exception(), ToolError) for one in OddDesk.later)
 
 
 def test_a_branch_that_no_call_asked_for_is_a_defect(world: World) -> None:
