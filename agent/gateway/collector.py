@@ -3,7 +3,8 @@
 A full collection walks every object: with 1,000 sessions it stops the loop for 0.3 s of CPU, and
 for longer the more turns there are. So what lives longer than a second is frozen: no collection
 walks it, and it still goes when nothing refers to it. Cycles among frozen objects stay until a
-thaw, which comes when no turn is being sampled. Sessions break their own cycles when they end.
+thaw, which comes when no turn is being sampled, or ten minutes after the last one. Sessions break
+their own cycles when they end.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from time import monotonic
 
 FREEZE_EVERY_S = 1.0
 THAW_EVERY_S = 60.0
+THAW_AT_LATEST_S = 10 * THAW_EVERY_S
+"""After so long it thaws while turns are sampled: a gateway that is always busy has cycles, too."""
 
 
 @dataclass(slots=True)
 class Collector:
     """Freezes what lives, from `start` to `stop`. `is_busy` says whether a pause would be felt.
 
-    It is the process's collector: nothing else in the process should call `gc.unfreeze`.
+    It is the process's collector: nothing else in the process should call `gc.unfreeze`. What
+    others froze is walked at a thaw and frozen again; `stop` leaves it unfrozen.
     """
 
     is_busy: Callable[[], bool]
@@ -36,7 +40,7 @@ class Collector:
         self._task = asyncio.create_task(self._tend())
 
     def stop(self) -> None:
-        """Leaves the collector as it was. Safe to call twice."""
+        """Leaves nothing frozen, whoever froze it. Safe to call twice."""
         if self._task:
             self._task.cancel()
             self._task = None
@@ -45,7 +49,8 @@ class Collector:
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(FREEZE_EVERY_S)
-            if monotonic() - self._thawed >= THAW_EVERY_S and not self.is_busy():
+            since_s = monotonic() - self._thawed
+            if since_s >= (THAW_AT_LATEST_S if self.is_busy() else THAW_EVERY_S):
                 self._thaw()
             else:
                 gc.collect()  # what came since the last freeze

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import weakref
@@ -26,6 +27,31 @@ def test_what_lives_is_frozen_while_a_gateway_serves(
         program.say("hi")
         assert gc.get_freeze_count() > before
     assert gc.get_freeze_count() == 0
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_a_gateway_that_is_always_busy_thaws_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "FREEZE_EVERY_S", 0.01)
+    monkeypatch.setattr(collector, "THAW_EVERY_S", 0.0)
+    monkeypatch.setattr(collector, "THAW_AT_LATEST_S", 0.05)
+
+    async def frees() -> None:
+        tended, cycle = collector.Collector(lambda: True), Cycle()
+        left = weakref.ref(cycle)
+        tended.start()
+        try:
+            del cycle
+            async with asyncio.timeout(30):
+                while left():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            tended.stop()
+
+    asyncio.run(frees())
 
 
 def test_the_turns_of_a_session_that_ended_need_no_collector(tmp_path: Path) -> None:
