@@ -289,9 +289,20 @@ class GatewaySession:
         if free <= 0:
             self.refused += 1
             raise too_long(place.prompt_length, settings.max_model_len)
+        self._check_images(place)
         if self._budget.is_used_up(_added(place)):
             self.ending.stop("length")
             raise self._over_budget()
+
+    def _check_images(self, place: Place) -> None:
+        """`with_images` saw the request's own; `previous_response_id` brings earlier ones."""
+        if not place.prompt_images or self.runtime.images is None:
+            return
+        try:
+            self.runtime.images.check_count(len(place.prompt_images))
+        except ImageError as error:
+            self.refused += 1
+            raise Refusal(str(error), code="image_refused", field="messages") from error
 
     def _most(self, place: Place, request: TurnRequest) -> int:
         """How many tokens a turn may sample there, the session's budget aside."""

@@ -53,12 +53,16 @@ class ImageReader:
             return []
         if not has_pillow():
             raise ImageError(NO_PILLOW)
-        if before + len(sources) > self.limits.count:
-            raise ImageError(
-                f"{before + len(sources)} images, more than the {self.limits.count} that a "
-                "conversation may hold (rollout.turntrace.images.count)"
-            )
+        self.check_count(before + len(sources))
         return await asyncio.to_thread(lambda: [self._picture(source) for source in sources])
+
+    def check_count(self, count: int) -> None:
+        """Raises ImageError if a conversation may not hold so many images."""
+        if count > self.limits.count:
+            raise ImageError(
+                f"{count} images, more than the {self.limits.count} that a conversation may hold "
+                "(rollout.turntrace.images.count)"
+            )
 
     async def placed(self, images: Sequence[Mapping[str, Any]]) -> list[PlacedImage]:
         """A record's images with their pictures, for an engine. Raises ImageError."""

@@ -229,6 +229,20 @@ def test_more_refusals(gateway: Gateway) -> None:
     assert "type 'image_url'" in problem("chat", Program.of(gateway).ask("chat", system))[1]
 
 
+def test_images_behind_a_previous_response_count(gateway: Gateway, engine: Seeing) -> None:
+    engine.says = "Well."
+    program, previous = Program.of(gateway), None
+    for seed in range(4):
+        shown = {"role": "user", "content": [input_image(png(seed))]}
+        body = {"input": [shown], "previous_response_id": previous}
+        answer = program.ask("responses", {"model": "m", **body})
+        previous = answer.json().get("id")
+        assert answer.status_code == (200 if seed < 3 else 400), answer.text
+    assert answer.json()["error"]["code"] == "image_refused"
+    record = program.finish(reward=1.0)
+    assert (record["num_turns"], record["reward"], record["infra_error"]) == (3, 1.0, False)
+
+
 def test_a_sampled_placeholder_is_no_turn(gateway: Gateway, engine: Seeing) -> None:
     engine.says = "<|image_pad|>"
     program = Program.of(gateway)
