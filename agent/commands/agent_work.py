@@ -32,6 +32,7 @@ from agent.gateway.programs import (
 )
 from agent.gateway.sessions import Score
 from agent.loop.batch import Progress, run_tasks
+from agent.loop.boundary import describe
 from agent.loop.conversation import Conversation
 from agent.loop.tasks import Task, read_tasks
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
@@ -135,6 +136,8 @@ def _runner(
         score = load_score(options.reward, gateway.out)
     deadline_s = config.rollout.turntrace.conversation_deadline_s
     keeper = Keeper()
+    if gateway.socket:
+        keeper.made(str(gateway.socket.parent))
     try:
         yield ProgramRunner(gateway, command, score, deadline_s, wrap, keeper)
     finally:
@@ -199,7 +202,7 @@ def _run_in_workers(
                 progress.turns_elsewhere, progress.tokens_elsewhere = pool.so_far()
                 display.refresh()
 
-            pool.run(_in_pool(pool, request, config, folder, progress), poll=poll)
+            pool.run(_in_pool(pool, request, config, folder, progress, console), poll=poll)
             wall_s = display.wall_s
     except KeyboardInterrupt as interrupt:
         return _interrupted(request, progress, interrupt, console)
@@ -235,7 +238,12 @@ def _open_folder(
 
 
 async def _in_pool(
-    pool: WorkerPool, request: RunRequest, config: Config, folder: RunFolder, progress: Progress
+    pool: WorkerPool,
+    request: RunRequest,
+    config: Config,
+    folder: RunFolder,
+    progress: Progress,
+    console: Console,
 ) -> None:
     async def converse(conversation: Conversation) -> None:
         """Has a worker run the program; its files are there before its record."""
@@ -243,7 +251,10 @@ async def _in_pool(
             await pool.converse(conversation)
         finally:
             if ran := conversation.elsewhere:
-                write_program(folder.path, ran.record.id, ran.files)
+                try:
+                    write_program(folder.path, ran.record.id, ran.files)
+                except OSError as error:  # this sample's loss, not the run's
+                    say(console, f"{ran.record.id}: its files are lost: {describe(error)}")
 
     await run_tasks(
         read_tasks(request.tasks, request.limit),

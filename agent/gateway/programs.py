@@ -20,8 +20,8 @@ import shutil
 import signal
 import stat
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import RawIOBase
 from pathlib import Path
 from time import perf_counter
@@ -38,9 +38,11 @@ from agent.loop.tasks import Task
 from conversations.trajectory import Trajectory
 
 PROMPT = "{prompt}"
-PROGRAMS = "programs"
+PROGRAMS, ABOUT = "programs", "program.json"
 MAX_OUTPUT_BYTES = 1 << 20
 MAX_FILES, MAX_FILES_BYTES = 1000, 16 << 20
+MOST_NAMED = 100
+"""So many files are named that were left out."""
 TERM_S = 5.0
 """How long a program has between SIGTERM and SIGKILL."""
 TAIL_CHARACTERS = 2000
@@ -104,7 +106,8 @@ class ProgramRunner:
     """Runs `command` for tasks, each in a session of `gateway`. `score` gives the rewards.
 
     `deadline_s` is a program's, None: no limit. `wrap` isolates it. `keeper` ends it if this
-    process is killed. `named` is the run folder that records name, if it is not the gateway's.
+    process is killed. `named` is the run folder that records name, if it is not the gateway's: then
+    `score` gets the gateway's.
     """
 
     gateway: Gateway
@@ -125,13 +128,14 @@ class ProgramRunner:
         session = await self.gateway.open(task, sample)
         kept = self.gateway.out / PROGRAMS / folder_name(f"{task.id}-{sample}")
         try:
-            ended = await self._run(session, prompt, kept)
-        except OSError as error:  # its folder: this sample's failure, not the run's
-            ended = Ended(error=f"the program could not be run: {describe(error)}")
+            try:
+                ended = await self._run(session, prompt, kept)
+            except OSError as error:  # its folder: this sample's failure, not the run's
+                ended = Ended(error=f"the program could not be run: {describe(error)}")
+            return await self._finish(session, ended, kept)
         except asyncio.CancelledError:
             await session.abort()
             raise
-        return await self._finish(session, ended, kept)
 
     async def _finish(self, session: ProgramSession, ended: Ended, kept: Path) -> Trajectory:
         failed = ended.error
@@ -150,16 +154,36 @@ class ProgramRunner:
             infra_error=failed is not None,
             error=failed,
             extra=said,
-            score=self.score,
+            score=self._score_where_kept(kept),
         )
+
+    def _score_where_kept(self, kept: Path) -> Score | None:
+        """`score`, called with a record whose folder is `kept`, where the files are by then."""
+        score = self.score
+        if score is None or self.named is None:
+            return score
+
+        def scored(record: Trajectory) -> Mapping[str, float]:
+            said = {**record.extra["session"], "folder": str(kept)}
+            return score(replace(record, extra={**record.extra, "session": said}))
+
+        return scored
+
+    @contextlib.contextmanager
+    def _own_folder(self) -> Iterator[Path]:
+        """An empty folder. It goes at the end, and if this process is killed."""
+        made = tempfile.TemporaryDirectory(prefix="turntrace-", ignore_cleanup_errors=True)
+        with contextlib.ExitStack() as stack:
+            if self.keeper:
+                self.keeper.made(made.name)
+                stack.callback(self.keeper.removed, made.name)
+            folder = Path(stack.enter_context(made)) / "work"
+            folder.mkdir()
+            yield folder
 
     async def _run(self, session: ProgramSession, prompt: str, kept: Path) -> Ended:
         _emptied(kept)
-        with tempfile.TemporaryDirectory(
-            prefix="turntrace-", ignore_cleanup_errors=True
-        ) as temporary:
-            folder = Path(temporary) / "work"
-            folder.mkdir()
+        with self._own_folder() as folder:
             argv = self.command.argv(prompt)
             environment = {k: v for k, v in session.env().items() if k not in HIDDEN}
             environment["PWD"] = str(folder)
@@ -168,7 +192,8 @@ class ProgramRunner:
                 command, given = self.wrap(argv, folder, session.env({}))
             ended = await self._run_in(command, given, folder, kept)
             ended.left_out = await asyncio.to_thread(keep_files, folder, kept / "files")
-        _write_about(kept / "program.json", argv, ended)
+        about = {"command": list(argv), **asdict(ended)}
+        (kept / ABOUT).write_text(about_text(about), encoding="utf-8")
         return ended
 
     async def _run_in(
@@ -265,9 +290,9 @@ def _emptied(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_about(file: Path, argv: Sequence[str], ended: Ended) -> None:
-    about = {"command": list(argv), **asdict(ended)}
-    file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+def about_text(about: Mapping[str, Any]) -> str:
+    """The text of program.json."""
+    return json.dumps(about, indent=2) + "\n"
 
 
 def folder_name(record_id: str) -> str:
@@ -281,7 +306,7 @@ def folder_name(record_id: str) -> str:
 def keep_files(folder: Path, target: Path) -> list[str]:
     """Copies the plain files of `folder`, up to `MAX_FILES` and `MAX_FILES_BYTES`.
 
-    Returns what was left out, one path each, the first hundred. Links are never followed.
+    Returns what was left out, one path each, the first `MOST_NAMED`. Links are never followed.
     """
     left_out: list[str] = []
     files, size = 0, 0
@@ -299,7 +324,7 @@ def keep_files(folder: Path, target: Path) -> list[str]:
             left_out.append(name)
             continue
         files, size = files + 1, size + length
-    return left_out[:100]
+    return left_out[:MOST_NAMED]
 
 
 def _plain_files(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import hashlib
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agent.errors import AgentError
@@ -184,13 +184,18 @@ class GatewaySessions:
             raise _ended()
         if session.engine_trouble:
             session.ending.fail(session.engine_trouble, "engine_error")
+        before = replace(session.ending)
         session.ending.stop(outcome.stop_reason)
         if outcome.infra_error:
             session.ending.fail(outcome.error or "the program reported a failure")
         session.reward_parts = dict(outcome.reward_parts)
         session.said_at_end = outcome.extra
         if outcome.score and not session.ending.is_failure:
-            await self._score(session, outcome.score)
+            try:
+                await self._score(session, outcome.score)
+            except asyncio.CancelledError:  # it has not ended yet
+                session.ending = before
+                raise
         trajectory = trajectory_of_session(session)
         try:
             line = self.folder.append(trajectory)
@@ -210,8 +215,10 @@ class GatewaySessions:
             session.ending.fail(f"the reward function failed: {describe(error)}")
 
     async def abort(self, session: GatewaySession) -> None:
-        """Gives a session up: what there is of it goes to unfinished.jsonl."""
+        """Gives a session up: what there is of it goes to unfinished.jsonl, if it did not end."""
         await self._close(session)
+        if self._by_name.get(session.name) is not session:
+            return
         self.folder.append_unfinished(trajectory_of_session(session))
         self._forget(session)
 

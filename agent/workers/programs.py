@@ -2,25 +2,36 @@
 
 Records, what programs printed and the files that they left go back to the run's process, which
 writes them. So nothing here is on disk but a program's folder while it runs. There is no journal:
-the programs of a worker that dies are run again from their start, and its keeper ends them.
+the programs of a worker that dies are run again from their start, and its keeper ends them and
+removes their folders.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from agent.gateway.boxed import boxed_command
 from agent.gateway.gateway import Gateway
 from agent.gateway.keeper import Keeper
-from agent.gateway.programs import PROGRAMS, AgentCommand, ProgramRunner, Wrap, folder_name
+from agent.gateway.programs import (
+    ABOUT,
+    MOST_NAMED,
+    PROGRAMS,
+    AgentCommand,
+    ProgramRunner,
+    Wrap,
+    about_text,
+    folder_name,
+)
 from agent.gateway.server import GatewayServer
 from agent.gateway.session import GatewaySession
 from agent.gateway.sessions import GatewaySessions, Score
@@ -105,6 +116,9 @@ class WorkerGateway(Gateway):
         score = programs.score() if programs.score else None
         keeper = Keeper()
         stack.callback(keeper.close)
+        keeper.made(self._scratch.name)
+        if self.socket:
+            keeper.made(str(self.socket.parent))
         return ProgramRunner(
             self,
             programs.command,
@@ -145,10 +159,27 @@ def _files(folder: Path) -> list[tuple[str, bytes]]:
 
 
 def write_program(out: Path, record_id: str, files: SentFiles) -> None:
-    """Writes the files of a program's folder into the run folder; an earlier attempt's go."""
+    """Writes the files of a program's folder into the run folder; an earlier attempt's go.
+
+    What cannot be written stands under `left_out` in program.json. Raises OSError if that cannot be
+    written either.
+    """
     folder = out / PROGRAMS / folder_name(record_id)
     shutil.rmtree(folder, ignore_errors=True)
+    about: dict[str, Any] = {}
+    left_out: list[str] = []
     for name, content in files:
+        if name == ABOUT:
+            with suppress(ValueError):  # the worker's disk was full
+                about = json.loads(content)
+            continue
         file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        except OSError:
+            left_out.append(name.removeprefix("files/"))
+    if about or left_out:
+        about["left_out"] = [*about.get("left_out", ()), *left_out][:MOST_NAMED]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ABOUT).write_text(about_text(about), encoding="utf-8")

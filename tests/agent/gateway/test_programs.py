@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from agent.gateway.programs import (
     prompt_of,
 )
 from agent.loop.tasks import Task, read_tasks
+from agent.workers.programs import Programs, WorkerGateway, write_program
 from conversations.run.store import read_trajectories
 from conversations.trajectory import Trajectory
 from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
@@ -142,6 +144,50 @@ def test_ctrl_c_kills_the_program_and_keeps_its_session(tmp_path: Path) -> None:
     assert left.stdout == ""
 
 
+def test_a_program_that_is_cut_off_while_it_is_scored_keeps_its_turns(tmp_path: Path) -> None:
+    """In a worker, whose session is nobody's to close."""
+    is_scored, may_end = threading.Event(), threading.Event()
+
+    def score(record: Trajectory) -> Mapping[str, float]:
+        is_scored.set()
+        may_end.wait(30)
+        return {"r": 1.0}
+
+    def poll() -> None:
+        if is_scored.is_set():
+            raise KeyboardInterrupt
+
+    with live(tmp_path / "run", engine=Obedient()) as gateway:
+        ran = Programs(AgentCommand.of(COMMAND), tmp_path / "run", lambda: score)
+        worker = WorkerGateway(gateway.session_loop, ran)
+        worker.start()
+        try:
+            task = Task("t", [{"role": "user", "content": "x:y"}])
+            with pytest.raises(KeyboardInterrupt):
+                gateway.session_loop.run(worker.run_program(task, 0), poll=poll)
+            line, _ = worker.take(task, 0)
+            assert worker.live == []
+        finally:
+            may_end.set()
+            worker.close()
+    record = Trajectory.from_line(str(line))
+    assert (record.num_turns, record.stop_reason, record.reward) == (1, "cancelled", None)
+
+
+def test_files_of_a_worker_that_cannot_be_written_are_left_out(tmp_path: Path) -> None:
+    about = json.dumps({"exit_code": 0, "left_out": ["big"]}).encode()
+    files = (("files/note.txt", b"n"), (f"files/{'x' * 300}", b"x"), ("program.json", about))
+    write_program(tmp_path, "t-0", files)
+    folder = tmp_path / "programs" / "t-0"
+    assert (folder / "files/note.txt").read_bytes() == b"n"
+    told = json.loads((folder / "program.json").read_text())
+    assert told == {"exit_code": 0, "left_out": ["big", "x" * 300]}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "programs").touch()
+    with pytest.raises(OSError, match="programs"):  # the run tells it, and goes on
+        write_program(tmp_path / "full", "t-0", files)
+
+
 def _file(file: Path, row: Any) -> Path:
     file.write_text(json.dumps(row) + "\n")
     return file
@@ -190,11 +236,18 @@ def test_a_folder_that_cannot_be_made_fails_its_sample_alone(
     assert "no space" in str(records["0-0"].error)
 
 
-def test_a_process_that_is_killed_leaves_no_program() -> None:
+def test_a_process_that_is_killed_leaves_no_program(tmp_path: Path) -> None:
+    for name in ("gone", "stays"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "note.txt").touch()
+        (tmp_path / name / "deep").chmod(0o500)
     script = """
-import os, signal, subprocess
+import os, signal, subprocess, sys
 from keeper import Keeper
 keeper = Keeper()
+for folder in sys.argv[1:]:
+    keeper.made(folder)
+keeper.removed(sys.argv[2])
 for ends in (True, False):
     program = subprocess.Popen(["sh", "-c", "sleep 1000 & wait"], start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -205,13 +258,16 @@ for ends in (True, False):
 os.kill(os.getpid(), signal.SIGKILL)
 """
     started = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT / "agent/gateway", capture_output=True
+        [sys.executable, "-c", script, tmp_path / "gone", tmp_path / "stays"],
+        cwd=ROOT / "agent/gateway",
+        capture_output=True,
     )
     ended, running = map(int, started.stdout.split())
     until = time.monotonic() + 30
-    while groups_processes(running) and time.monotonic() < until:
+    while groups_processes(running) or (tmp_path / "gone").exists():
+        assert time.monotonic() < until
         time.sleep(0.02)
-    assert groups_processes(running) == []
+    assert (tmp_path / "stays/deep/note.txt").exists()
     assert len(groups_processes(ended)) == 2  # it was said to have ended
     os.killpg(ended, signal.SIGKILL)
 

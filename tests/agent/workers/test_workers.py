@@ -364,6 +364,14 @@ def test_a_run_on_a_server_with_evidence_of_each_token(
     assert verify_run(tmp_path / "run").defects == 0
 
 
+READS_A_FILE = """
+from pathlib import Path
+
+def score(record):
+    return len((Path(record.extra["session"]["folder"]) / "files/deep/note.txt").read_text())
+"""
+
+
 def test_programs_in_workers_leave_what_they_leave_without(
     address: str, project: Path, tmp_path: Path
 ) -> None:
@@ -373,11 +381,15 @@ def test_programs_in_workers_leave_what_they_leave_without(
     tasks.write_text("".join(json.dumps({"id": row[:4], "prompt": row}) + "\n" for row in rows))
     program = Path(__file__).parent / "agent_program.py"
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(program))} {{prompt}}"
+    reward = tmp_path / "reward.py"
+    reward.write_text(READS_A_FILE)
 
     def run(**more: Any) -> str:
         console = Console(file=(said := io.StringIO()), width=1000)
         asked = request(project, out, tasks=tasks, config=config, limit=None, **more)
-        assert run_agents(asked, AgentOptions(command), console) == 0, said.getvalue()
+        assert run_agents(asked, AgentOptions(command, f"{reward}:score"), console) == 0, (
+            said.getvalue()
+        )
         return said.getvalue()
 
     with in_a_thread(Server(likeliest_too)) as server:
@@ -397,6 +409,7 @@ def test_programs_in_workers_leave_what_they_leave_without(
         kept = Path(session["folder"])
         assert (record.num_turns, session["exit_code"]) == (1, 0)
         assert kept.parent == out / "programs"
+        assert record.reward == len(record.messages[0]["content"].partition(":")[2])
         _, _, note = record.messages[0]["content"].partition(":")
         assert (kept / "files/deep/note.txt").read_text() == note
         assert (kept / "stdout.txt").read_text() == "stop\n"
