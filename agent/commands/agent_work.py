@@ -38,7 +38,14 @@ from agent.loop.tasks import Task, read_tasks
 from agent.runs.ending import DONE, INCOMPLETE, exit_code, sigterm_as_interrupt
 from agent.runs.manifest import save_tokenizer
 from agent.runs.parts import prepare
-from agent.runs.progress import Display, counts, shortfall, starting_line, summary
+from agent.runs.progress import (
+    Display,
+    counts,
+    notes_on_turns_at_once,
+    shortfall,
+    starting_line,
+    summary,
+)
 from agent.terminal import say
 from agent.workers.programs import Programs, write_program
 from conversations.run.store import RUN, TRAJECTORIES, RunFolder, read_trajectories
@@ -73,6 +80,8 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
         prompt_of(task)  # a task that no program can be given is told before anything starts
         tasks += 1
     progress = Progress(total=tasks * samples)
+    for note in notes_on_turns_at_once(config):
+        say(console, f"note: {note}")
     if request.workers is not None:
         return _run_in_workers(request, request.workers, options, command, progress, console)
     say(console, starting_line(config, request.out / "engine.log"))

@@ -17,7 +17,7 @@ from agent.config.config import Config
 from agent.gateway import Gateway
 from agent.runs.ending import DONE, INCOMPLETE, sigterm_as_interrupt
 from agent.runs.manifest import command_line
-from agent.runs.progress import starting_line
+from agent.runs.progress import notes_on_turns_at_once, starting_line
 from agent.terminal import LiveLine, say
 
 POLL_S = 0.2
@@ -40,6 +40,8 @@ class GatewayRequest:
 
 def serve_gateway(request: GatewayRequest, console: Console) -> int:
     """Serves until Ctrl-C or SIGTERM. Returns the exit code; raises the packages' own errors."""
+    for note in notes_on_turns_at_once(request.config):
+        say(console, f"note: {note}")
     say(console, starting_line(request.config, request.out / "engine.log"))
     gateway = Gateway(
         request.config,

@@ -35,7 +35,14 @@ from agent.runs.manifest import (
     save_tokenizer,
 )
 from agent.runs.parts import Parts, config_interactions, config_tools, prepare
-from agent.runs.progress import Display, counts, shortfall, starting_line, summary
+from agent.runs.progress import (
+    Display,
+    counts,
+    notes_on_turns_at_once,
+    shortfall,
+    starting_line,
+    summary,
+)
 from agent.runs.session import Session
 from agent.terminal import say
 from conversations.errors import RunFolderError
@@ -133,7 +140,9 @@ def prepare_run(request: RunRequest) -> RunPlan:
         for sample in samples
     )
     target = enough_of(len(asked), config)
-    notes = (*_schema_notes(tools), *rows.notes())
+    asks_model = any(tool.asks_model for tool in (tools or {}).values())
+    at_once = notes_on_turns_at_once(config) if asks_model else []
+    notes = (*_schema_notes(tools), *rows.notes(), *at_once)
     return RunPlan(request, tools, interactions, asked, target, notes)
 
 

@@ -174,7 +174,7 @@ class Aside:
     # ------------------------------------------------------------------ a turn
 
     def _was_cut_off(self) -> bool:
-        """Whether the call's end cancelled a turn, rather than somebody the task that waits for it."""
+        """Whether the call's end cancelled a turn; False if who waits for it was cancelled."""
         waiting = asyncio.current_task()
         return not self._model.is_open and not (waiting and waiting.cancelling())
 

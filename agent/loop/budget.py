@@ -10,6 +10,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+ONE_AFTER_ANOTHER = (
+    "turns asked at once that name no max tokens are sampled one after the other: each may use all "
+    "that is left of response_length; set turntrace.max_tokens so that several fit"
+)
+"""What the user should know where turns may be asked at once and the config has no such limit.
+
+A share of what is left, instead of all, would cut turns that turn out to be alone.
+"""
+
 
 @dataclass(slots=True)
 class TokenBudget:

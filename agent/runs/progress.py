@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING
 
 from agent.config.config import Config
 from agent.loop.batch import Progress
+from agent.loop.budget import ONE_AFTER_ANOTHER
 from agent.terminal import LiveLine, say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Display", "counts", "say", "shortfall", "starting_line", "summary"]
+__all__ = [
+    "Display",
+    "counts",
+    "notes_on_turns_at_once",
+    "say",
+    "shortfall",
+    "starting_line",
+    "summary",
+]
+
+
+def notes_on_turns_at_once(config: Config) -> list[str]:
+    """What a run whose model may be asked for turns at once says before it starts."""
+    return [ONE_AFTER_ANOTHER] if config.rollout.turntrace.max_tokens is None else []
 
 
 def starting_line(config: Config, log: Path, workers: int | None = None) -> str:

@@ -71,6 +71,7 @@ def test_the_gateway_serves_until_ctrl_c(
         thread.join()
     said = " ".join(capfd.readouterr().out.split())
     assert f"listening on http://127.0.0.1:{port}" in said
+    assert said.count("turntrace.max_tokens") == 1
     assert code == (0 if end else 1)
     assert ("--resume" in said) != end
     assert read_manifest(out)["gateway"] is True

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
+from agent.commands.run_work import RunRequest, prepare_run
+from agent.config.config import load_config
 from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
@@ -336,6 +338,28 @@ def test_a_tool_that_returns_before_its_answer_has_no_branch(world: World) -> No
     assert (record.stop_reason, record.branches) == ("stop", [])
     assert [line.status for line in record.tool_calls] == ["ok", "ok"]
     assert all(isinstance(one.exception(), ToolError) for one in OddDesk.later)
+
+
+@pytest.mark.parametrize(
+    ("desk", "max_tokens", "notes"),
+    [("AskingDesk", "null", 1), ("AskingDesk", "1000", 0), ("Desk", "null", 0)],
+)
+def test_a_run_whose_turns_may_wait_for_each_other_says_so(
+    desk: str, max_tokens: str, notes: int, world: World
+) -> None:
+    world.write_files()
+    text = world.tools_path.read_text()
+    world.tools_path.write_text(text.replace("world.Desk", f"world.{desk}"))
+    tasks = world.folder / "tasks.jsonl"
+    tasks.write_text('{"prompt": "?"}')
+    words = {
+        "turntrace.max_tokens": max_tokens,
+        "multi_turn.enable": "true",
+        "multi_turn.tool_config_path": world.tools_path,
+    }
+    config = load_config(None, [f"rollout.{key}={value}" for key, value in words.items()])
+    plan = prepare_run(RunRequest(tasks, world.out, config, None, False, False, False, []))
+    assert sum("turntrace.max_tokens" in note for note in plan.notes) == notes
 
 
 def test_a_branch_that_no_call_asked_for_is_a_defect(world: World) -> None:
