@@ -33,7 +33,6 @@ from agent.model.base import base_model_dir
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.command import ROOT as ROOT
-from tests.command import turntrace as turntrace
 from tools.base import BackendError, BaseTool, ToolError, ToolResponse
 from tools.toolset import ToolSet
 

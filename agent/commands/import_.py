@@ -25,13 +25,15 @@ def import_(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="A folder with the tokenizer.json of the token ids. It is copied into the run."
+            help="A folder with the tokenizer.json of the token ids, and the image processor's "
+            "settings. It is copied into the run."
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="A folder: images that documents name by path are read below it, and nowhere else."
+            help="A folder, for atif: images that documents name by path are read below it, and "
+            "nowhere else."
         ),
     ] = None,
 ) -> None:

@@ -138,6 +138,10 @@ def call_tool(
     tools = load_tools(file)
     if name not in tools:
         raise AgentError(f"{file} has no tool {name!r}{nearest(name, tools)}")
+    if tools[name].asks_model:
+        raise AgentError(
+            f"{name} asks its conversation's model, and a call by hand has none; use turntrace run"
+        )
     return asyncio.run(_called(ToolSet([tools[name]]), parsed, ground_truth, config))
 
 

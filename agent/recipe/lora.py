@@ -103,14 +103,3 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     return (
         (name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)
     )
-
-
-def unwrap(model: nn.Module) -> None:
-    """Replaces every LoRA layer by the plain linear layer it amounts to, in place: what generation
-    wants.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoraLinear):
-                child.base.weight = nn.Parameter(child.merged().detach(), requires_grad=False)
-                setattr(parent, name, child.base)

@@ -57,10 +57,14 @@ def import_run(
     `kind` is atif or verl. `tokenizer`, a folder with a tokenizer.json, is what the ids belong to
     and goes into the run. `images` is the folder below which documents may name image files; data
     URLs need none, and nothing else is read. Raises ImportFileError if no document could be
-    imported or `out` exists.
+    imported, `out` exists, or `images` is no folder or not for this `kind`.
     """
     source, out = Path(source), Path(out)
     files = source_files(source)
+    if images and kind == "verl":
+        raise ImportFileError("--images is for --from atif: verl's files name no images")
+    if images and not Path(images).is_dir():
+        raise ImportFileError(f"--images {images}: there is no such folder")
     template = _template(Path(tokenizer)) if tokenizer else None
     continued = continuations(files) if kind == "atif" else {}
     reader, done = _reader(kind, template, continued, Path(images) if images else None), Imported()

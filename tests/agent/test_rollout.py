@@ -572,7 +572,7 @@ def test_an_engine_that_cannot_start_is_one_line_and_this_process_lives(tmp_path
     }
     with pytest.raises(EngineStartError, match=r"^[^\n]+$") as failure:
         start(starved, base_model_dir(), log_path=log)
-    assert "rollout.gpu_memory_utilization" in str(failure.value)
+    assert "gpu_memory_utilization leaves no room for the KV cache" in str(failure.value)
     assert str(log) in str(failure.value)
 
 

@@ -562,6 +562,8 @@ def test_the_command_names_defects_and_a_mistake_is_one_line(tmp_path: Path) -> 
             "--out",
             tmp_path / "no",
         ): "there is no such file",
+        (file, "--from", "atif", "--out", tmp_path / "no", "--images", file): "no such folder",
+        (file, "--from", "verl", "--out", tmp_path / "no", "--images", tmp_path): "for --from atif",
     }.items():
         failed = turntrace("import", *arguments)
         assert failed.returncode == 2

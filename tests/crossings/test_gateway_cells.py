@@ -23,8 +23,7 @@ from agent.engines.engine import Generation, SamplingParams
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import EngineError
 from agent.gateway import Gateway
-from conversations.errors import ExportError, TemplateError
-from conversations.export import formats, job
+from conversations.errors import TemplateError
 from conversations.open_run import open_run
 from conversations.run.store import (
     UNFINISHED,
@@ -36,6 +35,7 @@ from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.agent.gateway.live import checked, gateway_config_of, live
 from tests.agent.gateway.program import DIALECTS, PATHS, Program
+from tests.crossings.exports import PAIRS, without_rows
 from tests.crossings.world import HERMES, QUESTION
 from tests.helpers import hermes_template, logprobs
 
@@ -297,9 +297,5 @@ def test_the_runs_of_all_cells_verify_and_go_through_every_export(
         hermes_template().tokenizer.save_pretrained(together / "tokenizer")
         for record in records:
             folder.append(record)
-    for form in formats.export_names() if records else ():
-        try:
-            job.export_run(open_run(together), form, tmp_path / form)
-        except ExportError as error:
-            if "nothing is left to export" not in str(error):
-                raise
+    assert records, "run the whole file: the cells before this test make them"
+    assert without_rows(open_run(together), tmp_path) == PAIRS

@@ -57,6 +57,9 @@ class Logged(BaseTool):
         note("release")
     async def close(self):
         note("close")
+
+class Asking(Logged):
+    asks_model = True
 """
 PARAMETERS = {
     "type": "object",
@@ -72,11 +75,12 @@ SCHEMA = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "logged_tools.py").write_text(textwrap.dedent(MODULE))
-    for name, config in (
-        ("tools", {"rate_limit": 2, "ends_conversation": True}),
-        ("broken", {"broken": True}),
+    for name, made, config in (
+        ("tools", "Logged", {"rate_limit": 2, "ends_conversation": True}),
+        ("broken", "Logged", {"broken": True}),
+        ("asking", "Asking", {}),
     ):
-        entry = {"class_name": "logged_tools.Logged", "config": config, "tool_schema": SCHEMA}
+        entry = {"class_name": f"logged_tools.{made}", "config": config, "tool_schema": SCHEMA}
         (tmp_path / f"{name}.yaml").write_text(
             yaml.safe_dump([entry], allow_unicode=True, sort_keys=False)
         )
@@ -226,6 +230,7 @@ def test_a_call_that_fails_shows_its_status_and_what_the_model_is_told(
         (["call", "tools.yaml", "logged", "[" * 100000], "the arguments are not JSON: "),
         (["call", "tools.yaml", "logged", "[1]"], "the arguments must be a JSON object, got [1]"),
         (["call", "broken.yaml", "logged"], "tool logged: its backend is not there"),
+        (["call", "asking.yaml", "logged"], "logged asks its conversation's model"),
         (["check", "no.yaml"], "no.yaml: there is no such file"),
         (["check", "gsm8"], "'gsm8' is not a shipped tool config; did you mean 'gsm8k'?"),
         (["check", "tools.yaml", "--no-start", "--model", "nowhere/nothing"], "nowhere/nothing"),

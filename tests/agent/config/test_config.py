@@ -545,7 +545,7 @@ def test_paths_are_found_beside_the_config_file_first(
     assert load("only_here.yaml").tool_config_path == str(here / "only_here.yaml")
     assert load("gsm8k").tool_config_path == "gsm8k"
     assert load("tools.yaml").model_path == str(beside / "model")
-    with pytest.raises(ConfigError, match=r"none\.yaml"):
+    with pytest.raises(ConfigError, match=r"there is no none\.yaml, neither"):
         load("none.yaml")
 
 

@@ -26,6 +26,7 @@ from tests.agent import overlay
 from tests.agent.engines import vision_case
 from tests.agent.test_rollout import SAMPLE_TO, greedy_sample
 from tests.helpers import ROOT
+from tests.vision import SHAPES
 
 FOLDER = Path(__file__).parent
 ALL = sorted(path.stem.removeprefix("sglang-") for path in FOLDER.glob("sglang-*.txt"))
@@ -69,6 +70,7 @@ VISION_SET = (
 """Of `vision_case.py`; all of it runs where all versions do."""
 
 
+@pytest.mark.stack
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("version", CHOSEN)
@@ -80,6 +82,10 @@ def test_another_version_sees_images_exactly(version: str) -> None:
     done = run_there(version, "tests/agent/engines/vision_case.py", *chosen, **served)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert ("skipped" in done.stdout) == (not is_served)
+    shapes = len(SHAPES)
+    asked = 4 * shapes if CHOSEN == ALL else len(VISION_SET)  # in process, twice more, and served
+    unserved = 0 if is_served else shapes if CHOSEN == ALL else 1
+    assert f"{asked - unserved} passed" in done.stdout
 
 
 def run_short_set(version: str, sample: Path) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """What an engine samples beside images is what transformers computes for the same ids and pixels.
 
-`test_vision_versions.py` runs this file in the environment of each version of SGLang, on tiny
+`test_other_sglangs.py` runs this file in the environment of another version of SGLang, on tiny
 models of each shape with random weights. The prompt holds ids that no text encodes to, and an
 image comes from a tool after a sampled turn: whoever decodes and encodes on the way is found.
 """

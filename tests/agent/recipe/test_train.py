@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from agent.model.base import merge_lora  # noqa: E402
 from agent.recipe.data import Example, write_examples  # noqa: E402
-from agent.recipe.lora import adapter_state, add_lora, save_adapter, unwrap  # noqa: E402
+from agent.recipe.lora import adapter_state, add_lora, save_adapter  # noqa: E402
 from agent.recipe.train import (  # noqa: E402
     Settings,
     TokenFile,
@@ -185,7 +185,6 @@ def test_the_file_merged_into_the_base_is_the_trained_model(tmp_path: Path) -> N
     weights = base.state_dict()
     merge_lora(weights, state, json.loads((tmp_path / "adapter_config.json").read_text()))
     base.load_state_dict(weights)
-    unwrap(model)
     ids = torch.arange(3, 20)[None]
     assert torch.allclose(base(ids).logits, model(ids).logits, atol=1e-5)
     assert {value.dtype for value in state.values()} == {torch.bfloat16}

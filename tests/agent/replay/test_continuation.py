@@ -417,7 +417,7 @@ async def test_a_tool_that_cannot_be_brought_back_is_a_failure_of_infrastructure
     later = Model(smollm2, "v2")
     whole = await go_on(record, shared(smollm2, later, Gone()))
     assert (whole.infra_error, whole.reward, later.prompts) == (True, None, [])
-    assert "call_0_0" in str(whole.error)
+    assert "call_0_0 could not be made again" in str(whole.error)
     assert not defects(whole, smollm2)
 
 

@@ -90,7 +90,8 @@ def wait_for_another(file: Path) -> None:
     """Returns when the file has grown by a conversation that need not run again."""
     before = _done(file)
     until = time.monotonic() + 120
-    while _done(file) <= before and time.monotonic() < until:
+    while _done(file) <= before:
+        assert time.monotonic() < until, f"{file} holds no other finished conversation after 120 s"
         wait_for_growth(file)
 
 

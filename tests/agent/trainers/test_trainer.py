@@ -646,7 +646,7 @@ def test_an_unknown_processor_of_images_is_refused(peers: Any) -> None:
 
     rollout = peers.ours(script(peers, echo))
     rollout.processing_class = ProcessorMixin.__new__(ProcessorMixin)
-    with pytest.raises(ConfigError, match="images"):
+    with pytest.raises(ConfigError, match="supported of"):
         peers.run(rollout, batch(peers, "one"))
 
 

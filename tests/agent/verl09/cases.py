@@ -223,6 +223,8 @@ async def test_the_servers_get_what_verl_would_send_and_the_turns_budget(peers: 
         assert sent[0].pop("max_tokens") == RESPONSE
         assert sent[0].pop("stop_token_ids") == peers.template.stop_token_ids
         assert sent[0] == sent[1]
+    assert len(server.media) == 4
+    assert not any(any(media.values()) for media in server.media), "a text has no media"
 
 
 async def test_log_probs_are_asked_for_and_handed_on_where_the_trainer_wants_them(

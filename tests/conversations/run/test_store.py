@@ -106,7 +106,7 @@ def test_what_has_no_json_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     run_with(tmp_path, record("a"))
-    with pytest.raises(RunFolderError, match="--resume"):
+    with pytest.raises(RunFolderError, match="already holds"):
         RunFolder.create(tmp_path, MANIFEST)
     assert ids(tmp_path) == ["a-0"]
 
