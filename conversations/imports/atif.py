@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,20 @@ from typing import Any
 from conversations.atif import OWN, record_of
 from conversations.checks.shape import shape_findings
 from conversations.checks.tokens import token_findings
-from conversations.errors import ImportFileError, RecordError
+from conversations.errors import ConversationsError, ImportFileError, RecordError
 from conversations.images.reading import Picture
 from conversations.imports.atif_steps import ForeignConversation
-from conversations.imports.continuations import REFERENCE, chain, read_continuation
+from conversations.imports.continuations import (
+    REFERENCE,
+    chain,
+    is_own_document,
+    read_continuation,
+)
 from conversations.imports.files import SourceDefect, SourceDocument
 from conversations.imports.source_images import SourceImages
 from conversations.template import ChatTemplate
 from conversations.trajectory import Branch, Trajectory, canonical_json, line_hash
-from conversations.upgrade import READABLE, upgraded
+from conversations.upgrade import upgraded
 
 MAX_ERRORS = 10
 MAX_ID = 1 << 31
@@ -66,13 +72,9 @@ class AtifReader:
         self.pictures.clear()
         _check_structure(found)
         _check_numbers(found)
-        own = (found.get("extra") or {}).get(OWN)
-        record = (
-            _own(found)
-            if isinstance(own, dict) and own.get("schema") in READABLE
-            else self._foreign(found, Path(document.place))
-        )
-        return Trajectory.from_record(record)
+        if is_own_document(found):
+            return Trajectory.from_record(_own(found))
+        return Trajectory.from_record(self._foreign(found, Path(document.place)))
 
     def _foreign(self, found: dict[str, Any], file: Path) -> dict[str, Any]:
         name = found.get("trajectory_id") or found.get("session_id")
@@ -80,7 +82,6 @@ class AtifReader:
             name or hashlib.sha256(canonical_json(found).encode("ascii")).hexdigest()[:16]
         )
         sample = self._samples[task_id]
-        self._samples[task_id] += 1
         if found.get("trajectory_id") and sample:
             raise ImportFileError(f"trajectory_id {task_id!r} is there already")
         record = self._read(found, task_id, sample)
@@ -88,10 +89,11 @@ class AtifReader:
             self._add_subagent(record, agent)
         named = found.get(REFERENCE)
         if named and file not in self._continued:
-            place = "which is not in the source, or continues another file"
+            place = "which is no such file of the source, or continues another"
             _warn(record, f"it is continued in {named[:80]!r}, {place}")
         for later in chain(self._continued, file):
             self._add_continuation(record, later)
+        self._samples[task_id] += 1
         return record
 
     def _read(self, found: dict[str, Any], task_id: str, sample: int) -> dict[str, Any]:
@@ -107,19 +109,17 @@ class AtifReader:
         self._add_branch(record, found, f"the subagent {name[:80]}", client)
 
     def _add_continuation(self, record: dict[str, Any], file: Path) -> None:
-        """Adds what a further file says, and its subagents. If it is damaged, a warning says so."""
+        """Adds what a further file says, and its subagents. A warning names what is damaged."""
         what, document = f"the continuation {file.name[:80]}", read_continuation(file)
-        try:
+        with _left_out(record, what):
             if isinstance(document, SourceDefect):
                 raise ImportFileError(document.what)
             _check_structure(document.value)
             _check_numbers(document.value)
-        except ImportFileError as error:
-            _warn(record, f"{what} was left out: {str(error).splitlines()[0]}")
-            return
-        self._add_branch(record, document.value, what, {"continuation": file.name})
-        for agent in _subagents(document.value):
-            self._add_subagent(record, agent)
+            self._add_branch(record, document.value, what, {"continuation": file.name})
+            for agent in _subagents(document.value):
+                with _left_out(record, f"a subagent of {what}"):
+                    self._add_subagent(record, agent)
 
     def _add_branch(
         self, record: dict[str, Any], found: dict[str, Any], what: str, client: dict[str, Any]
@@ -135,6 +135,15 @@ class AtifReader:
         record["warnings"] += [w for w in one["warnings"] if w not in record["warnings"]]
         own = {item: one[item] for item in _SEQUENCE}
         record["branches"].append({"parent": None, "reason": "new", "client": client, **own})
+
+
+@contextmanager
+def _left_out(record: dict[str, Any], what: str) -> Iterator[None]:
+    """A part that cannot be read is left out, and a warning says why."""
+    try:
+        yield
+    except ConversationsError as error:
+        _warn(record, f"{what} was left out: {' '.join(str(error).splitlines()[:1])}")
 
 
 def _warn(record: dict[str, Any], text: str) -> None:

@@ -1,14 +1,14 @@
 """`turntrace import`: checks every document of a source and writes it as a record.
 
 Invariant: the run folder exists complete or not at all (`new_folder`), and it holds every document
-that is not among the defects.
+that is not among the defects, or named by a warning of the record that it continues.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -68,7 +68,7 @@ def import_run(
     template = _template(Path(tokenizer)) if tokenizer else None
     continued = continuations(files) if kind == "atif" else {}
     reader, done = _reader(kind, template, continued, Path(images) if images else None), Imported()
-    heads = [file for file in files if file not in continued.values()]
+    waiting = deque(file for file in files if file not in continued.values())
     with new_folder(out, ImportFileError) as folder:
         if template is not None:
             template.tokenizer.save_pretrained(folder / TOKENIZER)
@@ -80,9 +80,14 @@ def import_run(
         facts = facts_of(manifest, template, folder)
         with RunFolder.create(folder, manifest) as store:
             asked = 0
-            for document in documents(heads):
-                asked += 1
-                _take(document, reader, facts, store, done)
+            while waiting:
+                file = waiting.popleft()
+                for document in documents([file]):
+                    asked += 1
+                    is_taken = _take(document, reader, facts, store, done)
+                    later = continued.get(file)
+                    if later and not is_taken:  # what continues a defect stands alone
+                        waiting.append(later)
             store.close({"asked": asked, "done": done.trajectories})
         (folder / ".lock").unlink(missing_ok=True)
         if not done.trajectories:
@@ -124,11 +129,11 @@ def _take(
     facts: RunFacts,
     store: RunFolder,
     done: Imported,
-) -> None:
-    """Writes one document. Any error, of the document or of its reader, is a defect of that one."""
+) -> bool:
+    """Writes one document; returns whether it could. Any error is a defect of that document."""
     if isinstance(document, SourceDefect):
         done.defects.append(str(document))
-        return
+        return False
     try:
         read = reader(document)
         for picture in getattr(reader, "pictures", ()):
@@ -141,14 +146,15 @@ def _take(
         raise
     except ConversationsError as error:
         done.defects += [f"{document.place}: {line}" for line in str(error).splitlines()]
-        return
+        return False
     except Exception as error:
         what = f"could not be read, which is an error of turntrace: {class_and_message(error)}"
         done.defects.append(f"{document.place}: {what}")
-        return
+        return False
     done.trajectories += 1
     done.with_ids += bool(trajectory.turns)
     done.warnings.update(warning.text for warning in trajectory.warnings)
+    return True
 
 
 def _manifest(source: Path, kind: str, files: list[Path], command: str) -> dict[str, Any]:

@@ -206,6 +206,88 @@ def test_a_damaged_continuation_is_named_and_harms_no_other(tmp_path: Path) -> N
     assert any("next.json" in text for text in texts(one))
 
 
+def own_document() -> dict[str, Any]:
+    return document(next(iter(small_run().records())))
+
+
+def lines(count: int) -> str:
+    return "".join(f"{json.dumps(foreign())}\n" for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "text", "records"),
+    [
+        (foreign, "b.jsonl", lambda: lines(3), 4),
+        (foreign, "b.json", lambda: json.dumps([foreign()] * 3), 4),
+        (foreign, "b.json", lambda: json.dumps([foreign()]), 2),
+        (foreign, "b.jsonl", str, 1),
+        (foreign, "b.json", lambda: json.dumps(own_document()), 2),
+        (own_document, "b.json", lambda: json.dumps(foreign()), 2),
+    ],
+    ids=["lines", "list", "list of one", "no line", "own continuation", "own head"],
+)
+def test_what_is_no_continuation_is_imported_by_itself(
+    tmp_path: Path,
+    head: Callable[[], dict[str, Any]],
+    name: str,
+    text: Callable[[], str],
+    records: int,
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.json").write_text(json.dumps(head() | {REFERENCE: name}))
+    (source / name).write_text(text())
+    done = import_run(source, "atif", tmp_path / "run", tokenizer=small_run().path / "tokenizer")
+    found = list(open_run(tmp_path / "run"))
+    assert (len(found), done.trajectories, done.defects) == (records, records, [])
+    assert [branch for one in found for branch in one.branches] == []
+    warned = sum(name in text for text in done.warnings)
+    assert warned == (head is foreign)
+
+
+def test_what_continues_a_defect_stands_alone(tmp_path: Path) -> None:
+    source = segments(tmp_path / "in", a="b.json", b="c.json", c=None)
+    (source / "a.json").write_text(json.dumps(foreign() | {REFERENCE: "b.json", "steps": []}))
+    done = import_run(source, "atif", tmp_path / "run", tokenizer=small_run().path / "tokenizer")
+    [one] = open_run(tmp_path / "run")
+    assert (one.id, [branch.client for branch in one.branches]) == (
+        "s-0",
+        [{"continuation": "c.json"}],
+    )
+    assert [line.partition("a.json")[1] for line in done.defects] == ["a.json"]
+
+
+def with_an_image_by_path(found: dict[str, Any]) -> None:
+    source = {"media_type": "image/png", "path": "secret.png"}
+    found["steps"][0]["message"] = [{"type": "image", "source": source}]
+
+
+def without_steps(found: dict[str, Any]) -> None:
+    found["steps"] = []
+
+
+def with_a_damaged_subagent(found: dict[str, Any]) -> None:
+    helper = foreign() | {"trajectory_id": "helper"}
+    with_an_image_by_path(helper)
+    found["subagent_trajectories"] = [helper]
+
+
+@pytest.mark.parametrize(
+    ("damage", "branches"),
+    [(with_an_image_by_path, 0), (without_steps, 0), (with_a_damaged_subagent, 1)],
+)
+def test_a_continuation_that_cannot_be_read_leaves_its_head_whole(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], None], branches: int
+) -> None:
+    source = segments(tmp_path / "in", first="next.json")
+    later = foreign()
+    damage(later)
+    (source / "next.json").write_text(json.dumps(later))
+    [one] = imported(source, tmp_path / "run")
+    assert (len(one.turns), len(one.branches)) == (2, branches)
+    assert sum("next.json was left out" in text for text in texts(one)) == 1
+
+
 def test_without_the_tokenizer_what_was_not_known_is_said(tmp_path: Path) -> None:
     _, [one] = take(tmp_path, foreign())
     assert [kind for kind, _, _ in one.segments] == ["prompt", "sampled", "tool", "sampled"]
