@@ -6,6 +6,7 @@ Source of the format: https://docs.anthropic.com/en/api/messages.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agent.gateway.answer import Answer, json_bytes
@@ -87,11 +88,7 @@ def _read(raw: bytes) -> TurnRequest:
     tools, left_out = _tools(body.tools or [])
     if left_out:
         asked["tools_left_out"] = left_out
-    given = [
-        message
-        for place, one in enumerate(body.messages)
-        for message in _messages(one, f"messages.{place}")
-    ]
+    given = _given(body)
     return TurnRequest(
         conversation([*_system(body.system), *given]),
         tools,
@@ -100,6 +97,20 @@ def _read(raw: bytes) -> TurnRequest:
         max_tokens=positive(body.max_tokens, "max_tokens"),
         asked=asked,
     )
+
+
+def _more(request: TurnRequest, messages: list[Any]) -> TurnRequest:
+    """The request with more messages. Raises Refusal and ValueError."""
+    added = _given(_Body(messages=messages))
+    return replace(request, messages=conversation([*request.messages, *added]))
+
+
+def _given(body: _Body) -> list[Message]:
+    return [
+        message
+        for place, one in enumerate(body.messages)
+        for message in _messages(one, f"messages.{place}")
+    ]
 
 
 def _system(given: str | list[_Block] | None) -> list[Message]:
@@ -311,5 +322,5 @@ def _response_id(name: str) -> str:
 PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 ANTHROPIC = ApiDialect(
-    "anthropic", _read, _whole, _stream, _error, _error_event, PING, _response_id
+    "anthropic", _read, _whole, _stream, _error, _error_event, PING, _response_id, _more
 )

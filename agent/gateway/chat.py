@@ -5,6 +5,7 @@ Source of the format: https://platform.openai.com/docs/api-reference/chat.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -111,6 +112,13 @@ def _read(raw: bytes) -> TurnRequest:
         asked=asked,
         custom=custom,
     )
+
+
+def _more(request: TurnRequest, messages: list[Any]) -> TurnRequest:
+    """The request with more messages. Raises Refusal and ValueError."""
+    body = _Body(messages=messages)
+    added = [_message(one, place) for place, one in enumerate(body.messages)]
+    return replace(request, messages=conversation([*request.messages, *added]))
 
 
 def _refuse_what_is_not_done(body: _Body) -> None:
@@ -262,5 +270,13 @@ def _response_id(name: str) -> str:
 
 
 CHAT = ApiDialect(
-    "chat", _read, _whole, _stream, openai_error, _error_event, b": keep-alive\n\n", _response_id
+    "chat",
+    _read,
+    _whole,
+    _stream,
+    openai_error,
+    _error_event,
+    b": keep-alive\n\n",
+    _response_id,
+    _more,
 )

@@ -123,7 +123,7 @@ def read_body(kind: type[B], raw: bytes) -> B:
     """
     try:
         value = orjson.loads(raw)
-        if not _has_rounded(value):
+        if not has_rounded(value):
             return kind.model_validate(value)
     except (ValueError, RecursionError):
         pass
@@ -139,12 +139,12 @@ def read_body(kind: type[B], raw: bytes) -> B:
     raise Refusal(f"{place or 'the body'}: {finding['msg']}", field=place or None)
 
 
-def _has_rounded(value: object) -> bool:
+def has_rounded(value: object) -> bool:
     """Whether a number may have been an integer of more than 64 bits, which orjson rounds."""
     if isinstance(value, dict):
-        return any(map(_has_rounded, value.values()))
+        return any(map(has_rounded, value.values()))
     if isinstance(value, list):
-        return any(map(_has_rounded, value))
+        return any(map(has_rounded, value))
     return isinstance(value, float) and abs(value) >= 2.0**63
 
 

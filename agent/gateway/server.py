@@ -220,7 +220,7 @@ class GatewayServer:
     async def _turn(
         self, request: web.BaseRequest, dialect: ApiDialect, session: GatewaySession
     ) -> web.StreamResponse:
-        asked = dialect.read(await _body(request))
+        asked = session.bodies.read(dialect, await _body(request))
         _check_json(asked, session)
         client = {name: request.headers[name] for name in HINTS if name in request.headers}
         asked = await session.with_images(asked)

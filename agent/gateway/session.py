@@ -20,6 +20,7 @@ from agent.engines.sticky import asks_for
 from agent.errors import EngineError
 from agent.gateway.answer import Answer, AnsweredCall, Finish
 from agent.gateway.dialect import ApiDialect
+from agent.gateway.growing import BodyReader
 from agent.gateway.request import Refusal, TurnRequest, too_long
 from agent.loop.budget import TokenBudget
 from agent.loop.conversation import Clock, Ending
@@ -36,7 +37,7 @@ from conversations.errors import (
 )
 from conversations.messages import GivenImages, ToolCall, given_messages, image_parts, with_images
 from conversations.session import Place, SessionTree, SessionTurn
-from conversations.session.tree import characters_of
+from conversations.session.tree import Found
 
 MAX_BRANCHES = 1024
 """A client with more of them does not replay its history: each request would be a branch."""
@@ -132,6 +133,7 @@ class GatewaySession:
         self.max_branches = MAX_BRANCHES
         self.refused = 0
         self.answering: list[Answering] = []
+        self.bodies = BodyReader()
         self.delivery = Delivery()
         self._write, self._keep = write, keep
         self._unwritten: list[SessionTurn] = []
@@ -207,24 +209,18 @@ class GatewaySession:
 
         Much new text is encoded in a thread. Requests are placed in the order in which they came.
         """
-        is_large = self._is_large(request)
-        if not is_large and not self._matching.locked():
-            return self._match(request)
+        if not self._matching.locked():
+            found = self._find(request)
+            if found.new_characters <= LARGE_TEXT:
+                return self._place(found)
         async with self._matching:
-            if not is_large:
-                return self._match(request)
-            place = await asyncio.to_thread(self._match, request)
+            found = self._find(request)  # turns may have been added
+            if found.new_characters <= LARGE_TEXT:
+                return self._place(found)
+            place = await asyncio.to_thread(self._place, found)
             return self.tree.as_it_stands(place)
 
-    def _is_large(self, request: TurnRequest) -> bool:
-        if characters_of(request.messages) <= LARGE_TEXT:
-            return False
-        try:
-            return self.tree.new_characters(request.messages, request.tools) > LARGE_TEXT
-        except MessageError:  # `match` says so
-            return False
-
-    def _match(self, request: TurnRequest) -> Place:
+    def _find(self, request: TurnRequest) -> Found:
         after = None
         if request.previous_id is not None:
             after = self.tree.turn_of_response(request.previous_id)
@@ -236,7 +232,14 @@ class GatewaySession:
                     field="previous_response_id",
                 )
         try:
-            return self.tree.match(request.messages, request.tools, after=after)
+            return self.tree.find(request.messages, request.tools, after=after)
+        except MessageError as error:
+            self.refused += 1
+            raise Refusal(str(error), code="template_refused") from error
+
+    def _place(self, found: Found) -> Place:
+        try:
+            return self.tree.place(found)
         except (ImageError, MessageError, TemplateError) as error:
             self.refused += 1
             raise Refusal(str(error), code="template_refused") from error

@@ -120,25 +120,30 @@ class SessionTree:
 
         Then it stands where a client stands that sends the whole history up to there.
         """
+        return self.place(self.find(messages, tools, after=after))
+
+    def find(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        after: SessionTurn | None = None,
+    ) -> Found:
+        """The first half of `match`, which encodes nothing. Raises MessageError."""
         sent = self._checked(messages)
         if after is not None:
             sent = _whole_history(after, sent, self._checked)
         ordered = in_call_order(sent)
         notes = (REORDERED,) if ordered != sent else ()
         offered = self._known_tools(tools)
-        match = self._deepest(ordered, offered, after)
-        rest = ordered[match.length :]
-        return self._place(match, rest, ordered, offered, notes)
+        return Found(self._deepest(ordered, offered, after), ordered, offered, notes)
 
-    def new_characters(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> int:
-        """Characters of the messages that no path of the session begins with: what `match` encodes,
-        roughly. Raises MessageError as `match` does.
+    def place(self, found: Found) -> Place:
+        """The second half, which encodes the new messages. Raises TemplateError. It may run in a
+        thread of its own: see `as_it_stands`.
         """
-        ordered = in_call_order(self._checked(messages))
-        match = self._deepest(ordered, self._known_tools(tools), None)
-        return characters_of(ordered[match.length :])
+        rest = found.messages[found.match.length :]
+        return self._place(found.match, rest, found.messages, found.tools, found.notes)
 
     def as_it_stands(self, place: Place) -> Place:
         """A place that was matched in another thread, with the turns that were added meanwhile."""
@@ -446,6 +451,21 @@ class _Match:
         """
         number = self.turn.number if self.turn else -1
         return self.length, self.same_ids, self.is_after, number
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What `SessionTree.find` found: the messages that a path begins with, and the rest."""
+
+    match: _Match
+    messages: list[Message]
+    tools: Tools
+    notes: tuple[str, ...]
+
+    @property
+    def new_characters(self) -> int:
+        """Characters of the messages that no path of the session begins with."""
+        return characters_of(self.messages[self.match.length :])
 
 
 def _whole_history(
