@@ -55,6 +55,8 @@ def cluster(config: Config, workers: int, address: str | None) -> Iterator[Share
             f"--ray {address}: give the address of the cluster's head as host:port (or auto), on a "
             "machine that is a node of the cluster; Ray's client (ray://) is not supported"
         )
+    if address not in (None, "auto"):
+        _check_listens(address)
     if ray.is_initialized():
         yield _share(config, workers)
         return
@@ -89,11 +91,16 @@ def _connect(config: Config, workers: int, address: str | None) -> None:
                 "/tmp/ray/session_latest/logs)"
             ) from error
         return
-    try:
-        if address != "auto":
-            _check_listens(address)
+    with _reaching(address):
         ray.init(address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def _reaching(address: str) -> Iterator[None]:
+    """Makes one line of what goes wrong when a cluster is reached."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise AgentError(
             f"--ray {address}: no Ray cluster can be reached there: {reason}; start one with "
@@ -102,14 +109,15 @@ def _connect(config: Config, workers: int, address: str | None) -> None:
 
 
 def _check_listens(address: str) -> None:
-    """Raises OSError if nothing listens there, or ValueError if it is no address.
+    """Raises AgentError if it is no address, or if nothing listens there.
 
     Ray itself tries for minutes, and prints what its libraries say.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError("it is not of the form host:port")
-    socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
+    with _reaching(address):
+        if not host or not port.isdecimal():
+            raise ValueError("it is not of the form host:port")
+        socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
 
 
 def _share(config: Config, workers: int) -> Share:
