@@ -292,8 +292,8 @@ def compare(sessions: int, rounds: int) -> None:
             clients = [Client(key, texts, opening, tools) for key in keys]
             return asyncio.run(costs(gateway, clients, turns))
 
-        for gateway in contenders.values():  # imports, caches, the first connections
-            run(gateway, SHORT_OPENING, SHORT_TOOLS, 2)
+        for gateway in contenders.values():  # imports, caches, the first long prompt
+            run(gateway, OPENING, TOOLS, 2)
         whole: dict[str, list[float]] = {name: [] for name in contenders}
         ends: dict[str, list[tuple[int, int]]] = {name: [] for name in contenders}
         growth: list[tuple[float, int, int]] = []
