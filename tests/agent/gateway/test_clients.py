@@ -22,7 +22,7 @@ import pytest
 from agent.errors import EngineError
 from agent.gateway import Gateway, session
 from agent.runs.loop_thread import LoopThread
-from tests.agent.gateway.live import Plan, checked, gateway_config_of, hermes_call, live, then
+from tests.agent.gateway.live import checked, gateway_config_of, hermes_call, live, then
 from tests.agent.gateway.programs.relay import Relay
 from tests.agent.overlay import variables
 
@@ -189,39 +189,63 @@ def test_faults_through_an_unmodified_client(
         assert is_refused == ("overflow" in record.task_id)
 
 
-MINI: Plan = then(
-    f"I look.\n{hermes_call('bash', {'command': 'echo seen > file && cat file'})}",
-    hermes_call("bash", {"command": "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"}),
-)
+SEE = f"I look.\n{hermes_call('bash', {'command': 'echo seen > file && cat file'})}"
+SUBMIT = hermes_call("bash", {"command": "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"})
+MALFORMED = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls"\n</tool_call>'
+MINI = then(SEE, SUBMIT)
 
 
-def test_mini_swe_agent_from_its_command_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["clean", "malformed", "drop", "503"])
+def test_mini_swe_agent_from_its_command_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "RETRY_AFTER_S", 1)
     work = tmp_path / "work"
     work.mkdir()
-    with live(tmp_path / "run", MINI) as gateway:
+    ahead = [case] if case in ("malformed", "503") else []
+
+    def plan(prompt: str) -> str:
+        turn = prompt.count("<|im_start|>assistant")
+        if ahead == ["malformed"]:
+            ahead.clear()
+            return MALFORMED
+        if ahead and turn == 2:
+            ahead.clear()
+            raise EngineError("the scheduler is gone")
+        return MINI(prompt)
+
+    with live(tmp_path / "run", plan) as gateway:
         opened = open_session(gateway, "mini")
-        done = subprocess.run(
-            [sys.executable, "-m", "minisweagent.run.mini", "-m", "openai/m", "-t", "List files.",
-             "-y", "--exit-immediately", "-o", "trajectory.json"],
-            cwd=work,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-            env={
-                **environment(),
-                "MSWEA_CONFIGURED": "true",
-                "MSWEA_COST_TRACKING": "ignore_errors",
-                "MSWEA_SILENT_STARTUP": "1",
-                "MSWEA_GLOBAL_CONFIG_DIR": str(work),
-                "HOME": str(work),
-                "OPENAI_API_KEY": opened["api_key"],
-                "OPENAI_BASE_URL": opened["openai_base_url"],
-                "PATH": os.environ["PATH"],
-            },
-        )  # fmt: skip
+        key = opened["api_key"]
+        cut = relayed(gateway.url, [key]) if case == "drop" else nullcontext(gateway.url)
+        with cut as url:
+            done = subprocess.run(
+                [sys.executable, "-m", "minisweagent.run.mini", "-m", "openai/m", "-t",
+                 "List files.", "-y", "--exit-immediately", "-o", "trajectory.json"],
+                cwd=work,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                stdin=subprocess.DEVNULL,
+                env={
+                    **environment(),
+                    "MSWEA_CONFIGURED": "true",
+                    "MSWEA_COST_TRACKING": "ignore_errors",
+                    "MSWEA_SILENT_STARTUP": "1",
+                    "MSWEA_GLOBAL_CONFIG_DIR": str(work),
+                    "HOME": str(work),
+                    "OPENAI_API_KEY": key,
+                    "OPENAI_BASE_URL": f"{url}/v1",
+                    "PATH": os.environ["PATH"],
+                },
+            )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert post(f"{gateway.url}/sessions/{opened['id']}/finish", {}).is_success
     record = checked(tmp_path / "run").only
     assert (work / "file").read_text() == "seen\n"
-    assert (record.num_turns, record.branches) == (2, [])
+    assert not ahead
+    # It leaves a turn with a malformed call out, and asks again with the error in its place.
+    reasons = ["dropped"] if case == "malformed" else []
+    assert [branch.reason for branch in record.branches] == reasons
+    turns = [*record.turns, *(turn for branch in record.branches for turn in branch.turns)]
+    assert len(turns) == 2 + len(reasons)
