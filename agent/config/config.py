@@ -147,8 +147,13 @@ class Config:
                 "engine_kwargs": {"vllm"},
             }
         )
+        # verl refuses lengths that do not fit together, as a gateway's need not: its sessions have
+        # more than one sequence. Its engine reads max_model_len alone.
+        response = min(self.rollout.response_length, self.max_model_len - 1)
         values |= {
             "name": "sglang",
+            "prompt_length": min(self.rollout.prompt_length, self.max_model_len - response),
+            "response_length": response,
             "max_model_len": self.max_model_len,
             "skip_tokenizer_init": True,
         }

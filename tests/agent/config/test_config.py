@@ -27,6 +27,7 @@ from agent.config.schema import (
 )
 from agent.config.values import Loader
 from agent.errors import ConfigError
+from agent.gateway.gateway import gateway_config
 
 WORKS_IN_PROCESS = {
     *(
@@ -168,6 +169,18 @@ def test_what_verl_gets_builds_its_real_config() -> None:
     assert built.max_model_len == 2048
     assert rollout.ServerConfig(**values["server"]).timeout == 3600.0
     assert rollout.MultiTurnConfig(**values["multi_turn"]).max_parallel_calls == 16
+
+
+@pytest.mark.parametrize("session_length", [None, 100_000])
+def test_a_gateways_lengths_fit_verls_check(session_length: int | None) -> None:
+    """verl wants room for prompt and response; a session's sequences share the model's room."""
+    given = load_config(None, [f"rollout.turntrace.session_length={json.dumps(session_length)}"])
+    config = gateway_config(given)
+    values = config.verl_rollout()
+    assert config.rollout.response_length == (session_length or 1024)
+    assert values["prompt_length"] + values["response_length"] <= values["max_model_len"] == 2048
+    names = ("prompt_length", "response_length", "max_model_len")
+    assert [given.verl_rollout()[name] for name in names] == [1024, 1024, 2048]
 
 
 @pytest.mark.parametrize("path", leaves())
