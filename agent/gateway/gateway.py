@@ -168,7 +168,7 @@ class Gateway:
                 )
                 if self._resume:
                     self._count_earlier()
-                    self.restored = self.sessions.restore(anew=self._tasks is not None)
+                    self.restored = self.sessions.restore(self.folder, anew=self._tasks is not None)
                 name = Path(self.config.model_path).name
                 self.server = GatewayServer(self.sessions, name, self._access)
                 self._listen()

@@ -13,7 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from agent.errors import AgentError
 from agent.gateway.journal import JournaledSession, line_of, read_journal, turn_line
@@ -25,6 +25,7 @@ from agent.loop.boundary import describe
 from agent.loop.runtime import Runtime
 from agent.loop.tasks import Task
 from conversations.errors import RecordError, RunFolderError
+from conversations.run.hash_store import HashStore
 from conversations.run.store import RunFolder
 from conversations.session import SessionTurn
 from conversations.trajectory import Trajectory
@@ -57,13 +58,34 @@ class FinishedSession:
     line: str
 
 
+class RecordStore(Protocol):
+    """Where sessions' lines go: a run folder, or what a worker sends to one.
+
+    `done` holds the (task, sample) pairs that have a record.
+    """
+
+    done: set[tuple[str, int]]
+
+    def append(self, trajectory: Trajectory) -> str:
+        """Keeps a finished record; returns its line. Raises RecordError, RunFolderError."""
+
+    def append_unfinished(self, trajectory: Trajectory) -> object:
+        """Keeps the record of a session that did not end."""
+
+    def append_journal(self, line: bytes) -> None:
+        """Keeps a line of turns.jsonl."""
+
+    def image_store(self) -> HashStore:
+        """Where images are kept."""
+
+
 class GatewaySessions:
     """The sessions of one run. `open_to_all`: an unknown key makes a session of its own."""
 
     def __init__(
         self,
         runtime: Runtime,
-        folder: RunFolder,
+        folder: RecordStore,
         progress: Progress | None = None,
         *,
         open_to_all: bool = False,
@@ -255,20 +277,20 @@ class GatewaySessions:
 
     # ------------------------------------------------------------------ after a kill
 
-    def restore(self, *, anew: bool = False) -> int:
-        """Brings back the sessions of the journal that did not end; returns how many.
+    def restore(self, folder: RunFolder, *, anew: bool = False) -> int:
+        """Brings back the sessions of the folder's journal that did not end; returns how many.
 
         None with `anew`: their programs are gone, and begin again. Raises AgentError if a turn of
         it does not fit: another template, or a damaged line.
         """
         journaled = [
             one
-            for one in read_journal(self.folder.path)
-            if not anew and (one.opened["task_id"], one.opened["sample"]) not in self.folder.done
+            for one in read_journal(folder.path)
+            if not anew and (one.opened["task_id"], one.opened["sample"]) not in folder.done
         ]
         for one in journaled:
             self._restore(one)
-        self.folder.keep_journal(line for one in journaled for line in one.lines)
+        folder.keep_journal(line for one in journaled for line in one.lines)
         return len(journaled)
 
     def _restore(self, journaled: JournaledSession) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from agent.gateway.boxed import boxed_command
 from agent.gateway.gateway import Gateway
@@ -39,7 +39,7 @@ from agent.loop.conversation import SentFiles
 from agent.loop.tasks import Task
 from agent.runs.session import Session
 from conversations.run.hash_store import HashStore
-from conversations.run.store import RunFolder, image_store
+from conversations.run.store import image_store
 from conversations.trajectory import Trajectory
 
 
@@ -78,7 +78,7 @@ class SentRecords:
 
     append_unfinished = append
 
-    def append_journal(self, line: str | bytes) -> None:
+    def append_journal(self, line: bytes) -> None:
         """Nobody goes on with a session of a worker that died."""
 
 
@@ -96,8 +96,7 @@ class WorkerGateway(Gateway):
         """Listens on a free port of the loopback."""
         with ExitStack() as stack:
             stack.callback(self._scratch.cleanup)
-            sent = cast(RunFolder, self._sent)
-            self.sessions = GatewaySessions(self.session_loop.runtime, sent, self.progress)
+            self.sessions = GatewaySessions(self.session_loop.runtime, self._sent, self.progress)
             self.server = GatewayServer(
                 self.sessions, Path(self.config.model_path).name, self._access
             )
