@@ -66,6 +66,12 @@ DIFFERENCES = (
         "`weight_session` brackets a sync if the engine has them",
     ),
     Difference(
+        "the scheduler dies of new weights, or of a release, while it puts away a request whose "
+        "answer has left; from 0.5.23 on it refuses the weights",
+        "0.5.5",
+        "`before_new_weights`, and `_Engine` before a release, wait until it is idle",
+    ),
+    Difference(
         "an exact fit that ends with the end token is reported as stop; before, as length",
         "0.5.23",
         "nothing: the loop looks at the last token",
@@ -190,6 +196,23 @@ def set_weight_version(manager: Any, version: str) -> None:
     """Makes `version` the `weight_version` of answers, if the manager does not do so itself."""
     if not hasattr(manager, "_update_weight_version_if_provided"):
         manager.server_args.weight_version = version
+
+
+def before_new_weights(manager: Any, idle: Callable[[], Awaitable[None]]) -> None:
+    """Makes the manager await `idle` where no request runs and none can begin before new weights.
+
+    Raises EngineStartError if that place is not there.
+    """
+    name = "update_weights_from_tensor_communicator"
+    send = getattr(manager, name, None)
+    if send is None:
+        raise EngineStartError(f"SGLang {importlib.metadata.version('sglang')} lacks {name}")
+
+    async def send_when_idle(request: Any) -> Any:
+        await idle()
+        return await send(request)
+
+    setattr(manager, name, send_when_idle)
 
 
 def kernel_names(rollout_module: Any) -> dict[str, Any]:

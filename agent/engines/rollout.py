@@ -61,6 +61,7 @@ ALONE_DEFAULTS = {
     "enforce_eager": False,
 }
 """Used outside of a trainer: verl's own defaults are for one, which sends the weights."""
+IDLE_POLL_S = 0.01
 
 
 class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
@@ -283,6 +284,7 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         if manager is not None:  # None on the further nodes of an engine that spans several
             create = manager.auto_create_handle_loop
             manager.auto_create_handle_loop = functools.partial(_keep_signals, create)
+            compat.before_new_weights(manager, self._idle)
 
     def shutdown(self) -> None:
         self._children.stop()
@@ -292,6 +294,11 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         # for ever.
         self.tokenizer_manager.auto_create_handle_loop()
         return await self.answer(super().flush_cache())
+
+    async def _idle(self) -> None:
+        """Waits until the scheduler has put away what it ran, and empties the prefix cache."""
+        while not (await self.flush_cache()).success:  # noqa: ASYNC110 - only asking tells
+            await asyncio.sleep(IDLE_POLL_S)
 
     async def update_weights_from_tensor(self, update_weights_request: Any) -> Any:
         update_weights_request.weight_version = str(self.weight_syncs)
@@ -304,6 +311,7 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         return success, message
 
     async def release_memory_occupation(self, tags: list[str] | None = None) -> Any:
+        await self._idle()
         return await self.answer(super().release_memory_occupation(tags))
 
     async def resume_memory_occupation(self, tags: list[str] | None = None) -> Any:

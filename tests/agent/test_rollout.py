@@ -427,6 +427,28 @@ async def test_weights_are_synced_through_the_inherited_method(
 
 
 @on_session_loop
+async def test_new_weights_wait_for_what_the_scheduler_still_runs(
+    engine: SGLangEngine, sglang_rollout: Any
+) -> None:
+    """A request can be over here before it is put away there; its scheduler would die of that."""
+    from safetensors.torch import load_file
+
+    norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
+    await sglang_rollout._engine.flush_cache()
+    before = await sample(engine, prompt())
+    over, sampling = uuid.uuid4().hex, {"max_new_tokens": 64, "ignore_eos": True}
+    task = asyncio.create_task(sample(engine, [1, 9690, 198], over, **sampling))
+    await until(load_is(sglang_rollout, requests=1, waiting=0))
+    engine._running[over].cancel()  # here alone: the scheduler is not told
+    assert (await task).finish_reason == "abort"
+    assert not await idle(sglang_rollout)()
+    await sglang_rollout.update_weights(iter([("model.norm.weight", norm)]))
+    assert await idle(sglang_rollout)()
+    after = await sample(engine, prompt())
+    assert (after.token_ids, after.cached_tokens) == (before.token_ids, 0)
+
+
+@on_session_loop
 async def test_release_and_resume_are_harmless_where_nothing_can_be_released(
     engine: SGLangEngine, sglang_rollout: Any
 ) -> None:
