@@ -19,6 +19,7 @@ from agent.recipe.grpo.settings import (
     engine_overrides,
     gpu_arguments,
 )
+from agent.runs.ending import exit_code
 
 app = typer.Typer(
     add_completion=False,
@@ -74,12 +75,19 @@ def start_training(
         failure_share=failure_share,
         save_every=save_every,
     )
-    layout = Layout(out.resolve())
-    layout.root.mkdir(parents=True, exist_ok=True)
-    trainer.lay_out(settings, layout, gsm8k)
+    layout, found = Layout(out.resolve()), resolve_model(model)
+    trainer.check_installed()
+    trainer.lay_out(settings, layout, gsm8k, found)
     arguments = {**gpu_arguments(settings), **dict(map(_argument, engine or ()))}
     extra = [*engine_overrides(arguments), *(override or ())]
-    code = trainer.run_trainer(settings, layout, resolve_model(model), extra)
+    typer.echo(f"the trainer's output: {layout.root / 'trainer.log'}")
+    code = 0
+    try:
+        if not trainer.is_done(settings, layout):
+            code = trainer.run_trainer(settings, layout, found, extra)
+    except KeyboardInterrupt as interrupt:
+        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(exit_code(interrupt)) from None
     if code:
         raise AgentError(
             f"the trainer ended with {code}; its output is {layout.root / 'trainer.log'}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from agent.recipe.grpo.reward import compute_score
+from agent.errors import ConfigError
+from agent.recipe.grpo.reward import compute_score, tools_score
 
 TOOLS = Path(__file__).parents[3] / "tool_configs" / "gsm8k.yaml"
 
@@ -22,7 +24,10 @@ class Loop(StrEnum):
 
 
 class Reward(StrEnum):
-    """`function`: verl's reward function scores the text. `tools`: the tools' own reward counts."""
+    """`function`: the text is scored, as verl does. `tools`: the tools' own reward counts.
+
+    Either counts only if the model ended the conversation: see `reward.py`.
+    """
 
     function = "function"
     tools = "tools"
@@ -41,21 +46,28 @@ class GrpoSettings:
     """
 
     steps: int = 30
-    prompts: int = 64
+    prompts: int = 32
     samples: int = 8
     prompt_tokens: int = 768
     response_tokens: int = 512
     turns: int = 6
-    lr: float = 1e-5
+    lr: float = 5e-5
     held_out: int = 512
     loop: Loop = Loop.turntrace
     reward: Reward = Reward.function
     failure_share: float = 0.0
-    save_every: int = 10
-    test_every: int = 0
+    save_every: int = 5
+    test_every: int = 10
     train_tokens: int = 32_768
     workers: int = 4
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loop is Loop.verl and self.reward is Reward.tools:
+            raise ConfigError(
+                "--reward tools needs turntrace's loop: verl's own does not ask tools for a "
+                "reward; leave out --loop verl"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,16 @@ class Layout:
     def settings(self) -> Path:
         return self.root / "settings.json"
 
+    def kept_settings(self) -> dict[str, Any]:
+        """The settings of the run in the folder. Raises ConfigError if it holds none."""
+        try:
+            found = json.loads(self.settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.root} holds no run of this recipe: settings.json cannot be read: {error}"
+            ) from error
+        return dict(found)
+
     def metrics(self) -> list[Path]:
         """verl's metrics, one JSONL file for each start, oldest first."""
         found = self.root.glob("metrics-*.jsonl")
@@ -130,7 +152,6 @@ def agent_loop_yaml(settings: GrpoSettings, layout: Layout) -> list[dict[str, An
             "_target_": "agent.verl_agent_loop.TurntraceAgentLoop",
             "save_to": str(layout.steps),
             "tool_config_path": str(layout.tools),
-            "reward_from_tools": settings.reward is Reward.tools,
         }
     ]
 
@@ -218,9 +239,10 @@ def _rollout(settings: GrpoSettings, layout: Layout) -> dict[str, Any]:
 
 
 def _trainer(settings: GrpoSettings, layout: Layout) -> dict[str, Any]:
+    score = tools_score if settings.reward is Reward.tools else compute_score
     return {
-        "reward.custom_reward_function.path": compute_score.__code__.co_filename,
-        "reward.custom_reward_function.name": "compute_score",
+        "reward.custom_reward_function.path": score.__code__.co_filename,
+        "reward.custom_reward_function.name": score.__name__,
         "trainer.logger": ["console", "file"],
         "trainer.project_name": "turntrace",
         "trainer.experiment_name": "grpo",
@@ -231,7 +253,8 @@ def _trainer(settings: GrpoSettings, layout: Layout) -> dict[str, Any]:
         "trainer.val_before_train": True,
         "trainer.test_freq": settings.test_every or settings.steps,
         "trainer.save_freq": settings.save_every,
-        "trainer.max_actor_ckpt_to_keep": 1,
+        # With one, verl removes the last checkpoint before it names the new one.
+        "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.default_local_dir": layout.checkpoints,
         "trainer.rollout_data_dir": layout.dumps,
         "trainer.resume_mode": "auto",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,20 @@ from agent.errors import ConfigError, TaskError
 from agent.recipe.data import held_out
 from agent.recipe.grpo import report, trainer
 from agent.recipe.grpo.flaky import FlakySandboxTool
-from agent.recipe.grpo.reward import compute_score
+from agent.recipe.grpo.reward import compute_score, score_of, tools_score
 from agent.recipe.grpo.rows import HELD_OUT_SOURCE, TRAIN_SOURCE, split, write_verl_rows
 from agent.recipe.grpo.settings import (
     GrpoSettings,
     Layout,
     Loop,
+    Reward,
     agent_loop_yaml,
     overrides,
     tools_yaml,
 )
 from agent.recipe.gsm8k import from_gsm8k
+from conversations.run.store import RunFolder
+from tests.conversations.exports import small_run
 from tests.helpers import call
 from tools.base import BackendError, ToolConfigError
 from tools.registry import load_tools
@@ -117,6 +121,143 @@ def test_the_reward_function_scores_the_last_answer_of_a_conversation_that_ended
     assert compute_score("gsm8k", text, "42", {}) == score
 
 
+RIGHT, WRONG = call("calculate_answer", answer="42"), call("calculate_answer", answer="41")
+
+
+def kept(stop_reason: str, reward: float | None) -> dict[str, Any]:
+    """What turntrace's agent loop tells a reward function."""
+    return {"extras": {"turntrace": {"stop_reason": stop_reason, "reward": reward}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "stop_reason", "reward", "by_text", "by_tools"),
+    [
+        (RIGHT + ENDED, "stop", 1.0, 1.0, 1.0),
+        (WRONG + ENDED, "stop", 0.0, 0.0, 0.0),
+        (RIGHT + ENDED, "length", 1.0, 0.0, 0.0),  # the last sentence was cut off
+        (RIGHT, "max_turns", 1.0, 0.0, 0.0),
+        (RIGHT + ENDED, "deadline", 1.0, 0.0, 0.0),
+        (RIGHT + ENDED, "stop", 0.5, 1.0, 0.5),  # the tools' reward is another one
+        ("I do not know.", "stop", None, 0.0, 0.0),
+    ],
+)
+def test_how_a_conversation_ended_is_turntraces_to_say(
+    text: str, stop_reason: str, reward: float | None, by_text: float, by_tools: float
+) -> None:
+    info = kept(stop_reason, reward)
+    assert compute_score("gsm8k", text, "42", info) == by_text
+    assert tools_score("gsm8k", text, "42", info) == by_tools
+    raw = text.partition("\nuser\n")[0]
+    record = replace(
+        next(iter(small_run())),
+        messages=[{"role": "assistant", "content": "", "raw": raw}],
+        stop_reason=stop_reason,
+        reward=reward,
+        infra_error=False,
+        ground_truth="42",
+    )
+    assert score_of(record, from_tools=False) == by_text
+    assert score_of(record, from_tools=True) == by_tools
+    assert score_of(replace(record, infra_error=True, reward=None), from_tools=True) is None
+
+
+def test_verls_own_loop_has_no_reward_of_tools() -> None:
+    with pytest.raises(ValueError, match="extras"):
+        tools_score("gsm8k", RIGHT + ENDED, "42", {})
+    with pytest.raises(ConfigError, match="--loop verl"):
+        GrpoSettings(loop=Loop.verl, reward=Reward.tools)
+
+
+@pytest.mark.parametrize("reward", Reward)
+def test_the_reward_function_of_a_run_is_one_that_its_file_has(
+    reward: Reward, tmp_path: Path
+) -> None:
+    words = overrides(GrpoSettings(reward=reward), Layout(tmp_path), tmp_path)
+    found = dict(word.split("=", 1) for word in words)
+    name = found["reward.custom_reward_function.name"].strip("'")
+    assert name == ("tools_score" if reward is Reward.tools else "compute_score")
+    file = Path(found["reward.custom_reward_function.path"].strip("'"))
+    assert f"def {name}(" in file.read_text(encoding="utf-8")
+
+
+def steps_of_a_run(layout: Layout, reward: Reward = Reward.function) -> None:
+    """A run whose step 0 has four training conversations and five held-out ones: three that ended,
+    of which two are right, one that is right and did not end, one that infrastructure failed."""
+    layout.root.mkdir(exist_ok=True)
+    layout.settings.write_text(json.dumps({"reward": reward}))
+    healthy = next(one for one in small_run() if not one.infra_error)
+    endings = [(RIGHT, "stop", 1.0), (RIGHT, "stop", 1.0), (WRONG, "stop", 0.0),
+               (RIGHT, "length", 1.0)]  # fmt: skip
+    with RunFolder.create(layout.steps / "step-0-host-1", {"step": "0"}) as folder:
+        for source in (TRAIN_SOURCE, HELD_OUT_SOURCE):
+            for number, (raw, stop_reason, value) in enumerate(endings):
+                record = replace(
+                    healthy,
+                    id=f"{source}-{number}-0",
+                    task_id=f"{source}-{number}",
+                    sample=0,
+                    messages=[{"role": "assistant", "content": "", "raw": raw}],
+                    data_source=source,
+                    stop_reason=stop_reason,
+                    reward=value,
+                    ground_truth="42",
+                )
+                folder.append(record)
+        failed = replace(record, id="failed-0", task_id="failed", reward=None, infra_error=True)
+        folder.append(failed)
+
+
+@pytest.mark.parametrize("reward", Reward)
+def test_the_report_counts_by_the_rule_of_the_training(tmp_path: Path, reward: Reward) -> None:
+    layout = Layout(tmp_path)
+    steps_of_a_run(layout, reward)
+    entry = {"step": 1, "data": {"val-core/gsm8k-held-out/acc/mean@1": 0.5}}
+    (tmp_path / "metrics-0.jsonl").write_text(json.dumps(entry) + "\n")
+    text = report.steps_table(report.read_report(layout))
+    assert "| 0 | 0.500 [0.150, 0.850] | 4 | 3 |" in text  # with the old rule three are right
+    # verl was killed before it wrote the step's metrics: its records are left.
+    (row,) = [line for line in text.splitlines() if line.startswith("| 1 | 0.500 |")]
+    assert "| 3 of 4 |" in row
+
+
+def test_a_report_of_a_run_in_progress_takes_half_written_steps(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    steps_of_a_run(layout)
+    (layout.steps / "step-1-host-1" / "tokenizer").mkdir(parents=True)  # no run.json yet
+    steps_of_a_run(other := Layout(tmp_path / "other"))
+    shutil.copytree(other.steps / "step-0-host-1", layout.steps / "step-2-host-1")
+    torn = layout.steps / "step-2-host-1"
+    (torn / "run.json").write_text((torn / "run.json").read_text().replace('"0"', '"2"'))
+    lines = (torn / "trajectories.jsonl").read_bytes()
+    (torn / "trajectories.jsonl").write_bytes(lines[:-40])
+    read = report.read_report(layout)
+    assert (read.held_out[0].score.count, read.held_out[2].score.count) == (4, 4)
+    assert read.unread == []
+    assert [line for line in report.verified(layout) if "step-1" in line] == []
+    first, rest = lines.split(b"\n", 1)
+    (torn / "trajectories.jsonl").write_bytes(first[:50] + b"\n" + rest)
+    read = report.read_report(layout)
+    assert "step-2-host-1" in " ".join(read.unread)
+    assert "not counted: " in report.steps_table(read)
+    assert read.held_out[0].score.count == 4
+
+
+def test_metrics_of_steps_that_a_later_start_does_again_are_superseded(tmp_path: Path) -> None:
+    def line(step: int, **data: float) -> str:
+        return json.dumps({"step": step, "data": data}) + "\n"
+
+    timed = [line(step, **{"timing_s/step": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics-0.jsonl").write_text(line(0, val=0.1) + "".join(timed))
+    (tmp_path / "metrics-1.jsonl").write_text(line(1, val=0.2))
+    found = report.read_metrics(Layout(tmp_path))
+    assert found == {0: {"val": 0.1}, 1: {"timing_s/step": 1.0, "val": 0.2}}
+
+
+def test_a_report_of_what_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run of this recipe"):
+        report.read_report(Layout(tmp_path / "nothing"))
+
+
 def test_the_tools_of_a_flaky_run_load(tmp_path: Path) -> None:
     settings = replace(GrpoSettings(), failure_share=0.25)
     file = tmp_path / "tools.yaml"
@@ -173,19 +314,40 @@ def test_the_agent_loop_file_is_read_by_the_agent_loops_options(tmp_path: Path) 
 
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
     layout, data = Layout(tmp_path / "run"), gsm8k(tmp_path / "train.jsonl", 60)
-    layout.root.mkdir()
     settings = replace(GrpoSettings(), held_out=5)
-    trainer.lay_out(settings, layout, data)
-    trainer.lay_out(settings, layout, data)
+    trainer.lay_out(settings, layout, data, tmp_path)
+    trainer.lay_out(settings, layout, data, tmp_path)
     with pytest.raises(ConfigError, match="lr"):
-        trainer.lay_out(replace(settings, lr=1.0), layout, data)
+        trainer.lay_out(replace(settings, lr=1.0), layout, data, tmp_path)
+    with pytest.raises(ConfigError, match="model"):
+        trainer.lay_out(settings, layout, data, tmp_path / "other")
+    layout.settings.unlink()  # as a kill leaves it
+    trainer.lay_out(settings, layout, data, tmp_path)
+    assert layout.settings.is_file()
+
+
+def test_what_cannot_be_laid_out_leaves_nothing(tmp_path: Path) -> None:
+    layout, data = Layout(tmp_path / "run"), gsm8k(tmp_path / "train.jsonl", 30)
+    with pytest.raises(TaskError, match="a step needs 32"):
+        trainer.lay_out(replace(GrpoSettings(), held_out=5), layout, data, tmp_path)
+    with pytest.raises(TaskError, match="cannot be read"):
+        trainer.lay_out(GrpoSettings(), layout, tmp_path / "none.jsonl", tmp_path)
+    assert not layout.root.exists()
+    layout.root.mkdir()
+    (layout.root / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"thesis\.txt"):
+        trainer.lay_out(GrpoSettings(prompts=4, held_out=5), layout, data, tmp_path)
+    assert [file.name for file in layout.root.iterdir()] == ["thesis.txt"]
 
 
 def test_steps_that_are_done_again_are_set_aside(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     for step in (0, 3, 4):
         (layout.steps / f"step-{step}-host-1").mkdir(parents=True)
-    layout.checkpoints.mkdir()
+    checkpoint = layout.checkpoints / "global_step_3"
+    (checkpoint / "actor").mkdir(parents=True)
+    for part in ("actor/model_0.pt", "actor/optim_0.pt", "actor/extra_state_0.pt", "data.pt"):
+        (checkpoint / part).write_text("")
     (layout.checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
     trainer.set_aside(layout)
     (layout.steps / "step-4-host-1").mkdir()  # another start, with the same host and process id
@@ -206,6 +368,7 @@ def test_two_trainers_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 def test_the_report_reads_verls_metrics_of_every_start(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
+    layout.settings.write_text('{"reward": "function"}')
     first = {"step": 1, "data": {"timing_s/step": 10.0, "critic/score/mean": 0.25}}
     again = {
         "step": 2,
@@ -228,9 +391,11 @@ def test_the_report_reads_verls_metrics_of_every_start(tmp_path: Path) -> None:
 def test_verls_own_loop_is_reported_from_its_dumps(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     layout.dumps.mkdir()
+    layout.settings.write_text('{"reward": "function"}')
     failed = "Error executing tool 'code_interpreter': the sandbox is not reachable"
     rows = [{"output": failed, "score": 1.0}, {"output": "fine", "score": 0.0}]
-    (layout.dumps / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    (layout.dumps / "1.jsonl").write_text(whole + '{"output": "torn')
     entry = {"step": 1, "data": {"timing_s/step": 1.0, "critic/score/mean": 0.5}}
     (tmp_path / "metrics-0.jsonl").write_text(json.dumps(entry) + "\n")
     assert "1 of 2, told the model" in report.steps_table(report.read_report(layout))

@@ -51,9 +51,8 @@ def main() -> int:
         SMALL, steps=given.steps, loop=given.loop, reward=given.reward,
         failure_share=given.failure_share,
     )  # fmt: skip
-    layout = Layout(given.out.resolve())
-    layout.root.mkdir(parents=True, exist_ok=True)
-    trainer.lay_out(settings, layout, given.data)
+    layout, model = Layout(given.out.resolve()), resolve_model(given.model)
+    trainer.lay_out(settings, layout, given.data, model)
     cpus = {"+ray_kwargs.ray_init.num_gpus": 1, "ray_kwargs.ray_init.num_cpus": 16}
     extra = [
         *engine_overrides(CPU),
@@ -71,7 +70,7 @@ def main() -> int:
         "TORCH_COMPILE_DISABLE": "1",
         "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), *paths]).strip(":"),
     }
-    return trainer.run_trainer(settings, layout, resolve_model(given.model), extra, env)
+    return trainer.run_trainer(settings, layout, model, extra, env)
 
 
 if __name__ == "__main__":
