@@ -60,7 +60,7 @@ class RunRequest:
 
     After `stop_after_s` seconds of conversations the run stops, as after Ctrl-C. With `workers`
     the conversations run in so many processes, on the Ray cluster at the address `ray`, by default
-    on a Ray of their own.
+    on a Ray of their own. `more` are further fields of run.json.
     """
 
     tasks: Path
@@ -221,7 +221,7 @@ def open_folder(plan: RunPlan) -> RunFolder:
         validate=request.validate,
         argv=request.argv,
     )
-    manifest["workers"] = request.workers
+    manifest |= {"workers": request.workers, **request.more}
     if request.resume:
         return RunFolder.resume(request.out, manifest, force=request.force)
     return RunFolder.create(request.out, manifest)

@@ -16,6 +16,7 @@ import typer
 
 from agent.errors import AgentError
 from agent.recipe.app import run_app
+from agent.runs.ending import exit_code
 
 if TYPE_CHECKING:
     from agent.recipe.train import TrainingProgress
@@ -167,7 +168,11 @@ def rounds(
     )
     root = out.resolve()
     work = recipe.SelfTraining(plan, root, gsm8k, model, Console(), set_ or ())
-    results = work.run(lambda done: recipe.write_rounds(root, done))
+    try:
+        results = work.run(lambda done: recipe.write_rounds(root, done))
+    except KeyboardInterrupt as interrupt:
+        typer.echo("stopped; the same command goes on", err=True)
+        raise typer.Exit(exit_code(interrupt)) from None
     typer.echo(recipe.rounds_table(results))
     typer.echo(f"report in {out / 'report.md'}")
 

@@ -3,12 +3,14 @@
 A round samples its own problems from the model of the round before, keeps the trajectories that
 are right and well-formed, exports them as plain rows, and trains LoRA on the rows: ids and masks as
 they were sampled, nothing rendered again. Then the new model answers the held-out problems at
-temperature 0 and 1. Every stage is a run folder that names its parent, and a stage that is done is
-not done again: the same command goes on after a kill.
+temperature 0 and 1. Every stage is a run folder whose parent is the same stage of the round before,
+so that `turntrace view` shows them side by side. A stage that is done is not touched again: the
+same command goes on after a kill.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +27,19 @@ from agent.config.config import load_config
 from agent.errors import AgentError
 from agent.model.base import resolve_model, write_merged
 from agent.recipe.grpo.report import interval
+from agent.recipe.grpo.reward import score_of
 from agent.recipe.grpo.rows import split
 from agent.recipe.metrics import complete
+from agent.recipe.own_folder import check_same, check_unused
 from agent.recipe.train import Settings, TokenFile, train_adapter
-from agent.runs.ending import DONE
+from agent.runs.ending import DONE, INTERRUPTED, TERMINATED, Terminated
 from agent.runs.manifest import parent_entry
 from agent.terminal import say
 from conversations.export import job
 from conversations.export.filters import Filters
 from conversations.run.open_run import open_run
-from conversations.run.store import RUN
+from conversations.run.store import RUN, read_manifest
+from conversations.run.whole_file import write_whole
 from conversations.trajectory import INVALID_STATUSES, Trajectory
 
 TEMPERATURES = (0.0, 1.0)
@@ -74,6 +79,7 @@ FULL_ROUNDS = RoundsPlan(
 class Score:
     """What a model did on the held-out problems at one temperature.
 
+    `right`: the tools' reward is 1 and the model ended the conversation, as in the GRPO recipe.
     `recovered` of `failed`: conversations with a call that failed, and those of them that still
     ended well.
     """
@@ -94,7 +100,7 @@ class Score:
         ends_well = complete(one)
         has_failed = any(call.status != "ok" for call in one.tool_calls)
         self.asked += 1
-        self.right += one.reward == 1.0
+        self.right += score_of(one, from_tools=True) == 1.0
         self.whole += ends_well
         self.calls += len(one.tool_calls)
         self.invalid += sum(call.status in INVALID_STATUSES for call in one.tool_calls)
@@ -138,7 +144,7 @@ class SelfTraining:
                 f"{plan.tasks} tasks need more"
             )
         self._rows = rows
-        self._last: Path | None = None
+        self._data_sha256 = hashlib.sha256(gsm8k.read_bytes()).hexdigest()
 
     def run(self, report: Callable[[list[RoundResult]], None]) -> list[RoundResult]:
         """Runs all rounds; `report` gets the results after each. Returns them."""
@@ -158,14 +164,17 @@ class SelfTraining:
         return results
 
     def check_plan(self) -> None:
-        """Raises AgentError if the folder holds rounds of another plan."""
+        """Raises ConfigError if the folder holds rounds of another plan, or something else."""
         file = self._root / "plan.json"
         plan = {**asdict(self.plan), "config": list(self.plan.config)}
         wanted = {**plan, "model": self._model, "overrides": list(self._overrides)}
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != wanted:
-            raise AgentError(f"{self._root} holds rounds of another plan; choose another --out")
+        wanted["data_sha256"] = self._data_sha256
+        if file.is_file():
+            check_same(self._root, json.loads(file.read_text(encoding="utf-8")), wanted)
+            return
+        check_unused(self._root, {f"{file.name}.new"})
         self._root.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        write_whole(file, [(json.dumps(wanted, indent=2) + "\n").encode()])
 
     # ------------------------------------------------------------------ stages
 
@@ -191,7 +200,10 @@ class SelfTraining:
     def _stage(
         self, number: int, out: Path, model: Path, tasks: Path, temperature: float, n: int
     ) -> Path:
-        """Runs tasks into a run folder, or what it lacks. The stage before is its parent."""
+        """Runs tasks into a run folder, or what it lacks.
+
+        The same stage of the round before is its parent. Raises KeyboardInterrupt after Ctrl-C.
+        """
         words = (
             f"model_path={model}",
             "rollout.multi_turn.tool_config_path=gsm8k",
@@ -200,7 +212,10 @@ class SelfTraining:
             *self.plan.config,
             *self._overrides,
         )
-        parent = parent_entry(self._last) if self._last else None
+        if is_whole(out, tasks, n):
+            return out
+        before = self._root / f"round-{number - 1}" / out.name
+        parent = parent_entry(before) if (before / RUN).is_file() else None
         request = RunRequest(
             tasks=tasks,
             out=out,
@@ -214,9 +229,11 @@ class SelfTraining:
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         say(self._console, f"round {number}: {out.relative_to(self._root)}")
-        if (code := run_request(request, self._console)) != DONE:
+        code = run_request(request, self._console)
+        if code in (INTERRUPTED, TERMINATED):
+            raise KeyboardInterrupt if code == INTERRUPTED else Terminated
+        if code != DONE:
             raise AgentError(f"{out} ended with {code}; the same command goes on")
-        self._last = out
         return out
 
     def _export(self, sampled: Path, out: Path) -> int:
@@ -249,7 +266,9 @@ class SelfTraining:
                 seed=self.plan.seed,
             )
             say(self._console, f"training on {len(tokens.kinds)} conversations")
-            train_adapter(model, tokens, settings, folder / "adapter", lambda progress: None)
+            done = train_adapter(model, tokens, settings, folder / "adapter", lambda progress: None)
+            if done["interrupted"]:
+                raise KeyboardInterrupt
             fresh = folder / "model.new"
             shutil.rmtree(fresh, ignore_errors=True)
             write_merged(model, folder / "adapter", fresh)
@@ -261,6 +280,18 @@ class SelfTraining:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return file
+
+
+def is_whole(run: Path, tasks: Path, n: int) -> bool:
+    """Whether a stage is closed with every conversation in it, none failed by infrastructure.
+
+    Resuming it would do nothing but write its run.json anew, whose hash the next stage names.
+    """
+    if not (run / RUN).is_file() or read_manifest(run).get("counts") is None:
+        return False
+    with tasks.open("rb") as lines:
+        asked = n * sum(1 for _ in lines)
+    return sum(not record["infra_error"] for record in open_run(run).records(check=False)) == asked
 
 
 def tokens_of(rows: Sequence[dict[str, Any]]) -> TokenFile:

@@ -244,10 +244,10 @@ def fit(
     settings: Settings,
     device: str,
     report: Callable[[TrainingProgress], None],
-) -> None:
-    """Trains the LoRA parameters of `model` in place.
+) -> bool:
+    """Trains the LoRA parameters of `model` in place; returns whether it came to its end.
 
-    Ends early, and well, on KeyboardInterrupt.
+    KeyboardInterrupt ends it early, and well.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -258,7 +258,7 @@ def fit(
         for step, part in enumerate(_epochs(tokens, rows, settings)):
             share = max(seen / planned, (time.monotonic() - started) / settings.max_seconds)
             if share >= 1:
-                return
+                return True
             lr = learning_rate(settings, share)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -276,7 +276,8 @@ def fit(
                 elapsed = time.monotonic() - started
                 report(TrainingProgress(step, share, average, lr, seen / elapsed, elapsed))
     except KeyboardInterrupt:
-        return
+        return False
+    return True
 
 
 def _epochs(
@@ -329,14 +330,14 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Trains an adapter and writes it to `target`.
 
-    Returns the settings, the held-out losses and the seconds it took.
+    Returns the settings, the held-out losses, the seconds it took, and whether Ctrl-C ended it.
     """
     device = default_device()
     torch.manual_seed(settings.seed)
     model = load_base(base, device)
     add_lora(model, settings.r, settings.alpha)
     started = time.monotonic()
-    fit(model, tokens, settings, device, report)
+    is_whole = fit(model, tokens, settings, device, report)
     seconds = time.monotonic() - started
     save_adapter(adapter_state(model), settings.r, settings.alpha, BASE_NAME, target)
     losses = held_out_loss(model.eval(), tokens, settings.batch_tokens, device)
@@ -347,6 +348,7 @@ def train_adapter(
         "settings": asdict(settings),
         "held_out_loss": losses,
         "seconds": round(seconds, 1),
+        "interrupted": not is_whole,
         "device": device,
     }
 

@@ -15,15 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from agent.commands.run_work import RunRequest, open_folder, prepare_run
+from agent.config.config import load_config
 from agent.errors import AgentError
 from agent.recipe.rounds import (
     SMALL_ROUNDS,
     RoundResult,
     Score,
     SelfTraining,
+    is_whole,
     rounds_table,
     tokens_of,
 )
+from agent.runs.manifest import parent_entry
+from conversations.run.open_run import open_run
+from conversations.run.store import RunFolder
 from tests.agent.recipe.test_grpo import gsm8k
 from tests.conversations.exports import exported, small_run
 from tests.helpers import ROOT
@@ -74,8 +80,73 @@ def test_a_folder_holds_the_rounds_of_one_plan(tmp_path: Path) -> None:
     work = SelfTraining(plan, tmp_path / "out", data, "smollm2-tools", Console())
     work.check_plan()
     other = SelfTraining(replace(plan, lr=1.0), tmp_path / "out", data, "smollm2-tools", Console())
-    with pytest.raises(AgentError, match="another plan"):
+    with pytest.raises(AgentError, match="lr "):
         other.check_plan()
+
+
+def test_other_data_or_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    data, plan = gsm8k(tmp_path / "train.jsonl", 60), replace(SMALL_ROUNDS, rounds=1, tasks=4)
+    plan, root = replace(plan, held_out=4), tmp_path / "out"
+    SelfTraining(plan, root, data, "smollm2-tools", Console()).check_plan()
+    gsm8k(data, 63)
+    with pytest.raises(AgentError, match="data_sha256"):
+        SelfTraining(plan, root, data, "smollm2-tools", Console()).check_plan()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(AgentError, match=r"thesis\.txt"):
+        SelfTraining(plan, other, data, "smollm2-tools", Console()).check_plan()
+    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
+
+
+def test_an_answer_counts_only_if_the_model_ended_the_conversation() -> None:
+    right = next(one for one in small_run() if one.reward == 1.0 and one.stop_reason == "stop")
+    cut_off = replace(right, stop_reason="length")
+    score = Score(0.0)
+    for one in (right, cut_off):
+        score.add(one)
+    assert (score.asked, score.right) == (2, 1)
+
+
+def stage_request(tmp_path: Path, out: Path, **more: object) -> RunRequest:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "What is 1 plus 1?"}\n')
+    return RunRequest(
+        tasks=tasks, out=out, config=load_config(None), limit=None, resume=False, force=False,
+        validate=False, argv=("run",), more=more,
+    )  # fmt: skip
+
+
+def test_a_stages_run_folder_names_its_parent_and_its_step(tmp_path: Path) -> None:
+    named = parent_entry(small_run().path)
+    request = stage_request(tmp_path, tmp_path / "run", parent=named, step=2)
+    with open_folder(prepare_run(request)):
+        pass
+    manifest = open_run(tmp_path / "run").manifest
+    assert (manifest["parent"], manifest["step"]) == (named, 2)
+
+
+def test_a_stage_that_is_done_is_not_touched_again(tmp_path: Path) -> None:
+    """Its run.json has a hash, which the next round's stage names."""
+    run = small_run()
+    tasks = tmp_path / "tasks.jsonl"
+    healthy = [one for one in run if not one.infra_error][:6]
+    manifest = {"counts": None}
+    with RunFolder.create(tmp_path / "run", manifest) as folder:
+        for one in healthy:
+            folder.append(one)
+        tasks.write_text("{}\n" * 6)
+        assert not is_whole(tmp_path / "run", tasks, 1)  # it is not closed yet
+        folder.close({"finished": 6})
+    assert is_whole(tmp_path / "run", tasks, 1)
+    assert not is_whole(tmp_path / "run", tasks, 2)
+    assert not is_whole(tmp_path / "none", tasks, 1)
+    failed = next(one for one in run if one.infra_error)
+    with RunFolder.create(tmp_path / "failed", manifest) as folder:
+        for one in (*healthy[:5], failed):
+            folder.append(one)
+        folder.close({"finished": 6})
+    assert not is_whole(tmp_path / "failed", tasks, 1)
 
 
 def test_rounds_do_not_share_tasks_and_need_enough_of_them(tmp_path: Path) -> None:

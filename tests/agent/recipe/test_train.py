@@ -19,6 +19,7 @@ from agent.recipe.lora import adapter_state, add_lora, save_adapter  # noqa: E40
 from agent.recipe.train import (  # noqa: E402
     Settings,
     TokenFile,
+    TrainingProgress,
     batches_of_like_length,
     fit,
     held_out_loss,
@@ -172,6 +173,22 @@ def test_training_lowers_the_held_out_loss_and_touches_the_adapter_alone(tmp_pat
         for name, value in model.named_parameters()
         if name in frozen
     )
+
+
+def test_ctrl_c_ends_a_training_early_and_says_so(tmp_path: Path) -> None:
+    model, data = tiny_model(), tokens(tmp_path)
+    add_lora(model, R, ALPHA)
+    settings = Settings(lr=1e-3, batch_tokens=256, epochs=2, max_seconds=60, r=R, alpha=ALPHA)
+    seen: list[int] = []
+
+    def interrupt(progress: TrainingProgress) -> None:
+        seen.append(progress.step)
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    assert not fit(model, data, settings, "cpu", interrupt)
+    assert seen == [0, 1, 2]
+    assert fit(model, data, settings, "cpu", lambda progress: None)
 
 
 def test_the_file_merged_into_the_base_is_the_trained_model(tmp_path: Path) -> None:
