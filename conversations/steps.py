@@ -144,17 +144,24 @@ def records(root: str | Path) -> Iterator[tuple[int, Run, dict[str, Any]]]:
                 yield number, run, record
 
 
-def steps(
-    root: str | Path, keep: Callable[[Record], bool] = lambda record: True
-) -> list[StepFigures]:
-    """The figures of each step, over the records that `keep` takes. Steps without any are left
-    out.
+def steps(root: str | Path) -> dict[str, list[StepFigures]]:
+    """The figures of each step by part of the data, the part that most steps have first.
+
+    Training and validation records may share a step, and their means have nothing in common.
     """
-    found: dict[int, StepFigures] = {}
-    for number, _, record in records(root):
-        if keep(record):
-            found.setdefault(number, StepFigures(number)).add(record)
-    return list(found.values())
+    found: dict[str, dict[int, StepFigures]] = {}
+    for number, run, record in records(root):
+        of_part = found.setdefault(_part(run, record), {})
+        of_part.setdefault(number, StepFigures(number)).add(record)
+    parts = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    return {name: list(figures.values()) for name, figures in parts}
+
+
+def _part(run: Run, record: Record) -> str:
+    """A record's data source, and whether its run says that it validates."""
+    source = record["data_source"]
+    name = "no data source" if source is None else str(source)
+    return f"{name}, validation" if run.manifest.get("validate") is True else name
 
 
 def _step(folder: Path) -> int | None:

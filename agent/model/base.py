@@ -20,6 +20,7 @@ from agent.errors import ConfigError
 from tools.cache import build_folder, cache_dir
 
 BASE_NAME, TOOLS_NAME, VISION_NAME = "smollm2-base", "smollm2-tools", "smollm2-vision"
+WEIGHTS = "model.safetensors"
 ADAPTER_DIR = Path(__file__).parent / "adapter"
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
@@ -187,13 +188,13 @@ def write_merged(base: Path, adapter: Path, target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base, target)
-    weights = load_file(base / "model.safetensors")
+    weights = load_file(base / WEIGHTS)
     merge_lora(
         weights,
         load_file(adapter / "adapter_model.safetensors"),
         json.loads((adapter / "adapter_config.json").read_text()),
     )
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
 
 
 def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[str, Any]) -> None:

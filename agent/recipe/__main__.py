@@ -11,6 +11,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from zipfile import BadZipFile
 
 import typer
 
@@ -91,13 +92,17 @@ def train(
         raise AgentError(
             f"{tokens} is not there; make it with: python -m agent.recipe data train.jsonl"
         )
+    try:
+        examples = recipe.TokenFile.read(tokens)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise AgentError(
+            f"{tokens} is no file of token ids as `data` writes it: {error}"
+        ) from error
     settings = recipe.FULL if preset is Preset.full else recipe.SMALL
     settings = replace(
         settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds
     )
-    result = recipe.train_adapter(
-        base_model_dir(), recipe.TokenFile.read(tokens), settings, out, _show
-    )
+    result = recipe.train_adapter(base_model_dir(), examples, settings, out, _show)
     (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     typer.echo(
         f"\nadapter in {out}; held-out loss "

@@ -25,7 +25,7 @@ from rich.console import Console
 from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
 from agent.errors import AgentError
-from agent.model.base import resolve_model, write_merged
+from agent.model.base import WEIGHTS, resolve_model, write_merged
 from agent.recipe.grpo.report import interval
 from agent.recipe.grpo.reward import score_of
 from agent.recipe.grpo.rows import split
@@ -147,10 +147,16 @@ class SelfTraining:
         self._data_sha256 = hashlib.sha256(gsm8k.read_bytes()).hexdigest()
 
     def run(self, report: Callable[[list[RoundResult]], None]) -> list[RoundResult]:
-        """Runs all rounds; `report` gets the results after each. Returns them."""
+        """Runs all rounds; `report` gets the results after each. Returns them.
+
+        A user's mistake is raised before anything is written.
+        """
+        model = resolve_model(self._model)
+        if not (model / WEIGHTS).is_file():
+            raise AgentError(f"{model} has no {WEIGHTS}: rounds merge into weights of one file")
+        load_config(None, self._words(model, 1.0, 1))
         self.check_plan()
         held_out = self._task_file(self._root / "held-out.jsonl", self._rows.held_out)
-        model = resolve_model(self._model)
         results = [RoundResult(0, 0, 0, 0, self._scores(0, model, held_out))]
         report(results)
         for number in range(1, self.plan.rounds + 1):
@@ -204,14 +210,7 @@ class SelfTraining:
 
         The same stage of the round before is its parent. Raises KeyboardInterrupt after Ctrl-C.
         """
-        words = (
-            f"model_path={model}",
-            "rollout.multi_turn.tool_config_path=gsm8k",
-            f"rollout.temperature={temperature}",
-            f"rollout.n={n}",
-            *self.plan.config,
-            *self._overrides,
-        )
+        words = self._words(model, temperature, n)
         if is_whole(out, tasks, n):
             return out
         before = self._root / f"round-{number - 1}" / out.name
@@ -235,6 +234,17 @@ class SelfTraining:
         if code != DONE:
             raise AgentError(f"{out} ended with {code}; the same command goes on")
         return out
+
+    def _words(self, model: Path, temperature: float, n: int) -> tuple[str, ...]:
+        """A stage's config, as `--set` has it."""
+        return (
+            f"model_path={model}",
+            "rollout.multi_turn.tool_config_path=gsm8k",
+            f"rollout.temperature={temperature}",
+            f"rollout.n={n}",
+            *self.plan.config,
+            *self._overrides,
+        )
 
     def _export(self, sampled: Path, out: Path) -> int:
         """The trajectories to learn from, as plain rows, each once; returns how many."""

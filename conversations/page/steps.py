@@ -1,12 +1,14 @@
-"""A training's steps as one HTML page: each figure by step, the table, and the tasks by step.
+"""A training's steps as one HTML page: for each part of the data every figure by step and the
+table; then the tasks by step.
 
 Everything stands in the page as escaped text and plain SVG; it has no script.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from conversations.errors import RunFolderError
 from conversations.page.html import steps_shell
 from conversations.run.open_run import Run
 from conversations.run.whole_file import write_whole
-from conversations.steps import FIGURES, StepFigures, records, steps
+from conversations.steps import FIGURES, StepFigures, Sum, records, steps
 
 TASKS = 200
 """The most tasks in the page's grid."""
@@ -33,6 +35,15 @@ class Plot:
 
 
 @dataclass(frozen=True, slots=True)
+class PartOfSteps:
+    """One part of the data: its name, its figures' plots, and a row for each step."""
+
+    name: str
+    plots: list[Plot]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Links:
     """Where a served page of steps leads: to the list of runs, and to a task's trajectories."""
 
@@ -46,18 +57,27 @@ def steps_page(root: Path, links: Links | None = None) -> tuple[str, int]:
     Raises RunFolderError if there are no steps.
     """
     found = steps(root)
+    numbers = sorted({step.number for of_part in found.values() for step in of_part})
+    asked = _asked_in_several(found)
     text = steps_shell(
         served=links is not None,
         links=links,
         title=root.resolve().name,
-        plots=[plot for name in FIGURES if (plot := _plot(name, found))],
+        sections=[_part(name, of_part) for name, of_part in found.items()],
         names=list(FIGURES),
-        rows=[_row(step) for step in found],
-        numbers=[step.number for step in found],
-        tasks=list(_tasks(found)),
-        left_out=max(0, _tasks_in_several(found) - TASKS),
+        numbers=numbers,
+        tasks=[
+            (task, [_mean(means.get(number)) for number in numbers])
+            for task, means in islice(asked.items(), TASKS)
+        ],
+        left_out=max(0, len(asked) - TASKS),
     )
-    return text, len(found)
+    return text, len(numbers)
+
+
+def _part(name: str, of_part: Sequence[StepFigures]) -> PartOfSteps:
+    plots = [plot for figure in FIGURES if (plot := _plot(figure, of_part))]
+    return PartOfSteps(name, plots, [_row(step) for step in of_part])
 
 
 def write_steps(root: Path, target: Path) -> tuple[int, int]:
@@ -104,24 +124,20 @@ def _row(step: StepFigures) -> list[str]:
     ]
 
 
-def _in_several(found: Sequence[StepFigures]) -> list[str]:
-    """The tasks that more than one step asked, in the order of their first step."""
-    seen: dict[str, int] = {}
-    for step in found:
-        for task in step.tasks:
-            seen[task] = seen.get(task, 0) + 1
-    return [task for task, count in seen.items() if count > 1]
+def _asked_in_several(found: Mapping[str, Sequence[StepFigures]]) -> dict[str, dict[int, Sum]]:
+    """The rewards by step of the tasks that more than one step asked."""
+    seen: dict[str, dict[int, Sum]] = {}
+    for of_part in found.values():
+        for step in of_part:
+            for task, rewards in step.tasks.items():
+                total = seen.setdefault(task, {}).setdefault(step.number, Sum())
+                total.total += rewards.total
+                total.count += rewards.count
+    return {task: means for task, means in seen.items() if len(means) > 1}
 
 
-def _tasks_in_several(found: Sequence[StepFigures]) -> int:
-    return len(_in_several(found))
-
-
-def _tasks(found: Sequence[StepFigures]) -> Iterator[tuple[str, list[str]]]:
-    """(task, its mean reward by step) of the first tasks that more than one step asked."""
-    for task in _in_several(found)[:TASKS]:
-        means = (step.tasks[task].mean if task in step.tasks else None for step in found)
-        yield task, ["" if mean is None else f"{mean:.3g}" for mean in means]
+def _mean(rewards: Sum | None) -> str:
+    return "" if rewards is None or rewards.mean is None else f"{rewards.mean:.3g}"
 
 
 class TaskOverSteps:

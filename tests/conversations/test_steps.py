@@ -46,7 +46,7 @@ def test_steps_are_found_by_their_manifest(root: Path) -> None:
 def test_figures_are_those_of_the_records(root: Path) -> None:
     records = list(small_run().records())
     healthy = [record for record in records if not record["infra_error"]]
-    first, second = steps(root)
+    [(first, second)] = steps(root).values()
     calls = [call["status"] for record in records for call in record["tool_calls"]]
     logprobs = [
         value
@@ -70,11 +70,32 @@ def test_figures_are_those_of_the_records(root: Path) -> None:
     assert (first.trajectories, second.trajectories) == (len(records), 2 * len(records))
 
 
-def test_steps_can_be_restricted(root: Path) -> None:
-    task = next(small_run().records())["task_id"]
-    found = steps(root, lambda record: record["task_id"] == task)
-    assert [set(step.tasks) <= {task} for step in found] == [True, True]
-    assert steps(root, lambda record: False) == []
+def test_training_and_validation_of_a_step_do_not_share_means(root: Path, tmp_path: Path) -> None:
+    """In verl 0.9's steps their data sources tell them apart; verl 0.6.1's run.json says it."""
+    both = tmp_path / "both"
+    shutil.copytree(root, both)
+    file = both / "step-1-b" / "trajectories.jsonl"
+    file.write_text(file.read_text().replace('"data_source":"synthetic"', '"data_source":"<b>"'))
+    shutil.copytree(root / "step-0-a", both / "val-0")
+    manifest = both / "val-0" / RUN
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "validate": True}))
+    found = steps(both)
+    count = len(small_run())
+    numbers = {
+        name: [(step.number, step.trajectories) for step in of] for name, of in found.items()
+    }
+    assert numbers == {
+        "synthetic": [(0, count), (1, count)],
+        "<b>": [(1, count)],
+        "synthetic, validation": [(0, count)],
+    }
+    assert next(iter(found)) == "synthetic"
+    write_steps(both, tmp_path / "page.html")
+    page = _Texts()
+    page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.tags.count("polyline") == 3 * len(FIGURES)
+    assert set(found) <= set(page.texts)
+    assert "b" not in page.tags
 
 
 class _Texts(HTMLParser):
@@ -99,8 +120,9 @@ def test_the_page_shows_every_figure_and_every_step(root: Path, tmp_path: Path) 
     assert page.tags.count("polyline") == len(FIGURES)
     assert "script" not in page.tags
     assert all(name in page.texts for name in FIGURES)
-    assert set(steps(root)[0].tasks) <= set(page.texts)
-    mean = FIGURES["reward"](steps(root)[0])
+    [(first, _)] = steps(root).values()
+    assert set(first.tasks) <= set(page.texts)
+    mean = FIGURES["reward"](first)
     assert f"{mean:.4g}" in page.texts
 
 

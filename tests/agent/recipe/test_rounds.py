@@ -156,6 +156,24 @@ def test_rounds_do_not_share_tasks_and_need_enough_of_them(tmp_path: Path) -> No
         SelfTraining(plan, tmp_path / "out", data, "smollm2-tools", Console())
 
 
+@pytest.mark.parametrize(
+    ("model", "override"),
+    [("nobody/nothing", ""), ("sharded", ""), ("smollm2-base", "rollout.nothing=1")],
+)
+def test_a_users_mistake_leaves_no_plan(tmp_path: Path, model: str, override: str) -> None:
+    """The same command with the mistake put right would be refused."""
+    data = gsm8k(tmp_path / "train.jsonl", 60)
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / "config.json").write_text("{}")
+    plan = replace(SMALL_ROUNDS, rounds=1, tasks=4, held_out=4)
+    named = str(tmp_path / model) if model == "sharded" else model
+    overrides = [override] if override else []
+    work = SelfTraining(plan, tmp_path / "out", data, named, Console(), overrides)
+    with pytest.raises(AgentError):
+        work.run(lambda done: None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_refuses_a_missing_file_in_one_line(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "agent.recipe", "rounds")
     words = (str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out"), "--preset", "full")
@@ -164,3 +182,12 @@ def test_the_command_refuses_a_missing_file_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"error: {tmp_path / 'none.jsonl'} cannot be read")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_of_what_are_no_token_ids_is_refused_in_one_line(tmp_path: Path) -> None:
+    data = gsm8k(tmp_path / "train.jsonl", 6)
+    command = (sys.executable, "-m", "agent.recipe", "train", str(data))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {data} is no file of token ids")
+    assert len(done.stderr.splitlines()) == 1
