@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import os
 import re
@@ -89,7 +90,11 @@ class Children:
         name = f"{target.__module__}:{target.__qualname__}"
         is_idle = target.__name__ == "run_detokenizer_process" and args[0].skip_tokenizer_init
         kind = _IdleChild if is_idle else _Child
-        process = kind(target=run_child, args=(name, self.log_path, *args), kwargs=kwargs or {})
+        process = kind(
+            target=run_child,
+            args=(name, self.log_path, _PauseOfCollector(), *args),
+            kwargs=kwargs or {},
+        )
         self._processes.append(process)
         return process
 
@@ -264,7 +269,17 @@ def explain(log: str, exit_code: int | None) -> str:
     return errors[-1].strip() if errors else f"its process ended with exit code {exit_code}"
 
 
-def run_child(target: str, log_path: Path | None, *args: Any, **kwargs: Any) -> None:
+class _PauseOfCollector:
+    """An argument of a child: to unpickle it pauses the child's collector, as `collector_paused`.
+
+    The next ones are SGLang's, and import all of it.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return gc.disable, ()
+
+
+def run_child(target: str, log_path: Path | None, _paused: None, *args: Any, **kwargs: Any) -> None:
     """The body of every child process: `target` is `module:function`."""
     import psutil
 
@@ -283,7 +298,29 @@ def run_child(target: str, log_path: Path | None, *args: Any, **kwargs: Any) -> 
 
     psutil.Process.send_signal = send_unless_quit  # type: ignore[method-assign, assignment]
     module, name = target.split(":")
-    getattr(importlib.import_module(module), name)(*args, **kwargs)
+    body = getattr(importlib.import_module(module), name)
+    gc.freeze()  # modules stay: no collection walks them
+    gc.enable()
+    body(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """For imports of thousands of modules: Python's collector would spend a fifth of their CPU.
+
+    It walks all that is there again and again, and modules are no garbage. Afterwards they count as
+    old, so that only a full collection walks them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # else the user's frozen objects would be thawed
+            gc.freeze()
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.engines import compat, cpu_guards
 from agent.engines.arguments import environment, start_variables
-from agent.engines.processes import explain
+from agent.engines.processes import collector_paused, explain
 from agent.errors import AgentError, ConfigError, EngineStartError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def start(
     refuses the config; both are one line.
     """
     with starting():
-        from agent.engines.rollout import EngineRollout
+        with collector_paused():
+            from agent.engines.rollout import EngineRollout
 
         return EngineRollout.alone(rollout, model_path, log_path)
 
@@ -48,14 +49,16 @@ def starting() -> Iterator[None]:
 
     Raises what `start` raises.
     """
-    import torch
+    with collector_paused():
+        import torch
 
     cuda = torch.cuda.is_available()
     if not cuda:
         cpu_guards.install()
     with environment(start_variables(cuda=cuda)), _process_state_kept():
         try:
-            compat.prepare_sglang()
+            with collector_paused():
+                compat.prepare_sglang()
             yield
         except AgentError:
             raise

@@ -5,6 +5,7 @@ its import guards.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from agent.engines.arguments import (
     with_default_dtype,
 )
 from agent.engines.cpu_guards import guard_paths
-from agent.engines.processes import Children, explain
+from agent.engines.processes import Children, collector_paused, explain
 from agent.engines.sglang import check_prompt, check_sampling, read_answer
 from agent.engines.sticky import Conversations, place_of
 from agent.errors import EngineError, EngineStartError
@@ -299,6 +300,42 @@ def test_a_child_that_dies_before_it_reports_is_told_in_its_own_words(children: 
     ):
         reader.recv()
     writer.close()
+
+
+def test_a_childs_collector_rests_only_while_it_imports_its_arguments(children: Children) -> None:
+    reader, writer = children.Pipe(duplex=False)
+    children.Process(target=send_collector, args=(writer, IsCollecting())).start()
+    while_unpickled, afterwards = reader.recv()
+    assert (while_unpickled, afterwards) == (False, True)
+
+
+class IsCollecting:
+    """Unpickled it says whether the collector is on."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return gc.isenabled, ()
+
+
+def send_collector(writer: Any, while_unpickled: bool) -> None:
+    writer.send((while_unpickled, gc.isenabled()))
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_collector_is_as_it_was_after_imports(is_on: bool) -> None:
+    try:
+        (gc.enable if is_on else gc.disable)()
+        with collector_paused():
+            assert not gc.isenabled()
+            kept = [[number] for number in range(100_000)]
+        assert gc.isenabled() is is_on
+        assert (len(kept), gc.get_count()[0] < 10_000, gc.get_freeze_count()) == (100_000, True, 0)
+        gc.freeze()
+        with collector_paused():
+            pass
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 async def test_what_waits_fails_when_a_child_ends_and_so_does_what_comes_later(
