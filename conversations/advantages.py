@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from conversations.errors import RunFolderError
@@ -34,20 +34,20 @@ def grpo(rewards: Sequence[float]) -> list[float]:
 
     As verl's `compute_grpo_outcome_advantage`.
     """
-    mean, spread = fmean(rewards), stdev(rewards)
-    return [(reward - mean) / (spread + EPSILON) for reward in rewards]
+    spread = stdev(rewards)
+    return [value / (spread + EPSILON) for value in mean_baseline(rewards)]
 
 
 def mean_baseline(rewards: Sequence[float]) -> list[float]:
     """r - mean: GRPO without the division (Liu et al. 2025, "Dr. GRPO", arXiv:2503.20783)."""
-    mean = fmean(rewards)
-    return [reward - mean for reward in rewards]
+    middle = mean(rewards)  # exact: equal rewards have exactly 0
+    return [reward - middle for reward in rewards]
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
     """r minus the mean of the others: RLOO (Ahmadian et al. 2024, arXiv:2402.14740)."""
-    total, others = math.fsum(rewards), len(rewards) - 1
-    return [reward - (total - reward) / others for reward in rewards]
+    count = len(rewards)
+    return [value * count / (count - 1) for value in mean_baseline(rewards)]
 
 
 ESTIMATORS: Mapping[str, Callable[[Sequence[float]], list[float]]] = {

@@ -116,9 +116,11 @@ def test_estimators_by_hand(name: str, expected: list[float]) -> None:
     assert ESTIMATORS[name]([1.0, 0.0, 0.0, 0.0]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("reward", [1.0, 0.1, 0.7, -0.2, 1e30])
+@pytest.mark.parametrize("count", range(2, 9))
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_a_group_without_spread_has_advantage_0(name: str) -> None:
-    assert ESTIMATORS[name]([1.0, 1.0, 1.0]) == [0.0, 0.0, 0.0]
+def test_a_group_without_spread_has_advantage_0(name: str, count: int, reward: float) -> None:
+    assert ESTIMATORS[name]([reward] * count) == [0.0] * count
 
 
 def test_only_whole_groups_have_advantages(copied: Run) -> None:
