@@ -12,6 +12,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from verl.workers.rollout.replica import TokenOutput
 from agent.config.config import load_config
 from agent.engines.scripted import ScriptedEngine
 from agent.errors import ConfigError
+from agent.recipe.grpo.reward import compute_score, tools_score
 from agent.runs.parts import make_dispatcher
 from conversations.run.open_run import open_run
 from conversations.run.store import read_manifest
@@ -640,6 +642,40 @@ async def test_the_tools_reward_is_the_score_where_the_entry_says_so(peers: Peer
     assert scores.sum(-1).tolist() == [2.0, 0.0]
     assert scores[0].nonzero().flatten().tolist() == [int(mask[0].sum()) - 1]
     assert done.batch["response_mask"].bool().any(-1).tolist() == [True, False]
+
+
+@pytest.mark.skipif(VERSION < (0, 9), reason="the recipe's trainer is verl 0.9's")
+@pytest.mark.parametrize("score", [compute_score, tools_score])
+async def test_the_recipes_reward_asks_verls_reward_manager_how_a_conversation_ended(
+    peers: Peers, score: Any
+) -> None:
+    """The answer is right in each; only one of the conversations is ended by the model."""
+
+    def say(text: str) -> str:
+        question = next(name for name in ("ends", "is cut off", "goes on") if name in text)
+        if "</tool_response>" not in text or question == "goes on":
+            return call("calculate_answer", answer="42")
+        return "Done." if question == "ends" else "Done. " * RESPONSE
+
+    from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+
+    options = {"tool_config_path": "gsm8k"}
+    worker = peers.worker(peers.server(say), options=options, multi_turn={"max_assistant_turns": 3})
+    manager = NaiveRewardManager(worker.config, worker.tokenizer, score)
+    handle = SimpleNamespace(compute_score=SimpleNamespace(remote=manager.run_single))
+    worker.reward_loop_worker_handles = [handle]
+    done = await run(
+        worker,
+        "ends",
+        "is cut off",
+        "goes on",
+        reward_model=[{"ground_truth": "42"}] * 3,
+        data_source=["gsm8k"] * 3,
+        extra_info=[{} for _ in range(3)],
+    )
+    assert [extras(done, row)["stop_reason"] for row in range(3)] == ["stop", "length", "max_turns"]
+    assert [extras(done, row)["reward"] for row in range(3)] == [1.0, 1.0, 1.0]
+    assert done.batch["rm_scores"].sum(-1).tolist() == [1.0, 0.0, 0.0]
 
 
 class Teacher:
