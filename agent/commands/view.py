@@ -111,7 +111,7 @@ def _other(run: Run, against: Path | None) -> Run | None:
     if against is not None:
         return open_run(against)
     parent = parent_of(run)
-    if parent is None and run.manifest.get("parent"):
+    if parent is None and (run.manifest.get("parent") or run.manifest.get("follows")):
         print(
             "note: its parent is missing or changed; --against RUN compares with any run",
             file=sys.stderr,

@@ -3,9 +3,9 @@
 A round samples its own problems from the model of the round before, keeps the trajectories that
 are right and well-formed, exports them as plain rows, and trains LoRA on the rows: ids and masks as
 they were sampled, nothing rendered again. Then the new model answers the held-out problems at
-temperature 0 and 1. Every stage is a run folder whose parent is the same stage of the round before,
-so that `turntrace view` shows them side by side. A stage that is done is not touched again: the
-same command goes on after a kill.
+temperature 0 and 1. Every stage is a run folder whose run.json names the same stage of the round
+before as `follows`, so that `turntrace view` shows them side by side. A stage that is done is not
+touched again: the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -208,13 +208,14 @@ class SelfTraining:
     ) -> Path:
         """Runs tasks into a run folder, or what it lacks.
 
-        The same stage of the round before is its parent. Raises KeyboardInterrupt after Ctrl-C.
+        It follows the same stage of the round before: it is no replay of it, so its records have no
+        parents. Raises KeyboardInterrupt after Ctrl-C.
         """
         words = self._words(model, temperature, n)
         if is_whole(out, tasks, n):
             return out
         before = self._root / f"round-{number - 1}" / out.name
-        parent = parent_entry(before) if (before / RUN).is_file() else None
+        follows = parent_entry(before) if (before / RUN).is_file() else None
         request = RunRequest(
             tasks=tasks,
             out=out,
@@ -224,7 +225,7 @@ class SelfTraining:
             force=False,
             validate=False,
             argv=("run", str(tasks), "--out", str(out), *(f"--set={word}" for word in words)),
-            more={"parent": parent, "step": number},
+            more={"follows": follows, "step": number},
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         say(self._console, f"round {number}: {out.relative_to(self._root)}")

@@ -1,4 +1,4 @@
-"""Finds the run that a replay was made from.
+"""Finds the run that a replay was made from, or that a training's round follows.
 
 Invariant: a parent is known by the hash of its run.json, so a run folder from elsewhere cannot name
 any folder of this machine.
@@ -14,11 +14,11 @@ from conversations.run.store import RUN
 
 
 def parent_of(run: Run) -> Run | None:
-    """The run that `run.manifest["parent"]` names, at its place or beside this one.
+    """The run that `run.manifest` names as `parent` or `follows`, at its place or beside this one.
 
     None if there is none, or if it has changed.
     """
-    parent = run.manifest.get("parent")
+    parent = run.manifest.get("parent") or run.manifest.get("follows")
     if not isinstance(parent, dict) or not parent.get("run_sha256"):
         return None
     named = [parent[key] for key in ("path", "run") if isinstance(parent.get(key), str)]

@@ -5,6 +5,8 @@ The whole of it: `python -m agent.recipe rounds DATA --out DIR`.
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,8 +30,10 @@ from agent.recipe.rounds import (
     tokens_of,
 )
 from agent.runs.manifest import parent_entry
+from conversations.page import parent_of
 from conversations.run.open_run import open_run
 from conversations.run.store import RunFolder
+from conversations.verify import verify_run
 from tests.agent.recipe.test_grpo import gsm8k
 from tests.conversations.exports import exported, small_run
 from tests.helpers import ROOT
@@ -117,13 +121,26 @@ def stage_request(tmp_path: Path, out: Path, **more: object) -> RunRequest:
     )  # fmt: skip
 
 
-def test_a_stages_run_folder_names_its_parent_and_its_step(tmp_path: Path) -> None:
+def test_a_stages_run_folder_names_the_stage_before_and_its_step(tmp_path: Path) -> None:
     named = parent_entry(small_run().path)
-    request = stage_request(tmp_path, tmp_path / "run", parent=named, step=2)
+    request = stage_request(tmp_path, tmp_path / "run", follows=named, step=2)
     with open_folder(prepare_run(request)):
         pass
     manifest = open_run(tmp_path / "run").manifest
-    assert (manifest["parent"], manifest["step"]) == (named, 2)
+    assert (manifest["follows"], manifest["step"], manifest["parent"]) == (named, 2, None)
+
+
+def test_a_stage_passes_verify_and_is_shown_beside_the_stage_before(tmp_path: Path) -> None:
+    shutil.copytree(small_run().path, tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    manifest = {**json.loads(file.read_text()), "step": 2}
+    file.write_text(json.dumps({**manifest, "follows": parent_entry(small_run().path)}))
+    defects: list[object] = []
+    verify_run(tmp_path / "run", on_defect=defects.append)
+    assert defects == []
+    before = parent_of(open_run(tmp_path / "run"))
+    assert before is not None
+    assert before.path == small_run().path
 
 
 def test_a_stage_that_is_done_is_not_touched_again(tmp_path: Path) -> None:
