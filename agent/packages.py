@@ -38,6 +38,13 @@ ENGINE_PACKAGES = ("sglang", "tensordict", "torch", "verl")
 """What the engine in process needs: the extra `cuda`, or `make demo` on a CPU machine."""
 
 
+def not_installed(error: ModuleNotFoundError) -> str:
+    """What is missing and how to get it, in one line; empty if it is a part of a package."""
+    if not error.name or "." in error.name or error.name in NAMES:
+        return ""
+    return f"the Python package {error.name!r} is not installed; {how_to_install(error.name)}"
+
+
 def how_to_install(module: str) -> str:
     """What to type to get a missing module, for the end of an error line."""
     top = module.split(".")[0]

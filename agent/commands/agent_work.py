@@ -201,8 +201,9 @@ def _run_in_workers(
                         say=functools.partial(say, console),
                     )
                 )
-            except BaseException:
+            except Exception:  # after Ctrl-C the folder may be resumed
                 if not request.resume:  # a new folder holds no run
+                    folder.close()
                     (out / RUN).unlink(missing_ok=True)
                 raise
             display = stack.enter_context(Display(progress, console, pool))

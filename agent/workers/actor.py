@@ -22,6 +22,7 @@ from agent.loop.boundary import describe
 from agent.loop.conversation import Conversation, Counterparts, SentFiles
 from agent.loop.record import evidence_file, image_files, trajectory_of
 from agent.loop.runtime import Runtime
+from agent.packages import not_installed
 from agent.replay.continuation import continued
 from agent.runs.collector import settle_collector
 from agent.runs.parts import config_interactions, config_tools, prepare
@@ -61,6 +62,8 @@ class Worker:
             session, programs = await asyncio.to_thread(_start, setup)
         except (AgentError, ConversationsError, ToolsError) as error:
             return started(error=str(error))
+        except ModuleNotFoundError as error:  # its machine may lack what the run's has
+            return started(error=not_installed(error) or describe(error))
         except Exception as error:
             return started(error=describe(error))
         self._session, self._programs = session, programs

@@ -109,7 +109,7 @@ def _reaching(address: str) -> Iterator[None]:
 
 
 def _check_listens(address: str) -> None:
-    """Raises AgentError if it is no address, or if nothing listens there.
+    """Raises AgentError if it is no address, or if nothing listens there that may be Ray.
 
     Ray itself tries for minutes, and prints what its libraries say.
     """
@@ -117,7 +117,26 @@ def _check_listens(address: str) -> None:
     with _reaching(address):
         if not host or not port.isdecimal():
             raise ValueError("it is not of the form host:port")
-        socket.create_connection((host.strip("[]"), int(port)), LISTENS_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), LISTENS_S) as connection:
+            if not _uses_tls() and not _speaks_http2(connection):
+                raise OSError(
+                    "what listens there is not Ray (its port is 6379 unless you chose it)"
+                )
+
+
+def _uses_tls() -> bool:
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Whether the other side answers as HTTP/2 does, which Ray's head speaks: by SETTINGS first."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    try:
+        with connection.makefile("rb") as answer:
+            frame = answer.read(9)
+    except OSError:  # it hangs up, or says nothing
+        return False
+    return len(frame) == 9 and frame[3] == 4
 
 
 def _share(config: Config, workers: int) -> Share:

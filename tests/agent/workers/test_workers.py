@@ -26,18 +26,21 @@ from starlette.responses import JSONResponse, Response
 
 from agent.commands.agent_work import AgentOptions, run_agents
 from agent.commands.run_work import RunRequest, run_request
-from agent.config.config import load_config
+from agent.config.config import Config, load_config
+from agent.engines.engine import Engine
 from agent.errors import AgentError
 from agent.loop.batch import Progress, run_tasks
 from agent.loop.tasks import Task, read_tasks
 from agent.runs.parts import Parts, config_tools, prepare
 from agent.runs.session import Session
 from agent.workers import cluster as ray_cluster
+from agent.workers.actor import Worker
 from agent.workers.pool import WorkerPool
-from agent.workers.wire import Work, decode_work, encode_work, sent_record
+from agent.workers.wire import Setup, Work, decode_work, encode_work, sent_record
 from conversations.images.sources import image_source
 from conversations.run.open_run import open_run
 from conversations.run.store import (
+    RUN,
     SUPERSEDED,
     TRAJECTORIES,
     UNFINISHED,
@@ -439,6 +442,37 @@ def test_an_address_without_a_ray_is_one_line(wrong: str, parts: Parts) -> None:
     with pytest.raises(AgentError, match=f"--ray {wrong}: ") as caught:
         WorkerPool(parts, 1, wrong)
     assert "\n" not in str(caught.value)
+
+
+def test_what_listens_at_the_address_and_is_no_ray_is_one_line(parts: Parts) -> None:
+    """Ray itself would try for minutes, whatever is there."""
+    with in_a_thread(Server(likeliest_too)) as server:
+        address = server.url.removeprefix("http://")
+        with pytest.raises(AgentError, match=f"--ray {address}: .*not Ray") as caught:
+            WorkerPool(parts, 1, address)
+    assert "\n" not in str(caught.value)
+
+
+def test_programs_whose_workers_do_not_start_leave_no_run(project: Path, tmp_path: Path) -> None:
+    """Neither does a run without programs: the right command must not be refused then."""
+    asked = request(project, tmp_path / "run", workers=1, ray="127.0.0.1:1")
+    for _ in range(2):
+        with pytest.raises(AgentError, match="--ray"):
+            run_agents(asked, AgentOptions("true {prompt}"), Console(file=io.StringIO()))
+        assert not (tmp_path / "run" / RUN).exists()
+
+
+def lacks_a_package(config: Config, log: Path | None) -> Engine:
+    raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+
+async def test_a_worker_that_lacks_a_package_says_how_to_get_it(
+    parts: Parts, tmp_path: Path
+) -> None:
+    setup = Setup(parts.config, 0, False, tmp_path / "nowhere", (), start=lacks_a_package)
+    error = json.loads(await Worker().start(setup))["error"]
+    assert "'torch' is not installed" in error
+    assert "pip install" in error
 
 
 # ---------------------------------------------------------------------- what goes over
