@@ -141,12 +141,12 @@ def prepare_sglang() -> None:
 
 def add_moved_names() -> None:
     """Puts back the names that verl 0.6.1 imports from where they no longer are."""
-    import sglang.srt.utils as utils
     import transformers
 
     for name in ("get_open_port", "get_local_ip_auto"):
-        if not hasattr(utils, name):
+        if lacks("sglang.srt.utils", name):
             with contextlib.suppress(ImportError, AttributeError):
+                utils = importlib.import_module("sglang.srt.utils")
                 network = importlib.import_module("sglang.srt.utils.network")
                 setattr(utils, name, getattr(network, name))
     if not hasattr(transformers, "AutoModelForVision2Seq"):
@@ -166,11 +166,16 @@ def check_names() -> None:
 
 
 def lacks(place: str, name: str) -> bool:
-    """Whether a module, or a class written `module:Class`, has no attribute of that name."""
+    """Whether a module, or a class written `module:Class`, has no attribute of that name.
+
+    Raises ImportError if the module is there, and what it imports of other packages is not.
+    """
     module, _, owner = place.partition(":")
     try:
         found: Any = importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise
         return True
     return not hasattr(getattr(found, owner, None) if owner else found, name)
 

@@ -20,6 +20,7 @@ from agent.engines import compat, cpu_guards
 from agent.engines.arguments import environment, start_variables
 from agent.engines.processes import collector_paused, explain
 from agent.errors import AgentError, ConfigError, EngineStartError
+from agent.packages import not_installed
 
 if TYPE_CHECKING:
     from agent.engines.rollout import EngineRollout
@@ -66,6 +67,9 @@ def starting() -> Iterator[None]:
             raise ConfigError(
                 f"verl refuses the rollout config: {' '.join(str(error).split())}"
             ) from error
+        except ModuleNotFoundError as error:
+            reason = not_installed(error) or str(error)
+            raise EngineStartError(f"the engine did not start: {reason}") from error
         except Exception as error:  # verl, SGLang and torch raise errors of every kind
             raise EngineStartError(
                 f"the engine did not start: {explain(f'{type(error).__name__}: {error}', None)}"

@@ -145,27 +145,69 @@ def test_no_watchdog_of_sglang_is_started() -> None:
         assert (watchdog.start(), watchdog.stop()) == (None, None)
 
 
-def test_a_version_that_lacks_something_is_one_line(tmp_path: Path) -> None:
-    """An SGLang without its engine: the name is in the line, and the versions that work."""
-    package = tmp_path / "sglang"
-    for module in sorted({place.partition(":")[0] for place in NEEDED}):
-        folder = package.joinpath(*module.split(".")[1:])
-        folder.mkdir(parents=True, exist_ok=True)
-        for parent in (folder, *folder.parents):
-            if parent.is_relative_to(package):
-                (parent / "__init__.py").touch()
+def write_sglang(folder: Path, **changed: str | None) -> None:
+    """A package that has all of `NEEDED`, beside the packages that come first in a start.
+
+    `changed` modules of sglang.srt have another text, or none: then they are left out, with theirs.
+    """
+    (folder / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
+    (folder / "transformers.py").write_text("AutoModelForVision2Seq = None\n")
+    texts = {"sglang": "", "sglang.srt": ""}
+    for place, names in NEEDED.items():
+        module, _, owner = place.partition(":")
+        texts.setdefault(module.rpartition(".")[0], "")
+        lines = [f"{owner}.{name} = None" if owner else f"class {name}: ..." for name in names]
+        texts[module] = "\n".join([texts.get(module, ""), *lines])
+    gone = tuple(f"sglang.srt.{name}." for name, text in changed.items() if text is None)
+    for module, text in texts.items():
+        if not f"{module}.".startswith(gone):
+            file = folder.joinpath(*module.split("."), "__init__.py")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(changed.get(module.removeprefix("sglang.srt.")) or text)
+
+
+def started_with(folder: Path) -> str:
+    """The line of a start that fails with the packages of `folder`, in a process of its own."""
     script = (
-        "from agent.engines import compat\n"
+        "from agent.engines.start import starting\n"
         "from agent.errors import EngineStartError\n"
-        "try:\n    compat.check_names()\nexcept EngineStartError as error:\n    print(error)"
+        "try:\n    with starting():\n        import verl\n"
+        "except EngineStartError as error:\n    print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    (line,) = done.stdout.splitlines()
-    assert "sglang.srt.entrypoints.engine.Engine" in line
+    (line,) = done.stdout.splitlines() or [done.stderr]
+    return line
+
+
+LACKING = {
+    "entrypoints.engine": "sglang.srt.entrypoints.engine.Engine",
+    "utils": "sglang.srt.utils.MultiprocessingSerializer",
+}
+
+
+@pytest.mark.parametrize("module", LACKING)
+@pytest.mark.parametrize("text", [None, "pass"], ids=["gone", "empty"])
+def test_a_version_that_lacks_something_is_one_line(
+    tmp_path: Path, module: str, text: str | None
+) -> None:
+    """The name is in the line, and the versions that work."""
+    write_sglang(tmp_path, **{module: text})
+    line = started_with(tmp_path)
+    assert LACKING[module] in line
     assert PROVEN[0] in line
+
+
+def test_a_package_that_sglang_or_verl_needs_is_named_and_not_sglang(tmp_path: Path) -> None:
+    write_sglang(tmp_path, **{"entrypoints.engine": "import no_such_package"})
+    line = started_with(tmp_path)
+    assert "'no_such_package' is not installed" in line
+    assert PROVEN[0] not in line
+    write_sglang(tmp_path)
+    (tmp_path / "verl.py").write_text("raise ModuleNotFoundError('no verl', name='verl')")
+    assert "'verl' is not installed; the engine in process needs it" in started_with(tmp_path)
