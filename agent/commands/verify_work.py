@@ -69,6 +69,10 @@ def engine_config(engine: str) -> Config:
     if engine.startswith(("http://", "https://")):
         urls = json.dumps([engine])
         return load_config(None, ["rollout.name=sglang_server", f"rollout.server.urls={urls}"])
+    if not Path(engine).is_file():
+        raise AgentError(
+            f"--engine {engine}: no such config file; a server is given as http://HOST:PORT"
+        )
     return load_config(Path(engine))
 
 

@@ -10,9 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from agent.model.base import model_name
 from conversations.trajectory import Trajectory, Turn
 
 SGLANG = frozenset({"sglang", "sglang_server"})
@@ -77,7 +78,8 @@ def other_engine(recorded: Any, engine: Mapping[str, Any]) -> str:
 
 def _model(engine: Mapping[str, Any]) -> str:
     """A model's own name: servers report a path, which differs between machines."""
-    return PurePath(str(engine.get("model") or engine.get("model_path") or "")).name
+    reported = str(engine.get("model") or engine.get("model_path") or "")
+    return PurePath(model_name(Path(reported))).name
 
 
 def unscorable(sampling: Any) -> str:

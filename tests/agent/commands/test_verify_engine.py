@@ -99,6 +99,14 @@ def test_an_engine_that_is_not_there_is_one_line(run: Path, engine: str) -> None
     assert not (run / SCORES).exists()
 
 
+def test_an_address_without_http_is_told_how_a_server_is_given(run: Path) -> None:
+    done = verify(run, "--engine", "127.0.0.1:30000")
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: --engine 127.0.0.1:30000: ")
+    assert "http://" in error
+
+
 @pytest.mark.parametrize("options", [("--bound", "1"), ("--engine", "x.yaml", "--bound", "inf")])
 def test_a_bound_that_cannot_work_is_one_line(run: Path, options: tuple[str, ...]) -> None:
     done = verify(run, *options)

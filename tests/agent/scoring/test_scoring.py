@@ -248,11 +248,14 @@ def test_every_turn_that_is_left_out_is_counted_under_its_reason(
     assert (comparison.records, comparison.is_met) == (2, True)
 
 
+@pytest.mark.parametrize(
+    "path", ["/models/toy", "org/toy", "/hub/models--org--toy/snapshots/0f3ab8c"]
+)
 def test_a_server_may_score_what_the_same_model_sampled_in_process(
-    runs: dict[float, Path],
+    runs: dict[float, Path], path: str
 ) -> None:
     server = ToyModel()
-    server.described = {"name": "sglang_server", "model_path": "/models/toy", "url": "http://x"}
+    server.described = {"name": "sglang_server", "model_path": path, "url": "http://x"}
     assert scored(runs[1.0], server).records == 12
 
 
