@@ -10,7 +10,9 @@ sandbox.
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,8 @@ ONE_TOKEN = (
     "mask_token",
 )
 MORE_TOKENS = "additional_special_tokens"
+KEPT = 2
+"""Tokenizers that `read_tokenizer` keeps in memory."""
 
 
 class FileTokenizer:
@@ -181,6 +185,34 @@ class FileTokenizer:
             copy = target / file.relative_to(self._folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+
+
+_kept: dict[str, FileTokenizer] = {}
+"""By the hash of the files, the latest last."""
+
+
+def read_tokenizer(folder: Path) -> FileTokenizer:
+    """The tokenizer of a folder. Folders with the same files share one in memory.
+
+    Raises what `FileTokenizer` raises.
+    """
+    key = tokenizer_sha256(folder)
+    _kept[key] = kept = _kept.pop(key) if key in _kept else FileTokenizer(folder)
+    while len(_kept) > KEPT:
+        del _kept[next(iter(_kept))]
+    found = copy.copy(kept)
+    found.name_or_path, found._folder = str(folder), folder
+    return found
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """The hash of the files that a tokenizer is read from, and of their names."""
+    made_of = hashlib.sha256()
+    for file in tokenizer_files(folder):
+        content = file.read_bytes()
+        made_of.update(f"\n{file.relative_to(folder)} {len(content)}\n".encode())
+        made_of.update(content)
+    return made_of.hexdigest()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

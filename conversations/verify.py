@@ -13,7 +13,6 @@ or a consistent change of tokens and messages.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import signal
@@ -42,7 +41,7 @@ from conversations.run.open_run import (
 from conversations.run.saved_tokenizer import class_and_message, is_failure
 from conversations.run.store import RUN, SUPERSEDED, TRAJECTORIES, UNFINISHED, read_manifest
 from conversations.template import ChatTemplate
-from conversations.tokenizer import tokenizer_files
+from conversations.tokenizer import tokenizer_sha256
 
 CHUNK = 4 << 20
 """Bytes of a file that are checked at a time."""
@@ -309,23 +308,17 @@ class _Verification:
 
 
 _latest: dict[str, ChatTemplate] = {}
-"""The template that was loaded last, by the hash of what it was made of: the next folder of a
-trainer's steps has the same.
+"""The template that was loaded last, by what it was made of: the next folder of a trainer's steps
+has the same.
 """
 
 
 def _load_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     """The run's chat template. Raises ConversationsError, whatever is wrong with the folder."""
     try:
-        made_of = hashlib.sha256(
-            repr((recorded_reading(manifest), manifest.get("image_processor"))).encode()
-        )
-        made_of.update(json.dumps(template_kwargs(manifest)).encode())
-        for file in tokenizer_files(folder):
-            content = file.read_bytes()
-            made_of.update(f"\n{file.relative_to(folder)} {len(content)}\n".encode())
-            made_of.update(content)
-        key = made_of.hexdigest()
+        reading, images = recorded_reading(manifest), manifest.get("image_processor")
+        kwargs = json.dumps(template_kwargs(manifest))
+        key = repr((tokenizer_sha256(folder), reading, images, kwargs))
         if key not in _latest:
             template = saved_template(folder, manifest, name=f"{TOKENIZER}/")
             _latest.clear()

@@ -390,7 +390,7 @@ class Conversation:
                     for failure in self.user.failures
                     if failure != self.ending.error
                 ]
-        if max(self.tokens.ids, default=0) >= self.runtime.template.vocabulary_size:
+        if not self.runtime.template.has_text(max(self.tokens.ids, default=0)):
             text = "the model sampled ids that the tokenizer does not have: is it model_path's?"
             self.warnings.append(RecordWarning("unknown_ids", text))
         self.clock.stop()

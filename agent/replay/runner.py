@@ -225,10 +225,11 @@ def _lines_in(file: Path) -> int:
 
 
 def _check_same_tokenizer(run: Run, template: ChatTemplate) -> None:
-    own = load_tokenizer(run.path / TOKENIZER)
-    if own.backend_tokenizer.get_vocab(
+    own = load_tokenizer(run.path / TOKENIZER).backend_tokenizer
+    theirs = template.tokenizer.backend_tokenizer
+    if own is not theirs and own.get_vocab(with_added_tokens=True) != theirs.get_vocab(
         with_added_tokens=True
-    ) != template.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True):
+    ):
         raise AgentError(
             f"the model's tokenizer is not that of {run.path}: "
             f"a fork keeps the parent's tokens, which mean nothing to {template.name}"

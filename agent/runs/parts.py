@@ -32,7 +32,7 @@ from conversations.messages import tool_message
 from conversations.run.saved_tokenizer import is_failure
 from conversations.run.store import read_trajectories
 from conversations.template import ChatTemplate, Reading
-from conversations.tokenizer import TOKENIZER_FILE, FileTokenizer
+from conversations.tokenizer import TOKENIZER_FILE, read_tokenizer
 from conversations.tokens import TOOL, USER
 from conversations.truncate import cut_to_tokens
 from tools.registry import load_tools
@@ -134,7 +134,7 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`. Only transformers can convert one without a tokenizer.json."""
     try:
         if (folder / TOKENIZER_FILE).is_file():
-            return FileTokenizer(folder)
+            return read_tokenizer(folder)
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -6,6 +6,7 @@ has none.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,9 +72,15 @@ class _Reader:
 
 def _reader(file: Path) -> _Reader | None:
     try:
-        return _Reader(json.loads(file.read_text(encoding="utf-8")))
+        return _parsed(file.read_bytes())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+@functools.lru_cache(1)
+def _parsed(content: bytes) -> _Reader:
+    """The next page is of a run with the same tokenizer: another step, or this one, further on."""
+    return _Reader(json.loads(content.decode()))
 
 
 def _byte_alphabet() -> dict[str, int]:

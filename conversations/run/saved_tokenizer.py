@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from conversations.errors import RunFolderError
-from conversations.tokenizer import TOKENIZER_FILE, FileTokenizer
+from conversations.tokenizer import TOKENIZER_FILE, FileTokenizer, read_tokenizer
 
 T = TypeVar("T")
 
 
 def load_tokenizer(folder: Path) -> FileTokenizer:
     """The tokenizer of a folder. Raises RunFolderError if it cannot be read."""
-    return _read(folder, FileTokenizer)
+    return _read(folder, read_tokenizer)
 
 
 def load_transformers_tokenizer(folder: Path) -> Any:

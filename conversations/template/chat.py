@@ -31,6 +31,7 @@ from conversations.template.probing import (
 )
 from conversations.template.reading import Reader, Reading
 from conversations.template.renderer import Renderer
+from conversations.tokenizer import KEPT
 from conversations.tokens import PROMPT, TOOL, USER, Piece
 
 _CALL = probe_call("f", "call_0_0", {"x": "1"})
@@ -59,8 +60,6 @@ class ChatTemplate:
         _check(self.name, tokenizer)
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        ids = self._backend.get_vocab(with_added_tokens=True).values()
-        self.vocabulary_size = max(ids, default=-1) + 1  # ids may have gaps
         self._segments = SegmentEncoder(tokenizer)
         self._renderer = Renderer(self.name, tokenizer, kwargs or {})
         self._renderer.compile()
@@ -77,14 +76,9 @@ class ChatTemplate:
         reserved = images.reserved_ids if images else ()
         stops = {*self.end_ids, tokenizer.eos_token_id, *reserved} - {None}
         self.stop_token_ids = sorted(stops)
-        self._unproven = {
-            (kind, with_tools): self._try_proof(kind, with_tools)
-            for kind, with_tools in ((TOOL, True), (USER, True), (USER, False))
-        }
+        self._problems: dict[tuple[str, bool], str] = {}
         self._images_unproven: dict[tuple[str, bool], str] = {}
-        for kind, each in working.items():
-            if not self._unproven[kind, True]:
-                each.find_frame()
+        self._framed: set[str] = set()
         ends = {each.end.text for each in working.values()}
         self._reader = Reader(self._renderer, ends, reading)
 
@@ -127,6 +121,7 @@ class ChatTemplate:
         deltas = self._deltas[kind]
         if isinstance(deltas, str):
             raise TemplateError(deltas)
+        self._find_frame(kind)
         return deltas.delta(messages, turn)
 
     def follow(
@@ -178,11 +173,28 @@ class ChatTemplate:
 
         `with_tools`: in conversations that offer tools; those of kind "tool" always do.
         """
-        if problem := self._unproven[kind, with_tools or kind == TOOL]:
+        if problem := self._problem(kind, with_tools or kind == TOOL):
             raise TemplateError(
                 f"the chat template of {self.name} cannot be continued turn by turn with {kind} "
                 f"messages: {problem}; use another chat_template"
             )
+        self._find_frame(kind)
+
+    def _problem(self, kind: str, with_tools: bool) -> str:
+        """Why deltas of `kind` are not proven; empty if they are. Proven when first asked for."""
+        key = kind, with_tools
+        if key not in self._problems:
+            self._problems[key] = self._try_proof(kind, with_tools)
+        return self._problems[key]
+
+    def _find_frame(self, kind: str) -> None:
+        """Makes later deltas of `kind` cheap, if they are proven."""
+        if kind in self._framed:
+            return
+        self._framed.add(kind)
+        deltas = self._deltas[kind]
+        if isinstance(deltas, Deltas) and not self._problem(kind, True):
+            deltas.find_frame()
 
     # ------------------------------------------------------------------ images
 
@@ -252,6 +264,16 @@ class ChatTemplate:
         characters.
         """
         return self._backend.encode(without_lone_surrogates(text), add_special_tokens=False)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return _vocabulary_size(self._backend, len(self._backend.get_added_tokens_decoder()))
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether an id is below `vocabulary_size`."""
+        if token_id.bit_length() > 32:  # no tokenizer takes it
+            return False
+        return self._backend.id_to_token(token_id) is not None or token_id < self.vocabulary_size
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens kept, spaces not cleaned up."""
@@ -383,12 +405,20 @@ class ChatTemplate:
         deltas = self._deltas[kind]
         if isinstance(deltas, str):
             return deltas
-        if problem := self._unproven[kind, with_tools]:
+        if problem := self._problem(kind, with_tools):
             return problem
         try:
             return deltas.prove_images(with_tools, placeholder)
         except TemplateError as error:
             return str(error)
+
+
+@functools.lru_cache(KEPT)
+def _vocabulary_size(backend: Any, added_tokens: int) -> int:
+    """One more than the largest id of a `tokenizers.Tokenizer`: ids may have gaps. It takes as long
+    as a template's proof.
+    """
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _check(name: str, tokenizer: Any) -> None:

@@ -103,7 +103,10 @@ class Deltas:
 
     def delta(self, messages: Sequence[Message], turn: Message | None) -> Delta:
         """All of a turn's `messages` together. `turn` is the assistant message that they answer."""
-        text = self._text(messages, turn)
+        return self._delta(self._text(messages, turn))
+
+    def _delta(self, text: str) -> Delta:
+        """The delta with this text."""
         ids = self.after_end(text)
         head, tail = self.scaffold_ids, self.generation_ids
         stop = len(ids) - len(tail)
@@ -406,8 +409,7 @@ class Deltas:
         self, history: list[Message], messages: list[Message], tools: list[Schema]
     ) -> str:
         text = self._text(messages, history[-1])
-        delta = self.delta(messages, history[-1])
-        return self.difference(history, messages, tools, text, delta)
+        return self.difference(history, messages, tools, text, self._delta(text))
 
     def difference(
         self,

@@ -105,6 +105,7 @@ def workload() -> Workload:
     path, name = _tokenizer()
     template = ChatTemplate(tokenizer_at(path))
     template.use_fast_encoder()
+    template.require_tools()  # as a run does before its first conversation
     return Workload(template, name, tuple(_turn(template, 10 + index) for index in range(VARIANTS)))
 
 

@@ -6,6 +6,7 @@ them on.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -146,11 +147,19 @@ MISTRAL_TOKENS = (
 GEMMA_TOKENS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 
 
-def on_smollm2(chat_template: str, tokens: tuple[str, ...] = (), **special: str) -> Any:
-    """SmolLM2's tokenizer with another family's template and special tokens."""
+def on_smollm2(chat_template: str, tokens: tuple[Any, ...] = (), **special: str) -> Any:
+    """SmolLM2's tokenizer with another family's template and special tokens, which are fixed: its
+    vocabulary is shared.
+    """
+    tokenizer = copy.copy(_with_special_tokens(tokens, **special))
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@functools.cache
+def _with_special_tokens(tokens: tuple[Any, ...], **special: str) -> Any:
     tokenizer = fresh_tokenizer(base_model_dir())
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens), **special})
-    tokenizer.chat_template = chat_template
     return tokenizer
 
 

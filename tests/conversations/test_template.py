@@ -483,18 +483,16 @@ def test_a_generation_prompt_that_rewrites_the_prompt_is_refused() -> None:
 
 
 def test_an_end_token_that_merges_with_what_follows_is_refused() -> None:
-    tokenizer = on_smollm2(families.CHATML_TOOLS)
-    tokenizer.add_tokens([AddedToken("<|im_end|>\n<|im_start|>", special=True)])
+    merging = AddedToken("<|im_end|>\n<|im_start|>", special=True)
+    tokenizer = on_smollm2(families.CHATML_TOOLS, (merging,))
     with pytest.raises(TemplateError, match="merges"):
         ChatTemplate(tokenizer)
 
 
 def test_an_end_token_that_swallows_blanks_is_no_trouble() -> None:
     """Phi-3's end token strips what is right of it; the delta has it so too."""
-    tokenizer = on_smollm2(families.CHATML_TOOLS.replace("<|im_end|>", "<|end|>"))
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]}
-    )
+    end = AddedToken("<|end|>", rstrip=True, special=True)
+    tokenizer = on_smollm2(families.CHATML_TOOLS.replace("<|im_end|>", "<|end|>"), (end,))
     template = ChatTemplate(tokenizer)
     template.require(TOOL)
     assert flat(template.delta([{"role": "tool", "content": "1"}]).pieces)[

@@ -5,6 +5,7 @@ tokenizer that the tests have, and for the odd ways to write one down.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import pytest
 from jinja2.exceptions import SecurityError
 
 from agent.model.base import base_model_dir
-from conversations.tokenizer import FileTokenizer
+from conversations.tokenizer import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    FileTokenizer,
+    read_tokenizer,
+    tokenizer_sha256,
+)
 from tests.helpers import ODD_TEXTS, npm_models, tokenizer_at
 
 FOLDERS: dict[str, Callable[[], Path]] = {
@@ -66,6 +74,33 @@ def test_it_reads_a_folder_as_transformers_does(folder: Path) -> None:
 def test_a_saved_one_is_the_same(folder: Path, tmp_path: Path) -> None:
     FileTokenizer(folder).save_pretrained(tmp_path / "copy")
     assert_equal(FileTokenizer(tmp_path / "copy"), tokenizer_at(folder))
+
+
+def test_folders_with_the_same_files_share_one_and_each_is_its_own(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    FileTokenizer(base_model_dir()).save_pretrained(first)
+    shutil.copytree(first, second)
+    one, other = read_tokenizer(first), read_tokenizer(second)
+    assert one.backend_tokenizer is other.backend_tokenizer
+    assert (one.name_or_path, other.name_or_path) == (str(first), str(second))
+
+    shutil.rmtree(first)
+    other.chat_template = "another"
+    again = read_tokenizer(second)
+    assert_equal(again, tokenizer_at(base_model_dir()))
+    again.save_pretrained(tmp_path / "third")
+    assert tokenizer_sha256(tmp_path / "third") == tokenizer_sha256(second)
+
+
+@pytest.mark.parametrize("file", [TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE])
+def test_a_folder_whose_files_change_is_read_again(tmp_path: Path, file: str) -> None:
+    FileTokenizer(base_model_dir()).save_pretrained(tmp_path)
+    before = read_tokenizer(tmp_path)
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    (tmp_path / file).write_text(text.replace("<|im_end|>", "<|IM_END|>"), encoding="utf-8")
+    after = read_tokenizer(tmp_path)
+    assert after.backend_tokenizer is not before.backend_tokenizer
+    assert "IM_END" in f"{after.added_tokens_decoder} {after.eos_token} {after.chat_template}"
 
 
 @pytest.fixture
