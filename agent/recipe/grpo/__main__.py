@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from agent.errors import AgentError
+from agent.errors import AgentError, ConfigError
 from agent.recipe.app import run_app
 from agent.recipe.grpo.settings import (
     GrpoSettings,
@@ -76,9 +77,9 @@ def start_training(
         save_every=save_every,
     )
     layout, found = Layout(out.resolve()), resolve_model(model)
+    arguments = {**gpu_arguments(settings), **dict(map(_argument, engine or ()))}
     trainer.check_installed()
     trainer.lay_out(settings, layout, gsm8k, found)
-    arguments = {**gpu_arguments(settings), **dict(map(_argument, engine or ()))}
     extra = [*engine_overrides(arguments), *(override or ())]
     typer.echo(f"the trainer's output: {layout.root / 'trainer.log'}")
     code = 0
@@ -110,19 +111,30 @@ def report(
 def _report(layout: Layout, others: list[Layout] | None = None) -> None:
     from agent.recipe.grpo import report as reporting
 
-    read = {one.root.name: reporting.read_report(one) for one in (layout, *(others or ()))}
-    text = reporting.steps_table(read[layout.root.name])
+    read = {one.root: reporting.read_report(one) for one in (layout, *(others or ()))}
+    text = reporting.steps_table(read[layout.root])
     defects = reporting.verified(layout)
     text += f"\nverify: {len(defects)} defects in the folders of steps\n"
     text += "".join(f"- {defect}\n" for defect in defects[:20])
     (layout.root / "report.md").write_text(text, encoding="utf-8")
-    (layout.root / "curve.svg").write_text(reporting.curve(read), encoding="utf-8")
+    lines = {_name(root, read): found for root, found in read.items()}
+    (layout.root / "curve.svg").write_text(reporting.curve(lines), encoding="utf-8")
     typer.echo(text)
 
 
+def _name(root: Path, among: Collection[Path]) -> str:
+    """A folder's name; its path if another folder has the same name."""
+    return root.name if [one.name for one in among].count(root.name) == 1 else str(root)
+
+
 def _argument(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    return name, yaml.safe_load(value)
+    name, given, value = text.partition("=")
+    try:
+        if name and given:
+            return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise ConfigError(f"--engine {text}: expected NAME=VALUE, VALUE in YAML")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from agent.errors import ConfigError, TaskError
 from agent.recipe.data import held_out
 from agent.recipe.grpo import report, trainer
+from agent.recipe.grpo.__main__ import app
 from agent.recipe.grpo.flaky import FlakySandboxTool
 from agent.recipe.grpo.reward import compute_score, score_of, tools_score
 from agent.recipe.grpo.rows import HELD_OUT_SOURCE, TRAIN_SOURCE, split, write_verl_rows
@@ -253,6 +255,24 @@ def test_metrics_of_steps_that_a_later_start_does_again_are_superseded(tmp_path:
     assert found == {0: {"val": 0.1}, 1: {"timing_s/step": 1.0, "val": 0.2}}
 
 
+def test_runs_of_the_same_name_are_two_lines_and_the_report_is_the_first_ones(
+    tmp_path: Path,
+) -> None:
+    roots = [tmp_path / name / "grpo" for name in ("one", "other")]
+    for number, root in enumerate(roots):
+        root.mkdir(parents=True)
+        (root / "settings.json").write_text('{"reward": "function"}')
+        data = {"timing_s/step": 1.0, "critic/score/mean": 0.25 + number / 2}
+        (root / "metrics-0.jsonl").write_text(json.dumps({"step": 1, "data": data}) + "\n")
+    done = CliRunner().invoke(app, ["report", str(roots[0]), "--against", str(roots[1])])
+    assert done.exit_code == 0
+    assert "| 1 | 0.250 |" in (roots[0] / "report.md").read_text()
+    drawn = (roots[0] / "curve.svg").read_text()
+    assert drawn.count("<polyline") == 2
+    assert all(str(root) in drawn for root in roots)
+    assert not (roots[1] / "report.md").exists()
+
+
 def test_a_report_of_what_is_no_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run of this recipe"):
         report.read_report(Layout(tmp_path / "nothing"))
@@ -324,6 +344,15 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
     layout.settings.unlink()  # as a kill leaves it
     trainer.lay_out(settings, layout, data, tmp_path)
     assert layout.settings.is_file()
+
+
+@pytest.mark.parametrize("argument", ["attention_backend", "=triton", "backends=[triton"])
+def test_an_engine_argument_is_a_name_and_a_value(tmp_path: Path, argument: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    words = ("train", "none.jsonl", "--out", str(tmp_path / "run"), "--model", str(tmp_path))
+    done = CliRunner().invoke(app, [*words, "--engine", argument])
+    assert isinstance(done.exception, ConfigError)
+    assert "NAME=VALUE" in str(done.exception)
 
 
 def test_what_cannot_be_laid_out_leaves_nothing(tmp_path: Path) -> None:
