@@ -96,7 +96,9 @@ def read_gsm8k(path: Path) -> list[dict[str, str]]:
             f"{path} cannot be read: {error}; it is to be GSM8K's train.jsonl"
         ) from error
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits within texts
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             rows.append({"question": str(row["question"]), "answer": str(row["answer"])})

@@ -4,6 +4,7 @@ the model's turns.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -156,3 +157,10 @@ def test_a_row_that_is_not_gsm8k_is_named(tmp_path: Path) -> None:
 
 def test_the_small_mix_is_small() -> None:
     assert SMALL.generated + (SMALL.gsm8k_rows or 0) <= 1500
+
+
+def test_a_rows_text_may_hold_any_character_and_lines_may_be_blank(tmp_path: Path) -> None:
+    row = {"question": "How\u2028many\x85?", "answer": "#### 2"}
+    line = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(f"{line}\r\n\n{line}\n\n", encoding="utf-8", newline="")
+    assert read_gsm8k(tmp_path / "x.jsonl") == [row, row]
