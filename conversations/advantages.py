@@ -107,7 +107,9 @@ def _rewards(run: Run) -> tuple[dict[str, dict[str, float | None]], dict[str, st
     hashes: dict[str, str] = {}
     for record in run.records():
         reward = None if record["infra_error"] else record["reward"]
-        rewards.setdefault(record["task_id"], {})[record["id"]] = reward
+        if reward is not None and _finite(reward) is None:
+            raise RunFolderError(f"{run.path}: the reward of {record['id']} is no finite number")
+        rewards.setdefault(str(record["task_id"]), {})[record["id"]] = reward
         hashes[record["id"]] = record["sha256"]
     return rewards, hashes
 
@@ -173,4 +175,7 @@ class SavedAdvantages:
 def _finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None

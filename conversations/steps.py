@@ -8,18 +8,21 @@ step, and memory holds no more than one record at a time and a few numbers a tas
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conversations.errors import RunFolderError
+from conversations.checks.finding import printable
+from conversations.errors import RecordError, RunFolderError
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import RUN, read_manifest
 from conversations.trajectory import INVALID_STATUSES
 
 Record = Mapping[str, Any]
+_DIGITS = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(slots=True)
@@ -63,7 +66,15 @@ class StepFigures:
     tasks: dict[str, Sum] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        """Counts one record."""
+        """Counts one record. Raises RecordError if a field of it is of another type."""
+        try:
+            self._add(record)
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+            raise RecordError(
+                f"trajectory {printable(str(record['id'])[:200])} cannot be counted: {error}"
+            ) from error
+
+    def _add(self, record: Record) -> None:
         self.trajectories += 1
         self.stop_reasons[record["stop_reason"]] += 1
         self.calls.update(call["status"] for call in record["tool_calls"])
@@ -78,7 +89,7 @@ class StepFigures:
         for value in record["response_logprobs"]:
             if value is not None and math.isfinite(value):
                 self.surprisal.add(-value)
-        if record["reward"] is not None:
+        if record["reward"] is not None and math.isfinite(record["reward"]):
             self.reward.add(record["reward"])
             self.tasks.setdefault(record["task_id"], Sum()).add(record["reward"])
 
@@ -152,7 +163,10 @@ def steps(root: str | Path) -> dict[str, list[StepFigures]]:
     found: dict[str, dict[int, StepFigures]] = {}
     for number, run, record in records(root):
         of_part = found.setdefault(_part(run, record), {})
-        of_part.setdefault(number, StepFigures(number)).add(record)
+        try:
+            of_part.setdefault(number, StepFigures(number)).add(record)
+        except RecordError as error:
+            raise RunFolderError(f"{run.path}: {error}") from error
     parts = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     return {name: list(figures.values()) for name, figures in parts}
 
@@ -166,4 +180,4 @@ def _part(run: Run, record: Record) -> str:
 
 def _step(folder: Path) -> int | None:
     step = read_manifest(folder).get("step")
-    return int(step) if isinstance(step, (int, str)) and str(step).isdigit() else None
+    return int(step) if isinstance(step, (int, str)) and _DIGITS.fullmatch(str(step)) else None

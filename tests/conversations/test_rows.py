@@ -23,6 +23,8 @@ from conversations.export.filters import Filters
 from conversations.export.groups import Statistics
 from conversations.page import build
 from conversations.run.open_run import Run, open_run
+from conversations.run.store import TRAJECTORIES
+from conversations.trajectory import line_hash
 from tests.conversations.exports import exported, qwen3_run, small_run
 
 BODY = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
@@ -198,3 +200,22 @@ def test_an_advantage_of_another_state_of_a_record_is_none(copied: Run) -> None:
 def test_what_cannot_be_computed_is_refused(copied: Run, name: str, size: int | None) -> None:
     with pytest.raises(RunFolderError):
         compute(copied, name, size)
+
+
+@pytest.mark.parametrize("reward", ["1.0", 10**400, True, [1.0]])
+def test_a_reward_that_is_no_number_is_named(copied: Run, reward: object) -> None:
+    lines = [json.loads(line) for line in (copied.path / TRAJECTORIES).read_text().splitlines()]
+    odd = next(line for line in lines if line["reward"] is not None)
+    odd["reward"] = reward
+    odd["sha256"] = line_hash(odd)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (copied.path / TRAJECTORIES).write_text(text)
+    with pytest.raises(RunFolderError, match=f"the reward of {odd['id']}"):
+        compute(open_run(copied.path), "grpo")
+
+
+def test_a_huge_advantage_of_a_foreign_line_counts_as_absent(copied: Run) -> None:
+    record = next(copied.records())
+    line = {"id": record["id"], "sha256": record["sha256"], "advantage": 10**400}
+    (copied.path / ADVANTAGES).write_text("{}\n" + json.dumps(line) + "\n")
+    assert SavedAdvantages(copied.path).of(record) is None

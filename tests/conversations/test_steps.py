@@ -155,3 +155,31 @@ def test_a_step_that_is_no_number_is_no_step(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "step": "none"}))
     assert not is_steps(tmp_path)
     assert len(open_run(tmp_path / "run")) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reward", "x"), ("reward", 10**400), ("num_turns", "x"), ("response_logprobs", ["x"]),
+        ("tool_calls", [1]), ("stop_reason", [1]), ("task_id", [1]), ("wall_s", None),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_counted_is_named(
+    root: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    shutil.copytree(root / "step-0-a", tmp_path / "steps" / "step-0-a")
+    file = tmp_path / "steps" / "step-0-a" / "trajectories.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    record = next(one for one in map(json.loads, lines) if one["reward"] is not None)
+    changed = {**record, name: value, "id": "odd-0"}
+    file.write_text(json.dumps(changed) + "\n" + "".join(lines))
+    with pytest.raises(RunFolderError, match="step-0-a: trajectory odd-0 cannot be counted"):
+        steps(tmp_path / "steps")
+
+
+@pytest.mark.parametrize("step", ["²", "9" * 5000, -1, True, None])
+def test_an_odd_step_is_no_step(tmp_path: Path, step: object) -> None:
+    shutil.copytree(small_run().path, tmp_path / "run")
+    file = tmp_path / "run" / RUN
+    file.write_text(json.dumps({**json.loads(file.read_text()), "step": step}))
+    assert not is_steps(tmp_path)
