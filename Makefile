@@ -20,6 +20,9 @@ GSM8K ?=
 .PHONY: help demo test test-stacks bench lint train
 .DELETE_ON_ERROR:
 
+# If compiled modules are not kept, each process that a test starts compiles the packages again.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## Say what each target does
 	@echo "make TARGET, on Linux with Python 3.11, 3.12 or 3.13 (make PYTHON=python3.12 TARGET chooses one):"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 15

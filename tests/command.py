@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -49,7 +50,10 @@ WARM = (
 def turntrace(
     *arguments: object, cwd: Path = ROOT, timeout: float = 120, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command. `variables` are set beside this process's environment variables."""
+    """Runs the command. `variables` are set beside this process's environment variables.
+
+    Each `PYTHONPATH` has a warm process of its own: what cannot be imported there cannot be here.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     request = {"argv": [*map(str, arguments)], "cwd": str(cwd), "env": environment}
     with (
@@ -58,7 +62,7 @@ def turntrace(
         Path(os.devnull).open("rb") as nothing,
         socket.socket(socket.AF_UNIX) as line,
     ):
-        line.connect(_address())
+        line.connect(_address(environment["PYTHONPATH"]))
         fds = [file.fileno() for file in (nothing, out, err)]
         socket.send_fds(line, [f"{len(json.dumps(request)):>12}".encode()], fds)
         line.sendall(json.dumps(request).encode())
@@ -81,15 +85,15 @@ def _content(file: Any) -> str:
 
 
 @functools.cache
-def _address() -> str:
-    """The socket of this process's warm process, which ends with it."""
+def _address(path: str) -> str:
+    """The socket of this process's warm process with this `PYTHONPATH`, which ends with it."""
     folder = tempfile.mkdtemp(prefix="warm-")
     address = f"{folder}/socket"
     command = [sys.executable, "-m", "tests.command", address]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -159,7 +163,17 @@ def _become(request: dict[str, Any]) -> None:
     runpy.run_module("agent", run_name="__main__", alter_sys=True)
 
 
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:  # the command says what is missing, unless it is ours
+        if str(error.name).split(".")[0] in ("agent", "conversations", "tools"):
+            raise
+
+
 if __name__ == "__main__":
     for name in WARM:
-        importlib.import_module(name)
+        _import(name)
+    gc.collect()
+    gc.freeze()  # otherwise each command copies all of this when its end collects it
     _become(_next_command(sys.argv[1]))

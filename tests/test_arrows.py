@@ -5,6 +5,7 @@ nothing heavy on the way in.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -117,19 +118,21 @@ def _is_import_call(call: ast.Call) -> bool:
     )
 
 
-ALL = [found for file in files() for found in imports_of(file)]
+@functools.cache
+def all_imports() -> list[Import]:
+    return [found for file in files() for found in imports_of(file)]
 
 
 def test_there_is_something_to_walk() -> None:
-    assert {found.file.split("/")[0] for found in ALL} == set(PACKAGES)
-    assert any(not found.at_import for found in ALL)
-    assert len(ALL) > 200
+    assert {found.file.split("/")[0] for found in all_imports()} == set(PACKAGES)
+    assert any(not found.at_import for found in all_imports())
+    assert len(all_imports()) > 200
 
 
 def test_arrows_point_one_way() -> None:
     wrong = [
         str(found)
-        for found in ALL
+        for found in all_imports()
         if found.top in PACKAGES and found.top not in MAY_IMPORT[found.file.split("/")[0]]
     ]
     assert wrong == []
@@ -138,7 +141,7 @@ def test_arrows_point_one_way() -> None:
 def test_conversations_know_no_engine_and_no_network() -> None:
     inside = [
         found
-        for found in ALL
+        for found in all_imports()
         if found.file.startswith("conversations/") and found.top in ENGINES_AND_NETWORK
     ]
     assert [
@@ -177,13 +180,14 @@ def module_of(file: str) -> str:
     return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-INSIDE = [
-    found
-    for found in ALL
-    if found.file.startswith("agent/")
-    and found.file != "agent/__init__.py"
-    and found.module.startswith("agent.")
-]
+def inside_agent() -> list[Import]:
+    return [
+        found
+        for found in all_imports()
+        if found.file.startswith("agent/")
+        and found.file != "agent/__init__.py"
+        and found.module.startswith("agent.")
+    ]
 
 
 def test_every_room_of_agent_has_a_floor() -> None:
@@ -195,13 +199,15 @@ def test_every_room_of_agent_has_a_floor() -> None:
 def test_no_arrow_inside_agent_points_up() -> None:
     floors = [
         (found, FLOOR[room_of(module_of(found.file))], FLOOR[room_of(found.module)])
-        for found in INSIDE
+        for found in inside_agent()
     ]
     assert [str(found) for found, here, there in floors if there > here] == []
 
 
 def test_rooms_on_one_floor_do_not_know_each_other() -> None:
-    pairs = [(found, room_of(module_of(found.file)), room_of(found.module)) for found in INSIDE]
+    pairs = [
+        (found, room_of(module_of(found.file)), room_of(found.module)) for found in inside_agent()
+    ]
     beside = [
         str(found) for found, here, there in pairs if here != there and FLOOR[here] == FLOOR[there]
     ]
@@ -211,38 +217,42 @@ def test_rooms_on_one_floor_do_not_know_each_other() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_files_import_each_other_in_a_circle(package: str) -> None:
     graph: dict[str, set[str]] = {module_of(str(file.relative_to(ROOT))): set() for file in files()}
-    for found in ALL:
+    for found in all_imports():
         if found.module in graph and found.file.startswith(f"{package}/"):
             graph[module_of(found.file)].add(found.module)
     assert list(TopologicalSorter(graph).static_order())
 
 
 def test_nothing_imports_the_recipe() -> None:
-    users = {found.file for found in ALL if found.module.startswith("agent.recipe")}
+    users = {found.file for found in all_imports() if found.module.startswith("agent.recipe")}
     assert {file for file in users if not file.startswith("agent/recipe/")} == set()
 
 
 def test_packages_import_no_tests() -> None:
-    assert [str(found) for found in ALL if found.top == "tests"] == []
+    assert [str(found) for found in all_imports() if found.top == "tests"] == []
 
 
 def test_heavy_modules_are_imported_where_they_are_needed() -> None:
     wrong = [
         str(found)
-        for found in ALL
+        for found in all_imports()
         if found.at_import and found.top in HEAVY and not found.file.startswith(MAY_BE_HEAVY)
     ]
     assert wrong == []
 
 
 def test_one_file_starts_an_engine() -> None:
-    users = {found.file for found in ALL if found.module == "verl.workers.rollout.sglang_rollout"}
+    users = {
+        found.file
+        for found in all_imports()
+        if found.module == "verl.workers.rollout.sglang_rollout"
+    }
     assert users == {"agent/engines/rollout.py"}
 
 
 def test_who_imports_that_file_does_so_when_it_is_needed() -> None:
     heavy = tuple(file.removesuffix(".py").rstrip("/").replace("/", ".") for file in MAY_BE_HEAVY)
-    outside = [found for found in ALL if not found.file.startswith(MAY_BE_HEAVY)]
+    outside = [found for found in all_imports() if not found.file.startswith(MAY_BE_HEAVY)]
     assert [
         str(found) for found in outside if found.at_import and found.module.startswith(heavy)
     ] == []

@@ -1,6 +1,7 @@
 """`pip install turntrace` without an extra: what works, and what says which extra it needs.
 
-The commands run in processes in which no extra and no engine can be imported.
+The commands run in processes in which no extra and no engine can be imported; the first of them
+starts cold.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from agent.packages import ENGINE_PACKAGES, EXTRAS
 from conversations.export.formats import export_names
 from tests.agent.native_api import Server, in_a_thread
 from tests.agent.native_server import behaviour
+from tests.command import turntrace
 from tests.helpers import ROOT, hermes_template
 
 IN_THE_BASE = {"packaging"}
@@ -85,14 +87,8 @@ class User:
     environment: dict[str, str]
 
     def types(self, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "agent", *command.split()],
-            cwd=self.folder,
-            env={**self.environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
+        return turntrace(
+            *command.split(), cwd=self.folder, timeout=240, **{**self.environment, **variables}
         )
 
 
@@ -106,16 +102,26 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
     (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tasks.parquet").write_bytes(b"PAR1")
     (folder / "corpus.jsonl").write_text('{"id": "1", "contents": "a"}\n')
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
-        "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
-        "PATH": "/nowhere",
-    }
-    with in_a_thread(Server(behaviour(hermes_template(), 0.0))) as server:
+    environment = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "PATH": "/nowhere"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        in_a_thread(Server(behaviour(hermes_template(), 0.0))) as server,
+    ):
+        for name in [name for name in os.environ if name.startswith("OTEL_")]:
+            patch.delenv(name)
         config = CONFIG.format(model=base_model_dir(), url=server.url)
         (folder / "config.yaml").write_text(config)
         user = User(folder, environment)
-        ran = user.types("run tasks.jsonl --config config.yaml --out run")
+        command = "run tasks.jsonl --config config.yaml --out run"
+        ran = subprocess.run(
+            [sys.executable, "-m", "agent", *command.split()],
+            cwd=folder,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert ran.stderr == ""
         yield user
