@@ -19,6 +19,7 @@ from rich.console import Console
 from agent.commands.rescore_work import load_score
 from agent.commands.run_work import RunRequest, refuse_images
 from agent.config.config import Config
+from agent.errors import AgentError
 from agent.gateway import Gateway
 from agent.gateway.boxed import boxed_command
 from agent.gateway.gateway import gateway_config, gateway_manifest
@@ -73,6 +74,9 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
     Raises the packages' own errors for a user's mistake.
     """
     command = AgentCommand.of(options.command)
+    for mount in options.mounts:
+        if not mount.exists():
+            raise AgentError(f"--agent-mount {mount}: is not there")
     config = request.config
     samples = config.n(request.validate)
     tasks = 0

@@ -16,7 +16,7 @@ from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from agent.errors import AgentError, TaskError
+from agent.errors import AgentError
 from agent.loop.batch import bare_record, converse_observed, sampled_tokens
 from agent.loop.boundary import describe
 from agent.loop.conversation import Conversation, Counterparts, SentFiles
@@ -183,7 +183,7 @@ class Desk:
             kind, text, more = await run(number, decode_work(data))
         except RecordError as error:
             kind, text = Kind.LOST, str(error)
-        except TaskError as error:
+        except AgentError as error:
             kind, text = Kind.REFUSED, str(error)
         except Exception as error:
             text = describe(error)

@@ -95,7 +95,7 @@ class Kind(StrEnum):
     LOST = "lost"
     """There is no record: not even the bare one has a JSON form."""
     REFUSED = "refused"
-    """The task cannot be run: a user's mistake that ends the run."""
+    """The task, or the command, cannot be run: a user's mistake that ends the run."""
     BROKEN = "broken"
     """The worker's own code failed, which ends the run."""
 

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ from agent.loop.tasks import Task, read_tasks
 from agent.runs.parts import Parts, config_tools, prepare
 from agent.runs.session import Session
 from agent.workers import cluster as ray_cluster
-from agent.workers.actor import Worker
+from agent.workers.actor import Desk, Worker
 from agent.workers.pool import WorkerPool
-from agent.workers.wire import Setup, Work, decode_work, encode_work, sent_record
+from agent.workers.wire import Kind, Setup, Work, decode_work, encode_work, sent_record
 from conversations.images.sources import image_source
 from conversations.run.open_run import open_run
 from conversations.run.store import (
@@ -460,6 +461,36 @@ def test_programs_whose_workers_do_not_start_leave_no_run(project: Path, tmp_pat
         with pytest.raises(AgentError, match="--ray"):
             run_agents(asked, AgentOptions("true {prompt}"), Console(file=io.StringIO()))
         assert not (tmp_path / "run" / RUN).exists()
+
+
+def test_a_mount_that_is_not_there_is_told_before_anything_starts(
+    project: Path, tmp_path: Path
+) -> None:
+    options = AgentOptions("true {prompt}", isolated=True, mounts=(tmp_path / "nowhere",))
+    for more in ({}, {"workers": 1, "ray": "127.0.0.1:1"}):
+        asked = request(project, tmp_path / "run", **more)
+        with pytest.raises(AgentError, match=r"--agent-mount .*nowhere"):
+            run_agents(asked, options, Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+
+
+class RefusingPrograms:
+    """Programs of a worker whose machine lacks something that the run's has."""
+
+    live = ()
+
+    async def run_program(self, task: Task, sample: int) -> None:
+        raise AgentError("--agent-mount /nowhere: is not there")
+
+
+async def test_a_users_mistake_that_a_worker_finds_is_told_as_it_is() -> None:
+    programs: Any = RefusingPrograms()
+    runtime: Any = types.SimpleNamespace(engine=None)
+    desk = Desk(runtime, programs)
+    await desk.begin([(1, encode_work(Work(Task("t", []), 0)))])
+    [(number, kind, text, *_)] = (await desk.take()).answers
+    assert (number, kind) == (1, Kind.REFUSED)
+    assert text.decode() == "--agent-mount /nowhere: is not there"
 
 
 def lacks_a_package(config: Config, log: Path | None) -> Engine:
