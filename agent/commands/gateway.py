@@ -48,7 +48,7 @@ def gateway(
     from agent.config.config import load_config
 
     loaded = load_config(config, set_ or [])
-    for notice in loaded.notices():
+    for notice in loaded.notices("gateway"):
         print(f"note: {notice}", file=sys.stderr)
     from rich.console import Console
 

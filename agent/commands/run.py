@@ -89,13 +89,8 @@ def run(
 
     overrides = [*(set_ or []), *_tools_override(tools), *_n_override(n, validate)]
     loaded = load_config(config, overrides)
-    for notice in loaded.notices():
+    for notice in loaded.notices("run" if agent is None else "agent"):
         print(f"note: {notice}", file=sys.stderr)
-    if agent is None and loaded.rollout.turntrace.session_length is not None:
-        print(
-            "note: no effect: rollout.turntrace.session_length: only with --agent or a gateway",
-            file=sys.stderr,
-        )
     from rich.console import Console
 
     from agent.commands.run_work import RunRequest, run_request

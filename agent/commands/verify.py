@@ -16,6 +16,7 @@ from agent.terminal import LiveLine
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from agent.config.config import Config
     from agent.scoring.compare import Comparison
     from conversations.checks.finding import Defect
     from conversations.verify import Verdict
@@ -58,6 +59,7 @@ def verify(
     if bound is not None and (engine is None or not math.isfinite(bound)):
         raise AgentError("--bound needs --engine, and a number of nats")
     console = Console(stderr=True)
+    config = _engine_config(engine)
 
     read = total = 0
 
@@ -78,7 +80,7 @@ def verify(
         verdict = verify_run(run, jobs=processes, on_defect=show_defect, on_progress=show_progress)
     if not as_json:
         _print(verdict)
-    comparison = _score(run, engine, bound, console)
+    comparison = _score(run, engine, config, bound, console)
     if as_json:
         scores = {} if comparison is None else {"scores": comparison.as_json()}
         print(json.dumps({**verdict.as_json(), **scores}))
@@ -96,11 +98,20 @@ def _print(verdict: Verdict) -> None:
     print(verdict, flush=True)
 
 
-def _score(
-    run: Path, engine: str | None, bound: float | None, console: Console
-) -> Comparison | None:
+def _engine_config(engine: str | None) -> Config | None:
+    """The config of `--engine`. A mistake in it is told before the run is read."""
     if engine is None:
+        return None
+    from agent.commands.verify_work import engine_config
+
+    return engine_config(engine)
+
+
+def _score(
+    run: Path, engine: str | None, config: Config | None, bound: float | None, console: Console
+) -> Comparison | None:
+    if engine is None or config is None:
         return None
     from agent.commands.verify_work import verify_engine
 
-    return verify_engine(run, engine, bound, console)
+    return verify_engine(run, engine, config, bound, console)

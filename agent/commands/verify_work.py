@@ -34,12 +34,14 @@ FAILURES = 3
 """Records that failed and are named."""
 
 
-def verify_engine(path: Path, engine: str, bound: float | None, console: Console) -> Comparison:
-    """Scores the run in `path` with `engine`, a config file or a server's URL.
+def verify_engine(
+    path: Path, engine: str, config: Config, bound: float | None, console: Console
+) -> Comparison:
+    """Scores the run in `path` with `engine`, a config file or a server's URL, and its `config`.
 
     Writes scores.jsonl beside the records. Raises AgentError, also if the engine cannot score.
     """
-    run, config = open_run(path), engine_config(engine)
+    run = open_run(path)
     if not os.access(path, os.W_OK):
         raise AgentError(f"{path} cannot be written: {SCORES} belongs there")
     for notice in config.notices():
@@ -65,7 +67,10 @@ def _log_file() -> Path:
 
 
 def engine_config(engine: str) -> Config:
-    """The config that `--engine` names: a file, or an SGLang server at a URL."""
+    """The config that `--engine` names: a file, or an SGLang server at a URL.
+
+    Raises AgentError.
+    """
     if engine.startswith(("http://", "https://")):
         urls = json.dumps([engine])
         return load_config(None, ["rollout.name=sglang_server", f"rollout.server.urls={urls}"])

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agent.config.fates import notices, refusals
+from agent.config.fates import Use, notices, refusals
 from agent.config.hints import hint
 from agent.config.installed import sglang_arguments
 from agent.config.schema import FATES, ConfigFile, Rollout
@@ -131,11 +131,11 @@ class Config:
             params = {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
         return {**params, "ignore_eos": self.rollout.ignore_eos}
 
-    def notices(self) -> list[str]:
-        """Warnings, and the keys the user wrote that have no effect, with the reasons."""
+    def notices(self, use: Use = "run") -> list[str]:
+        """Warnings, and the keys the user wrote that have no effect in this use, and why."""
         prefix = "rollout."
         given = [path.removeprefix(prefix) for path in self.given if path.startswith(prefix)]
-        return notices(FATES, self.rollout, given)
+        return notices(FATES, self.rollout, given, use)
 
     def verl_rollout(self) -> dict[str, Any]:
         """Plain values for all fields of verl's `RolloutConfig`, nested ones as dicts."""

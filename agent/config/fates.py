@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 When = Callable[[Any], bool]
 """Asks the whole `rollout` block."""
+
+Use = Literal["run", "agent", "gateway"]
+"""Who reads the config: a run of our own loop, `run --agent`, or `turntrace gateway`."""
+USES: tuple[Use, ...] = ("run", "agent", "gateway")
+PROGRAMS: tuple[Use, ...] = ("agent", "gateway")
+"""The uses in which the conversations are those of agent programs."""
 
 
 def _always(rollout: Any) -> bool:
@@ -32,10 +38,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NoEffect:
-    """The key changes nothing: `reason` says why."""
+    """The key changes nothing in these `uses`: `reason` says why."""
 
     reason: str
     when: When = _always
+    uses: tuple[Use, ...] = USES
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """The key turns its section on: it works whatever fate the section has."""
+    """The key turns its section on: the section's fate is not its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +91,14 @@ def refusals(fates: Fates, rollout: Any) -> Iterator[tuple[str, str]]:
                 yield path, fate.text
 
 
-def notices(fates: Fates, rollout: Any, given: Iterable[str]) -> list[str]:
-    """Warnings, then one line for each reason why given keys have no effect.
+def notices(fates: Fates, rollout: Any, given: Iterable[str], use: Use = "run") -> list[str]:
+    """Warnings, then one line for each reason why given keys have no effect in this use.
 
     `given` are dotted paths under `rollout`.
     """
     paths_by_reason: dict[str, list[str]] = {}
     for path in given:
-        if reason := _no_effect(fates, rollout, path):
+        if reason := _no_effect(fates, rollout, path, use):
             paths_by_reason.setdefault(reason, []).append(f"rollout.{path}")
     warnings = [
         fate.text(rollout)
@@ -105,16 +112,16 @@ def notices(fates: Fates, rollout: Any, given: Iterable[str]) -> list[str]:
     ]
 
 
-def _no_effect(fates: Fates, rollout: Any, path: str) -> str | None:
+def _no_effect(fates: Fates, rollout: Any, path: str, use: Use) -> str | None:
     """Why a key has no effect: its own reason, else that of the section around it.
 
     None if it works.
     """
-    if any(isinstance(fate, Switch) for fate in fates.get(path, ())):
-        return None
     while path:
         for fate in fates.get(path, ()):
-            if isinstance(fate, NoEffect) and fate.when(rollout):
+            if isinstance(fate, NoEffect) and use in fate.uses and fate.when(rollout):
                 return fate.reason
+        if any(isinstance(fate, Switch) for fate in fates.get(path, ())):
+            return None
         path = path.rpartition(".")[0]
     return None

@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic_core import PydanticCustomError
 
-from agent.config.fates import Inside, NoEffect, Refused, Switch, Warned, When, fates_of
+from agent.config.fates import (
+    PROGRAMS,
+    Inside,
+    NoEffect,
+    Refused,
+    Switch,
+    Warned,
+    When,
+    fates_of,
+)
 from agent.config.installed import sglang_arguments
 
 
@@ -108,6 +117,13 @@ SCRIPTED = NoEffect(
     "the scripted engine plays recorded ids: nothing is loaded and nothing is sampled",
     _engine_is("scripted"),
 )
+ASKED_ONCE = NoEffect(
+    "a gateway's sessions are opened one by one, and all are sampled alike", uses=("gateway",)
+)
+PROGRAMS_OWN = NoEffect(
+    "an agent program brings its own tools, users and context, and answers its own calls",
+    uses=PROGRAMS,
+)
 NEVER_READ = "verl 0.6.1 never reads it"
 
 
@@ -146,20 +162,31 @@ class MultiTurn(Section):
     Lengths are tokens; None is no limit, `rollout.max_model_len // 3` for the turns.
     """
 
-    enable: Annotated[bool, Switch()] = False
+    enable: Annotated[
+        bool,
+        Switch(),
+        NoEffect(
+            "an agent program may have any number of turns; max_assistant_turns limits them",
+            lambda rollout: not rollout.multi_turn.enable,
+            uses=PROGRAMS,
+        ),
+    ] = False
     max_assistant_turns: PositiveInt | None = None
-    tool_config_path: str | None = None
+    tool_config_path: Annotated[str | None, PROGRAMS_OWN] = None
     max_user_turns: Annotated[
         Count | None,
+        PROGRAMS_OWN,
         NoEffect(
             "without multi_turn.interaction_config_path no user answers",
             lambda rollout: rollout.multi_turn.interaction_config_path is None,
         ),
     ] = None
-    max_parallel_calls: PositiveInt = 16
-    max_tool_response_length: PositiveInt = 256
-    tool_response_truncate_side: Literal["left", "middle", "right"] = "middle"
-    interaction_config_path: str | None = None
+    max_parallel_calls: Annotated[PositiveInt, PROGRAMS_OWN] = 16
+    max_tool_response_length: Annotated[PositiveInt, PROGRAMS_OWN] = 256
+    tool_response_truncate_side: Annotated[Literal["left", "middle", "right"], PROGRAMS_OWN] = (
+        "middle"
+    )
+    interaction_config_path: Annotated[str | None, PROGRAMS_OWN] = None
     use_inference_chat_template: Annotated[
         bool,
         Refused(
@@ -177,7 +204,7 @@ class MultiTurn(Section):
         AfterValidator(_call_format),
     ] = "auto"
     """How the model writes tool calls: a format, or `auto`: proven from the chat template."""
-    context: Context | None = None
+    context: Annotated[Context | None, PROGRAMS_OWN] = None
     num_repeat_rollouts: Annotated[
         int | None, NoEffect(f"{NEVER_READ}; rollout.n is the number of samples of a task")
     ] = None
@@ -352,13 +379,15 @@ class Turntrace(Section):
 
     apply_chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, such as `enable_thinking: false`."""
-    max_consecutive_invalid_calls: PositiveInt | None = 8
+    max_consecutive_invalid_calls: Annotated[PositiveInt | None, PROGRAMS_OWN] = 8
     """Invalid calls in a row that end a conversation with `invalid_tool_calls`; None: never."""
     conversation_deadline_s: PositiveFloat | None = None
     """Seconds until a conversation ends with `deadline`, over all resumes; None: never."""
     max_tokens: PositiveInt | None = None
     """Tokens one turn may sample; None: what the other budgets leave."""
-    session_length: PositiveInt | None = None
+    session_length: Annotated[
+        PositiveInt | None, NoEffect("only with --agent or a gateway", uses=("run",))
+    ] = None
     """Tokens a gateway's session may sample and add, over its branches; None: response_length."""
     format_unproven: bool = False
     """Take `multi_turn.format` although the chat template does not prove it."""
@@ -366,7 +395,11 @@ class Turntrace(Section):
     """Limits of images, for models that see."""
     calls_in_thoughts: bool = False
     """Run the calls that stand inside a thought; else they are part of the thought."""
-    evidence: Annotated[EvidenceKeys, SCRIPTED] = EvidenceKeys()
+    evidence: Annotated[
+        EvidenceKeys,
+        SCRIPTED,
+        NoEffect("no evidence is kept of agent programs' sessions", uses=PROGRAMS),
+    ] = EvidenceKeys()
     """Per-token evidence; see agent/engines/README.md."""
     recorded: Annotated[
         str | None,
@@ -408,10 +441,31 @@ class Rollout(Section):
             ),
             lambda rollout: rollout.n > 1 and (not rollout.do_sample or rollout.temperature == 0),
         ),
+        ASKED_ONCE,
     ] = 1
-    over_sample_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    prompt_length: PositiveInt = 512
-    response_length: PositiveInt = 512
+    over_sample_rate: Annotated[
+        float,
+        Field(ge=0.0, lt=1.0),
+        NoEffect("agent programs are run to their end, and none is aborted", uses=PROGRAMS),
+    ] = 0.0
+    prompt_length: Annotated[
+        PositiveInt,
+        NoEffect(
+            "an agent program's prompt may be as long as max_model_len",
+            lambda rollout: rollout.max_model_len is not None,
+            uses=PROGRAMS,
+        ),
+    ] = 512
+    response_length: Annotated[
+        PositiveInt,
+        NoEffect(
+            "turntrace.session_length takes its place, and max_model_len is given",
+            lambda rollout: (
+                rollout.max_model_len is not None and rollout.turntrace.session_length is not None
+            ),
+            uses=PROGRAMS,
+        ),
+    ] = 512
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "half", "float32", "float"] | None, SERVER, SCRIPTED
     ] = None
@@ -447,7 +501,7 @@ class Rollout(Section):
         ),
     ] = 1
     max_num_batched_tokens: Annotated[PositiveInt, SERVER, SCRIPTED] = 8192
-    val_kwargs: Annotated[Sampling, SCRIPTED] = Sampling()
+    val_kwargs: Annotated[Sampling, SCRIPTED, ASKED_ONCE] = Sampling()
     max_model_len: Annotated[
         PositiveInt | None,
         Refused(
@@ -458,7 +512,14 @@ class Rollout(Section):
             ),
         ),
     ] = None
-    max_num_seqs: PositiveInt = 1024
+    max_num_seqs: Annotated[
+        PositiveInt,
+        NoEffect(
+            "programs ask when they like, and the engine is not of this process",
+            _engine_is_not("sglang"),
+            uses=("gateway",),
+        ),
+    ] = 1024
     log_prob_micro_batch_size: Annotated[int | None, TRAINER] = None
     log_prob_micro_batch_size_per_gpu: Annotated[int | None, TRAINER] = None
     log_prob_use_dynamic_bsz: Annotated[bool, TRAINER] = False
@@ -486,6 +547,7 @@ class Rollout(Section):
         NoEffect(
             "multi_turn.enable is false: each conversation is one turn without tools",
             lambda rollout: not rollout.multi_turn.enable,
+            uses=("run",),
         ),
     ] = MultiTurn()
     server: Annotated[

@@ -99,6 +99,19 @@ def test_an_engine_that_is_not_there_is_one_line(run: Path, engine: str) -> None
     assert not (run / SCORES).exists()
 
 
+@pytest.mark.parametrize("text", [None, "model_path: [", "model_path: m\nrollout: {nn: 1}\n"])
+def test_a_mistake_in_the_config_is_told_before_the_run_is_read(
+    run: Path, tmp_path: Path, text: str | None
+) -> None:
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    done = verify(run, "--engine", config)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line[:6] for line in done.stderr.splitlines()] == ["error:"]
+    assert str(config) in done.stderr
+
+
 def test_an_address_without_http_is_told_how_a_server_is_given(run: Path) -> None:
     done = verify(run, "--engine", "127.0.0.1:30000")
     assert done.returncode == 2

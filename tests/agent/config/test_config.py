@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config.config import Config, load_config
+from agent.config.fates import PROGRAMS, Use
 from agent.config.hints import FOREIGN
 from agent.config.installed import sglang_arguments
 from agent.config.schema import (
@@ -93,13 +94,24 @@ WORKS_IN_PROCESS = {
     "turntrace.format_unproven",
     "turntrace.calls_in_thoughts",
     "turntrace.max_tokens",
-    "turntrace.session_length",
     "turntrace.evidence.top_logprobs",
     "turntrace.evidence.sampling_mask",
     "turntrace.evidence.routed_experts",
     *("turntrace.images.count", "turntrace.images.pixels", "turntrace.images.bytes"),
 }
 """The keys that work (or are refused) with `name: sglang`; all others are reported."""
+
+NOT_FOR_PROGRAMS = {
+    "over_sample_rate",
+    *("multi_turn.tool_config_path", "multi_turn.interaction_config_path", "multi_turn.context"),
+    *("multi_turn.max_parallel_calls", "multi_turn.max_tool_response_length"),
+    *("multi_turn.tool_response_truncate_side", "turntrace.max_consecutive_invalid_calls"),
+    *("turntrace.evidence.top_logprobs", "turntrace.evidence.sampling_mask"),
+    "turntrace.evidence.routed_experts",
+}
+"""The keys that work in a run, and not where agent programs converse."""
+ONCE = {"n", *(path for path in WORKS_IN_PROCESS if path.startswith("val_kwargs."))}
+"""The keys that `run --agent` follows and `turntrace gateway` does not."""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -183,12 +195,50 @@ def test_a_gateways_lengths_fit_verls_check(session_length: int | None) -> None:
     assert [given.verl_rollout()[name] for name in names] == [1024, 1024, 2048]
 
 
+@pytest.mark.parametrize(
+    ("use", "works"),
+    [
+        ("run", WORKS_IN_PROCESS),
+        ("agent", WORKS_IN_PROCESS - NOT_FOR_PROGRAMS | {"turntrace.session_length"}),
+        ("gateway", WORKS_IN_PROCESS - NOT_FOR_PROGRAMS - ONCE | {"turntrace.session_length"}),
+    ],
+)
 @pytest.mark.parametrize("path", leaves())
-def test_every_key_works_or_is_reported(path: str) -> None:
+def test_every_key_works_or_is_reported(path: str, use: Use, works: set[str]) -> None:
     default = known_paths(Rollout)[path]
-    config = load_config(None, [f"rollout.{path}={json.dumps(default)}"])
-    reported = any(f"rollout.{path}" in notice for notice in config.notices())
-    assert reported == (path not in WORKS_IN_PROCESS)
+    words = [f"rollout.{path}={json.dumps(default)}", "rollout.multi_turn.enable=true"]
+    config = load_config(None, words)
+    reported = [notice for notice in config.notices(use) if f"rollout.{path}" in notice]
+    assert len(reported) == (path not in works)
+
+
+@pytest.mark.parametrize(
+    ("body", "reported"),
+    [
+        ("{multi_turn: {max_assistant_turns: 3}}", set()),
+        ("{multi_turn: {enable: false, max_assistant_turns: 3}}", {"multi_turn.enable"}),
+        ("{prompt_length: 9, response_length: 9, turntrace: {session_length: 9}}", set()),
+        ("{prompt_length: 9, max_model_len: 900}", {"prompt_length"}),
+        (
+            "{response_length: 9, max_model_len: 900, turntrace: {session_length: 9}}",
+            {"response_length"},
+        ),
+    ],
+)
+def test_what_a_gateway_follows_in_its_own_way(
+    tmp_path: Path, body: str, reported: set[str]
+) -> None:
+    config = load_config(rollout_yaml(tmp_path, body))
+    for use in PROGRAMS:
+        keys = {notice.split(": ")[1] for notice in config.notices(use)}
+        assert keys == {f"rollout.{path}" for path in reported}
+
+
+def test_a_gateway_over_servers_says_that_nothing_limits_turns_at_once() -> None:
+    words = ["name=sglang_server", "server.urls=[http://a]", "max_num_seqs=3"]
+    config = load_config(None, [f"rollout.{word}" for word in words])
+    assert "rollout.max_num_seqs" in "".join(config.notices("gateway"))
+    assert not config.notices("agent")
 
 
 @pytest.mark.parametrize(

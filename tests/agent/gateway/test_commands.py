@@ -66,10 +66,12 @@ def test_the_gateway_serves_until_ctrl_c(
     with in_a_thread(Server(answers)) as server:
         thread = in_background(f"http://127.0.0.1:{port}", end)
         code = turntrace(
-            monkeypatch, "gateway", "--out", str(out), "--port", str(port), *config_words(server)
+            *(monkeypatch, "gateway", "--out", str(out), "--port", str(port)),
+            *("--set", "rollout.n=2", *config_words(server)),
         )
         thread.join()
-    said = " ".join(capfd.readouterr().out.split())
+    said, notes = (" ".join(text.split()) for text in capfd.readouterr())
+    assert notes.count("no effect: rollout.n: ") == 1
     assert f"listening on http://127.0.0.1:{port}" in said
     assert said.count("turntrace.max_tokens") == 1
     assert code == (0 if end else 1)
@@ -93,8 +95,10 @@ def test_run_agent_ends_in_a_run_like_every_other(
     )
     with in_a_thread(Server(answers)) as server:
         words = ["run", str(tasks), "--out", str(out), "--n", "2", "--agent", COMMAND]
-        words += ["--reward", f"{score}:score", *config_words(server)]
+        words += ["--reward", f"{score}:score", "--set", "rollout.over_sample_rate=0.5"]
+        words += config_words(server)
         assert turntrace(monkeypatch, *words) == 0
+        assert capfd.readouterr().err.count("no effect: rollout.over_sample_rate: ") == 1
         assert turntrace(monkeypatch, *words, "--resume") == 0
     records = checked(out).trajectories
     assert {name: record.reward for name, record in records.items()} == dict.fromkeys(
