@@ -124,12 +124,13 @@ def stats(
 ) -> None:
     """Print statistics of a run's groups: pass@k, rewards, turns, tokens, calls, stop reasons."""
     from conversations.advantages import SavedAdvantages
+    from conversations.checks.shape import well_formed
     from conversations.export.groups import Statistics
     from conversations.run.open_run import open_run
 
     opened = open_run(run)
     statistics, advantages = Statistics(pass_reward), SavedAdvantages(opened.path)
-    for record in opened.records(check=False):
+    for record in map(well_formed, opened.records(check=False)):
         statistics.add(record)
         statistics.add_advantage(advantages.of(record))
     print(_lines(statistics.table()))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SHOWN = 60
-_LONGEST_ID = 200
+LONGEST_ID = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Defect:
     def __str__(self) -> str:
         place = [f"{self.file}:{self.line}" if self.line else self.file]
         if self.trajectory is not None:
-            place += ["trajectory", printable(self.trajectory[:_LONGEST_ID])]
+            place += ["trajectory", printable(self.trajectory[:LONGEST_ID])]
         if self.finding.turn is not None:
             place += ["turn", str(self.finding.turn)]
         if self.finding.token is not None:

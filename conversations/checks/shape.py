@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
 from conversations import messages, trajectory
-from conversations.checks.finding import Finding, quoted
+from conversations.checks.finding import LONGEST_ID, Finding, printable, quoted
+from conversations.errors import RecordError
 from conversations.messages import ROLES
 from conversations.tokens import KINDS
 from conversations.trajectory import (
@@ -229,6 +230,14 @@ def shape_findings(record: dict[str, Any]) -> Iterator[Finding]:
         yield from (_finding(detail, record) for detail in errors[:MAX_SHOWN])
         if len(errors) > MAX_SHOWN:
             yield Finding(f"{len(errors) - MAX_SHOWN} more values of the wrong form")
+
+
+def well_formed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record. Raises RecordError, naming the first value that has not the form above."""
+    for finding in shape_findings(record):
+        name = printable(str(record.get("id"))[:LONGEST_ID])
+        raise RecordError(f"trajectory {name}: {finding.what}; `turntrace verify` shows all of it")
+    return record
 
 
 def _finding(detail: ErrorDetails, record: dict[str, Any]) -> Finding:

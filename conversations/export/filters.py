@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from conversations.checks.shape import well_formed
 from conversations.errors import ExportError
 from conversations.export.groups import PASS_REWARD, Statistics
 from conversations.run.open_run import Run
@@ -104,7 +105,10 @@ class Seen:
 
 @dataclass(slots=True)
 class Selection:
-    """The kept records of a run. Iterate once: it fills `whole`, `kept` and `dropped`."""
+    """The kept records of a run. Iterate once: it fills `whole`, `kept` and `dropped`.
+
+    Iterating raises RecordError at a record that has not a record's form.
+    """
 
     run: Run
     filters: Filters
@@ -120,7 +124,7 @@ class Selection:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         groups = self._groups()
-        for record in self.run.records():
+        for record in map(well_formed, self.run.records()):
             self.whole.add(record)
             if self.progress:
                 self.progress(self.whole.trajectories)
@@ -135,7 +139,7 @@ class Selection:
         """The run's rewards by group, if a filter needs them."""
         groups = Statistics(self.filters.pass_reward)
         if self.filters.on_groups:
-            for record in self.run.records(check=False):
+            for record in map(well_formed, self.run.records(check=False)):
                 groups.add_reward(record)
         return groups
 

@@ -456,6 +456,31 @@ def test_stats_prints_the_groups(tmp_path: Path) -> None:
     assert "pass@4" in done.stdout
 
 
+# ---------------------------------------------------------------------- foreign records
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("messages", [1]), ("response_ids", ["x"]), ("tool_calls", [{}]), ("reward", "x"),
+        ("stop_reason", [1]), ("turns", {}), ("branches", [1]),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_form_is_named_under_a_forged_hash(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    def change(number: int, record: dict[str, Any]) -> None:
+        record.update({name: value} if number == 0 else {})
+
+    path = changed_run(tmp_path / "run", small_run().path, change)
+    for command in (["stats"], ["export", "--to", "openai", "--out", tmp_path / "out"]):
+        done = turntrace(command[0], path, *command[1:])
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert f"trajectory {records()[0]['id']}: " in done.stderr
+        assert name in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------- text that is no Unicode
 
 HALF = "half \ud83d of a pair"
