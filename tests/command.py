@@ -25,6 +25,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.warm_python import send_request
+
 ROOT = Path(__file__).parent.parent
 WARM = (
     "agent.cli",
@@ -44,7 +46,7 @@ WARM = (
     "tools.search",
     "tools.sandbox",
 )
-"""What commands import: none of these starts a thread."""
+"""What commands import, and MCP servers with the SDK: none of these starts a thread."""
 
 
 def turntrace(
@@ -62,10 +64,8 @@ def turntrace(
         Path(os.devnull).open("rb") as nothing,
         socket.socket(socket.AF_UNIX) as line,
     ):
-        line.connect(_address(environment["PYTHONPATH"]))
-        fds = [file.fileno() for file in (nothing, out, err)]
-        socket.send_fds(line, [f"{len(json.dumps(request)):>12}".encode()], fds)
-        line.sendall(json.dumps(request).encode())
+        line.connect(warm_address(environment["PYTHONPATH"]))
+        send_request(line, request, [file.fileno() for file in (nothing, out, err)])
         with line.makefile("rb") as replies:
             pid = int(replies.readline())
             line.settimeout(timeout)
@@ -85,7 +85,7 @@ def _content(file: Any) -> str:
 
 
 @functools.cache
-def _address(path: str) -> str:
+def warm_address(path: str = str(ROOT)) -> str:
     """The socket of this process's warm process with this `PYTHONPATH`, which ends with it."""
     folder = tempfile.mkdtemp(prefix="warm-")
     address = f"{folder}/socket"
@@ -128,7 +128,7 @@ def _next_command(address: str) -> dict[str, Any]:
 
 def _forked(line: socket.socket) -> dict[str, Any]:
     """Forks the command, reports its process and its exit code to `line`, and ends; returns in the
-    command's process.
+    command's process, which is killed if nobody is left at the other end of `line`.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, fds, _, _ = socket.recv_fds(line, 12, 3)
@@ -137,6 +137,12 @@ def _forked(line: socket.socket) -> dict[str, Any]:
     pid = os.fork()
     if pid:
         line.sendall(f"{pid}\n".encode())
+        with selectors.DefaultSelector() as waiting:
+            child = os.pidfd_open(pid)
+            for source in (child, line):
+                waiting.register(source, selectors.EVENT_READ)
+            if child not in [key.fileobj for key, _ in waiting.select()]:
+                os.kill(pid, signal.SIGKILL)  # who asked for it is gone
         _, status = os.waitpid(pid, 0)
         with contextlib.suppress(BrokenPipeError):
             line.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -149,18 +155,22 @@ def _forked(line: socket.socket) -> dict[str, Any]:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Makes this process what `python -m agent` is at its start."""
+    """Makes this process what `python -m agent` is at its start, or `python SCRIPT`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = [str(ROOT / "agent" / "__main__.py"), *request["argv"]]
+    script = request.get("script")
+    sys.argv = [script or str(ROOT / "agent" / "__main__.py"), *request["argv"]]
     sys.path[0] = request["cwd"]
     random.seed()
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    runpy.run_module("agent", run_name="__main__", alter_sys=True)
+    if script:
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module("agent", run_name="__main__", alter_sys=True)
 
 
 def _import(name: str) -> None:

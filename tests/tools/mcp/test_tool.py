@@ -19,12 +19,14 @@ import yaml
 
 from agent.loop.calls import ConversationTools, Dispatcher, PendingTurn
 from conversations.messages import ToolCall
+from tests.command import ROOT, warm_address
 from tests.helpers import hermes_template, until
 from tests.tools.mcp import misbehaving
 from tools.base import BackendError, ToolConfigError, ToolError
 from tools.registry import load_tools
 from tools.toolset import ToolSet
 
+WARM_PYTHON = str(ROOT / "tests" / "warm_python.py")
 SERVER = str(Path(__file__).with_name("misbehaving.py"))
 EXAMPLE = {
     "command": "python",
@@ -58,7 +60,8 @@ class Server:
         self.log = log
         self._child: subprocess.Popen[str] | None = None
         self._port = 0
-        self.mcp: dict[str, Any] = {"command": "python", "args": [SERVER, "stdio", str(log)]}
+        args = [WARM_PYTHON, warm_address(), SERVER, "stdio", str(log)]
+        self.mcp: dict[str, Any] = {"command": "python", "args": args}
         if kind != "stdio":
             self.start()
             self.mcp = {"url": f"http://127.0.0.1:{self._port}/mcp"}
