@@ -79,11 +79,9 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
             raise AgentError(f"--agent-mount {mount}: is not there")
     config = request.config
     samples = config.n(request.validate)
-    tasks = 0
-    for task in read_tasks(request.tasks, request.limit):
-        prompt_of(task)  # a task that no program can be given is told before anything starts
-        tasks += 1
-    progress = Progress(total=tasks * samples)
+    # A task that no program can be given is told before anything starts.
+    rows = read_tasks(request.tasks, request.limit, lambda task: command.argv(prompt_of(task)))
+    progress = Progress(total=sum(1 for _ in rows) * samples)
     for note in notes_on_turns_at_once(config):
         say(console, f"note: {note}")
     if request.workers is not None:

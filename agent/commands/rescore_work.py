@@ -166,13 +166,11 @@ def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
         return dataclasses.replace(record, parent=parent)
     try:
         parts = _parts(score(record))
-        reward = total_reward(parts)
-        if reward is not None and not math.isfinite(reward):
-            raise ValueError(f"the sum of the parts is {reward}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may exit
         raise AgentError(
             f"trajectory {record.id}: the reward function failed: {_one_line(error)}"
         ) from error
+    reward = total_reward(parts)
     return dataclasses.replace(record, reward=reward, reward_parts=parts, parent=parent)
 
 
@@ -190,10 +188,15 @@ def _one_line(error: BaseException) -> str:
 
 
 def _parts(value: Any) -> dict[str, float]:
+    """What a reward function returned, as parts whose sum is finite."""
     if value is None:
         return {}
     named = value if isinstance(value, Mapping) else {"reward": value}
-    return {str(name): _number(part) for name, part in named.items()}
+    parts = {str(name): _number(part) for name, part in named.items()}
+    reward = total_reward(parts)
+    if reward is not None and not math.isfinite(reward):
+        raise ValueError(f"the sum of the parts is {reward}")
+    return parts
 
 
 def _number(value: Any) -> float:

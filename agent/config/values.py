@@ -76,9 +76,7 @@ def read_file(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: no such config file; check the path given with --config"
-        ) from None
+        raise ConfigError(f"{file}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as a UTF-8 text file: {error}") from error
     try:

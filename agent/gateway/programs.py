@@ -35,12 +35,15 @@ from agent.gateway.keeper import Keeper
 from agent.gateway.sessions import Score
 from agent.loop.boundary import describe
 from agent.loop.tasks import Task
+from conversations.encoding import without_lone_surrogates
 from conversations.trajectory import Trajectory
 
 PROMPT = "{prompt}"
 PROGRAMS, ABOUT = "programs", "program.json"
 MAX_OUTPUT_BYTES = 1 << 20
 MAX_FILES, MAX_FILES_BYTES = 1000, 16 << 20
+MAX_ARGUMENT_BYTES = (128 << 10) - 1
+"""What Linux lets one argument have, besides its NUL."""
 MOST_NAMED = 100
 """So many files are named that were left out."""
 TERM_S = 5.0
@@ -74,9 +77,20 @@ class AgentCommand:
         return cls(words)
 
     def argv(self, prompt: str) -> list[str]:
-        """The command for a task's text."""
-        text = prompt.replace("\0", "\ufffd")  # no argument can hold it
-        return [word.replace(PROMPT, text) for word in self.words]
+        """The command for a task's text.
+
+        Raises TaskError if it is longer than an argument may be.
+        """
+        # No argument can hold a NUL or half a character.
+        text = without_lone_surrogates(prompt.replace("\0", "\ufffd"))
+        argv = [word.replace(PROMPT, text) for word in self.words]
+        longest = max(len(os.fsencode(word)) for word in argv)
+        if longest > MAX_ARGUMENT_BYTES:
+            raise TaskError(
+                f"its text makes an argument of {longest} bytes, and a program can be given "
+                f"{MAX_ARGUMENT_BYTES}; put it into a file that the program reads"
+            )
+        return argv
 
 
 def prompt_of(task: Task) -> str:
@@ -297,10 +311,12 @@ def about_text(about: Mapping[str, Any]) -> str:
 
 def folder_name(record_id: str) -> str:
     """A record's id as the name of a folder: no separators, and never too long."""
-    name = quote(record_id, safe=" ").strip(".") or "_"
+    name = quote(record_id, safe=" ", errors="surrogatepass")
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
     if len(name) <= 200:
         return name
-    return f"{name[:180]}-{hashlib.sha256(record_id.encode()).hexdigest()[:16]}"
+    return f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def keep_files(folder: Path, target: Path) -> list[str]:

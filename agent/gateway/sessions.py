@@ -232,7 +232,7 @@ class GatewaySessions:
         """Sets the reward. One that cannot be had is unknown, never 0."""
         record = trajectory_of_session(session)
         try:
-            session.reward_parts = dict(await asyncio.to_thread(score, record))
+            session.reward_parts = dict(await asyncio.to_thread(_scored, score, record))
         except Exception as error:
             session.ending.fail(f"the reward function failed: {describe(error)}")
 
@@ -313,6 +313,14 @@ class GatewaySessions:
                 f"session {session.name} ({task.id}) cannot be brought back: {error}"
             ) from error
         self._register(session, opened["key"])
+
+
+def _scored(score: Score, record: Trajectory) -> Mapping[str, float]:
+    """The parts of the reward. No thread but the main one gets Ctrl-C, so neither exit is ours."""
+    try:
+        return score(record)
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"it raised {describe(error)}") from error
 
 
 def _digest(key: str) -> str:

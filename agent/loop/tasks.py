@@ -51,7 +51,7 @@ class Task:
 
 
 def read_tasks(
-    path: str | Path, limit: int | None = None, check: Callable[[Task], None] | None = None
+    path: str | Path, limit: int | None = None, check: Callable[[Task], object] | None = None
 ) -> Iterator[Task]:
     """Yields the first `limit` tasks of a .jsonl, .json or .parquet file.
 

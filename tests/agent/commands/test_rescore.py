@@ -50,6 +50,9 @@ def nan(trajectory):
 def huge(trajectory):
     return {"a": 1.7e308, "b": 1.7e308}
 
+def exits(trajectory):
+    raise SystemExit(3)
+
 async def later(trajectory):
     return 1.0
 
@@ -200,6 +203,7 @@ def test_several_processes_give_the_same_in_the_same_order(
             "scores:huge",
             "trajectory t-0: the reward function failed: ValueError: ",
         ),
+        ("scores:exits", "trajectory t-0: the reward function failed: SystemExit: 3"),
         ("os:getcwd", "trajectory t-0: the reward function failed: TypeError"),
         ("scores:later", "an async function"),
         ("scores:missing", "scores has no function 'missing'"),

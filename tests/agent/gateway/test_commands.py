@@ -163,3 +163,14 @@ def test_mistakes_are_one_line(
     assert turntrace(monkeypatch, *(names.get(word, word) for word in words)) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_task_too_long_for_an_argument_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks, out = tmp_path / "tasks.jsonl", tmp_path / "run"
+    tasks.write_text(f'{{"prompt": "x"}}\n{{"prompt": "{"x" * (1 << 17)}"}}\n')
+    words = ["run", str(tasks), "--out", str(out), "--agent", COMMAND]
+    assert turntrace(monkeypatch, *words) == 2
+    assert capfd.readouterr().err.startswith(f"error: {tasks}:2: ")
+    assert not out.exists()

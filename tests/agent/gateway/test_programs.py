@@ -23,10 +23,12 @@ from typing import Any
 import pytest
 
 from agent.commands.agent_work import run_all
+from agent.commands.rescore_work import load_score
 from agent.errors import AgentError, TaskError
 from agent.gateway import programs
 from agent.gateway.boxed import boxed_command, installation
 from agent.gateway.programs import (
+    MAX_ARGUMENT_BYTES,
     MAX_OUTPUT_BYTES,
     AgentCommand,
     ProgramRunner,
@@ -112,13 +114,27 @@ def test_a_program_that_never_asks_or_never_ends(tmp_path: Path) -> None:
     assert hangs.extra["session"]["exit_code"] == -signal.SIGTERM
 
 
-def test_a_reward_function_that_fails_is_no_reward(tmp_path: Path) -> None:
-    def score(record: Trajectory) -> Mapping[str, float]:
-        raise ZeroDivisionError("no tests ran")
-
-    record = run_rows(tmp_path / "run", ["x:y"], score=score)["0-0"]
-    assert (record.reward, record.infra_error) == (None, True)
-    assert "no tests ran" in str(record.error)
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise ZeroDivisionError('no tests ran')", "no tests ran"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("return {'a': 1.7e308, 'b': 1.7e308}", "the sum of the parts is inf"),
+    ],
+)
+def test_a_reward_function_that_fails_is_no_reward(tmp_path: Path, body: str, says: str) -> None:
+    """Its own row has none; the others are run and rewarded."""
+    file = tmp_path / "score.py"
+    file.write_text(
+        f"def score(record):\n    if record.task_id == '0':\n        {body}\n    return 1.0\n"
+    )
+    score = load_score(f"{file}:score", tmp_path)
+    records = run_rows(tmp_path / "run", ["x:y", "x:z"], score=score)
+    failed = records["0-0"]
+    assert (failed.reward, failed.infra_error) == (None, True)
+    assert says in str(failed.error)
+    assert records["1-0"].reward == 1.0
 
 
 def test_a_resume_runs_what_is_missing(tmp_path: Path) -> None:
@@ -193,6 +209,28 @@ def _file(file: Path, row: Any) -> Path:
     return file
 
 
+def test_a_text_that_is_no_argument_is_told_by_task(tmp_path: Path) -> None:
+    given = AgentCommand.of("true --task={prompt}")
+    assert given.argv("a\0b\ud800c")[1] == "--task=a\ufffdb\ufffdc"
+    longest = "x" * (MAX_ARGUMENT_BYTES - len("--task="))
+    assert subprocess.run(given.argv(longest), check=True).returncode == 0
+    with pytest.raises(OSError, match="too long"):
+        subprocess.run([*given.argv(longest)[:1], f"x{given.argv(longest)[1]}"], check=True)
+    with pytest.raises(TaskError, match=f"{MAX_ARGUMENT_BYTES + 1} bytes"):
+        given.argv(f"{longest}x")
+
+
+def test_a_task_with_half_characters_is_run(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"id": "\\ud800", "prompt": "x:\\ud800y"}\n')
+    (task,) = read_tasks(tasks)
+    with live(tmp_path / "run", engine=Obedient()) as gateway:
+        runner = ProgramRunner(gateway, AgentCommand.of(COMMAND))
+        gateway.session_loop.run(runner.run(task, 0))
+    record = checked(tmp_path / "run").only
+    assert (record.infra_error, record.num_turns > 0) == (False, True), record.error
+
+
 @pytest.mark.parametrize(
     ("command", "problem"),
     [("mini -t hello", "no {prompt}"), ("nothing-there {prompt}", "no program"), ("'x", "quot")],
@@ -203,9 +241,23 @@ def test_a_command_that_cannot_be_run_is_one_line(command: str, problem: str) ->
 
 
 def test_names_of_folders_are_safe() -> None:
-    assert folder_name("../../etc/passwd-0") == "%2F..%2Fetc%2Fpasswd-0"
+    assert folder_name("../../etc/passwd-0") == "%2E.%2F..%2Fetc%2Fpasswd-0"
     assert "/" not in folder_name("a/b")
     assert len(folder_name("é" * 500)) < 255
+    odd = [
+        ".a-0",
+        "a-0",
+        "..a-0",
+        "%2Ea-0",
+        ".-0",
+        "..-0",
+        "-0",
+        "\ud800-0",
+        "\ud801-0",
+        "\ufffd-0",
+    ]
+    assert len({*map(folder_name, odd)}) == len(odd)
+    assert not [name for name in map(folder_name, odd) if name.startswith(".")]
 
 
 def test_a_prompt_is_the_text_of_a_task() -> None:
