@@ -2,7 +2,7 @@
 
 `python -m tests.command` imports the packages once; each command is forked from it, so that it has
 its own process, files, environment, working folder and exit code, but none of the half second of
-imports. What the start itself does, and what it may not import, is tested with `python -m agent`.
+imports, and none of the seven seconds that an engine's or a trainer's take. What the start itself does, and what it may not import, is tested with `python -m agent`.
 """
 
 from __future__ import annotations
@@ -47,24 +47,59 @@ WARM = (
     "tools.sandbox",
 )
 """What commands import, and MCP servers with the SDK: none of these starts a thread."""
+ENGINE = (*WARM, "agent.engines.rollout")
+"""For commands that start an engine in process. No thread here but OpenBLAS's, which knows forks.
+"""
+TRAINER = (
+    "agent.engines.rollout",
+    "tests.agent.trainer_peer",
+    "verl.trainer.ppo.ray_trainer",
+    "verl.utils.dataset.rl_dataset",
+    "verl.workers.reward_manager.naive",
+)
+"""For what stands in a verl 0.6.1 trainer's place. One thread more, jemalloc's, which knows forks.
+"""
+HAS_GPU = Path("/dev/nvidiactl").exists()
+"""CUDA survives no fork: then what imports torch starts cold."""
 
 
 def turntrace(
-    *arguments: object, cwd: Path = ROOT, timeout: float = 120, **variables: str
+    *arguments: object,
+    cwd: Path = ROOT,
+    timeout: float = 120,
+    imports: tuple[str, ...] = WARM,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command. `variables` are set beside this process's environment variables.
+    """Runs the command. `variables` are set beside this process's environment variables."""
+    return run_warm("agent", *arguments, cwd=cwd, timeout=timeout, imports=imports, **variables)
+
+
+def run_warm(
+    module: str,
+    *arguments: object,
+    cwd: Path = ROOT,
+    timeout: float = 120,
+    imports: tuple[str, ...],
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m MODULE` in a process in which `imports` are imported already.
 
     Each `PYTHONPATH` has a warm process of its own: what cannot be imported there cannot be here.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    request = {"argv": [*map(str, arguments)], "cwd": str(cwd), "env": environment}
+    argv = [*map(str, arguments)]
+    if HAS_GPU and imports != WARM:
+        command = [sys.executable, "-m", module, *argv]
+        given: dict[str, Any] = {"cwd": cwd, "env": environment, "timeout": timeout}
+        return subprocess.run(command, **given, capture_output=True, text=True, check=False)
+    request = {"module": module, "argv": argv, "cwd": str(cwd), "env": environment}
     with (
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
         Path(os.devnull).open("rb") as nothing,
         socket.socket(socket.AF_UNIX) as line,
     ):
-        line.connect(warm_address(environment["PYTHONPATH"]))
+        line.connect(warm_address(environment["PYTHONPATH"], imports))
         send_request(line, request, [file.fileno() for file in (nothing, out, err)])
         with line.makefile("rb") as replies:
             pid = int(replies.readline())
@@ -75,7 +110,7 @@ def turntrace(
                 os.kill(pid, signal.SIGKILL)
                 raise
         written = [_content(file) for file in (out, err)]
-    return subprocess.CompletedProcess(["turntrace", *request["argv"]], code, *written)
+    return subprocess.CompletedProcess([module, *argv], code, *written)
 
 
 def _content(file: Any) -> str:
@@ -85,11 +120,13 @@ def _content(file: Any) -> str:
 
 
 @functools.cache
-def warm_address(path: str = str(ROOT)) -> str:
-    """The socket of this process's warm process with this `PYTHONPATH`, which ends with it."""
+def warm_address(path: str = str(ROOT), imports: tuple[str, ...] = WARM) -> str:
+    """The socket of this process's warm process with this `PYTHONPATH` and these imports, which
+    ends with it.
+    """
     folder = tempfile.mkdtemp(prefix="warm-")
     address = f"{folder}/socket"
-    command = [sys.executable, "-m", "tests.command", address]
+    command = [sys.executable, "-m", "tests.command", address, *imports]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -155,7 +192,7 @@ def _forked(line: socket.socket) -> dict[str, Any]:
 
 
 def _become(request: dict[str, Any]) -> None:
-    """Makes this process what `python -m agent` is at its start, or `python SCRIPT`."""
+    """Makes this process what `python -m MODULE` is at its start, or `python SCRIPT`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -170,7 +207,7 @@ def _become(request: dict[str, Any]) -> None:
     if script:
         runpy.run_path(script, run_name="__main__")
     else:
-        runpy.run_module("agent", run_name="__main__", alter_sys=True)
+        runpy.run_module(request.get("module", "agent"), run_name="__main__", alter_sys=True)
 
 
 def _import(name: str) -> None:
@@ -182,8 +219,15 @@ def _import(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in WARM:
+    gc.disable()
+    if "agent.engines.rollout" in sys.argv:
+        from agent.engines.start import starting
+
+        with starting():
+            _import("agent.engines.rollout")
+    for name in sys.argv[2:]:
         _import(name)
+    gc.enable()
     gc.collect()
     gc.freeze()  # otherwise each command copies all of this when its end collects it
     _become(_next_command(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from tests.helpers import hermes_template, qwen_template
 # A background job inherits that these signals are ignored, and would pass that on to its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+# A test process imports torch and the like: by Python's own setting they would be walked often.
+gc.set_threshold(50_000, 10, 10)
 
 # ------------------------------------------------------------ three files at a time (make test)
 

@@ -6,6 +6,7 @@ them. Each writes `rank-R.json` in FOLDER: two processes' lines in one pipe woul
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ import torch.multiprocessing as processes
 
 from agent.engines import cpu_guards
 from agent.engines.arguments import start_variables
+from tests.agent.native_api import free_port
+from tests.command import HAS_GPU
 
 WORLD = 2
 
@@ -86,7 +89,18 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    from tests.agent.native_api import free_port
+def main() -> None:
+    """Both ranks are forked from this process once it has imported what they need, if there is no
+    CUDA, which survives no fork.
+    """
+    method = "spawn" if HAS_GPU else "fork"
+    if not HAS_GPU:
+        os.environ |= start_variables(cuda=False)
+        cpu_guards.install()
+        importlib.import_module("tests.agent.trainer_peer")
+    arguments = (sys.argv[1], free_port())
+    processes.start_processes(rank_main, arguments, nprocs=WORLD, start_method=method)
 
-    processes.spawn(rank_main, (sys.argv[1], free_port()), nprocs=WORLD)
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import pytest
 
 from conversations.open_run import open_run
 from tests.bench.gpu.model import tiny_model
-from tests.command import turntrace
+from tests.command import ENGINE, turntrace
 from tests.helpers import npm_models
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -53,7 +53,7 @@ def test_it_runs_and_verifies_with_the_format_that_its_template_proves(
     rows = [json.dumps({"prompt": f"What is 6 times {number}?"}) for number in range(TASKS)]
     (tmp_path / "tasks.jsonl").write_text("\n".join(rows) + "\n")
     options = ("tasks.jsonl", "--config", "config.yaml", "--out", "run")
-    ran = turntrace("run", *options, cwd=tmp_path, timeout=600)
+    ran = turntrace("run", *options, cwd=tmp_path, timeout=600, imports=ENGINE)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     run = open_run(tmp_path / "run")
     assert run.manifest["call_format"]["name"] == "qwen3_coder"

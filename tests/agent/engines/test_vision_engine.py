@@ -4,9 +4,6 @@ is what transformers computes for the same ids and pixels.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from conversations.images.pixels import joined_pixels, pixels_of, slow_processor
 from conversations.images.reading import ImageLimits, stored_picture
 from conversations.open_run import open_run
 from conversations.trajectory import Trajectory
-from tests.helpers import ROOT
+from tests.command import ENGINE, turntrace
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -33,17 +30,6 @@ SETTINGS = (
 )
 BFLOAT16 = 0.3
 """Nats: what rounding to bf16 may do; wrong positions or pixels cost several."""
-
-
-def turntrace(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agent", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
 
 
 def transformers_logprobs(record: Trajectory, pixels: dict[str, Any]) -> list[float]:
@@ -69,7 +55,8 @@ def transformers_logprobs(record: Trajectory, pixels: dict[str, Any]) -> list[fl
 def test_a_diagram_goes_through_the_engine_exactly(tmp_path: Path) -> None:
     write_rows(tmp_path / "d.jsonl", diagram_rows(1, 3))
     options = [word for setting in SETTINGS for word in ("--set", setting)]
-    ran = turntrace("run", "d.jsonl", "--tools", "geo3k", "--out", "run", *options, cwd=tmp_path)
+    command = ("run", "d.jsonl", "--tools", "geo3k", "--out", "run", *options)
+    ran = turntrace(*command, cwd=tmp_path, timeout=600, imports=ENGINE)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     verified = turntrace("verify", "run", cwd=tmp_path)
     assert verified.returncode == 0, verified.stdout + verified.stderr

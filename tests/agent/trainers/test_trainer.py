@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,13 @@ import pytest
 
 from agent.engines import cpu_guards
 from agent.engines.arguments import start_variables
+from agent.engines.processes import collector_paused
+from agent.trainers import batches
 from conversations.run.open_run import open_run
 from conversations.template import ChatTemplate
 from conversations.verify import verify_run
-from tests.helpers import LOOK_SCHEMA, ROOT, call, respelled
+from tests.command import TRAINER, run_warm, turntrace
+from tests.helpers import LOOK_SCHEMA, call, respelled
 
 cpu_guards.install()
 pytestmark = pytest.mark.slow
@@ -30,13 +31,29 @@ def peers(tmp_path_factory: pytest.TempPathFactory, qwen2_5: ChatTemplate) -> It
     with pytest.MonkeyPatch.context() as patch:
         for name, value in start_variables(cuda=False).items():
             patch.setenv(name, value)
-        from tests.agent.trainer_peer import Peers, sglang_rollout
+        with collector_paused():
+            from tests.agent.trainer_peer import Peers, sglang_rollout
 
+        patch.setattr(batches, "make_template", each_once(batches.make_template))
         # verl would pick `glm` for any vocabulary with `<tool_call>`, and find no call.
         patch.setattr(sglang_rollout, "get_tool_call_parser_type", lambda _: "qwen25")
         made = Peers(tmp_path_factory.mktemp("verl"), qwen2_5)
         yield made
         made.close()
+
+
+def each_once(make: Any) -> Any:
+    """`make_template`, which proves a template: half a second that rollouts of one config share."""
+    made: dict[str, Any] = {}
+
+    def make_or_share(config: Any, tokenizer: Any, images: Any = None) -> Any:
+        rollout = config.rollout
+        key = f"{id(tokenizer)} {id(images)} {rollout.multi_turn.format} {rollout.turntrace!r}"
+        if key not in made:
+            made[key] = make(config, tokenizer, images)
+        return made[key]
+
+    return make_or_share
 
 
 def script(peers: Any, say: Any, **options: Any) -> Any:
@@ -540,16 +557,7 @@ def test_each_batch_is_kept_where_the_config_says_so(peers: Any, tmp_path: Path)
     defects: list[Any] = []
     verify_run(run.path, on_defect=defects.append)
     assert defects == []
-    again = [
-        sys.executable,
-        "-m",
-        "agent",
-        "replay",
-        str(run.path),
-        "--out",
-        str(tmp_path / "again"),
-    ]
-    replayed = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    replayed = turntrace("replay", run.path, "--out", tmp_path / "again")
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
 
 
@@ -659,13 +667,7 @@ def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
     """verl's data loading, rewards and advantages around the real engine and tools; a process of
     its own, as a worker is.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.agent.trainer_smoke", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run_warm("tests.agent.trainer_smoke", tmp_path, timeout=600, imports=TRAINER)
     told = [line for line in done.stdout.splitlines() if line.startswith("SMOKE ")]
     assert told, done.stderr[-2000:]
     steps = json.loads(told[0].removeprefix("SMOKE "))["steps"]
@@ -690,13 +692,7 @@ def test_two_steps_of_a_trainer(tmp_path: Path) -> None:
 
 
 def test_tensor_parallel_ranks_return_the_same_and_fail_together(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.agent.tp_ranks", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_warm("tests.agent.tp_ranks", tmp_path, timeout=300, imports=TRAINER)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["responses"] == second["responses"]
