@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from agent.engines.engine import Generation, Interrupted
 from agent.engines.servers import SGLangServerEngine
 from agent.errors import ConfigError, EngineError, EngineStartError
 from agent.model.base import base_model_dir
+from tests.agent.engines.conftest import OwnServer
 from tests.agent.native_api import (
     Server,
     answers,
     breaks,
     free_port,
-    launched,
     serving,
     status,
     waits,
@@ -512,34 +512,46 @@ async def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------------- SGLang's own server
 
 
-@pytest.fixture(scope="module")
-def sglang_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with launched(
-        base_model_dir(), free_port(), tmp_path_factory.mktemp("server") / "log"
-    ) as server:
-        yield server.url
-
-
 @pytest.mark.engine
 @pytest.mark.slow
-async def test_sglangs_own_server_end_to_end(sglang_url: str) -> None:
-    tokenizer = tokenizer_at(base_model_dir())
-    ids = tokenizer.apply_chat_template(
+async def test_sglangs_own_server_end_to_end(tiny_server: OwnServer) -> None:
+    ids = tokenizer_at(base_model_dir()).apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
     )
-    engine = SGLangServerEngine([sglang_url])
+    expected = transformers_greedy(tiny_server.model, ids, 16)
+    length = next(n for n in range(6, 17) if expected[n - 1] not in expected[: n - 1])
+    stop = expected[length - 1]
+    engine = SGLangServerEngine([tiny_server.url])
     await engine.connect()
     assert engine.describe()["version"] == "0.5.5"
-    first = await sample(engine, ids, stop_token_ids=[2])
-    assert "Paris" in tokenizer.decode(first.token_ids)
-    assert (first.finish_reason, first.token_ids[-1], first.prompt_tokens) == ("stop", 2, len(ids))
+    assert (await sample(engine, ids)).token_ids == expected
+    first = await sample(engine, ids, stop_token_ids=[stop])
+    assert first.token_ids == expected[:length]
+    assert (first.finish_reason, first.token_ids[-1], first.prompt_tokens) == (
+        "stop",
+        stop,
+        len(ids),
+    )
     assert all(isinstance(value, float) for value in first.logprobs)
-    second = await sample(engine, [*ids, *first.token_ids, 198])
-    assert second.cached_tokens == len(ids) + len(first.token_ids) - 1
+    second = await sample(engine, [*ids, *expected, 198])
+    assert second.cached_tokens == len(ids) + len(expected) - 1
     with pytest.raises(EngineError, match="status 400"):
         await sample(engine, [1] * 9000)
-    await check_stops(engine, sglang_url)
+    await check_stops(engine, tiny_server.url)
     await engine.close()
+
+
+def transformers_greedy(model: Path, ids: list[int], count: int) -> list[int]:
+    """The likeliest `count` tokens after `ids`, by transformers' own forward pass."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            whole.append(int(llama(torch.tensor([whole])).logits[0, -1].argmax()))
+    return whole[len(ids) :]
 
 
 async def check_stops(engine: SGLangServerEngine, url: str) -> None:
@@ -547,7 +559,7 @@ async def check_stops(engine: SGLangServerEngine, url: str) -> None:
     aborted = uuid.uuid4().hex
     tasks = [
         asyncio.create_task(
-            sample(engine, [1, 2], request_id, max_new_tokens=4000, ignore_eos=True)
+            sample(engine, [1, 2], request_id, max_new_tokens=1900, ignore_eos=True)
         )
         for request_id in (aborted, *(uuid.uuid4().hex for _ in range(5)))
     ]

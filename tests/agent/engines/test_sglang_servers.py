@@ -25,19 +25,17 @@ from agent.errors import EngineError, EngineStartError
 from agent.loop.batch import run_tasks
 from agent.loop.calls import Dispatcher
 from agent.loop.runtime import Runtime
-from agent.model.base import base_model_dir
 from conversations.template import ChatTemplate
 from conversations.trajectory import Trajectory
 from tests.agent import native_server
+from tests.agent.engines.conftest import OwnServer
 from tests.agent.native_api import (
     Server,
     answers,
     free_port,
     healthy,
-    launch,
     serving,
     status,
-    wait_for_health,
     waits,
 )
 from tests.helpers import settings, task
@@ -313,24 +311,6 @@ def look(question: str) -> str:
     return f"about {question}"
 
 
-def tiny_model(folder: Path) -> Path:
-    """A random two-layer model in float32: tokens of a greedy run do not depend on what else is in
-    the batch.
-    """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-    vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
-    bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base_model_dir()).save_pretrained(folder)
-    return folder
-
-
 async def greedy(engine: SGLangServerEngine, number: int) -> list[int]:
     """Eight turns of 16 tokens, with something of ours after each."""
     ids = [100 + number, 7, 8, 9]
@@ -343,32 +323,19 @@ async def greedy(engine: SGLangServerEngine, number: int) -> list[int]:
 
 @pytest.mark.engine
 @pytest.mark.slow
-async def test_sglangs_own_server_killed_under_load(tmp_path: Path) -> None:
-    model, port, log = tiny_model(tmp_path / "model"), free_port(), tmp_path / "log"
-    options: dict[str, Any] = {
-        "dtype": "float32",
-        "max-running-requests": 64,
-        "max-total-tokens": 16384,
-    }
-    process = launch(model, port, log, **options)
-    try:
-        wait_for_health(process, log)
-        engine = SGLangServerEngine([process.url])
-        await engine.connect()
-        undisturbed = await asyncio.gather(
-            *(greedy(engine, number) for number in range(CONVERSATIONS))
-        )
-        running = asyncio.gather(*(greedy(engine, number) for number in range(CONVERSATIONS)))
-        for _ in range(SGLANG_KILLS):
-            await asyncio.sleep(0.5)
-            process.kill()
-            assert not running.done()
-            process = launch(model, port, log, **options)
-            await healthy(process.url)
-        assert await running == undisturbed
-        await engine.close()
-    finally:
-        process.kill()
+async def test_sglangs_own_server_killed_under_load(tiny_server: OwnServer) -> None:
+    engine = SGLangServerEngine([tiny_server.url])
+    await engine.connect()
+    undisturbed = await asyncio.gather(*(greedy(engine, number) for number in range(CONVERSATIONS)))
+    running = asyncio.gather(*(greedy(engine, number) for number in range(CONVERSATIONS)))
+    for _ in range(SGLANG_KILLS):
+        await asyncio.sleep(0.5)
+        tiny_server.kill()
+        assert not running.done()
+        tiny_server.start()
+        await healthy(tiny_server.url)
+    assert await running == undisturbed
+    await engine.close()
 
 
 # ---------------------------------------------------------------------- SGLang's router
