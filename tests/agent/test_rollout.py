@@ -5,6 +5,7 @@ nothing lost on the way.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import socket
@@ -151,11 +152,17 @@ async def test_logprobs_are_those_of_the_temperature_scaled_distribution(
 def reference_logits(ids: list[int], sampled: list[int]) -> Any:
     """[len(sampled), vocabulary]: the logits of each sampled token, before the temperature."""
     import torch
+
+    with torch.no_grad():
+        return reference_model()(torch.tensor([ids + sampled])).logits[0, len(ids) - 1 : -1]
+
+
+@functools.cache
+def reference_model() -> Any:
+    import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base_model_dir(), dtype=torch.float32)
-    with torch.no_grad():
-        return model(torch.tensor([ids + sampled])).logits[0, len(ids) - 1 : -1]
+    return AutoModelForCausalLM.from_pretrained(base_model_dir(), dtype=torch.float32)
 
 
 def mean_error(generation: Generation, logits: Any) -> float:
@@ -217,16 +224,16 @@ SAMPLE_TO = "TURNTRACE_TEST_SAMPLE_TO"
 """Variable that names a file for `greedy_sample`: `engines/test_other_sglangs.py` compares it."""
 
 
-async def greedy_sample(rollout: Any) -> dict[str, Any]:
+async def greedy_sample(rollout: Any, count: int = 32) -> dict[str, Any]:
     """Ids and log-probs of two greedy turns, the second after the first, and SGLang's version.
 
     The cache is emptied first: a prompt that is computed in two parts is rounded otherwise.
     """
     engine = rollout.engine()
     assert (await rollout._engine.flush_cache()).success
-    first = await sample(engine, prompt(), max_new_tokens=32, ignore_eos=True)
+    first = await sample(engine, prompt(), max_new_tokens=count, ignore_eos=True)
     second = await sample(
-        engine, [*prompt(), *first.token_ids, *ODD_IDS], max_new_tokens=32, ignore_eos=True
+        engine, [*prompt(), *first.token_ids, *ODD_IDS], max_new_tokens=count, ignore_eos=True
     )
     return {
         "sglang": engine.describe()["sglang"],
@@ -237,9 +244,11 @@ async def greedy_sample(rollout: Any) -> dict[str, Any]:
 
 @on_session_loop
 async def test_a_greedy_sample_for_another_version(sglang_rollout: Any) -> None:
-    sampled = await greedy_sample(sglang_rollout)
-    assert [len(ids) for ids in sampled["ids"]] == [32, 32]
-    if path := os.environ.get(SAMPLE_TO):
+    path = os.environ.get(SAMPLE_TO)
+    count = 32 if path else 4  # so many are compared
+    sampled = await greedy_sample(sglang_rollout, count)
+    assert [len(ids) for ids in sampled["ids"]] == [count, count]
+    if path:
         await asyncio.to_thread(Path(path).write_text, json.dumps(sampled))
 
 
@@ -366,7 +375,7 @@ async def test_bad_sampling_params_fail_one_request_and_leave_the_engine_up(
 ) -> None:
     with pytest.raises(EngineError, match=r"^[^\n]+$"):
         await sample(engine, prompt(), **bad)
-    assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
+    assert len((await sample(engine, prompt(), max_new_tokens=1)).token_ids) == 1
 
 
 @pytest.mark.parametrize("ids", [[], [1] * (ENGINE_CONTEXT + 100), [49152 + 5]])
@@ -376,7 +385,7 @@ async def test_a_bad_prompt_fails_one_request_and_leaves_the_engine_up(
 ) -> None:
     with pytest.raises(EngineError, match=r"^[^\n]+$"):
         await sample(engine, ids)
-    assert (await sample(engine, prompt(), stop_token_ids=[END])).finish_reason == "stop"
+    assert len((await sample(engine, prompt(), max_new_tokens=1)).token_ids) == 1
 
 
 @on_session_loop
@@ -436,7 +445,7 @@ async def test_new_weights_wait_for_what_the_scheduler_still_runs(
     norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
     await sglang_rollout._engine.flush_cache()
     before = await sample(engine, prompt())
-    over, sampling = uuid.uuid4().hex, {"max_new_tokens": 64, "ignore_eos": True}
+    over, sampling = uuid.uuid4().hex, {"max_new_tokens": 32, "ignore_eos": True}
     task = asyncio.create_task(sample(engine, [1, 9690, 198], over, **sampling))
     await until(load_is(sglang_rollout, requests=1, waiting=0))
     engine._running[over].cancel()  # here alone: the scheduler is not told
