@@ -2,7 +2,8 @@
 
 `python -m tests.command` imports the packages once; each command is forked from it, so that it has
 its own process, files, environment, working folder and exit code, but none of the half second of
-imports, and none of the seven seconds that an engine's or a trainer's take. What the start itself does, and what it may not import, is tested with `python -m agent`.
+imports, and none of the seven seconds that an engine's or a trainer's take. What the start itself
+does, and what it may not import, is tested with `python -m agent`.
 """
 
 from __future__ import annotations
