@@ -136,7 +136,10 @@ def read_body(kind: type[B], raw: bytes) -> B:
     place = ".".join(str(part) for part in finding["loc"] if not _names_a_type(part))
     if finding["type"] == "json_invalid":
         raise Refusal(f"the body is not JSON: {finding['ctx']['error']}", code="invalid_json")
-    raise Refusal(f"{place or 'the body'}: {finding['msg']}", field=place or None)
+    message = finding["msg"]
+    if finding["type"] == "extra_forbidden":
+        message = f"is unknown; known are {', '.join(kind.model_fields)}"
+    raise Refusal(f"{place or 'the body'}: {message}", field=place or None)
 
 
 def has_rounded(value: object) -> bool:

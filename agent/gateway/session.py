@@ -8,6 +8,7 @@ client never got is given again, one that it got never is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -501,6 +502,8 @@ def not_written(error: RunFolderError) -> Refusal:
 
 def checked_reward(name: str, value: object) -> float:
     """A reward that a program sent. Raises Refusal if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Refusal(f"{name}: must be a finite number, got {value!r:.100}", field=name)
-    return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of 309 digits and more
+            if math.isfinite(number := float(value)):
+                return number
+    raise Refusal(f"{name}: must be a finite number, got {value!r:.100}", field=name)

@@ -222,6 +222,8 @@ class GatewaySessions:
         try:
             line = self.folder.append(trajectory)
         except RecordError as error:
+            session.ending = before  # it has not ended yet, and may still be kept as unfinished
+            session.reward_parts, session.said_at_end = {}, None
             raise Refusal(f"the record has no JSON form: {error}", code="invalid_record") from error
         with contextlib.suppress(RunFolderError):  # a resume sees the record itself
             self._forget(session)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from agent.gateway.request import Body, Refusal, read_body
 from agent.gateway.session import GatewaySession, checked_reward
@@ -15,9 +16,15 @@ from agent.loop.tasks import Task
 from conversations.trajectory import STOP_REASONS
 
 
-class _Open(Body):
+class _Own(Body):
+    """A body of a route of our own: a misspelt reward must not be one that was never given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Open(_Own):
     task_id: str | None = Field(default=None, min_length=1, max_length=512)
-    sample: int = Field(default=0, ge=0)
+    sample: int = Field(default=0, ge=0, lt=1 << 31)
     ground_truth: Any = None
     data_source: Any = None
     extra: Any = None
@@ -34,7 +41,7 @@ class _Open(Body):
         )
 
 
-class _Finish(Body):
+class _Finish(_Own):
     reward: Any = None
     reward_parts: dict[str, Any] | None = None
     stop_reason: str = "stop"
@@ -77,6 +84,8 @@ def reward_parts(reward: Any, parts: Mapping[str, Any] | None) -> dict[str, floa
     checked = {
         name: checked_reward(f"reward_parts.{name}", value) for name, value in (parts or {}).items()
     }
+    if not math.isfinite(sum(checked.values())):
+        raise Refusal("reward_parts: their sum is no finite number", field="reward_parts")
     if reward is None:
         return checked
     whole = checked_reward("reward", reward)

@@ -5,6 +5,7 @@ and that a session goes on afterwards where it can.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import socket
 from collections.abc import Iterator
@@ -278,6 +279,9 @@ def test_a_session_ends_once(gateway: Gateway) -> None:
         '{"stop_reason": "bored"}',
         '{"reward_parts": {"a": null}}',
         '{"reward": 1, "reward_parts": {"a": 2}}',
+        '{"reward_parts": {"a": 1.7e308, "b": 1.7e308}}',
+        f'{{"reward": {"9" * 400}}}',
+        '{"rewrad": 1}',
     ):
         assert httpx.post(f"{url}/finish", content=outcome).status_code == 400
     program.say("say x")
@@ -285,6 +289,39 @@ def test_a_session_ends_once(gateway: Gateway) -> None:
     assert (record["reward"], record["extra"]) == (0.75, {"session": {"notes": [1]}})
     assert httpx.post(f"{url}/finish", json={}).status_code == 400
     assert problem("chat", program.say("say x")) == (400, "this session is finished")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"task": "t"}, "task: is unknown; known are task_id, sample"),
+        ({"sample": 10**30}, "sample: "),
+        ({"sample": -1}, "sample: "),
+        ({"task_id": ""}, "task_id: "),
+    ],
+)
+def test_a_session_that_cannot_be_opened_is_refused_by_name(
+    gateway: Gateway, body: dict[str, Any], says: str
+) -> None:
+    before = len(gateway.sessions.live)
+    answer = httpx.post(f"{gateway.url}/sessions", json=body)
+    assert (answer.status_code, answer.json()["error"]["message"][: len(says)]) == (400, says)
+    assert len(gateway.sessions.live) == before
+
+
+async def test_an_end_that_no_record_can_hold_is_refused_and_the_session_goes_on(
+    tmp_path: Path,
+) -> None:
+    with live(tmp_path, engine=Obedient()) as gateway:
+        kept, ended = await gateway.open("kept"), await gateway.open("ended")
+        for session in (kept, ended):
+            assert told("chat", Program(gateway, session.id, session.api_key).say("say x")) == "x"
+            with pytest.raises(AgentError, match="JSON"):
+                await session.finish(1.0, stop_reason="length", extra=math.nan)
+        record = await ended.finish(0.5)
+        assert (record.reward, record.stop_reason, record.extra) == (0.5, "stop", None)
+    (line,) = (tmp_path / "unfinished.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward"] is None
 
 
 def test_an_aborted_session_is_unfinished(tmp_path: Path) -> None:
