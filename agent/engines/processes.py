@@ -28,6 +28,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agent.engines import cpu_attention
 from agent.errors import EngineError, EngineStartError
 
 T = TypeVar("T")
@@ -299,6 +300,8 @@ def run_child(target: str, log_path: Path | None, _paused: None, *args: Any, **k
     psutil.Process.send_signal = send_unless_quit  # type: ignore[method-assign, assignment]
     module, name = target.split(":")
     body = getattr(importlib.import_module(module), name)
+    if args and getattr(args[0], "attention_backend", None) == cpu_attention.BACKEND:
+        cpu_attention.install()
     gc.freeze()  # modules stay: no collection walks them
     gc.enable()
     body(*args, **kwargs)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from agent.engines import cpu_attention
 from agent.engines.engine import Generation, Interrupted
 from agent.engines.evidence import EvidenceRequest
 from agent.engines.sglang import SGLangEngine
@@ -252,6 +253,43 @@ async def test_a_greedy_sample_for_another_version(sglang_rollout: Any) -> None:
         await asyncio.to_thread(Path(path).write_text, json.dumps(sampled))
 
 
+@pytest.mark.parametrize("heads", [9, 3])
+def test_decoding_gives_what_sglangs_own_attention_gives(sglang_rollout: Any, heads: int) -> None:
+    """SGLang's own backend over a cache with gaps, before and after its attention is replaced."""
+    import torch
+    from sglang.srt.layers.attention import torch_native_backend as backend
+
+    generator = torch.Generator().manual_seed(heads)
+    keys, values = (torch.randn(256, 3, 64, generator=generator).bfloat16() for _ in range(2))
+    queries = torch.randn(4, heads, 64, generator=generator).bfloat16()
+    places = torch.stack([torch.randperm(256, generator=generator)[:128] for _ in range(4)])
+    rows, lengths = torch.tensor([2, 0, 3, 1]), torch.tensor([128, 1, 17, 64])
+
+    def decoded() -> Any:
+        found = torch.empty_like(queries)
+        decode = backend.TorchNativeAttnBackend._run_sdpa_forward_decode
+        cache = (keys, values, places, rows, lengths)
+        decode(None, queries, found, *cache, scaling=0.125, enable_gqa=heads != 3)
+        return found
+
+    given = backend.scaled_dot_product_attention
+    before = decoded()
+    try:
+        cpu_attention.install()
+        assert backend.scaled_dot_product_attention is cpu_attention.grouped_attention
+        assert torch.allclose(decoded().float(), before.float(), atol=1e-3, rtol=1e-2)
+        for options in ({"is_causal": True}, {"attn_mask": torch.ones(5, 64).tril() > 0}):
+            wide = torch.randn(1, 9, 5, 64, generator=generator)
+            narrow = torch.randn(1, 3, 64, 64, generator=generator)
+            both = [
+                attend(wide, narrow, narrow, enable_gqa=True, **options)
+                for attend in (given, cpu_attention.grouped_attention)
+            ]
+            assert torch.equal(*both)
+    finally:
+        backend.scaled_dot_product_attention = given
+
+
 # ---------------------------------------------------------------------- stopping
 
 
@@ -445,7 +483,7 @@ async def test_new_weights_wait_for_what_the_scheduler_still_runs(
     norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
     await sglang_rollout._engine.flush_cache()
     before = await sample(engine, prompt())
-    over, sampling = uuid.uuid4().hex, {"max_new_tokens": 32, "ignore_eos": True}
+    over, sampling = uuid.uuid4().hex, {"max_new_tokens": 64, "ignore_eos": True}
     task = asyncio.create_task(sample(engine, [1, 9690, 198], over, **sampling))
     await until(load_is(sglang_rollout, requests=1, waiting=0))
     engine._running[over].cancel()  # here alone: the scheduler is not told
