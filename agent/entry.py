@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
 
 def main() -> None:
     """Runs the command; one line and exit code 2 if Python would import other people's packages."""
@@ -30,8 +33,10 @@ def main() -> None:
         _refuse(str(error))
     for note in local_folders(Path.cwd()):
         print(f"note: {note}", file=sys.stderr)
-    from agent.cli import main as run
-
+    try:
+        from agent.cli import main as run
+    except KeyboardInterrupt:  # a moment after the start; later the command itself says so
+        raise SystemExit(INTERRUPTED) from None
     raise SystemExit(run())
 
 

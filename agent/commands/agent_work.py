@@ -118,11 +118,11 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
 def _interrupted(
     request: RunRequest, progress: Progress, interrupt: KeyboardInterrupt, console: Console
 ) -> int:
-    say(
-        console,
-        f"interrupted: {progress.done} of {progress.total} are in {request.out}; resume with: "
-        f"{request.resume_command}",
-    )
+    if (request.out / RUN).exists():
+        kept = f"{progress.done} of {progress.total} are in {request.out}"
+        say(console, f"interrupted: {kept}; resume with: {request.resume_command}")
+    else:
+        say(console, f"interrupted before a program ran; {request.out} holds no run yet")
     return exit_code(interrupt)
 
 

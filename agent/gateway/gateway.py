@@ -30,7 +30,7 @@ from agent.gateway.request import Refusal
 from agent.gateway.server import LOOPBACK, Access, GatewayServer
 from agent.gateway.session import GatewaySession
 from agent.gateway.sessions import GatewaySessions, Score, SessionOutcome
-from agent.gateway.sessions_api import reward_parts
+from agent.gateway.sessions_api import ending_reason, reward_parts
 from agent.loop.batch import Progress
 from agent.loop.boundary import describe
 from agent.loop.tasks import Task
@@ -342,11 +342,12 @@ class ProgramSession:
         """Ends the session and returns its record; a second call returns the first one's.
 
         `score` gives the parts of the reward, called with the record without one. Raises AgentError
-        if a reward is no finite number or the record cannot be written.
+        if a reward is no finite number, the stop reason no end, or the record cannot be written.
         """
         if self.record is None:
             parts = _reward_parts(reward, reward_parts)
-            outcome = SessionOutcome(parts, stop_reason, infra_error, error, extra, score)
+            reason = _ending_reason(stop_reason)
+            outcome = SessionOutcome(parts, reason, infra_error, error, extra, score)
             finishing = self._gateway.sessions.finish(self._session, outcome)
             finished = await _told(self._gateway.session_loop.arun(finishing))
             self.record = finished.record
@@ -362,6 +363,13 @@ class ProgramSession:
 def _reward_parts(reward: Any, parts: Mapping[str, Any] | None) -> dict[str, float]:
     try:
         return reward_parts(reward, parts)
+    except Refusal as refusal:
+        raise AgentError(refusal.message) from refusal
+
+
+def _ending_reason(reason: str) -> str:
+    try:
+        return ending_reason(reason)
     except Refusal as refusal:
         raise AgentError(refusal.message) from refusal
 

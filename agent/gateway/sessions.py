@@ -208,7 +208,7 @@ class GatewaySessions:
             session.ending.fail(session.engine_trouble, "engine_error")
         before = replace(session.ending)
         session.ending.stop(outcome.stop_reason)
-        if outcome.infra_error:
+        if outcome.infra_error or outcome.stop_reason == "engine_error":
             session.ending.fail(outcome.error or "the program reported a failure")
         session.reward_parts = dict(outcome.reward_parts)
         session.said_at_end = outcome.extra

@@ -70,13 +70,20 @@ def opened(session: GatewaySession, key: str, url: str) -> dict[str, Any]:
 def finish_request(raw: bytes) -> SessionOutcome:
     """The body of `POST /sessions/{id}/finish`. Raises Refusal."""
     given = read_body(_Finish, raw or b"{}")
-    if given.stop_reason not in STOP_REASONS:
-        raise Refusal(
-            f"stop_reason: {given.stop_reason!r} is unknown; allowed are {', '.join(STOP_REASONS)}",
-            field="stop_reason",
-        )
     parts = reward_parts(given.reward, given.reward_parts)
-    return SessionOutcome(parts, given.stop_reason, given.infra_error, given.error, given.extra)
+    reason = ending_reason(given.stop_reason)
+    return SessionOutcome(parts, reason, given.infra_error, given.error, given.extra)
+
+
+def ending_reason(reason: str) -> str:
+    """The stop reason that a program gives. Raises Refusal if no finished session can have it."""
+    allowed = [one for one in STOP_REASONS if one != "cancelled"]
+    if reason in allowed:
+        return reason
+    problem = f"is unknown; allowed are {', '.join(allowed)}"
+    if reason == "cancelled":
+        problem = "is no end: a cancelled session is given up (DELETE /sessions/ID, `abort`)"
+    raise Refusal(f"stop_reason: {reason!r} {problem}", field="stop_reason")
 
 
 def reward_parts(reward: Any, parts: Mapping[str, Any] | None) -> dict[str, float]:

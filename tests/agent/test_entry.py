@@ -159,3 +159,11 @@ def test_a_tool_module_in_the_current_folder_is_found(site: Path, tmp_path: Path
 
 def test_a_checkout_of_ours_is_not_a_stranger() -> None:
     assert local_folders(REPO) == []
+
+
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "typer.py").write_text("raise KeyboardInterrupt\n")
+    path = [site, tmp_path / "early"]
+    ran = start(script(tmp_path / "bin"), "version", cwd=tmp_path / "bin", pythonpath=path)
+    assert (ran.returncode, ran.stderr) == (130, "")

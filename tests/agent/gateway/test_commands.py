@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from agent.cli import main
 from conversations.run.store import read_manifest
@@ -174,3 +176,27 @@ def test_a_task_too_long_for_an_argument_is_told_before_anything_starts(
     assert turntrace(monkeypatch, *words) == 2
     assert capfd.readouterr().err.startswith(f"error: {tasks}:2: ")
     assert not out.exists()
+
+
+class Interrupts(Server):
+    """Ctrl-C comes while the run asks whether it is there."""
+
+    async def told(self, request: Request) -> Response:
+        os.kill(os.getpid(), signal.SIGINT)
+        await self.release.wait()
+        return await super().told(request)
+
+
+def test_ctrl_c_before_a_program_ran_promises_no_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks, out = tmp_path / "tasks.jsonl", tmp_path / "run"
+    tasks.write_text('{"id": "a", "prompt": "x:one"}\n')
+    words = ["run", str(tasks), "--out", str(out), "--agent", COMMAND]
+    with in_a_thread(Interrupts(answers)) as server:
+        assert turntrace(monkeypatch, *words, *config_words(server)) == 130
+    said = capfd.readouterr().out
+    assert ("interrupted" in said, "--resume" in said) == (True, (out / "run.json").exists())
+    with in_a_thread(Server(answers)) as server:
+        assert turntrace(monkeypatch, *words, *config_words(server)) == 0
+    assert checked(out).only.num_turns == 1

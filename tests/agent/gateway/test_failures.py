@@ -25,7 +25,7 @@ from agent.model.base import base_model_dir
 from conversations.errors import RunFolderError
 from conversations.run.store import JOURNAL
 from conversations.template import ChatTemplate
-from conversations.trajectory import Trajectory
+from conversations.trajectory import STOP_REASONS, Trajectory
 from tests.agent.gateway.live import Obedient, checked, gateway_config_of, live
 from tests.agent.gateway.program import DIALECTS, PATHS, Program, body_of, problem, told
 from tests.helpers import fresh_tokenizer
@@ -282,6 +282,7 @@ def test_a_session_ends_once(gateway: Gateway) -> None:
         '{"reward_parts": {"a": 1.7e308, "b": 1.7e308}}',
         f'{{"reward": {"9" * 400}}}',
         '{"rewrad": 1}',
+        '{"stop_reason": "cancelled"}',
     ):
         assert httpx.post(f"{url}/finish", content=outcome).status_code == 400
     program.say("say x")
@@ -322,6 +323,32 @@ async def test_an_end_that_no_record_can_hold_is_refused_and_the_session_goes_on
         assert (record.reward, record.stop_reason, record.extra) == (0.5, "stop", None)
     (line,) = (tmp_path / "unfinished.jsonl").read_text().splitlines()
     assert json.loads(line)["reward"] is None
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+@pytest.mark.parametrize("reason", [one for one in STOP_REASONS if one != "cancelled"])
+def test_a_session_may_end_for_any_reason_but_cancelled(
+    tmp_path: Path, reason: str, turns: int
+) -> None:
+    with live(tmp_path, engine=Obedient()) as gateway:
+        for infra_error in (False, True):
+            program = Program.of(gateway)
+            for _ in range(turns):
+                program.say("say x")
+            record = program.finish(stop_reason=reason, reward=1.0, infra_error=infra_error)
+            failed = infra_error or reason == "engine_error"
+            assert (record["stop_reason"], record["infra_error"]) == (reason, failed)
+            assert record["reward"] == (None if failed else 1.0)
+    assert len(checked(tmp_path).trajectories) == 2
+
+
+async def test_code_in_python_is_told_what_is_no_end(tmp_path: Path) -> None:
+    with live(tmp_path, engine=Obedient()) as gateway:
+        session = await gateway.open("t")
+        for reason in ("bored", "cancelled"):
+            with pytest.raises(AgentError, match=reason):
+                await session.finish(1.0, stop_reason=reason)
+        assert (await session.finish(1.0)).stop_reason == "stop"
 
 
 def test_an_aborted_session_is_unfinished(tmp_path: Path) -> None:
