@@ -120,11 +120,15 @@ def _content(file: Any) -> str:
     return text.replace("\r\n", "\n")
 
 
-@functools.cache
 def warm_address(path: str = str(ROOT), imports: tuple[str, ...] = WARM) -> str:
     """The socket of this process's warm process with this `PYTHONPATH` and these imports, which
     ends with it.
     """
+    return _started(path, imports)
+
+
+@functools.cache
+def _started(path: str, imports: tuple[str, ...]) -> str:
     folder = tempfile.mkdtemp(prefix="warm-")
     address = f"{folder}/socket"
     command = [sys.executable, "-m", "tests.command", address, *imports]

@@ -3,8 +3,6 @@ its DataProto."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ from conversations.export.text import TextView, whole_ids, whole_mask
 from conversations.export.verl_rl import given
 from conversations.export.verl_sft import retokenised_blocks
 from conversations.padding import padded_batch
+from tests.command import TRAINER, run_warm
 from tests.conversations.exports import exported, qwen3_run, small_run
-from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -197,8 +195,7 @@ def test_dataproto_equals_what_the_trainers_rollout_returns_tensor_for_tensor(
 def test_batches_are_laid_out_as_verls_own_loop_lays_them_out() -> None:
     """verl's real rollout on a scripted engine; from what it returns the trajectories, and from
     those the batch again."""
-    command = [sys.executable, "-m", "tests.conversations.verl_batches"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_warm("tests.conversations.verl_batches", timeout=300, imports=TRAINER)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
         done.stdout.splitlines()[-1]
