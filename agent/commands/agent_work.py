@@ -9,14 +9,14 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from agent.commands.rescore_work import load_score
+from agent.commands.rescore_work import load_function, load_score, parts_of
 from agent.commands.run_work import RunRequest, refuse_images
 from agent.config.config import Config
 from agent.errors import AgentError
@@ -77,6 +77,9 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
     for mount in options.mounts:
         if not mount.exists():
             raise AgentError(f"--agent-mount {mount}: is not there")
+    if options.mounts and not options.isolated:
+        raise AgentError("--agent-mount: needs --agent-sandbox; without it a program sees all")
+    reward = load_function(options.reward) if options.reward else None
     config = request.config
     samples = config.n(request.validate)
     # A task that no program can be given is told before anything starts.
@@ -104,7 +107,7 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
         with (
             sigterm_as_interrupt(),
             gateway,
-            _runner(gateway, command, options, config) as runner,
+            _runner(gateway, command, options, config, reward) as runner,
             Display(progress, console, gateway.session_loop.engine) as display,
         ):
             work = run_all(runner, _missing(request, gateway, samples), config)
@@ -136,15 +139,17 @@ def _sum_up(request: RunRequest, progress: Progress, wall_s: float, console: Con
 
 @contextlib.contextmanager
 def _runner(
-    gateway: Gateway, command: AgentCommand, options: AgentOptions, config: Config
+    gateway: Gateway,
+    command: AgentCommand,
+    options: AgentOptions,
+    config: Config,
+    reward: Callable[..., Any] | None,
 ) -> Iterator[ProgramRunner]:
     wrap: Wrap | None = None
     if options.isolated:
         gateway.listen_on_socket()
         wrap = functools.partial(boxed_command, gateway, options.mounts)
-    score: Score | None = None
-    if options.reward:
-        score = load_score(options.reward, gateway.out)
+    score: Score | None = parts_of(reward, gateway.out) if reward else None
     deadline_s = config.rollout.turntrace.conversation_deadline_s
     keeper = Keeper()
     if gateway.socket:

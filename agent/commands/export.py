@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -128,6 +129,8 @@ def stats(
     from conversations.export.groups import Statistics
     from conversations.run.open_run import open_run
 
+    if math.isnan(pass_reward):
+        raise AgentError("--pass-reward nan: a reward to compare with is a number")
     opened = open_run(run)
     statistics, advantages = Statistics(pass_reward), SavedAdvantages(opened.path)
     for record in map(well_formed, opened.records(check=False)):

@@ -175,11 +175,16 @@ def scored(record: Trajectory, score: Score, run: Path) -> Trajectory:
 
 
 def load_score(reward: str, run: Path) -> Callable[[Trajectory], dict[str, float]]:
-    """The function that `reward` names, as one from a record of `run` to the reward's parts.
+    """The function that `reward` names, as `parts_of` makes it.
 
     Raises AgentError if there is no such function.
     """
-    score = as_score(load_function(reward), run)
+    return parts_of(load_function(reward), run)
+
+
+def parts_of(function: Callable[..., Any], run: Path) -> Callable[[Trajectory], dict[str, float]]:
+    """The user's function as one from a record of `run` to the reward's parts."""
+    score = as_score(function, run)
     return lambda record: _parts(score(record))
 
 

@@ -271,6 +271,8 @@ def _key(finding: Mapping[str, Any]) -> str:
 def _problem(finding: Mapping[str, Any]) -> str:
     """What is wrong with a value, in pydantic's words."""
     if finding["type"] == "missing":
+        if _key(finding) != "model_path":
+            return "is missing"
         return (
             "is missing; name a model folder or Hugging Face id, or smollm2-tools for the "
             "embedded model"

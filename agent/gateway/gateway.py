@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -149,6 +150,7 @@ class Gateway:
 
         Raises the packages' one-line errors; then nothing is left running.
         """
+        self._check_address()
         with ExitStack() as stack:
             self.folder = self._open_folder()
             stack.callback(self._close_folder)
@@ -209,14 +211,25 @@ class Gateway:
             for trajectory in read_trajectories(self.out):
                 self.progress.count(trajectory)
 
+    def _check_address(self) -> None:
+        """Raises AgentError if the address cannot be listened on: an engine may start for long."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        try:
+            socket.create_server((self._host, self._port), family=family).close()
+        except OSError as error:
+            raise self._cannot_listen(error) from error
+
     def _listen(self) -> None:
         try:
             self.session_loop.run(self.server.start(self._host, self._port))
         except OSError as error:
-            raise AgentError(
-                f"cannot listen on {self._host}:{self._port}: {error.strerror}; choose another "
-                "--port or --host"
-            ) from error
+            raise self._cannot_listen(error) from error
+
+    def _cannot_listen(self, error: OSError) -> AgentError:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        return AgentError(
+            f"cannot listen on {self._host}:{self._port}: {reason}; choose another --port or --host"
+        )
 
     async def _stop(self) -> None:
         if self.progress.total is None:

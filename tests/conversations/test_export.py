@@ -450,6 +450,13 @@ def test_the_command_exports_and_a_mistake_is_one_line(tmp_path: Path) -> None:
         assert failed.stderr.count("\n") == 1
 
 
+def test_a_reward_that_is_no_number_is_refused() -> None:
+    """No reward is as large as it: every sample would fail."""
+    done = turntrace("stats", small_run().path, "--pass-reward", "nan")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--pass-reward" in done.stderr
+
+
 def test_stats_prints_the_groups(tmp_path: Path) -> None:
     done = turntrace("stats", small_run().path)
     assert done.returncode == 0, done.stderr

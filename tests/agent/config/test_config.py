@@ -419,6 +419,12 @@ def test_a_broken_file_is_one_line(tmp_path: Path, text: str, says: str) -> None
     assert says in message
 
 
+def test_what_a_missing_key_should_be_is_said_of_the_model_alone() -> None:
+    said = error_of(None, "rollout.multi_turn.context={}")
+    assert "context.compact_at: is missing" in said
+    assert "model" not in said
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "no such config file" in error_of(tmp_path / "none.yaml")
 

@@ -149,6 +149,9 @@ def test_a_program_cannot_end_or_reward_its_own_session(
         ["run", "TASKS", "--out", "OUT", "--reward", "x:y"],
         ["run", "TASKS", "--out", "OUT", "--agent", "no-such-program {prompt}"],
         ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--stop-after", "2"],
+        ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--reward", "no_module:score"],
+        ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--reward", "score"],
+        ["run", "TASKS", "--out", "OUT", "--agent", COMMAND, "--agent-mount", "/"],
         ["gateway", "--out", "OUT", "--workers", "2"],
         ["gateway", "--out", "OUT", "--host", "0.0.0.0"],
     ],
@@ -164,7 +167,7 @@ def test_mistakes_are_one_line(
     names = {"TASKS": str(tasks), "OUT": str(tmp_path / "run")}
     assert turntrace(monkeypatch, *(names.get(word, word) for word in words)) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_task_too_long_for_an_argument_is_told_before_anything_starts(

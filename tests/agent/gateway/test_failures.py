@@ -628,9 +628,22 @@ def test_a_full_disk_is_503_before_the_answer_leaves(tmp_path: Path) -> None:
     assert checked(tmp_path).only.num_turns == 1
 
 
-def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+def test_an_address_that_cannot_be_had_is_told_before_the_engine_starts(
+    tmp_path: Path, host: str
+) -> None:
+    """An engine in process takes minutes to start."""
+    started: list[Obedient] = []
+
+    def start() -> Obedient:
+        started.append(Obedient())
+        return started[0]
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(AgentError, match="cannot listen"), live(tmp_path, port=port):
-            pass
-    assert not (tmp_path / "run.json").exists()
+        port, out = taken.getsockname()[1], tmp_path / "run"
+        gateway = Gateway(
+            gateway_config_of(), out, host=host, port=port, admin_key="a", engine=start
+        )
+        with pytest.raises(AgentError, match=f"cannot listen on {host}:{port}: "):
+            gateway.start()
+    assert (started, out.exists()) == ([], False)
