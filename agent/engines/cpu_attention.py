@@ -14,7 +14,7 @@ BACKEND = "torch_native"
 _MODULE = "sglang.srt.layers.attention.torch_native_backend"
 
 
-def install() -> None:
+def use_grouped_attention() -> None:
     """Replaces the function that SGLang's backend calls. For the process of a scheduler."""
     from torch.nn.functional import scaled_dot_product_attention
 

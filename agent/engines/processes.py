@@ -301,7 +301,7 @@ def run_child(target: str, log_path: Path | None, _paused: None, *args: Any, **k
     module, name = target.split(":")
     body = getattr(importlib.import_module(module), name)
     if args and getattr(args[0], "attention_backend", None) == cpu_attention.BACKEND:
-        cpu_attention.install()
+        cpu_attention.use_grouped_attention()
     gc.freeze()  # modules stay: no collection walks them
     gc.enable()
     body(*args, **kwargs)

@@ -275,7 +275,7 @@ def test_decoding_gives_what_sglangs_own_attention_gives(sglang_rollout: Any, he
     given = backend.scaled_dot_product_attention
     before = decoded()
     try:
-        cpu_attention.install()
+        cpu_attention.use_grouped_attention()
         assert backend.scaled_dot_product_attention is cpu_attention.grouped_attention
         assert torch.allclose(decoded().float(), before.float(), atol=1e-3, rtol=1e-2)
         for options in ({"is_causal": True}, {"attn_mask": torch.ones(5, 64).tril() > 0}):
