@@ -101,7 +101,7 @@ def run_agents(request: RunRequest, options: AgentOptions, console: Console) -> 
         validate=request.validate,
         argv=request.argv,
         progress=progress,
-        more={"agent": about_programs(options.command, options.isolated)},
+        more={"agent": about_programs(options.command, options.isolated, options.reward)},
     )
     try:
         with (
@@ -233,7 +233,7 @@ def _open_folder(
 ) -> RunFolder:
     """The run folder, the same as that of a run without workers; counts what it has."""
     more = {
-        "agent": about_programs(options.command, options.isolated),
+        "agent": about_programs(options.command, options.isolated, options.reward),
         "workers": request.workers,
     }
     manifest = gateway_manifest(

@@ -362,6 +362,6 @@ def _tail(file: Path) -> str:
     return text[-TAIL_CHARACTERS:]
 
 
-def about_programs(command: str, isolated: bool) -> dict[str, Any]:
-    """What run.json says about the programs of a run."""
-    return {"command": command, "isolated": isolated}
+def about_programs(command: str, isolated: bool, reward: str | None) -> dict[str, Any]:
+    """What run.json says about the programs of a run, and a resumed run must share with it."""
+    return {"command": command, "isolated": isolated, "reward": reward}

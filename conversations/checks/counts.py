@@ -20,13 +20,14 @@ SUMMED = ("turns", "sampled_tokens", "tool_calls", "tool_errors", "invalid_calls
 class Counts:
     """The counts of a run.json. `asked` and `done` are None if the run was not closed.
 
-    With `limit` or `over_samples` the run did not ask for all samples of all groups.
+    With `fewer` or `over_samples` the run did not ask for all samples of all groups. `fewer`: it
+    was limited, or resumed by force with other tasks or another number of samples.
     """
 
     values: dict[str, Any]
     asked: int | None
     done: int | None
-    limit: bool
+    fewer: bool
     over_samples: bool
 
     @classmethod
@@ -41,18 +42,19 @@ class Counts:
             value if type(value := values.get(key)) is int else None for key in ("asked", "done")
         )
         over_samples = isinstance(rollout, dict) and bool(rollout.get("over_sample_rate"))
-        return cls(values, asked, done, manifest.get("limit") is not None, over_samples)
+        fewer = manifest.get("limit") is not None or _asked_otherwise(manifest)
+        return cls(values, asked, done, fewer, over_samples)
 
     def is_complete(self, here: int) -> bool:
         """Whether every task that is there must have all its samples.
 
-        A limit may have been set after a larger run was stopped.
+        A limit may have been set after a larger run was stopped, or other tasks given.
         """
         return (
             self.done is not None
             and self.asked == self.done
             and not self.over_samples
-            and (not self.limit or here == self.done)
+            and (not self.fewer or here == self.done)
         )
 
     def findings(self, here: int, tally: Counter[str], rewards: list[float]) -> Iterator[Finding]:
@@ -62,7 +64,7 @@ class Counts:
         if self.done is None:
             return
         if here != self.done:
-            if here < self.done or not self.limit:
+            if here < self.done or not self.fewer:
                 yield Finding(
                     differs("the number of finished trajectories", here, self.done)
                     + ", as the run counted"
@@ -106,3 +108,13 @@ class Counts:
         else:
             why = f"the run stopped at {self.done} of {self.asked} conversations: {there}"
         return f"{why}; missing samples were not looked for"
+
+
+def _asked_otherwise(manifest: dict[str, Any]) -> bool:
+    """Whether the run was resumed by force with other tasks, or another number of samples."""
+    starts = manifest.get("earlier_starts")
+    return isinstance(starts, list) and any(
+        isinstance(start, dict) and start.get(name) != manifest.get(name)
+        for start in starts
+        for name in ("tasks", "n")
+    )

@@ -60,6 +60,7 @@ IDENTITY = (
     "validate",
     "parent",
     "replay",
+    "agent",
 )
 """The fields of run.json that a resumed run must share with the first.
 
@@ -387,7 +388,7 @@ def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
     """The differences between two runs, one phrase for each key.
 
     A key that a run of an older schema does not have is no difference: that version did not know
-    it.
+    it. `agent.reward` is younger than its schema.
     """
     old, new = (
         {
@@ -402,6 +403,7 @@ def _differences(earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> lis
         f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
         for key in (old if earlier.get("schema") == OLD_SCHEMA else {**old, **new})
         if _content(key, old.get(key)) != _content(key, new.get(key))
+        and not (key == "agent.reward" and "agent.command" in old and key not in old)
     ]
 
 

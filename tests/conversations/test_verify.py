@@ -769,6 +769,21 @@ def test_records_are_checked_against_the_start_that_made_them(tmp_path: Path) ->
     assert (run / TRAJECTORIES).read_text() == finished
 
 
+@pytest.mark.parametrize("changed", [{"tasks": {"file": "other.jsonl"}}, {"n": 1}, {"limit": 3}])
+def test_a_run_that_goes_on_with_fewer_tasks_keeps_the_records_of_the_others(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """It counts what it was asked for last."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run().path, run)
+    manifest = json.loads((run / RUN).read_text())
+    counts = {"asked": 3, "done": 3}
+    RunFolder.resume(run, {**manifest, **changed}, force=True).close(counts)
+    assert verified(run)[0] == []
+    RunFolder.resume(run, {**manifest, **changed}, force=True).close({"asked": 99, "done": 99})
+    assert any("finished trajectories" in line for line in verified(run)[0])
+
+
 @pytest.mark.parametrize("starts", [7, ["x"], [{}], [{"config": []}], [{"config": {}}] * 99])
 def test_starts_of_any_form_are_read(tmp_path: Path, starts: Any) -> None:
     run = tmp_path / "run"

@@ -102,6 +102,16 @@ def test_run_agent_ends_in_a_run_like_every_other(
         assert turntrace(monkeypatch, *words) == 0
         assert capfd.readouterr().err.count("no effect: rollout.over_sample_rate: ") == 1
         assert turntrace(monkeypatch, *words, "--resume") == 0
+        other = {COMMAND: f"{COMMAND} more", f"{score}:score": f"{score}:other"}
+        score.write_text(f"{score.read_text()}other = score\n")
+        for was, now in other.items():
+            changed = [now if word == was else word for word in words]
+            capfd.readouterr()
+            assert turntrace(monkeypatch, *changed, "--resume") == 2
+            error = capfd.readouterr().err.splitlines()[-1]
+            assert "agent." in error
+            assert "--force" in error
+        assert turntrace(monkeypatch, *words, "--resume") == 0
     records = checked(out).trajectories
     assert {name: record.reward for name, record in records.items()} == dict.fromkeys(
         ("a-0", "a-1", "b-0", "b-1"), 1.0
