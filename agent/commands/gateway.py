@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from agent.commands.options import SetOption
+from agent.commands.options import SetOption, refuse_force_alone
 from agent.errors import AgentError
 
 
@@ -40,6 +40,7 @@ def gateway(
     POST /sessions opens a session and returns its API key; POST /sessions/ID/finish ends it. Ctrl-C
     or SIGTERM stops; sessions that did not end are kept for --resume.
     """
+    refuse_force_alone(force, resume)
     if workers is not None:
         raise AgentError(
             "--workers: a gateway is one process, since it alone knows its keys; start a second "

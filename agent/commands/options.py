@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from agent.errors import AgentError
+
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="config.yaml. Default: the embedded model.")
 ]
@@ -16,3 +18,9 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a config key: rollout.temperature=0.7"
     ),
 ]
+
+
+def refuse_force_alone(force: bool, resume: bool) -> None:
+    """Raises AgentError for --force without --resume, which would do nothing."""
+    if force and not resume:
+        raise AgentError("--force: needs --resume; it never replaces a run that is there")

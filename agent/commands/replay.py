@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from agent.commands.options import refuse_force_alone
+
 
 class Part(StrEnum):
     """Where a part of a replay comes from."""
@@ -96,6 +98,7 @@ def replay(
     Exit code 0: all identical (a fork: its tools are in the state they were in). 3: some diverged.
     1: some failed or are missing. 2: a user's mistake.
     """
+    refuse_force_alone(force, resume)
     from rich.console import Console
 
     from agent.replay.request import LIVE, RECORDED, ReplayRequest

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from agent.commands.options import ConfigOption, SetOption
+from agent.commands.options import ConfigOption, SetOption, refuse_force_alone
 from agent.errors import AgentError
 
 
@@ -81,6 +81,7 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """Run every task to its end. Each trajectory is written as it finishes."""
+    refuse_force_alone(force, resume)
     if ray is not None and workers is None:
         raise AgentError(
             f"--ray {ray}: give --workers N too, the number of processes to start there"

@@ -109,6 +109,9 @@ def test_help_imports_nothing_heavy() -> None:
             ["run", "tasks.jsonl", "--out", "run", "--resume", "--set", "model_path=smollm2-base"],
             "error: run holds no run to resume",
         ),
+        (["run", "tasks.jsonl", "--out", "run", "--force"], "error: --force: needs --resume"),
+        (["gateway", "--out", "run", "--force"], "error: --force: needs --resume"),
+        (["replay", "run", "--out", "other", "--force"], "error: --force: needs --resume"),
         (["tasks", "gsm8k", "none.jsonl", "--out", "x.jsonl"], "error: none.jsonl: cannot be read"),
         (
             ["tasks", "gsm_symbolic", "--size", "1", "--out", "tasks.jsonl/x"],
