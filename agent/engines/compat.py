@@ -141,14 +141,14 @@ def prepare_sglang() -> None:
 
 def add_moved_names() -> None:
     """Puts back the names that verl 0.6.1 imports from where they no longer are."""
-    import transformers
-
     for name in ("get_open_port", "get_local_ip_auto"):
         if lacks("sglang.srt.utils", name):
             with contextlib.suppress(ImportError, AttributeError):
                 utils = importlib.import_module("sglang.srt.utils")
                 network = importlib.import_module("sglang.srt.utils.network")
                 setattr(utils, name, getattr(network, name))
+    import transformers  # after SGLang, which may put another module in its place
+
     if not hasattr(transformers, "AutoModelForVision2Seq"):
         transformers.AutoModelForVision2Seq = transformers.AutoModelForImageTextToText
 
