@@ -84,12 +84,16 @@ class Asides:
     @property
     def num_turns(self) -> int:
         """Turns that were sampled for tools."""
+        if not (self.earlier or self.chats):
+            return 0
         earlier = sum(len(one.turns) for one in self.earlier)
         return earlier + sum(len(chat.turns) for chat in self.chats)
 
     @property
     def response_length(self) -> int:
         """Tokens after the prompts of all sub-conversations."""
+        if not (self.earlier or self.chats):
+            return 0
         earlier = sum(len(one.response_ids) for one in self.earlier)
         return earlier + sum(chat.tokens.response_length for chat in self.chats)
 

@@ -263,13 +263,17 @@ class Conversation:
     def num_turns(self) -> int:
         """Turns so far, those of earlier sequences and those that tools asked for included."""
         asked = self.asides.num_turns if self.asides else 0
+        if not self.sequences:
+            return len(self.turns) + asked
         return len(self.turns) + sum(len(one.turns) for one in self.sequences) + asked
 
     @property
     def response_length(self) -> int:
         """Tokens after the prompts so far, those of all sequences included."""
-        earlier = sum(len(one.response_ids) for one in self.sequences)
         asked = self.asides.response_length if self.asides else 0
+        if not self.sequences:
+            return self.tokens.response_length + asked
+        earlier = sum(len(one.response_ids) for one in self.sequences)
         return self.tokens.response_length + earlier + asked
 
     async def open(self) -> bool:

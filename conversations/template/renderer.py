@@ -32,6 +32,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.kwargs = dict(kwargs)
         self.dialect = Dialect()
+        self._variables = {**tokenizer.special_tokens_map, **self.kwargs}
         self._special = {
             **{str(token): token_id for token, token_id in _added(tokenizer)},
             **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)),
@@ -70,7 +71,7 @@ class Renderer:
                     tools=list(tools) or None,
                     documents=None,
                     add_generation_prompt=generation,
-                    **{**self.tokenizer.special_tokens_map, **self.kwargs},
+                    **self._variables,
                 )
             )
         except Exception as error:
