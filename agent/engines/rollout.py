@@ -61,7 +61,10 @@ ALONE_DEFAULTS = {
     "enforce_eager": False,
 }
 """Used outside of a trainer: verl's own defaults are for one, which sends the weights."""
-IDLE_POLL_S = 0.01
+IDLE_S, IDLE_POLL_S = 60.0, 0.01
+"""Time limit for an engine to end what was aborted (it needs one step of the model), and how often
+it is asked.
+"""
 
 
 class EngineRollout(sglang_rollout.SGLangRollout):  # type: ignore[misc]
@@ -284,7 +287,7 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         if manager is not None:  # None on the further nodes of an engine that spans several
             create = manager.auto_create_handle_loop
             manager.auto_create_handle_loop = functools.partial(_keep_signals, create)
-            compat.before_new_weights(manager, self._idle)
+            compat.before_new_weights(manager, functools.partial(until_idle, self))
 
     def shutdown(self) -> None:
         self._children.stop()
@@ -294,11 +297,6 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         # for ever.
         self.tokenizer_manager.auto_create_handle_loop()
         return await self.answer(super().flush_cache())
-
-    async def _idle(self) -> None:
-        """Waits until the scheduler has put away what it ran, and empties the prefix cache."""
-        while not (await self.flush_cache()).success:  # noqa: ASYNC110 - only asking tells
-            await asyncio.sleep(IDLE_POLL_S)
 
     async def update_weights_from_tensor(self, update_weights_request: Any) -> Any:
         update_weights_request.weight_version = str(self.weight_syncs)
@@ -311,7 +309,7 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         return success, message
 
     async def release_memory_occupation(self, tags: list[str] | None = None) -> Any:
-        await self._idle()
+        await until_idle(self)
         return await self.answer(super().release_memory_occupation(tags))
 
     async def resume_memory_occupation(self, tags: list[str] | None = None) -> Any:
@@ -323,6 +321,19 @@ class _Engine(sglang_rollout.AsyncEngine):  # type: ignore[misc]
         Raises EngineError if the engine ends meanwhile.
         """
         return await self._children.answer(asyncio.create_task(request))
+
+
+async def until_idle(engine: Any) -> None:
+    """Waits until the scheduler of `engine` has put away what it ran, and empties the prefix cache.
+
+    Raises EngineError if it is busy for `IDLE_S`.
+    """
+    try:
+        async with asyncio.timeout(IDLE_S):
+            while not (await engine.flush_cache()).success:  # noqa: ASYNC110 - only asking tells
+                await asyncio.sleep(IDLE_POLL_S)
+    except TimeoutError as error:
+        raise EngineError(f"SGLang is still busy after {IDLE_S:g} s") from error
 
 
 def rollout_config(rollout: Mapping[str, Any]) -> RolloutConfig:

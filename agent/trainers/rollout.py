@@ -21,8 +21,8 @@ from verl import DataProto
 from verl.workers.rollout.schemas import Message
 from verl.workers.rollout.sglang_rollout.utils import broadcast_pyobj
 
-from agent.engines.rollout import EngineRollout
-from agent.errors import AgentError, ConfigError, EngineError
+from agent.engines.rollout import EngineRollout, until_idle
+from agent.errors import AgentError, ConfigError
 from agent.loop.boundary import describe
 from agent.trainers.batches import TrainerBatches
 from agent.trainers.layout import Shape, batch_arrays, batch_columns, seen_inputs
@@ -30,9 +30,6 @@ from conversations.images.processor import SHAPES, processor_of
 
 _Made = tuple[dict[str, Any], dict[str, Any]]
 """A batch's arrays and columns."""
-
-IDLE_S = 60.0
-"""Time limit for an engine to end what was aborted; it needs one step of the model."""
 
 
 class AgentRollout(EngineRollout):
@@ -60,7 +57,7 @@ class AgentRollout(EngineRollout):
     def _run_batch(self, prompts: Any, overrides: Mapping[str, Any]) -> _Made:
         loop = asyncio.get_event_loop()
         trajectories = loop.run_until_complete(self._trainer.run(prompts, overrides))
-        loop.run_until_complete(self._empty_cache())
+        loop.run_until_complete(until_idle(self._engine))
         images = self._trainer.images
         shape = Shape(
             self.config.prompt_length,
@@ -78,21 +75,6 @@ class AgentRollout(EngineRollout):
                 self.processing_class.image_processor,
             )
         return batch_arrays(trajectories, shape), columns
-
-    async def _empty_cache(self) -> None:
-        """Empties the KV cache after a batch, as verl does; waits until aborted requests have
-        ended.
-
-        A busy SGLang empties nothing, and its scheduler ends if it must release its memory then.
-        """
-        try:
-            async with asyncio.timeout(IDLE_S):
-                while not (await self._engine.flush_cache()).success:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)  # another process changes the condition
-        except TimeoutError as error:
-            raise EngineError(
-                f"SGLang is still busy {IDLE_S:g} s after the last conversation ended"
-            ) from error
 
     def _from_first_rank(
         self, outcome: tuple[_Made | None, str | None]

@@ -106,6 +106,12 @@ def idle(rollout: Any) -> Callable[[], Awaitable[bool]]:
     return reached
 
 
+async def empty_cache(rollout: Any) -> None:
+    from agent.engines.rollout import until_idle
+
+    await until_idle(rollout._engine)
+
+
 # ---------------------------------------------------------------------- what comes back
 
 
@@ -200,7 +206,7 @@ async def test_all_of_max_model_len_can_be_used(engine: SGLangEngine) -> None:
 async def test_the_next_turn_finds_the_whole_last_one_in_the_cache(
     engine: SGLangEngine, sglang_rollout: Any
 ) -> None:
-    await sglang_rollout._engine.flush_cache()  # another test may have sampled further
+    await empty_cache(sglang_rollout)  # another test may have sampled further
     first = await sample(engine, prompt(), stop_token_ids=[END])
     sequence = prompt() + first.token_ids
     second = await sample(engine, [*sequence, 198, 1, 4093, 198])
@@ -231,7 +237,7 @@ async def greedy_sample(rollout: Any, count: int = 32) -> dict[str, Any]:
     The cache is emptied first: a prompt that is computed in two parts is rounded otherwise.
     """
     engine = rollout.engine()
-    assert (await rollout._engine.flush_cache()).success
+    await empty_cache(rollout)
     first = await sample(engine, prompt(), max_new_tokens=count, ignore_eos=True)
     second = await sample(
         engine, [*prompt(), *first.token_ids, *ODD_IDS], max_new_tokens=count, ignore_eos=True
@@ -456,7 +462,7 @@ async def test_weights_are_synced_through_the_inherited_method(
     from safetensors.torch import load_file
 
     norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
-    await sglang_rollout._engine.flush_cache()
+    await empty_cache(sglang_rollout)
     before = await sample(engine, prompt())
     await sglang_rollout.update_weights(iter([("model.norm.weight", norm * 0)]))
     changed = await sample(engine, prompt())
@@ -481,15 +487,18 @@ async def test_new_weights_wait_for_what_the_scheduler_still_runs(
     from safetensors.torch import load_file
 
     norm = load_file(base_model_dir() / "model.safetensors")["model.norm.weight"]
-    await sglang_rollout._engine.flush_cache()
+    await empty_cache(sglang_rollout)
     before = await sample(engine, prompt())
-    over, sampling = uuid.uuid4().hex, {"max_new_tokens": 64, "ignore_eos": True}
-    task = asyncio.create_task(sample(engine, [1, 9690, 198], over, **sampling))
+    over = uuid.uuid4().hex
+    task = endless(engine, over)
     await until(load_is(sglang_rollout, requests=1, waiting=0))
     engine._running[over].cancel()  # here alone: the scheduler is not told
     assert (await task).finish_reason == "abort"
-    assert not await idle(sglang_rollout)()
-    await sglang_rollout.update_weights(iter([("model.norm.weight", norm)]))
+    update = asyncio.create_task(sglang_rollout.update_weights(iter([("model.norm.weight", norm)])))
+    await asyncio.sleep(0.5)
+    assert not update.done()
+    sglang_rollout._engine.tokenizer_manager.abort_request(abort_all=True)
+    await update
     assert await idle(sglang_rollout)()
     after = await sample(engine, prompt())
     assert (after.token_ids, after.cached_tokens) == (before.token_ids, 0)
