@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from conversations.checks.shape import well_formed
 from conversations.errors import RunFolderError
 from conversations.run.beside import line_beside, read_beside, write_beside
 from conversations.run.open_run import Run
@@ -105,11 +106,9 @@ def _rewards(run: Run) -> tuple[dict[str, dict[str, float | None]], dict[str, st
     """{task: {id: its reward}} and {id: the record's hash}."""
     rewards: dict[str, dict[str, float | None]] = {}
     hashes: dict[str, str] = {}
-    for record in run.records():
+    for record in map(well_formed, run.records()):
         reward = None if record["infra_error"] else record["reward"]
-        if reward is not None and _finite(reward) is None:
-            raise RunFolderError(f"{run.path}: the reward of {record['id']} is no finite number")
-        rewards.setdefault(str(record["task_id"]), {})[record["id"]] = reward
+        rewards.setdefault(record["task_id"], {})[record["id"]] = reward
         hashes[record["id"]] = record["sha256"]
     return rewards, hashes
 

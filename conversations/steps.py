@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conversations.checks.finding import printable
+from conversations.checks.shape import well_formed
 from conversations.errors import RecordError, RunFolderError
 from conversations.run.open_run import Run, open_run
 from conversations.run.store import RUN, read_manifest
@@ -66,15 +66,7 @@ class StepFigures:
     tasks: dict[str, Sum] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        """Counts one record. Raises RecordError if a field of it is of another type."""
-        try:
-            self._add(record)
-        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-            raise RecordError(
-                f"trajectory {printable(str(record['id'])[:200])} cannot be counted: {error}"
-            ) from error
-
-    def _add(self, record: Record) -> None:
+        """Counts one record, which `well_formed` has let pass."""
         self.trajectories += 1
         self.stop_reasons[record["stop_reason"]] += 1
         self.calls.update(call["status"] for call in record["tool_calls"])
@@ -89,7 +81,7 @@ class StepFigures:
         for value in record["response_logprobs"]:
             if value is not None and math.isfinite(value):
                 self.surprisal.add(-value)
-        if record["reward"] is not None and math.isfinite(record["reward"]):
+        if record["reward"] is not None:
             self.reward.add(record["reward"])
             self.tasks.setdefault(record["task_id"], Sum()).add(record["reward"])
 
@@ -147,12 +139,25 @@ def is_steps(root: str | Path) -> bool:
 
 
 def records(root: str | Path) -> Iterator[tuple[int, Run, dict[str, Any]]]:
-    """(step, its run, record) of all steps, in order."""
+    """(step, its run, record) of all steps, in order.
+
+    Raises RunFolderError at a record that has not a record's form.
+    """
     for number, folders in step_folders(root).items():
         for folder in folders:
             run = open_run(folder)
-            for record in run.records(check=False):
+            for record in well_formed_records(run):
                 yield number, run, record
+
+
+def well_formed_records(run: Run) -> Iterator[dict[str, Any]]:
+    """A run's records. Raises RunFolderError at one that has not a record's form."""
+    for record in run.records(check=False):
+        try:
+            checked = well_formed(record)
+        except RecordError as error:
+            raise RunFolderError(f"{run.path}: {error}") from error
+        yield checked
 
 
 def steps(root: str | Path) -> dict[str, list[StepFigures]]:
@@ -163,10 +168,7 @@ def steps(root: str | Path) -> dict[str, list[StepFigures]]:
     found: dict[str, dict[int, StepFigures]] = {}
     for number, run, record in records(root):
         of_part = found.setdefault(_part(run, record), {})
-        try:
-            of_part.setdefault(number, StepFigures(number)).add(record)
-        except RecordError as error:
-            raise RunFolderError(f"{run.path}: {error}") from error
+        of_part.setdefault(number, StepFigures(number)).add(record)
     parts = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     return {name: list(figures.values()) for name, figures in parts}
 

@@ -17,7 +17,7 @@ from conversations.advantages import (
     SavedAdvantages,
     compute,
 )
-from conversations.errors import RunFolderError
+from conversations.errors import RecordError, RunFolderError
 from conversations.export import job
 from conversations.export.filters import Filters
 from conversations.export.groups import Statistics
@@ -210,7 +210,7 @@ def test_a_reward_that_is_no_number_is_named(copied: Run, reward: object) -> Non
     odd["sha256"] = line_hash(odd)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (copied.path / TRAJECTORIES).write_text(text)
-    with pytest.raises(RunFolderError, match=f"the reward of {odd['id']}"):
+    with pytest.raises(RecordError, match=f"{odd['id']}: reward"):
         compute(open_run(copied.path), "grpo")
 
 

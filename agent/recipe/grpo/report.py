@@ -18,7 +18,7 @@ from agent.recipe.grpo.settings import Layout, Reward
 from conversations.errors import ConversationsError, RunFolderError
 from conversations.run.open_run import open_run
 from conversations.run.store import RUN, TRAJECTORIES
-from conversations.steps import StepFigures, Sum, step_folders
+from conversations.steps import StepFigures, Sum, step_folders, well_formed_records
 from conversations.trajectory import Trajectory
 from conversations.verify import verify_run
 
@@ -92,7 +92,7 @@ def read_report(layout: Layout) -> Report:
 
 def _count(report: Report, number: int, folder: Path, from_tools: bool) -> None:
     by_source = {TRAIN_SOURCE: report.train, HELD_OUT_SOURCE: report.held_out}
-    for record in open_run(folder).records(check=False):
+    for record in well_formed_records(open_run(folder)):
         if (of := by_source.get(record["data_source"])) is None:
             continue
         counted = of.setdefault(number, Scored(StepFigures(number)))
