@@ -322,6 +322,7 @@ def send_collector(writer: Any, while_unpickled: bool) -> None:
 
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_collector_is_as_it_was_after_imports(is_on: bool) -> None:
+    gc.unfreeze()  # a run in this process may have frozen what was there
     try:
         (gc.enable if is_on else gc.disable)()
         with collector_paused():

@@ -4,6 +4,7 @@ is started or reached again; nothing of a server outlives its tools."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -129,12 +130,13 @@ async def asked(tools: ToolSet, name: str, text: Any = "") -> str:
 
 
 def children() -> list[int]:
-    """Servers that tools started, not the test."""
-    return [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if {SERVER, "stdio"} <= set(child.cmdline())
-    ]
+    """Servers that tools started, not the test, and that run."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended: a zombie is one of these
+            if {SERVER, "stdio"} <= set(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 async def killed(pid: int) -> None:
