@@ -43,7 +43,7 @@ from agent.runs.progress import (
     starting_line,
     summary,
 )
-from agent.runs.session import Session
+from agent.runs.session import KeptSession, Session
 from agent.terminal import say
 from conversations.errors import RunFolderError
 from conversations.run.store import RUN, TRAJECTORIES, UNFINISHED, RunFolder, read_trajectories
@@ -75,6 +75,7 @@ class RunRequest:
     more: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
     ray: str | None = None
+    session: KeptSession | None = None
 
     @property
     def resume_command(self) -> str:
@@ -128,7 +129,9 @@ def prepare_run(request: RunRequest) -> RunPlan:
 
     A resumed run gets a new seed: the same seed would sample the same conversations again.
     """
-    if request.resume:
+    if request.session and request.session.seed is not None:
+        request = replace(request, config=replace(request.config, seed=request.session.seed))
+    elif request.resume:
         request = replace(request, config=fresh_seed(request.config, request.out))
     config = request.config
     tools, interactions = config_tools(config), config_interactions(config)
@@ -331,14 +334,18 @@ def refuse_images(parts: Parts) -> None:
 def _here(
     request: RunRequest, parts: Parts, stack: contextlib.ExitStack, console: Console
 ) -> _Place:
-    log = request.out / "engine.log"
-    say(console, starting_line(request.config, log))
-    session = stack.enter_context(Session(parts, validate=request.validate, log_path=log))
+    def start() -> Session:
+        log = request.out / "engine.log"
+        say(console, starting_line(request.config, log))
+        return Session(parts, validate=request.validate, log_path=log)
+
+    session = request.session.get(start) if request.session else stack.enter_context(start())
+    runtime = session.runtime_with(request.config.sampling(request.validate))
     engine = session.engine
     return _Place(
         run=session.run,
-        runtime=session.runtime,
-        making=partial(continuing, session.runtime),
+        runtime=runtime,
+        making=partial(continuing, runtime),
         converse=converse_observed,
         max_concurrent=request.config.rollout.max_num_seqs,
         engine=engine,

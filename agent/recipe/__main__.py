@@ -1,4 +1,4 @@
-"""`python -m agent.recipe`: data, train, evaluate, rounds.
+"""`python -m agent.recipe`: data, train, merge, evaluate, problems, rounds.
 
 Heavy modules are imported by the command that needs them.
 """
@@ -6,6 +6,7 @@ Heavy modules are imported by the command that needs them.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -35,7 +36,18 @@ _ADAPTER = Path(__file__).parents[1] / "model" / "adapter"
 
 
 class Preset(StrEnum):
-    """`small`: within 15 minutes on two CPU cores. `full`: all of GSM8K and more, on a GPU."""
+    """`small`: within 15 minutes on two CPU cores. `full`: all of GSM8K and more, on a GPU.
+
+    `start`: the protocol and little more, for training by rewards to start from.
+    """
+
+    small = "small"
+    full = "full"
+    start = "start"
+
+
+class RoundsPreset(StrEnum):
+    """`small`: three rounds of 16 x 4, on a CPU. `full`: of 1,024 x 8, on a GPU."""
 
     small = "small"
     full = "full"
@@ -53,6 +65,9 @@ def data(
         "runs/adapter/tokens.npz"
     ),
     preset: Annotated[Preset, typer.Option(help="How many conversations.")] = Preset.small,
+    generated: Annotated[
+        int | None, typer.Option(min=1, help="Another number of generated problems.")
+    ] = None,
     tools: Annotated[Path, typer.Option(help="The tools that ship.")] = _TOOLS,
     seed: int = 1,
 ) -> None:
@@ -62,7 +77,8 @@ def data(
     from agent.recipe.setups import shipped_tools
 
     renderer = recipe.ExampleRenderer(recipe.template_of(base_model_dir()), shipped_tools(tools))
-    mix = recipe.FULL if preset is Preset.full else recipe.SMALL
+    mix = getattr(recipe, preset.name.upper())
+    mix = replace(mix, generated=generated or mix.generated)
     out.parent.mkdir(parents=True, exist_ok=True)
     count = recipe.write_examples(
         recipe.build_examples(recipe.read_gsm8k(gsm8k), renderer, mix, seed), out
@@ -98,7 +114,7 @@ def train(
         raise AgentError(
             f"{tokens} is no file of token ids as `data` writes it: {error}"
         ) from error
-    settings = recipe.FULL if preset is Preset.full else recipe.SMALL
+    settings = getattr(recipe, preset.name.upper())
     settings = replace(
         settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds
     )
@@ -108,6 +124,35 @@ def train(
         f"\nadapter in {out}; held-out loss "
         f"{result['held_out_loss'].get('all', float('nan')):.4f}, {result['seconds']:.0f} s"
     )
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="What `train` wrote.")],
+    out: Annotated[Path, typer.Option(help="The model's folder, which must not exist.")],
+) -> None:
+    """Merge an adapter into the base model, for whatever takes a model's folder."""
+    from agent.model import base
+
+    if out.exists():
+        raise AgentError(f"{out} exists; choose another --out")
+    merged = base.model_dir(adapter)
+    shutil.copytree(merged, out)
+    typer.echo(f"model in {out}")
+
+
+@app.command()
+def problems(
+    out: Annotated[Path, typer.Option(help="The JSONL file to write, in GSM8K's format.")],
+    count: Annotated[int, typer.Option(min=1, help="Problems to draw.")] = 8_000,
+) -> None:
+    """Write generated problems that no adapter was trained on, for `rounds` and the GRPO recipe."""
+    from agent.recipe.practice import practice_rows
+
+    rows = practice_rows(count)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    typer.echo(f"{len(rows)} problems in {out}")
 
 
 @app.command()
@@ -144,8 +189,9 @@ def rounds(
     gsm8k: Annotated[Path, typer.Argument(help="JSONL in GSM8K's format: question, answer.")],
     out: Annotated[Path, typer.Option(help="The rounds' folder; give it again to go on.")],
     preset: Annotated[
-        Preset, typer.Option(help="small: 3 rounds of 16 x 4, on a CPU. full: of 1,024 x 8.")
-    ] = Preset.small,
+        RoundsPreset,
+        typer.Option(help="small: 3 rounds of 16 x 4, on a CPU. full: of 1,024 x 8."),
+    ] = RoundsPreset.small,
     model: Annotated[str, typer.Option(help="A model's name or folder.")] = "smollm2-tools",
     count: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Problems a round.")] = None,
@@ -163,7 +209,7 @@ def rounds(
 
     from agent.recipe import rounds as recipe
 
-    plan = recipe.FULL_ROUNDS if preset is Preset.full else recipe.SMALL_ROUNDS
+    plan = recipe.FULL_ROUNDS if preset is RoundsPreset.full else recipe.SMALL_ROUNDS
     plan = replace(
         plan,
         rounds=count or plan.rounds,

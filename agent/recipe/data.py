@@ -59,6 +59,15 @@ SMALL = Mix(
     held_out=24,
 )
 FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
+START = Mix(
+    gsm8k_copies=0,
+    renumbered_copies=0,
+    generated=4_000,
+    fault_share=0.12,
+    shipped_share=1.0,
+    held_out=24,
+)
+"""Enough for the protocol and some of the programs: what training by rewards starts from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +362,7 @@ def template_of(model_dir: Path) -> ChatTemplate:
 __all__ = [
     "FULL",
     "SMALL",
+    "START",
     "Example",
     "ExampleRenderer",
     "Mix",

@@ -4,8 +4,8 @@ A round samples its own problems from the model of the round before, keeps the t
 are right and well-formed, exports them as plain rows, and trains LoRA on the rows: ids and masks as
 they were sampled, nothing rendered again. Then the new model answers the held-out problems at
 temperature 0 and 1. Every stage is a run folder whose run.json names the same stage of the round
-before as `follows`, so that `turntrace view` shows them side by side. A stage that is done is not
-touched again: the same command goes on after a kill.
+before as `follows`, so that `turntrace view` shows them side by side. The stages of one model share
+its engine. A stage that is done is not touched again: the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from agent.recipe.own_folder import check_same, check_unused
 from agent.recipe.train import Settings, TokenFile, train_adapter
 from agent.runs.ending import DONE, INTERRUPTED, TERMINATED, Terminated
 from agent.runs.manifest import parent_entry
+from agent.runs.session import KeptSession
 from agent.terminal import say
 from conversations.export import job
 from conversations.export.filters import Filters
@@ -119,6 +120,18 @@ class RoundResult:
     scores: list[Score]
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Tasks that a round's model answers into a run folder, `samples` times each."""
+
+    round: int
+    out: Path
+    model: Path
+    tasks: Path
+    temperature: float
+    samples: int
+
+
 class SelfTraining:
     """The rounds in a folder."""
 
@@ -157,16 +170,19 @@ class SelfTraining:
         load_config(None, self._words(model, 1.0, 1))
         self.check_plan()
         held_out = self._task_file(self._root / "held-out.jsonl", self._rows.held_out)
-        results = [RoundResult(0, 0, 0, 0, self._scores(0, model, held_out))]
-        report(results)
-        for number in range(1, self.plan.rounds + 1):
-            folder = self._root / f"round-{number}"
-            sampled = self._sample(number, folder, model)
-            kept = self._export(sampled, folder / "rows")
+        results: list[RoundResult] = []
+        sampled, kept, tokens = 0, 0, 0
+        for number in range(self.plan.rounds + 1):
+            with KeptSession() as session:
+                scores = self._scores(number, model, held_out, session)
+                results.append(RoundResult(number, sampled, kept, tokens, scores))
+                report(results)
+                if number == self.plan.rounds:
+                    break
+                folder = self._root / f"round-{number + 1}"
+                run = self._sample(number + 1, folder, model, session)
+            sampled, kept = len(open_run(run)), self._export(run, folder / "rows")
             model, tokens = self._train(model, folder)
-            scores = self._scores(number, model, held_out)
-            results.append(RoundResult(number, len(open_run(sampled)), kept, tokens, scores))
-            report(results)
         return results
 
     def check_plan(self) -> None:
@@ -184,37 +200,38 @@ class SelfTraining:
 
     # ------------------------------------------------------------------ stages
 
-    def _sample(self, number: int, folder: Path, model: Path) -> Path:
+    def _sample(self, number: int, folder: Path, model: Path, session: KeptSession) -> Path:
         """The run folder of a round's conversations, at temperature 1."""
         first = (number - 1) * self.plan.tasks
         rows = self._rows.train[first : first + self.plan.tasks]
         tasks = self._task_file(folder / "tasks.jsonl", rows)
-        return self._stage(number, folder / "sampled", model, tasks, 1.0, self.plan.samples)
+        stage = Stage(number, folder / "sampled", model, tasks, 1.0, self.plan.samples)
+        return self._stage(stage, session)
 
-    def _scores(self, number: int, model: Path, tasks: Path) -> list[Score]:
+    def _scores(self, number: int, model: Path, tasks: Path, session: KeptSession) -> list[Score]:
         """The held-out figures of a round's model."""
         found = []
         for temperature in TEMPERATURES:
             name = f"held-out-T{temperature:g}"
             folder = self._root / f"round-{number}" / name
             score = Score(temperature)
-            for one in open_run(self._stage(number, folder, model, tasks, temperature, 1)):
+            stage = Stage(number, folder, model, tasks, temperature, 1)
+            for one in open_run(self._stage(stage, session)):
                 score.add(one)
             found.append(score)
         return found
 
-    def _stage(
-        self, number: int, out: Path, model: Path, tasks: Path, temperature: float, n: int
-    ) -> Path:
-        """Runs tasks into a run folder, or what it lacks.
+    def _stage(self, stage: Stage, session: KeptSession) -> Path:
+        """Runs tasks into a run folder, or what it lacks; the stages of a model share its engine.
 
         It follows the same stage of the round before: it is no replay of it, so its records have no
         parents. Raises KeyboardInterrupt after Ctrl-C.
         """
-        words = self._words(model, temperature, n)
-        if is_whole(out, tasks, n):
+        out, tasks = stage.out, stage.tasks
+        words = self._words(stage.model, stage.temperature, stage.samples)
+        if is_whole(out, tasks, stage.samples):
             return out
-        before = self._root / f"round-{number - 1}" / out.name
+        before = self._root / f"round-{stage.round - 1}" / out.name
         follows = parent_entry(before) if (before / RUN).is_file() else None
         request = RunRequest(
             tasks=tasks,
@@ -225,10 +242,11 @@ class SelfTraining:
             force=False,
             validate=False,
             argv=("run", str(tasks), "--out", str(out), *(f"--set={word}" for word in words)),
-            more={"follows": follows, "step": number},
+            more={"follows": follows, "step": stage.round},
+            session=session,
         )
         out.parent.mkdir(parents=True, exist_ok=True)
-        say(self._console, f"round {number}: {out.relative_to(self._root)}")
+        say(self._console, f"round {stage.round}: {out.relative_to(self._root)}")
         code = run_request(request, self._console)
         if code in (INTERRUPTED, TERMINATED):
             raise KeyboardInterrupt if code == INTERRUPTED else Terminated

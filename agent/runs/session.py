@@ -122,3 +122,37 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class KeptSession:
+    """One session for several runs that differ in their sampling alone.
+
+    The first run that needs it starts it. Close it after the last, or use `with`.
+    """
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the engine; None if it is not started."""
+        return self._session.parts.config.seed if self._session else None
+
+    def get(self, start: Callable[[], Session]) -> Session:
+        """The session; `start` makes it if there is none yet, and its errors are raised."""
+        if self._session is None:
+            self._session = start()
+        return self._session
+
+    def __enter__(self) -> KeptSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None

@@ -16,6 +16,7 @@ from agent.commands.run_work import RunRequest, run_request
 from agent.config.config import load_config
 from agent.errors import EngineStartError
 from agent.runs.ending import DONE, INCOMPLETE
+from agent.runs.session import KeptSession
 from conversations.errors import RunFolderError
 from conversations.run.store import UNFINISHED, read_manifest, read_trajectories
 from tests.agent.native_api import Server, in_a_thread, status
@@ -53,15 +54,23 @@ def go(server: Server, tmp_path: Path) -> Go:
     )
     (tmp_path / "tools.yaml").write_text("- function: looking:look\n", encoding="utf-8")
 
-    def go(*, force: bool = False, stop_after_s: float | None = None) -> Ran:
+    def go(
+        *,
+        force: bool = False,
+        stop_after_s: float | None = None,
+        name: str = "run",
+        temperature: float = 1.0,
+        session: KeptSession | None = None,
+    ) -> Ran:
         sets = [
             "model_path=smollm2-base",
+            f"rollout.temperature={temperature}",
             "rollout.name=sglang_server",
             f"rollout.server.urls=[{server.url}]",
             "rollout.prompt_length=1024",
             f"rollout.multi_turn={{enable: true, tool_config_path: {tmp_path / 'tools.yaml'}}}",
         ]
-        out, console = tmp_path / "run", Console(file=io.StringIO(), width=1000)
+        out, console = tmp_path / name, Console(file=io.StringIO(), width=1000)
         resume = (out / "run.json").exists()
         request = RunRequest(
             tmp_path / "tasks.jsonl",
@@ -73,6 +82,7 @@ def go(server: Server, tmp_path: Path) -> Go:
             False,
             ["run"],
             stop_after_s,
+            session=session,
         )
         return Ran(run_request(request, console), console.file.getvalue())  # type: ignore[attr-defined]
 
@@ -95,6 +105,26 @@ def test_a_resume_finds_the_model_of_the_first_start(
         "model_path": "/models/other",
         "weight_version": "step-2",
     }
+
+
+def test_runs_that_keep_a_session_share_its_engine_and_sample_each_in_its_own_way(
+    go: Go, server: Server, tmp_path: Path
+) -> None:
+    engines, kept = [], KeptSession()
+    with kept:
+        assert kept.seed is None
+        for temperature in (0.0, 0.7):
+            name = f"T{temperature:g}"
+            assert go(name=name, temperature=temperature, session=kept).code == DONE
+            engines.append(kept.get(lambda: pytest.fail("a second session")).engine)
+            config = read_manifest(tmp_path / name)["config"]
+            assert config["rollout"]["temperature"] == temperature
+        assert kept.seed == 0
+    assert engines[0] is engines[1]
+    asked = [body["sampling_params"]["temperature"] for body in server.bodies]
+    assert asked == [0.0] * (len(asked) // 2) + [0.7] * (len(asked) // 2)
+    assert len(asked) > 2 * TASKS
+    assert kept.seed is None
 
 
 def test_a_server_that_does_not_say_what_it_serves_is_noted(
