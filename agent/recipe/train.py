@@ -1,11 +1,11 @@
 """Trains the adapter on a file of token ids: one pass of shuffled, length-bucketed batches, loss on
 the model's own tokens.
 
-Needs torch, transformers, safetensors and numpy, nothing of the runtime, so the same file runs on a
-bare GPU machine. Batches are right-padded: attention is causal, so no token ever sees the padding
-and no attention mask is needed. Where many prompts begin alike, a batch takes such conversations
-together and computes their common beginning once; the gradient is the same, and with the tools'
-schemas in every prompt that is half of the work on a CPU.
+Needs torch, transformers, safetensors and numpy: it runs on a bare GPU machine. Batches are
+right-padded: attention is causal, so no token ever sees the padding and no attention mask is
+needed. Where many prompts begin alike, a batch takes such conversations together and computes their
+common beginning once; the gradient is the same, and with the tools' schemas in every prompt that is
+half of the work on a CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from agent.engines.arguments import default_dtype
 from agent.recipe.lora import adapter_state, add_lora, load_adapter, save_adapter
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -309,12 +310,11 @@ def _step(
 
 
 def load_base(model_dir: Path, device: str) -> Any:
-    """The base model in bf16, ready for `add_lora`."""
+    """The base model, ready for `add_lora`: in bf16, or float32 on a CPU that is slow at that."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
+    dtype = getattr(torch, default_dtype(cuda=device == "cuda"))
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).train()
 
 
