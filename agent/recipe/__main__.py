@@ -141,8 +141,8 @@ def merge(
     typer.echo(f"model in {out}")
 
 
-@app.command()
-def problems(
+@app.command("problems")
+def write_problems(
     out: Annotated[Path, typer.Option(help="The JSONL file to write, in GSM8K's format.")],
     count: Annotated[int, typer.Option(min=1, help="Problems to draw.")] = 8_000,
 ) -> None:
