@@ -1,12 +1,14 @@
 """A training's run folders, step by step: what changed while the model learned.
 
 A folder of steps holds run folders whose run.json names a `step`: those of a trainer (several
-workers write one each for a step) and of training rounds. Invariant: a record counts in exactly one
+workers write one each for a step), and those of training rounds, one level further down, which name
+the `part` that they are of a round. Invariant: a record counts in exactly one
 step, and memory holds no more than one record at a time and a few numbers a task.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
@@ -114,11 +116,36 @@ FIGURES: Mapping[str, Callable[[StepFigures], float | None]] = {
 """The figures of a step by name, in the order to show them."""
 
 
+def run_folders(root: Path) -> dict[str, Path]:
+    """The run folders in `root` by name, in order.
+
+    Those one level further down that name a `part` are among them: `round-1:sampled`.
+
+    Raises OSError if `root` cannot be read.
+    """
+    found: dict[str, Path] = {}
+    for folder in sorted(root.iterdir()):
+        if (folder / RUN).is_file():
+            found[folder.name] = folder
+        else:
+            found.update((f"{folder.name}:{part.name}", part) for part in _parts_in(folder))
+    return found
+
+
+def _parts_in(folder: Path) -> Iterator[Path]:
+    """The run folders in a folder that name a `part`; what cannot be read names none."""
+    with contextlib.suppress(OSError):
+        for inner in sorted(folder.iterdir()):
+            with contextlib.suppress(RunFolderError):
+                if (inner / RUN).is_file() and part_name(read_manifest(inner)):
+                    yield inner
+
+
 def step_folders(root: str | Path) -> dict[int, list[Path]]:
     """The run folders in `root` by step, in order. Raises RunFolderError if there are none."""
     root, found = Path(root), dict[int, list[Path]]()
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if (folder / RUN).is_file() and (number := _step(folder)) is not None:
+    for folder in run_folders(root).values() if root.is_dir() else ():
+        if (number := _step(folder)) is not None:
             found.setdefault(number, []).append(folder)
     if not found:
         raise RunFolderError(
@@ -174,10 +201,18 @@ def steps(root: str | Path) -> dict[str, list[StepFigures]]:
 
 
 def _part(run: Run, record: Record) -> str:
-    """A record's data source, and whether its run says that it validates."""
+    """What its run says to be a part of; else its data source, and whether its run validates."""
+    if part := part_name(run.manifest):
+        return part
     source = record["data_source"]
     name = "no data source" if source is None else str(source)
     return f"{name}, validation" if run.manifest.get("validate") is True else name
+
+
+def part_name(manifest: Mapping[str, Any]) -> str | None:
+    """The part of a round that a run says to be; None if it is of none."""
+    part = manifest.get("part")
+    return part if isinstance(part, str) and part else None
 
 
 def _step(folder: Path) -> int | None:

@@ -18,7 +18,8 @@ def view(
     run: Annotated[
         Path,
         typer.Argument(
-            help="The run folder, or a folder of a trainer's steps. With --serve also one of runs."
+            help="The run folder, or a folder of a trainer's steps or of rounds. With --serve also "
+            "one of runs."
         ),
     ],
     out: Annotated[
@@ -34,17 +35,20 @@ def view(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="In a folder of a trainer's steps: this task's trajectories by step."),
+        typer.Option(help="In a folder of steps or rounds: this task's trajectories by step."),
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve it on 127.0.0.1 instead of writing it.")
     ] = False,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="With --serve. 0 takes a free one.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, max=65535, help="With --serve. Default: 0, which takes a free one."),
+    ] = None,
 ) -> None:
     """Look at a run in a browser: one page that opens from disk, or a local server."""
     if not serve:
+        if port is not None:
+            raise AgentError("--port needs --serve: without it a page is written and none served")
         if not _write_steps(run, out, task):
             _write(run, out, against, limit)
         return
@@ -56,10 +60,10 @@ def view(
     from agent.commands.view_server import serve_pages
 
     try:
-        serve_pages(run, against, port)
+        serve_pages(run, against, port or 0)
     except OSError as error:
         raise AgentError(
-            f"cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another --port"
+            f"cannot listen on 127.0.0.1:{port or 0}: {error.strerror}; choose another --port"
         ) from error
 
 

@@ -36,7 +36,7 @@ from conversations.page.steps import Links, TaskOverSteps, steps_page
 from conversations.run.open_run import open_run
 from conversations.run.scores import SCORES
 from conversations.run.store import RUN, TRAJECTORIES, read_manifest
-from conversations.steps import is_steps
+from conversations.steps import is_steps, run_folders
 from tools.servers.process import end_quietly_on_signals
 
 HOST = "127.0.0.1"
@@ -98,9 +98,7 @@ class PageCache:
         if self.single:
             return {self._folder.resolve().name: self._folder}
         try:
-            return {
-                path.name: path for path in sorted(self._folder.iterdir()) if (path / RUN).is_file()
-            }
+            return run_folders(self._folder)
         except OSError as error:
             raise AgentError(f"{self._folder} cannot be read: {error.strerror}") from error
 

@@ -242,7 +242,7 @@ class SelfTraining:
             force=False,
             validate=False,
             argv=("run", str(tasks), "--out", str(out), *(f"--set={word}" for word in words)),
-            more={"follows": follows, "step": stage.round},
+            more={"follows": follows, "step": stage.round, "part": out.name},
             session=session,
         )
         out.parent.mkdir(parents=True, exist_ok=True)

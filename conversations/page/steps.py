@@ -16,7 +16,7 @@ from conversations.errors import RunFolderError
 from conversations.page.html import steps_shell
 from conversations.run.open_run import Run
 from conversations.run.whole_file import write_whole
-from conversations.steps import FIGURES, StepFigures, Sum, records, steps
+from conversations.steps import FIGURES, StepFigures, Sum, part_name, records, steps
 
 TASKS = 200
 """The most tasks in the page's grid."""
@@ -143,6 +143,8 @@ def _mean(rewards: Sum | None) -> str:
 class TaskOverSteps:
     """One task's trajectories in all steps, for the page of a run: `step-K/ID`, in order.
 
+    Of training rounds, whose steps have parts, `step-K/PART/ID`.
+
     Raises RunFolderError if no step asked the task.
     """
 
@@ -163,5 +165,6 @@ class TaskOverSteps:
 
     def records(self, *, check: bool = True) -> Iterator[dict[str, Any]]:
         """The records, each with its step in its id."""
-        for number, _, record in self._records:
-            yield {**record, "id": f"step-{number}/{record['id']}"}
+        for number, run, record in self._records:
+            parts = (f"step-{number}", part_name(run.manifest), record["id"])
+            yield {**record, "id": "/".join(part for part in parts if part)}

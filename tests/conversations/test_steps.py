@@ -13,10 +13,10 @@ import pytest
 
 from conversations.errors import RunFolderError
 from conversations.page import build
-from conversations.page.steps import TaskOverSteps, write_steps
+from conversations.page.steps import TaskOverSteps, steps_page, write_steps
 from conversations.run.open_run import open_run
 from conversations.run.store import RUN
-from conversations.steps import FIGURES, is_steps, step_folders, steps
+from conversations.steps import FIGURES, is_steps, run_folders, step_folders, steps
 from conversations.trajectory import INVALID_STATUSES
 from tests.conversations.exports import small_run
 
@@ -41,6 +41,37 @@ def test_steps_are_found_by_their_manifest(root: Path) -> None:
     assert not is_steps(root / "notes")
     with pytest.raises(RunFolderError, match="steps"):
         step_folders(root / "notes")
+
+
+def test_rounds_have_their_parts_one_level_down_and_each_part_is_shown_by_itself(
+    tmp_path: Path,
+) -> None:
+    for number, part in ((0, "held-out"), (1, "held-out"), (1, "sampled")):
+        folder = tmp_path / f"round-{number}" / part
+        shutil.copytree(small_run().path, folder)
+        file = folder / RUN
+        named = {"step": number, "part": part}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
+    shutil.copytree(small_run().path, tmp_path / "elsewhere" / "of no part")
+    (tmp_path / "round-1" / "broken").mkdir()
+    (tmp_path / "round-1" / "broken" / RUN).write_text("{")
+    assert list(run_folders(tmp_path)) == [
+        "round-0:held-out", "round-1:held-out", "round-1:sampled"
+    ]  # fmt: skip
+    assert is_steps(tmp_path)
+    found = steps(tmp_path)
+    numbers = {name: [step.number for step in of_part] for name, of_part in found.items()}
+    assert numbers == {"held-out": [0, 1], "sampled": [1]}
+    assert all(step.trajectories == len(small_run()) for step in found["held-out"])
+    text, count = steps_page(tmp_path)
+    assert count == 2
+    assert "<bdi>sampled</bdi>" in text
+    task = next(iter(small_run().records()))["task_id"]
+    shown = [record["id"] for record in TaskOverSteps(tmp_path, task).records()]
+    assert len(set(shown)) == len(shown)
+    assert {one.rpartition("/")[0] for one in shown} == {
+        "step-0/held-out", "step-1/held-out", "step-1/sampled"
+    }  # fmt: skip
 
 
 def test_figures_are_those_of_the_records(root: Path) -> None:

@@ -118,6 +118,7 @@ def test_the_parent_is_found_and_another_run_may_be_named(runs: Path, tmp_path: 
         ),
         (["run", "--out", "run"], "error: run cannot be written: Is a directory"),
         (["run"], "run.html exists and is no page of turntrace"),
+        (["run", "--port", "0"], "error: --port needs --serve"),
         (["run", "--serve", "--out", "x"], "error: --serve writes no page"),
         (["run", "--serve", "--limit", "3"], "error: --serve writes no page"),
         (
@@ -311,6 +312,28 @@ async def test_a_folder_of_steps_shows_the_steps_and_each_task_step_by_step(
             assert (await client.get("/step-0/blocks/0", params=version)).status_code == 409
             other = await client.get("/steps/task", params={"id": "../one"})
             assert (other.status_code, "../one" in other.text) == (500, True)
+    finally:
+        shelf.close()
+
+
+async def test_a_folder_of_rounds_leads_to_each_part_of_each_round(
+    runs: Path, tmp_path: Path
+) -> None:
+    for number in (0, 1):
+        folder = tmp_path / f"round-{number}" / "held-out"
+        changed_run(folder, runs / "one", lambda number, record: None)
+        named = {"step": number, "part": "held-out"}
+        (folder / RUN).write_text(json.dumps({**json.loads((folder / RUN).read_text()), **named}))
+    shelf = viewer.PageCache(tmp_path)
+    transport = httpx.ASGITransport(viewer.make_app(shelf))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            assert "2 steps" in (await client.get("/")).text
+            listed = (await client.get("/steps/runs")).text
+            address = listed.split('href="/round-1')[1].split('"')[0]
+            page = await client.get(f"/round-1{address}")
+            assert page.status_code == 200
+            assert parts_of(page.text)[0]["columns"]["id"]
     finally:
         shelf.close()
 
