@@ -133,10 +133,24 @@ NEEDED = {
 def prepare_sglang() -> None:
     """Makes verl 0.6.1's rollout importable. Call it before anything of verl is imported.
 
-    Raises EngineStartError if the installed SGLang lacks something that is needed.
+    Raises EngineStartError if the installed SGLang lacks something that is needed, or if verl is of
+    another version.
     """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        check_verl(importlib.metadata.version("verl"))
     add_moved_names()
     check_names()
+
+
+def check_verl(found: str) -> None:
+    """Raises EngineStartError, one line, if that version of verl has no rollout class to hold an
+    engine in process.
+    """
+    if not found.startswith("0.6."):
+        raise EngineStartError(
+            f"an engine in process needs verl 0.6.1's rollout class, which verl {found} does not "
+            "have: use an environment without that verl, or rollout.name: sglang_server"
+        )
 
 
 def add_moved_names() -> None:
