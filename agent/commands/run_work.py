@@ -60,7 +60,10 @@ class RunRequest:
 
     After `stop_after_s` seconds of conversations the run stops, as after Ctrl-C. With `workers`
     the conversations run in so many processes, on the Ray cluster at the address `ray`, by default
-    on a Ray of their own. `more` are further fields of run.json.
+    on a Ray of their own. `more` are further fields of run.json. `again` says how to resume, where
+    that is not this command with `--resume`. `session` is kept for several runs: see `KeptSession`.
+
+    Raises ValueError for a kept session with workers, whose engines are elsewhere.
     """
 
     tasks: Path
@@ -75,11 +78,18 @@ class RunRequest:
     more: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
     ray: str | None = None
+    again: str | None = None
     session: KeptSession | None = None
+
+    def __post_init__(self) -> None:
+        if self.session and self.workers is not None:
+            raise ValueError("a kept session and workers: only one of them runs conversations")
 
     @property
     def resume_command(self) -> str:
-        """The command that resumes this run."""
+        """What resumes this run."""
+        if self.again:
+            return self.again
         return command_line(self.argv if self.resume else [*self.argv, "--resume"])
 
 
@@ -127,7 +137,8 @@ def prepare_run(request: RunRequest) -> RunPlan:
 
     Reads the whole task file: a bad row is found now, not after hours.
 
-    A resumed run gets a new seed: the same seed would sample the same conversations again.
+    A resumed run gets a new seed, as the same one would sample the same conversations again; where
+    a kept session's engine is running, the seed is that engine's.
     """
     if request.session and request.session.seed is not None:
         request = replace(request, config=replace(request.config, seed=request.session.seed))
@@ -339,7 +350,8 @@ def _here(
         say(console, starting_line(request.config, log))
         return Session(parts, validate=request.validate, log_path=log)
 
-    session = request.session.get(start) if request.session else stack.enter_context(start())
+    kept = request.session
+    session = kept.get(parts, start) if kept else stack.enter_context(start())
     runtime = session.runtime_with(request.config.sampling(request.validate))
     engine = session.engine
     return _Place(

@@ -18,7 +18,7 @@ import typer
 
 from agent.errors import AgentError
 from agent.recipe.app import run_app
-from agent.runs.ending import exit_code
+from agent.runs.ending import exit_code, sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from agent.recipe.train import TrainingProgress
@@ -47,7 +47,7 @@ class Preset(StrEnum):
 
 
 class RoundsPreset(StrEnum):
-    """`small`: three rounds of 16 x 4, on a CPU. `full`: of 1,024 x 8, on a GPU."""
+    """`small`: three rounds of 12 x 4, on a CPU. `full`: of 1,024 x 8, on a GPU."""
 
     small = "small"
     full = "full"
@@ -66,7 +66,8 @@ def data(
     ),
     preset: Annotated[Preset, typer.Option(help="How many conversations.")] = Preset.small,
     generated: Annotated[
-        int | None, typer.Option(min=1, help="Another number of generated problems.")
+        int | None,
+        typer.Option(min=1, help="Generated problems, instead of the preset's number."),
     ] = None,
     tools: Annotated[Path, typer.Option(help="The tools that ship.")] = _TOOLS,
     seed: int = 1,
@@ -131,13 +132,21 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="What `train` wrote.")],
     out: Annotated[Path, typer.Option(help="The model's folder, which must not exist.")],
 ) -> None:
-    """Merge an adapter into the base model, for whatever takes a model's folder."""
+    """Merge an adapter into the base model, for `rounds`, the GRPO recipe and `model_path`."""
     from agent.model import base
 
     if out.exists():
         raise AgentError(f"{out} exists; choose another --out")
-    merged = base.model_dir(adapter)
-    shutil.copytree(merged, out)
+    merged, fresh = base.model_dir(adapter), out.with_name(f"{out.name}.new")
+    try:
+        if fresh.is_dir():  # of a merge that was killed
+            shutil.rmtree(fresh)
+        shutil.copytree(merged, fresh)
+        fresh.rename(out)
+    except OSError as error:
+        raise AgentError(
+            f"{out} cannot be written: {error.strerror or error}; choose another --out"
+        ) from error
     typer.echo(f"model in {out}")
 
 
@@ -147,12 +156,10 @@ def write_problems(
     count: Annotated[int, typer.Option(min=1, help="Problems to draw.")] = 8_000,
 ) -> None:
     """Write generated problems that no adapter was trained on, for `rounds` and the GRPO recipe."""
+    from agent.commands.tasks_work import write_rows
     from agent.recipe.practice import practice_rows
 
-    rows = practice_rows(count)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    typer.echo(f"{len(rows)} problems in {out}")
+    typer.echo(f"{write_rows(out, practice_rows(count))} problems in {out}")
 
 
 @app.command()
@@ -190,7 +197,7 @@ def rounds(
     out: Annotated[Path, typer.Option(help="The rounds' folder; give it again to go on.")],
     preset: Annotated[
         RoundsPreset,
-        typer.Option(help="small: 3 rounds of 16 x 4, on a CPU. full: of 1,024 x 8."),
+        typer.Option(help="small: 3 rounds of 12 x 4, on a CPU. full: of 1,024 x 8."),
     ] = RoundsPreset.small,
     model: Annotated[str, typer.Option(help="A model's name or folder.")] = "smollm2-tools",
     count: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds.")] = None,
@@ -220,7 +227,8 @@ def rounds(
     root = out.resolve()
     work = recipe.SelfTraining(plan, root, gsm8k, model, Console(), set_ or ())
     try:
-        results = work.run(lambda done: recipe.write_rounds(root, done))
+        with sigterm_as_interrupt():
+            results = work.run(lambda done: recipe.write_rounds(root, done))
     except KeyboardInterrupt as interrupt:
         typer.echo("stopped; the same command goes on", err=True)
         raise typer.Exit(exit_code(interrupt)) from None

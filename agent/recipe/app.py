@@ -7,6 +7,7 @@ import sys
 import typer
 
 from agent.errors import AgentError
+from agent.packages import not_installed
 from conversations.errors import ConversationsError
 from tools.base import ToolsError
 
@@ -17,5 +18,10 @@ def run_app(app: typer.Typer, name: str) -> int:
         app(prog_name=name)
     except (AgentError, ConversationsError, ToolsError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if not (reason := not_installed(error)):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     return 0

@@ -2,8 +2,9 @@
 
 `W' = W + scale * B A` with `W` frozen, `A` and `B` trained in float32 (Hu et al., 2021). The sum is
 made once a step and rounded to the model's own type, so training sees exactly the weights that
-merging the adapter gives; on small models it is also much faster than adding `B (A x)` to every
-layer's output. The file is what peft writes and reads.
+merging the adapter gives (where a CPU trains in float32, merging alone rounds them); on small
+models it is also much faster than adding `B (A x)` to every layer's output. The file is what peft
+writes and reads.
 """
 
 from __future__ import annotations

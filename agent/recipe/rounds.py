@@ -66,7 +66,7 @@ class RoundsPlan:
 
 
 SMALL_ROUNDS = RoundsPlan(
-    rounds=3, tasks=16, samples=4, held_out=24, lr=4e-4, epochs=2.0, batch_tokens=4_800
+    rounds=3, tasks=12, samples=4, held_out=16, lr=4e-4, epochs=2.0, batch_tokens=4_800
 )
 """For two CPU cores: within 30 minutes. Its intervals are wide."""
 FULL_ROUNDS = RoundsPlan(
@@ -243,6 +243,7 @@ class SelfTraining:
             validate=False,
             argv=("run", str(tasks), "--out", str(out), *(f"--set={word}" for word in words)),
             more={"follows": follows, "step": stage.round, "part": out.name},
+            again="the same command",
             session=session,
         )
         out.parent.mkdir(parents=True, exist_ok=True)

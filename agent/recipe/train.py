@@ -60,7 +60,7 @@ SMALL = Settings(lr=4e-3, batch_tokens=4_800, epochs=1.0, max_seconds=700, share
 FULL = Settings(lr=6e-3, batch_tokens=32_768, epochs=0.82, max_seconds=3600)
 """`FULL` made the adapter that ships; 0.82 of a pass is what an H100 does in 310 s."""
 START = Settings(lr=4e-3, batch_tokens=16_384, epochs=1.0, max_seconds=3600)
-"""Of `data.START`."""
+"""For the conversations of `data.START`."""
 
 
 @dataclass(frozen=True, slots=True)

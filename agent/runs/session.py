@@ -125,7 +125,7 @@ class Session:
 
 
 class KeptSession:
-    """One session for several runs that differ in their sampling alone.
+    """One session for several runs that differ in seed, temperature and `n` alone.
 
     The first run that needs it starts it. Close it after the last, or use `with`.
     """
@@ -138,10 +138,18 @@ class KeptSession:
         """The seed of the engine; None if it is not started."""
         return self._session.parts.config.seed if self._session else None
 
-    def get(self, start: Callable[[], Session]) -> Session:
-        """The session; `start` makes it if there is none yet, and its errors are raised."""
+    def get(self, parts: Parts, start: Callable[[], Session]) -> Session:
+        """The session for a run of `parts`; `start` makes it if there is none yet.
+
+        Raises ValueError if the session cannot run them: another config, or images, which are read
+        into one run's folder. What `start` raises is raised.
+        """
+        if parts.images:
+            raise ValueError("a kept session has no place for images")
         if self._session is None:
             self._session = start()
+        elif _kept(parts) != _kept(self._session.parts):
+            raise ValueError("a kept session runs one config, but for seed, temperature and n")
         return self._session
 
     def __enter__(self) -> KeptSession:
@@ -156,3 +164,9 @@ class KeptSession:
         if self._session is not None:
             self._session.close()
             self._session = None
+
+
+def _kept(parts: Parts) -> tuple[object, ...]:
+    """What runs of one session share."""
+    rollout = parts.config.rollout.model_dump(exclude={"temperature", "n"})
+    return parts.config.model_path, rollout, parts.config.path

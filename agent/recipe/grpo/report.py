@@ -125,7 +125,7 @@ def steps_table(report: Report) -> str:
 
 _COLUMNS = (
     "reward", "valid calls", "calls", "turns", "response tokens", "ended by the model", "entropy",
-    "infra failures", "log-prob difference, mean", "s a step", "s generation", "s update",
+    "infra failures", "probability difference, mean", "s a step", "s generation", "s update",
 )  # fmt: skip
 
 

@@ -36,6 +36,8 @@ def test_practice_problems_stand_in_no_training_data_and_are_held_out_whole(
 
 def test_merge_writes_the_model_that_the_adapter_makes(tmp_path: Path) -> None:
     words = (*RECIPE, "merge", str(ADAPTER_DIR), "--out", str(tmp_path / "model"))
+    (tmp_path / "model.new").mkdir()  # what a merge that was killed leaves
+    (tmp_path / "model.new" / "piece").write_text("")
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
     made, shipped = tmp_path / "model", resolve_model(TOOLS_NAME)
     assert (made / WEIGHTS).read_bytes() == (shipped / WEIGHTS).read_bytes()
@@ -45,3 +47,27 @@ def test_merge_writes_the_model_that_the_adapter_makes(tmp_path: Path) -> None:
     again = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr == f"error: {made} exists; choose another --out\n"
+
+
+def test_a_missing_package_is_named_in_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['reasoning_gym'] = None\n"
+        "from agent.recipe.__main__ import app; from agent.recipe.app import run_app\n"
+        "sys.exit(run_app(app, 'recipe'))"
+    )
+    words = (sys.executable, "-c", code, "problems", "--out", str(tmp_path / "problems.jsonl"))
+    done = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the Python package 'reasoning_gym' is not installed; "
+        "pip install 'turntrace[tasks]'\n"
+    )
+
+
+def test_problems_that_cannot_be_written_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = (*RECIPE, "problems", "--count", "1", "--out", str(tmp_path / "file" / "x.jsonl"))
+    done = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot be written" in done.stderr

@@ -60,11 +60,14 @@ def go(server: Server, tmp_path: Path) -> Go:
         stop_after_s: float | None = None,
         name: str = "run",
         temperature: float = 1.0,
+        response_length: int = 512,
+        workers: int | None = None,
         session: KeptSession | None = None,
     ) -> Ran:
         sets = [
             "model_path=smollm2-base",
             f"rollout.temperature={temperature}",
+            f"rollout.response_length={response_length}",
             "rollout.name=sglang_server",
             f"rollout.server.urls=[{server.url}]",
             "rollout.prompt_length=1024",
@@ -82,6 +85,7 @@ def go(server: Server, tmp_path: Path) -> Go:
             False,
             ["run"],
             stop_after_s,
+            workers=workers,
             session=session,
         )
         return Ran(run_request(request, console), console.file.getvalue())  # type: ignore[attr-defined]
@@ -110,17 +114,21 @@ def test_a_resume_finds_the_model_of_the_first_start(
 def test_runs_that_keep_a_session_share_its_engine_and_sample_each_in_its_own_way(
     go: Go, server: Server, tmp_path: Path
 ) -> None:
-    engines, kept = [], KeptSession()
+    kept, said = KeptSession(), []
     with kept:
         assert kept.seed is None
         for temperature in (0.0, 0.7):
-            name = f"T{temperature:g}"
-            assert go(name=name, temperature=temperature, session=kept).code == DONE
-            engines.append(kept.get(lambda: pytest.fail("a second session")).engine)
-            config = read_manifest(tmp_path / name)["config"]
+            ran = go(name=f"T{temperature:g}", temperature=temperature, session=kept)
+            assert ran.code == DONE
+            said.append("starting" in ran.said)
+            config = read_manifest(tmp_path / f"T{temperature:g}")["config"]
             assert config["rollout"]["temperature"] == temperature
         assert kept.seed == 0
-    assert engines[0] is engines[1]
+        with pytest.raises(ValueError, match="one config"):
+            go(name="longer", response_length=7, session=kept)
+        with pytest.raises(ValueError, match="workers"):
+            go(name="workers", workers=1, session=kept)
+    assert said == [True, False]
     asked = [body["sampling_params"]["temperature"] for body in server.bodies]
     assert asked == [0.0] * (len(asked) // 2) + [0.7] * (len(asked) // 2)
     assert len(asked) > 2 * TASKS
