@@ -66,7 +66,14 @@ class RoundsPlan:
 
 
 SMALL_ROUNDS = RoundsPlan(
-    rounds=3, tasks=12, samples=4, held_out=16, lr=4e-4, epochs=2.0, batch_tokens=4_800
+    rounds=3,
+    tasks=10,
+    samples=4,
+    held_out=16,
+    lr=4e-4,
+    epochs=2.0,
+    batch_tokens=4_800,
+    config=("rollout.response_length=512",),
 )
 """For two CPU cores: within 30 minutes. Its intervals are wide."""
 FULL_ROUNDS = RoundsPlan(
