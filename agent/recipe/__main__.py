@@ -47,7 +47,7 @@ class Preset(StrEnum):
 
 
 class RoundsPreset(StrEnum):
-    """`small`: three rounds of 10 x 4, on a CPU. `full`: of 1,024 x 8, on a GPU."""
+    """`small`: three rounds of 8 x 4, on a CPU. `full`: of 1,024 x 8, on a GPU."""
 
     small = "small"
     full = "full"
@@ -197,7 +197,7 @@ def rounds(
     out: Annotated[Path, typer.Option(help="The rounds' folder; give it again to go on.")],
     preset: Annotated[
         RoundsPreset,
-        typer.Option(help="small: 3 rounds of 10 x 4, on a CPU. full: of 1,024 x 8."),
+        typer.Option(help="small: 3 rounds of 8 x 4, on a CPU. full: of 1,024 x 8."),
     ] = RoundsPreset.small,
     model: Annotated[str, typer.Option(help="A model's name or folder.")] = "smollm2-tools",
     count: Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds.")] = None,

@@ -67,9 +67,9 @@ class RoundsPlan:
 
 SMALL_ROUNDS = RoundsPlan(
     rounds=3,
-    tasks=10,
+    tasks=8,
     samples=4,
-    held_out=16,
+    held_out=12,
     lr=4e-4,
     epochs=2.0,
     batch_tokens=4_800,
