@@ -2,8 +2,8 @@
 
 A folder of steps holds run folders whose run.json names a `step`: those of a trainer (several
 workers write one each for a step), and those of training rounds, one level further down, which name
-the `part` that they are of a round. Invariant: a record counts in exactly one
-step, and memory holds no more than one record at a time and a few numbers a task.
+the `part` that they are of a round. Invariant: a record counts in exactly one step, and memory
+holds no more than one record at a time and a few numbers a task.
 """
 
 from __future__ import annotations

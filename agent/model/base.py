@@ -171,30 +171,36 @@ def model_dir(adapter: Path | None) -> Path:
     """
     if adapter is None:
         return base_model_dir()
-    files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
-    for file in files:
+    base = base_model_dir()
+    files = (file.read_bytes() for file in _adapter_files(adapter))
+    key = _sha256(_FORMAT, base.name.encode(), *files)
+    return _built("smollm2-merged", key, lambda target: write_merged(base, adapter, target))
+
+
+def write_merged(base: Path, adapter: Path, target: Path) -> None:
+    """Writes the model folder `base` with an adapter merged in. `target` must not exist.
+
+    Raises ConfigError as `model_dir` does.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config, trained = _adapter_files(adapter)
+    shutil.copytree(base, target)
+    weights = load_file(base / WEIGHTS)
+    merge_lora(weights, load_file(trained), json.loads(config.read_text()))
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+
+
+def _adapter_files(adapter: Path) -> tuple[Path, Path]:
+    """An adapter's config and weights. Raises ConfigError if one is missing."""
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    for file in (config, weights):
         if not file.is_file():
             raise ConfigError(
                 f"adapter {adapter} has no {file.name}; train one with `make train`, or use "
                 f"model_path: {BASE_NAME}"
             )
-    base = base_model_dir()
-    key = _sha256(_FORMAT, base.name.encode(), *(file.read_bytes() for file in files))
-    return _built("smollm2-merged", key, lambda target: write_merged(base, adapter, target))
-
-
-def write_merged(base: Path, adapter: Path, target: Path) -> None:
-    """Writes the model folder `base` with an adapter merged in. `target` must not exist."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(base, target)
-    weights = load_file(base / WEIGHTS)
-    merge_lora(
-        weights,
-        load_file(adapter / "adapter_model.safetensors"),
-        json.loads((adapter / "adapter_config.json").read_text()),
-    )
-    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    return config, weights
 
 
 def merge_lora(weights: dict[str, Any], adapter: dict[str, Any], config: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def data(
     from agent.recipe.setups import shipped_tools
 
     renderer = recipe.ExampleRenderer(recipe.template_of(base_model_dir()), shipped_tools(tools))
-    mix = getattr(recipe, preset.name.upper())
+    mix = recipe.MIXES[preset]
     mix = replace(mix, generated=generated or mix.generated)
     out.parent.mkdir(parents=True, exist_ok=True)
     count = recipe.write_examples(
@@ -115,7 +115,7 @@ def train(
         raise AgentError(
             f"{tokens} is no file of token ids as `data` writes it: {error}"
         ) from error
-    settings = getattr(recipe, preset.name.upper())
+    settings = recipe.SETTINGS[preset]
     settings = replace(
         settings, lr=lr or settings.lr, max_seconds=max_seconds or settings.max_seconds
     )
@@ -137,11 +137,11 @@ def merge(
 
     if out.exists():
         raise AgentError(f"{out} exists; choose another --out")
-    merged, fresh = base.model_dir(adapter), out.with_name(f"{out.name}.new")
+    fresh = out.with_name(f"{out.name}.new")
     try:
         if fresh.is_dir():  # of a merge that was killed
             shutil.rmtree(fresh)
-        shutil.copytree(merged, fresh)
+        base.write_merged(base.base_model_dir(), adapter, fresh)
         fresh.rename(out)
     except OSError as error:
         raise AgentError(

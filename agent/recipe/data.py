@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -59,15 +59,9 @@ SMALL = Mix(
     held_out=24,
 )
 FULL = Mix(gsm8k_copies=4, renumbered_copies=8, generated=30_000)
-START = Mix(
-    gsm8k_copies=0,
-    renumbered_copies=0,
-    generated=4_000,
-    fault_share=0.12,
-    shipped_share=1.0,
-    held_out=24,
-)
+START = replace(SMALL, gsm8k_rows=0, generated=4_000, shipped_share=1.0)
 """Enough for the protocol and some of the programs: what training by rewards starts from."""
+MIXES = {"small": SMALL, "full": FULL, "start": START}
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,6 +355,7 @@ def template_of(model_dir: Path) -> ChatTemplate:
 
 __all__ = [
     "FULL",
+    "MIXES",
     "SMALL",
     "START",
     "Example",

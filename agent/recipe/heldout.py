@@ -31,16 +31,10 @@ RECOVERY_SEED = 500_000
 
 def generated_tasks(count: int) -> list[Task]:
     """The first `count` problems of reasoning-gym's gsm_symbolic."""
-    from reasoning_gym import create_dataset
-
-    dataset = create_dataset("gsm_symbolic", size=count, seed=min(symbolic.HELD_OUT_SEEDS))
+    rows = symbolic.drawn(count, min(symbolic.HELD_OUT_SEEDS))
     return [
-        _task(
-            f"gsm_symbolic-{index}",
-            dataset[index]["question"],
-            whole_number(dataset[index]["answer"]),
-        )
-        for index in range(count)
+        _task(f"gsm_symbolic-{index}", row["question"], whole_number(row["answer"]))
+        for index, row in enumerate(rows)
     ]
 
 
@@ -127,8 +121,6 @@ def trained_on(tasks: Sequence[Task], generated: int) -> set[str]:
     """Ids of the tasks whose question stands, word for word, among the `generated` problems of a
     training mix.
     """
-    from reasoning_gym import create_dataset
-
-    dataset = create_dataset("gsm_symbolic", size=generated, seed=symbolic.FIRST_TRAINING_SEED)
-    asked = {dataset[index]["question"] for index in range(generated)}
+    rows = symbolic.drawn(generated, symbolic.FIRST_TRAINING_SEED)
+    asked = {row["question"] for row in rows}
     return {task.id for task in tasks if question(task) in asked}

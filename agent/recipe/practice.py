@@ -29,8 +29,5 @@ def practice_rows(count: int, trained_on: int = data.FULL.generated) -> list[Row
 
 def _drawn(count: int, seed: int) -> dict[str, str]:
     """Answers by question."""
-    from reasoning_gym import create_dataset
-
-    dataset = create_dataset("gsm_symbolic", size=count, seed=seed)
-    rows = (dataset[index] for index in range(count))
+    rows = symbolic.drawn(count, seed)
     return {row["question"].strip(): whole_number(row["answer"]) for row in rows}

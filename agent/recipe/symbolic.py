@@ -47,6 +47,14 @@ class _Derivation:
     answer: ast.expr
 
 
+def drawn(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """`count` of the dataset's own rows, drawn from `seed` on: `question`, `answer` and more."""
+    from reasoning_gym import create_dataset
+
+    dataset = create_dataset("gsm_symbolic", size=count, seed=seed)
+    return (dataset[index] for index in range(count))
+
+
 def problems(count: int, seed: int = FIRST_TRAINING_SEED) -> Iterator[Problem]:
     """`count` problems drawn from `seed` on.
 

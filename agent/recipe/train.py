@@ -61,6 +61,7 @@ FULL = Settings(lr=6e-3, batch_tokens=32_768, epochs=0.82, max_seconds=3600)
 """`FULL` made the adapter that ships; 0.82 of a pass is what an H100 does in 310 s."""
 START = Settings(lr=4e-3, batch_tokens=16_384, epochs=1.0, max_seconds=3600)
 """For the conversations of `data.START`."""
+SETTINGS = {"small": SMALL, "full": FULL, "start": START}
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +359,7 @@ def train_adapter(
 __all__ = [
     "BASE_NAME",
     "FULL",
+    "SETTINGS",
     "SMALL",
     "START",
     "Settings",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Coroutine, Mapping
@@ -124,10 +125,10 @@ class Session:
         self.close()
 
 
-class KeptSession:
+class KeptSession(contextlib.AbstractContextManager["KeptSession"]):
     """One session for several runs that differ in seed, temperature and `n` alone.
 
-    The first run that needs it starts it. Close it after the last, or use `with`.
+    The first run that needs it starts it; it is closed at the end of the `with` block.
     """
 
     def __init__(self) -> None:
@@ -152,15 +153,7 @@ class KeptSession:
             raise ValueError("a kept session runs one config, but for seed, temperature and n")
         return self._session
 
-    def __enter__(self) -> KeptSession:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._session is not None:
             self._session.close()
             self._session = None

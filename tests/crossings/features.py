@@ -104,6 +104,22 @@ async def plain(world: World) -> None:
         store.close({})
 
 
+@in_virtual_time
+async def second_run(world: World) -> None:
+    """The second run of one runtime, as in a kept session; the first met the fault, too."""
+    runtime = world.runtime(world.model())
+    first = replace(world, folder=world.folder / "first")
+    first.folder.mkdir()
+    first.write_files()
+    for one in (first, world):
+        Desk.last.hanging.clear()
+        with open_store(one) as store:
+            if runtime.images:
+                runtime.images.look_in(store.image_store())
+            await run_in(one, runtime, store)
+            store.close({})
+
+
 class Summariser(Model):
     """The model of a compacted conversation: its summaries say how many turns came before."""
 
@@ -459,6 +475,7 @@ def forked(world: World) -> None:
 
 FEATURES: dict[str, Callable[[World], None]] = {
     "plain": plain,
+    "second run": second_run,
     "branches": compacted,
     "tool asks": asked_by_tool,
     "evidence": with_evidence,
