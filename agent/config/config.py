@@ -177,11 +177,13 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     recorded: Mapping[str, Any] | None = None,
+    starts_engine: bool = True,
 ) -> Config:
     """Reads and checks a config file (None: the embedded default).
 
     `overrides` are `key.path=value`, values in YAML. `recorded` takes the place of a file: a run's
     config as `resolved` wrote it, or a trainer's in the same keys. Its paths are taken as they are.
+    If no engine starts, it may name arguments that only another version of SGLang has.
     Raises ConfigError, one line, with everything in it that cannot work.
     """
     file = Path(path) if path is not None else None
@@ -197,17 +199,21 @@ def load_config(
     is_recorded = recorded is not None and file is None
     paths = [key for key in PATH_KEYS if not is_recorded or key in origin.overridden]
     resolve_paths(values, paths, file, origin)
-    checked = _checked(values, origin)
+    unknown = [
+        key
+        for key in _unknown_sglang_arguments(values)
+        if starts_engine or not is_recorded or origin.is_overridden(key)
+    ]
+    checked = _checked(values, origin, unknown)
     seed = _seed(checked.rollout, origin)
     return Config(checked.model_path, checked.rollout, file, tuple(dict.fromkeys(given)), seed)
 
 
-def _checked(values: dict[str, Any], origin: Origin) -> ConfigFile:
+def _checked(values: dict[str, Any], origin: Origin, unknown: list[str]) -> ConfigFile:
     """The values as a `ConfigFile`.
 
-    Raises ConfigError with all problems: unknown keys, then wrong values.
+    Raises ConfigError with all problems: unknown keys, those in `unknown` too, then wrong values.
     """
-    unknown = list(_unknown_sglang_arguments(values))
     try:
         checked = ConfigFile.model_validate(values)
     except ValidationError as error:

@@ -32,9 +32,13 @@ class Origin:
 
     def where(self, key: str = "") -> str:
         """The beginning of a message about `key`."""
-        if key and any(_overlap(key, name) for name in self.overridden):
+        if key and self.is_overridden(key):
             return f"--set {key}"
         return f"{self.source}: {key}".removesuffix(": ")
+
+    def is_overridden(self, key: str) -> bool:
+        """Whether --set wrote `key`, a part of it, or what it is in."""
+        return any(_overlap(key, name) for name in self.overridden)
 
 
 def _overlap(key: str, name: str) -> bool:

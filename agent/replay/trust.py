@@ -62,7 +62,10 @@ def replay_config(run: Run, request: ReplayRequest) -> Config:
     if isinstance(recorded, dict) and run.manifest.get("gateway") is True:
         recorded = _with_room(recorded)
     config = load_config(
-        request.config, request.overrides, recorded=None if request.config else recorded
+        request.config,
+        request.overrides,
+        recorded=None if request.config else recorded,
+        starts_engine=request.live_model,
     )
     if request.live_model and request.config is None:
         _check_engine(config, run)

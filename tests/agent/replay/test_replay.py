@@ -748,6 +748,23 @@ def manifest_changed(
     return copy
 
 
+def test_a_run_made_with_another_sglang_replays_and_starts_no_engine_of_ours(
+    again: Again, project: Path, tmp_path: Path
+) -> None:
+    name = "rollout.engine_kwargs.sglang.of_another_version"
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["config"]["rollout"].update(name="sglang")
+        manifest["config"]["rollout"]["engine_kwargs"]["sglang"] = {"of_another_version": True}
+
+    copy = manifest_changed(project, tmp_path, change)
+    assert again(run=copy).code == 0
+    with pytest.raises(AgentError, match=rf"{name}: unknown key"):
+        again(run=copy, out="live", model="live")
+    with pytest.raises(AgentError, match=r"--set .*of_no_version: unknown key"):
+        again(run=copy, out="set", overrides=["rollout.engine_kwargs.sglang.of_no_version=1"])
+
+
 def _server(manifest: dict[str, Any]) -> None:
     manifest["config"]["rollout"].update(name="sglang_server")
     manifest["config"]["rollout"]["server"]["urls"] = ["http://evil.example"]
